@@ -1,0 +1,35 @@
+"""Our Triton kernels, each beside its plain-PyTorch reference. Import them as ``megatron_align.kernels``.
+
+The folder stands at the top level and ``megatron_align/kernels`` links to it. From the repository root
+``transformers`` may therefore import it as top-level ``kernels``, meaning Hugging Face's package of that
+name: under that name this file steps aside for the real one, and holds nothing if there is none.
+"""
+
+if __name__ == "kernels":
+    import importlib.machinery
+    import importlib.util
+    import sys
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parent.parent
+    _spec = importlib.machinery.PathFinder.find_spec(
+        "kernels", [entry for entry in sys.path if Path(entry or ".").resolve() != _root]
+    )
+    if _spec is not None and _spec.loader is not None:
+        sys.modules["kernels"] = _module = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(_module)
+else:
+    from megatron_align.kernels.packed_attention import (
+        PackedLayout,
+        packed_attention,
+        packed_attention_reference,
+    )
+    from megatron_align.kernels.token_logprobs import token_logprobs, token_logprobs_reference
+
+    __all__ = [
+        "PackedLayout",
+        "packed_attention",
+        "packed_attention_reference",
+        "token_logprobs",
+        "token_logprobs_reference",
+    ]

@@ -1,0 +1,43 @@
+"""Package metadata. The build system and the tools' settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = "0.1.0"
+
+setup(
+    name="megatron-align",
+    version=VERSION,
+    description="Alignment training on megatron-core: packed SFT and preference optimisation, HF in, HF out",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # `megatron_align/kernels` and `megatron_align/tools` are links to the top-level folders, so this
+    # one pattern finds them too, and a wheel holds real files.
+    packages=find_packages(include=["megatron_align", "megatron_align.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "megatron-core>=0.16,<0.17",
+        "transformers>=5,<6",
+        "safetensors>=0.4.5",
+        "sentencepiece>=0.2",
+        "tiktoken>=0.7",
+        "numpy<2.4",  # the Triton 3.6 interpreter breaks from 2.4 on
+        "jsonargparse[signatures]>=4.40",
+        "pyyaml>=6",
+        "rich>=13",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "pyarrow>=15",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6", "trl==1.16.0", "datasets>=3"],
+        "dev": ["ruff>=0.9", "pre-commit>=3"],
+        "gpu": ["liger-kernel>=0.5"],
+    },
+    entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},
+)
