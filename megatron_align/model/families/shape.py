@@ -1,0 +1,259 @@
+"""The shape of a model, read from a Hugging Face folder's config.json, and its rotary frequencies.
+
+The JSON is read directly: what it leaves out takes the default that ``transformers`` gives the class, and
+what we would compute differently from ``transformers`` is refused, never approximated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_align.errors import InputError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling: low frequencies divided by ``factor``, high ones kept, ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Everything about an architecture that the model and the weight tables need."""
+
+    architecture: str  # Hugging Face class name
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_query_groups: int  # key/value heads
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_positions: int
+
+
+# What transformers assumes where config.json is silent. Sizes have no default: a guess would be wrong.
+_COMMON = {
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "head_dim": None,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "Qwen2ForCausalLM": {
+        **_COMMON,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "LlamaForCausalLM": {
+        **_COMMON,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
+_OF_MODEL_TYPE = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+class _Keys:
+    """Typed look-ups in one JSON object; ``place`` is what an error says after the key."""
+
+    def __init__(self, values: Mapping[str, Any], place: str) -> None:
+        self.values, self.place = values, place
+
+    def fail(self, key: str, need: str) -> InputError:
+        found = json.dumps(self.values[key]) if key in self.values else "nothing"
+        return InputError(f"{key} must be {need}, found {found} in {self.place}")
+
+    def count(self, key: str) -> int:
+        value = self.values.get(key)
+        if type(value) is not int or value < 1:
+            raise self.fail(key, "a positive whole number")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self.values.get(key)
+        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+            raise self.fail(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.values.get(key)
+        if type(value) is not bool:
+            raise self.fail(key, "true or false")
+        return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``.
+
+    Raises:
+        InputError: there is no such file, or it holds anything but a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(f"a Hugging Face folder needs a file {path.name}, found none at {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def read_shape(folder: str | Path) -> ModelShape:
+    """Read ``config.json`` of a Hugging Face folder, of transformers 4 or 5.
+
+    Raises:
+        InputError: naming the key and the file, for whatever is malformed or not supported.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    architecture = _architecture(raw, path)
+    keys = _Keys({**_DEFAULTS[architecture], **raw}, str(path))
+    _refuse_unsupported(keys)
+    num_heads = keys.count("num_attention_heads")
+    given_groups = keys.values["num_key_value_heads"]
+    groups = num_heads if given_groups is None else keys.count("num_key_value_heads")
+    if num_heads % groups:
+        raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads = {num_heads}")
+    rope_theta, rope_scaling = _rope(keys)
+    return ModelShape(
+        architecture=architecture,
+        num_layers=keys.count("num_hidden_layers"),
+        hidden_size=keys.count("hidden_size"),
+        ffn_size=keys.count("intermediate_size"),
+        num_heads=num_heads,
+        num_query_groups=groups,
+        head_dim=_head_dim(keys, num_heads),
+        vocab_size=keys.count("vocab_size"),
+        tied_embeddings=keys.flag("tie_word_embeddings"),
+        qkv_bias=architecture == "Qwen2ForCausalLM",
+        norm_eps=keys.number("rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_positions=keys.count("max_position_embeddings"),
+    )
+
+
+def inv_freq(shape: ModelShape) -> Tensor:
+    """Return the rotary frequencies ``[head_dim / 2]`` in float32, bit-identical to transformers'."""
+    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
+    frequency = 1.0 / (shape.rope_theta**exponent)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return frequency
+    old, low, high = scaling.original_max_positions, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * math.pi / frequency
+    slowed = torch.where(wavelength > old / low, frequency / scaling.factor, frequency)
+    ramp = (old / wavelength - low) / (high - low)
+    between = (wavelength >= old / high) & (wavelength <= old / low)
+    return torch.where(between, (1 - ramp) * slowed / scaling.factor + ramp * slowed, slowed)
+
+
+def _architecture(raw: Mapping[str, Any], path: Path) -> str:
+    """Return the class name; like AutoModelForCausalLM, model_type decides when no architecture is named."""
+    named = raw.get("architectures") or [_OF_MODEL_TYPE.get(str(raw.get("model_type")), "")]
+    known = list(_DEFAULTS)
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
+        given = raw.get("architectures") or raw.get("model_type") or "nothing"
+        word = str(given[0] if isinstance(given, list) else given)
+        raise InputError(
+            f"architectures must be one of {known}, found {given!r} in {path}{nearest(word, known)}"
+        )
+    return named[0]
+
+
+def _head_dim(keys: _Keys, num_heads: int) -> int:
+    if keys.values["head_dim"] is not None:
+        head_dim = keys.count("head_dim")
+        need = "an even number, as rotary embeddings turn pairs"
+    else:
+        head_dim, rest = divmod(keys.count("hidden_size"), num_heads)
+        need = f"an even multiple of num_attention_heads = {num_heads} where there is no head_dim"
+        if rest:
+            raise keys.fail("hidden_size", need)
+    if head_dim % 2:
+        raise keys.fail("head_dim" if keys.values["head_dim"] is not None else "hidden_size", need)
+    return head_dim
+
+
+def _refuse_unsupported(keys: _Keys) -> None:
+    """Raise InputError for whatever transformers would compute and we would not."""
+    values = keys.values
+    if values.get("quantization_config") is not None:
+        raise keys.fail("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise keys.fail("hidden_act", '"silu"')
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            raise keys.fail(key, "false: this architecture is supported without biases")
+    if values["attention_dropout"]:
+        raise keys.fail("attention_dropout", "0: results must not depend on the layout")
+    layer_types = values.get("layer_types")
+    if layer_types is not None and (type(layer_types) is not list or set(layer_types) - {"full_attention"}):
+        raise keys.fail("layer_types", '"full_attention" for every layer')
+    if layer_types is None and values["use_sliding_window"] and values.get("sliding_window") is not None:
+        first = values.get("max_window_layers", 0)
+        if type(first) is not int or first < keys.count("num_hidden_layers"):
+            raise keys.fail(
+                "use_sliding_window", f"false: attention is full here, windows start at layer {first}"
+            )
+
+
+def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
+    """Return (theta, scaling) from transformers 4's two keys or transformers 5's ``rope_parameters``."""
+    values = keys.values
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    given = values.get(name) or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise keys.fail(name, "one flat object that holds for every layer")
+    known = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "max_position_embeddings": None, **values}
+    rope = _Keys(
+        {**{key: known[key] for key in ("rope_theta", "partial_rotary_factor")}, **given},
+        f"{name} of {keys.place}",
+    )
+    if rope.values["partial_rotary_factor"] not in (None, 1.0):
+        raise rope.fail("partial_rotary_factor", "1.0")
+    theta = rope.number("rope_theta")
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"rope_type must be 'default' or 'llama3', found {kind!r} in {rope.place}")
+    # transformers lets the top-level key win over the one inside, and falls back to max_position_embeddings
+    outer = keys if "original_max_position_embeddings" in values else rope
+    inside = "original_max_position_embeddings" in outer.values
+    scaling = RopeScaling(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_positions=outer.count("original_max_position_embeddings")
+        if inside
+        else keys.count("max_position_embeddings"),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise rope.fail("high_freq_factor", f"more than low_freq_factor = {scaling.low_freq_factor}")
+    return theta, scaling

@@ -1,0 +1,168 @@
+"""HF <-> Megatron weights, written as a table: one row per Megatron tensor, and how tensor ranks cut it.
+
+The table is the only place where a tensor's two names meet. A layout says once in which order the parts of
+the HF tensors follow one another; reading, sharding and exporting all walk the same :func:`segments`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megatron_align.errors import InputError
+from megatron_align.model.families.shape import ModelShape
+
+
+class Slice(NamedTuple):
+    """``[start, stop)`` of HF part ``part`` along the row's split dimension; ``part`` None: zero padding."""
+
+    part: int | None
+    start: int
+    stop: int
+
+
+# (sizes of the parts along the split dimension, shape, tensor ranks) -> blocks. Each block is a list of
+# slices laid end to end and cut equally over the tensor ranks; a rank's tensor is its piece of every block.
+Layout = Callable[[Sequence[int], ModelShape, int], list[list[Slice]]]
+
+
+def each(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
+    """Every part is cut by itself: one tensor as it is, or ``[gate shard | up shard]``."""
+    return [[Slice(part, 0, size)] for part, size in enumerate(sizes)]
+
+
+def qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
+    """Query groups in turn, each ``q..q k v``; with fewer groups than ranks the cut goes through a group."""
+    groups = shape.num_query_groups
+    q, k, v = (size // groups for size in sizes)
+    return [
+        [
+            Slice(part, g * width, (g + 1) * width)
+            for g in range(groups)
+            for part, width in enumerate((q, k, v))
+        ]
+    ]
+
+
+def vocab(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
+    """The vocabulary's rows, then zero rows up to :func:`padded_vocab`."""
+    return [[Slice(0, 0, sizes[0]), Slice(None, 0, padded_vocab(sizes[0], tensor_ranks) - sizes[0])]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One Megatron tensor and the HF tensors it is made of. ``{i}`` stands for the (global) layer.
+
+    ``dims`` names the dimensions of each HF tensor (see :meth:`hf_shapes`); ``split`` is the dimension that
+    parts are joined and ranks are cut along, None for a tensor that every rank holds whole.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    split: int | None = None
+    layout: Layout = each
+
+    def at(self, i: int) -> Row:
+        """Return the row of layer ``i``."""
+        return replace(
+            self, megatron=self.megatron.format(i=i), hf=tuple(name.format(i=i) for name in self.hf)
+        )
+
+    def hf_shapes(self, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
+        """Return the shape of each HF tensor."""
+        sizes = {
+            "hidden": shape.hidden_size,
+            "ffn": shape.ffn_size,
+            "q": shape.num_heads * shape.head_dim,
+            "kv": shape.num_query_groups * shape.head_dim,
+            "vocab": shape.vocab_size,
+        }
+        return tuple(tuple(sizes[dim] for dim in dims) for dims in self.dims)
+
+
+_L, _H = "decoder.layers.{i}.", "model.layers.{i}."
+_QKV = tuple(_H + f"self_attn.{x}_proj." for x in "qkv")
+_GATE_UP = tuple(_H + f"mlp.{x}_proj.weight" for x in ("gate", "up"))
+
+LLAMA: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, vocab),
+    Row(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",), (("hidden",),)),
+    Row(
+        _L + "self_attention.linear_qkv.weight",
+        tuple(name + "weight" for name in _QKV),
+        (("q", "hidden"), ("kv", "hidden"), ("kv", "hidden")),
+        0,
+        qkv,
+    ),
+    Row(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), (("hidden", "q"),), 1),
+    Row(_L + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), (("hidden",),)),
+    Row(_L + "mlp.linear_fc1.weight", _GATE_UP, (("ffn", "hidden"), ("ffn", "hidden")), 0),
+    Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),)),
+    Row("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0, vocab),
+)
+_QKV_BIAS = Row(
+    _L + "self_attention.linear_qkv.bias",
+    tuple(name + "bias" for name in _QKV),
+    (("q",), ("kv",), ("kv",)),
+    0,
+    qkv,
+)
+TABLES: dict[str, tuple[Row, ...]] = {
+    "LlamaForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": (*LLAMA[:3], _QKV_BIAS, *LLAMA[3:]),
+}
+
+
+def rows(shape: ModelShape) -> Iterator[Row]:
+    """Yield every row of the model, layer rows once per layer; tied embeddings have no output layer."""
+    for row in TABLES[shape.architecture]:
+        if row.megatron == "output_layer.weight" and shape.tied_embeddings:
+            continue
+        if "{i}" in row.megatron:
+            yield from (row.at(i) for i in range(shape.num_layers))
+        else:
+            yield row
+
+
+def padded_vocab(vocab_size: int, tensor_ranks: int) -> int:
+    """Return the vocabulary rounded up to a multiple of 128 that the tensor ranks share equally."""
+    multiple = math.lcm(128, tensor_ranks)
+    return -(-vocab_size // multiple) * multiple
+
+
+def segments(row: Row, shape: ModelShape, tensor_rank: int, tensor_ranks: int) -> list[Slice]:
+    """Return the slices that, joined along ``row.split``, make this rank's tensor.
+
+    Raises:
+        InputError: the tensor ranks do not divide a dimension that they share.
+    """
+    sizes = [part[row.split or 0] for part in row.hf_shapes(shape)]
+    rank, ranks = (0, 1) if row.split is None else (tensor_rank, tensor_ranks)
+    found = []
+    for block in row.layout(sizes, shape, ranks):
+        total = sum(s.stop - s.start for s in block)
+        if total % ranks:
+            raise InputError(f"parallel.tensor must divide the {total} of {row.megatron}, got {ranks} ranks")
+        found += _cut(block, total // ranks * rank, total // ranks * (rank + 1))
+    return found
+
+
+def local_shape(row: Row, shape: ModelShape, tensor_ranks: int) -> tuple[int, ...]:
+    """Return the shape of one rank's tensor."""
+    whole = list(row.hf_shapes(shape)[0])
+    whole[row.split or 0] = sum(s.stop - s.start for s in segments(row, shape, 0, tensor_ranks))
+    return tuple(whole)
+
+
+def _cut(block: Sequence[Slice], start: int, stop: int) -> Iterator[Slice]:
+    """Yield what of the slices, laid end to end, falls into ``[start, stop)``."""
+    offset = 0
+    for part, first, last in block:
+        low, high = max(start, offset), min(stop, offset + last - first)
+        if low < high:
+            yield Slice(part, first + low - offset, first + high - offset)
+        offset += last - first

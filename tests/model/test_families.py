@@ -1,0 +1,366 @@
+"""A shape is what transformers makes of the same config.json, or a refusal that names the key. The weight
+table is a bijection: for any number of tensor ranks, each element of each HF tensor has exactly one place.
+"""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from megatron_align.errors import InputError
+from megatron_align.model.families import (
+    TABLES,
+    ModelShape,
+    inv_freq,
+    local_shape,
+    padded_vocab,
+    read_shape,
+    rows,
+    segments,
+)
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 131,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def qwen2(**extra):
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        **SIZES,
+        **extra,
+    }
+
+
+def llama(**extra):
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES, **extra}
+
+
+def write(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def without(config, key):
+    return {k: v for k, v in config.items() if k != key}
+
+
+# Each as people's folders have it: transformers 4 and 5 spellings, and keys left out.
+CONFIGS = {
+    "qwen2": qwen2(rope_theta=1000000, tie_word_embeddings=True, use_sliding_window=False, sliding_window=32),
+    "qwen2 of transformers 5": qwen2(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "qwen2, windows after the last layer": qwen2(use_sliding_window=True, max_window_layers=2),
+    "qwen2, 32 key/value heads by default": without(qwen2(num_attention_heads=32), "num_key_value_heads"),
+    "qwen2, null": qwen2(num_key_value_heads=None, rope_scaling=None),
+    "qwen2, own head_dim": qwen2(head_dim=32),
+    "qwen2, no architectures": without(qwen2(), "architectures"),
+    "llama, all defaults": llama(),
+    "llama-3": llama(num_key_value_heads=2, rope_theta=500000.0, rms_norm_eps=1e-5, head_dim=None),
+    "llama-3.1": llama(
+        head_dim=128,
+        rope_theta=500000.0,
+        max_position_embeddings=131072,
+        rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 8192, **LLAMA3},
+    ),
+    "llama-3.2 of transformers 5": llama(
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "original_max_position_embeddings": 8192,
+            **LLAMA3,
+            "factor": 32.0,
+        },
+    ),
+    "llama3, old key type": llama(rope_scaling={"type": "llama3", **LLAMA3}, max_position_embeddings=64),
+    "llama3, original length outside": llama(
+        rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 16, **LLAMA3},
+        original_max_position_embeddings=128,
+        max_position_embeddings=512,
+    ),
+    "llama, both spellings": llama(
+        rope_scaling={"type": "llama3", "rope_theta": 9.0, **LLAMA3}, rope_parameters={"rope_theta": 4.0}
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=CONFIGS)
+def both(request, tmp_path):
+    folder = write(tmp_path, CONFIGS[request.param])
+    return read_shape(folder), AutoConfig.from_pretrained(folder)
+
+
+def test_shape_is_what_transformers_reads(both):
+    shape, hf = both
+    heads, hidden = hf.num_attention_heads, hf.hidden_size
+    assert shape.architecture == {Qwen2Config: "Qwen2ForCausalLM", LlamaConfig: "LlamaForCausalLM"}[type(hf)]
+    assert shape.qkv_bias == isinstance(hf, Qwen2Config)
+    assert shape.tied_embeddings == hf.tie_word_embeddings
+    assert (shape.num_layers, shape.hidden_size, shape.num_heads) == (hf.num_hidden_layers, hidden, heads)
+    assert shape.num_query_groups == hf.num_key_value_heads
+    assert shape.head_dim == (getattr(hf, "head_dim", None) or hidden // heads)
+    assert (shape.ffn_size, shape.vocab_size) == (hf.intermediate_size, hf.vocab_size)
+    assert (shape.norm_eps, shape.max_positions) == (hf.rms_norm_eps, hf.max_position_embeddings)
+    assert shape.rope_theta == hf.rope_parameters["rope_theta"]
+
+
+def test_rotary_frequencies_are_bitwise_those_of_transformers(both):
+    shape, hf = both
+    rotary = LlamaRotaryEmbedding if isinstance(hf, LlamaConfig) else Qwen2RotaryEmbedding
+    ours = inv_freq(shape)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, rotary(hf).inv_freq)
+
+
+REFUSED = {
+    "unknown architecture": (
+        qwen2(architectures=["Qwen3ForCausalLM"]),
+        "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'], found ['Qwen3ForCausalLM'] "
+        "in {path}; did you mean 'Qwen2ForCausalLM'?",
+    ),
+    "no architecture": (
+        SIZES,
+        "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'], found 'nothing' in {path}",
+    ),
+    "unknown model_type": (
+        {"model_type": "mixtral", **SIZES},
+        "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'], found 'mixtral' in {path}",
+    ),
+    "sliding window": (
+        qwen2(use_sliding_window=True, max_window_layers=1),
+        "use_sliding_window must be false: attention is full here, windows start at layer 1, "
+        "found true in {path}",
+    ),
+    "sliding layer": (
+        qwen2(layer_types=["full_attention", "sliding_attention"]),
+        'layer_types must be "full_attention" for every layer, found '
+        '["full_attention", "sliding_attention"] in {path}',
+    ),
+    "rope type": (
+        llama(rope_scaling={"type": "yarn", "factor": 4.0}),
+        "rope_type must be 'default' or 'llama3', found 'yarn' in rope_scaling of {path}",
+    ),
+    "rope per layer type": (
+        qwen2(rope_parameters={"full_attention": {"rope_theta": 1.0}}),
+        "rope_parameters must be one flat object that holds for every layer, "
+        'found {{"full_attention": {{"rope_theta": 1.0}}}} in {path}',
+    ),
+    "partial rotary": (
+        llama(partial_rotary_factor=0.5),
+        "partial_rotary_factor must be 1.0, found 0.5 in rope_parameters of {path}",
+    ),
+    "llama3 without factor": (
+        llama(rope_scaling={"rope_type": "llama3"}),
+        "factor must be a positive number, found nothing in rope_scaling of {path}",
+    ),
+    "llama3 without ramp": (
+        llama(rope_scaling={"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}),
+        "high_freq_factor must be more than low_freq_factor = 1.0, found 1.0 in rope_scaling of {path}",
+    ),
+    "activation": (llama(hidden_act="gelu"), 'hidden_act must be "silu", found "gelu" in {path}'),
+    "attention bias": (
+        llama(attention_bias=True),
+        "attention_bias must be false: this architecture is supported without biases, found true in {path}",
+    ),
+    "mlp bias": (
+        llama(mlp_bias=True),
+        "mlp_bias must be false: this architecture is supported without biases, found true in {path}",
+    ),
+    "quantized": (
+        llama(quantization_config={"quant_method": "gptq"}),
+        "quantization_config must be absent: training needs fp32, fp16 or bf16 weights, "
+        'found {{"quant_method": "gptq"}} in {path}',
+    ),
+    "dropout": (
+        llama(attention_dropout=0.1),
+        "attention_dropout must be 0: results must not depend on the layout, found 0.1 in {path}",
+    ),
+    "missing size": (
+        without(llama(), "hidden_size"),
+        "hidden_size must be a positive whole number, found nothing in {path}",
+    ),
+    "size of a wrong kind": (
+        llama(vocab_size="131"),
+        'vocab_size must be a positive whole number, found "131" in {path}',
+    ),
+    "flag of a wrong kind": (
+        llama(tie_word_embeddings=1),
+        "tie_word_embeddings must be true or false, found 1 in {path}",
+    ),
+    "groups": (
+        llama(num_key_value_heads=3),
+        "num_key_value_heads must be a divisor of num_attention_heads = 4, found 3 in {path}",
+    ),
+    "heads": (
+        llama(hidden_size=66),
+        "hidden_size must be an even multiple of num_attention_heads = 4 where there is no head_dim, "
+        "found 66 in {path}",
+    ),
+    "odd head": (
+        llama(head_dim=5),
+        "head_dim must be an even number, as rotary embeddings turn pairs, found 5 in {path}",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, line", REFUSED.values(), ids=REFUSED)
+def test_what_we_cannot_compute_is_refused_in_one_line(tmp_path, config, line):
+    write(tmp_path, config)
+    with pytest.raises(InputError) as error:
+        read_shape(tmp_path)
+    assert str(error.value) == line.format(path=tmp_path / "config.json")
+
+
+UNREADABLE = {
+    "not JSON": (b"{", "is not valid JSON: Expecting property name enclosed in double quotes"),
+    "not text": (b"\xff\xfe", "is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+    "not an object": (b"[]", "must hold a JSON object, found a list"),
+}
+
+
+@pytest.mark.parametrize("content, line", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_config_is_named(tmp_path, content, line):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_shape(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'} {line}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(InputError) as error:
+        read_shape(tmp_path / "absent")
+    path = tmp_path / "absent" / "config.json"
+    assert str(error.value) == f"a Hugging Face folder needs a file config.json, found none at {path}"
+
+
+def tiny(architecture="Qwen2ForCausalLM", **changes):
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 16,
+        "ffn_size": 24,
+        "num_heads": 8,
+        "num_query_groups": 2,
+        "head_dim": 4,
+        "vocab_size": 131,
+        "tied_embeddings": False,
+        "qkv_bias": architecture == "Qwen2ForCausalLM",
+        "norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "max_positions": 64,
+    }
+    return ModelShape(architecture=architecture, **{**sizes, **changes})
+
+
+def shard(row, shape, parts, rank, ranks):
+    """Build one rank's tensor from whole HF tensors, by the segments."""
+    dim = row.split or 0
+    pieces = []
+    for part, start, stop in segments(row, shape, rank, ranks):
+        size = list(parts[0].shape)
+        size[dim] = stop - start
+        pieces.append(torch.zeros(size) if part is None else parts[part].narrow(dim, start, stop - start))
+    return torch.cat(pieces, dim)
+
+
+def named(shape, name):
+    return next(row for row in rows(shape) if row.megatron == name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("architecture", TABLES)
+def test_every_element_lies_in_exactly_one_place(architecture, groups, ranks):
+    shape = tiny(architecture, num_query_groups=groups)
+    for row in rows(shape):
+        sizes = [s[row.split or 0] for s in row.hf_shapes(shape)]
+        times = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+        zeros = 0
+        for rank in range(ranks):
+            pieces = segments(row, shape, rank, ranks)
+            assert sum(s.stop - s.start for s in pieces) == local_shape(row, shape, ranks)[row.split or 0]
+            for part, start, stop in pieces:
+                if part is None:
+                    zeros += stop - start
+                else:
+                    times[part][start:stop] += 1
+        copies = ranks if row.split is None else 1
+        assert all((t == copies).all() for t in times), row.megatron
+        is_vocab = row.dims[0][0] == "vocab"
+        assert zeros == (padded_vocab(131, ranks) - 131 if is_vocab else 0), row.megatron
+
+
+@pytest.mark.parametrize("tail", [(), (16,)], ids=["bias", "weight"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_qkv_puts_each_key_value_head_behind_its_queries(ranks, groups, tail):
+    """Also where the cut goes through a group, as groups < ranks makes it."""
+    shape = tiny(num_query_groups=groups)
+    d, per_group = shape.head_dim, shape.num_heads // groups
+    q, k, v = (torch.randn(heads * d, *tail) for heads in (shape.num_heads, groups, groups))
+    by_hand = []
+    for g in range(groups):
+        by_hand += [
+            q[g * per_group * d : (g + 1) * per_group * d],
+            k[g * d : (g + 1) * d],
+            v[g * d : (g + 1) * d],
+        ]
+    row = named(shape, "decoder.layers.1.self_attention.linear_qkv." + ("weight" if tail else "bias"))
+    for rank, want in enumerate(torch.cat(by_hand).chunk(ranks)):
+        assert torch.equal(shard(row, shape, [q, k, v], rank, ranks), want)
+
+
+def test_each_rank_holds_its_gate_rows_and_then_its_up_rows():
+    shape = tiny()
+    gate, up = torch.randn(24, 16), torch.randn(24, 16)
+    row = named(shape, "decoder.layers.0.mlp.linear_fc1.weight")
+    assert torch.equal(shard(row, shape, [gate, up], 1, 4), torch.cat([gate[6:12], up[6:12]]))
+
+
+def test_row_parallel_weights_are_cut_by_columns():
+    shape = tiny()
+    down = torch.randn(16, 24)
+    row = named(shape, "decoder.layers.0.mlp.linear_fc2.weight")
+    assert torch.equal(shard(row, shape, [down], 3, 4), down[:, 18:])
+
+
+def test_vocabulary_is_padded_with_zeros_at_its_end():
+    shape = tiny()
+    table = torch.randn(131, 16)
+    row = named(shape, "embedding.word_embeddings.weight")
+    last = shard(row, shape, [table], 1, 2)
+    assert last.shape == (128, 16)
+    assert torch.equal(last[:3], table[128:])
+    assert not last[3:].any()
+
+
+@pytest.mark.parametrize(
+    "size, ranks, want", [(131, 1, 256), (128, 8, 128), (131, 3, 384), (151936, 8, 151936), (1, 256, 256)]
+)
+def test_padded_vocabulary(size, ranks, want):
+    assert padded_vocab(size, ranks) == want
+
+
+def test_tied_embeddings_have_no_output_layer():
+    names = {row.megatron for row in rows(tiny(tied_embeddings=True))}
+    assert names == {row.megatron for row in rows(tiny())} - {"output_layer.weight"}
+
+
+def test_ranks_that_do_not_divide_are_named():
+    shape = tiny()
+    with pytest.raises(InputError) as error:
+        segments(named(shape, "decoder.layers.1.mlp.linear_fc1.weight"), shape, 0, 5)
+    line = "parallel.tensor must divide the 24 of decoder.layers.1.mlp.linear_fc1.weight, got 5 ranks"
+    assert str(error.value) == line
