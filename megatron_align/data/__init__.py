@@ -1,0 +1,1 @@
+"""Data: file -> record -> tokens -> store -> step plan -> PackedBatch."""
