@@ -93,7 +93,7 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
     ]
     if wrong:
         raise InputError(
-            f"the tensors must have the shapes that config.json gives: {'; '.join(wrong)} in {weights.folder}"
+            f"the tensors must have config.json's shapes: {'; '.join(wrong)} in {weights.folder}"
         )
     odd = [f"{name} is {weights.dtype(name)}" for name in wanted if weights.dtype(name) not in _DTYPES]
     if odd:
@@ -140,9 +140,10 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise InputError(
-            f"{path} must be a complete safetensors file, found it damaged or cut short: {error}"
-        ) from error
+        with path.open("rb") as file:
+            pointer = file.read(20) == b"version https://git-"
+        found = "a git-lfs pointer (run: git lfs pull)" if pointer else f"it damaged or cut short ({error})"
+        raise InputError(f"a complete safetensors file is needed, found {found} at {path}") from error
 
 
 def _open_shards(folder: Path) -> dict[str, safe_open]:

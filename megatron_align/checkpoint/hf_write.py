@@ -110,9 +110,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _refuse_occupied(self) -> None:
@@ -124,7 +125,9 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._pending:
             self._shards.append(sorted(self._pending))
-            save_file(self._pending, self.partial / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+            file = self.partial / f"shard-{len(self._shards)}"
+            save_file(self._pending, file, metadata={"format": "pt"})
+            file.chmod(self.partial.stat().st_mode & 0o666)  # safetensors hides it from everyone else
             self._pending, self._pending_bytes = {}, 0
 
     def _name_shards(self) -> None:

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from megatron_align.checkpoint import hf_read
 from megatron_align.checkpoint.hf import (
     HFWeights,
     ShardWriter,
@@ -179,7 +178,3 @@ def test_parameters_that_are_not_the_models_are_a_bug_of_the_caller(tmp_path, lo
     with pytest.raises(ValueError) as error:
         load_weights(source, read_shape(source), local, 0, 2)
     assert str(error.value).startswith(line)
-
-
-def test_dtypes_are_those_that_we_can_train_from():
-    assert set(hf_read._DTYPES) == {"F64", "F32", "F16", "BF16"}

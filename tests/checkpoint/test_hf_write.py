@@ -1,0 +1,198 @@
+"""An exported folder is complete or absent: nothing half-written can be seen, and what it replaces stays
+until the new one is whole. It holds all that the source does besides weights, and says its dtype.
+"""
+
+import json
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from megatron_align.checkpoint import hf_write
+from megatron_align.checkpoint.hf import ShardWriter, copy_assets, write_config_dtype
+from megatron_align.errors import InputError
+
+
+def names_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def write(folder, value=1.0, **options):
+    with ShardWriter(folder, **options) as writer:
+        writer.add("w", torch.full((4,), value))
+
+
+def test_the_folder_appears_only_when_it_is_whole(tmp_path):
+    out = tmp_path / "deep" / "out"
+    writer = ShardWriter(out, max_bytes=16)
+    for name in "abc":
+        writer.add(name, torch.ones(4))
+        assert not out.exists()
+    (writer.partial / "config.json").write_text("{}")
+    writer.close()
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert names_in(out) == ["config.json", *shards, "model.safetensors.index.json"]
+    assert names_in(tmp_path / "deep") == ["out", *(f"out/{name}" for name in names_in(out))]
+
+
+def out_of_luck(*args):
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize("step", ["add", "_flush", "_name_shards", "_replace"])
+def test_a_failure_leaves_no_trace(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(ShardWriter, step, out_of_luck)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        write(tmp_path / "out")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["_name_shards", "_replace"])
+def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, step):
+    out = tmp_path / "out"
+    write(out, 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, step, out_of_luck)
+        with pytest.raises(RuntimeError):
+            write(out, 2.0, overwrite=True)
+    assert load_file(out / "model.safetensors")["w"][0] == 1
+    (out / "stale.txt").write_text("")
+    write(out, 2.0, overwrite=True)
+    assert load_file(out / "model.safetensors")["w"][0] == 2
+    assert names_in(tmp_path) == ["out", "out/model.safetensors"]
+
+
+def test_killed_between_the_two_renames_the_old_folder_survives_aside(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, 1.0)
+    rename = hf_write.Path.rename
+
+    def die_at_the_second(self, target):
+        if self.name == ".out.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_write.Path, "rename", die_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            write(out, 2.0, overwrite=True)
+    aside = tmp_path / ".out.replaced"
+    assert load_file(aside / "model.safetensors")["w"][0] == 1
+    writer = ShardWriter(out)
+    assert aside.exists()
+    writer.add("w", torch.full((4,), 3.0))
+    writer.close()
+    assert names_in(tmp_path) == ["out", "out/model.safetensors"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    ShardWriter(tmp_path / "out", max_bytes=1).add("x", torch.ones(4))  # never closed
+    write(tmp_path / "out")
+    assert names_in(tmp_path) == ["out", "out/model.safetensors"]
+
+
+def test_what_is_in_the_way_is_not_overwritten(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out)  # an empty folder loses nothing
+    with pytest.raises(InputError) as error:
+        ShardWriter(out)
+    assert str(error.value) == f"the exported model needs a new or empty folder, found files in {out}"
+    with pytest.raises(InputError) as error:
+        ShardWriter(out / "model.safetensors", overwrite=True)
+    line = f"the exported model needs a folder, found a file at {out / 'model.safetensors'}"
+    assert str(error.value) == line
+
+
+def test_a_folder_that_others_filled_meanwhile_is_not_overwritten(tmp_path):
+    writer = ShardWriter(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    with pytest.raises(InputError, match="new or empty folder"):
+        writer.close()
+    assert names_in(tmp_path / "out") == ["precious"]
+
+
+def test_files_are_as_readable_as_their_folder(tmp_path):
+    write(tmp_path / "out")
+    folder, file = (p.stat().st_mode for p in (tmp_path / "out", tmp_path / "out" / "model.safetensors"))
+    assert stat.S_IMODE(file) == stat.S_IMODE(folder) & 0o666
+
+
+def test_a_buffer_may_be_reused_after_add(tmp_path):
+    buffer = torch.ones(2, 3)
+    with ShardWriter(tmp_path / "out") as writer:
+        writer.add("a", buffer.T)
+        writer.add("b", buffer)
+        buffer.zero_()
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(got["a"], torch.ones(3, 2))
+    assert torch.equal(got["b"], torch.ones(2, 3))
+
+
+def test_a_name_is_written_once(tmp_path):
+    writer = ShardWriter(tmp_path / "out", max_bytes=1)
+    writer.add("w", torch.ones(1))
+    writer.add("v", torch.ones(1))
+    with pytest.raises(ValueError, match="w was already written"):
+        writer.add("w", torch.ones(1))
+
+
+def test_assets_are_copied_and_weights_are_not(tmp_path):
+    source, out = tmp_path / "hf", tmp_path / "out"
+    kept = [
+        "LICENSE",
+        "added_tokens.json",
+        "additional_chat_templates/tool.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+    left = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "optimizer.pt",
+        "pytorch_model.bin",
+        "README.md",
+    ]
+    (source / "additional_chat_templates").mkdir(parents=True)
+    for name in kept + left:
+        (source / name).write_text(name)
+    out.mkdir()
+    copy_assets(source, out)
+    assert names_in(out) == sorted([*kept, "additional_chat_templates"])
+    assert all((out / name).read_text() == name for name in kept)
+
+
+def test_assets_need_a_config(tmp_path):
+    with pytest.raises(InputError) as error:
+        copy_assets(tmp_path, tmp_path)
+    path = tmp_path / "config.json"
+    assert str(error.value) == f"a Hugging Face folder needs a file config.json, found none at {path}"
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"dtype": "float16", "torch_dtype": None}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
+        ({}, {"torch_dtype": "bfloat16"}),
+    ],
+    ids=["transformers 4", "transformers 5", "both", "neither"],
+)
+def test_dtype_is_said_where_transformers_reads_it(tmp_path, before, after):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen2", **before, "note": "é"}))
+    write_config_dtype(tmp_path, torch.bfloat16)
+    assert json.loads(path.read_text()) == {"model_type": "qwen2", **after, "note": "é"}
+    assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
