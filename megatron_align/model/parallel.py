@@ -1,0 +1,172 @@
+"""Ranks and process groups: joining, leaving, and a watchdog that names the rank the others wait for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.config import ParallelConfig
+from megatron_align.errors import InputError
+from megatron_align.model import cpu
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """This process among the others, as the launcher's environment tells it (alone without a launcher)."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Place:
+        """Read RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        found = [name for name in names if name in os.environ]
+        if found and len(found) < len(names):
+            missing = sorted(set(names) - set(found))
+            raise InputError(f"a launcher must set all of {', '.join(names)}; the environment lacks {', '.join(missing)}")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, ("0", "0", "1"), strict=True)))
+
+
+def join(place: Place, config: ParallelConfig) -> Watchdog:
+    """Meet the other ranks and build the process groups: nccl on GPUs, gloo on CPU.
+
+    Raises:
+        InputError: if the world size does not fit the layout.
+        TimeoutError: naming the ranks that did not come within ``config.timeout_seconds``.
+    """
+    config.data_parallel(place.world_size)
+    on_cpu = cpu.install()
+    if not on_cpu:
+        torch.cuda.set_device(place.local_rank)
+    timeout = timedelta(seconds=config.timeout_seconds)
+    store = _meet(place, timeout)
+    # The watchdog speaks first, as it can name the rank; the backend's own timeout is the second net.
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=dist.PrefixStore("group", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout + timedelta(seconds=60),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline,
+        context_parallel_size=config.context,
+        distributed_timeout_minutes=timeout.total_seconds() / 60 + 1,
+    )
+    return Watchdog(store, place, config.timeout_seconds)
+
+
+def leave() -> None:
+    """Tear down the process groups."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def groups() -> ProcessGroupCollection:
+    """Return the process groups of the current layout."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _meet(place: Place, timeout: timedelta) -> dist.Store:
+    if "MASTER_ADDR" not in os.environ and place.world_size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    store.set(f"joined/{place.rank}", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    absent = list(range(place.world_size))
+    while absent := [rank for rank in absent if not store.check([f"joined/{rank}"])]:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{place.world_size} ranks must join within {timeout.total_seconds():g} s; missing: rank {_ranks(absent)}"
+            )
+        time.sleep(0.05)
+    return store
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+class Watchdog:
+    """Ends the run when no progress is made for too long, and says which rank the others wait for.
+
+    Each rank reports what it is about to do; a thread of each rank looks after its own last report. Works
+    the same for gloo and nccl, whose own errors name a socket or a collective, not a rank.
+    """
+
+    def __init__(self, store: dist.Store, place: Place, timeout_seconds: float):
+        self._store = dist.PrefixStore("watchdog", store)
+        self._place = place
+        self._timeout = timeout_seconds
+        self._number = 0
+        self._last = time.monotonic()
+        self._stop = threading.Event()
+        self.report("start")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def report(self, doing: str) -> None:
+        """Say what this rank does next, for example ``step 17``."""
+        self._number += 1
+        self._last = time.monotonic()
+        self._store.set(f"rank/{self._place.rank}", f"{self._number}:{doing}")
+
+    def close(self) -> None:
+        """Stop watching: the work is done."""
+        self._stop.set()
+        self._thread.join()
+
+    @contextmanager
+    def watching(self) -> Iterator[Watchdog]:
+        """Watch for the length of a with-block."""
+        try:
+            yield self
+        finally:
+            self.close()
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._timeout / 10)
+        while not self._stop.wait(pause):
+            if time.monotonic() - self._last > self._timeout:
+                line = self.diagnosis()
+                if self._store.add("spoken", 1) == 1:
+                    print(f"error: {line}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def diagnosis(self) -> str:
+        """Return one line naming the ranks that are furthest behind and what they last reported."""
+        reports: dict[int, tuple[int, str]] = {}
+        for rank in range(self._place.world_size):
+            number, _, doing = self._store.get(f"rank/{rank}").decode().partition(":")
+            reports[rank] = (int(number), doing)
+        ahead, behind = max(reports.values()), min(reports.values())
+        late = [rank for rank, report in reports.items() if report[0] == behind[0]]
+        wait = f"no progress for {self._timeout:g} s"
+        if ahead[0] == behind[0]:
+            return f"{wait}: every rank is in '{ahead[1]}' and none gets on"
+        return f"{wait}: rank {_ranks(late)} is still in '{behind[1]}' while others wait in '{ahead[1]}'"
+
+
+def all_reduce_sum(values: list[float], group: Any = None) -> list[float]:
+    """Sum a few host numbers over ``group`` in fp64 (fp32 would lose counts above 2**24)."""
+    total = torch.tensor(values, dtype=torch.float64, device=cpu.device())
+    dist.all_reduce(total, group=group)
+    return total.tolist()

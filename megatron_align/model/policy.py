@@ -1,0 +1,268 @@
+"""The policy: megatron-core's embedding, transformer block and head, composed for packs.
+
+Shapes: T tokens of the pack (T / TP on each rank between layers under sequence parallel), N scored rows,
+H hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, ModelType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor, nn
+
+from megatron_align.config import ParallelConfig
+from megatron_align.errors import InputError
+from megatron_align.kernels import token_logprobs
+from megatron_align.model import cpu
+from megatron_align.model.attention import PackedCoreAttention, PackParams, rope_tables
+from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
+from megatron_align.records import PackedBatch
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in fp32, scaled in the input dtype as HF Llama does. Zhang and Sennrich 2019."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
+        # Each rank sees its own tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; keeps shape and dtype."""
+        exact = x.float()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(x.dtype)
+
+
+def transformer_config(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute_layers: int = 0
+) -> TransformerConfig:
+    """Return megatron-core's configuration of the model on this layout.
+
+    Raises:
+        InputError: if heads, layers or recompute groups do not divide over the layout.
+    """
+    _check_layout(shape, parallel, recompute_layers)
+    recompute = {}
+    if recompute_layers:
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": recompute_layers,
+        }
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Fused swiglu and bias-dropout go through torch.compile; off until they were measured on a GPU.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        perform_initialization=False,  # weights always come from a checkpoint
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        calculate_per_token_loss=True,  # the loss arrives normalised: megatron-core must not average it
+        # Two messages between the same two ranks may swap when batched; seen on gloo with virtual stages.
+        batch_p2p_comm=False,
+        variable_seq_lengths=False,
+        **recompute,
+    )
+
+
+def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers: int) -> None:
+    def need(condition: bool, line: str) -> None:
+        if not condition:
+            raise InputError(line)
+
+    tensor, stages = parallel.tensor, parallel.pipeline * parallel.chunks
+    need(
+        shape.num_heads % tensor == 0,
+        f"parallel.tensor must divide the model's {shape.num_heads} attention heads, got {tensor}",
+    )
+    need(
+        shape.num_query_groups % tensor == 0 or tensor % shape.num_query_groups == 0,
+        f"parallel.tensor must divide the model's {shape.num_query_groups} key/value heads or be a multiple "
+        f"of them, got {tensor}",
+    )
+    need(shape.ffn_size % tensor == 0, f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}")
+    need(
+        shape.num_layers % stages == 0,
+        f"parallel.pipeline x virtual_pipeline must divide the model's {shape.num_layers} layers, "
+        f"got {parallel.pipeline} x {parallel.chunks} = {stages}",
+    )
+    layers = shape.num_layers // stages
+    need(
+        recompute_layers == 0 or layers % recompute_layers == 0,
+        f"train.recompute_layers must divide the {layers} layers of a pipeline stage, got {recompute_layers}",
+    )
+
+
+def layer_spec() -> ModuleSpec:
+    """Return the transformer layer: megatron-core's modules, our norm and core attention."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedCoreAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class Policy(LanguageModule):
+    """One pipeline chunk of the language model.
+
+    Call it with a :class:`PackedBatch`. The last stage returns the log-probs of the scored rows, every other
+    one its hidden states for the next stage.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection, chunk: int | None = None
+    ):
+        super().__init__(config, groups)
+        self.shape = shape
+        self.vp_stage = chunk
+        self.model_type = ModelType.encoder_or_decoder
+        chunks = config.virtual_pipeline_model_parallel_size
+        self.pre_process = is_pp_first_stage(groups.pp) and is_vp_first_stage(chunk, chunks)
+        self.post_process = is_pp_last_stage(groups.pp) and is_vp_last_stage(chunk, chunks)
+        self.share_embeddings_and_output_weights = shape.tied_embeddings
+        self.inv_freq = inv_freq(shape)
+        vocab = padded_vocab(shape.vocab_size, config.tensor_model_parallel_size)
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, vocab, shape.max_positions, position_embedding_type="rope", tp_group=groups.tp
+            )
+        layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+            vp_stage=chunk,
+        )
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                vocab,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and shape.tied_embeddings,
+                tp_group=groups.tp,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the hidden states of the previous stage (megatron-core's schedules call this)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return ``logprobs_N`` fp32 of the batch's scored rows, or hidden states before the last stage."""
+        hidden = self._hidden(batch)
+        if not self.post_process:
+            return hidden
+        hidden_NH = self._gathered(hidden)[batch.rows.row_N]
+        return token_logprobs(
+            hidden_NH, self._head(), batch.rows.target_N, group=self.tp_group, vocab_size=self.shape.vocab_size
+        )
+
+    @torch.no_grad()
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Return full logits ``[T, vocab_size]``: for verification; one pipeline stage only."""
+        logits_TV = self._gathered(self._hidden(batch)) @ self._head().T
+        logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
+        return logits_TV[:, : self.shape.vocab_size]
+
+    def global_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by name, layers numbered over the whole model."""
+        offset = get_transformer_layer_offset(self.config, self.vp_stage, self.pp_group.rank())
+        named = {}
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(int(parts[2]) + offset)
+            named[".".join(parts)] = parameter
+        return named
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(batch.tokens_T[None], batch.positions_T[None])
+        cos_TD, sin_TD = rope_tables(batch.positions_T, self.inv_freq)
+        pack = PackParams(layout=batch.layout, cos_TD=cos_TD, sin_TD=sin_TD)
+        return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
+
+    def _gathered(self, hidden: Tensor) -> Tensor:
+        """``[T or T / TP, 1, H] -> [T, H]``. The log-probs' gradient is complete on every rank: no sum here."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
+        return hidden.squeeze(1)
+
+    def _head(self) -> Tensor:
+        return self.output_layer.weight if self.output_layer.weight is not None else self.embedding.word_embeddings.weight
+
+
+def build_policy(config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection) -> list[Policy]:
+    """Build this rank's chunks of the model, weights uninitialised."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    numbers = [None] if chunks is None else list(range(chunks))
+    return [Policy(config, shape, groups, number).to(cpu.device()) for number in numbers]

@@ -1,0 +1,45 @@
+"""Train a model: ``torchrun --nproc-per-node N -m megatron_align.train --config run.yaml [--section.key value]``.
+
+Exit codes: 0 done; 2 bad input, one line says what; 1 any other fault. Heavy imports wait until they are
+needed: the process that megatron-core spawns for saving imports this module again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run with command-line arguments; return the exit code."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # absent Apex and Transformer Engine: not needed
+    from megatron_align.config import parse
+    from megatron_align.errors import InputError
+
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
+        from megatron_align.model.parallel import Place
+        from megatron_align.training.loop import TrainingFault, run
+
+        try:
+            run(config, Place.from_environment())
+        except (TrainingFault, TimeoutError) as error:
+            return _fail(rank, error, 1)
+    except InputError as error:
+        return _fail(rank, error, 2)
+    return 0
+
+
+def _fail(rank: int, error: Exception, code: int) -> int:
+    """Say the reason once. Every rank finds most errors, so the others wait: rank 0's end ends them too."""
+    if rank != 0:
+        time.sleep(5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

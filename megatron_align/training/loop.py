@@ -1,0 +1,293 @@
+"""A run from configuration to exported model: everything that can be wrong is checked before ranks meet."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint.export import export_model
+from megatron_align.checkpoint.hf import HFWeights, check_weights, load_weights
+from megatron_align.config import RunConfig, to_dict
+from megatron_align.data.batch import Share, StepBatches
+from megatron_align.data.store import StoreSpec, TokenStore, prepare_or_wait
+from megatron_align.errors import InputError
+from megatron_align.model import parallel
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.training.metrics import NoSinks, Sinks, check_logging
+from megatron_align.training.objective import build_objective
+from megatron_align.training.optimizer import build_optimizer, set_learning_rate, set_step, wrap_data_parallel
+from megatron_align.training.schedule import learning_rate
+from megatron_align.training.step import Stepper
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class TrainingFault(RuntimeError):
+    """The run cannot go on (for example the loss is not finite); one line says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do, known and checked on every rank before the ranks meet."""
+
+    config: RunConfig
+    place: parallel.Place
+    folder: Path
+    shape: ModelShape
+    assets: Path  # HF folder with config and tokenizer
+    weights: Path  # HF folder or checkpoint that training starts from
+    resume: tuple[int, Path] | None
+    megatron: TransformerConfig
+    train: TokenStore
+    validation: TokenStore | None
+
+
+def run(config: RunConfig, place: parallel.Place) -> None:
+    """Train as configured, on this rank.
+
+    Raises:
+        InputError: for anything the user can mend.
+        TrainingFault: if training itself fails.
+    """
+    plan = prepare(config, place)
+    watchdog = parallel.join(place, config.parallel)
+    with watchdog.watching():
+        _Run(plan, watchdog).go()
+    parallel.leave()
+
+
+def prepare(config: RunConfig, place: parallel.Place) -> Plan:
+    """Check everything and tokenise; no process group exists yet, so nothing can time out."""
+    config.parallel.data_parallel(place.world_size)
+    check_logging(config.logging)
+    source = sharded.find(config.model.path)
+    assets = source / sharded.ASSETS if source else Path(config.model.path)
+    shape = read_shape(assets)
+    megatron = transformer_config(shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers)
+    if source is None:
+        check_weights(HFWeights(assets), shape)
+    if config.data.sequence_length > shape.max_positions:
+        raise InputError(
+            f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
+            f"got {config.data.sequence_length}"
+        )
+    folder = Path(config.checkpoint.dir)
+    _need_writable(folder)
+    resume = _resume_point(config, folder, shape)
+    stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
+    _need_vocabulary(stores, shape)
+    return Plan(
+        config=config,
+        place=place,
+        folder=folder,
+        shape=shape,
+        assets=assets,
+        weights=source or assets,
+        resume=resume,
+        megatron=megatron,
+        train=stores["train"],
+        validation=stores["validation"],
+    )
+
+
+def _need_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"checkpoint.dir must be a folder that can be written: {error.strerror} at '{folder}'") from error
+
+
+def _resume_point(config: RunConfig, folder: Path, shape: ModelShape) -> tuple[int, Path] | None:
+    steps = sharded.list_steps(folder)
+    if not steps:
+        return None
+    step, path = steps[-1]
+    if config.checkpoint.resume == "never":
+        raise InputError(f"checkpoint.resume: never needs a checkpoint.dir without checkpoints, found {path}")
+    sharded.same_model(sharded.read_card(path), shape, path)
+    return step, path
+
+
+def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Place) -> TokenStore | None:
+    files = getattr(config.data, split)
+    if files is None:
+        return None
+    spec = StoreSpec(
+        files=(files,) if isinstance(files, str) else tuple(files),
+        tokenizer=str(assets),
+        sequence_length=config.data.sequence_length,
+        too_long=config.data.too_long,
+        cache=config.data.cache or str(Path(config.checkpoint.dir) / "data_cache"),
+    )
+    return TokenStore(prepare_or_wait(spec, place.local_rank))
+
+
+def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
+    for split, store in stores.items():
+        highest = store.manifest.get("largest_token", 0) if store else 0
+        if highest >= shape.vocab_size:
+            raise InputError(
+                f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, data.{split} has token {highest}"
+            )
+
+
+class _Run:
+    """The run on this rank, once the ranks have met."""
+
+    def __init__(self, plan: Plan, watchdog: parallel.Watchdog):
+        self.plan, self.config, self.watchdog = plan, plan.config, watchdog
+        self.groups = parallel.groups()
+        self.objective = build_objective(self.config.objective)
+        self.done, resumed = plan.resume or (0, None)
+        chunks = build_policy(plan.megatron, plan.shape, self.groups)
+        watchdog.report("loading weights")
+        if resumed is None:
+            self._load_start(chunks)
+        self.model = wrap_data_parallel(chunks)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
+        if resumed is not None:
+            sharded.load(resumed, self.model, self.optimizer)
+            set_step(self.optimizer, self.done)
+        self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
+        self.batches = self._batches(plan.train)
+        self.steps = self.batches.steps
+        if self.done > self.steps:
+            raise InputError(f"the run must have at least the {self.done} steps already done in {plan.folder}, got {self.steps}")
+
+    def _load_start(self, chunks: list[Any]) -> None:
+        if self.plan.weights == self.plan.assets:
+            local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
+            load_weights(self.plan.weights, self.plan.shape, local, self.groups.tp.rank(), self.groups.tp.size())
+        else:
+            sharded.load(self.plan.weights, chunks)
+
+    def _batches(self, store: TokenStore, train: Any = None) -> StepBatches:
+        parallel_config = self.config.parallel
+        share = Share(
+            ranks=self.groups.dp.size(),
+            rank=self.groups.dp.rank(),
+            multiple=parallel_config.tensor if self.plan.megatron.sequence_parallel else 1,
+            # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
+            min_micro_batches=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
+        )
+        return StepBatches(store, self.config.data, train or self.config.train, self.objective.normalization, share)
+
+    def go(self) -> None:
+        """Train what is left, then export."""
+        settings = to_dict(self.config)
+        if dist.get_rank() == 0:
+            text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            (self.plan.folder / "config.yaml").write_text(text, encoding="utf-8")
+            sinks = Sinks(self.plan.folder, self.config.logging, settings, self.done, self.steps)
+        else:
+            sinks = NoSinks()
+        with sinks:
+            sinks.say(self._summary())
+            for step in range(self.done + 1, self.steps + 1):
+                self._step(step, sinks)
+            if self.config.checkpoint.export_hf:
+                self.watchdog.report("export")
+                chunks = [chunk.module for chunk in self.model]
+                export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
+                sinks.say(f"exported to {self.plan.folder / 'hf'}")
+
+    def _step(self, step: int, sinks: Sinks | NoSinks) -> None:
+        started = time.perf_counter()
+        self.watchdog.report(f"step {step}")
+        lr = learning_rate(self.config.optimizer, step, self.steps)
+        set_learning_rate(self.optimizer, lr)
+        result = self.stepper.train(self.batches.batches(step - 1))
+        counts = self.batches.counts(step - 1)
+        seconds = time.perf_counter() - started
+        if not all(map(_finite, (result.metrics["loss"], result.grad_norm))):
+            facts = f"loss {result.metrics['loss']}, gradient norm {result.grad_norm}"
+            raise TrainingFault(f"training needs finite numbers, got {facts} at step {step}")
+        row = {
+            "step": step,
+            **result.metrics,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": counts.tokens,
+            "trained_tokens": counts.scored_tokens,
+            "padding": round(1 - counts.tokens / counts.padded_tokens, 6),
+            "samples": counts.samples,
+            "tokens_per_second": counts.tokens / seconds,
+            "step_seconds": seconds,
+        }
+        sinks.write(row)
+        every, last = self.config.checkpoint.save_every, step == self.steps
+        if last or (every and step % every == 0):
+            self._save(step)
+        every = self.config.train.validate_every
+        if self.plan.validation and (last or (every and step % every == 0)):
+            sinks.write({"step": step, "split": "validation", **self._validate(self.plan.validation)})
+
+    def _validate(self, store: TokenStore) -> dict[str, float]:
+        """Return the metrics over the whole validation data, weighted as in training."""
+        one_epoch = self._batches(store, _one_epoch(self.config))
+        totals: dict[str, float] = {}
+        weight_sum = 0
+        for step in range(one_epoch.steps):
+            self.watchdog.report(f"validation batch {step + 1}")
+            metrics = self.stepper.evaluate(one_epoch.batches(step)).metrics
+            counts = one_epoch.counts(step)
+            weight = counts.scored_tokens if self.objective.normalization == "token" else counts.samples
+            weight_sum += weight
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + value * weight
+        return {name: value / weight_sum for name, value in totals.items()}
+
+    def _save(self, step: int) -> None:
+        self.watchdog.report(f"saving step {step}")
+        card = sharded.make_card(
+            step,
+            self.plan.shape,
+            self.plan.megatron.params_dtype,
+            world_size=self.plan.place.world_size,
+            config=to_dict(self.config),
+            data=self.plan.train.manifest,
+        )
+        sharded.save(sharded.step_folder(self.plan.folder, step), self.model, self.optimizer, card, self.plan.assets)
+        if dist.get_rank() == 0:
+            sharded.prune(self.plan.folder, self.config.checkpoint.keep)
+
+    def _summary(self) -> str:
+        shape, place, layout = self.plan.shape, self.plan.place, self.config.parallel
+        data = self.plan.train.manifest
+        return "\n".join(
+            (
+                f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
+                f"vocabulary {shape.vocab_size}, {self.config.train.precision}",
+                f"layout     {place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
+                f"data {self.groups.dp.size()}, device {'cuda' if torch.cuda.is_available() else 'cpu'}",
+                f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
+                f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated",
+                f"objective  {self.config.objective.name}, every {self.objective.normalization} weighs the same; "
+                f"{self.config.train.global_batch_size} samples a step",
+                f"steps      {self.done} done of {self.steps}"
+                + (f", resumed from {self.plan.resume[1]}" if self.plan.resume else ""),
+            )
+        )
+
+
+def _finite(number: float | None) -> bool:
+    return number is not None and abs(number) != float("inf") and number == number
+
+
+def _one_epoch(config: RunConfig) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(config.train, steps=None, epochs=1)

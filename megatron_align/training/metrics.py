@@ -1,0 +1,128 @@
+"""Where a run's numbers go: metrics.jsonl always; TensorBoard and Weights & Biases on request; the terminal.
+
+Only rank 0 has a sink that writes; the others get one that does nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_align.config import LoggingConfig
+from megatron_align.errors import InputError
+
+METRICS = "metrics.jsonl"
+_SHOWN = {"loss": ".4f", "grad_norm": ".3f", "lr": ".2e", "tokens_per_second": ",.0f"}
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """Check, before anything starts, that what is asked for is installed.
+
+    Raises:
+        InputError: naming the package that is missing.
+    """
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError("logging.wandb needs the package wandb, which is not installed: pip install wandb")
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Drop the rows after ``step``: a resumed run writes them again. The file is replaced whole."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a kill in the middle of a write leaves half a line, always the last
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    replacement = file.with_name(f".{file.name}.partial")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    os.replace(replacement, file)
+
+
+class Sinks:
+    """Rank 0's outputs, open for the length of a with-block."""
+
+    def __init__(self, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int):
+        keep_until(folder / METRICS, done)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._wandb = None
+        if config.wandb is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=config.wandb, dir=str(folder), config=dict(settings), resume="allow")
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        # A bar on a terminal, a plain line per step in a pipe or a file.
+        self._progress = None
+        if self.console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("train", total=steps, completed=done, shown="")
+
+    def __enter__(self) -> Sinks:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress:
+            self._progress.stop()
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if error[0] is None else 1)
+
+    def say(self, line: str) -> None:
+        """Print a line for people."""
+        self.console.print(line, markup=False)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Record one row: of a training step, or of a validation (``split``)."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        split = row.get("split", "train")
+        numbers = {f"{split}/{k}": v for k, v in row.items() if k not in ("step", "split")}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=row["step"])
+        shown = "  ".join(f"{k} {row[k]:{form}}" for k, form in _SHOWN.items() if k in row)
+        if split != "train":
+            self.say(f"step {row['step']}/{self._steps}  {split}  {shown}")
+        elif self._progress:
+            self._progress.update(self._task, completed=row["step"], shown=shown)
+        else:
+            self.say(f"step {row['step']}/{self._steps}  {shown}")
+
+
+class NoSinks:
+    """What the other ranks write: nothing."""
+
+    def __enter__(self) -> NoSinks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        """Do nothing."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Do nothing."""

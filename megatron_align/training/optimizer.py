@@ -1,0 +1,107 @@
+"""AdamW in megatron-core's distributed optimizer: fp32 master weights and moments, sharded over data-parallel ranks.
+
+Needs neither Transformer Engine nor Apex. megatron-core's own factory has no place to hand in an optimizer,
+so the parts are put together here.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import (
+    OptimizerConfig as MegatronOptimizerConfig,
+)
+from megatron.core.optimizer import (
+    _get_param_groups_and_buffers,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.config import OptimizerConfig
+from megatron_align.model.policy import Policy
+
+
+def wrap_data_parallel(chunks: list[Policy]) -> list[DistributedDataParallel]:
+    """Give each chunk its gradient buffer: fp32, summed (never averaged) over data-parallel ranks."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False, average_in_collective=False
+    )
+    return [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    model: list[DistributedDataParallel], config: OptimizerConfig, groups: ProcessGroupCollection
+) -> DistributedOptimizer:
+    """Build the optimizer after the model has its weights: the fp32 masters are copied here."""
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=model[0].config.params_dtype == torch.bfloat16,
+        params_dtype=model[0].config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    param_groups, buffers = _get_param_groups_and_buffers(
+        model,
+        model_chunk_offset=0,
+        config=settings,
+        config_overrides=get_standard_config_overrides(settings),  # vectors: wd_mult 0
+        filter_fn=lambda group: not group["is_expert_parallel"],
+        buffer_name="buffers",
+    )
+    for group in param_groups:
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    adamw = torch.optim.AdamW(
+        param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available()
+    )
+    optimizer = DistributedOptimizer(
+        adamw,
+        settings,
+        grad_scaler=None,
+        init_state_fn=lambda *_: None,
+        model_chunks=model,
+        per_model_buffers=buffers,
+        data_parallel_group=groups.dp_cp,
+        data_parallel_group_gloo=None,
+        data_parallel_group_idx=groups.mp.rank(),
+        distributed_optimizer_instance_id=0,
+    )
+    optimizer.grad_stats_parallel_group = groups.intra_dist_opt
+    optimizer.tp_group = groups.tp
+    _allocate_state(adamw)
+    return optimizer
+
+
+def _allocate_state(adamw: torch.optim.AdamW) -> None:
+    """Make the moments now: the distributed optimizer's state dict needs them even before the first step."""
+    for group in adamw.param_groups:
+        for shard in group["params"]:
+            adamw.state[shard] = {
+                "step": torch.zeros((), dtype=torch.float32, device=shard.device if group["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(shard, dtype=torch.float32),
+                "exp_avg_sq": torch.zeros_like(shard, dtype=torch.float32),
+            }
+
+
+def set_learning_rate(optimizer: DistributedOptimizer, lr: float) -> None:
+    """Set the rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def set_step(optimizer: DistributedOptimizer, step: int) -> None:
+    """Set the number of updates done (Adam's bias correction), after loading a checkpoint.
+
+    megatron-core reads and writes it in different places with and without Transformer Engine; every update
+    here is a training step, so the step number says it all.
+    """
+    for state in optimizer.optimizer.state.values():
+        state["step"].fill_(step)

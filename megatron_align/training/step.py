@@ -1,0 +1,106 @@
+"""One training step: every micro-batch forward and backward, gradients summed, one update.
+
+Losses arrive normalised over the step's global batch (see ``data``), so everything here is a plain sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_align.model import cpu
+from megatron_align.model.parallel import all_reduce_sum
+from megatron_align.records import PackedBatch
+from megatron_align.training.objective import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Global numbers of one step: reduced over every rank and micro-batch."""
+
+    metrics: dict[str, float]  # the objective's own, ``loss`` first
+    grad_norm: float | None  # before clipping; None where no backward ran
+
+
+class Stepper:
+    """Runs steps over this rank's micro-batches through megatron-core's pipeline schedules."""
+
+    def __init__(
+        self,
+        model: Sequence[DistributedDataParallel],
+        objective: Objective,
+        groups: ProcessGroupCollection,
+        optimizer: DistributedOptimizer | None = None,
+    ):
+        self.model = list(model)
+        self.objective = objective
+        self.groups = groups
+        self.optimizer = optimizer
+        config = self.model[0].config
+        # The loss is already divided by the global batch's tokens: finalize must not divide by anything.
+        config.finalize_model_grads_func = lambda chunks, _tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        config.grad_scale_func = None
+
+    def train(self, batches: Sequence[PackedBatch]) -> StepResult:
+        """Do one update. ``batches`` are this data-parallel rank's packs, all of one length."""
+        if self.optimizer is None:
+            raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._schedule(batches, forward_only=False)
+        # Read before the update: step() clips in place and reports no norm when clipping is off.
+        if self.optimizer.config.clip_grad > 0:
+            _, grad_norm, _ = self.optimizer.step()
+        else:
+            self.optimizer.prepare_grads()
+            grad_norm = self.optimizer.get_grad_norm()
+            self.optimizer.step_with_ready_grads()
+        return StepResult(metrics, float(grad_norm))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
+        """Return the same numbers without an update."""
+        for chunk in self.model:
+            chunk.eval()
+        return StepResult(self._schedule(batches, forward_only=True), None)
+
+    def _schedule(self, batches: Sequence[PackedBatch], forward_only: bool) -> dict[str, float]:
+        iterators = [iter(batches) for _ in self.model]
+        partial_sums = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens_T.shape[0],
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return self._reduce(partial_sums)
+
+    def _forward(self, batches: Iterator[PackedBatch], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
+        batch = next(batches).to(cpu.device())
+        return model(batch), partial(self._loss, batch)
+
+    def _loss(self, batch: PackedBatch, logprobs_N: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, sums = self.objective.loss(logprobs_N, batch.rows)
+        tokens = torch.tensor(batch.rows.row_N.shape[0], dtype=torch.int, device=loss.device)
+        return loss, tokens, {"loss": loss.detach().clone(), **sums}
+
+    def _reduce(self, partial_sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum over micro-batches and ranks; only one tensor-parallel rank of the last stage counts."""
+        names = ("loss", *self.objective.metrics)
+        totals = [0.0] * len(names)
+        if partial_sums and self.groups.tp.rank() == 0:
+            totals = [torch.stack([sums[name].double() for sums in partial_sums]).sum().item() for name in names]
+        return dict(zip(names, all_reduce_sum(totals), strict=True))
