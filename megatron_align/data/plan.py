@@ -76,8 +76,9 @@ def plan_step(
 ) -> StepPlan:
     """Spread the samples of a step over ``ranks x micro-batches`` packs.
 
-    Takes the fewest micro-batches into which the samples are found to fit, balances tokens over the packs
-    (ties: sum of length^2), then sum of length^2 over the ranks. The same arguments give the same plan.
+    Takes the fewest micro-batches into which the samples fit (by best fit decreasing), balances tokens over
+    the packs (ties: sum of length^2), then sum of length^2 over the ranks. The same arguments give the same
+    plan.
 
     Args:
         lengths_B: tokens of each sample.
@@ -97,25 +98,18 @@ def plan_step(
             f"{multiple=}, {min_micro_batches=}, longest sample {max(lengths, default=0)}"
         )
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fewest = len(lengths) if not packing else -(-sum(lengths) // capacity)
-    micro_batches = max(min_micro_batches, -(-fewest // ranks))
-    packs = None if packing else [[i] for i in longest_first]
-    while packs is None:
-        packs = _fill(lengths, longest_first, ranks * micro_batches, capacity)
-        micro_batches += packs is None
+    packs = _tight(lengths, longest_first, capacity) if packing else [[i] for i in longest_first]
+    micro_batches = max(min_micro_batches, -(-len(packs) // ranks))
+    if packing:
+        even = _even(lengths, longest_first, ranks * micro_batches)
+        packs = even if _fullest(lengths, even) <= capacity else packs
     packs += [[] for _ in range(ranks * micro_batches - len(packs))]
-    fullest = max(sum(lengths[i] for i in pack) for pack in packs)
-    padded = max(1, -(-fullest // multiple)) * multiple
+    padded = max(1, -(-_fullest(lengths, packs) // multiple)) * multiple
     return StepPlan(_deal(lengths, packs, ranks), padded)
 
 
-def _fill(lengths: list[int], longest_first: list[int], packs: int, capacity: int) -> list[list[int]] | None:
-    """Fill at most ``packs`` packs evenly if that fits, tightly if only that fits, or return None."""
-    even = _even(lengths, longest_first, packs)
-    if all(sum(lengths[i] for i in pack) <= capacity for pack in even):
-        return even
-    tight = _tight(lengths, longest_first, capacity)
-    return tight if len(tight) <= packs else None
+def _fullest(lengths: list[int], packs: list[list[int]]) -> int:
+    return max(sum(lengths[i] for i in pack) for pack in packs)
 
 
 def _even(lengths: list[int], longest_first: list[int], packs: int) -> list[list[int]]:

@@ -165,19 +165,10 @@ class TokenStore:
 class _Writer:
     """Appends samples to the files of a store; only the index stays in memory."""
 
-    def __init__(self, folder: Path) -> None:
-        self._stack = ExitStack()
-        self._files: dict[str, IO[bytes]] = {
-            name: self._stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in _COLUMNS
-        }
+    def __init__(self, files: dict[str, IO[bytes]]) -> None:
+        self._files = files
         self.offsets = [0]
         self.scored_counts: list[int] = []
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def add(self, sample: Sample) -> None:
         self._put("tokens", sample.tokens_L)
@@ -201,7 +192,9 @@ def _write(folder: Path, spec: StoreSpec, inputs: dict[str, Any]) -> None:
     template = Template(load_tokenizer(spec.tokenizer))
     shapes: list[str] = []
     left_out = {"dropped": 0, "truncated": 0}
-    with _Writer(folder) as writer:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(_create(folder / f"{name}.bin")) for name in _COLUMNS}
+        writer = _Writer(files)
         for sample, where in _progress(_samples(spec, template, shapes)):
             kept = _fit(sample, where, spec, left_out)
             if kept is not None:
@@ -225,6 +218,10 @@ def _write(folder: Path, spec: StoreSpec, inputs: dict[str, Any]) -> None:
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _create(file: Path) -> IO[bytes]:
+    return open(file, "wb")
 
 
 def _samples(spec: StoreSpec, template: Template, shapes: list[str]) -> Iterator[tuple[Sample, str]]:

@@ -52,6 +52,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise InputError(f"{folder}: tokenizer could not be loaded: {_one_line(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises bare Exception; all else is a fault
+            raise
+        raise InputError(f"{folder}: tokenizer could not be loaded: {_one_line(error)}") from error
 
 
 class Template:
