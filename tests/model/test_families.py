@@ -60,7 +60,9 @@ CONFIGS = {
     "qwen2": qwen2(rope_theta=1000000, tie_word_embeddings=True, use_sliding_window=False, sliding_window=32),
     "qwen2 of transformers 5": qwen2(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "qwen2, windows after the last layer": qwen2(use_sliding_window=True, max_window_layers=2),
-    "qwen2, 32 key/value heads by default": without(qwen2(num_attention_heads=32), "num_key_value_heads"),
+    "qwen2, 32 key/value heads by default": without(
+        qwen2(hidden_size=128, num_attention_heads=64), "num_key_value_heads"
+    ),
     "qwen2, null": qwen2(num_key_value_heads=None, rope_scaling=None),
     "qwen2, own head_dim": qwen2(head_dim=32),
     "qwen2, no architectures": without(qwen2(), "architectures"),
