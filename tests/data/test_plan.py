@@ -1,5 +1,5 @@
 """One step is a set of samples: every sample once per epoch for any batch, every sample in exactly one pack
-for any layout, packs within capacity and of one padded length; the same arguments give the same answer, fast."""
+for any layout, packs within capacity and of one length; the same arguments give the same answer, fast."""
 
 import os
 import subprocess

@@ -105,7 +105,8 @@ def test_a_prompt_that_is_no_token_prefix_is_told_once(tokenizer, caplog):
 
 LAST_TURN_ONLY = (
     "{% for m in messages %}{{ m.role + ': ' + m.content }}"
-    "{% if m.role == 'assistant' and loop.last %} (last){% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %} (last){% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 BAD = {
     "no template": (None, TWO_TURNS, "needs a tokenizer with a chat template, got none"),

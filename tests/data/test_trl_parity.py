@@ -145,7 +145,7 @@ def test_conversations_without_marks_have_the_same_tokens(template, tokenizer, j
     assert ours == [ids for ids, _ in of_trl(TALKS, tokenizer, tmp_path)]
 
 
-@pytest.mark.parametrize("limit", [12, 30, 40])
+@pytest.mark.parametrize("limit", [20, 28, 42])
 def test_truncation_keeps_the_start_and_drops_what_has_no_target_left(
     limit, tokenizer_folder, tokenizer, jsonl, tmp_path
 ):
@@ -157,14 +157,8 @@ def test_truncation_keeps_the_start_and_drops_what_has_no_target_left(
         cache=str(tmp_path / "cache"),
     )
     theirs = of_trl(PAIRS, tokenizer, tmp_path, max_length=limit)
-    if not theirs:
-        pytest.fail("the limit leaves nothing to compare")
+    assert theirs
     store = TokenStore(prepare(spec))
     ours = [(s.tokens_L.tolist(), s.scored_L.tolist()) for s in map(store.sample, range(len(store)))]
     assert ours == theirs
     assert store.manifest["dropped"] == len(PAIRS) - len(theirs)
-
-
-def test_print(tokenizer, jsonl):
-    print([(len(i), s.index(True)) for i, s in of_ours(jsonl(PAIRS), tokenizer)])
-    assert 0
