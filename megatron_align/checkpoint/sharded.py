@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import os
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -124,6 +126,9 @@ def save(
         (partial / STATE).mkdir(parents=True)
     dist.barrier()
     state = _sharded_state(chunks, optimizer, groups, is_loading=False)
+    # megatron-core would start a manager process for this queue: seconds, and an orphan after a kill. We save
+    # synchronously, so both of its ends are in this process.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, str(partial / STATE), ("torch_dist", 1))
     if dist.get_rank() == 0:
         (partial / ASSETS).mkdir()

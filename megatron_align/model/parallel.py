@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
@@ -69,6 +70,8 @@ def join(place: Place, config: ParallelConfig) -> Watchdog:
         context_parallel_size=config.context,
         distributed_timeout_minutes=timeout.total_seconds() / 60 + 1,
     )
+    # Nothing here draws random numbers (dropout is 0), but megatron-core's layers ask for its generators.
+    model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return Watchdog(store, place, config.timeout_seconds)
 
 

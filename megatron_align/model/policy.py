@@ -58,6 +58,10 @@ class RMSNorm(nn.Module):
         return self.weight * exact.to(x.dtype)
 
 
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
 def transformer_config(
     shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute_layers: int = 0
 ) -> TransformerConfig:
@@ -94,7 +98,11 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        perform_initialization=False,  # weights always come from a checkpoint
+        # Weights always come from a checkpoint. Switching initialisation off would also leave parameters
+        # unmarked as tensor-parallel, and the gradient norm would then count one rank's shards only.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

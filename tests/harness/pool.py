@@ -1,0 +1,105 @@
+"""One pool of processes for every multi-rank test: started once, it joins a new layout per case.
+
+torchrun costs about 10 s a case, most of it imports; here a case costs about a second. Only processes that
+the pool started are ever stopped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+SIZE = 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    from megatron_align.model import parallel
+
+    while True:
+        try:
+            environment, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            answer = (True, function(parallel.Place.from_environment(), *arguments))
+        except BaseException as error:  # reported to the test, which raises it there
+            answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
+        pipe.send(answer)
+
+
+class RankFailed(Exception):
+    """A rank raised; holds its type, message and traceback."""
+
+
+class Pool:
+    def __init__(self, size: int = SIZE):
+        self._size = size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+        """Call ``function(place, *arguments)`` on each rank and return the answers by rank.
+
+        Raises:
+            RankFailed: with the first rank's error; the pool starts afresh at the next call.
+        """
+        self._start()
+        port = str(free_port())
+        workers = self._workers[:world_size]
+        for rank, (_, pipe) in enumerate(workers):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            pipe.send((environment, function, arguments))
+        answers: dict[int, Any] = {}
+        while len(answers) < world_size:
+            pending = {pipe: rank for rank, (_, pipe) in enumerate(workers) if rank not in answers}
+            ready = wait(list(pending), timeout=timeout)
+            if not ready:
+                self.stop()
+                raise TimeoutError(f"ranks {sorted(pending.values())} did not answer within {timeout} s")
+            for pipe in ready:
+                good, answer = pipe.recv()
+                if not good:
+                    self.stop()
+                    raise RankFailed(f"rank {pending[pipe]}: {answer[0]}: {answer[1]}\n{answer[2]}")
+                answers[pending[pipe]] = answer
+        return [answers[rank] for rank in range(world_size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < self._size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=False)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def stop(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
