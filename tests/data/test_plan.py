@@ -106,6 +106,16 @@ def test_packs_are_few_and_even(lengths, ranks):
     assert loads[-1] - loads[0] <= max(lengths) or loads[-1] > 100 - min(lengths)
 
 
+def test_packs_of_one_size_are_found():
+    def loads(lengths, ranks, capacity):
+        plan = plan_step(np.array(lengths), ranks, capacity)
+        return [sum(lengths[i] for i in pack) for rank in plan.packs for pack in rank]
+
+    assert loads([50, 10, 10, 10, 10, 10], ranks=2, capacity=100) == [50, 50]
+    # longest first into the emptiest pack would make 7 + 5, which needs a second micro-batch
+    assert loads([3, 3, 2, 2, 2], ranks=2, capacity=6) == [6, 6]
+
+
 def test_attention_cost_is_balanced_over_ranks():
     lengths = np.array([64, 1, 1, 1, 64, 1, 1, 1] + [16] * 8)
     plan = plan_step(lengths, ranks=2, capacity=64)

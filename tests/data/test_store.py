@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,10 +93,10 @@ def test_a_second_run_reuses_it(make, monkeypatch):
     assert prepare(make()) == path
 
 
-def test_every_input_has_its_own_store(make, tokenizer, tmp_path):
+def test_every_input_has_its_own_store(make, tokenizer_folder, tmp_path):
     paths = {prepare(make()), prepare(make(sequence_length=2048)), prepare(make(too_long="drop"))}
-    tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(tmp_path / "other")
+    shutil.copytree(tokenizer_folder, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages }}")
     paths.add(prepare(StoreSpec(**{**_fields(make()), "tokenizer": str(tmp_path / "other")})))
     paths.add(prepare(make(RECORDS[:2])))
     assert len(paths) == 5
