@@ -75,13 +75,13 @@ class Share:
         ranks: data-parallel ranks
         rank: this data-parallel rank
         multiple: a pack's padded length is a multiple of this
-        min_micro_batches: fewest micro-batches per rank and step
+        micro_batch_multiple: micro-batches per rank and step are a multiple of this
     """
 
     ranks: int = 1
     rank: int = 0
     multiple: int = 1
-    min_micro_batches: int = 1
+    micro_batch_multiple: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +156,7 @@ class StepBatches:
                 self.data.sequence_length,
                 self.share.multiple,
                 self.data.packing,
-                self.share.min_micro_batches,
+                self.share.micro_batch_multiple,
             )
             self._planned = (step, samples_B, plan)
         return self._planned[1:]

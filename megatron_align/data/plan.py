@@ -72,7 +72,7 @@ def plan_step(
     capacity: int,
     multiple: int = 1,
     packing: bool = True,
-    min_micro_batches: int = 1,
+    micro_batch_multiple: int = 1,
 ) -> StepPlan:
     """Spread the samples of a step over ``ranks x micro-batches`` packs.
 
@@ -86,20 +86,21 @@ def plan_step(
         capacity: most tokens of samples in one pack.
         multiple: every pack's padded length is a multiple of this.
         packing: several samples per pack; False: at most one.
-        min_micro_batches: fewest micro-batches per rank (pipelines need some).
+        micro_batch_multiple: micro-batches per rank are a multiple of this (interleaved pipelines need it).
 
     Raises:
         ValueError: if a sample is longer than ``capacity``, or a size is not positive.
     """
     lengths = [int(length) for length in lengths_B]
-    if min(ranks, capacity, multiple, min_micro_batches) < 1 or max(lengths, default=0) > capacity:
+    if min(ranks, capacity, multiple, micro_batch_multiple) < 1 or max(lengths, default=0) > capacity:
         raise ValueError(
             f"plan_step needs positive sizes and samples within capacity; got {ranks=}, {capacity=}, "
-            f"{multiple=}, {min_micro_batches=}, longest sample {max(lengths, default=0)}"
+            f"{multiple=}, {micro_batch_multiple=}, longest sample {max(lengths, default=0)}"
         )
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     packs = _tight(lengths, longest_first, capacity) if packing else [[i] for i in longest_first]
-    micro_batches = max(min_micro_batches, -(-len(packs) // ranks))
+    rounds = max(1, -(-len(packs) // (ranks * micro_batch_multiple)))
+    micro_batches = rounds * micro_batch_multiple
     if packing:
         even = _even(lengths, longest_first, ranks * micro_batches)
         packs = even if _fullest(lengths, even) <= capacity else packs

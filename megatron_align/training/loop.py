@@ -181,7 +181,7 @@ class _Run:
             rank=self.groups.dp.rank(),
             multiple=parallel_config.tensor if self.plan.megatron.sequence_parallel else 1,
             # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
-            min_micro_batches=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
+            micro_batch_multiple=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
         )
         return StepBatches(store, self.config.data, train or self.config.train, self.objective.normalization, share)
 

@@ -95,7 +95,7 @@ def test_a_step_is_the_same_on_every_layout(lengths, batch, ranks, multiple, pac
     train = TrainConfig(global_batch_size=batch, epochs=2)
     alone = StepBatches(store, data, train, normalization, Share())
     shares = [
-        Share(ranks=ranks, rank=rank, multiple=multiple, min_micro_batches=fewest) for rank in range(ranks)
+        Share(ranks=ranks, rank=rank, multiple=multiple, micro_batch_multiple=fewest) for rank in range(ranks)
     ]
     spread = [StepBatches(store, data, train, normalization, share) for share in shares]
     assert alone.steps == -(-2 * len(lengths) // batch)
@@ -108,7 +108,8 @@ def test_a_step_is_the_same_on_every_layout(lengths, batch, ranks, multiple, pac
         assert counts.tokens == sum(int((b.tokens_T != 0).sum()) for b in whole)
         assert counts.padded_tokens == sum(len(b.tokens_T) for b in whole)
         assert counts.scored_tokens == sum(len(b.rows.row_N) for b in whole)
-        assert counts.micro_batches == len(whole) // ranks >= fewest
+        assert counts.micro_batches == len(whole) // ranks
+        assert counts.micro_batches % fewest == 0
         assert len({len(b.tokens_T) for b in whole}) == 1
         assert len(whole[0].tokens_T) % multiple == 0
         np.testing.assert_allclose(sum(float(b.rows.weight_N.double().sum()) for b in whole), 1.0, rtol=1e-6)

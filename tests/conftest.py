@@ -1,0 +1,41 @@
+"""Shared fixtures: the pool of ranks, tiny models, chat data. Heavy imports wait for the first use."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def pool():
+    from tests.harness.pool import Pool
+
+    pool = Pool()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """``tiny_models(variant)`` -> HF folder, made once."""
+    from tests.harness.tiny import make_model
+
+    made = {}
+
+    def get(variant="qwen2_tied"):
+        if variant not in made:
+            made[variant] = make_model(tmp_path_factory.mktemp("models") / variant, variant)
+        return made[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory):
+    from tests.harness.tiny import write_chat
+
+    return write_chat(tmp_path_factory.mktemp("chat") / "chat.jsonl")

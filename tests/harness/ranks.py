@@ -1,0 +1,55 @@
+"""What the pool's processes are asked to do: functions of ``(place, ...)``, importable by name."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_align.checkpoint.hf import load_weights
+from megatron_align.config import ParallelConfig, parse
+from megatron_align.model import parallel
+from megatron_align.model.families import read_shape
+from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.records import PackedBatch
+from megatron_align.training.loop import run
+
+
+def train(place: parallel.Place, arguments: list[str]) -> None:
+    run(parse(arguments), place)
+
+
+def logits(place: parallel.Place, model: Path, config: ParallelConfig, batch: PackedBatch) -> torch.Tensor:
+    """Return the packed logits of an HF folder on this layout."""
+    with parallel.join(place, config).watching():
+        groups, shape = parallel.groups(), read_shape(model)
+        [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
+        load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
+        answer = policy.logits(batch)
+    parallel.leave()
+    return answer
+
+
+def logprobs(place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int):
+    """Return log-probs and both gradients, the vocabulary split over all ranks."""
+    from megatron_align.kernels import token_logprobs
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        group = parallel.groups().tp
+        mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
+        hidden = hidden.clone().requires_grad_()
+        values = token_logprobs(hidden, mine, targets, group=group, vocab_size=vocab_size)
+        (values * torch.arange(1, len(targets) + 1)).sum().backward()
+    parallel.leave()
+    return values.detach(), hidden.grad, mine.grad
+
+
+def stall(place: parallel.Place, late: int, timeout: float) -> None:
+    """Rank ``late`` sleeps while the others wait for it in an all-reduce: the watchdog must end them."""
+    watchdog = parallel.join(place, ParallelConfig(timeout_seconds=timeout))
+    watchdog.report("step 1")
+    if place.rank == late:
+        time.sleep(600)
+    watchdog.report("step 2")
+    parallel.all_reduce_sum([1.0])

@@ -1,0 +1,115 @@
+"""Tiny Hugging Face folders and chat data for the tests: random weights, a byte-level ChatML tokenizer."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_QWEN2 = (Qwen2Config, Qwen2ForCausalLM)
+_LLAMA = (LlamaConfig, LlamaForCausalLM)
+# The byte tokenizer has 259 tokens: no vocabulary here divides by 128, so every layout pads.
+VARIANTS = {
+    "qwen2_tied": (*_QWEN2, {"tie_word_embeddings": True}),
+    "qwen2_untied": (*_QWEN2, {"tie_word_embeddings": False, "vocab_size": 301}),
+    "qwen2_mha": (*_QWEN2, {"num_key_value_heads": 8, "tie_word_embeddings": False}),
+    "llama3": (*_LLAMA, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": False}),
+    "llama32_tied": (*_LLAMA, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 16}),
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_model(folder: Path, variant: str = "qwen2_tied", dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """Save a tiny model (4 layers, hidden 64, 8 heads, 2 key/value heads) and its tokenizer; return the folder."""
+    config_kind, model_kind, special = VARIANTS[variant]
+    sizes = {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    torch.manual_seed(0)
+    model = model_kind(config_kind(**{**sizes, **special, **changes})).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)  # transformers starts biases at 0, which would hide a lost one
+            elif "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_chat(file: Path, samples: int = 64, seed: int = 0) -> Path:
+    """Write sums as chats of one or two turns, of many lengths; return the file."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(samples):
+        messages = []
+        for _ in range(draw.choice((1, 1, 2))):
+            numbers = [draw.randrange(10 ** draw.randrange(1, 9)) for _ in range(draw.randrange(2, 5))]
+            messages.append({"role": "user", "content": " + ".join(map(str, numbers))})
+            messages.append({"role": "assistant", "content": str(sum(numbers))})
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> list[str]:
+    """Return command-line arguments of a short fp32 run; ``options`` use ``__`` for the dot."""
+    settings = {
+        "model.path": model,
+        "data.train": data,
+        "data.sequence_length": 256,
+        "train.steps": 5,
+        "train.global_batch_size": 12,
+        "train.precision": "fp32",
+        "optimizer.lr": 1e-3,
+        "optimizer.schedule": "constant",
+        "checkpoint.dir": folder,
+        "checkpoint.export_hf": False,
+        "logging.tensorboard": False,
+        **{key.replace("__", "."): value for key, value in options.items()},
+    }
+    texts = {key: str(v).lower() if isinstance(v, bool) else str(v) for key, v in settings.items()}
+    return [part for key, text in texts.items() for part in (f"--{key}", text)]
+
+
+def metrics_of(folder: Path, split: str | None = None) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row.get("split") == split]

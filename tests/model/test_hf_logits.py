@@ -1,0 +1,40 @@
+"""Law 2: the logits of packed texts equal transformers' logits of each text alone, to 1e-4 absolute in fp32."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_align.config import ParallelConfig
+from megatron_align.kernels import PackedLayout
+from megatron_align.records import LossRows, PackedBatch
+from tests.harness import ranks
+from tests.harness.tiny import VARIANTS
+
+LENGTHS = [1, 7, 130, 38]
+PADDING = 16
+
+
+def packed(vocab_size):
+    tokens = torch.randint(vocab_size, (sum(LENGTHS) + PADDING,), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(n) for n in [*LENGTHS, *[1] * PADDING]])
+    none = torch.empty(0, dtype=torch.int64)
+    return PackedBatch(
+        tokens, positions, PackedLayout.from_lengths(LENGTHS, len(tokens)), LossRows(none, none, none, none.float())
+    )
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(tensor=4), ParallelConfig(tensor=4, sequence=False)],
+    ids=["tp1", "tp2_sp", "tp4_sp", "tp4"],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(pool, tiny_models, variant, parallel):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models(variant), dtype=torch.float32).eval()
+    batch = packed(model.config.vocab_size)
+    with torch.no_grad():
+        texts = batch.tokens_T[: sum(LENGTHS)].split(LENGTHS)
+        want = torch.cat([model(text[None]).logits[0] for text in texts])
+    for got in pool.run(parallel.tensor, ranks.logits, tiny_models(variant), parallel, batch):
+        assert got.shape[1] == model.config.vocab_size
+        assert (got[: sum(LENGTHS)] - want).abs().max() <= 1e-4

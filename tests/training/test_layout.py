@@ -1,0 +1,95 @@
+"""Law 1: loss, gradient norm and weights after five steps are the same on every layout (1e-5 relative, fp32)."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.harness import ranks
+from tests.harness.tiny import metrics_of, run_arguments
+
+# Any layout must give these numbers: one process, no packing choice, no recompute.
+LAYOUTS = {
+    "tp2": (2, {"parallel__tensor": 2, "parallel__sequence": False}),
+    "tp2_sp": (2, {"parallel__tensor": 2}),
+    "tp4_cuts_kv_heads": (4, {"parallel__tensor": 4}),
+    "pp2": (2, {"parallel__pipeline": 2}),
+    "pp4": (4, {"parallel__pipeline": 4}),
+    "vpp2": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
+    "dp2": (2, {}),
+    "dp4": (4, {}),
+    "tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}),
+    "tp2_dp2": (4, {"parallel__tensor": 2}),
+    "pp2_dp2": (4, {"parallel__pipeline": 2}),
+    "unpacked": (1, {"data__packing": False}),
+    "unpacked_tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "data__packing": False}),
+    "recompute": (1, {"train__recompute_layers": 1}),
+    "recompute_tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "train__recompute_layers": 2}),
+    "long_packs": (1, {"data__sequence_length": 1024}),
+}
+REST = ("qwen2_untied", "llama3", "llama32_tied")
+
+
+@pytest.fixture(scope="module")
+def reference(pool, tiny_models, chat_file, tmp_path_factory):
+    done = {}
+
+    def get(variant, **options):
+        key = (variant, *sorted(options.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("reference")
+            arguments = run_arguments(tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **options)
+            pool.run(1, ranks.train, arguments)
+            done[key] = folder
+        return done[key]
+
+    return get
+
+
+def assert_same_run(got, want):
+    got_rows, want_rows = metrics_of(got), metrics_of(want)
+    assert [row["step"] for row in got_rows] == [1, 2, 3, 4, 5]
+    for row, same in zip(got_rows, want_rows, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert row[key] == pytest.approx(same[key], rel=1e-5), (row["step"], key)
+        assert (row["tokens"], row["samples"]) == (same["tokens"], same["samples"])
+    weights, reference = (load_file(folder / "hf" / "model.safetensors") for folder in (got, want))
+    assert weights.keys() == reference.keys()
+    for name, tensor in weights.items():
+        # Adam turns a gradient of rounding noise into a step of lr: 5 steps x 1e-3 bound any such element.
+        assert (tensor - reference[name]).abs().max() <= 5.1e-3, name
+        torch.testing.assert_close(tensor.norm(), reference[name].norm(), rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout):
+    world, options = LAYOUTS[layout]
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **options)
+    pool.run(world, ranks.train, arguments)
+    assert_same_run(tmp_path, reference("qwen2_tied"))
+
+
+@pytest.mark.parametrize("variant", REST)
+def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, reference, variant):
+    options = {"parallel__tensor": 2, "parallel__pipeline": 2}
+    arguments = run_arguments(tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **options)
+    pool.run(4, ranks.train, arguments)
+    assert_same_run(tmp_path, reference(variant))
+
+
+def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tmp_path, reference):
+    options = {"objective__normalization": "sample"}
+    arguments = run_arguments(
+        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, parallel__tensor=2, **options
+    )
+    pool.run(4, ranks.train, arguments)
+    assert_same_run(tmp_path, reference("qwen2_tied", **options))
+    token = [row["loss"] for row in metrics_of(reference("qwen2_tied"))]
+    assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-3)
+
+
+def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, reference):
+    """Some data-parallel ranks get packs of padding only, and still take part."""
+    options = {"train__global_batch_size": 3}
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **options)
+    pool.run(4, ranks.train, arguments)
+    assert_same_run(tmp_path, reference("qwen2_tied", **options))
