@@ -65,6 +65,7 @@ def test_a_pack_too_small_is_refused():
         pack([sample([1, 2], [0, 1])], [1.0], tokens=1)
 
 
+@settings(deadline=None)  # machines are shared
 @given(counts=st.lists(st.integers(1, 10_000), min_size=1, max_size=300))
 def test_weights_sum_to_one(counts):
     for normalization in ("token", "sample"):
