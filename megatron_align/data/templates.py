@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_align.errors import InputError
-from megatron_align.records import Completion, Conversation, Sample
+from megatron_align.records import Completion, Conversation, Message, Sample
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,6 +69,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._warned = False
+        self._written: set[str] = set()
 
     def sample(self, record: Conversation | Completion) -> Sample:
         """Tokenise one record.
@@ -80,6 +82,7 @@ class Template:
             tokens, scored_L = self._text(record)
         else:
             self._need_chat_template(record)
+            self._need_tools_written(record)
             if record.prompt_messages is not None:
                 tokens, scored_L = self._completion_turns(record)
             elif _MARK.search(self.tokenizer.get_chat_template(tools=_list(record.tools))):
@@ -185,6 +188,28 @@ class Template:
                 f"got none in '{self.tokenizer.name_or_path}'"
             )
 
+    def _need_tools_written(self, record: Conversation) -> None:
+        """Refuse a template without tools for data with tools: calls would become empty turns, and be trained."""
+        without = {
+            "tools": replace(record, tools=None),
+            "tool_calls": replace(record, messages=tuple(map(_without_calls, record.messages))),
+        }
+        for part, other in without.items():
+            if part in self._written or other == record:
+                continue
+            if self._render(record, len(record.messages)) == self._render_or_none(other):
+                raise InputError(
+                    f"{record.where}: the chat template must write the record's {part}, got the same text "
+                    "without them; give the tokenizer a chat template that knows tools"
+                )
+            self._written.add(part)  # seen once: asked once per tokenizer
+
+    def _render_or_none(self, record: Conversation) -> str | None:
+        try:
+            return self._render(record, len(record.messages))
+        except InputError:
+            return None
+
     def _render(self, record: Conversation, turns: int, *, prompt: bool = False) -> str:
         """Render the first ``turns`` messages as text, followed by the generation prompt if asked."""
         return self._apply(record, turns, tokenize=False, add_generation_prompt=prompt)
@@ -198,6 +223,10 @@ class Template:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _without_calls(message: Message) -> Message:
+    return replace(message, extra={k: v for k, v in message.extra.items() if k != "tool_calls"})
 
 
 def _list(tools: tuple[Any, ...] | None) -> list[Any] | None:
