@@ -96,8 +96,18 @@ def _llama3() -> PreTrainedModel:
 def _llama3_specials() -> tuple[str, ...]:
     """Llama-3.1's 256 special tokens, in order; the numbers of the reserved ones skip the named ones."""
     named = (
-        *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
-        *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
+        *(
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|reserved_special_token_0|>",
+            "<|reserved_special_token_1|>",
+        ),
+        *(
+            "<|finetune_right_pad_id|>",
+            "<|reserved_special_token_2|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+        ),
         *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     )
     return named + tuple(f"<|reserved_special_token_{i}|>" for i in range(3, 248))
@@ -139,7 +149,9 @@ def make_tokenizer(name: str, vocab: str) -> PreTrainedTokenizerFast:
     ).converted()
     ordinary = core.get_vocab_size(with_added_tokens=False)
     if ordinary != family.ordinary:
-        raise ValueError(f"{vocab}: the vocabulary of {name} must have {family.ordinary} tokens, got {ordinary}")
+        raise ValueError(
+            f"{vocab}: the vocabulary of {name} must have {family.ordinary} tokens, got {ordinary}"
+        )
     if family.normalizer:
         core.normalizer = family.normalizer
     if family.bos:
@@ -174,7 +186,9 @@ def make_model(name: str, vocab: str, out: str, seed: int = 0) -> None:
 
 def main() -> int:
     """Read the arguments; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", required=True, choices=sorted(FAMILIES))
     parser.add_argument("--vocab", required=True, help="qwen.tiktoken, or Llama-3's tokenizer.model")
     parser.add_argument("--out", required=True, help="folder to write")
