@@ -47,7 +47,9 @@ class PackedLayout:
         return cls.from_groups([(0, [length]) for length in lengths], total)
 
     @classmethod
-    def from_groups(cls, groups: Sequence[tuple[int, Sequence[int]]], total: int | None = None) -> PackedLayout:
+    def from_groups(
+        cls, groups: Sequence[tuple[int, Sequence[int]]], total: int | None = None
+    ) -> PackedLayout:
         """Lay out ``prompt | completion | completion ...``, the prompt stored once per group.
 
         Args:
@@ -87,7 +89,10 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the layout with its intervals on ``device``."""
-        moved = (t.to(device, non_blocking=True) for t in (self.prefix_start_T, self.prefix_end_T, self.own_start_T))
+        moved = (
+            t.to(device, non_blocking=True)
+            for t in (self.prefix_start_T, self.prefix_end_T, self.own_start_T)
+        )
         return PackedLayout(*moved, groups=self.groups)
 
     def mask_TT(self) -> Tensor:
@@ -134,7 +139,9 @@ def _per_document(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, layout: PackedLay
         for length in completions[1:]:
             own = slice(own_start, own_start + length)
             if length:
-                see_CS = torch.ones(length, prompt + length, dtype=torch.bool, device=q_THD.device).tril(prompt)
+                see_CS = torch.ones(length, prompt + length, dtype=torch.bool, device=q_THD.device).tril(
+                    prompt
+                )
                 k_SHD, v_SHD = (torch.cat([x[start : start + prompt], x[own]]) for x in (k_THD, v_THD))
                 outputs.append(_attend(q_THD[own], k_SHD, v_SHD, scale, see_CS))
             own_start += length
@@ -176,9 +183,13 @@ def _check(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) ->
         raise ValueError(f"packed_attention needs H a multiple of G; got H {shapes[0][1]}, G {shapes[1][1]}")
     kinds = {(x.dtype, x.device) for x in (q_THD, k_TGD, v_TGD)}
     if len(kinds) > 1:
-        raise ValueError(f"packed_attention needs q, k, v of one dtype on one device; got {sorted(map(str, kinds))}")
+        raise ValueError(
+            f"packed_attention needs q, k, v of one dtype on one device; got {sorted(map(str, kinds))}"
+        )
     if layout.tokens != shapes[0][0]:
-        raise ValueError(f"packed_attention needs a layout of T = {shapes[0][0]} tokens; it covers {layout.tokens}")
+        raise ValueError(
+            f"packed_attention needs a layout of T = {shapes[0][0]} tokens; it covers {layout.tokens}"
+        )
     if any(x.stride(-1) != 1 for x in (q_THD, k_TGD, v_TGD) if x.numel() > 1):
         strides = list(chain(x.stride() for x in (q_THD, k_TGD, v_TGD)))
         raise ValueError(f"packed_attention needs the last dimension contiguous; got strides {strides}")

@@ -43,7 +43,7 @@ def _logits(hidden_nH: Tensor, weight_VH: Tensor, real_rows: int, temperature: f
 # 3. Autograd: logits made twice, never kept.
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, targets_N, group, temperature, vocab_size):
+    def forward(ctx, hidden_NH, weight_VH, targets_N, group, temperature, vocab_size):  # noqa: PLR0913
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         rows = weight_VH.shape[0]
         real_rows = min(max(vocab_size - rank * rows, 0), rows)
@@ -124,17 +124,25 @@ def token_logprobs(
         shapes = f"{tuple(hidden_NH.shape)} and {tuple(weight_VH.shape)}"
         raise ValueError(f"token_logprobs needs hidden [N, H] and weight [V, H]; got {shapes}")
     if hidden_NH.dtype != weight_VH.dtype:
-        raise ValueError(f"token_logprobs needs one dtype; got hidden {hidden_NH.dtype}, weight {weight_VH.dtype}")
+        raise ValueError(
+            f"token_logprobs needs one dtype; got hidden {hidden_NH.dtype}, weight {weight_VH.dtype}"
+        )
     if targets_N.shape != hidden_NH.shape[:1]:
-        raise ValueError(f"token_logprobs needs targets [N = {hidden_NH.shape[0]}]; got {tuple(targets_N.shape)}")
+        raise ValueError(
+            f"token_logprobs needs targets [N = {hidden_NH.shape[0]}]; got {tuple(targets_N.shape)}"
+        )
     if temperature <= 0:
         raise ValueError(f"token_logprobs needs temperature > 0; got {temperature}")
     vocab_size = weight_VH.shape[0] * ranks if vocab_size is None else vocab_size
     if not 0 < vocab_size <= weight_VH.shape[0] * ranks:
         rows = weight_VH.shape[0] * ranks
-        raise ValueError(f"token_logprobs needs 0 < vocab_size <= {rows} rows over {ranks} ranks; got {vocab_size}")
+        raise ValueError(
+            f"token_logprobs needs 0 < vocab_size <= {rows} rows over {ranks} ranks; got {vocab_size}"
+        )
     if targets_N.device.type == "cpu" and targets_N.numel():
         low, high = targets_N.aminmax()
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"token_logprobs needs targets in [0, {vocab_size}); got {low.item()} to {high.item()}")
+            raise ValueError(
+                f"token_logprobs needs targets in [0, {vocab_size}); got {low.item()} to {high.item()}"
+            )
     return _TokenLogprobs.apply(hidden_NH, weight_VH, targets_N, group, temperature, vocab_size)

@@ -1,4 +1,6 @@
-"""The one exception for what a user got wrong: need, fact and place in one line; the programs exit with 2."""
+"""Errors that are one line for people: bad input (the programs exit with 2) and training faults (1)."""
+
+import difflib
 
 
 class InputError(ValueError):
@@ -8,9 +10,11 @@ class InputError(ValueError):
     """
 
 
+class TrainingFault(RuntimeError):
+    """Training cannot go on (the loss is not finite, say). Every rank finds it alike; one line says why."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word closest to ``word``, or ``""``."""
-    import difflib
-
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

@@ -72,7 +72,10 @@ class LossRows:
 
     def to(self, device: torch.device) -> LossRows:
         """Return the rows on ``device``."""
-        moved = (t.to(device, non_blocking=True) for t in (self.row_N, self.target_N, self.sequence_N, self.weight_N))
+        moved = (
+            t.to(device, non_blocking=True)
+            for t in (self.row_N, self.target_N, self.sequence_N, self.weight_N)
+        )
         return LossRows(*moved)
 
 

@@ -14,27 +14,31 @@ import warnings
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # absent Apex and Transformer Engine: not needed
+    warnings.filterwarnings(
+        "ignore", module=r"megatron\.core"
+    )  # absent Apex and Transformer Engine: not needed
     from megatron_align.config import parse
-    from megatron_align.errors import InputError
+    from megatron_align.errors import InputError, TrainingFault
 
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
-        from megatron_align.model.parallel import Place
-        from megatron_align.training.loop import TrainingFault, run
+        from megatron_align.model.parallel import AlreadyReported, Place
+        from megatron_align.training.loop import run
 
         try:
             run(config, Place.from_environment())
-        except (TrainingFault, TimeoutError) as error:
+        except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not come in time, ...
             return _fail(rank, error, 1)
+        except AlreadyReported:
+            return 1
     except InputError as error:
         return _fail(rank, error, 2)
     return 0
 
 
 def _fail(rank: int, error: Exception, code: int) -> int:
-    """Say the reason once. Every rank finds most errors, so the others wait: rank 0's end ends them too."""
+    """Say the reason once: most errors are found by every rank, and rank 0's end makes the launcher end the rest."""
     if rank != 0:
         time.sleep(5)
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -46,6 +46,11 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:06d}"
 
 
+def partial_folder(folder: Path) -> Path:
+    """Return where a checkpoint is written before it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def list_steps(run: Path) -> list[tuple[int, Path]]:
     """Return the complete checkpoints of a run folder, oldest first."""
     if not run.is_dir():
@@ -71,7 +76,9 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     card = read_json(folder / CARD)
     if card.get("format") != FORMAT:
-        raise InputError(f"a checkpoint of format {FORMAT} is needed, got {card.get('format')!r} in {folder / CARD}")
+        raise InputError(
+            f"a checkpoint of format {FORMAT} is needed, got {card.get('format')!r} in {folder / CARD}"
+        )
     return card
 
 
@@ -98,9 +105,15 @@ def same_model(card: dict[str, Any], shape: ModelShape, folder: Path) -> None:
         InputError: naming each size that differs.
     """
     ours = json.loads(json.dumps(dataclasses.asdict(shape)))
-    differ = [f"{key} {card['shape'].get(key)!r} for {value!r}" for key, value in ours.items() if card["shape"].get(key) != value]
+    differ = [
+        f"{key} {card['shape'].get(key)!r} for {value!r}"
+        for key, value in ours.items()
+        if card["shape"].get(key) != value
+    ]
     if differ:
-        raise InputError(f"the checkpoint must hold the model of model.path, it has {', '.join(differ)} in {folder}")
+        raise InputError(
+            f"the checkpoint must hold the model of model.path, it has {', '.join(differ)} in {folder}"
+        )
 
 
 def save(
@@ -119,7 +132,7 @@ def save(
         card: see :func:`make_card`.
         assets: HF folder whose small files go with the weights.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_folder(folder)
     chunks, groups = _unwrap(model)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -160,7 +173,9 @@ def load(
     try:
         loaded = dist_checkpointing.load(state, str(folder / STATE))
     except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError) as error:
-        raise InputError(f"a complete checkpoint is needed, reading it failed in {folder}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"a complete checkpoint is needed, reading it failed in {folder}: {' '.join(str(error).split())[:300]}"
+        ) from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
     if optimizer is not None:
@@ -182,7 +197,10 @@ def _unwrap(model: list[Any]) -> tuple[list[Policy], ProcessGroupCollection]:
 
 
 def _sharded_state(
-    chunks: list[Policy], optimizer: DistributedOptimizer | None, groups: ProcessGroupCollection, is_loading: bool
+    chunks: list[Policy],
+    optimizer: DistributedOptimizer | None,
+    groups: ProcessGroupCollection,
+    is_loading: bool,
 ) -> dict[str, Any]:
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.dp_cp}
     model = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}

@@ -67,6 +67,11 @@ def pack(
     return PackedBatch(torch.from_numpy(tokens_T), torch.from_numpy(positions_T), layout, rows)
 
 
+def steps_of_run(train: TrainConfig, samples: int) -> int:
+    """Return the optimiser steps of a run over so many samples."""
+    return train.steps or count_steps(samples, train.global_batch_size, train.epochs or 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
     """Whose packs are wanted.
@@ -116,7 +121,7 @@ class StepBatches:
     ) -> None:
         self.store, self.data, self.train = store, data, train
         self.normalization, self.share = normalization, share
-        self.steps = train.steps or count_steps(len(store), train.global_batch_size, train.epochs or 1)
+        self.steps = steps_of_run(train, len(store))
         self._planned: tuple[int, np.ndarray, StepPlan] | None = None
 
     def batches(self, step: int) -> list[PackedBatch]:

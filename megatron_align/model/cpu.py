@@ -18,7 +18,18 @@ import torch
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-_FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "tensor", "arange", "as_tensor", "empty_strided")
+_FACTORIES = (
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "rand",
+    "randn",
+    "tensor",
+    "arange",
+    "as_tensor",
+    "empty_strided",
+)
 _installed = False
 
 

@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_align.config import ParallelConfig
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import cpu
 
 
@@ -38,8 +38,15 @@ class Place:
         found = [name for name in names if name in os.environ]
         if found and len(found) < len(names):
             missing = sorted(set(names) - set(found))
-            raise InputError(f"a launcher must set all of {', '.join(names)}; the environment lacks {', '.join(missing)}")
-        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, ("0", "0", "1"), strict=True)))
+            raise InputError(
+                f"a launcher must set all of {', '.join(names)}; the environment lacks {', '.join(missing)}"
+            )
+        return cls(
+            *(
+                int(os.environ.get(name, default))
+                for name, default in zip(names, ("0", "0", "1"), strict=True)
+            )
+        )
 
 
 def join(place: Place, config: ParallelConfig) -> Watchdog:
@@ -87,18 +94,30 @@ def groups() -> ProcessGroupCollection:
 
 
 def _meet(place: Place, timeout: timedelta) -> dist.Store:
-    if "MASTER_ADDR" not in os.environ and place.world_size == 1:
-        store: dist.Store = dist.HashStore()
-    else:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timeout))
-    store.set_timeout(timeout)
+    """Connect to the ranks' common store and call the roll, so that an absent rank is named."""
+    if place.world_size == 1:
+        return dist.HashStore()
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address is None or port is None:
+        raise InputError(f"a launcher must set MASTER_ADDR and MASTER_PORT, got {address} and {port}")
+    # torchrun's agent keeps the store, so it outlives any rank; without it rank 0 does.
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = place.rank == 0 and not hosted
+    try:
+        store = dist.TCPStore(address, int(port), place.world_size, is_host, timeout, wait_for_workers=False)
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"rank {place.rank} needs the store at {address}:{port}: {' '.join(str(error).split())}"
+        ) from error
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"joined/{place.rank}", "")
     deadline = time.monotonic() + timeout.total_seconds()
     absent = list(range(place.world_size))
     while absent := [rank for rank in absent if not store.check([f"joined/{rank}"])]:
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"{place.world_size} ranks must join within {timeout.total_seconds():g} s; missing: rank {_ranks(absent)}"
+                f"{place.world_size} ranks must join within {timeout.total_seconds():g} s, "
+                f"missing: rank {_ranks(absent)}"
             )
         time.sleep(0.05)
     return store
@@ -106,6 +125,10 @@ def _meet(place: Place, timeout: timedelta) -> dist.Store:
 
 def _ranks(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+class AlreadyReported(RuntimeError):
+    """Another rank failed first and said why; this rank's error only follows from it."""
 
 
 class Watchdog:
@@ -132,25 +155,37 @@ class Watchdog:
         self._last = time.monotonic()
         self._store.set(f"rank/{self._place.rank}", f"{self._number}:{doing}")
 
-    def close(self) -> None:
-        """Stop watching: the work is done."""
-        self._stop.set()
-        self._thread.join()
-
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
-        """Watch for the length of a with-block."""
+        """Watch for the length of a with-block, and let only the first rank that fails speak.
+
+        Raises:
+            AlreadyReported: in place of an error that follows from another rank's.
+        """
         try:
             yield self
+        except (InputError, TrainingFault):
+            raise  # found by every rank alike; rank 0 says it
+        except Exception as error:  # whatever it is, it goes on: here it is only decided who prints it
+            if not self._first_to_speak():
+                raise AlreadyReported(str(error)) from error
+            raise
         finally:
-            self.close()
+            self._stop.set()
+            self._thread.join()
+
+    def _first_to_speak(self) -> bool:
+        try:
+            return self._store.add("spoken", 1) == 1
+        except dist.DistError:  # the store went down with the rank that kept it, and that rank spoke
+            return False
 
     def _watch(self) -> None:
         pause = min(1.0, self._timeout / 10)
         while not self._stop.wait(pause):
             if time.monotonic() - self._last > self._timeout:
                 line = self.diagnosis()
-                if self._store.add("spoken", 1) == 1:
+                if self._first_to_speak():
                     print(f"error: {line}", file=sys.stderr, flush=True)
                 os._exit(1)
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -18,12 +24,15 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.pipeline_parallel.utils import is_pp_first_stage, is_pp_last_stage, is_vp_first_stage, is_vp_last_stage
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, ModelType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -134,7 +143,10 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         f"parallel.tensor must divide the model's {shape.num_query_groups} key/value heads or be a multiple "
         f"of them, got {tensor}",
     )
-    need(shape.ffn_size % tensor == 0, f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}")
+    need(
+        shape.ffn_size % tensor == 0,
+        f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}",
+    )
     need(
         shape.num_layers % stages == 0,
         f"parallel.pipeline x virtual_pipeline must divide the model's {shape.num_layers} layers, "
@@ -181,7 +193,11 @@ class Policy(LanguageModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection, chunk: int | None = None
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        groups: ProcessGroupCollection,
+        chunk: int | None = None,
     ):
         super().__init__(config, groups)
         self.shape = shape
@@ -230,7 +246,11 @@ class Policy(LanguageModule):
             return hidden
         hidden_NH = self._gathered(hidden)[batch.rows.row_N]
         return token_logprobs(
-            hidden_NH, self._head(), batch.rows.target_N, group=self.tp_group, vocab_size=self.shape.vocab_size
+            hidden_NH,
+            self._head(),
+            batch.rows.target_N,
+            group=self.tp_group,
+            vocab_size=self.shape.vocab_size,
         )
 
     @torch.no_grad()
@@ -262,14 +282,22 @@ class Policy(LanguageModule):
     def _gathered(self, hidden: Tensor) -> Tensor:
         """``[T or T / TP, 1, H] -> [T, H]``. The log-probs' gradient is complete on every rank: no sum here."""
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         return hidden.squeeze(1)
 
     def _head(self) -> Tensor:
-        return self.output_layer.weight if self.output_layer.weight is not None else self.embedding.word_embeddings.weight
+        return (
+            self.output_layer.weight
+            if self.output_layer.weight is not None
+            else self.embedding.word_embeddings.weight
+        )
 
 
-def build_policy(config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection) -> list[Policy]:
+def build_policy(
+    config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection
+) -> list[Policy]:
     """Build this rank's chunks of the model, weights uninitialised."""
     chunks = config.virtual_pipeline_model_parallel_size
     numbers = [None] if chunks is None else list(range(chunks))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import math
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.export import export_model
 from megatron_align.checkpoint.hf import HFWeights, check_weights, load_weights
-from megatron_align.config import RunConfig, to_dict
-from megatron_align.data.batch import Share, StepBatches
+from megatron_align.config import RunConfig, TrainConfig, to_dict
+from megatron_align.data.batch import Share, StepBatches, steps_of_run
 from megatron_align.data.store import StoreSpec, TokenStore, prepare_or_wait
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
@@ -30,11 +33,8 @@ from megatron_align.training.optimizer import build_optimizer, set_learning_rate
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.step import Stepper
 
+DATA_CACHE = "data_cache"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class TrainingFault(RuntimeError):
-    """The run cannot go on (for example the loss is not finite); one line says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,9 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     source = sharded.find(config.model.path)
     assets = source / sharded.ASSETS if source else Path(config.model.path)
     shape = read_shape(assets)
-    megatron = transformer_config(shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers)
+    megatron = transformer_config(
+        shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers
+    )
     if source is None:
         check_weights(HFWeights(assets), shape)
     if config.data.sequence_length > shape.max_positions:
@@ -83,10 +85,12 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
             f"got {config.data.sequence_length}"
         )
     folder = Path(config.checkpoint.dir)
-    _need_writable(folder)
-    resume = _resume_point(config, folder, shape)
-    stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
-    _need_vocabulary(stores, shape)
+    with _leave_nothing_after_bad_input(folder):
+        _need_writable(folder)
+        resume = _resume_point(config, folder, shape)
+        stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
+        _need_vocabulary(stores, shape)
+        _need_steps_left(config, len(stores["train"]), resume)
     return Plan(
         config=config,
         place=place,
@@ -101,13 +105,28 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     )
 
 
+@contextmanager
+def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
+    """Remove again the folders that this run made, where they are still empty."""
+    absent = [path for path in (folder / DATA_CACHE, folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def _need_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"checkpoint.dir must be a folder that can be written: {error.strerror} at '{folder}'") from error
+        raise InputError(
+            f"checkpoint.dir must be a folder that can be written: {error.strerror} at '{folder}'"
+        ) from error
 
 
 def _resume_point(config: RunConfig, folder: Path, shape: ModelShape) -> tuple[int, Path] | None:
@@ -130,7 +149,7 @@ def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Pla
         tokenizer=str(assets),
         sequence_length=config.data.sequence_length,
         too_long=config.data.too_long,
-        cache=config.data.cache or str(Path(config.checkpoint.dir) / "data_cache"),
+        cache=config.data.cache or str(Path(config.checkpoint.dir) / DATA_CACHE),
     )
     return TokenStore(prepare_or_wait(spec, place.local_rank))
 
@@ -142,6 +161,18 @@ def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) ->
             raise InputError(
                 f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, data.{split} has token {highest}"
             )
+
+
+def _need_steps_left(config: RunConfig, samples: int, resume: tuple[int, Path] | None) -> None:
+    steps = steps_of_run(config.train, samples)
+    if config.optimizer.warmup_steps > steps:
+        raise InputError(
+            f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"
+        )
+    if resume is not None and resume[0] > steps:
+        raise InputError(
+            f"the run must have at least the {resume[0]} steps already done in {resume[1]}, got {steps}"
+        )
 
 
 class _Run:
@@ -164,17 +195,17 @@ class _Run:
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
         self.batches = self._batches(plan.train)
         self.steps = self.batches.steps
-        if self.done > self.steps:
-            raise InputError(f"the run must have at least the {self.done} steps already done in {plan.folder}, got {self.steps}")
 
     def _load_start(self, chunks: list[Any]) -> None:
         if self.plan.weights == self.plan.assets:
             local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
-            load_weights(self.plan.weights, self.plan.shape, local, self.groups.tp.rank(), self.groups.tp.size())
+            load_weights(
+                self.plan.weights, self.plan.shape, local, self.groups.tp.rank(), self.groups.tp.size()
+            )
         else:
             sharded.load(self.plan.weights, chunks)
 
-    def _batches(self, store: TokenStore, train: Any = None) -> StepBatches:
+    def _batches(self, store: TokenStore, train: TrainConfig | None = None) -> StepBatches:
         parallel_config = self.config.parallel
         share = Share(
             ranks=self.groups.dp.size(),
@@ -183,7 +214,9 @@ class _Run:
             # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
             micro_batch_multiple=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
         )
-        return StepBatches(store, self.config.data, train or self.config.train, self.objective.normalization, share)
+        return StepBatches(
+            store, self.config.data, train or self.config.train, self.objective.normalization, share
+        )
 
     def go(self) -> None:
         """Train what is left, then export."""
@@ -212,7 +245,7 @@ class _Run:
         result = self.stepper.train(self.batches.batches(step - 1))
         counts = self.batches.counts(step - 1)
         seconds = time.perf_counter() - started
-        if not all(map(_finite, (result.metrics["loss"], result.grad_norm))):
+        if not (math.isfinite(result.metrics["loss"]) and math.isfinite(result.grad_norm)):
             facts = f"loss {result.metrics['loss']}, gradient norm {result.grad_norm}"
             raise TrainingFault(f"training needs finite numbers, got {facts} at step {step}")
         row = {
@@ -260,7 +293,9 @@ class _Run:
             config=to_dict(self.config),
             data=self.plan.train.manifest,
         )
-        sharded.save(sharded.step_folder(self.plan.folder, step), self.model, self.optimizer, card, self.plan.assets)
+        sharded.save(
+            sharded.step_folder(self.plan.folder, step), self.model, self.optimizer, card, self.plan.assets
+        )
         if dist.get_rank() == 0:
             sharded.prune(self.plan.folder, self.config.checkpoint.keep)
 
@@ -283,11 +318,5 @@ class _Run:
         )
 
 
-def _finite(number: float | None) -> bool:
-    return number is not None and abs(number) != float("inf") and number == number
-
-
-def _one_epoch(config: RunConfig) -> Any:
-    import dataclasses
-
+def _one_epoch(config: RunConfig) -> TrainConfig:
     return dataclasses.replace(config.train, steps=None, epochs=1)

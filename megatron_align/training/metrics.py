@@ -52,7 +52,9 @@ def keep_until(file: Path, step: int) -> None:
 class Sinks:
     """Rank 0's outputs, open for the length of a with-block."""
 
-    def __init__(self, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int):
+    def __init__(
+        self, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int
+    ):
         keep_until(folder / METRICS, done)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._board = None
@@ -64,13 +66,21 @@ class Sinks:
         if config.wandb is not None:
             import wandb
 
-            self._wandb = wandb.init(project=config.wandb, dir=str(folder), config=dict(settings), resume="allow")
+            self._wandb = wandb.init(
+                project=config.wandb, dir=str(folder), config=dict(settings), resume="allow"
+            )
         self.console = Console(highlight=False, soft_wrap=True)
         self._steps = steps
         # A bar on a terminal, a plain line per step in a pipe or a file.
         self._progress = None
         if self.console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
+            )
             self._progress = Progress(*columns, console=self.console)
             self._task = self._progress.add_task("train", total=steps, completed=done, shown="")
 

@@ -1,4 +1,4 @@
-"""AdamW in megatron-core's distributed optimizer: fp32 master weights and moments, sharded over data-parallel ranks.
+"""AdamW in megatron-core's distributed optimizer: fp32 masters and moments, sharded over data-parallel ranks.
 
 Needs neither Transformer Engine nor Apex. megatron-core's own factory has no place to hand in an optimizer,
 so the parts are put together here.
@@ -17,15 +17,30 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_align.config import OptimizerConfig
 from megatron_align.model.policy import Policy
 
 
+class Optimizer(DistributedOptimizer):
+    """megatron-core's distributed optimizer over torch's AdamW, whose state has a step for each parameter."""
+
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        # The step is not among the loaded tensors (see set_step); megatron-core would look for it there.
+        group, order = self.model_param_group_index_map[model_param]
+        shard = self.optimizer.param_groups[group]["params"][order]
+        own_step = self.optimizer.state[shard]["step"]
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": own_step})
+
+
 def wrap_data_parallel(chunks: list[Policy]) -> list[DistributedDataParallel]:
     """Give each chunk its gradient buffer: fp32, summed (never averaged) over data-parallel ranks."""
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False, average_in_collective=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=False,
+        average_in_collective=False,
     )
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
@@ -35,7 +50,7 @@ def wrap_data_parallel(chunks: list[Policy]) -> list[DistributedDataParallel]:
 
 def build_optimizer(
     model: list[DistributedDataParallel], config: OptimizerConfig, groups: ProcessGroupCollection
-) -> DistributedOptimizer:
+) -> Optimizer:
     """Build the optimizer after the model has its weights: the fp32 masters are copied here."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
@@ -62,7 +77,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(
         param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available()
     )
-    optimizer = DistributedOptimizer(
+    optimizer = Optimizer(
         adamw,
         settings,
         grad_scaler=None,
@@ -85,23 +100,26 @@ def _allocate_state(adamw: torch.optim.AdamW) -> None:
     for group in adamw.param_groups:
         for shard in group["params"]:
             adamw.state[shard] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.device if group["fused"] else "cpu"),
+                "step": torch.zeros(
+                    (), dtype=torch.float32, device=shard.device if group["fused"] else "cpu"
+                ),
                 "exp_avg": torch.zeros_like(shard, dtype=torch.float32),
                 "exp_avg_sq": torch.zeros_like(shard, dtype=torch.float32),
             }
 
 
-def set_learning_rate(optimizer: DistributedOptimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set the rate of the coming step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def set_step(optimizer: DistributedOptimizer, step: int) -> None:
+def set_step(optimizer: Optimizer, step: int) -> None:
     """Set the number of updates done (Adam's bias correction), after loading a checkpoint.
 
-    megatron-core reads and writes it in different places with and without Transformer Engine; every update
-    here is a training step, so the step number says it all.
+    megatron-core reads and writes it in different places with and without Transformer Engine, and leaves all
+    parameters sharing one step tensor, which every one of them then increments. Every update here is a
+    training step, so the step number says it all.
     """
     for state in optimizer.optimizer.state.values():
-        state["step"].fill_(step)
+        state["step"] = torch.full_like(state["step"], step)

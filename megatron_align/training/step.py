@@ -47,7 +47,9 @@ class Stepper:
         self.optimizer = optimizer
         config = self.model[0].config
         # The loss is already divided by the global batch's tokens: finalize must not divide by anything.
-        config.finalize_model_grads_func = lambda chunks, _tokens, **kwargs: finalize_model_grads(chunks, None, **kwargs)
+        config.finalize_model_grads_func = lambda chunks, _tokens, **kwargs: finalize_model_grads(
+            chunks, None, **kwargs
+        )
         config.grad_scale_func = None
 
     def train(self, batches: Sequence[PackedBatch]) -> StepResult:
@@ -102,5 +104,7 @@ class Stepper:
         names = ("loss", *self.objective.metrics)
         totals = [0.0] * len(names)
         if partial_sums and self.groups.tp.rank() == 0:
-            totals = [torch.stack([sums[name].double() for sums in partial_sums]).sum().item() for name in names]
+            totals = [
+                torch.stack([sums[name].double() for sums in partial_sums]).sum().item() for name in names
+            ]
         return dict(zip(names, all_reduce_sum(totals), strict=True))

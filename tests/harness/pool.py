@@ -55,7 +55,9 @@ class Pool:
         self._size = size
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    def run(
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
+    ) -> list[Any]:
         """Call ``function(place, *arguments)`` on each rank and return the answers by rank.
 
         Raises:

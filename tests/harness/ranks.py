@@ -31,7 +31,9 @@ def logits(place: parallel.Place, model: Path, config: ParallelConfig, batch: Pa
     return answer
 
 
-def logprobs(place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int):
+def logprobs(
+    place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+):
     """Return log-probs and both gradients, the vocabulary split over all ranks."""
     from megatron_align.kernels import token_logprobs
 

@@ -50,7 +50,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(folder: Path, variant: str = "qwen2_tied", dtype: torch.dtype = torch.float32, **changes) -> Path:
+def make_model(
+    folder: Path, variant: str = "qwen2_tied", dtype: torch.dtype = torch.float32, **changes
+) -> Path:
     """Save a tiny model (4 layers, hidden 64, 8 heads, 2 key/value heads) and its tokenizer; return the folder."""
     config_kind, model_kind, special = VARIANTS[variant]
     sizes = {

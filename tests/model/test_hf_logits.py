@@ -19,13 +19,21 @@ def packed(vocab_size):
     positions = torch.cat([torch.arange(n) for n in [*LENGTHS, *[1] * PADDING]])
     none = torch.empty(0, dtype=torch.int64)
     return PackedBatch(
-        tokens, positions, PackedLayout.from_lengths(LENGTHS, len(tokens)), LossRows(none, none, none, none.float())
+        tokens,
+        positions,
+        PackedLayout.from_lengths(LENGTHS, len(tokens)),
+        LossRows(none, none, none, none.float()),
     )
 
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(tensor=4), ParallelConfig(tensor=4, sequence=False)],
+    [
+        ParallelConfig(),
+        ParallelConfig(tensor=2),
+        ParallelConfig(tensor=4),
+        ParallelConfig(tensor=4, sequence=False),
+    ],
     ids=["tp1", "tp2_sp", "tp4_sp", "tp4"],
 )
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -37,7 +37,9 @@ def reference(pool, tiny_models, chat_file, tmp_path_factory):
         key = (variant, *sorted(options.items()))
         if key not in done:
             folder = tmp_path_factory.mktemp("reference")
-            arguments = run_arguments(tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **options)
+            arguments = run_arguments(
+                tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **options
+            )
             pool.run(1, ranks.train, arguments)
             done[key] = folder
         return done[key]
@@ -71,7 +73,9 @@ def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout
 @pytest.mark.parametrize("variant", REST)
 def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, reference, variant):
     options = {"parallel__tensor": 2, "parallel__pipeline": 2}
-    arguments = run_arguments(tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **options)
+    arguments = run_arguments(
+        tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **options
+    )
     pool.run(4, ranks.train, arguments)
     assert_same_run(tmp_path, reference(variant))
 
