@@ -1,0 +1,61 @@
+"""The quickstart's task: sums of two numbers below 100, as chat data, with sums the model never sees.
+
+A question and its mirror (27+45 and 45+27) always lie in the same split, so that a held-out sum cannot be
+copied from training. Everything here is a pure function of the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+LIMIT = 100  # addends are below this: 5050 unordered pairs, 10,000 questions
+HELD_OUT_PAIRS = 256
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Sum:
+    """One question and its right answer."""
+
+    left: int
+    right: int
+
+    @property
+    def question(self) -> str:
+        """What the user asks, for example ``27+45=``."""
+        return f"{self.left}+{self.right}="
+
+    @property
+    def answer(self) -> str:
+        """What the assistant should say, for example ``72``."""
+        return str(self.left + self.right)
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Sums to train on, and sums to ask afterwards; no sum or mirrored sum is in both."""
+
+    train: tuple[Sum, ...]
+    held_out: tuple[Sum, ...]
+
+
+def make_splits(seed: int, held_out_pairs: int = HELD_OUT_PAIRS) -> Splits:
+    """Draw the held-out pairs without replacement; all the others are for training."""
+    pairs = [(left, right) for left in range(LIMIT) for right in range(left, LIMIT)]
+    random.Random(seed).shuffle(pairs)
+    return Splits(_both_ways(pairs[held_out_pairs:]), _both_ways(pairs[:held_out_pairs]))
+
+
+def write_chats(path: Path, sums: Iterable[Sum]) -> None:
+    """Write one conversation per line: the user's question and the assistant's right answer."""
+    with path.open("w", encoding="utf-8") as file:
+        for one in sums:
+            turns = (("user", one.question), ("assistant", one.answer))
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+
+
+def _both_ways(pairs: list[tuple[int, int]]) -> tuple[Sum, ...]:
+    return tuple(sorted({Sum(a, b) for left, right in pairs for a, b in ((left, right), (right, left))}))
