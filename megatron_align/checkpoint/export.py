@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -34,16 +35,15 @@ def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bo
     if groups.dp_cp.rank() == 0:
         dtype = chunks[0].config.params_dtype
         owners = _owners(set(local), groups.pp)
-        writer = ShardWriter(folder, overwrite=overwrite) if dist.get_rank() == 0 else None
-        for row in rows(shape):
-            tensors = _collect(row, local.get(row.megatron), owners[row.megatron], chunks[0])
+        with ShardWriter(folder, overwrite=overwrite) if dist.get_rank() == 0 else nullcontext() as writer:
+            for row in rows(shape):
+                tensors = _collect(row, local.get(row.megatron), owners[row.megatron], chunks[0])
+                if writer:
+                    for name, tensor in tensors.items():
+                        writer.add(name, tensor)
             if writer:
-                for name, tensor in tensors.items():
-                    writer.add(name, tensor)
-        if writer:
-            copy_assets(assets, writer.partial)
-            write_config_dtype(writer.partial, dtype)
-            writer.close()
+                copy_assets(assets, writer.partial)
+                write_config_dtype(writer.partial, dtype)
     dist.barrier()
 
 

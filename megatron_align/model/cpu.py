@@ -55,6 +55,10 @@ def install() -> bool:
 def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
+    # torch lists the factories that `with torch.device(...)` redirects at its first use. It must list the real
+    # ones: transformers builds models under `torch.device("meta")`, and would leave buffers uninitialised.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

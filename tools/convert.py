@@ -1,0 +1,153 @@
+"""``megatron-align convert import | export | verify``; also ``python tools/convert.py``.
+
+One CPU process, no torchrun; the whole model is held in memory. Exit code of verify: 0 the same model, 1 a
+difference or a number that is not finite, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_align.tools.command import Parser
+
+PROGRAM = "megatron-align convert"
+ABOUT = "Convert between Hugging Face folders and checkpoints, on one CPU process that holds the whole model."
+COMMANDS = {
+    "import": "Hugging Face folder -> checkpoint (weights only, no optimizer state)",
+    "export": "checkpoint -> Hugging Face folder (config, tokenizer, safetensors)",
+    "verify": "prove that a checkpoint and a Hugging Face folder hold the same model",
+}
+_MEMORY = "Needs no GPU and no torchrun. The whole model is held in memory: {memory}."
+_VERIFY = """Three checks: the sizes and constants of config.json are equal; every tensor is equal byte for byte;
+and the logits of our model, on texts packed together, equal those of transformers on each text alone (both
+in fp32, on random tokens and on real text). Exit code 0: all equal; 1: anything differs or is not finite;
+2: bad input. A trained checkpoint differs from the model it started from: compare it with its own export."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run with the arguments after ``convert``; return the exit code."""
+    from megatron_align.tools.command import Parser, choose
+
+    name, rest = choose(PROGRAM, ABOUT, COMMANDS, arguments)
+    add_arguments, act, memory = {
+        "import": (_import_arguments, _import, "2 bytes a parameter in bf16, 4 in fp32"),
+        "export": (_export_arguments, _export, "2 bytes a parameter in bf16, 4 in fp32"),
+        "verify": (_verify_arguments, _verify, "8 bytes a parameter, ours and that of transformers in fp32"),
+    }[name]
+    about = _VERIFY if name == "verify" else f"{COMMANDS[name]}."
+    parser = Parser(f"{PROGRAM} {name}", f"{about}\n\n{_MEMORY.format(memory=memory)}")
+    add_arguments(parser)
+    options = parser.parse(rest)
+    _stay_on_cpu()
+    return act(options)
+
+
+def _stay_on_cpu() -> None:
+    """Hide the GPUs, which others may be training on; once torch is loaded it is too late for that."""
+    if "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _import_arguments(parser: Parser) -> None:
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder to read")
+    parser.add_argument(
+        "--out", required=True, metavar="CKPT", help="checkpoint to write: a new or empty folder"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="cast the weights to this (default: as they are stored, so that an export gives the same bytes)",
+    )
+
+
+def _import(options: argparse.Namespace) -> int:
+    from megatron_align.checkpoint.convert import import_hf
+
+    done = import_hf(options.hf, options.out, options.dtype)
+    print(f"imported {done}, to {options.out}")
+    return 0
+
+
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="a checkpoint, or a run's folder: its newest checkpoint",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="Hugging Face folder to write: new or empty"
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megatron_align.checkpoint.convert import export_hf
+
+    done = export_hf(options.checkpoint, options.out)
+    print(f"exported {done}, from {done.folder} to {options.out}")
+    return 0
+
+
+def _verify_arguments(parser: Parser) -> None:
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="a checkpoint, or a run's folder: its newest checkpoint",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="FILE.jsonl",
+        help="real text, in the shapes of training data; its first 16 records (default: built-in sentences)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-4,
+        help="largest absolute difference of a logit (default: 1e-4)",
+    )
+    parser.add_argument("--json", metavar="REPORT", help="also write the findings to this file, as JSON")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text}")
+    return value
+
+
+def _verify(options: argparse.Namespace) -> int:
+    _quiet_transformers()
+    from megatron_align.checkpoint.convert import need_writable
+    from megatron_align.checkpoint.verify import verify
+
+    if options.json:
+        need_writable(Path(options.json))
+    findings = verify(options.hf, options.checkpoint, options.data, options.tolerance)
+    if options.json:
+        text = json.dumps(findings.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    print("\n".join(findings.lines()))
+    return 0 if findings.equal else 1
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    from megatron_align.tools.main import main
+
+    sys.exit(main(["convert", *sys.argv[1:]]))
