@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @torch.inference_mode()
-def ask(folder: Path, questions: Sequence[str], *, max_new_tokens: int = 8, batch_size: int = 128) -> list[str]:
+def ask(
+    folder: Path, questions: Sequence[str], *, max_new_tokens: int = 8, batch_size: int = 128
+) -> list[str]:
     """Return the model's answer to each question, without special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -23,8 +25,3 @@ def ask(folder: Path, questions: Sequence[str], *, max_new_tokens: int = 8, batc
         completions = tokens_BL[:, prompts["input_ids"].shape[1] :]
         answers += tokenizer.batch_decode(completions, skip_special_tokens=True)
     return answers
-
-
-def accuracy(answers: Sequence[str], right: Sequence[str]) -> float:
-    """Return the share of answers that are exactly right, surrounding white space aside."""
-    return sum(a.strip() == r for a, r in zip(answers, right, strict=True)) / len(right)

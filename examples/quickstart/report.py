@@ -1,0 +1,132 @@
+"""What the quickstart says at the end: a table, ``report.json`` and a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """How one model answered the held-out questions."""
+
+    model: str  # "untrained", or the stage that made it
+    asked: int
+    right: int
+    examples: dict[str, str]  # question -> answer, a few of them
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one training stage did, from its metrics.jsonl."""
+
+    name: str
+    losses: tuple[float, ...]  # of every step
+    tokens_per_second: float  # over all steps; start-up, saving and export not counted
+    seconds: float  # whole command, start-up to export
+
+    @classmethod
+    def read(cls, name: str, metrics: Path, seconds: float) -> Stage:
+        """Collect the training rows of ``metrics.jsonl``."""
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if row.get("split", "train") == "train"]
+        return cls(
+            name=name,
+            losses=tuple(row["loss"] for row in rows),
+            tokens_per_second=sum(row["tokens"] for row in rows) / sum(row["step_seconds"] for row in rows),
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything the run found out: the first exam is of the untrained model, then one per stage."""
+
+    exams: Sequence[Exam]
+    stages: Sequence[Stage]
+    parameters: int
+    seconds: float  # the whole quickstart
+
+    def write(self, path: Path) -> None:
+        """Write all numbers as JSON, with shares beside counts and first and last loss beside the curve."""
+        exams = [{**asdict(exam), "accuracy": exam.accuracy} for exam in self.exams]
+        stages = [
+            {
+                **asdict(stage),
+                "steps": len(stage.losses),
+                "first_loss": stage.losses[0],
+                "last_loss": stage.losses[-1],
+            }
+            for stage in self.stages
+        ]
+        content = {"parameters": self.parameters, "seconds": self.seconds, "exams": exams, "stages": stages}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def table(self) -> Table:
+        """Return one row per model: before any training, and after each stage."""
+        table = Table(title="Sums the model was never trained on", title_justify="left")
+        table.add_column("model")
+        for heading in ("right", "accuracy", "first loss", "last loss", "tokens/s", "seconds"):
+            table.add_column(heading, justify="right")
+        trained = {stage.name: stage for stage in self.stages}
+        for exam in self.exams:
+            cells = [exam.model, f"{exam.right} of {exam.asked}", f"{exam.accuracy:.1%}"]
+            if stage := trained.get(exam.model):
+                cells += [f"{stage.losses[0]:.3f}", f"{stage.losses[-1]:.3f}"]
+                cells += [f"{stage.tokens_per_second:,.0f}", f"{stage.seconds:.0f}"]
+            table.add_row(*cells)
+        return table
+
+    def show(self, console: Console) -> None:
+        """Print the table; in a pipe or a file it is plain text."""
+        console.print()
+        console.print(self.table())
+        console.print(f"all of it: {self.seconds:.0f} s")
+
+    def draw(self, path: Path) -> None:
+        """Draw every stage's loss."""
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display needed
+        import matplotlib.pyplot as plt
+
+        accuracy = {exam.model: exam.accuracy for exam in self.exams}
+        figure, axes = plt.subplots(1, len(self.stages), figsize=(6.4 * len(self.stages), 4), squeeze=False)
+        for ax, stage in zip(axes[0], self.stages, strict=True):
+            steps = range(1, len(stage.losses) + 1)
+            ax.plot(steps, stage.losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+            ax.plot(
+                steps, smoothed(stage.losses), color="tab:blue", linewidth=2, label="running mean of 20 steps"
+            )
+            ax.set(
+                xlabel="optimiser step",
+                ylabel="training loss (nats per token)",
+                yscale="log",
+                xlim=(1, steps[-1]),
+            )
+            before, after = (f"{accuracy[name]:.1%}" for name in (self.exams[0].model, stage.name))
+            ax.set_title(
+                f"{stage.name.upper()}: unseen sums right {before} before, {after} after", fontsize=11
+            )
+            ax.grid(alpha=0.3, which="both", linewidth=0.5)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def smoothed(values: Sequence[float], window: int = 20) -> list[float]:
+    """Return the mean of the last ``window`` values at every place (of fewer at the start)."""
+    starts = [max(0, end - window) for end in range(1, len(values) + 1)]
+    return [sum(values[start:end]) / (end - start) for end, start in enumerate(starts, 1)]

@@ -1,0 +1,131 @@
+"""The quickstart: a tiny Qwen2 learns to add, on a CPU, through the same commands as a large model.
+
+    python -m examples.quickstart.run --out runs/quickstart
+
+Options it does not know go to ``megatron_align.train`` (for example ``--train.steps 100``). Exit codes: 0 the
+model learnt; 1 a stage failed, or it did not learn; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from examples.quickstart import task, tiny_model
+from examples.quickstart.ask import ask
+from examples.quickstart.report import Exam, Report, Stage
+
+HERE = Path(__file__).resolve().parent
+MARK = ".quickstart"  # says that a folder is ours to empty
+PROCESSES = 2
+
+
+class QuickstartError(Exception):
+    """The quickstart cannot go on; one line says why. ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run with command-line arguments; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.run", allow_abbrev=False)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run, emptied first"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the task and of the untrained model")
+    parser.add_argument(
+        "--need", type=float, default=0.5, help="accuracy below which the run counts as failed"
+    )
+    options, for_training = parser.parse_known_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    transformers_logging.disable_progress_bar()
+    try:
+        report = run(options.out, options.seed, for_training, console)
+        report.show(console)
+        console.print(f"report: {options.out / 'report.json'}   loss: {options.out / 'loss.png'}")
+        check(report, options.need)
+    except QuickstartError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.code
+    return 0
+
+
+def run(out: Path, seed: int, for_training: Sequence[str], console: Console) -> Report:
+    """Go through all stages and leave everything in ``out``."""
+    started = time.perf_counter()
+    empty(out)
+    splits = task.make_splits(seed)
+    task.write_chats(out / "train.jsonl", splits.train)
+    task.write_chats(out / "held_out.jsonl", splits.held_out)
+    console.print(f"task    {len(splits.train):,} sums to train on, {len(splits.held_out)} held out")
+    parameters = tiny_model.save(out / "untrained", seed)
+    console.print(f"model   tiny Qwen2, {parameters:,} parameters, random")
+    exams = [examine("untrained", out / "untrained", splits.held_out)]
+    console.print(f"train   {PROCESSES} processes, see {out / 'sft'}")
+    stages = [train("sft", out / "untrained", out / "train.jsonl", out / "sft", for_training)]
+    exams.append(examine("sft", out / "sft" / "hf", splits.held_out))
+    seconds = time.perf_counter() - started
+    report = Report(exams=exams, stages=stages, parameters=parameters, seconds=seconds)
+    report.write(out / "report.json")
+    report.draw(out / "loss.png")
+    return report
+
+
+def empty(out: Path) -> None:
+    """Make ``out`` an empty folder; refuse one whose content is not of an earlier quickstart."""
+    if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QuickstartError(
+            f"--out must be a new or empty folder, or an earlier quickstart's; found '{out}'", 2
+        )
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
+
+
+def train(name: str, model: Path, data: Path, out: Path, more: Sequence[str]) -> Stage:
+    """Run one training stage of ``NAME.yaml`` from HF folder ``model`` to HF folder ``out/hf``."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(PROCESSES), "-m", "megatron_align.train"]
+    command += ["--config", str(HERE / f"{name}.yaml"), "--model.path", str(model)]
+    command += ["--data.train", str(data), "--checkpoint.dir", str(out), *more]
+    # On the CPU even where there is a GPU: one GPU could not hold two ranks. One thread per process.
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    started = time.perf_counter()
+    code = subprocess.run(command, env={**os.environ, **settings}, check=False).returncode
+    if code != 0:
+        raise QuickstartError(f"stage {name} failed with exit code {code}; its own message is above")
+    return Stage.read(name, out / "metrics.jsonl", time.perf_counter() - started)
+
+
+def examine(name: str, folder: Path, sums: Sequence[task.Sum]) -> Exam:
+    """Ask the model in ``folder`` every held-out sum."""
+    answers = [answer.strip() for answer in ask(folder, [one.question for one in sums])]
+    right = sum(answer == one.answer for answer, one in zip(answers, sums, strict=True))
+    step = max(1, len(sums) // 8)
+    examples = {one.question: answer for one, answer in list(zip(sums, answers, strict=True))[::step]}
+    return Exam(model=name, asked=len(sums), right=right, examples=examples)
+
+
+def check(report: Report, need: float) -> None:
+    """Fail unless the last model answers at least a share ``need`` of the held-out sums rightly."""
+    last = report.exams[-1]
+    if last.accuracy < need:
+        raise QuickstartError(
+            f"{last.model} must answer {need:.0%} of the held-out sums, got {last.accuracy:.1%}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
