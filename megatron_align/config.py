@@ -260,6 +260,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    def __post_init__(self) -> None:
+        steps, warmup = self.train.steps, self.optimizer.warmup_steps
+        _need(
+            steps is None or warmup <= steps,
+            f"optimizer.warmup_steps must not pass train.steps = {steps}, got {warmup}",
+        )
+
 
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,

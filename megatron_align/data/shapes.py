@@ -58,6 +58,7 @@ class Shape:
 
 def recognise(record: Record, where: str) -> Shape:
     """Return the one shape that the record's fields fit, or raise InputError naming the fields found."""
+    _refuse_unsupported(record, where, "")
     fitting = [shape for shape in SHAPES if shape.matches(record)]
     if len(fitting) == 1:
         return fitting[0]
@@ -66,6 +67,13 @@ def recognise(record: Record, where: str) -> Shape:
         raise InputError(f"{where}: must have the fields of one shape, got those of {names}")
     known = " | ".join(shape.fields for shape in SHAPES)
     raise InputError(f"{where}: must have the fields of a known shape ({known}), got {sorted(record)!r}")
+
+
+def _refuse_unsupported(item: Record, where: str, prefix: str) -> None:
+    """Refuse fields that would change what is trained and are not built yet, rather than ignore them."""
+    for name in ("weight", "train", "chat_template_kwargs"):
+        if item.get(name) is not None:
+            raise InputError(f"{where}: field '{prefix}{name}' is not supported yet, got {_short(item[name])}")
 
 
 def _from_messages(record: Record, where: str) -> Conversation:
@@ -158,6 +166,7 @@ def _messages(value: Any, where: str, name: str) -> tuple[Message, ...]:
 def _message(item: Any, where: str, name: str) -> Message:
     if not isinstance(item, dict):
         raise _wrong(where, name, "an object with role and content", item)
+    _refuse_unsupported(item, where, f"{name}.")
     role = item.get("role")
     if not isinstance(role, str):
         raise _wrong(where, f"{name}.role", "a string", role)

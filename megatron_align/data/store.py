@@ -31,7 +31,7 @@ from megatron_align.data.templates import Template, load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 
-VERSION = 1
+VERSION = 2
 POLL_SECONDS = 0.2
 _COLUMNS = {
     "tokens": np.dtype("<i4"),
@@ -169,12 +169,14 @@ class _Writer:
         self._files = files
         self.offsets = [0]
         self.scored_counts: list[int] = []
+        self.largest_token = 0
 
     def add(self, sample: Sample) -> None:
         self._put("tokens", sample.tokens_L)
         self._put("scored", sample.scored_L)
         self.offsets.append(self.offsets[-1] + len(sample.tokens_L))
         self.scored_counts.append(int(sample.scored_L.sum()))
+        self.largest_token = max(self.largest_token, int(sample.tokens_L.max()))
 
     def finish(self) -> None:
         """Write the index, and everything down to the disk: a store that has its name is whole."""
@@ -211,6 +213,7 @@ def _write(folder: Path, spec: StoreSpec, inputs: dict[str, Any]) -> None:
         "samples": len(writer.scored_counts),
         "tokens": writer.offsets[-1],
         "scored_tokens": sum(writer.scored_counts),
+        "largest_token": writer.largest_token,
         **left_out,
         "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in _COLUMNS},
     }

@@ -156,7 +156,7 @@ def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Pla
 
 def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
     for split, store in stores.items():
-        highest = store.manifest.get("largest_token", 0) if store else 0
+        highest = store.manifest["largest_token"] if store else 0
         if highest >= shape.vocab_size:
             raise InputError(
                 f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, data.{split} has token {highest}"

@@ -202,6 +202,15 @@ BAD = {
         [{"prompt": [ASK, ANSWER], "completion": [ASK]}],
         "the completion must have",
     ),
+    "sample weight": ([{**GOOD, "weight": 2.0}], "field 'weight' is not supported yet, got 2.0"),
+    "untrained turn": (
+        [{"messages": [ASK, {**ANSWER, "train": False}]}],
+        "field 'messages\\[1\\].train' is not supported yet",
+    ),
+    "template options": (
+        [{**GOOD, "chat_template_kwargs": {"a": 1}}],
+        "'chat_template_kwargs' is not supported yet",
+    ),
     "preference data": (
         [{"prompt": "p", "completion": "c", "label": False}],
         "must not have a true/false 'label'",

@@ -201,7 +201,7 @@ def test_a_damaged_store_is_named(make, name, harm):
 def test_a_bad_manifest_is_named(make, tmp_path):
     path = prepare(make())
     manifest = path / "manifest.json"
-    for content, expected in ((json.dumps({"version": 99}), "version 1, got 99"), ("{", "must be JSON")):
+    for content, expected in ((json.dumps({"version": 99}), "version 2, got 99"), ("{", "must be JSON")):
         manifest.write_text(content)
         with pytest.raises(InputError, match=expected):
             TokenStore(path)

@@ -1,0 +1,63 @@
+"""A rank that does not come, or keeps the others waiting, is named, and the run ends."""
+
+import os
+import subprocess
+import sys
+import time
+
+from tests.harness.pool import free_port
+
+JOIN = """
+from megatron_align.config import ParallelConfig
+from megatron_align.model.parallel import Place, join
+try:
+    join(Place.from_environment(), ParallelConfig(timeout_seconds=3))
+except TimeoutError as error:
+    print(error)
+"""
+STALL = """
+from megatron_align.model.parallel import Place
+from tests.harness.ranks import stall
+stall(Place.from_environment(), late=1, timeout=4)
+"""
+
+
+def start(code, rank, world, port):
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, **pipes)
+
+
+def finish(processes, timeout):
+    outputs = []
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            outputs.append((*process.communicate(timeout=deadline - time.monotonic()), process.returncode))
+    finally:
+        for process in processes:
+            process.kill()
+    return outputs
+
+
+def test_absent_ranks_are_named():
+    port = free_port()
+    [(out, err, _), _] = finish([start(JOIN, rank, 4, port) for rank in (0, 2)], timeout=90)
+    assert out.strip() == "4 ranks must join within 3 s, missing: rank 1, 3", err
+
+
+def test_a_stalled_rank_is_named_once_and_everyone_ends():
+    port = free_port()
+    outputs = finish([start(STALL, rank, 3, port) for rank in range(3)], timeout=90)
+    said = "".join(err for _, err, _ in outputs)
+    assert said.count("error:") == 1, said
+    assert "no progress for 4 s: rank 1 is still in 'step 1' while others wait in 'step 2'" in said
+    assert all(code != 0 for *_, code in outputs)

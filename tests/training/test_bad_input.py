@@ -1,0 +1,168 @@
+"""Bad input ends with exit code 2 and one clear line, and leaves nothing behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_align.train import main
+from tests.harness.tiny import make_model, run_arguments
+
+
+@pytest.fixture
+def broken_model(tmp_path):
+    return make_model(tmp_path / "broken", "qwen2_untied")
+
+
+@pytest.fixture
+def refused(tiny_models, chat_file, tmp_path, capsys):
+    """``refused(pattern, model=..., data=..., **options)``: the run is refused with this line, untouched disk."""
+
+    def check(pattern, *more, model=None, data=None, **options):
+        folder = tmp_path / "runs" / "new"
+        arguments = run_arguments(model or tiny_models(), data or chat_file, folder, **options)
+        capsys.readouterr()  # what making the model printed
+        assert main([*arguments, *more]) == 2
+        output = capsys.readouterr()
+        assert re.fullmatch(f"error: [^\n]*{pattern}[^\n]*\n", output.err), output.err
+        assert not (tmp_path / "runs").exists()
+
+    return check
+
+
+CONFIG = {
+    "misspelt key": ({"optimizer__lrate": 1}, "key 'optimizer.lrate'; did you mean 'optimizer.lr'"),
+    "misspelt section": ({"optimiser__lr": 1}, "unknown configuration key 'optimiser.lr'; did you mean 'optimizer.lr'"),
+    "wrong type": ({"train__steps": "many"}, 'key "train.steps".*many'),
+    "wrong choice": ({"train__precision": "fp8"}, 'key "train.precision".*fp8'),
+    "unknown objective": ({"objective__name": "sftt"}, "objective.name must be one of.*'sftt'; did you mean 'sft'"),
+    "foreign option": ({"objective__beta": 0.1}, "unknown configuration key 'objective.beta'"),
+    "both lengths of a run": ({"train__epochs": 1}, "either train.steps or train.epochs"),
+    "negative rate": ({"optimizer__lr": -1}, "optimizer.lr must be positive, got -1"),
+    "world size": ({"parallel__tensor": 2}, "world size must be a multiple of .* = 2 x 1 x 1 = 2, got 1"),
+    "context": ({"parallel__context": 2}, "parallel.context must be 1"),
+    "virtual stages alone": ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline needs"),
+    "recompute": ({"train__recompute_layers": 3}, "train.recompute_layers must divide the 4 layers"),
+    "positions": ({"data__sequence_length": 4096}, "data.sequence_length must not pass the model's 2048"),
+    "too long": ({"data__sequence_length": 64}, r"chat.jsonl:\d+: a sample must fit in data.sequence_length = 64"),
+    "warm-up": ({"optimizer__warmup_steps": 6}, "optimizer.warmup_steps must not pass train.steps = 5, got 6"),
+    "absent package": ({"logging__wandb": "p"}, "logging.wandb needs the package wandb"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options, pattern", CONFIG.values(), ids=list(CONFIG))
+def test_configuration(refused, options, pattern):
+    refused(pattern, **options)
+
+
+def test_missing_files(refused, tmp_path):
+    refused("config.json.*none.*/absent", model=tmp_path / "absent")
+    refused("absent.jsonl", data=tmp_path / "absent.jsonl")
+    refused("--config needs a YAML file", "--config", str(tmp_path / "absent.yaml"))
+
+
+def test_yaml(refused, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train: [1")
+    refused("run.yaml is not valid YAML", "--config", str(file))
+    file.write_text("logging: {tensorbord: true}")
+    refused(
+        "unknown configuration key 'logging.tensorbord'; did you mean 'logging.tensorboard'",
+        "--config",
+        str(file),
+    )
+
+
+RECORDS = {
+    "broken line": ('{"messages": [', "data.jsonl:2: must be a line of JSON"),
+    "no assistant": ('{"messages": [{"role": "user", "content": "q"}]}', "data.jsonl:2: .*must have an assistant"),
+    "unknown role": ('{"messages": [{"role": "bot", "content": "q"}]}', "data.jsonl:2: .*role' must be one of"),
+    "empty content": ('{"messages": [{"role": "assistant", "content": ""}]}', "data.jsonl:2: .*must not be empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line, pattern", RECORDS.values(), ids=list(RECORDS))
+def test_records(refused, tmp_path, chat_file, line, pattern):
+    data = tmp_path / "data.jsonl"
+    data.write_text(chat_file.read_text().splitlines()[0] + "\n" + line + "\n")
+    refused(pattern, data=data)
+
+
+def test_an_empty_file(refused, tmp_path):
+    (tmp_path / "data.jsonl").write_text("")
+    refused("data.jsonl", data=tmp_path / "data.jsonl")
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_unknown_architecture(refused, broken_model):
+    edit_config(broken_model, architectures=["MambaForCausalLM"], model_type="mamba")
+    refused("MambaForCausalLM", model=broken_model)
+
+
+def test_tensor_of_a_wrong_shape(refused, broken_model):
+    edit_config(broken_model, intermediate_size=128)
+    refused(r"model.layers.0.mlp.gate_proj.weight must be \[128, 64\], found \[96, 64\]", model=broken_model)
+
+
+def test_missing_tensor_and_shard(refused, broken_model):
+    file = broken_model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.extra.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, file)
+    refused("missing model.norm.weight; unexpected model.extra.weight", model=broken_model)
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+    (broken_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    file.unlink()
+    refused("model-00001-of-00002.safetensors", model=broken_model)
+
+
+def test_pickled_weights_are_refused(refused, broken_model):
+    (broken_model / "model.safetensors").unlink()
+    torch.save({}, broken_model / "pytorch_model.bin")
+    refused("must be safetensors: convert pytorch_model.bin", model=broken_model)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer(chat_file, tmp_path, capsys):
+    small = make_model(tmp_path / "small", "qwen2_tied", vocab_size=256)
+    assert main(run_arguments(small, chat_file, tmp_path / "run")) == 2
+    assert "vocabulary of 256, data.train has token 258" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data_cache"]  # the tokens can be used again
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written(tiny_models, chat_file, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    model = tiny_models()
+    capsys.readouterr()
+    assert main(run_arguments(model, chat_file, tmp_path / place)) == 2
+    assert re.fullmatch(
+        "error: checkpoint.dir must be a folder that can be written.*\n", capsys.readouterr().err
+    )
+
+
+def test_torchrun_says_it_once(tiny_models, chat_file, tmp_path):
+    """Through the real launcher: rank 0's one line, no traceback of ours, a non-zero exit."""
+    arguments = run_arguments(
+        tiny_models(), chat_file, tmp_path / "run", parallel__tensor=2, parallel__pipeline=2
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "megatron_align.train", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: world size must be a multiple") == 1
+    assert "megatron_align/train.py" not in done.stderr  # the launcher's own traceback is not ours
+    assert not (tmp_path / "run").exists()
