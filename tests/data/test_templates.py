@@ -83,7 +83,9 @@ def test_tools_reach_the_template(tokenizer):
 def test_a_template_that_loses_tools_or_calls_is_refused(tokenizer):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     turns = (Message("user", "q"), Message("assistant", "", {"tool_calls": [call]}))
-    with pytest.raises(InputError, match="data.jsonl:7: the chat template must write the record's tool_calls"):
+    with pytest.raises(
+        InputError, match="data.jsonl:7: the chat template must write the record's tool_calls"
+    ):
         Template(tokenizer).sample(Conversation(turns, "data.jsonl:7"))
     with pytest.raises(InputError, match="data.jsonl:7: the chat template must write the record's tools"):
         Template(tokenizer).sample(talk(("user", "q"), ("assistant", "a"), tools=({"name": "f"},)))
