@@ -73,7 +73,9 @@ def _refuse_unsupported(item: Record, where: str, prefix: str) -> None:
     """Refuse fields that would change what is trained and are not built yet, rather than ignore them."""
     for name in ("weight", "train", "chat_template_kwargs"):
         if item.get(name) is not None:
-            raise InputError(f"{where}: field '{prefix}{name}' is not supported yet, got {_short(item[name])}")
+            raise InputError(
+                f"{where}: field '{prefix}{name}' is not supported yet, got {_short(item[name])}"
+            )
 
 
 def _from_messages(record: Record, where: str) -> Conversation:

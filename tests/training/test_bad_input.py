@@ -135,7 +135,9 @@ def test_a_vocabulary_smaller_than_the_tokenizer(chat_file, tmp_path, capsys):
     small = make_model(tmp_path / "small", "qwen2_tied", vocab_size=256)
     assert main(run_arguments(small, chat_file, tmp_path / "run")) == 2
     assert "vocabulary of 256, data.train has token 258" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["data_cache"]  # the tokens can be used again
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [
+        "data_cache"
+    ]  # the tokens can be used again
 
 
 @pytest.mark.parametrize("place", ["file/run", "/proc/run"])

@@ -24,7 +24,9 @@ def records():
         a, b = (draw.randrange(10 ** draw.randrange(1, 9)) for _ in range(2))
         prompt = [{"role": "system", "content": "Add."}] if draw.random() < 0.5 else []
         prompt.append({"role": "user", "content": f"{a} + {b} = ?"})
-        made.append({"prompt": prompt, "completion": [{"role": "assistant", "content": f"{a} + {b} = {a + b}"}]})
+        made.append(
+            {"prompt": prompt, "completion": [{"role": "assistant", "content": f"{a} + {b} = {a + b}"}]}
+        )
     return made
 
 
@@ -100,4 +102,6 @@ def test_losses_equal_trl(pool, tiny_models, records, tmp_path, variant, world, 
     ours = [row["loss"] for row in metrics_of(tmp_path / "run")]
     theirs = trl_losses(tiny_models(variant), records, tmp_path / "trl", accumulate, schedule)
     assert ours == pytest.approx(theirs, rel=1e-4)
-    assert ours[-1] < 0.9 * ours[0]  # it did learn: ten equal losses of a model that stands still prove nothing
+    assert (
+        ours[-1] < 0.9 * ours[0]
+    )  # it did learn: ten equal losses of a model that stands still prove nothing
