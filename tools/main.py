@@ -7,6 +7,7 @@ input, one line says what; anything else is the tool's own.
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -33,11 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Silence what a user can do nothing about."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # Apex and Transformer Engine are not needed
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # of megatron-core
+    """Silence what users can do nothing about: absent extras that are not needed, calls by megatron-core."""
+    logging.getLogger("megatron.core").setLevel(logging.CRITICAL)  # its faults come as errors, too
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -126,7 +127,10 @@ class ShardWriter:
         if self._pending:
             self._shards.append(sorted(self._pending))
             file = self.partial / f"shard-{len(self._shards)}"
-            save_file(self._pending, file, metadata={"format": "pt"})
+            try:
+                save_file(self._pending, file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, say
+                raise OSError(f"writing the model failed at {file}: {error}") from error
             file.chmod(self.partial.stat().st_mode & 0o666)  # safetensors hides it from everyone else
             self._pending, self._pending_bytes = {}, 0
 

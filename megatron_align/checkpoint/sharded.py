@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_align.checkpoint.hf import copy_assets
 from megatron_align.errors import InputError
@@ -131,6 +132,9 @@ def save(
         optimizer: None for weights only.
         card: see :func:`make_card`.
         assets: HF folder whose small files go with the weights.
+
+    Raises:
+        OSError: on every rank, if any of them could not write its part (a full disk).
     """
     partial = partial_folder(folder)
     chunks, groups = _unwrap(model)
@@ -142,7 +146,10 @@ def save(
     # megatron-core would start a manager process for this queue: seconds, and an orphan after a kill. We save
     # synchronously, so both of its ends are in this process.
     filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(state, str(partial / STATE), ("torch_dist", 1))
+    try:
+        dist_checkpointing.save(state, str(partial / STATE), ("torch_dist", 1))
+    except CheckpointException as error:
+        raise OSError(f"writing the checkpoint failed at {partial}: {_reason(error)}") from error
     if dist.get_rank() == 0:
         (partial / ASSETS).mkdir()
         copy_assets(assets, partial / ASSETS)
@@ -168,18 +175,33 @@ def load(
     """
     if optimizer is not None and not read_card(folder)["optimizer"]:
         raise InputError(f"resuming needs optimizer state; the checkpoint holds weights only: {folder}")
+    if not (folder / STATE / ".metadata").is_file():  # torch would look for others and print a trace
+        raise InputError(f"a complete checkpoint is needed, found no file {STATE}/.metadata in {folder}")
     chunks, groups = _unwrap(model)
     state = _sharded_state(chunks, optimizer, groups, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder / STATE))
-    except (dist_checkpointing.core.CheckpointingException, OSError, RuntimeError) as error:
+    except (
+        dist_checkpointing.core.CheckpointingException,
+        CheckpointException,
+        OSError,
+        RuntimeError,
+    ) as error:
         raise InputError(
-            f"a complete checkpoint is needed, reading it failed in {folder}: {' '.join(str(error).split())[:300]}"
+            f"a complete checkpoint is needed, reading it failed in {folder}: {_reason(error)}"
         ) from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _reason(error: BaseException) -> str:
+    """Return one line. torch gathers the ranks' errors in one that is no Exception and prints their traces."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_reason(cause)}"
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def prune(run: Path, keep: int) -> None:

@@ -1,0 +1,216 @@
+"""The command line: exit codes 0 and 2 mean what they say, a mistake is one line on stderr that names the
+nearest word and leaves nothing on the disk, and help does not wait for torch.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = ("-m", "megatron_align.tools.main")
+
+
+def run(*arguments, timeout=100, before=None, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        preexec_fn=before,
+    )
+
+
+def assert_one_line(answer, line):
+    code, out, err = answer
+    assert (code, out) == (2, "")
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    assert line in err
+
+
+@pytest.fixture(scope="module")
+def call(pool):
+    return lambda *arguments: pool.run(1, cli.call, list(map(str, arguments)))[0]
+
+
+def test_three_ways_to_start_from_folder_to_verdict(tmp_path, tiny_models):
+    hf, checkpoint, out = tiny_models("llama3"), tmp_path / "ckpt", tmp_path / "out"
+    done = run("tools/convert.py", "import", "--hf", hf, "--out", checkpoint)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout == f"imported 148,416 parameters, float32, to {checkpoint}\n"
+    done = run(*MODULE, "convert", "export", "--checkpoint", checkpoint, "--out", out)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout == f"exported 148,416 parameters, float32, from {checkpoint} to {out}\n"
+    script = ROOT / "tools" / "main.py"  # from another folder: nothing may depend on where one stands
+    done = run(script, "convert", "verify", "--hf", out, "--checkpoint", checkpoint, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert done.stdout.endswith(f"the same model: {checkpoint} and {out}\n")
+
+
+@pytest.mark.parametrize(
+    "start, shown",
+    [
+        ((*MODULE, "--help"), "  convert  Hugging Face folder <-> checkpoint"),
+        (("tools/main.py", "-h"), "usage: megatron-align COMMAND ..."),
+        ((*MODULE, "convert", "--help"), "  verify  prove that a checkpoint"),
+        (("tools/convert.py", "import", "--help"), "--dtype {bfloat16,float32}"),
+        (("tools/convert.py", "verify", "--help"), "Exit code 0: all equal; 1: anything differs"),
+    ],
+)
+def test_help_does_not_load_torch(tmp_path, start, shown):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = run(*start, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown in done.stdout
+
+
+HELP = "(see megatron-align"
+MISTAKES = {
+    "nothing": ((), f"megatron-align needs a command, one of convert {HELP} --help)"),
+    "tool": (("convrt",), "megatron-align has no command 'convrt', it has convert; did you mean 'convert'?"),
+    "no command": (("convert",), "megatron-align convert needs a command, one of import, export, verify"),
+    "command": (("convert", "imprt"), "it has import, export, verify; did you mean 'import'?"),
+    "option": (
+        ("convert", "export", "--chekpoint", "x", "--out", "y"),
+        "megatron-align convert export has no option --chekpoint; did you mean '--checkpoint'?",
+    ),
+    "option=": (("convert", "export", "--ot=y"), "has no option --ot; did you mean '--out'?"),
+    "abbreviated": (("convert", "export", "--check", "x", "--out", "y"), "has no option --check"),
+    "missing": (("convert", "import", "--hf", "x"), "the following arguments are required: --out"),
+    "stray": (("convert", "import", "--hf", "x", "--out", "y", "z"), "unrecognized arguments: z"),
+    "dtype": (("convert", "import", "--hf", "x", "--out", "y", "--dtype", "int8"), "invalid choice: 'int8'"),
+    "tolerance": (
+        ("convert", "verify", "--hf", "x", "--checkpoint", "y", "--tolerance", "nan"),
+        "argument --tolerance: must be a number that is not negative, got nan",
+    ),
+    "not a number": (
+        ("convert", "verify", "--hf", "x", "--checkpoint", "y", "--tolerance", "few"),
+        "argument --tolerance: must be a number that is not negative, got few",
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments, line", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(arguments, line, capsys):
+    from megatron_align.tools.main import main
+
+    code = main(list(arguments))
+    assert_one_line((code, *capsys.readouterr()), line)
+
+
+def test_a_mistake_is_one_line_from_outside():
+    done = run("tools/convert.py", "verfy")
+    assert_one_line((done.returncode, done.stdout, done.stderr), "did you mean 'verify'?")
+
+
+@pytest.fixture
+def sample(tmp_path, tiny_models, call):
+    """An HF folder, its checkpoint, a file, a folder with a file in it."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    assert call("convert", "import", "--hf", tiny_models(), "--out", tmp_path / "ckpt").code == 0
+    return {"hf": tiny_models(), "dir": tmp_path}
+
+
+BAD = {
+    "no HF folder": (
+        "import --hf {dir}/none --out {dir}/new",
+        "a Hugging Face folder is needed, found none at",
+    ),
+    "HF is a file": (
+        "import --hf {dir}/file --out {dir}/new",
+        "a Hugging Face folder is needed, found none at",
+    ),
+    "HF is no model": (
+        "import --hf {dir}/full --out {dir}/new",
+        "a Hugging Face folder needs a file config.json",
+    ),
+    "HF is a checkpoint": (
+        "import --hf {dir}/ckpt --out {dir}/new",
+        "needs a file config.json, found none at",
+    ),
+    "import onto files": (
+        "import --hf {hf} --out {dir}/full",
+        "a new or empty folder is needed, found files in",
+    ),
+    "import onto itself": ("import --hf {hf} --out {hf}", "a new or empty folder is needed, found files in"),
+    "import onto a file": (
+        "import --hf {hf} --out {dir}/file",
+        "a new or empty folder is needed, found a file at",
+    ),
+    "import below a file": ("import --hf {hf} --out {dir}/file/a/b", "{dir}/file is not a folder"),
+    "import where none may write": ("import --hf {hf} --out /proc/new", "/proc"),
+    "no checkpoint": ("export --checkpoint {dir}/none --out {dir}/new", "found neither at {dir}/none"),
+    "not a checkpoint": ("export --checkpoint {hf} --out {dir}/new", "found neither at {hf}"),
+    "checkpoint is a file": ("export --checkpoint {dir}/file --out {dir}/new", "found neither at {dir}/file"),
+    "export onto files": ("export --checkpoint {dir}/ckpt --out {dir}/full", "found files in {dir}/full"),
+    "export onto a file": ("export --checkpoint {dir}/ckpt --out {dir}/file", "found a file at {dir}/file"),
+    "export where none may write": ("export --checkpoint {dir}/ckpt --out /proc/new", "/proc"),
+    "verify no checkpoint": ("verify --hf {hf} --checkpoint {dir}/full", "found neither at {dir}/full"),
+    "verify no data": ("verify --hf {hf} --checkpoint {dir}/ckpt --data {dir}/no.jsonl", "{dir}/no.jsonl"),
+    "verify report below a file": (
+        "verify --hf {hf} --checkpoint {dir}/ckpt --json {dir}/file/report",
+        "{dir}/file is not a folder",
+    ),
+    "verify report onto a folder": (
+        "verify --hf {hf} --checkpoint {dir}/ckpt --json {dir}/full",
+        "{dir}/full",
+    ),
+}
+
+
+def everything_in(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("words, line", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_no_trace(sample, call, words, line):
+    before = everything_in(sample["dir"]), everything_in(sample["hf"])
+    assert_one_line(call("convert", *words.format(**sample).split()), line.format(**sample))
+    assert (everything_in(sample["dir"]), everything_in(sample["hf"])) == before
+
+
+def test_an_empty_folder_may_be_filled_also_through_a_link(tmp_path, sample, call):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert call("convert", "import", "--hf", sample["hf"], "--out", tmp_path / "link").code == 0
+    assert (tmp_path / "empty" / "card.json").is_file()
+    (tmp_path / "other").mkdir()
+    done = call(
+        "convert", "export", "--checkpoint", tmp_path / "link", "--out", f"{tmp_path}/other/../other/."
+    )
+    assert done.code == 0
+    assert (tmp_path / "other" / "config.json").is_file()
+
+
+def limit_files():
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+@pytest.mark.parametrize(
+    "words", ["import --hf {hf} --out {dir}/new", "export --checkpoint {dir}/ckpt --out {dir}/new"]
+)
+def test_a_write_that_fails_is_one_line_and_leaves_no_trace(sample, words):
+    before = everything_in(sample["dir"])
+    done = run("tools/convert.py", *words.format(**sample).split(), before=limit_files)
+    assert_one_line((done.returncode, done.stdout, done.stderr), "failed at ")
+    assert everything_in(sample["dir"]) == before
+
+
+def test_torchrun_is_refused(tmp_path, tiny_models):
+    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    done = run("tools/convert.py", "import", "--hf", tiny_models(), "--out", tmp_path / "new", **environment)
+    assert_one_line(
+        (done.returncode, done.stdout, done.stderr), "needs one process, without torchrun; got 2 ranks"
+    )
+    assert not (tmp_path / "new").exists()
