@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -21,6 +20,7 @@ from megatron_align.model import cpu
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.records import PackedBatch
 from megatron_align.training.objective import Objective
+from megatron_align.training.optimizer import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Stepper:
         model: Sequence[DistributedDataParallel],
         objective: Objective,
         groups: ProcessGroupCollection,
-        optimizer: DistributedOptimizer | None = None,
+        optimizer: Optimizer | None = None,
     ):
         self.model = list(model)
         self.objective = objective
@@ -61,14 +61,7 @@ class Stepper:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._schedule(batches, forward_only=False)
-        # Read before the update: step() clips in place and reports no norm when clipping is off.
-        if self.optimizer.config.clip_grad > 0:
-            _, grad_norm, _ = self.optimizer.step()
-        else:
-            self.optimizer.prepare_grads()
-            grad_norm = self.optimizer.get_grad_norm()
-            self.optimizer.step_with_ready_grads()
-        return StepResult(metrics, float(grad_norm))
+        return StepResult(metrics, self.optimizer.update())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:

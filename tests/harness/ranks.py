@@ -47,6 +47,28 @@ def logprobs(
     return values.detach(), hidden.grad, mine.grad
 
 
+def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, batches: list[PackedBatch]):
+    """Return the policy's log-probs of the scored rows of each batch."""
+    with parallel.join(place, config).watching():
+        groups, shape = parallel.groups(), read_shape(model)
+        [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
+        load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
+        with torch.no_grad():
+            answers = [policy(batch) for batch in batches]
+    parallel.leave()
+    return answers
+
+
+def norm_of(place: parallel.Place, grads: list[torch.Tensor]) -> float:
+    """Return the global norm of gradients dealt out over the ranks."""
+    from megatron_align.training.optimizer import global_norm
+
+    with parallel.join(place, ParallelConfig()).watching():
+        norm = global_norm(grads[place.rank :: place.world_size], parallel.groups().dp)
+    parallel.leave()
+    return norm
+
+
 def stall(place: parallel.Place, late: int, timeout: float) -> None:
     """Rank ``late`` sleeps while the others wait for it in an all-reduce: the watchdog must end them."""
     watchdog = parallel.join(place, ParallelConfig(timeout_seconds=timeout))
