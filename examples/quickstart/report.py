@@ -74,13 +74,15 @@ class Report:
 
     def table(self) -> Table:
         """Return one row per model: before any training, and after each stage."""
-        table = Table(title="Sums the model was never trained on", title_justify="left")
+        table = Table(
+            title=f"{self.exams[0].asked} sums the model was never trained on", title_justify="left"
+        )
         table.add_column("model")
         for heading in ("right", "accuracy", "first loss", "last loss", "tokens/s", "seconds"):
             table.add_column(heading, justify="right")
         trained = {stage.name: stage for stage in self.stages}
         for exam in self.exams:
-            cells = [exam.model, f"{exam.right} of {exam.asked}", f"{exam.accuracy:.1%}"]
+            cells = [exam.model, str(exam.right), f"{exam.accuracy:.1%}"]
             if stage := trained.get(exam.model):
                 cells += [f"{stage.losses[0]:.3f}", f"{stage.losses[-1]:.3f}"]
                 cells += [f"{stage.tokens_per_second:,.0f}", f"{stage.seconds:.0f}"]
@@ -104,10 +106,7 @@ class Report:
         figure, axes = plt.subplots(1, len(self.stages), figsize=(6.4 * len(self.stages), 4), squeeze=False)
         for ax, stage in zip(axes[0], self.stages, strict=True):
             steps = range(1, len(stage.losses) + 1)
-            ax.plot(steps, stage.losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
-            ax.plot(
-                steps, smoothed(stage.losses), color="tab:blue", linewidth=2, label="running mean of 20 steps"
-            )
+            ax.plot(steps, stage.losses, color="tab:blue", linewidth=1.5)
             ax.set(
                 xlabel="optimiser step",
                 ylabel="training loss (nats per token)",
@@ -120,13 +119,6 @@ class Report:
             )
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.legend(frameon=False)
         figure.tight_layout()
         figure.savefig(path, dpi=150)
         plt.close(figure)
-
-
-def smoothed(values: Sequence[float], window: int = 20) -> list[float]:
-    """Return the mean of the last ``window`` values at every place (of fewer at the start)."""
-    starts = [max(0, end - window) for end in range(1, len(values) + 1)]
-    return [sum(values[start:end]) / (end - start) for end, start in enumerate(starts, 1)]
