@@ -14,9 +14,9 @@ import warnings
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
-    warnings.filterwarnings(
-        "ignore", module=r"megatron\.core"
-    )  # absent Apex and Transformer Engine: not needed
+    # Apex and Transformer Engine are absent and not needed; torch warns of names that megatron-core uses.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     from megatron_align.config import parse
     from megatron_align.errors import InputError, TrainingFault
 

@@ -213,7 +213,7 @@ def test_trained_text_is_what_the_assistant_said(file, family, tokenizer):
 @pytest.mark.slow
 def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder, pool, tmp_path):
     files = [str(need(DATA / file)) for file in FILES]
-    losses = {}
+    losses, norms = {}, {}
     for layout in ("tensor", "pipeline"):
         run = tmp_path / layout
         arguments = ["--config", str(ROOT / "examples" / "real_data" / "sft.yaml"), "--train.steps", "4"]
@@ -222,7 +222,9 @@ def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder
         pool.run(2, ranks.train, [*arguments, f"--parallel.{layout}", "2"], timeout=600)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses[layout] = [row["loss"] for row in rows]
+        norms[layout] = [row["grad_norm"] for row in rows]
     assert losses["pipeline"] == pytest.approx(losses["tensor"], rel=1e-5)
+    assert norms["pipeline"] == pytest.approx(norms["tensor"], rel=1e-5)
     assert losses["tensor"][-1] < losses["tensor"][0]
 
     trained = tmp_path / "tensor" / "hf"
