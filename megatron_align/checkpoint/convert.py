@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -61,11 +60,7 @@ def import_hf(hf: str | Path, out: str | Path, dtype: str | None = None) -> Chec
         InputError: the folder does not hold a model that we know, or ``out`` is in the way.
     """
     weights, shape = open_hf(hf)
-    if (apart := untied_head(weights, shape)) is not None:
-        raise InputError(
-            f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
-            f"it differs by {apart:.3g} in {hf}"
-        )
+    need_tied_head(weights, shape)
     kept = getattr(torch, dtype) if dtype else _one_dtype(weights, shape)
     target = need_new(out)
     card = sharded.make_card(0, shape, kept, world_size=1, source=str(hf))
@@ -131,7 +126,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"dtype must be one of {list(names)}, found {card.get('dtype')!r} in {folder / sharded.CARD}"
         )
     noted = card.get("shape")
-    if not isinstance(noted, dict) or (apart := shape_differences(asdict(shape), noted)):
+    if not isinstance(noted, dict) or (apart := sharded.shape_differences(asdict(shape), noted)):
         facts = (
             ", ".join(f"{key} {theirs!r} for {ours!r}" for key, (ours, theirs) in apart.items())
             if noted
@@ -141,11 +136,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{sharded.CARD} must have the shape of {sharded.ASSETS}, it has {facts} in {folder}"
         )
     return Checkpoint(folder, shape, names[card["dtype"]])
-
-
-def shape_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return what differs of two shapes, given as dictionaries: ``{key: (of one, of the other)}``."""
-    return {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
 
 
 def need_new(out: str | Path) -> Path:
@@ -189,6 +179,19 @@ def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
     if embedding.shape != head.shape:
         return math.inf
     return None if same_bytes(embedding, head) else largest_difference(embedding, head)
+
+
+def need_tied_head(weights: HFWeights, shape: ModelShape) -> None:
+    """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
+
+    Raises:
+        InputError: saying by how much.
+    """
+    if (apart := untied_head(weights, shape)) is not None:
+        raise InputError(
+            f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
+            f"it differs by {apart:.3g} in {weights.folder}"
+        )
 
 
 def read_whole(weights: HFWeights, name: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_align.checkpoint.files import put_in_place
 from megatron_align.checkpoint.hf_read import INDEX, SINGLE
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, Row, read_json, segments
@@ -98,12 +98,8 @@ class ShardWriter:
         """Write what is left and the index, make everything durable, and put the folder in its place."""
         self._flush()
         self._name_shards()
-        for path in sorted(self.partial.rglob("*")):
-            _sync(path)
-        _sync(self.partial)
         self._refuse_occupied()
-        self._replace()
-        _sync(self.folder.parent)
+        put_in_place(self.partial, self.folder)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -149,17 +145,6 @@ class ShardWriter:
             }
             (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _replace(self) -> None:
-        """Rename; a folder in the way is moved aside first, so that no kill can lose both."""
-        aside = self.folder.with_name(f".{self.folder.name}.replaced")
-        if self.folder.exists():
-            if aside.exists():
-                shutil.rmtree(aside)
-            self.folder.rename(aside)
-        self.partial.rename(self.folder)
-        if aside.exists():
-            shutil.rmtree(aside)
-
 
 def copy_assets(source: str | Path, target: str | Path) -> None:
     """Copy configuration, tokenizer, chat templates and licence of an HF folder; links are followed.
@@ -190,12 +175,3 @@ def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import queue
 import re
 import shutil
@@ -30,6 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_align.checkpoint.files import put_in_place
 from megatron_align.checkpoint.hf import copy_assets
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
@@ -105,16 +105,15 @@ def same_model(card: dict[str, Any], shape: ModelShape, folder: Path) -> None:
     Raises:
         InputError: naming each size that differs.
     """
-    ours = json.loads(json.dumps(dataclasses.asdict(shape)))
-    differ = [
-        f"{key} {card['shape'].get(key)!r} for {value!r}"
-        for key, value in ours.items()
-        if card["shape"].get(key) != value
-    ]
-    if differ:
-        raise InputError(
-            f"the checkpoint must hold the model of model.path, it has {', '.join(differ)} in {folder}"
-        )
+    apart = shape_differences(dataclasses.asdict(shape), card["shape"])
+    if apart:
+        facts = ", ".join(f"{key} {theirs!r} for {ours!r}" for key, (ours, theirs) in apart.items())
+        raise InputError(f"the checkpoint must hold the model of model.path, it has {facts} in {folder}")
+
+
+def shape_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs of two shapes, given as dictionaries: ``{key: (of one, of the other)}``."""
+    return {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
 
 
 def save(
@@ -155,11 +154,7 @@ def save(
         copy_assets(assets, partial / ASSETS)
         text = json.dumps({**card, "optimizer": optimizer is not None}, indent=2, ensure_ascii=False)
         (partial / CARD).write_text(text + "\n", encoding="utf-8")
-        _sync_tree(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        _sync(folder.parent)
+        put_in_place(partial, folder)
     dist.barrier()
 
 
@@ -230,17 +225,3 @@ def _sharded_state(
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -27,10 +27,10 @@ from megatron_align.checkpoint.convert import (
     open_hf,
     read_whole,
     same_bytes,
-    shape_differences,
     untied_head,
 )
 from megatron_align.checkpoint.hf import HFWeights, to_hf
+from megatron_align.checkpoint.sharded import shape_differences
 from megatron_align.data.sources import read_file
 from megatron_align.data.templates import TOKENIZER_FILES, Template, load_tokenizer
 from megatron_align.errors import InputError

@@ -144,6 +144,7 @@ class Watchdog:
         self._timeout = timeout_seconds
         self._number = 0
         self._last = time.monotonic()
+        self._patient = False
         self._stop = threading.Event()
         self.report("start")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -154,6 +155,19 @@ class Watchdog:
         self._number += 1
         self._last = time.monotonic()
         self._store.set(f"rank/{self._place.rank}", f"{self._number}:{doing}")
+
+    @contextmanager
+    def patient(self, doing: str) -> Iterator[None]:
+        """Report, and do not count the time: reading or writing a large model may take longer than any step.
+
+        A rank that is done early waits for the others under its own next report, and names them if need be.
+        """
+        self.report(doing)
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._last, self._patient = time.monotonic(), False
 
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
@@ -183,7 +197,7 @@ class Watchdog:
     def _watch(self) -> None:
         pause = min(1.0, self._timeout / 10)
         while not self._stop.wait(pause):
-            if time.monotonic() - self._last > self._timeout:
+            if not self._patient and time.monotonic() - self._last > self._timeout:
                 line = self.diagnosis()
                 if self._first_to_speak():
                     print(f"error: {line}", file=sys.stderr, flush=True)

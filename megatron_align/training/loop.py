@@ -18,8 +18,9 @@ import yaml
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint.convert import need_tied_head, open_hf
 from megatron_align.checkpoint.export import export_model
-from megatron_align.checkpoint.hf import HFWeights, check_weights, load_weights
+from megatron_align.checkpoint.hf import load_weights
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import Share, StepBatches, steps_of_run
 from megatron_align.data.store import StoreSpec, TokenStore, prepare_or_wait
@@ -78,7 +79,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
         shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers
     )
     if source is None:
-        check_weights(HFWeights(assets), shape)
+        need_tied_head(open_hf(assets)[0], shape)
     if config.data.sequence_length > shape.max_positions:
         raise InputError(
             f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
@@ -184,14 +185,14 @@ class _Run:
         self.objective = build_objective(self.config.objective)
         self.done, resumed = plan.resume or (0, None)
         chunks = build_policy(plan.megatron, plan.shape, self.groups)
-        watchdog.report("loading weights")
-        if resumed is None:
-            self._load_start(chunks)
-        self.model = wrap_data_parallel(chunks)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
-        if resumed is not None:
-            sharded.load(resumed, self.model, self.optimizer)
-            set_step(self.optimizer, self.done)
+        with watchdog.patient("loading weights"):
+            if resumed is None:
+                self._load_start(chunks)
+            self.model = wrap_data_parallel(chunks)
+            self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
+            if resumed is not None:
+                sharded.load(resumed, self.model, self.optimizer)
+                set_step(self.optimizer, self.done)
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
         self.batches = self._batches(plan.train)
         self.steps = self.batches.steps
@@ -232,9 +233,9 @@ class _Run:
             for step in range(self.done + 1, self.steps + 1):
                 self._step(step, sinks)
             if self.config.checkpoint.export_hf:
-                self.watchdog.report("export")
-                chunks = [chunk.module for chunk in self.model]
-                export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
+                with self.watchdog.patient("export"):
+                    chunks = [chunk.module for chunk in self.model]
+                    export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
                 sinks.say(f"exported to {self.plan.folder / 'hf'}")
 
     def _step(self, step: int, sinks: Sinks | NoSinks) -> None:
@@ -284,7 +285,6 @@ class _Run:
         return {name: value / weight_sum for name, value in totals.items()}
 
     def _save(self, step: int) -> None:
-        self.watchdog.report(f"saving step {step}")
         card = sharded.make_card(
             step,
             self.plan.shape,
@@ -293,11 +293,11 @@ class _Run:
             config=to_dict(self.config),
             data=self.plan.train.manifest,
         )
-        sharded.save(
-            sharded.step_folder(self.plan.folder, step), self.model, self.optimizer, card, self.plan.assets
-        )
-        if dist.get_rank() == 0:
-            sharded.prune(self.plan.folder, self.config.checkpoint.keep)
+        target = sharded.step_folder(self.plan.folder, step)
+        with self.watchdog.patient(f"saving step {step}"):
+            sharded.save(target, self.model, self.optimizer, card, self.plan.assets)
+            if dist.get_rank() == 0:
+                sharded.prune(self.plan.folder, self.config.checkpoint.keep)
 
     def _summary(self) -> str:
         shape, place, layout = self.plan.shape, self.plan.place, self.config.parallel

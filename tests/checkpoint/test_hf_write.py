@@ -41,21 +41,21 @@ def out_of_luck(*args):
     raise RuntimeError("out of luck")
 
 
-@pytest.mark.parametrize("step", ["add", "_flush", "_name_shards", "_replace"])
+@pytest.mark.parametrize("step", ["add", "_flush", "_name_shards", "put_in_place"])
 def test_a_failure_leaves_no_trace(tmp_path, monkeypatch, step):
-    monkeypatch.setattr(ShardWriter, step, out_of_luck)
+    monkeypatch.setattr(hf_write if step == "put_in_place" else ShardWriter, step, out_of_luck)
     with pytest.raises(RuntimeError, match="out of luck"):
         write(tmp_path / "out")
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["_name_shards", "_replace"])
+@pytest.mark.parametrize("step", ["_name_shards", "put_in_place"])
 def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     write(out, 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, step, out_of_luck)
+        patch.setattr(hf_write if step == "put_in_place" else ShardWriter, step, out_of_luck)
         with pytest.raises(RuntimeError):
             write(out, 2.0, overwrite=True)
     assert load_file(out / "model.safetensors")["w"][0] == 1
