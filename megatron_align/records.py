@@ -1,12 +1,13 @@
-"""The types that flow: file -> Conversation -> Sample -> PackedBatch (tokens, attention layout, LossRows).
+"""The types that flow: file -> Record -> Sample -> PackedBatch (tokens, attention layout, LossRows).
 
 Shapes: T tokens of one pack, N scored rows of one pack, L tokens of one sample.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ class Message:
     role: str
     content: str
     extra: dict[str, Any] = field(default_factory=dict)
+    train: bool = True  # False: an assistant turn that is context only
 
     def for_template(self) -> dict[str, Any]:
         """Return the mapping that chat templates expect."""
@@ -38,6 +40,7 @@ class Conversation:
     where: str
     tools: tuple[Any, ...] | None = None
     prompt_messages: int | None = None  # conversational prompt + completion: only what follows is trained on
+    weight: float = 1.0  # of the sample in the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,46 @@ class Completion:
     prompt: str
     completion: str
     where: str
+    weight: float = 1.0  # of the sample in the loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """A prompt and completions that were judged: a pair (chosen, rejected), a ranked list, or a single one.
+
+    Prompt and completions are all message lists, or all plain text (no chat template then).
+    """
+
+    kind: Literal["pair", "ranked", "unpaired"]
+    prompt: tuple[Message, ...] | str
+    completions: tuple[tuple[Message, ...] | str, ...]
+    where: str
+    tools: tuple[Any, ...] | None = None
+    scores: tuple[float | None, ...] = ()  # of each completion; empty: none was given
+    margin: float | None = None  # pair: by how much the chosen one is better
+    label: bool | None = None  # unpaired: desirable or not
+    weight: float = 1.0
+
+
+Record = Conversation | Completion | Preference
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One tokenised sample. ``scored_L[t]``: token ``t`` is a target (its log-prob enters the loss)."""
+    """One tokenised sample: ``prompt | completion | completion ...``, the prompt stored once.
+
+    A chat sample has no prompt of its own: it is one completion with ``scored_L`` telling the trained turns.
+    ``scored_L[t]``: token ``t`` is a target (its log-prob enters the loss).
+    """
 
     tokens_L: np.ndarray  # int32
-    scored_L: np.ndarray  # bool; scored_L[0] is never set, as nothing predicts the first token
+    scored_L: np.ndarray  # bool; the first token of a sample is never set, as nothing predicts it
+    prompt_length: int = 0
+    completion_lengths: tuple[int, ...] = ()  # empty: one completion, all after the prompt
+    scores: tuple[float, ...] = ()  # of each completion, NaN where none was given; empty: none at all
+    margin: float = math.nan
+    label: bool | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
