@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import cpu
+
+# How gloo and nccl word it; their exceptions are plain RuntimeErrors.
+_CONNECTION_LOST = re.compile(
+    r"[Cc]onnection (closed|reset) by (remote )?peer|[Bb]roken pipe|remote process exited"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,10 @@ def _ranks(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
+class RankLost(RuntimeError):
+    """Another rank died: its connection closed in the middle of a collective."""
+
+
 class AlreadyReported(RuntimeError):
     """Another rank failed first and said why; this rank's error only follows from it."""
 
@@ -153,6 +163,7 @@ class Watchdog:
     def report(self, doing: str) -> None:
         """Say what this rank does next, for example ``step 17``."""
         self._number += 1
+        self._doing = doing
         self._last = time.monotonic()
         self._store.set(f"rank/{self._place.rank}", f"{self._number}:{doing}")
 
@@ -174,6 +185,7 @@ class Watchdog:
         """Watch for the length of a with-block, and let only the first rank that fails speak.
 
         Raises:
+            RankLost: in place of a broken connection.
             AlreadyReported: in place of an error that follows from another rank's.
         """
         try:
@@ -183,6 +195,11 @@ class Watchdog:
         except Exception as error:  # whatever it is, it goes on: here it is only decided who prints it
             if not self._first_to_speak():
                 raise AlreadyReported(str(error)) from error
+            if _CONNECTION_LOST.search(str(error)):
+                raise RankLost(
+                    f"another rank died while rank {self._place.rank} was in '{self._doing}': its connection "
+                    "closed; the launcher's report names it"
+                ) from error
             raise
         finally:
             self._stop.set()

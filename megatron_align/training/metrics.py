@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
 
 METRICS = "metrics.jsonl"
-_SHOWN = {"loss": ".4f", "grad_norm": ".3f", "lr": ".2e", "tokens_per_second": ",.0f"}
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "grad_norm {:.3f}",
+    "lr": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
 
 
 def check_logging(config: LoggingConfig) -> None:
@@ -74,14 +80,14 @@ class Sinks:
         # A bar on a terminal, a plain line per step in a pipe or a file.
         self._progress = None
         if self.console.is_terminal:
+            whole = Column(no_wrap=True)
             columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=whole),
+                BarColumn(bar_width=None, table_column=Column(ratio=1)),
+                TextColumn("{task.fields[shown]}", table_column=whole),
+                TimeRemainingColumn(table_column=whole),
             )
-            self._progress = Progress(*columns, console=self.console)
+            self._progress = Progress(*columns, console=self.console, expand=True)
             self._task = self._progress.add_task("train", total=steps, completed=done, shown="")
 
     def __enter__(self) -> Sinks:
@@ -113,7 +119,7 @@ class Sinks:
                 self._board.add_scalar(name, value, row["step"])
         if self._wandb:
             self._wandb.log(numbers, step=row["step"])
-        shown = "  ".join(f"{k} {row[k]:{form}}" for k, form in _SHOWN.items() if k in row)
+        shown = "  ".join(form.format(row[key]) for key, form in _SHOWN.items() if key in row)
         if split != "train":
             self.say(f"step {row['step']}/{self._steps}  {split}  {shown}")
         elif self._progress:

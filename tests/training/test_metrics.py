@@ -23,7 +23,7 @@ def test_rows_are_written_as_given_and_shown_plainly(tmp_path, capsys):
     assert rows(tmp_path) == [ROW, {"step": 1, "split": "validation", "loss": 2.0}]
     shown = capsys.readouterr().out
     assert shown.splitlines() == [
-        "step 1/2  loss 1.5000  grad_norm 0.250  lr 1.00e-05  tokens_per_second 1,234",
+        "step 1/2  loss 1.5000  grad_norm 0.250  lr 1.00e-05  1,234 tokens/s",
         "step 1/2  validation  loss 2.0000",
     ]
     assert "\x1b" not in shown
