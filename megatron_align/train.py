@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_align.config import parse
     from megatron_align.errors import InputError, TrainingFault
 
+    # megatron-core orders its tensor-parallel collectives and GEMMs by this; it must be set before CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     rank = int(os.environ.get("RANK", "0"))
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)

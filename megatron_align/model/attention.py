@@ -29,8 +29,8 @@ class PackParams(PackedSeqParams):
 
 
 def rope_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp32 ``cos_TD, sin_TD`` of explicit positions; ``inv_freq`` is ``[D / 2]`` fp32."""
-    angles_TD = torch.outer(positions_T.float(), inv_freq.to(positions_T.device)).repeat(1, 2)
+    """Return fp32 ``cos_TD, sin_TD`` of explicit positions; ``inv_freq`` is ``[D / 2]`` fp32, beside them."""
+    angles_TD = torch.outer(positions_T.float(), inv_freq).repeat(1, 2)
     return angles_TD.cos(), angles_TD.sin()
 
 

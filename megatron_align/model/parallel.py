@@ -65,6 +65,11 @@ def join(place: Place, config: ParallelConfig) -> Watchdog:
     config.data_parallel(place.world_size)
     on_cpu = cpu.install()
     if not on_cpu:
+        if place.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"each rank of a node needs a GPU of its own, local rank {place.local_rank} finds "
+                f"{torch.cuda.device_count()} visible"
+            )
         torch.cuda.set_device(place.local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     store = _meet(place, timeout)
@@ -232,6 +237,20 @@ class Watchdog:
         if ahead[0] == behind[0]:
             return f"{wait}: every rank is in '{ahead[1]}' and none gets on"
         return f"{wait}: rank {_ranks(late)} is still in '{behind[1]}' while others wait in '{ahead[1]}'"
+
+
+def need_agreement(facts: dict[str, Any], why: str) -> None:
+    """Check that every rank found the same; each calls this.
+
+    Raises:
+        InputError: on every rank, naming the first rank and the fact that differs from rank 0's.
+    """
+    found: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, facts)
+    for rank, theirs in enumerate(found):
+        for name, fact in found[0].items():
+            if theirs[name] != fact:
+                raise InputError(f"{why}: {name} is {fact} on rank 0 and {theirs[name]} on rank {rank}")
 
 
 def all_reduce_sum(values: list[float], group: Any = None) -> list[float]:

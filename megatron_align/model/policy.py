@@ -207,7 +207,7 @@ class Policy(LanguageModule):
         self.pre_process = is_pp_first_stage(groups.pp) and is_vp_first_stage(chunk, chunks)
         self.post_process = is_pp_last_stage(groups.pp) and is_vp_last_stage(chunk, chunks)
         self.share_embeddings_and_output_weights = shape.tied_embeddings
-        self.inv_freq = inv_freq(shape)
+        self.inv_freq = inv_freq(shape).to(cpu.device())
         vocab = padded_vocab(shape.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(

@@ -182,6 +182,13 @@ class _Run:
     def __init__(self, plan: Plan, watchdog: parallel.Watchdog):
         self.plan, self.config, self.watchdog = plan, plan.config, watchdog
         self.groups = parallel.groups()
+        parallel.need_agreement(
+            {
+                "the newest checkpoint": plan.resume and plan.resume[0],
+                "the data": plan.train.manifest["bytes"],
+            },
+            "checkpoint.dir, data and model must be the same for all ranks",
+        )
         self.objective = build_objective(self.config.objective)
         self.done, resumed = plan.resume or (0, None)
         chunks = build_policy(plan.megatron, plan.shape, self.groups)

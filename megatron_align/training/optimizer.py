@@ -25,7 +25,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.config import OptimizerConfig
-from megatron_align.model.parallel import all_reduce_sum
+from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
 
 
@@ -55,8 +55,13 @@ def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
     megatron-core sums squares in fp32. On CPU that is off by 1e-3 for some ten million elements, by another
     amount on each layout, and clipping would follow it.
     """
-    squares = sum(torch.linalg.vector_norm(grad, dtype=torch.float64).square().item() for grad in grads)
-    return math.sqrt(all_reduce_sum([squares], group)[0])
+    device = cpu.device()
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if grads:  # a rank may own padding only
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        squares += torch.stack(norms).square().sum()
+    dist.all_reduce(squares, group=group)
+    return math.sqrt(squares.item())
 
 
 def wrap_data_parallel(chunks: list[Policy]) -> list[DistributedDataParallel]:

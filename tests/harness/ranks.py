@@ -9,6 +9,7 @@ import torch
 
 from megatron_align.checkpoint.hf import load_weights
 from megatron_align.config import ParallelConfig, parse
+from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import build_policy, transformer_config
@@ -57,6 +58,19 @@ def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, ba
             answers = [policy(batch) for batch in batches]
     parallel.leave()
     return answers
+
+
+def disagree(place: parallel.Place) -> str:
+    """Return what a rank is told when one of them found something else."""
+    with parallel.join(place, ParallelConfig()).watching():
+        try:
+            parallel.need_agreement({"step": 5 if place.rank == 1 else 2}, "one folder")
+            answer = "agreed"
+        except InputError as error:
+            answer = str(error)
+        parallel.need_agreement({"step": 5}, "one folder")
+    parallel.leave()
+    return answer
 
 
 def norm_of(place: parallel.Place, grads: list[torch.Tensor]) -> float:

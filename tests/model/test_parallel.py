@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+from tests.harness import ranks
 from tests.harness.pool import free_port
 
 JOIN = """
@@ -90,3 +91,8 @@ def test_a_killed_rank_is_told_of_once():
     [line] = [out for out, _, _ in outputs if out.startswith("RankLost")]
     assert "another rank died while rank" in line
     assert "was in 'step 2'" in line
+
+
+def test_ranks_that_disagree_are_named_on_every_rank(pool):
+    line = "one folder: step is 2 on rank 0 and 5 on rank 1"
+    assert pool.run(3, ranks.disagree) == [line] * 3
