@@ -304,6 +304,8 @@ def parse(arguments: list[str]) -> RunConfig:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise InputError(_one_line(str(error), sections)) from error
+    for section in sections:
+        _need(parsed[section] is not None, f"{section} must be a mapping of options, got null")
     made = {section: kind(**_plain(parsed[section])) for section, kind in sections.items()}
     return RunConfig(**made)
 

@@ -1,7 +1,7 @@
 """Train a model: ``torchrun --nproc-per-node N -m megatron_align.train --config run.yaml [--section.key value]``.
 
-Exit codes: 0 done; 2 bad input, one line says what; 1 any other fault. Heavy imports wait until they are
-needed: the process that megatron-core spawns for saving imports this module again.
+Exit codes: 0 done; 2 bad input, one line says what; 1 any other fault. Heavy imports wait until the
+arguments have been read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     # megatron-core orders its tensor-parallel collectives and GEMMs by this; it must be set before CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    rank = int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         from megatron_align.model.parallel import AlreadyReported, Place, RankLost
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _fail(rank: int, error: Exception, code: int) -> int:
+def _fail(rank: str, error: Exception, code: int) -> int:
     """Say the reason once: most errors are found by every rank, and rank 0's end makes the launcher end the rest."""
-    if rank != 0:
+    if rank != "0":
         time.sleep(5)
     print(f"error: {error}", file=sys.stderr, flush=True)
     return code

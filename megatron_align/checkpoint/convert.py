@@ -221,8 +221,9 @@ def one_process() -> Iterator[ProcessGroupCollection]:
     place = parallel.Place.from_environment()
     if place.world_size != 1:
         raise InputError(f"conversion needs one process, without torchrun; got {place.world_size} ranks")
-    with parallel.join(place, ParallelConfig()).watching():
-        pass  # no watchdog from here on: nobody waits, and this may take an hour
+    parallel.join(
+        place, ParallelConfig()
+    )  # its watchdog never starts: nobody waits, and this may take an hour
     try:
         yield parallel.groups()
     finally:

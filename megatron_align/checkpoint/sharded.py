@@ -18,11 +18,13 @@ import queue
 import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -80,6 +82,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"a checkpoint of format {FORMAT} is needed, got {card.get('format')!r} in {folder / CARD}"
         )
+    if absent := [key for key in ("step", "dtype", "shape", "optimizer") if key not in card]:
+        raise InputError(f"a checkpoint's card needs {', '.join(absent)}, found none in {folder / CARD}")
     return card
 
 
@@ -176,12 +180,7 @@ def load(
     state = _sharded_state(chunks, optimizer, groups, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder / STATE))
-    except (
-        dist_checkpointing.core.CheckpointingException,
-        CheckpointException,
-        OSError,
-        RuntimeError,
-    ) as error:
+    except (CheckpointingException, CheckpointException, UnpicklingError, OSError) as error:
         raise InputError(
             f"a complete checkpoint is needed, reading it failed in {folder}: {_reason(error)}"
         ) from error
@@ -208,6 +207,24 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(doomed)
 
 
+def tidy(run: Path) -> None:
+    """Clear up what a kill left in a run's folder; call it on one rank, before anything is written.
+
+    Unfinished and half-deleted folders go; one that was being replaced comes back if its successor did not
+    make it.
+    """
+    for path in sorted(run.glob(".*")):
+        name = path.name.removeprefix(".")
+        if (
+            path.is_dir()
+            and name.endswith(".replaced")
+            and not (run / name.removesuffix(".replaced")).exists()
+        ):
+            path.rename(run / name.removesuffix(".replaced"))
+        elif path.is_dir() and name.endswith((".partial", ".deleted", ".replaced")):
+            shutil.rmtree(path)
+
+
 def _unwrap(model: list[Any]) -> tuple[list[Policy], ProcessGroupCollection]:
     chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
     return chunks, chunks[0].pg_collection
@@ -219,7 +236,11 @@ def _sharded_state(
     groups: ProcessGroupCollection,
     is_loading: bool,
 ) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": groups.dp_cp}
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": groups.dp_cp,
+    }
     model = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
     state = dict(model)
     if optimizer is not None:

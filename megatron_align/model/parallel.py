@@ -23,6 +23,8 @@ from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import cpu
 
+PATIENCE = 12  # times the timeout: what reading and writing a whole model may take
+
 # How gloo and nccl word it; their exceptions are plain RuntimeErrors.
 _CONNECTION_LOST = re.compile(
     r"[Cc]onnection (closed|reset) by (remote )?peer|[Bb]roken pipe|remote process exited"
@@ -47,12 +49,10 @@ class Place:
             raise InputError(
                 f"a launcher must set all of {', '.join(names)}; the environment lacks {', '.join(missing)}"
             )
-        return cls(
-            *(
-                int(os.environ.get(name, default))
-                for name, default in zip(names, ("0", "0", "1"), strict=True)
-            )
-        )
+        texts = [os.environ.get(name, default) for name, default in zip(names, ("0", "0", "1"), strict=True)]
+        if not all(text.isdecimal() for text in texts):
+            raise InputError(f"{', '.join(names)} must be whole numbers, got {', '.join(texts)}")
+        return cls(*map(int, texts))
 
 
 def join(place: Place, config: ParallelConfig) -> Watchdog:
@@ -73,20 +73,22 @@ def join(place: Place, config: ParallelConfig) -> Watchdog:
         torch.cuda.set_device(place.local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     store = _meet(place, timeout)
-    # The watchdog speaks first, as it can name the rank; the backend's own timeout is the second net.
+    # The watchdog speaks first, as it can name the rank; the backend's own timeout is the second net, and has
+    # to outlast the time that one rank writes alone while the others wait.
+    last_net = (PATIENCE + 1) * timeout
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         store=dist.PrefixStore("group", store),
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timeout + timedelta(seconds=60),
+        timeout=last_net,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
-        distributed_timeout_minutes=timeout.total_seconds() / 60 + 1,
+        distributed_timeout_minutes=last_net.total_seconds() / 60,
     )
     # Nothing here draws random numbers (dropout is 0), but megatron-core's layers ask for its generators.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
@@ -159,11 +161,9 @@ class Watchdog:
         self._timeout = timeout_seconds
         self._number = 0
         self._last = time.monotonic()
-        self._patient = False
+        self._limit = timeout_seconds
         self._stop = threading.Event()
         self.report("start")
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
 
     def report(self, doing: str) -> None:
         """Say what this rank does next, for example ``step 17``."""
@@ -174,16 +174,16 @@ class Watchdog:
 
     @contextmanager
     def patient(self, doing: str) -> Iterator[None]:
-        """Report, and do not count the time: reading or writing a large model may take longer than any step.
+        """Report, and allow PATIENCE times as long: a large model is read or written slower than any step.
 
         A rank that is done early waits for the others under its own next report, and names them if need be.
         """
         self.report(doing)
-        self._patient = True
+        self._limit = PATIENCE * self._timeout
         try:
             yield
         finally:
-            self._last, self._patient = time.monotonic(), False
+            self._last, self._limit = time.monotonic(), self._timeout
 
     @contextmanager
     def watching(self) -> Iterator[Watchdog]:
@@ -193,6 +193,8 @@ class Watchdog:
             RankLost: in place of a broken connection.
             AlreadyReported: in place of an error that follows from another rank's.
         """
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread.start()
         try:
             yield self
         except (InputError, TrainingFault):
@@ -208,7 +210,7 @@ class Watchdog:
             raise
         finally:
             self._stop.set()
-            self._thread.join()
+            thread.join()
 
     def _first_to_speak(self) -> bool:
         try:
@@ -219,7 +221,7 @@ class Watchdog:
     def _watch(self) -> None:
         pause = min(1.0, self._timeout / 10)
         while not self._stop.wait(pause):
-            if not self._patient and time.monotonic() - self._last > self._timeout:
+            if time.monotonic() - self._last > self._limit:
                 line = self.diagnosis()
                 if self._first_to_speak():
                     print(f"error: {line}", file=sys.stderr, flush=True)
@@ -233,7 +235,7 @@ class Watchdog:
             reports[rank] = (int(number), doing)
         ahead, behind = max(reports.values()), min(reports.values())
         late = [rank for rank, report in reports.items() if report[0] == behind[0]]
-        wait = f"no progress for {self._timeout:g} s"
+        wait = f"no progress for {self._limit:g} s"
         if ahead[0] == behind[0]:
             return f"{wait}: every rank is in '{ahead[1]}' and none gets on"
         return f"{wait}: rank {_ranks(late)} is still in '{behind[1]}' while others wait in '{ahead[1]}'"

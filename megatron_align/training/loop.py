@@ -30,11 +30,17 @@ from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.training.metrics import NoSinks, Sinks, check_logging
 from megatron_align.training.objective import build_objective
-from megatron_align.training.optimizer import build_optimizer, set_learning_rate, set_step, wrap_data_parallel
+from megatron_align.training.optimizer import (
+    after_load,
+    build_optimizer,
+    set_learning_rate,
+    wrap_data_parallel,
+)
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.step import Stepper
 
 DATA_CACHE = "data_cache"
+_SAMPLE_ORDER = ("seed", "global_batch_size", "precision")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -88,10 +94,14 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     folder = Path(config.checkpoint.dir)
     with _leave_nothing_after_bad_input(folder):
         _need_writable(folder)
+        if place.rank == 0:
+            sharded.tidy(folder)
         resume = _resume_point(config, folder, shape)
         stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
         _need_vocabulary(stores, shape)
         _need_steps_left(config, len(stores["train"]), resume)
+        if resume is not None:
+            _need_same_run(config, stores["train"], resume[1])
     return Plan(
         config=config,
         place=place,
@@ -176,6 +186,28 @@ def _need_steps_left(config: RunConfig, samples: int, resume: tuple[int, Path] |
         )
 
 
+def _need_same_run(config: RunConfig, store: TokenStore, path: Path) -> None:
+    """Refuse to go on with another order of samples, loss or precision: step numbers would lose their meaning."""
+    card = sharded.read_card(path)
+    before, now = card.get("config"), to_dict(config)
+    if not isinstance(before, dict):
+        raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {path}")
+    keys = [("data", "shuffle"), *(("train", key) for key in _SAMPLE_ORDER)]
+    keys += [("objective", key) for key in {**before["objective"], **now["objective"]}]
+    pairs = {".".join(key): (before[key[0]].get(key[1]), now[key[0]].get(key[1])) for key in keys}
+    pairs["the tokenised data"] = (card["data"]["key"], store.path.name)
+    if apart := [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]:
+        raise InputError(
+            f"resuming needs the run it goes on with: {', '.join(apart)} (checkpoint {path}); for another run "
+            "give another checkpoint.dir, and this one as model.path to start from its weights"
+        )
+
+
+def _data_keys(train: TokenStore, validation: TokenStore | None) -> dict[str, str | None]:
+    """Return what tells stores apart by content."""
+    return {"data.train": train.path.name, "data.validation": validation and validation.path.name}
+
+
 class _Run:
     """The run on this rank, once the ranks have met."""
 
@@ -183,11 +215,8 @@ class _Run:
         self.plan, self.config, self.watchdog = plan, plan.config, watchdog
         self.groups = parallel.groups()
         parallel.need_agreement(
-            {
-                "the newest checkpoint": plan.resume and plan.resume[0],
-                "the data": plan.train.manifest["bytes"],
-            },
-            "checkpoint.dir, data and model must be the same for all ranks",
+            {"the newest step": plan.resume and plan.resume[0], **_data_keys(plan.train, plan.validation)},
+            "checkpoint.dir and the data must be the same for all ranks",
         )
         self.objective = build_objective(self.config.objective)
         self.done, resumed = plan.resume or (0, None)
@@ -199,7 +228,7 @@ class _Run:
             self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
             if resumed is not None:
                 sharded.load(resumed, self.model, self.optimizer)
-                set_step(self.optimizer, self.done)
+                after_load(self.optimizer, self.config.optimizer, self.done)
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
         self.batches = self._batches(plan.train)
         self.steps = self.batches.steps
@@ -269,12 +298,14 @@ class _Run:
             "step_seconds": seconds,
         }
         sinks.write(row)
-        every, last = self.config.checkpoint.save_every, step == self.steps
-        if last or (every and step % every == 0):
-            self._save(step)
-        every = self.config.train.validate_every
-        if self.plan.validation and (last or (every and step % every == 0)):
+        # Validated first: a run killed in between resumes from before the step, and validates again.
+        if self.plan.validation and self._due(step, self.config.train.validate_every):
             sinks.write({"step": step, "split": "validation", **self._validate(self.plan.validation)})
+        if self._due(step, self.config.checkpoint.save_every):
+            self._save(step)
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
 
     def _validate(self, store: TokenStore) -> dict[str, float]:
         """Return the metrics over the whole validation data, weighted as in training."""
@@ -298,7 +329,7 @@ class _Run:
             self.plan.megatron.params_dtype,
             world_size=self.plan.place.world_size,
             config=to_dict(self.config),
-            data=self.plan.train.manifest,
+            data={"key": self.plan.train.path.name, **self.plan.train.manifest},
         )
         target = sharded.step_folder(self.plan.folder, step)
         with self.watchdog.patient(f"saving step {step}"):
@@ -314,7 +345,8 @@ class _Run:
                 f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
                 f"vocabulary {shape.vocab_size}, {self.config.train.precision}",
                 f"layout     {place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-                f"data {self.groups.dp.size()}, device {'cuda' if torch.cuda.is_available() else 'cpu'}",
+                f"data {self.groups.dp.size()}, "
+                + ("on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"),
                 f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
                 f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated",
                 f"objective  {self.config.objective.name}, every {self.objective.normalization} weighs the same; "

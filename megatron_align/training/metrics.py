@@ -5,6 +5,7 @@ Only rank 0 has a sink that writes; the others get one that does nothing.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -72,8 +73,10 @@ class Sinks:
         if config.wandb is not None:
             import wandb
 
+            # One id per folder, so that a resumed run goes on in its own page.
+            page = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
             self._wandb = wandb.init(
-                project=config.wandb, dir=str(folder), config=dict(settings), resume="allow"
+                project=config.wandb, dir=str(folder), config=dict(settings), id=page, resume="allow"
             )
         self.console = Console(highlight=False, soft_wrap=True)
         self._steps = steps

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     OptimizerConfig as MegatronOptimizerConfig,
@@ -33,11 +35,19 @@ class Optimizer(DistributedOptimizer):
     """megatron-core's distributed optimizer over torch's AdamW, whose state has a step for each parameter."""
 
     def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        # The step is not among the loaded tensors (see set_step); megatron-core would look for it there.
+        # The step is not among the loaded tensors (see after_load); megatron-core would look for it there.
         group, order = self.model_param_group_index_map[model_param]
         shard = self.optimizer.param_groups[group]["params"][order]
         own_step = self.optimizer.state[shard]["step"]
         super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": own_step})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return megatron-core's state dict with the step in every group, as it wants it without its extras."""
+        state = super().state_dict()
+        steps = {int(own["step"]) for own in self.optimizer.state.values()}
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = max(steps, default=0)
+        return state
 
     def update(self) -> float:
         """Clip, step, gather the new weights; return the gradient norm before clipping."""
@@ -103,10 +113,8 @@ def build_optimizer(
         buffer_name="buffers",
     )
     for group in param_groups:
-        group["weight_decay"] = config.weight_decay * group["wd_mult"]
-    adamw = torch.optim.AdamW(
-        param_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=torch.cuda.is_available()
-    )
+        group.update(_options(config, group["wd_mult"]))
+    adamw = torch.optim.AdamW(param_groups)
     optimizer = Optimizer(
         adamw,
         settings,
@@ -115,7 +123,8 @@ def build_optimizer(
         model_chunks=model,
         per_model_buffers=buffers,
         data_parallel_group=groups.dp_cp,
-        data_parallel_group_gloo=None,
+        # Saving gathers the state through this, on the host of one rank rather than on every rank's GPU.
+        data_parallel_group_gloo=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
         data_parallel_group_idx=groups.mp.rank(),
         distributed_optimizer_instance_id=0,
     )
@@ -123,6 +132,16 @@ def build_optimizer(
     optimizer.tp_group = groups.tp
     _allocate_state(adamw)
     return optimizer
+
+
+def _options(config: OptimizerConfig, wd_mult: float) -> dict[str, Any]:
+    return {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay * wd_mult,
+        "fused": torch.cuda.is_available(),
+    }
 
 
 def _allocate_state(adamw: torch.optim.AdamW) -> None:
@@ -144,12 +163,14 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def set_step(optimizer: Optimizer, step: int) -> None:
-    """Set the number of updates done (Adam's bias correction), after loading a checkpoint.
+def after_load(optimizer: Optimizer, config: OptimizerConfig, step: int) -> None:
+    """Put right what megatron-core leaves behind when it has loaded a checkpoint.
 
-    megatron-core reads and writes it in different places with and without Transformer Engine, and leaves all
-    parameters sharing one step tensor, which every one of them then increments. Every update here is a
-    training step, so the step number says it all.
+    All parameters share one step tensor, which every one of them would then increment: every update here is a
+    training step, so its number says it all. And the groups hold the checkpoint's options: this run's count.
     """
-    for state in optimizer.optimizer.state.values():
-        state["step"] = torch.full_like(state["step"], step)
+    for group in optimizer.param_groups:
+        group.update(_options(config, group["wd_mult"]))
+        for shard in group["params"]:
+            device = shard.device if group["fused"] else "cpu"
+            optimizer.optimizer.state[shard]["step"] = torch.tensor(float(step), device=device)

@@ -61,7 +61,10 @@ class Stepper:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._schedule(batches, forward_only=False)
-        return StepResult(metrics, self.optimizer.update())
+        grad_norm = self.optimizer.update()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else the time of the update would count into the next step
+        return StepResult(metrics, grad_norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:

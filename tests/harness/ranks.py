@@ -60,6 +60,42 @@ def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, ba
     return answers
 
 
+def decay_groups(place: parallel.Place, model: Path) -> tuple[list[str], list[str], bool]:
+    """Return the parameters with and without decay, and whether the fp32 masters of bf16 weights equal them."""
+    from megatron_align.config import OptimizerConfig
+    from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+
+    with parallel.join(place, ParallelConfig()).watching():
+        groups, shape = parallel.groups(), read_shape(model)
+        chunks = build_policy(transformer_config(shape, ParallelConfig(), torch.bfloat16), shape, groups)
+        load_weights(model, shape, chunks[0].global_parameters(), 0, 1)
+        ddp = wrap_data_parallel(chunks)
+        optimizer = build_optimizer(ddp, OptimizerConfig(weight_decay=0.5), groups)
+        decays: dict[float, list[str]] = {0.5: [], 0.0: []}
+        equal = True
+        for name, parameter in chunks[0].named_parameters():
+            group, order = optimizer.model_param_group_index_map[parameter]
+            decays[optimizer.param_groups[group]["weight_decay"]].append(name)
+            master = optimizer.param_groups[group]["params"][order]
+            equal &= master.dtype == torch.float32 and torch.equal(
+                master, parameter.detach().float().flatten()
+            )
+    parallel.leave()
+    return decays[0.5], decays[0.0], equal
+
+
+def train_with_extras(place: parallel.Place, arguments: list[str]) -> None:
+    """Train with megatron-core believing that Transformer Engine is installed: it then keeps the step elsewhere."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    before = distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    try:
+        train(place, arguments)
+    finally:
+        distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER = before
+
+
 def disagree(place: parallel.Place) -> str:
     """Return what a rank is told when one of them found something else."""
     with parallel.join(place, ParallelConfig()).watching():
@@ -85,9 +121,9 @@ def norm_of(place: parallel.Place, grads: list[torch.Tensor]) -> float:
 
 def stall(place: parallel.Place, late: int, timeout: float) -> None:
     """Rank ``late`` sleeps while the others wait for it in an all-reduce: the watchdog must end them."""
-    watchdog = parallel.join(place, ParallelConfig(timeout_seconds=timeout))
-    watchdog.report("step 1")
-    if place.rank == late:
-        time.sleep(600)
-    watchdog.report("step 2")
-    parallel.all_reduce_sum([1.0])
+    with parallel.join(place, ParallelConfig(timeout_seconds=timeout)).watching() as watchdog:
+        watchdog.report("step 1")
+        if place.rank == late:
+            time.sleep(600)
+        watchdog.report("step 2")
+        parallel.all_reduce_sum([1.0])

@@ -70,6 +70,8 @@ def test_yaml(refused, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("train: [1")
     refused("run.yaml is not valid YAML", "--config", str(file))
+    file.write_text("optimizer: null")
+    refused("optimizer must be a mapping of options, got null", "--config", str(file))
     file.write_text("logging: {tensorbord: true}")
     refused(
         "unknown configuration key 'logging.tensorbord'; did you mean 'logging.tensorboard'",

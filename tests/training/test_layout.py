@@ -80,6 +80,27 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
     assert_same_run(tmp_path, reference(variant))
 
 
+@pytest.mark.parametrize(
+    "world, layout",
+    [(2, {"parallel__tensor": 2}), (2, {"parallel__pipeline": 2}), (2, {}), (1, {"data__packing": False})],
+    ids=["tp2", "pp2", "dp2", "unpacked"],
+)
+def test_bf16_layouts_agree_as_far_as_bf16_goes(
+    pool, tiny_models, chat_file, tmp_path, reference, world, layout
+):
+    """bf16 keeps 8 bits (4e-3): sums over ranks and packs round in another order, and five steps add up."""
+    options = {"train__precision": "bf16"}
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path, **layout, **options)
+    pool.run(world, ranks.train, arguments)
+    want = metrics_of(reference("qwen2_tied", **options))
+    for row, same in zip(metrics_of(tmp_path), want, strict=True):
+        assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
+        assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-2)
+    exact = metrics_of(reference("qwen2_tied"))
+    for row, fp32 in zip(want, exact, strict=True):
+        assert row["loss"] == pytest.approx(fp32["loss"], rel=1e-3)
+
+
 def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tmp_path, reference):
     options = {"objective__normalization": "sample"}
     arguments = run_arguments(

@@ -19,6 +19,15 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics_of(folder)]
 
 
+def cut_after(run, copy, step):
+    """Copy a run as if it had been killed after it saved ``step``."""
+    shutil.copytree(run, copy)
+    for path in copy.glob("step_*"):
+        if int(path.name.removeprefix("step_")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "world, layout",
@@ -37,9 +46,7 @@ def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, 
         world, ranks.train, run_arguments(tiny_models(), chat_file, whole, checkpoint__keep=9, **options)
     )
     # What a kill after step 3 leaves: the checkpoint of step 2, a row too many, half a line.
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "step_000004")
-    shutil.rmtree(cut / "step_000005")
+    cut_after(whole, cut, step=2)
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options))
@@ -52,14 +59,59 @@ def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_fi
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
     pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "step_000004")
-    shutil.rmtree(cut / "step_000005")
+    cut_after(whole, cut, step=2)
     layout = {"parallel__tensor": 2, "parallel__pipeline": 2}
     pool.run(4, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
     for got, want in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+
+
+def test_checkpoints_do_not_care_for_transformer_engine(pool, tiny_models, chat_file, tmp_path):
+    """megatron-core keeps Adam's step in another place with it; either kind of checkpoint resumes with either."""
+    whole = tmp_path / "whole"
+    options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
+    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
+    pool.run(
+        1, ranks.train_with_extras, run_arguments(tiny_models(), chat_file, tmp_path / "extras", **options)
+    )
+    for first, then in (("whole", ranks.train_with_extras), ("extras", ranks.train)):
+        cut = cut_after(tmp_path / first, tmp_path / f"{first}_cut", step=2)
+        pool.run(1, then, run_arguments(tiny_models(), chat_file, cut, **options))
+        assert numbers(cut) == numbers(whole)
+
+
+def test_the_optimizer_options_of_this_run_count(pool, tiny_models, chat_file, tmp_path):
+    """A checkpoint brings its moments, not its options."""
+    whole = tmp_path / "whole"
+    pool.run(
+        1,
+        ranks.train,
+        run_arguments(tiny_models(), chat_file, whole, checkpoint__save_every=2, checkpoint__keep=9),
+    )
+    cut = cut_after(whole, tmp_path / "cut", step=2)
+    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, cut, optimizer__weight_decay=50.0))
+    got, want = numbers(cut), numbers(whole)
+    assert got[:3] == want[:3]  # the loss of step 3 comes before its update
+    assert got[3]["loss"] != pytest.approx(want[3]["loss"], rel=1e-3)
+
+
+def test_a_kill_between_validation_and_save_loses_no_row(pool, tiny_models, chat_file, tmp_path):
+    options = {
+        "checkpoint__save_every": 2,
+        "checkpoint__keep": 9,
+        "train__validate_every": 2,
+        "data__validation": chat_file,
+    }
+    whole = tmp_path / "whole"
+    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
+    # Killed after step 4 was validated, before it was saved.
+    cut = cut_after(whole, tmp_path / "cut", step=2)
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:-2]))
+    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options))
+    assert metrics_of(cut, "validation") == metrics_of(whole, "validation")
+    assert [row["step"] for row in metrics_of(cut, "validation")] == [2, 4, 5]
 
 
 def test_a_finished_run_does_nothing_more(pool, tiny_models, chat_file, tmp_path):
@@ -89,6 +141,33 @@ def test_another_model_is_refused_with_what_differs(finished, chat_file, tmp_pat
     other = make_model(tmp_path / "other", "qwen2_tied", intermediate_size=128)
     with pytest.raises(InputError, match=r"ffn_size 96 for 128 in .*step_000005"):
         prepare(parse(run_arguments(other, chat_file, finished)), ALONE)
+
+
+def test_another_run_is_refused_with_what_differs(finished, tiny_models, chat_file, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(chat_file.read_text() * 2)
+    changes = {
+        "train.seed was 1234 and is 7": {"train__seed": 7},
+        "train.global_batch_size was 12 and is 8": {"train__global_batch_size": 8},
+        "train.precision was fp32 and is bf16": {"train__precision": "bf16"},
+        "data.shuffle was True and is False": {"data__shuffle": False},
+        "objective.normalization was token and is sample": {"objective__normalization": "sample"},
+        "the tokenised data was": {"data__sequence_length": 300},
+    }
+    for message, options in changes.items():
+        with pytest.raises(InputError, match=f"{message}.* give another checkpoint.dir"):
+            prepare(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
+    with pytest.raises(InputError, match="the tokenised data was"):
+        prepare(parse(run_arguments(tiny_models(), other, finished)), ALONE)
+
+
+def test_what_a_kill_left_is_cleared_up(finished, tiny_models, chat_file):
+    shutil.copytree(finished / "step_000005", finished / ".step_000009.partial")
+    shutil.copytree(finished / "step_000005", finished / ".step_000003.deleted")
+    (finished / "step_000005").rename(finished / ".step_000005.replaced")
+    plan = prepare(parse(run_arguments(tiny_models(), chat_file, finished)), ALONE)
+    assert plan.resume == (5, finished / "step_000005")
+    assert [path.name for path in finished.glob(".*")] == []
 
 
 def test_resume_never_refuses_a_used_folder(finished, tiny_models, chat_file):
