@@ -222,10 +222,17 @@ class Watchdog:
         pause = min(1.0, self._timeout / 10)
         while not self._stop.wait(pause):
             if time.monotonic() - self._last > self._limit:
-                line = self.diagnosis()
-                if self._first_to_speak():
-                    print(f"error: {line}", file=sys.stderr, flush=True)
-                os._exit(1)
+                self._end()
+
+    def _end(self) -> None:
+        try:
+            line = self.diagnosis()
+            if self._first_to_speak():
+                print(f"error: {line}", file=sys.stderr, flush=True)
+        except dist.DistError:
+            pass  # the store went down with the rank that kept it, and that rank spoke
+        finally:
+            os._exit(1)
 
     def diagnosis(self) -> str:
         """Return one line naming the ranks that are furthest behind and what they last reported."""
