@@ -23,7 +23,9 @@ from megatron_align.checkpoint.export import export_model
 from megatron_align.checkpoint.hf import load_weights
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import Share, StepBatches, steps_of_run
-from megatron_align.data.store import StoreSpec, TokenStore, prepare_or_wait
+from megatron_align.data.prepare import prepare_or_wait
+from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
@@ -34,7 +36,6 @@ from megatron_align.training.optimizer import build_optimizer, set_learning_rate
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.step import Stepper
 
-DATA_CACHE = "data_cache"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -109,7 +110,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
 @contextmanager
 def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
     """Remove again the folders that this run made, where they are still empty."""
-    absent = [path for path in (folder / DATA_CACHE, folder, *folder.parents) if not path.exists()]
+    absent = [path for path in (folder / CACHE_IN_RUN, folder, *folder.parents) if not path.exists()]
     try:
         yield
     except InputError:
@@ -142,17 +143,16 @@ def _resume_point(config: RunConfig, folder: Path, shape: ModelShape) -> tuple[i
 
 
 def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Place) -> TokenStore | None:
-    files = getattr(config.data, split)
-    if files is None:
+    spec = StoreSpec.of_run(config, split, str(assets))
+    if spec is None:
         return None
-    spec = StoreSpec(
-        files=(files,) if isinstance(files, str) else tuple(files),
-        tokenizer=str(assets),
-        sequence_length=config.data.sequence_length,
-        too_long=config.data.too_long,
-        cache=config.data.cache or str(Path(config.checkpoint.dir) / DATA_CACHE),
-    )
-    return TokenStore(prepare_or_wait(spec, place.local_rank))
+    store = TokenStore(prepare_or_wait(spec, place.local_rank))
+    if config.objective.name == "sft" and store.kind != "chat":
+        raise InputError(
+            f"data.{split}: objective sft needs chat data (messages, prompt + completion, ...), "
+            f"got {store.kind} data in {', '.join(spec.sources)}"
+        )
+    return store
 
 
 def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:

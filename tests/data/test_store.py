@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_align.data import store as store_module
+from megatron_align.data import prepare as prepare_module
+from megatron_align.data.prepare import prepare, prepare_or_wait
 from megatron_align.data.sources import read_conversations
-from megatron_align.data.store import StoreSpec, TokenStore, prepare, prepare_or_wait
+from megatron_align.data.spec import StoreSpec
+from megatron_align.data.store import TokenStore
 from megatron_align.data.templates import Template
 from megatron_align.errors import InputError
 
@@ -26,7 +28,7 @@ RECORDS = [{"prompt": "hello " * n, "completion": "world"} for n in (1, 30, 2, 3
 def make(tokenizer_folder, jsonl, tmp_path):
     def spec(records=RECORDS, *, sequence_length=4096, too_long="error", name="data.jsonl"):
         return StoreSpec(
-            files=(jsonl(records, name),),
+            sources=(jsonl(records, name),),
             tokenizer=tokenizer_folder,
             sequence_length=sequence_length,
             too_long=too_long,
@@ -37,7 +39,7 @@ def make(tokenizer_folder, jsonl, tmp_path):
 
 
 def tokenised(spec, tokenizer):
-    return [Template(tokenizer).sample(record) for record in read_conversations(list(spec.files))]
+    return [Template(tokenizer).sample(record) for record in read_conversations(list(spec.sources))]
 
 
 def same(one, other):
@@ -74,7 +76,7 @@ def test_files_follow_each_other(make, tokenizer_folder):
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     one, two = make(), make([{"messages": chat}], name="chat.jsonl")
     both = StoreSpec(
-        files=one.files + two.files,
+        sources=one.sources + two.sources,
         tokenizer=tokenizer_folder,
         sequence_length=4096,
         too_long="error",
@@ -89,7 +91,7 @@ def test_files_follow_each_other(make, tokenizer_folder):
 
 def test_a_second_run_reuses_it(make, monkeypatch):
     path = prepare(make())
-    monkeypatch.setattr(store_module, "_write", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(prepare_module, "_tokenise", lambda *_: pytest.fail("tokenised again"))
     assert prepare(make()) == path
 
 
@@ -104,15 +106,15 @@ def test_every_input_has_its_own_store(make, tokenizer_folder, tmp_path):
 
 def _fields(spec):
     return {
-        name: getattr(spec, name) for name in ("files", "tokenizer", "sequence_length", "too_long", "cache")
+        name: getattr(spec, name) for name in ("sources", "tokenizer", "sequence_length", "too_long", "cache")
     }
 
 
 def test_a_moved_file_keeps_its_store(make, tmp_path):
     spec = make()
     (tmp_path / "elsewhere").mkdir()
-    moved = Path(spec.files[0]).rename(tmp_path / "elsewhere" / "data.jsonl")
-    path = prepare(StoreSpec(**{**_fields(spec), "files": (str(moved),)}))
+    moved = Path(spec.sources[0]).rename(tmp_path / "elsewhere" / "data.jsonl")
+    path = prepare(StoreSpec(**{**_fields(spec), "sources": (str(moved),)}))
     assert path == prepare(make())
 
 
@@ -149,9 +151,9 @@ def test_a_failed_run_leaves_nothing(make, tmp_path):
 def test_a_killed_run_leaves_no_store(make, tmp_path):
     spec = make()
     code = (
-        "import os, signal, sys; from megatron_align.data import store\n"
-        "store._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"store.prepare(store.StoreSpec(**{_fields(spec)!r}))"
+        "import os, signal, sys; from megatron_align.data import prepare, spec\n"
+        "prepare._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"prepare.prepare(spec.StoreSpec(**{_fields(spec)!r}))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
@@ -161,14 +163,14 @@ def test_a_killed_run_leaves_no_store(make, tmp_path):
 
 
 def test_two_nodes_may_prepare_at_once(make, monkeypatch):
-    spec, publish = make(), store_module._publish
+    spec, publish = make(), prepare_module._publish
 
     def late(unfinished, path):
-        monkeypatch.setattr(store_module, "_publish", publish)
+        monkeypatch.setattr(prepare_module, "_publish", publish)
         prepare(spec)  # somebody else is done first
         publish(unfinished, path)
 
-    monkeypatch.setattr(store_module, "_publish", late)
+    monkeypatch.setattr(prepare_module, "_publish", late)
     path = prepare(spec)
     assert len(TokenStore(path)) == 4
     assert list(path.parent.iterdir()) == [path]
@@ -185,7 +187,7 @@ def test_other_ranks_wait_for_local_rank_0(make):
     assert found == [path]
 
 
-@pytest.mark.parametrize("name", ["tokens", "scored", "offsets", "scored_counts"])
+@pytest.mark.parametrize("name", ["tokens", "scored", "offsets", "scored_counts", "sources", "weights"])
 @pytest.mark.parametrize("harm", ["cut", "missing"])
 def test_a_damaged_store_is_named(make, name, harm):
     path = prepare(make())
@@ -201,7 +203,7 @@ def test_a_damaged_store_is_named(make, name, harm):
 def test_a_bad_manifest_is_named(make, tmp_path):
     path = prepare(make())
     manifest = path / "manifest.json"
-    for content, expected in ((json.dumps({"version": 99}), "version 2, got 99"), ("{", "must be JSON")):
+    for content, expected in ((json.dumps({"version": 99}), "version 3, got 99"), ("{", "must be JSON")):
         manifest.write_text(content)
         with pytest.raises(InputError, match=expected):
             TokenStore(path)
@@ -211,8 +213,8 @@ def test_a_bad_manifest_is_named(make, tmp_path):
 
 def test_missing_inputs_are_named(make, tmp_path):
     spec = make()
-    with pytest.raises(InputError, match="no.jsonl: must be a file, found nothing"):
-        prepare(StoreSpec(**{**_fields(spec), "files": (str(tmp_path / "no.jsonl"),)}))
+    with pytest.raises(InputError, match="no.jsonl: must be "):
+        prepare(StoreSpec(**{**_fields(spec), "sources": (str(tmp_path / "no.jsonl"),)}))
     with pytest.raises(InputError, match="no: must be a Hugging Face folder"):
         prepare(StoreSpec(**{**_fields(spec), "tokenizer": str(tmp_path / "no")}))
     (tmp_path / "file").write_text("")
