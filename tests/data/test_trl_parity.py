@@ -13,7 +13,9 @@ from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_align.data.sources import read_conversations
-from megatron_align.data.store import StoreSpec, TokenStore, prepare
+from megatron_align.data.prepare import prepare
+from megatron_align.data.spec import StoreSpec
+from megatron_align.data.store import TokenStore
 from megatron_align.data.templates import Template
 
 QWEN25 = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text()
@@ -150,7 +152,7 @@ def test_truncation_keeps_the_start_and_drops_what_has_no_target_left(
     limit, tokenizer_folder, tokenizer, jsonl, tmp_path
 ):
     spec = StoreSpec(
-        files=(jsonl(PAIRS),),
+        sources=(jsonl(PAIRS),),
         tokenizer=tokenizer_folder,
         sequence_length=limit,
         too_long="truncate",
