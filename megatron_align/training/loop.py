@@ -21,8 +21,9 @@ from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.convert import need_tied_head, open_hf
 from megatron_align.checkpoint.export import export_model
 from megatron_align.checkpoint.hf import load_weights
-from megatron_align.config import RunConfig, TrainConfig, to_dict
-from megatron_align.data.batch import Share, StepBatches, steps_of_run
+from megatron_align.config import DataSource, RunConfig, TrainConfig, to_dict
+from megatron_align.data.batch import Share, Step, StepBatches, need_room, step_order
+from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.prepare import prepare_or_wait
 from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
 from megatron_align.data.store import TokenStore
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
         resume = _resume_point(config, folder, shape)
         stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
         _need_vocabulary(stores, shape)
-        _need_steps_left(config, len(stores["train"]), resume)
+        _need_steps_left(config, stores, resume)
     return Plan(
         config=config,
         place=place,
@@ -164,8 +165,14 @@ def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) ->
             )
 
 
-def _need_steps_left(config: RunConfig, samples: int, resume: tuple[int, Path] | None) -> None:
-    steps = steps_of_run(config.train, samples)
+def _need_steps_left(
+    config: RunConfig, stores: dict[str, TokenStore | None], resume: tuple[int, Path] | None
+) -> None:
+    for store in stores.values():
+        if store is not None:
+            need_room(store, config.data)
+    order = step_order(stores["train"], config.data, config.train, config.data.train)
+    steps = config.train.steps or order.steps
     if config.optimizer.warmup_steps > steps:
         raise InputError(
             f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"
@@ -201,7 +208,7 @@ class _Run:
                 sharded.load(resumed, self.model, self.optimizer)
                 set_step(self.optimizer, self.done)
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
-        self.batches = self._batches(plan.train)
+        self.batches = self._batches(plan.train, self.config.data.train, self.config.train)
         self.steps = self.batches.steps
 
     def _load_start(self, chunks: list[Any]) -> None:
@@ -213,7 +220,9 @@ class _Run:
         else:
             sharded.load(self.plan.weights, chunks)
 
-    def _batches(self, store: TokenStore, train: TrainConfig | None = None) -> StepBatches:
+    def _batches(
+        self, store: TokenStore, sources: str | list[str | DataSource], train: TrainConfig
+    ) -> StepBatches:
         parallel_config = self.config.parallel
         share = Share(
             ranks=self.groups.dp.size(),
@@ -222,9 +231,7 @@ class _Run:
             # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
             micro_batch_multiple=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
         )
-        return StepBatches(
-            store, self.config.data, train or self.config.train, self.objective.normalization, share
-        )
+        return StepBatches(store, self.config.data, train, sources, self.objective.normalization, share)
 
     def go(self) -> None:
         """Train what is left, then export."""
@@ -237,21 +244,22 @@ class _Run:
             sinks = NoSinks()
         with sinks:
             sinks.say(self._summary())
-            for step in range(self.done + 1, self.steps + 1):
-                self._step(step, sinks)
+            with Prefetcher(range(self.done, self.steps), self.batches.step) as ahead:
+                for step in range(self.done + 1, self.steps + 1):
+                    self._step(step, ahead, sinks)
             if self.config.checkpoint.export_hf:
                 with self.watchdog.patient("export"):
                     chunks = [chunk.module for chunk in self.model]
                     export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
                 sinks.say(f"exported to {self.plan.folder / 'hf'}")
 
-    def _step(self, step: int, sinks: Sinks | NoSinks) -> None:
+    def _step(self, step: int, ahead: Prefetcher[Step], sinks: Sinks | NoSinks) -> None:
         started = time.perf_counter()
         self.watchdog.report(f"step {step}")
         lr = learning_rate(self.config.optimizer, step, self.steps)
         set_learning_rate(self.optimizer, lr)
-        result = self.stepper.train(self.batches.batches(step - 1))
-        counts = self.batches.counts(step - 1)
+        data = next(ahead)
+        result, counts = self.stepper.train(data.batches), data.counts
         seconds = time.perf_counter() - started
         if not (math.isfinite(result.metrics["loss"]) and math.isfinite(result.grad_norm)):
             facts = f"loss {result.metrics['loss']}, gradient norm {result.grad_norm}"
@@ -263,7 +271,7 @@ class _Run:
             "lr": lr,
             "tokens": counts.tokens,
             "trained_tokens": counts.scored_tokens,
-            "padding": round(1 - counts.tokens / counts.padded_tokens, 6),
+            "padding": round(1 - counts.laid_tokens / counts.padded_tokens, 6),
             "samples": counts.samples,
             "tokens_per_second": counts.tokens / seconds,
             "step_seconds": seconds,
@@ -278,17 +286,15 @@ class _Run:
 
     def _validate(self, store: TokenStore) -> dict[str, float]:
         """Return the metrics over the whole validation data, weighted as in training."""
-        one_epoch = self._batches(store, _one_epoch(self.config))
+        one_epoch = self._batches(store, self.config.data.validation, _one_epoch(self.config))
         totals: dict[str, float] = {}
-        weight_sum = 0
-        for step in range(one_epoch.steps):
-            self.watchdog.report(f"validation batch {step + 1}")
-            metrics = self.stepper.evaluate(one_epoch.batches(step)).metrics
-            counts = one_epoch.counts(step)
-            weight = counts.scored_tokens if self.objective.normalization == "token" else counts.samples
-            weight_sum += weight
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value * weight
+        weight_sum = 0.0
+        with Prefetcher(range(one_epoch.steps), one_epoch.step) as ahead:
+            for step, data in enumerate(ahead, start=1):
+                self.watchdog.report(f"validation batch {step}")
+                weight_sum += data.counts.weight
+                for name, value in self.stepper.evaluate(data.batches).metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value * data.counts.weight
         return {name: value / weight_sum for name, value in totals.items()}
 
     def _save(self, step: int) -> None:
@@ -308,7 +314,7 @@ class _Run:
 
     def _summary(self) -> str:
         shape, place, layout = self.plan.shape, self.plan.place, self.config.parallel
-        data = self.plan.train.manifest
+        data, train = self.plan.train.manifest, self.config.train
         return "\n".join(
             (
                 f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
@@ -318,7 +324,11 @@ class _Run:
                 f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
                 f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated",
                 f"objective  {self.config.objective.name}, every {self.objective.normalization} weighs the same; "
-                f"{self.config.train.global_batch_size} samples a step",
+                + (
+                    f"up to {train.global_batch_tokens:,} tokens a step"
+                    if train.global_batch_tokens
+                    else f"{train.global_batch_size} samples a step"
+                ),
                 f"steps      {self.done} done of {self.steps}"
                 + (f", resumed from {self.plan.resume[1]}" if self.plan.resume else ""),
             )
