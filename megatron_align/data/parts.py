@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_align.data.bridge import Template, kind_of, read_file
+from megatron_align.data.sources import read_file
 from megatron_align.data.spec import StoreSpec
 from megatron_align.data.store import COLUMNS
-from megatron_align.data.templates import load_tokenizer
+from megatron_align.data.templates import Template, load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.records import Completion, Conversation, Preference, Record, Sample
 
@@ -98,8 +98,7 @@ def read_shapes(spec: StoreSpec) -> tuple[str, list[str]]:
     shapes: list[str] = []
     for file in (file for files in spec.files() for file in files):
         shape, _ = read_file(file, spec.shape, _ignore if spec.on_bad_record == "skip" else None)
-        kind = kind_of(shape)
-        kinds.setdefault(kind, file)
+        kinds.setdefault(shape.kind, file)
         if shape.name not in shapes:
             shapes.append(shape.name)
         if len(kinds) > 1:
@@ -108,9 +107,9 @@ def read_shapes(spec: StoreSpec) -> tuple[str, list[str]]:
                 f"{second}: must hold {one} data like {first}, got {other} data (shape '{shape.name}'): "
                 "one run trains on one kind"
             )
-        if kind != "chat" and spec.too_long == "truncate":
+        if shape.kind != "chat" and spec.too_long == "truncate":
             raise InputError(
-                f"{file}: data.too_long: truncate is for chat data, got {kind} data: a comparison of cut "
+                f"{file}: data.too_long: truncate is for chat data, got {shape.kind} data: a comparison of cut "
                 "completions would be another one; set it to drop, or raise data.sequence_length"
             )
     return next(iter(kinds)), shapes

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import transformers
 
 from megatron_align.config import DataSource, RunConfig
-from megatron_align.data.bridge import expand
+from megatron_align.data.sources import expand
 from megatron_align.data.store import VERSION, sha256
+from megatron_align.data.templates import load_chat_template
 from megatron_align.errors import InputError
 
 CACHE_IN_RUN = "data_cache"  # inside checkpoint.dir, where data.cache is not given
@@ -84,14 +85,8 @@ class StoreSpec:
         return [expand(source) for source in self.sources]
 
     def template(self) -> str | None:
-        """Return the text of ``chat_template``. Raises InputError for a file that cannot be read."""
-        if self.chat_template is None:
-            return None
-        try:
-            return Path(self.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise InputError(f"{self.chat_template}: chat template could not be read: {reason}") from error
+        """Return the text of ``chat_template``. Raises InputError for a file that is no template."""
+        return load_chat_template(self.chat_template) if self.chat_template else None
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs by content. Raises InputError for a file that cannot be read."""
