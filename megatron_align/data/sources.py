@@ -24,7 +24,7 @@ from megatron_align.records import Record
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _CHUNK = 1 << 18  # characters of a JSON array, bytes of a Parquet column read at a time
-_ROWS = 256  # Parquet rows decoded at a time
+_ROWS = 64  # Parquet rows decoded at a time
 _SPACE = " \t\r\n"
 
 Raw = tuple[str, dict[str, Any] | InputError]  # a record and its place, or what is wrong with it
