@@ -34,12 +34,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One source of a mixture.
+
+    Args:
+        path: file, folder or glob pattern
+        weight: passes over it per epoch; 0.5: half of its samples, another half each epoch; 2: each twice
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _need(self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What it is trained on.
 
     Args:
-        train: a JSON or JSONL file, or a list of them
+        train: file, folder or glob pattern (.jsonl, .json, .parquet, .gz), or a list of them or of {path, weight}
         validation: the same for validation; null: none
+        shape: shape of the records (messages, pair, ...); null: recognised from each file's first record
+        chat_template: file with a Jinja chat template; null: the tokenizer's own
+        on_bad_record: error: stop at a malformed record; skip: leave it out and count it
         sequence_length: longest sample (pair, group) and capacity of one pack, in tokens
         packing: true: several samples per micro-batch, attention isolated; false: one sample each
         shuffle: true: a new order every epoch, a function of the seed; false: file order
@@ -48,8 +67,11 @@ class DataConfig:
         cache: folder for tokenised data; null: a folder inside checkpoint.dir
     """
 
-    train: str | list[str]
-    validation: str | list[str] | None = None
+    train: str | list[str | DataSource]
+    validation: str | list[str | DataSource] | None = None
+    shape: str | None = None
+    chat_template: str | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
     sequence_length: int = 4096
     packing: bool = True
     shuffle: bool = True
@@ -172,7 +194,10 @@ class TrainConfig:
     """How long and how precisely.
 
     Args:
-        global_batch_size: samples (pairs, groups) of one optimiser step, whatever the layout
+        global_batch_size: samples (pairs, groups) of one optimiser step, whatever the layout; null: 16, or as
+            many as global_batch_tokens says
+        global_batch_tokens: instead of global_batch_size: samples are taken in order while they fit into so
+            many tokens, at least one
         steps: optimiser steps; give this or epochs
         epochs: passes over the training data; give this or steps
         seed: of the data order
@@ -181,7 +206,8 @@ class TrainConfig:
         validate_every: steps between validations, besides the one after the last step; null: only that one
     """
 
-    global_batch_size: int = 16
+    global_batch_size: int | None = None
+    global_batch_tokens: int | None = None
     steps: int | None = None
     epochs: int | None = None
     seed: int = 1234
@@ -191,14 +217,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _need(
-            self.global_batch_size >= 1,
-            f"train.global_batch_size must be at least 1, got {self.global_batch_size}",
+            self.global_batch_size is None or self.global_batch_tokens is None,
+            f"give train.global_batch_size or train.global_batch_tokens, got {self.global_batch_size} and "
+            f"{self.global_batch_tokens}",
         )
+        if self.global_batch_size is None and self.global_batch_tokens is None:
+            object.__setattr__(self, "global_batch_size", 16)
         _need(
             (self.steps is None) != (self.epochs is None),
             f"give either train.steps or train.epochs, got steps {self.steps} and epochs {self.epochs}",
         )
-        for name in ("steps", "epochs", "validate_every"):
+        for name in ("global_batch_size", "global_batch_tokens", "steps", "epochs", "validate_every"):
             value = getattr(self, name)
             _need(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
         _need(
@@ -322,7 +351,14 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def _plain(section: Namespace) -> dict[str, Any]:
-    return {key: tuple(value) if key == "betas" else value for key, value in vars(section).items()}
+    def plain(key: str, value: Any) -> Any:
+        if key == "betas":
+            return tuple(value)
+        if isinstance(value, list):
+            return [DataSource(**vars(item)) if isinstance(item, Namespace) else item for item in value]
+        return value
+
+    return {key: plain(key, value) for key, value in vars(section).items()}
 
 
 def _objective_name(arguments: list[str]) -> str:

@@ -13,7 +13,10 @@ import warnings
 from pathlib import Path
 
 ABOUT = "Tools around alignment training; the training itself is: torchrun -m megatron_align.train --help"
-TOOLS = {"convert": "Hugging Face folder <-> checkpoint, and proof that both hold the same model"}
+TOOLS = {
+    "convert": "Hugging Face folder <-> checkpoint, and proof that both hold the same model",
+    "prepare": "tokenise data once, before training, and report what it holds",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

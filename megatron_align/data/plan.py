@@ -1,9 +1,9 @@
-"""Which samples make step s, and how they lie on the ranks: pure functions, the same on every rank.
+"""How a step's samples lie on the ranks: a pure function, computed alike on every rank.
 
-The order of the samples depends on (seed, epoch, index) only. A step is a set of samples; a plan spreads it
-over ``ranks x micro-batches`` packs, so a change of layout changes the plan but never the step.
+A plan spreads the samples of a step (see ``order``) over ``ranks x micro-batches`` packs, so a change of layout
+changes the plan but never the step.
 
-Shapes: B samples of one step, S samples of the data set.
+Shapes: B samples of one step.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+
+# Found on lognormal chat lengths (benchmarks/packing.py). The shortest samples, with one of these shares of the
+# tokens, are kept back to level the packs: the fewer, the more level the cost; the first share that does is taken.
+KEPT_BACK = (0.01, 0.02, 0.05, 0.2)
+PLAY = 0.005  # in the tokens of a rank, while the cost is levelled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,58 +31,42 @@ class StepPlan:
     tokens: int  # padded length of every pack of the step
 
 
-def count_steps(total: int, batch: int, epochs: int) -> int:
-    """Return the steps of ``batch`` samples that cover ``epochs`` passes over ``total`` samples."""
-    return -(-epochs * total // batch)
-
-
-def samples_of_step(
-    step: int, *, total: int, batch: int, seed: int = 0, shuffle: bool = True, epochs: int | None = None
+def attention_cost(
+    lengths_B: np.ndarray, prompts_B: np.ndarray, completions_B: np.ndarray, shared: bool = True
 ) -> np.ndarray:
-    """Return the indices (int64) of the samples of a 0-based step, in order.
+    """Return twice the area (int64) that attention computes for each sample; length^2 for a plain document.
 
-    Epochs follow each other without a seam. With ``epochs`` the last step takes what is left (and no step
-    comes after it); without, every step has ``batch`` samples.
+    A prompt of P tokens with k completions c_j costs ``P^2 + 2 P sum(c_j) + sum(c_j^2)``, and k P^2 in place of
+    P^2 where each completion computes the prompt again. The c_j are taken as equally long, which is never too
+    much: a plan needs no more.
 
-    Raises:
-        ValueError: if ``total`` or ``batch`` is not positive, or the step lies outside of the run.
+    Args:
+        lengths_B: tokens of each sample, its prompt once.
+        prompts_B: tokens of its prompt.
+        completions_B: number of its completions.
+        shared: the prompt is computed once.
     """
-    end = (step + 1) * batch if epochs is None else min((step + 1) * batch, epochs * total)
-    if total < 1 or batch < 1 or step < 0 or step * batch >= end:
-        raise ValueError(
-            f"samples_of_step needs a step of the run; got {step=}, {total=}, {batch=}, {epochs=}"
-        )
-    epoch_B, place_B = np.divmod(np.arange(step * batch, end, dtype=np.int64), total)
-    if not shuffle:
-        return place_B
-    samples_B = np.empty_like(place_B)
-    for epoch in np.unique(epoch_B):
-        samples_B[epoch_B == epoch] = _permutation(seed, int(epoch), total)[place_B[epoch_B == epoch]]
-    return samples_B
+    own_B = lengths_B - prompts_B
+    times_B = np.ones_like(completions_B) if shared else completions_B
+    return times_B * prompts_B**2 + 2 * prompts_B * own_B + own_B**2 // completions_B
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, total: int) -> np.ndarray:
-    """Sort raw random words: unlike a library's shuffle, these are fixed for good by the generator's name."""
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(total)
-    order = np.argsort(words, kind="stable").astype(np.int64)
-    order.setflags(write=False)
-    return order
-
-
-def plan_step(
+def plan_step(  # noqa: PLR0913 - one call per step; the sizes are scalars that belong together
     lengths_B: np.ndarray,
     ranks: int,
     capacity: int,
     multiple: int = 1,
     packing: bool = True,
     micro_batch_multiple: int = 1,
+    *,
+    costs_B: np.ndarray | None = None,
 ) -> StepPlan:
     """Spread the samples of a step over ``ranks x micro-batches`` packs.
 
-    Takes the fewest micro-batches into which the samples fit (by best fit decreasing), balances tokens over
-    the packs (ties: sum of length^2), then sum of length^2 over the ranks. The same arguments give the same
-    plan.
+    Takes the fewest micro-batches into which the samples fit (by best fit decreasing), balances tokens over the
+    packs to about a percent, and within that attention cost over the ranks. The same arguments give the same
+    plan. No plan can pad less than to the longest sample, nor even out a sample that costs more than a rank's
+    share.
 
     Args:
         lengths_B: tokens of each sample.
@@ -87,26 +75,35 @@ def plan_step(
         multiple: every pack's padded length is a multiple of this.
         packing: several samples per pack; False: at most one.
         micro_batch_multiple: micro-batches per rank are a multiple of this (interleaved pipelines need it).
+        costs_B: attention cost of each sample, as :func:`attention_cost`. Default: length^2.
 
     Raises:
         ValueError: if a sample is longer than ``capacity``, or a size is not positive.
     """
-    lengths = [int(length) for length in lengths_B]
+    lengths = np.asarray(lengths_B, dtype=np.int64).tolist()
     if min(ranks, capacity, multiple, micro_batch_multiple) < 1 or max(lengths, default=0) > capacity:
         raise ValueError(
             f"plan_step needs positive sizes and samples within capacity; got {ranks=}, {capacity=}, "
             f"{multiple=}, {micro_batch_multiple=}, longest sample {max(lengths, default=0)}"
         )
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    costs = [x * x for x in lengths] if costs_B is None else np.asarray(costs_B, dtype=np.int64).tolist()
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -costs[i], i))
     packs = _tight(lengths, longest_first, capacity) if packing else [[i] for i in longest_first]
     rounds = max(1, -(-len(packs) // (ranks * micro_batch_multiple)))
     micro_batches = rounds * micro_batch_multiple
+    dealt = None
     if packing:
         even = _even(lengths, longest_first, ranks * micro_batches)
+        bound = min(capacity, int(_fullest(lengths, even) * (1 + 2 * PLAY)))
+        tries = (_level(lengths, costs, longest_first, (ranks, micro_batches), kept) for kept in KEPT_BACK)
+        dealt = next((packs for packs in tries if _fullest(lengths, packs) <= bound), None)
         packs = even if _fullest(lengths, even) <= capacity else packs
-    packs += [[] for _ in range(ranks * micro_batches - len(packs))]
-    padded = max(1, -(-_fullest(lengths, packs) // multiple)) * multiple
-    return StepPlan(_deal(lengths, packs, ranks), padded)
+    if dealt is None:
+        packs += [[] for _ in range(ranks * micro_batches - len(packs))]
+        dealt = _deal(costs, packs, ranks)
+    padded = max(1, -(-_fullest(lengths, dealt) // multiple)) * multiple
+    by_rank = [dealt[rank * micro_batches : (rank + 1) * micro_batches] for rank in range(ranks)]
+    return StepPlan([[np.array(sorted(p), dtype=np.int64) for p in packs] for packs in by_rank], padded)
 
 
 def _fullest(lengths: list[int], packs: list[list[int]]) -> int:
@@ -114,13 +111,13 @@ def _fullest(lengths: list[int], packs: list[list[int]]) -> int:
 
 
 def _even(lengths: list[int], longest_first: list[int], packs: int) -> list[list[int]]:
-    """Longest first, each into the pack with the fewest tokens (ties: the least sum of length^2)."""
+    """Longest first, each into the pack with the fewest tokens: the shortest packs that are quickly found."""
     filled: list[list[int]] = [[] for _ in range(packs)]
-    load = [(0, 0, pack) for pack in range(packs)]
+    load = [(0, pack) for pack in range(packs)]
     for i in longest_first:
-        tokens, cost, pack = load[0]
+        tokens, pack = load[0]
         filled[pack].append(i)
-        heapq.heapreplace(load, (tokens + lengths[i], cost + lengths[i] ** 2, pack))
+        heapq.heapreplace(load, (tokens + lengths[i], pack))
     return filled
 
 
@@ -138,14 +135,68 @@ def _tight(lengths: list[int], longest_first: list[int], capacity: int) -> list[
     return filled
 
 
-def _deal(lengths: list[int], packs: list[list[int]], ranks: int) -> list[list[np.ndarray]]:
-    """Give every rank the same number of packs, the costliest first, each to the rank with the least cost."""
-    cost = [sum(lengths[i] ** 2 for i in pack) for pack in packs]
-    dealt: list[list[np.ndarray]] = [[] for _ in range(ranks)]
+def _level(
+    lengths: list[int], costs: list[int], longest_first: list[int], grid: tuple[int, int], kept_share: float
+) -> list[list[int]]:
+    """Return packs, rank after rank: cost level over ranks, tokens level over packs; capacity is not looked at.
+
+    Long samples decide the cost and short ones are many. So, longest first, each sample goes to the rank with
+    the least cost among those whose share of the tokens has room for it, and there into the emptiest pack; the
+    shortest samples are kept back for the packs that are emptiest in the end.
+    """
+    ranks, micro_batches = grid
+    kept_back, late = len(lengths), 0
+    while kept_back and late + lengths[longest_first[kept_back - 1]] <= kept_share * sum(lengths):
+        kept_back -= 1
+        late += lengths[longest_first[kept_back]]
+    share = int((sum(lengths) - late) / ranks * (1 + PLAY))
+    mine = _level_cost(lengths, costs, longest_first[:kept_back], share, ranks)
+    packs = [pack for some in mine for pack in _even(lengths, some, micro_batches)]
+    load = [(sum(lengths[i] for i in pack), p) for p, pack in enumerate(packs)]
+    heapq.heapify(load)
+    for i in longest_first[kept_back:]:
+        tokens, p = load[0]
+        packs[p].append(i)
+        heapq.heapreplace(load, (tokens + lengths[i], p))
+    return packs
+
+
+def _level_cost(
+    lengths: list[int], costs: list[int], longest_first: list[int], share: int, ranks: int
+) -> list[list[int]]:
+    """Give each sample to the rank with the least cost that has room for it within ``share`` tokens.
+
+    Where none has, the one with the most room takes it; a rank without samples always has room.
+    """
+    mine: list[list[int]] = [[] for _ in range(ranks)]
+    room, spent = [share] * ranks, [0] * ranks
+    ready = [(0, rank) for rank in range(ranks)]
+    full: list[
+        tuple[int, int]
+    ] = []  # (-room, rank): had no room for the sample before; a shorter one may fit
+    for i in longest_first:
+        while full and -full[0][0] >= lengths[i]:
+            rank = heapq.heappop(full)[1]
+            heapq.heappush(ready, (spent[rank], rank))
+        while ready and mine[ready[0][1]] and room[ready[0][1]] < lengths[i]:
+            rank = heapq.heappop(ready)[1]
+            heapq.heappush(full, (-room[rank], rank))
+        rank = heapq.heappop(ready or full)[1]
+        mine[rank].append(i)
+        room[rank] -= lengths[i]
+        spent[rank] += costs[i]
+        heapq.heappush(ready, (spent[rank], rank))
+    return mine
+
+
+def _deal(costs: list[int], packs: list[list[int]], ranks: int) -> list[list[int]]:
+    """Return the packs rank after rank, as many for each; the costliest first to the rank with the least cost."""
+    cost = [sum(costs[i] for i in pack) for pack in packs]
+    dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
     spent = [(0, rank) for rank in range(ranks)]
     for pack in sorted(range(len(packs)), key=lambda p: (-cost[p], p)):
         total, rank = heapq.heappop(spent)
-        dealt[rank].append(np.array(sorted(packs[pack]), dtype=np.int64))
+        dealt[rank].append(packs[pack])
         if len(dealt[rank]) < len(packs) // ranks:
             heapq.heappush(spent, (total + cost[pack], rank))
-    return dealt
+    return [pack for packs_of_rank in dealt for pack in packs_of_rank]

@@ -1,292 +1,184 @@
-"""Tokenise once into a memory-mapped folder: complete or absent, keyed by all that decides its content.
+"""The token store: a memory-mapped folder of tokenised samples, complete or absent (``prepare`` writes it).
 
-A store holds ``tokens.bin`` (int32, samples one after the other), ``scored.bin`` (uint8, 1 where the token is
-a target), ``offsets.bin`` and ``scored_counts.bin`` (int64), and ``manifest.json``.
+One file per column, all little-endian, described by ``manifest.json``:
 
-Shapes: S samples of the store, L tokens of one sample.
+| column               | type       | holds                                                      | kinds           |
+|----------------------|------------|------------------------------------------------------------|-----------------|
+| tokens               | int32[T]   | samples one after the other, a prompt stored once          | all             |
+| scored               | uint8[T]   | 1 where the token is a target                              | all             |
+| offsets              | int64[S+1] | where each sample starts                                   | all             |
+| scored_counts        | int64[S]   | targets of each sample                                     | all             |
+| sources              | int32[S]   | which source of the mixture it came from                   | all             |
+| weights              | float64[S] | of the sample in the loss                                  | all             |
+| prompt_lengths       | int64[S]   | tokens of the prompt                                       | all but chat    |
+| completion_offsets   | int64[S+1] | where each sample's completions start in the next two      | all but chat    |
+| completion_lengths   | int64[C]   | tokens of each completion                                  | all but chat    |
+| scores               | float64[C] | of each completion, NaN where none was given               | all but chat    |
+| margins              | float64[S] | by how much the chosen one is better, NaN where not given  | pair            |
+| labels               | int8[S]    | 1 desirable, 0 not, -1 not given                           | unpaired        |
+
+Shapes: S samples, T tokens and C completions of the store, L tokens of one sample.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import sys
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import numpy as np
-import transformers
-from rich.console import Console
-from rich.progress import track
 
-from megatron_align.data.sources import read_file
-from megatron_align.data.templates import Template, load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 
-VERSION = 2
-POLL_SECONDS = 0.2
-_COLUMNS = {
+VERSION = 3
+MANIFEST = "manifest.json"
+COLUMNS = {
     "tokens": np.dtype("<i4"),
     "scored": np.dtype("u1"),
     "offsets": np.dtype("<i8"),
     "scored_counts": np.dtype("<i8"),
+    "sources": np.dtype("<i4"),
+    "weights": np.dtype("<f8"),
+    "prompt_lengths": np.dtype("<i8"),
+    "completion_offsets": np.dtype("<i8"),
+    "completion_lengths": np.dtype("<i8"),
+    "scores": np.dtype("<f8"),
+    "margins": np.dtype("<f8"),
+    "labels": np.dtype("i1"),
 }
-_TOKENIZER_PARTS = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-    "additional_chat_templates/*.jinja",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreSpec:
-    """What decides the content of a store, and where stores are kept.
-
-    Args:
-        files: data files, in order
-        tokenizer: Hugging Face folder with the tokenizer
-        sequence_length: longest sample, in tokens
-        too_long: error: refuse a longer one; drop: leave it out; truncate: keep its first tokens
-        cache: folder of stores
-    """
-
-    files: tuple[str, ...]
-    tokenizer: str
-    sequence_length: int
-    too_long: Literal["error", "drop", "truncate"]
-    cache: str
-
-    def inputs(self) -> dict[str, Any]:
-        """Return the inputs by content. Raises InputError for a file that cannot be read."""
-        folder = Path(self.tokenizer)
-        parts = sorted(
-            {part for pattern in _TOKENIZER_PARTS for part in folder.glob(pattern) if part.is_file()}
-        )
-        parts = [part for part in parts if not part.name.endswith(".index.json")]
-        return {
-            "version": VERSION,
-            "transformers": transformers.__version__,
-            "data": [{"file": Path(file).name, "sha256": _sha256(file)} for file in self.files],
-            "tokenizer": {str(part.relative_to(folder)): _sha256(str(part)) for part in parts},
-            "sequence_length": self.sequence_length,
-            "too_long": self.too_long,
-        }
-
-    def path(self, inputs: dict[str, Any]) -> Path:
-        """Return the folder of the store with these inputs."""
-        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-        return Path(self.cache) / key
-
-
-def prepare(spec: StoreSpec) -> Path:
-    """Return the store of ``spec``, tokenising the data if there is none yet.
-
-    Raises:
-        InputError: for bad data or a bad tokenizer, a sample that is too long (``too_long`` error), or no
-            sample left; names the place.
-    """
-    inputs = spec.inputs()
-    path = spec.path(inputs)
-    if path.exists():
-        return path
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        unfinished.mkdir(parents=True)
-        _write(unfinished, spec, inputs)
-        _publish(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{spec.cache}: tokenised data could not be written: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return path
-
-
-def prepare_or_wait(spec: StoreSpec, local_rank: int) -> Path:
-    """Prepare on local rank 0; the others wait for its store, until it comes or the launcher ends them."""
-    if local_rank == 0:
-        return prepare(spec)
-    path = spec.path(spec.inputs())
-    while not path.exists():
-        time.sleep(POLL_SECONDS)
-    return path
+_OF_ALL = ("tokens", "scored", "offsets", "scored_counts", "sources", "weights")
+_OF_PREFERENCES = ("prompt_lengths", "completion_offsets", "completion_lengths", "scores")
+COLUMNS_OF_KIND = {
+    "chat": _OF_ALL,
+    "pair": (*_OF_ALL, *_OF_PREFERENCES, "margins"),
+    "ranked": (*_OF_ALL, *_OF_PREFERENCES),
+    "unpaired": (*_OF_ALL, *_OF_PREFERENCES, "labels"),
+}
+_REMEDY = "delete the folder, it will be made anew"
 
 
 class TokenStore:
-    """A store, opened: nothing but the index is read until a sample is asked for.
+    """A store, opened: only its index is read until a sample is asked for.
 
     Args:
-        path: what :func:`prepare` returned.
+        path: what ``prepare`` returned.
+        verify: also read every column and compare its hash with the manifest's.
+
+    Attributes:
+        manifest: how it was made, and its counts.
+        kind: chat, pair, ranked or unpaired.
+        lengths: int64[S], stored tokens of each sample, a shared prompt counted once.
+        duplicated_lengths: int64[S], tokens where every completion repeats the prompt.
+        scored_counts: int64[S], targets of each sample.
+        sources: int32[S], which source of the mixture it came from.
+        weights: float64[S], of the sample in the loss.
+        prompt_lengths: int64[S], 0 for chat.
+        completion_counts: int64[S], 1 for chat.
 
     Raises:
-        InputError: if a file is missing or does not have the size that the manifest tells.
+        InputError: if a file is missing or does not have the size (``verify``: the hash) that the manifest
+            tells.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, verify: bool = False) -> None:
         self.path = Path(path)
-        self.manifest: dict[str, Any] = _read_manifest(self.path)
-        columns = {name: self._open(name) for name in _COLUMNS}
+        self.manifest: dict[str, Any] = read_manifest(self.path)
+        self.kind: str = self.manifest["kind"]
+        columns = {name: self._open(name) for name in COLUMNS_OF_KIND[self.kind]}
+        if verify:
+            self.verify()
         self._tokens, self._scored = columns["tokens"], columns["scored"]
         self._offsets = np.array(columns["offsets"], dtype=np.int64)
-        self.scored_counts = np.array(columns["scored_counts"], dtype=np.int64)  # int64[S]
-        self.lengths = np.diff(self._offsets)  # int64[S]
+        self.lengths = np.diff(self._offsets)
+        self.scored_counts = np.array(columns["scored_counts"], dtype=np.int64)
+        self.sources = np.array(columns["sources"], dtype=np.int32)
+        self.weights = np.array(columns["weights"], dtype=np.float64)
+        if self.kind == "chat":
+            self.prompt_lengths = np.zeros(len(self.lengths), dtype=np.int64)
+            self.completion_counts = np.ones(len(self.lengths), dtype=np.int64)
+        else:
+            self.prompt_lengths = np.array(columns["prompt_lengths"], dtype=np.int64)
+            self._completion_offsets = np.array(columns["completion_offsets"], dtype=np.int64)
+            self.completion_counts = np.diff(self._completion_offsets)
+        self.duplicated_lengths = self.lengths + (self.completion_counts - 1) * self.prompt_lengths
+        self._completion_lengths = columns.get("completion_lengths")
+        self._scores = columns.get("scores")
+        self._margins, self._labels = columns.get("margins"), columns.get("labels")
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def completion_lengths(self, i: int) -> np.ndarray:
+        """Return the tokens of each completion of sample ``i`` (int64); a chat sample is one completion."""
+        if self._completion_lengths is None:
+            return self.lengths[i : i + 1].copy()
+        return np.array(self._completion_lengths[self._completions(i)], dtype=np.int64)
 
     def sample(self, i: int) -> Sample:
         """Return sample ``i`` (copied out of the map)."""
         if not 0 <= i < len(self):
             raise IndexError(f"store has samples 0..{len(self) - 1}, asked for {i}")
         part = slice(self._offsets[i], self._offsets[i + 1])
-        return Sample(np.array(self._tokens[part]), np.array(self._scored[part], dtype=bool))
+        tokens_L, scored_L = np.array(self._tokens[part]), np.array(self._scored[part], dtype=bool)
+        weight = float(self.weights[i])
+        if self.kind == "chat":
+            return Sample(tokens_L, scored_L, weight=weight)
+        scores = tuple(self._scores[self._completions(i)].tolist())
+        label = -1 if self._labels is None else int(self._labels[i])
+        return Sample(
+            tokens_L,
+            scored_L,
+            prompt_length=int(self.prompt_lengths[i]),
+            completion_lengths=tuple(self.completion_lengths(i).tolist()),
+            scores=() if all(map(math.isnan, scores)) else scores,
+            margin=math.nan if self._margins is None else float(self._margins[i]),
+            label=None if label < 0 else bool(label),
+            weight=weight,
+        )
+
+    def verify(self) -> None:
+        """Read every column and compare its hash with the manifest's.
+
+        Raises:
+            InputError: naming the file that differs.
+        """
+        for name in COLUMNS_OF_KIND[self.kind]:
+            file, expected = self.path / f"{name}.bin", self.manifest["sha256"][name]
+            found = sha256(file)
+            if found != expected:
+                raise InputError(f"{file}: must have sha256 {expected}, got {found}: {_REMEDY}")
+
+    def _completions(self, i: int) -> slice:
+        return slice(self._completion_offsets[i], self._completion_offsets[i + 1])
 
     def _open(self, name: str) -> np.ndarray:
         file, expected = self.path / f"{name}.bin", self.manifest["bytes"][name]
         size = file.stat().st_size if file.is_file() else 0
         if size != expected:
-            raise InputError(
-                f"{file}: must have {expected} bytes, got {size}: delete the folder, it will be made anew"
-            )
-        return np.memmap(file, dtype=_COLUMNS[name], mode="r")
+            raise InputError(f"{file}: must have {expected} bytes, got {size}: {_REMEDY}")
+        return np.memmap(file, dtype=COLUMNS[name], mode="r")
 
 
-class _Writer:
-    """Appends samples to the files of a store; only the index stays in memory."""
-
-    def __init__(self, files: dict[str, IO[bytes]]) -> None:
-        self._files = files
-        self.offsets = [0]
-        self.scored_counts: list[int] = []
-        self.largest_token = 0
-
-    def add(self, sample: Sample) -> None:
-        self._put("tokens", sample.tokens_L)
-        self._put("scored", sample.scored_L)
-        self.offsets.append(self.offsets[-1] + len(sample.tokens_L))
-        self.scored_counts.append(int(sample.scored_L.sum()))
-        self.largest_token = max(self.largest_token, int(sample.tokens_L.max()))
-
-    def finish(self) -> None:
-        """Write the index, and everything down to the disk: a store that has its name is whole."""
-        self._put("offsets", np.array(self.offsets))
-        self._put("scored_counts", np.array(self.scored_counts))
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _put(self, name: str, values: np.ndarray) -> None:
-        self._files[name].write(np.ascontiguousarray(values, dtype=_COLUMNS[name]).tobytes())
-
-
-def _write(folder: Path, spec: StoreSpec, inputs: dict[str, Any]) -> None:
-    template = Template(load_tokenizer(spec.tokenizer))
-    shapes: list[str] = []
-    left_out = {"dropped": 0, "truncated": 0}
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(_create(folder / f"{name}.bin")) for name in _COLUMNS}
-        writer = _Writer(files)
-        for sample, where in _progress(_samples(spec, template, shapes)):
-            kept = _fit(sample, where, spec, left_out)
-            if kept is not None:
-                writer.add(kept)
-        writer.finish()
-    if not writer.scored_counts:
-        raise InputError(
-            f"{', '.join(spec.files)}: must leave a sample within data.sequence_length = "
-            f"{spec.sequence_length} tokens, got none: all {left_out['dropped']} were dropped as too long"
-        )
-    manifest = {
-        **inputs,
-        "shapes": shapes,
-        "samples": len(writer.scored_counts),
-        "tokens": writer.offsets[-1],
-        "scored_tokens": sum(writer.scored_counts),
-        "largest_token": writer.largest_token,
-        **left_out,
-        "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in _COLUMNS},
-    }
-    with open(folder / "manifest.json", "w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _create(file: Path) -> IO[bytes]:
-    return open(file, "wb")
-
-
-def _samples(spec: StoreSpec, template: Template, shapes: list[str]) -> Iterator[tuple[Sample, str]]:
-    """Yield ``(sample, where)`` of every record, noting the shape of each file."""
-    for path in spec.files:
-        shape, records = read_file(path)
-        shapes.append(shape.name)
-        for record in records:
-            yield template.sample(record), record.where
-
-
-def _fit(sample: Sample, where: str, spec: StoreSpec, left_out: dict[str, int]) -> Sample | None:
-    """Apply ``too_long``; None: the sample is left out."""
-    length, limit = len(sample.tokens_L), spec.sequence_length
-    if length <= limit:
-        return sample
-    if spec.too_long == "error":
-        raise InputError(
-            f"{where}: a sample must fit in data.sequence_length = {limit} tokens, got {length}; "
-            "raise it, or set data.too_long to drop or truncate"
-        )
-    if spec.too_long == "truncate" and sample.scored_L[:limit].any():
-        left_out["truncated"] += 1
-        return Sample(sample.tokens_L[:limit], sample.scored_L[:limit])
-    left_out["dropped"] += 1
-    return None
-
-
-def _publish(unfinished: Path, path: Path) -> None:
-    """Give the finished store its name; another process may have been faster, with the same content."""
-    try:
-        unfinished.rename(path)
-    except OSError:
-        if not path.is_dir():
-            raise
-
-
-def _progress(samples: Iterator[tuple[Sample, str]]) -> Iterator[tuple[Sample, str]]:
-    console = Console(stderr=True)
-    return track(
-        samples, description="Tokenising", total=None, console=console, disable=not sys.stderr.isatty()
-    )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a store, or raise InputError if it has none that this version reads."""
+    file = path / MANIFEST
     if not file.is_file():
-        raise InputError(f"{path}: must be a folder of tokenised data with a manifest.json, found none")
+        raise InputError(f"{path}: must be a folder of tokenised data with a {MANIFEST}, found none")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{file}: must be JSON, got {error.msg}: delete the folder, it will be made anew"
-        ) from error
-    if manifest.get("version") != VERSION:
-        raise InputError(f"{file}: must have version {VERSION}, got {manifest.get('version')}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: must be JSON, got {' '.join(str(error).split())}: {_REMEDY}") from error
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise InputError(f"{file}: must have version {VERSION}, got {version}: {_REMEDY}")
     return manifest
 
 
-def _sha256(path: str) -> str:
-    if not Path(path).is_file():
-        raise InputError(f"{path}: must be a file, found {'a folder' if Path(path).is_dir() else 'nothing'}")
+def sha256(path: str | Path) -> str:
+    """Return the hash of a file's content, read in blocks."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

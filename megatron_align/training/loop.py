@@ -21,9 +21,13 @@ from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.convert import need_tied_head, open_hf
 from megatron_align.checkpoint.export import export_model
 from megatron_align.checkpoint.hf import load_weights
-from megatron_align.config import RunConfig, TrainConfig, to_dict
-from megatron_align.data.batch import Share, StepBatches, steps_of_run
-from megatron_align.data.store import StoreSpec, TokenStore, prepare_or_wait
+from megatron_align.config import DataSource, RunConfig, TrainConfig, to_dict
+from megatron_align.data.batch import Share, Step, StepBatches, need_room, step_order
+from megatron_align.data.order import passes_per_epoch
+from megatron_align.data.prefetch import Prefetcher
+from megatron_align.data.prepare import prepare_or_wait
+from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
@@ -39,8 +43,7 @@ from megatron_align.training.optimizer import (
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.step import Stepper
 
-DATA_CACHE = "data_cache"
-_SAMPLE_ORDER = ("seed", "global_batch_size", "precision")
+_SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens", "precision")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -99,7 +102,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
         resume = _resume_point(config, folder, shape)
         stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
         _need_vocabulary(stores, shape)
-        _need_steps_left(config, len(stores["train"]), resume)
+        _need_steps_left(config, stores, resume)
         if resume is not None:
             _need_same_run(config, stores["train"], resume[1])
     return Plan(
@@ -119,7 +122,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
 @contextmanager
 def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
     """Remove again the folders that this run made, where they are still empty."""
-    absent = [path for path in (folder / DATA_CACHE, folder, *folder.parents) if not path.exists()]
+    absent = [path for path in (folder / CACHE_IN_RUN, folder, *folder.parents) if not path.exists()]
     try:
         yield
     except InputError:
@@ -152,17 +155,16 @@ def _resume_point(config: RunConfig, folder: Path, shape: ModelShape) -> tuple[i
 
 
 def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Place) -> TokenStore | None:
-    files = getattr(config.data, split)
-    if files is None:
+    spec = StoreSpec.of_run(config, split, str(assets))
+    if spec is None:
         return None
-    spec = StoreSpec(
-        files=(files,) if isinstance(files, str) else tuple(files),
-        tokenizer=str(assets),
-        sequence_length=config.data.sequence_length,
-        too_long=config.data.too_long,
-        cache=config.data.cache or str(Path(config.checkpoint.dir) / DATA_CACHE),
-    )
-    return TokenStore(prepare_or_wait(spec, place.local_rank))
+    store = TokenStore(prepare_or_wait(spec, place.local_rank))
+    if config.objective.name == "sft" and store.kind != "chat":
+        raise InputError(
+            f"data.{split}: objective sft needs chat data (messages, prompt + completion, ...), "
+            f"got {store.kind} data in {', '.join(spec.sources)}"
+        )
+    return store
 
 
 def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
@@ -174,8 +176,14 @@ def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) ->
             )
 
 
-def _need_steps_left(config: RunConfig, samples: int, resume: tuple[int, Path] | None) -> None:
-    steps = steps_of_run(config.train, samples)
+def _need_steps_left(
+    config: RunConfig, stores: dict[str, TokenStore | None], resume: tuple[int, Path] | None
+) -> None:
+    for store in stores.values():
+        if store is not None:
+            need_room(store, config.data)
+    order = step_order(stores["train"], config.data, config.train, config.data.train)
+    steps = config.train.steps or order.steps
     if config.optimizer.warmup_steps > steps:
         raise InputError(
             f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"
@@ -196,6 +204,7 @@ def _need_same_run(config: RunConfig, store: TokenStore, path: Path) -> None:
     keys += [("objective", key) for key in {**before["objective"], **now["objective"]}]
     pairs = {".".join(key): (before[key[0]].get(key[1]), now[key[0]].get(key[1])) for key in keys}
     pairs["the tokenised data"] = (card["data"]["key"], store.path.name)
+    pairs["passes per epoch"] = (card["data"]["passes_per_epoch"], list(passes_per_epoch(config.data.train)))
     if apart := [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]:
         raise InputError(
             f"resuming needs the run it goes on with: {', '.join(apart)} (checkpoint {path}); for another run "
@@ -230,7 +239,7 @@ class _Run:
                 sharded.load(resumed, self.model, self.optimizer)
                 after_load(self.optimizer, self.config.optimizer, self.done)
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
-        self.batches = self._batches(plan.train)
+        self.batches = self._batches(plan.train, self.config.data.train, self.config.train)
         self.steps = self.batches.steps
 
     def _load_start(self, chunks: list[Any]) -> None:
@@ -242,7 +251,9 @@ class _Run:
         else:
             sharded.load(self.plan.weights, chunks)
 
-    def _batches(self, store: TokenStore, train: TrainConfig | None = None) -> StepBatches:
+    def _batches(
+        self, store: TokenStore, sources: str | list[str | DataSource], train: TrainConfig
+    ) -> StepBatches:
         parallel_config = self.config.parallel
         share = Share(
             ranks=self.groups.dp.size(),
@@ -251,9 +262,7 @@ class _Run:
             # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
             micro_batch_multiple=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
         )
-        return StepBatches(
-            store, self.config.data, train or self.config.train, self.objective.normalization, share
-        )
+        return StepBatches(store, self.config.data, train, sources, self.objective.normalization, share)
 
     def go(self) -> None:
         """Train what is left, then export."""
@@ -266,21 +275,22 @@ class _Run:
             sinks = NoSinks()
         with sinks:
             sinks.say(self._summary())
-            for step in range(self.done + 1, self.steps + 1):
-                self._step(step, sinks)
+            with Prefetcher(range(self.done, self.steps), self.batches.step) as ahead:
+                for step in range(self.done + 1, self.steps + 1):
+                    self._step(step, ahead, sinks)
             if self.config.checkpoint.export_hf:
                 with self.watchdog.patient("export"):
                     chunks = [chunk.module for chunk in self.model]
                     export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
                 sinks.say(f"exported to {self.plan.folder / 'hf'}")
 
-    def _step(self, step: int, sinks: Sinks | NoSinks) -> None:
+    def _step(self, step: int, ahead: Prefetcher[Step], sinks: Sinks | NoSinks) -> None:
         started = time.perf_counter()
         self.watchdog.report(f"step {step}")
         lr = learning_rate(self.config.optimizer, step, self.steps)
         set_learning_rate(self.optimizer, lr)
-        result = self.stepper.train(self.batches.batches(step - 1))
-        counts = self.batches.counts(step - 1)
+        data = next(ahead)
+        result, counts = self.stepper.train(data.batches), data.counts
         seconds = time.perf_counter() - started
         if not (math.isfinite(result.metrics["loss"]) and math.isfinite(result.grad_norm)):
             facts = f"loss {result.metrics['loss']}, gradient norm {result.grad_norm}"
@@ -292,7 +302,7 @@ class _Run:
             "lr": lr,
             "tokens": counts.tokens,
             "trained_tokens": counts.scored_tokens,
-            "padding": round(1 - counts.tokens / counts.padded_tokens, 6),
+            "padding": round(1 - counts.laid_tokens / counts.padded_tokens, 6),
             "samples": counts.samples,
             "tokens_per_second": counts.tokens / seconds,
             "step_seconds": seconds,
@@ -309,17 +319,15 @@ class _Run:
 
     def _validate(self, store: TokenStore) -> dict[str, float]:
         """Return the metrics over the whole validation data, weighted as in training."""
-        one_epoch = self._batches(store, _one_epoch(self.config))
+        one_epoch = self._batches(store, self.config.data.validation, _one_epoch(self.config))
         totals: dict[str, float] = {}
-        weight_sum = 0
-        for step in range(one_epoch.steps):
-            self.watchdog.report(f"validation batch {step + 1}")
-            metrics = self.stepper.evaluate(one_epoch.batches(step)).metrics
-            counts = one_epoch.counts(step)
-            weight = counts.scored_tokens if self.objective.normalization == "token" else counts.samples
-            weight_sum += weight
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value * weight
+        weight_sum = 0.0
+        with Prefetcher(range(one_epoch.steps), one_epoch.step) as ahead:
+            for step, data in enumerate(ahead, start=1):
+                self.watchdog.report(f"validation batch {step}")
+                weight_sum += data.counts.weight
+                for name, value in self.stepper.evaluate(data.batches).metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value * data.counts.weight
         return {name: value / weight_sum for name, value in totals.items()}
 
     def _save(self, step: int) -> None:
@@ -329,7 +337,11 @@ class _Run:
             self.plan.megatron.params_dtype,
             world_size=self.plan.place.world_size,
             config=to_dict(self.config),
-            data={"key": self.plan.train.path.name, **self.plan.train.manifest},
+            data={
+                "key": self.plan.train.path.name,
+                "passes_per_epoch": list(passes_per_epoch(self.config.data.train)),
+                **self.plan.train.manifest,
+            },
         )
         target = sharded.step_folder(self.plan.folder, step)
         with self.watchdog.patient(f"saving step {step}"):
@@ -339,7 +351,7 @@ class _Run:
 
     def _summary(self) -> str:
         shape, place, layout = self.plan.shape, self.plan.place, self.config.parallel
-        data = self.plan.train.manifest
+        data, train = self.plan.train.manifest, self.config.train
         return "\n".join(
             (
                 f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
@@ -350,7 +362,11 @@ class _Run:
                 f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
                 f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated",
                 f"objective  {self.config.objective.name}, every {self.objective.normalization} weighs the same; "
-                f"{self.config.train.global_batch_size} samples a step",
+                + (
+                    f"up to {train.global_batch_tokens:,} tokens a step"
+                    if train.global_batch_tokens
+                    else f"{train.global_batch_size} samples a step"
+                ),
                 f"steps      {self.done} done of {self.steps}"
                 + (f", resumed from {self.plan.resume[1]}" if self.plan.resume else ""),
             )

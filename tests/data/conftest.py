@@ -75,3 +75,21 @@ def jsonl(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def make(tokenizer_folder, jsonl, tmp_path):
+    """Return the spec of a store of these records."""
+    from megatron_align.data.spec import StoreSpec
+
+    def spec(records, *, name="data.jsonl", **options):
+        given = {
+            "sources": (jsonl(records, name),),
+            "tokenizer": tokenizer_folder,
+            "sequence_length": 4096,
+            "too_long": "error",
+            "cache": str(tmp_path / "cache"),
+        }
+        return StoreSpec(**(given | options))
+
+    return spec

@@ -1,8 +1,9 @@
-"""Tokens and trained tokens equal those of TRL's SFTTrainer, wherever TRL defines the answer."""
+"""Tokens and trained tokens equal those of TRL's trainers (SFT, DPO, KTO, reward), wherever TRL defines the answer."""
 
 import copy
 import json
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +13,10 @@ trl = pytest.importorskip("trl")
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_align.data.prepare import prepare
 from megatron_align.data.sources import read_conversations
-from megatron_align.data.store import StoreSpec, TokenStore, prepare
+from megatron_align.data.spec import StoreSpec
+from megatron_align.data.store import TokenStore
 from megatron_align.data.templates import Template
 
 QWEN25 = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text()
@@ -150,7 +153,7 @@ def test_truncation_keeps_the_start_and_drops_what_has_no_target_left(
     limit, tokenizer_folder, tokenizer, jsonl, tmp_path
 ):
     spec = StoreSpec(
-        files=(jsonl(PAIRS),),
+        sources=(jsonl(PAIRS),),
         tokenizer=tokenizer_folder,
         sequence_length=limit,
         too_long="truncate",
@@ -162,3 +165,133 @@ def test_truncation_keeps_the_start_and_drops_what_has_no_target_left(
     ours = [(s.tokens_L.tolist(), s.scored_L.tolist()) for s in map(store.sample, range(len(store)))]
     assert ours == theirs
     assert store.manifest["dropped"] == len(PAIRS) - len(theirs)
+
+
+# Preferences: the trainers' own preparation of the data set, without a model.
+BAD_ANSWER = {"role": "assistant", "content": "no cat"}
+DPO_MESSAGES = [
+    {"prompt": [USER], "chosen": [ANSWER], "rejected": [BAD_ANSWER]},
+    {
+        "prompt": [{"role": "system", "content": "s"}, USER, ANSWER, USER],
+        "chosen": [{"role": "assistant", "content": "\n\nhi"}],
+        "rejected": [BAD_ANSWER],
+    },
+    {"prompt": [USER], "chosen": [ANSWER, USER, ANSWER], "rejected": [BAD_ANSWER]},
+]
+DPO_IMPLICIT = [
+    {name: pair["prompt"] + pair[name] for name in ("chosen", "rejected")} for pair in DPO_MESSAGES
+] + [{"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, BAD_ANSWER, USER, ANSWER]}]
+DPO_TOOLS = [
+    {"prompt": pair["prompt"], "chosen": pair["completion"], "rejected": [BAD_ANSWER], "tools": pair["tools"]}
+    for pair in TOOL_PAIRS
+]
+DPO_TEXTS = [
+    {"prompt": "hello", "chosen": " world", "rejected": " cat"},
+    {"prompt": "hello\n", "chosen": "\nthe cat", "rejected": "the cat"},  # diverges for one of them
+    {"prompt": "the c", "chosen": "at<|im_end|>", "rejected": "ow"},
+    {"prompt": "好", "chosen": "的🙂", "rejected": "的"},
+]
+TRAINERS = {
+    "dpo": (trl.DPOTrainer, trl.DPOConfig),
+    "kto": (trl.KTOTrainer, trl.KTOConfig),
+    "reward": (trl.RewardTrainer, trl.RewardConfig),
+}
+
+
+def prepared(trainer, records, tokenizer, tmp_path):
+    """Return the rows that a trainer of TRL makes of the records."""
+    kind, config = TRAINERS[trainer]
+    arguments = config(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_length=None)
+    rows = datasets.Dataset.from_list(copy.deepcopy(records))
+    stub = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False)
+    return kind._prepare_dataset(stub, rows, tokenizer, arguments, "train").to_list()
+
+
+def parts_of_ours(path, tokenizer):
+    """Return ``[prompt, completion, ...]`` ids per record; all of a completion is scored, none of the prompt."""
+    parts = []
+    for sample in map(Template(tokenizer).sample, read_conversations(path)):
+        lengths = [sample.prompt_length, *sample.completion_lengths]
+        assert sum(lengths) == len(sample.tokens_L)
+        assert sample.scored_L.tolist() == [t >= sample.prompt_length for t in range(len(sample.tokens_L))]
+        ids = iter(sample.tokens_L.tolist())
+        parts.append([[next(ids) for _ in range(length)] for length in lengths])
+    return parts
+
+
+def with_bos(tokenizer):
+    token = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    processor = processors.TemplateProcessing(single=f"{token[0]} $A", special_tokens=[token])
+    tokenizer.backend_tokenizer.post_processor = processor
+
+
+PREFERENCES = {
+    "qwen2": (None, DPO_MESSAGES),
+    "qwen2 implicit": (None, DPO_IMPLICIT),
+    "qwen2.5 marked": (QWEN25_MARKED, DPO_MESSAGES),
+    "qwen2.5 tools": (QWEN25, DPO_TOOLS),
+    "llama3 implicit": (LLAMA3, DPO_IMPLICIT),
+    "no prefix": (NO_PREFIX, DPO_MESSAGES),
+    "text": (None, DPO_TEXTS),
+    "text with bos": ("bos", DPO_TEXTS),
+}
+
+
+@pytest.fixture(params=PREFERENCES.values(), ids=list(PREFERENCES))
+def preferences(request, tokenizer):
+    template, records = request.param
+    tokenizer.bos_token = "<|endoftext|>"  # Llama-3's template needs one
+    if template == "bos":
+        with_bos(tokenizer)
+    elif template:
+        tokenizer.chat_template = template
+    return records
+
+
+def test_pairs(preferences, tokenizer, jsonl, tmp_path):
+    ours = parts_of_ours(jsonl(preferences), tokenizer)
+    rows = prepared("dpo", preferences, tokenizer, tmp_path)
+    assert ours == [[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in rows]
+
+
+def test_pairs_for_a_reward(preferences, tokenizer, jsonl, tmp_path):
+    ours = parts_of_ours(jsonl(preferences), tokenizer)
+    rows = prepared("reward", preferences, tokenizer, tmp_path)
+    whole = [[prompt + chosen, prompt + rejected] for prompt, chosen, rejected in ours]
+    assert whole == [[row["chosen_ids"], row["rejected_ids"]] for row in rows]
+
+
+@pytest.mark.parametrize("pairs", [DPO_MESSAGES, DPO_TEXTS], ids=["messages", "text"])
+def test_ranked_lists_are_as_pairs_to_a_reward(pairs, tokenizer, jsonl, tmp_path):
+    ranked = [
+        {
+            "prompt": pair["prompt"],
+            "completions": [
+                {"content": pair[name], "score": i} for i, name in enumerate(("chosen", "rejected"))
+            ],
+        }
+        for pair in pairs
+    ]
+    ours = parts_of_ours(jsonl(ranked), tokenizer)
+    rows = prepared("reward", pairs, tokenizer, tmp_path)
+    whole = [[prompt + completion for completion in completions] for prompt, *completions in ours]
+    assert whole == [[row["chosen_ids"], row["rejected_ids"]] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "template, pairs",
+    [(None, DPO_MESSAGES), (NO_PREFIX, DPO_MESSAGES), (None, DPO_TEXTS)],
+    ids=["messages", "no prefix", "text"],
+)
+def test_unpaired(template, pairs, tokenizer, jsonl, tmp_path):
+    tokenizer.chat_template = template or tokenizer.chat_template
+    records = [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for pair in pairs
+        for name in ("chosen", "rejected")
+    ]
+    path = jsonl(records)
+    rows = prepared("kto", records, tokenizer, tmp_path)
+    assert parts_of_ours(path, tokenizer) == [[row["prompt_ids"], row["completion_ids"]] for row in rows]
+    samples = map(Template(tokenizer).sample, read_conversations(path))
+    assert [sample.label for sample in samples] == [row["label"] for row in rows]

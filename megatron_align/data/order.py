@@ -1,0 +1,199 @@
+"""Which samples make step s: a pure function of (seed, epoch, index), the same on every rank and layout.
+
+An epoch is the union of what each source of the mixture gives to it; epochs follow each other without a seam,
+and a step is the next piece of that stream: so many samples, or as many as fit into so many tokens.
+
+Shapes: S samples of the data set, N samples of one epoch, B samples of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+
+from megatron_align.config import DataSource
+
+
+def passes_per_epoch(sources: str | Sequence[str | DataSource]) -> tuple[float, ...]:
+    """Return the weight of each source of ``data.train`` or ``data.validation``, in order."""
+    listed = [sources] if isinstance(sources, str) else sources
+    return tuple(source.weight if isinstance(source, DataSource) else 1.0 for source in listed)
+
+
+class EpochOrder:
+    """The samples of every epoch, in order.
+
+    A source of n samples and weight w goes through its samples in one fixed order, round and round, and epoch e
+    is given the stretch from ceil(e w n) to ceil((e + 1) w n): each sample floor(w) or ceil(w) times, and after
+    any number E of epochs each sample floor(E w) or ceil(E w) times. With ``shuffle`` that fixed order and then
+    the whole epoch are permuted; without, they are the order of the files, source after source.
+
+    Args:
+        sources_S: index of each sample's source.
+        passes: weight of each source, as :func:`passes_per_epoch` returns it.
+        seed: of the permutations.
+        shuffle: False: file order.
+
+    Raises:
+        ValueError: if there are no samples, a weight is not positive, or a source has no weight.
+    """
+
+    def __init__(self, sources_S: np.ndarray, passes: Sequence[float], seed: int = 0, shuffle: bool = True):
+        self.total, self.seed, self.shuffle = len(sources_S), seed, shuffle
+        if not self.total or min(passes, default=0) <= 0 or int(np.max(sources_S)) >= len(passes):
+            raise ValueError(
+                f"EpochOrder needs samples and a positive weight for each source; got {self.total} samples of "
+                f"sources up to {np.max(sources_S, initial=-1)}, weights {list(passes)}"
+            )
+        # A weight means what was written: 0.1 is one tenth, not the binary number next to it.
+        self._passes = [Fraction(str(float(weight))) for weight in passes]
+        counts = np.bincount(sources_S, minlength=len(passes))
+        self._shares = [weight * int(n) for weight, n in zip(self._passes, counts, strict=True)]
+        self._members: list[np.ndarray] = []
+        if not self._whole:
+            self._members = [self._rotation(np.asarray(sources_S), k) for k in range(len(passes))]
+        self._cached: tuple[int, np.ndarray] | None = None
+
+    def start(self, epoch: int) -> int:
+        """Return how many samples come before an epoch."""
+        return sum(ceil(epoch * share) for share in self._shares)
+
+    def samples(self, epoch: int) -> np.ndarray:
+        """Return the indices (int64) of an epoch's samples, in order; a sample may come several times."""
+        cached = self._cached
+        if cached is None or cached[0] != epoch:
+            cached = self._cached = (epoch, self._order(epoch))
+        return cached[1]
+
+    def between(self, begin: int, end: int) -> np.ndarray:
+        """Return the samples (int64) at places ``begin`` up to ``end`` of the endless stream of epochs."""
+        epoch = self._epoch_of(begin)
+        pieces = []
+        while (start := self.start(epoch)) < end:
+            pieces.append(self.samples(epoch)[max(0, begin - start) : end - start])
+            epoch += 1
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    @property
+    def _whole(self) -> bool:
+        return all(weight == 1 for weight in self._passes)
+
+    def _epoch_of(self, place: int) -> int:
+        guess = int(place / sum(self._shares)) + 1
+        while self.start(guess) > place:
+            guess -= 1
+        while self.start(guess + 1) <= place:
+            guess += 1
+        return guess
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._whole:
+            members_N = np.arange(self.total, dtype=np.int64)
+        else:
+            members_N = np.concatenate(
+                [
+                    np.take(rotation, np.arange(ceil(epoch * share), ceil((epoch + 1) * share)), mode="wrap")
+                    for rotation, share in zip(self._members, self._shares, strict=True)
+                    if len(rotation)
+                ]
+            )
+        if not self.shuffle:
+            return members_N
+        return np.sort(members_N)[_permutation((self.seed, epoch), len(members_N))]
+
+    def _rotation(self, sources_S: np.ndarray, source: int) -> np.ndarray:
+        members = np.flatnonzero(sources_S == source).astype(np.int64)
+        # Three words: never the same as an epoch's two.
+        return members[_permutation((self.seed, source, 1), len(members))] if self.shuffle else members
+
+
+@lru_cache(maxsize=4)
+def _permutation(words: tuple[int, ...], total: int) -> np.ndarray:
+    """Sort raw random words: unlike a library's shuffle, these are fixed for good by the generator's name."""
+    raw = np.random.PCG64(np.random.SeedSequence(words)).random_raw(total)
+    order = np.argsort(raw, kind="stable").astype(np.int64)
+    order.setflags(write=False)
+    return order
+
+
+class SampleSteps:
+    """Steps of ``batch`` samples each; the last one of a run over ``epochs`` takes what is left.
+
+    Args:
+        order: the stream of samples.
+        batch: samples of a step.
+        epochs: None: steps without end.
+    """
+
+    def __init__(self, order: EpochOrder, batch: int, epochs: int | None = None):
+        self.order, self.batch = order, batch
+        self._end = None if epochs is None else order.start(epochs)
+        self.steps = None if self._end is None else -(-self._end // batch)
+
+    def samples(self, step: int) -> np.ndarray:
+        """Return the indices (int64) of the samples of a 0-based step, in order.
+
+        Raises:
+            ValueError: if the step lies outside of the run.
+        """
+        _need_step(step, self.steps)
+        end = (step + 1) * self.batch
+        return self.order.between(step * self.batch, end if self._end is None else min(end, self._end))
+
+
+class TokenSteps:
+    """Steps of as many samples, in order, as fit into ``tokens``; at least one.
+
+    What counts are a sample's stored tokens, a shared prompt once: neither the layout nor ``data.share_prefix``
+    nor packing can move the boundaries. They are computed epoch by epoch from the lengths alone when asked for.
+
+    Args:
+        order: the stream of samples.
+        lengths_S: stored tokens of each sample.
+        tokens: of a step.
+        epochs: None: steps without end.
+    """
+
+    def __init__(self, order: EpochOrder, lengths_S: np.ndarray, tokens: int, epochs: int | None = None):
+        self.order, self.lengths_S, self.tokens = order, lengths_S, tokens
+        self._epochs = epochs
+        self._starts: list[int] = [0]  # place in the stream where each step known so far begins
+        self._read = 0  # epochs whose boundaries are known
+        self._open = 0  # tokens, up to the end of those epochs, of the last step known
+        while epochs is not None and self._read < epochs:
+            self._read_epoch()
+        self.steps = None if epochs is None else len(self._starts)
+
+    def samples(self, step: int) -> np.ndarray:
+        """As :meth:`SampleSteps.samples`."""
+        _need_step(step, self.steps)
+        while self.steps is None and len(self._starts) <= step + 1:
+            self._read_epoch()
+        last = self._epochs is not None and step == self.steps - 1
+        end = self.order.start(self._epochs) if last else self._starts[step + 1]
+        return self.order.between(self._starts[step], end)
+
+    def _read_epoch(self) -> None:
+        """Find the steps that begin in the next epoch; the last step stays open for the epoch after it."""
+        first, lengths_N = self.order.start(self._read), self.lengths_S[self.order.samples(self._read)]
+        samples = len(lengths_N)
+        # before[j]: tokens that come before the epoch's sample j, counted from where the open step begins.
+        before = self._open + np.concatenate([[0], np.cumsum(lengths_N, dtype=np.int64)])
+        fits = np.searchsorted(before, before + self.tokens, side="right") - 1
+        after = np.maximum(fits, np.arange(samples + 1) + 1).tolist()  # [j]: where a step from j ends
+        begin, origin = int(np.searchsorted(before, self.tokens, side="right")) - 1, 0
+        begin = max(begin, 0 if self._open else 1)  # the open step has a sample, or takes one
+        while begin < samples:
+            self._starts.append(first + begin)
+            begin, origin = after[begin], int(before[begin])
+        self._open = int(before[-1]) - origin
+        self._read += 1
+
+
+def _need_step(step: int, steps: int | None) -> None:
+    if step < 0 or (steps is not None and step >= steps):
+        raise ValueError(f"a step must be of the run, 0 to {steps} (not included), got {step}")
