@@ -13,7 +13,6 @@ setup(
     description="Alignment training on megatron-core: packed SFT and preference optimisation, HF in, HF out",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.10",
     # `megatron_align/kernels` and `megatron_align/tools` are links to the top-level folders, so this
     # one pattern finds them too, and a wheel holds real files.

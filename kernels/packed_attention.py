@@ -6,7 +6,7 @@ describe packed documents (empty prefix), preference pairs and groups of complet
 Shapes: T tokens of a pack, H query heads, G key/value heads, D head dim, S tokens of one document,
 P prompt tokens, C tokens of one completion.
 Precision: scores and softmax in fp32 at least, result in the input dtype.
-The Triton kernel has its own issue; every device runs the per-document PyTorch path so far.
+The Triton kernel is not written yet: every device runs the per-document PyTorch path.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Shapes: N scored rows, H hidden, V vocabulary rows on this rank, n rows of one c
 Vocab-parallel: rank r of ``group`` holds vocabulary rows ``[r * V, (r + 1) * V)``.
 Precision: GEMMs in the input dtype; softmax statistics and log-probs in fp32 at least; the weight's
 gradient is summed over chunks in fp32. Backward recomputes the logits chunk by chunk (8 NHV in all).
-The fused Triton engine has its own issue; every device runs this chunked PyTorch path so far.
+The fused Triton engine is not written yet: every device runs this chunked PyTorch path.
 """
 
 from __future__ import annotations

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.export import export_model
-from megatron_align.checkpoint.hf import HFWeights, check_weights, load_weights
+from megatron_align.checkpoint.hf import DTYPES, HFWeights, check_weights, load_weights
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape, rows
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

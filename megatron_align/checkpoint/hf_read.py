@@ -24,7 +24,8 @@ from megatron_align.model.families import (
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16", "F64")
+# safetensors' names of what weights may be stored in
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class HFWeights:
@@ -95,9 +96,9 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
         raise InputError(
             f"the tensors must have config.json's shapes: {'; '.join(wrong)} in {weights.folder}"
         )
-    odd = [f"{name} is {weights.dtype(name)}" for name in wanted if weights.dtype(name) not in _DTYPES]
+    odd = [f"{name} is {weights.dtype(name)}" for name in wanted if weights.dtype(name) not in DTYPES]
     if odd:
-        raise InputError(f"the tensors must be one of {list(_DTYPES)}: {'; '.join(odd)} in {weights.folder}")
+        raise InputError(f"the tensors must be one of {list(DTYPES)}: {'; '.join(odd)} in {weights.folder}")
 
 
 @torch.no_grad()
