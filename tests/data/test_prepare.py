@@ -257,6 +257,15 @@ def test_bad_records_are_skipped_and_counted(make):
     assert manifest["sources"][0]["skipped"] == 30
 
 
+def test_training_tells_what_was_skipped(make, caplog):
+    spec = make([*map(json.dumps, RECORDS), *["{"] * 30], on_bad_record="skip")
+    prepare_or_wait(spec, 0)
+    told = [line for line in caplog.messages if line.startswith("skipped: ")]
+    assert len(told) == 21
+    assert "data.jsonl:41: " in told[0]
+    assert told[-1] == "skipped: 10 more records"
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(make, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
