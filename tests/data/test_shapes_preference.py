@@ -364,3 +364,9 @@ def test_mixed_shapes_are_an_error(first, second, found, jsonl):
     path = jsonl([first, second])
     with pytest.raises(InputError, match=f"{path}:2: must be of shape .* got '{found}'"):
         list(read_file(path, on_bad=pytest.fail)[1])
+
+
+def test_a_named_shape_tells_what_is_wrong_with_its_fields(jsonl):
+    path = jsonl([CHAT])
+    with pytest.raises(InputError, match=f"{path}:1: field 'prompt' must be a string, got"):
+        list(read_file(path, "pair_text")[1])
