@@ -18,6 +18,7 @@ import numpy as np
 # tokens, are kept back to level the packs: the fewer, the more level the cost; the first share that does is taken.
 KEPT_BACK = (0.01, 0.02, 0.05, 0.2)
 PLAY = 0.005  # in the tokens of a rank, while the cost is levelled
+FILLING = 0.1  # the shortest samples with this share of the tokens tell what room that is left will cost
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,52 +141,60 @@ def _level(
 ) -> list[list[int]]:
     """Return packs, rank after rank: cost level over ranks, tokens level over packs; capacity is not looked at.
 
-    Long samples decide the cost and short ones are many. So, longest first, each sample goes to the rank with
-    the least cost among those whose share of the tokens has room for it, and there into the emptiest pack; the
-    shortest samples are kept back for the packs that are emptiest in the end.
+    Long samples decide the cost and short ones are many. So, longest first, each sample goes to a rank whose share
+    of the tokens has room for it; the shortest samples are kept back for the ranks that are emptiest in the end.
     """
     ranks, micro_batches = grid
-    kept_back, late = len(lengths), 0
-    while kept_back and late + lengths[longest_first[kept_back - 1]] <= kept_share * sum(lengths):
-        kept_back -= 1
-        late += lengths[longest_first[kept_back]]
+    kept_back, late = _shortest(lengths, longest_first, kept_share)
     share = int((sum(lengths) - late) / ranks * (1 + PLAY))
-    mine = _level_cost(lengths, costs, longest_first[:kept_back], share, ranks)
-    packs = [pack for some in mine for pack in _even(lengths, some, micro_batches)]
-    load = [(sum(lengths[i] for i in pack), p) for p, pack in enumerate(packs)]
+    mine = _level_cost(lengths, costs, longest_first[: len(lengths) - kept_back], share, ranks)
+    load = [(sum(lengths[i] for i in some), rank) for rank, some in enumerate(mine)]
     heapq.heapify(load)
-    for i in longest_first[kept_back:]:
-        tokens, p = load[0]
-        packs[p].append(i)
-        heapq.heapreplace(load, (tokens + lengths[i], p))
-    return packs
+    for i in longest_first[len(lengths) - kept_back :]:
+        tokens, rank = load[0]
+        mine[rank].append(i)
+        heapq.heapreplace(load, (tokens + lengths[i], rank))
+    return [pack for some in mine for pack in _even(lengths, some, micro_batches)]
+
+
+def _shortest(lengths: list[int], longest_first: list[int], share: float) -> tuple[int, int]:
+    """Return how many of the shortest samples have at most this share of the tokens, and their tokens."""
+    most, count, tokens = share * sum(lengths), 0, 0
+    for i in reversed(longest_first):
+        if tokens + lengths[i] > most:
+            break
+        count, tokens = count + 1, tokens + lengths[i]
+    return count, tokens
 
 
 def _level_cost(
     lengths: list[int], costs: list[int], longest_first: list[int], share: int, ranks: int
 ) -> list[list[int]]:
-    """Give each sample to the rank with the least cost that has room for it within ``share`` tokens.
+    """Give each sample to the rank that will cost the least, of those that have room for it within ``share``.
 
-    Where none has, the one with the most room takes it; a rank without samples always has room.
+    What a rank will cost is what its samples do and what filling it with short ones will. Where none has room,
+    the one with the most takes it; a rank without samples always has room.
     """
+    count, tokens = _shortest(lengths, longest_first, FILLING)
+    price = sum(costs[i] for i in longest_first[len(longest_first) - count :]) // max(tokens, 1)
     mine: list[list[int]] = [[] for _ in range(ranks)]
-    room, spent = [share] * ranks, [0] * ranks
-    ready = [(0, rank) for rank in range(ranks)]
+    room, bill = [share] * ranks, [share * price] * ranks
+    ready = [(bill[rank], rank) for rank in range(ranks)]
     full: list[
         tuple[int, int]
     ] = []  # (-room, rank): had no room for the sample before; a shorter one may fit
     for i in longest_first:
         while full and -full[0][0] >= lengths[i]:
             rank = heapq.heappop(full)[1]
-            heapq.heappush(ready, (spent[rank], rank))
+            heapq.heappush(ready, (bill[rank], rank))
         while ready and mine[ready[0][1]] and room[ready[0][1]] < lengths[i]:
             rank = heapq.heappop(ready)[1]
             heapq.heappush(full, (-room[rank], rank))
         rank = heapq.heappop(ready or full)[1]
         mine[rank].append(i)
         room[rank] -= lengths[i]
-        spent[rank] += costs[i]
-        heapq.heappush(ready, (spent[rank], rank))
+        bill[rank] += costs[i] - lengths[i] * price
+        heapq.heappush(ready, (bill[rank], rank))
     return mine
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -40,9 +42,11 @@ from megatron_align.data.parts import (
     read_shapes,
 )
 from megatron_align.data.spec import StoreSpec, file_states, remember_hashes
-from megatron_align.data.store import COLUMNS, COLUMNS_OF_KIND, MANIFEST
+from megatron_align.data.store import COLUMNS, COLUMNS_OF_KIND, MANIFEST, read_manifest
 from megatron_align.data.work import Work
 from megatron_align.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 LITTLE_BYTES = 16_000_000  # one process has tokenised this before others have started
@@ -70,13 +74,26 @@ def prepare(spec: StoreSpec) -> Path:
 
 
 def prepare_or_wait(spec: StoreSpec, local_rank: int) -> Path:
-    """Prepare on local rank 0; the others wait for its store, until it comes or the launcher ends them."""
+    """Prepare on local rank 0; the others wait for its store, until it comes or the launcher ends them.
+
+    Local rank 0 also tells of the records that were skipped.
+    """
     if local_rank == 0:
-        return prepare(spec)
+        path = prepare(spec)
+        _tell_skipped(read_manifest(path))
+        return path
     path = spec.path(spec.inputs())
     while not path.exists():
         time.sleep(POLL_SECONDS)
     return path
+
+
+def _tell_skipped(manifest: dict[str, Any]) -> None:
+    lines = manifest["examples"]["skipped"]
+    for line in lines:
+        _log.warning("skipped: %s", line)
+    if manifest["skipped"] > len(lines):
+        _log.warning("skipped: %d more records", manifest["skipped"] - len(lines))
 
 
 def _make(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, str], path: Path) -> None:
@@ -199,8 +216,6 @@ def _start_worker(spec: StoreSpec, folder: Path) -> None:
     """Make this process a worker: one core, gone when its parent is."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     _worker = Tokeniser(spec, folder)

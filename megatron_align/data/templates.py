@@ -271,15 +271,15 @@ class Template:
         return untrained_L
 
     def _turn(self, record: Conversation, i: int, whole: str, whole_ids: list[int]) -> slice:
-        """Return the tokens that turn ``i`` adds to the rendering before it (with the generation prompt)."""
+        """Return the tokens that turn ``i`` adds to the rendering before it; of a trained one, without its header."""
         name = f"{record.where}: messages[{i}]"
         if i == 0:
             raise InputError(
                 f"{name} must not be an assistant turn unless the chat template marks {{% generation %}}: "
                 "nothing stands before it to tell where it starts"
             )
-        answers = record.messages[i].role == "assistant"
-        start = self._nested(self._render(record, i, prompt=answers), whole, whole_ids, name)
+        before = self._render(record, i, prompt=record.messages[i].train)
+        start = self._nested(before, whole, whole_ids, name)
         end = len(whole_ids)
         if i + 1 < len(record.messages):
             end = self._nested(self._render(record, i + 1), whole, whole_ids, name)

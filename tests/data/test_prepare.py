@@ -112,6 +112,24 @@ def test_a_killed_run_of_several_processes_is_continued(make, tmp_path, written)
     assert content(path) == content(prepare(elsewhere(spec, tmp_path, processes=1)))
 
 
+def test_memory_does_not_grow_with_the_data(make, jsonl):
+    """The same run holding all records and samples at once grows by some 30 MB, chunk by chunk by 2."""
+    record = {"prompt": "hello world " * 40, "completion": "the cat " * 400}
+    large = jsonl([record] * 2200, "large.jsonl")  # 8 MB, 2 million tokens
+    spec = make([record] * 100)
+    say = "print([int(l.split()[1]) // 1024 for l in open('/proc/self/status') if l[:6] in ('VmRSS:', 'VmHWM:')])"
+    change = (
+        f"parts.CHUNK_RECORDS = 50; prepare.prepare(spec.StoreSpec(**{dataclasses.asdict(spec)!r})); "
+        f"open('/proc/self/clear_refs', 'w').write('5'); {say}; "  # the peak starts anew
+        f"import atexit; atexit.register(lambda: exec({say!r}))"
+    )
+    running = run_apart(
+        dataclasses.replace(spec, sources=(large,)), change, stdout=subprocess.PIPE, text=True
+    )
+    (_, before), (peak, _) = map(json.loads, running.communicate(timeout=100)[0].splitlines())
+    assert peak - before < 12
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip", "missing", "other"])
 def test_a_harmed_part_is_made_anew(make, tmp_path, monkeypatch, written, harm):
     spec = make(RECORDS)
@@ -255,6 +273,15 @@ def test_bad_records_are_skipped_and_counted(make):
     assert len(manifest["examples"]["skipped"]) == 20
     assert "data.jsonl:41: " in manifest["examples"]["skipped"][0]
     assert manifest["sources"][0]["skipped"] == 30
+
+
+def test_training_tells_what_was_skipped(make, caplog):
+    spec = make([*map(json.dumps, RECORDS), *["{"] * 30], on_bad_record="skip")
+    prepare_or_wait(spec, 0)
+    told = [line for line in caplog.messages if line.startswith("skipped: ")]
+    assert len(told) == 21
+    assert "data.jsonl:41: " in told[0]
+    assert told[-1] == "skipped: 10 more records"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(make, monkeypatch):

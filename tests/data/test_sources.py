@@ -64,9 +64,21 @@ def test_an_array_is_the_same_in_any_chunks(records, chunk, indent, tmp_path_fac
         assert [record for _, record in sources._read_array(str(path))] == records
 
 
+def test_lines_of_an_array_are_counted_in_any_chunks(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "_CHUNK", 7)
+    path = tmp_path / "array.json"
+    path.write_text("[\n" + '{"prompt": "p",\n "completion": "c"},\n' * 3 + '{"prompt": p')
+    at = len(path.read_text()) - 1
+    with pytest.raises(
+        InputError, match=f"{path}:8: record 4 must be JSON, got Expecting value at character {at}"
+    ):
+        list(read_conversations(str(path)))
+
+
 def test_parquet_messages_lose_the_nulls_of_their_neighbours(tmp_path):
-    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    rows = [{"messages": [*TURNS, {"role": "assistant", "tool_calls": [call]}]}, {"messages": TURNS}]
+    call, other = ({"type": "function", "function": {"name": "f", "arguments": {x: 1}}} for x in "xy")
+    calls = [{"role": "assistant", "tool_calls": [c]} for c in (call, other)]
+    rows = [{"messages": [*TURNS, *calls]}, {"messages": TURNS}]
     path = str(tmp_path / "rows.parquet")
     parquet.write_table(pa.Table.from_pylist(rows), path)
     first, second = read_conversations(path)

@@ -73,8 +73,8 @@ def test_help_does_not_load_torch(tmp_path, start, shown):
 
 HELP = "(see megatron-align"
 MISTAKES = {
-    "nothing": ((), f"megatron-align needs a command, one of convert {HELP} --help)"),
-    "tool": (("convrt",), "megatron-align has no command 'convrt', it has convert; did you mean 'convert'?"),
+    "nothing": ((), f"megatron-align needs a command, one of convert, prepare {HELP} --help)"),
+    "tool": (("convrt",), "megatron-align has no command 'convrt', it has convert, prepare; did you mean"),
     "no command": (("convert",), "megatron-align convert needs a command, one of import, export, verify"),
     "command": (("convert", "imprt"), "it has import, export, verify; did you mean 'import'?"),
     "option": (
