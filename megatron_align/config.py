@@ -345,7 +345,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
     return plain(config)
 

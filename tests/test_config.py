@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from megatron_align.config import _SECTIONS, OBJECTIVES, parse, to_dict
+from megatron_align.config import _SECTIONS, OBJECTIVES, DataSource, parse, to_dict
 from megatron_align.errors import InputError
 
 RUN = {
@@ -45,6 +45,15 @@ def test_the_command_line_wins(file):
 
 def test_the_saved_configuration_gives_the_same_run(file, tmp_path):
     config = parse(["--config", str(file)])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(to_dict(config)))
+    assert parse(["--config", str(saved)]) == config
+
+
+def test_a_mixture_survives_saving(file, tmp_path):
+    mixture = ["--data.train", '["a.jsonl", {"path": "b.jsonl", "weight": 0.5}]']
+    config = parse(["--config", str(file), *mixture])
+    assert config.data.train == ["a.jsonl", DataSource(path="b.jsonl", weight=0.5)]
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump(to_dict(config)))
     assert parse(["--config", str(saved)]) == config
@@ -92,6 +101,14 @@ def test_configurations_are_frozen(file):
         (
             ["--parallel.tensr", "2"],
             "unknown configuration key 'parallel.tensr'; did you mean 'parallel.tensor'",
+        ),
+        (
+            ["--train.global_batch_size", "4", "--train.global_batch_tokens", "99"],
+            "give train.global_batch_size or",
+        ),
+        (
+            ["--data.train", '[{"path": "a", "weight": 0}]'],
+            "weight of data source 'a' must be positive, got 0",
         ),
         (["--objective.name=stf"], "objective.name must be one of .*'stf'; did you mean 'sft'"),
     ],

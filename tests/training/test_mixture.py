@@ -1,5 +1,4 @@
-"""Law 1 for several sources, weighted samples and steps of tokens: the same steps and losses on any layout,
-resumed or not."""
+"""Law 1 for mixtures, weighted samples and steps of tokens: the same steps and losses on any layout, resumed or not."""
 
 import json
 
@@ -14,15 +13,15 @@ SAME = 1e-5  # fp32, sums in another order
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Two chat files, the second with weights of its samples; as a configuration."""
-    plain, weighted = (
-        write_chat(tmp_path / "plain.jsonl", 15, seed=1),
+    """Two chat files, the first at half weight, the second with weights of its samples; as a configuration."""
+    half, weighted = (
+        write_chat(tmp_path / "half.jsonl", 30, seed=1),
         write_chat(tmp_path / "w.jsonl", 20, seed=2),
     )
     records = [json.loads(line) for line in weighted.read_text().splitlines()]
     lines = [json.dumps({**record, "weight": 0.5 + i % 3}) for i, record in enumerate(records)]
     weighted.write_text("\n".join(lines) + "\n")
-    sources = [str(plain), str(weighted)]
+    sources = [{"path": str(half), "weight": 0.5}, str(weighted)]
     config = tmp_path / "mixture.yaml"
     config.write_text(yaml.safe_dump({"data": {"train": sources, "validation": sources}}))
     return config
