@@ -58,7 +58,7 @@ def expand(path: str) -> list[str]:
     return sorted(found)
 
 
-def read_conversations(paths: str | list[str]) -> Iterator[Record]:
+def read_records(paths: str | list[str]) -> Iterator[Record]:
     """Yield every record of the sources, in order.
 
     Args:

@@ -15,7 +15,6 @@ import logging
 import math
 import re
 from dataclasses import replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_align.data.prefixes import Pieces, Rendering, common
 from megatron_align.errors import InputError
 from megatron_align.records import Completion, Conversation, Message, Preference, Record, Sample
 
@@ -100,6 +100,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self._pieces = Pieces(tokenizer)
         self._warned = False
         self._written: set[str] = set()
 
@@ -137,7 +138,7 @@ class Template:
             left_out: list[np.ndarray | None] = [None] * len(pieces)
         else:
             prompt_ids, pieces, left_out = self._judged_turns(record)
-        start = min(_common(prompt_ids, ids) for ids in pieces)
+        start = min(common(prompt_ids, ids) for ids in pieces)
         self._tell_divergence(prompt_ids, start, record.where)
         self._need_difference(record, start, pieces)
         scored = [
@@ -171,11 +172,11 @@ class Template:
             whole = Conversation((*record.prompt, *turns), record.where, record.tools, len(record.prompt))
             if j == 0:
                 self._need_chat_template(whole)
-                prompt_ids = self._ids(self._render(whole, len(record.prompt), prompt=True))
+                prompt_ids = self._pieces.ids(self._render(whole, len(record.prompt), prompt=True))
             self._need_tools_written(whole)
-            text = self._render(whole, len(whole.messages))
-            pieces.append(self._ids(text))
-            left_out.append(self._untrained(whole, text, pieces[-1]))
+            rendering = self._whole(whole)
+            pieces.append(rendering.ids)
+            left_out.append(self._untrained(whole, rendering))
         return prompt_ids, pieces, left_out
 
     def _need_difference(self, record: Preference, start: int, pieces: list[list[int]]) -> None:
@@ -206,12 +207,11 @@ class Template:
         return self.tokenizer(text=prompt + completion)["input_ids"]
 
     def _completion_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
-        prompt_ids = self._ids(self._render(record, record.prompt_messages, prompt=True))
-        whole = self._render(record, len(record.messages))
-        all_ids = self._ids(whole)
-        scored_L = self._after_prompt(prompt_ids, all_ids, record.where)
-        untrained_L = self._untrained(record, whole, all_ids)
-        return all_ids, scored_L if untrained_L is None else scored_L & ~untrained_L
+        prompt_ids = self._pieces.ids(self._render(record, record.prompt_messages, prompt=True))
+        whole = self._whole(record)
+        scored_L = self._after_prompt(prompt_ids, whole.ids, record.where)
+        untrained_L = self._untrained(record, whole)
+        return whole.ids, scored_L if untrained_L is None else scored_L & ~untrained_L
 
     def _marked_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
         if not self.tokenizer.is_fast:
@@ -248,15 +248,18 @@ class Template:
             )
 
     def _assistant_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
-        whole = self._render(record, len(record.messages))
-        whole_ids = self._ids(whole)
-        scored_L = np.zeros(len(whole_ids), dtype=bool)
+        whole = self._whole(record)
+        scored_L = np.zeros(len(whole.ids), dtype=bool)
         for i, message in enumerate(record.messages):
             if message.role == "assistant" and message.train:
-                scored_L[self._turn(record, i, whole, whole_ids)] = True
-        return whole_ids, scored_L
+                scored_L[self._turn(record, i, whole)] = True
+        return whole.ids, scored_L
 
-    def _untrained(self, record: Conversation, whole: str, whole_ids: list[int]) -> np.ndarray | None:
+    def _whole(self, record: Conversation) -> Rendering:
+        text = self._render(record, len(record.messages))
+        return Rendering(text, self._pieces.ids(text), self._pieces)
+
+    def _untrained(self, record: Conversation, whole: Rendering) -> np.ndarray | None:
         """Return which tokens are of turns after the prompt that are marked untrained; None: there are none."""
         turns = [
             i
@@ -265,12 +268,12 @@ class Template:
         ]
         if not turns:
             return None
-        untrained_L = np.zeros(len(whole_ids), dtype=bool)
+        untrained_L = np.zeros(len(whole.ids), dtype=bool)
         for i in turns:
-            untrained_L[self._turn(record, i, whole, whole_ids)] = True
+            untrained_L[self._turn(record, i, whole)] = True
         return untrained_L
 
-    def _turn(self, record: Conversation, i: int, whole: str, whole_ids: list[int]) -> slice:
+    def _turn(self, record: Conversation, i: int, whole: Rendering) -> slice:
         """Return the tokens that turn ``i`` adds to the rendering before it; of a trained one, without its header."""
         name = f"{record.where}: messages[{i}]"
         if i == 0:
@@ -279,32 +282,32 @@ class Template:
                 "nothing stands before it to tell where it starts"
             )
         before = self._render(record, i, prompt=record.messages[i].train)
-        start = self._nested(before, whole, whole_ids, name)
-        end = len(whole_ids)
+        start = self._nested(before, whole, name)
+        end = len(whole.ids)
         if i + 1 < len(record.messages):
-            end = self._nested(self._render(record, i + 1), whole, whole_ids, name)
+            end = self._nested(self._render(record, i + 1), whole, name)
         if start >= end:
             raise InputError(f"{name} must add tokens to the conversation, got none")
         return slice(start, end)
 
-    def _nested(self, prefix: str, whole: str, whole_ids: list[int], turn: str) -> int:
+    def _nested(self, prefix: str, whole: Rendering, turn: str) -> int:
         """Return how many tokens of the whole rendering the prefix covers.
 
         Where a token straddles the end of the prefix (an answer that starts with a newline), it belongs to
         what follows, as in TRL.
         """
-        if not whole.startswith(prefix):
-            at = _common(prefix, whole)
-            alone, within = prefix[at : at + 40], whole[at : at + 40]
+        if not whole.text.startswith(prefix):
+            at = common(prefix, whole.text)
+            alone, within = prefix[at : at + 40], whole.text[at : at + 40]
             raise InputError(
                 f"{turn}: the chat template must render earlier turns the same whatever follows, or mark "
                 f"{{% generation %}}; got {alone!r} up to this turn, {within!r} in the whole"
             )
-        return _common(self._ids(prefix), whole_ids)
+        return whole.covered(prefix)
 
     def _after_prompt(self, prompt_ids: list[int], all_ids: list[int], where: str) -> np.ndarray:
         """Score what follows the common start of both, as TRL does where the prompt is no token prefix."""
-        start = _common(prompt_ids, all_ids)
+        start = common(prompt_ids, all_ids)
         self._tell_divergence(prompt_ids, start, where)
         return np.arange(len(all_ids)) >= start
 
@@ -367,9 +370,6 @@ class Template:
         except (TemplateError, ValueError, TypeError, LookupError) as error:
             raise InputError(f"{record.where}: the chat template failed: {_one_line(error)}") from error
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
 
 def _without_calls(message: Message) -> Message:
     return replace(message, extra={k: v for k, v in message.extra.items() if k != "tool_calls"})
@@ -388,11 +388,6 @@ def _stretches(marked_L: np.ndarray) -> list[tuple[int, int]]:
     """Return ``(start, end)`` of every run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], marked_L, [False]]).astype(np.int8)))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
-
-
-def _common(one: list[int] | str, other: list[int] | str) -> int:
-    """Return the length of the common start of two sequences."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _one_line(error: Exception) -> str:

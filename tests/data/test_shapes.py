@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_align.data.shapes import SHAPES, named
-from megatron_align.data.sources import read_conversations, read_file
+from megatron_align.data.sources import read_records, read_file
 from megatron_align.errors import InputError
 from megatron_align.records import Completion
 
@@ -18,7 +18,7 @@ def turns(record):
 
 
 def only(path):
-    (record,) = read_conversations(path)
+    (record,) = read_records(path)
     return record
 
 
@@ -75,7 +75,7 @@ def test_alpaca(jsonl):
         {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q0", "a0"]]},
         {"instruction": "q", "output": "a", "history": None},
     ]
-    plain, full, short = read_conversations(jsonl(records))
+    plain, full, short = read_records(jsonl(records))
     assert turns(plain) == turns(short) == [("user", "q"), ("assistant", "a")]
     assert turns(full) == [
         ("system", "s"),
@@ -188,7 +188,7 @@ BAD = {
 def test_bad_records_are_named(jsonl, lines, expected):
     path = jsonl(lines)
     with pytest.raises(InputError, match=expected) as error:
-        list(read_conversations(path))
+        list(read_records(path))
     message = str(error.value)
     assert message.startswith(f"{path}:{len(lines)}: ")
     assert "\n" not in message

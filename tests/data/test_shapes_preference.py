@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_align.data.sources import read_conversations, read_file
+from megatron_align.data.sources import read_records, read_file
 from megatron_align.errors import InputError
 from megatron_align.records import Message, Preference
 
@@ -99,7 +99,7 @@ def test_every_shape(name, suffix, jsonl, tmp_path):
 
 @pytest.mark.parametrize("names", [("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")])
 def test_scores_and_margin(names, jsonl):
-    one, half, none = read_conversations(
+    one, half, none = read_records(
         jsonl(
             [
                 {**TEXT, names[0]: 4, names[1]: 2.5, "margin": 1},
@@ -116,7 +116,7 @@ def test_scores_and_margin(names, jsonl):
 def test_a_string_answers_messages_as_one_turn(jsonl):
     answers = [{"content": "good", "score": 1}, {"content": [POOR], "score": 0}]
     for i, raw in enumerate(({**CHAT, "chosen": "good"}, {"prompt": [ASK], "completions": answers})):
-        (record,) = read_conversations(jsonl([raw], f"{i}.jsonl"))
+        (record,) = read_records(jsonl([raw], f"{i}.jsonl"))
         assert record.completions == BOTH
 
 
@@ -137,14 +137,14 @@ def test_ultrafeedback(jsonl):
 def test_two_conversations_part_at_their_first_different_turn(jsonl):
     system = {"role": "system", "content": "s"}
     start = [system, ASK, GOOD, ASK]
-    (record,) = read_conversations(jsonl([{"chosen": [*start, POOR, ASK, GOOD], "rejected": [*start, GOOD]}]))
+    (record,) = read_records(jsonl([{"chosen": [*start, POOR, ASK, GOOD], "rejected": [*start, GOOD]}]))
     assert record.prompt == turns(*start)
     assert record.completions == (turns(POOR, ASK, GOOD), turns(GOOD))
 
 
 def test_hh_rlhf_keeps_neighbouring_turns_apart_and_line_breaks_within(jsonl):
     odd = "\n\nHuman: q\n\nAssistant: a\n\nAssistant:  b\n\nc\nHuman: d"
-    (record,) = read_conversations(jsonl([{"chosen": odd, "rejected": "\n\nHuman: q\n\nAssistant: a2"}]))
+    (record,) = read_records(jsonl([{"chosen": odd, "rejected": "\n\nHuman: q\n\nAssistant: a2"}]))
     assert [(m.role, m.content) for m in record.prompt] == [("user", "q")]
     assert [m.content for m in record.completions[0]] == ["a", "b\n\nc\nHuman: d"]
     assert [m.content for m in record.completions[1]] == ["a2"]
@@ -153,10 +153,10 @@ def test_hh_rlhf_keeps_neighbouring_turns_apart_and_line_breaks_within(jsonl):
 def test_tools_and_untrained_turns(jsonl):
     quiet = {**GOOD, "train": False}
     chat = {**CHAT, "chosen": [quiet, ASK, GOOD], "tools": json.dumps([TOOL])}
-    (record,) = read_conversations(jsonl([chat]))
+    (record,) = read_records(jsonl([chat]))
     assert record.tools == (TOOL,)
     assert [m.train for m in record.completions[0]] == [False, True, True]
-    (record,) = read_conversations(jsonl([{**SHAREGPT, "tools": [{"name": "f"}], "system": "s"}], "b.jsonl"))
+    (record,) = read_records(jsonl([{**SHAREGPT, "tools": [{"name": "f"}], "system": "s"}], "b.jsonl"))
     assert record.tools == (TOOL,)
     assert record.prompt[0] == Message("system", "s")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megatron_align.data import sources
-from megatron_align.data.sources import expand, read_conversations, read_file
+from megatron_align.data.sources import expand, read_records, read_file
 from megatron_align.errors import InputError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -35,7 +35,7 @@ def test_every_container_gives_the_same_records(jsonl, tmp_path):
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) == 10
     assert lines.endswith("lines.jsonl")
-    read = {name: pairs(read_conversations(str(tmp_path / name))) for name in files}
+    read = {name: pairs(read_records(str(tmp_path / name))) for name in files}
     assert all(value == [("é\u2028 ", str(i)) for i in range(3)] for value in read.values()), read
 
 
@@ -45,7 +45,7 @@ def test_places(jsonl, tmp_path):
     array.write_text(json.dumps([{"prompt": "p", "completion": "c"}] * 2))
     rows = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"prompt": ["p"] * 600, "completion": ["c"] * 600}), rows)
-    places = [record.where for record in read_conversations([lines, str(array), str(rows)])]
+    places = [record.where for record in read_records([lines, str(array), str(rows)])]
     assert places[:3] == [f"{lines}:2", f"{array}: record 1", f"{array}: record 2"]
     assert places[3:] == [f"{rows}: row {i}" for i in range(1, 601)]
 
@@ -72,7 +72,7 @@ def test_lines_of_an_array_are_counted_in_any_chunks(monkeypatch, tmp_path):
     with pytest.raises(
         InputError, match=f"{path}:8: record 4 must be JSON, got Expecting value at character {at}"
     ):
-        list(read_conversations(str(path)))
+        list(read_records(str(path)))
 
 
 def test_parquet_messages_lose_the_nulls_of_their_neighbours(tmp_path):
@@ -81,7 +81,7 @@ def test_parquet_messages_lose_the_nulls_of_their_neighbours(tmp_path):
     rows = [{"messages": [*TURNS, *calls]}, {"messages": TURNS}]
     path = str(tmp_path / "rows.parquet")
     parquet.write_table(pa.Table.from_pylist(rows), path)
-    first, second = read_conversations(path)
+    first, second = read_records(path)
     assert first.messages[2].for_template() == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert [message.for_template() for message in second.messages] == TURNS
 
@@ -111,7 +111,7 @@ def test_folders_and_patterns(tmp_path):
 def test_a_folder_is_read_like_its_files(jsonl, tmp_path):
     for i in (1, 0):
         jsonl([{"prompt": "p", "completion": str(i)}], f"{i}.jsonl")
-    assert pairs(read_conversations(str(tmp_path))) == [("p", "0"), ("p", "1")]
+    assert pairs(read_records(str(tmp_path))) == [("p", "0"), ("p", "1")]
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_the_file(suffix, tmp_path):
     del lines
     tracemalloc.start()
     try:
-        assert sum(1 for _ in read_conversations(str(path))) == 1000
+        assert sum(1 for _ in read_records(str(path))) == 1000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -201,15 +201,15 @@ def test_bad_files_are_named(tmp_path, name):
     content, expected = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=expected) as error:
-        list(read_conversations(str(tmp_path / name)))
+        list(read_records(str(tmp_path / name)))
     assert str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path / 'no.jsonl'}: must be a data file, found nothing"):
-        list(read_conversations(str(tmp_path / "no.jsonl")))
+        list(read_records(str(tmp_path / "no.jsonl")))
     with pytest.raises(InputError, match=f"{tmp_path}: must be a data file, found a folder"):
         read_file(str(tmp_path))
     with pytest.raises(InputError, match="at least one file"):
-        read_conversations([])
+        read_records([])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_align.data.prepare import prepare
-from megatron_align.data.sources import read_conversations
+from megatron_align.data.sources import read_records
 from megatron_align.data.store import COLUMNS_OF_KIND, TokenStore
 from megatron_align.data.templates import Template
 from megatron_align.errors import InputError
@@ -47,7 +47,7 @@ RECORDS = {
 
 
 def tokenised(spec, tokenizer):
-    return [Template(tokenizer).sample(record) for record in read_conversations(list(spec.sources))]
+    return [Template(tokenizer).sample(record) for record in read_records(list(spec.sources))]
 
 
 def same(one, other):
