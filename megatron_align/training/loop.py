@@ -360,7 +360,8 @@ class _Run:
                 f"data {self.groups.dp.size()}, "
                 + ("on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"),
                 f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
-                f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated, {data['skipped']} skipped",
+                f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated, "
+                f"{data['skipped']} skipped",
                 f"objective  {self.config.objective.name}, every {self.objective.normalization} weighs the same; "
                 + (
                     f"up to {train.global_batch_tokens:,} tokens a step"

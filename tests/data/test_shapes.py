@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_align.data.shapes import SHAPES, named
-from megatron_align.data.sources import read_records, read_file
+from megatron_align.data.sources import read_file, read_records
 from megatron_align.errors import InputError
 from megatron_align.records import Completion
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_align.data.sources import read_records, read_file
+from megatron_align.data.sources import read_file, read_records
 from megatron_align.errors import InputError
 from megatron_align.records import Message, Preference
 

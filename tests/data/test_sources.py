@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megatron_align.data import sources
-from megatron_align.data.sources import expand, read_records, read_file
+from megatron_align.data.sources import expand, read_file, read_records
 from megatron_align.errors import InputError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
