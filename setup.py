@@ -36,7 +36,6 @@ setup(
     extras_require={
         "test": ["pytest>=8", "setuptools>=68", "wheel>=0.43", "hypothesis>=6", "trl==1.16.0", "datasets>=3"],
         "dev": ["ruff>=0.9", "pre-commit>=3"],
-        "gpu": ["liger-kernel>=0.5"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},
 )

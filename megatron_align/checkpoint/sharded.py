@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import queue
 import re
 import shutil
@@ -36,8 +35,6 @@ from megatron_align.checkpoint.hf import copy_assets
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
 from megatron_align.model.policy import Policy
-
-logger = logging.getLogger(__name__)
 
 CARD, ASSETS, STATE = "card.json", "hf_assets", "state"
 FORMAT = 1
