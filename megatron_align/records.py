@@ -1,12 +1,13 @@
 """The types that flow: file -> Record -> Sample -> PackedBatch (tokens, attention layout, LossRows).
 
-Shapes: T tokens of one pack, N scored rows of one pack, L tokens of one sample.
+Shapes: T tokens, N scored rows and C completions of one pack, L tokens of one sample.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -91,27 +92,91 @@ class Sample:
     label: bool | None = None
     weight: float = 1.0
 
+    def completion_scored(self) -> np.ndarray:
+        """Return the targets (int64) of each completion."""
+        lengths = self.completion_lengths or (len(self.tokens_L) - self.prompt_length,)
+        before = np.concatenate([[0], np.cumsum(self.scored_L[self.prompt_length :], dtype=np.int64)])
+        return np.diff(before[np.cumsum([0, *lengths])])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """What is known of each completion of a pack, sample after sample; a chat sample is one completion.
+
+    Weights hold the global normaliser: over all packs of all ranks ``weight_C``, taken once per sample, sums to 1,
+    and so does ``token_weight_C`` over the scored tokens of all chosen (first) completions, of all second ones, ...
+    """
+
+    sample_C: Tensor  # int64: 0, 1, ..., which sample of the pack it belongs to
+    weight_C: Tensor  # float32: of its sample in a loss per sample
+    token_weight_C: Tensor  # float32: of one of its scored tokens in a loss per token
+    length_C: Tensor  # int64: scored tokens
+    last_C: Tensor  # int64: hidden row of its last token
+    score_C: Tensor  # float32, NaN where none was given
+    margin_C: Tensor  # float32: by how much the chosen one of its pair is better, NaN where not given
+    desirable_C: Tensor  # bool: the label of an unpaired completion
+    reference_C: Tensor  # float32: the reference's summed log-prob, NaN where the objective needs none
+
 
 @dataclass(frozen=True, slots=True)
 class LossRows:
     """What is scored in one pack: hidden row ``row_N`` predicts ``target_N`` and weighs ``weight_N``.
 
     ``weight_N`` already holds the global normaliser, so the step's loss is a plain sum over every row of
-    every pack of every rank. ``sequence_N`` tells the rows of one sequence from those of the next.
+    every pack of every rank. ``sequence_N`` is the completion that a row belongs to, ascending.
     """
 
     row_N: Tensor  # int64
     target_N: Tensor  # int64
     sequence_N: Tensor  # int64
     weight_N: Tensor  # float32
+    completions: Completions
+    ends: tuple[tuple[int, int], ...]  # on the host: rows and completions up to the end of each sample
 
     def to(self, device: torch.device) -> LossRows:
         """Return the rows on ``device``."""
-        moved = (
-            t.to(device, non_blocking=True)
-            for t in (self.row_N, self.target_N, self.sequence_N, self.weight_N)
+        moved = _each(self, lambda t: t.to(device, non_blocking=True))
+        return replace(
+            self,
+            **moved,
+            completions=Completions(**_each(self.completions, lambda t: t.to(device, non_blocking=True))),
         )
-        return LossRows(*moved)
+
+    def slabs(self, most_rows: int, *, whole_samples: bool) -> list[LossRows]:
+        """Split into consecutive parts of at most ``most_rows`` rows, without looking at the device.
+
+        Args:
+            most_rows: limit of a part. With ``whole_samples`` a sample that is longer is a part of its own.
+            whole_samples: parts hold whole samples, and their ``sequence_N``, ``sample_C`` and ``ends`` count
+                from 0. False: rows are cut anywhere; ``sequence_N`` and ``completions`` stay the pack's.
+        """
+        if not whole_samples:
+            cuts = range(0, self.row_N.shape[0], most_rows)
+            return [
+                replace(self, **_each(self, lambda t, at=at: t[at : at + most_rows]), ends=()) for at in cuts
+            ]
+        parts, first, before = [], 0, (0, 0)
+        for i, (rows, _) in enumerate(self.ends):
+            if i > first and rows - before[0] > most_rows:
+                parts.append(self._samples(first, i))
+                first, before = i, self.ends[i - 1]
+        return [*parts, self._samples(first, len(self.ends))] if self.ends else []
+
+    def _samples(self, first: int, stop: int) -> LossRows:
+        """Return the samples ``[first, stop)`` as rows of their own."""
+        (row, completion), (row_end, completion_end) = ((0, 0), *self.ends)[first], self.ends[stop - 1]
+        part = _each(self.completions, lambda t: t[completion:completion_end])
+        part["sample_C"] = part["sample_C"] - first
+        mine = _each(self, lambda t: t[row:row_end])
+        mine["sequence_N"] = mine["sequence_N"] - completion
+        ends = tuple((r - row, c - completion) for r, c in self.ends[first:stop])
+        return replace(self, **mine, completions=Completions(**part), ends=ends)
+
+
+def _each(record: LossRows | Completions, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return the record's tensors, changed, by name."""
+    tensors = {f.name: getattr(record, f.name) for f in fields(record)}
+    return {name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
 @dataclass(frozen=True, slots=True)

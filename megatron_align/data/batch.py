@@ -1,7 +1,6 @@
 """Samples to packs: one step's share of one data-parallel rank, with the global normaliser already in it.
 
-Shapes: T tokens of one pack, N scored rows of one pack, L tokens of one sample, B samples of one step,
-S samples of the store.
+Shapes: B samples of one step and C their completions, S samples of the store.
 """
 
 from __future__ import annotations
@@ -11,19 +10,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
 from megatron_align.data.order import EpochOrder, SampleSteps, TokenSteps, passes_per_epoch
+from megatron_align.data.pack import Columns, pack
 from megatron_align.data.plan import attention_cost, plan_step
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
-from megatron_align.kernels.packed_attention import PackedLayout
-from megatron_align.records import LossRows, PackedBatch, Sample
+from megatron_align.records import PackedBatch
 
 Normalization = Literal["token", "sample"]
 Sources = str | Sequence[str | DataSource]
-PAD_ID = 0  # any id will do: padding is seen by nobody and never scored
 
 
 def row_weights(
@@ -53,107 +50,6 @@ def row_weights(
 def step_weight(scored_counts_B: np.ndarray, normalization: Normalization, weights_B: np.ndarray) -> float:
     """Return what a step's loss is divided by: the total weight of its scored tokens, or of its samples."""
     return float((scored_counts_B * weights_B if normalization == "token" else weights_B).sum())
-
-
-def pack(
-    samples: Sequence[Sample],
-    weights: Sequence[float],
-    tokens: int,
-    *,
-    share_prefix: bool = True,
-    pad_id: int = PAD_ID,
-) -> PackedBatch:
-    """Lay samples one after the other and name what is scored.
-
-    A sample with several completions is one group, ``prompt | completion | completion ...``: positions of each
-    completion go on after the prompt, and the row of the last prompt token appears once per completion, as it
-    predicts the first token of each. Without ``share_prefix`` the same completions lie there as documents,
-    ``prompt completion | prompt completion ...``: the same targets in the same order, from other rows.
-
-    ``sequence_N`` counts the completions of the pack: 0, 1, ... in order of the samples and, within a sample, of
-    its completions. A chat sample is one completion.
-
-    Args:
-        samples: perhaps none (a pack of padding).
-        weights: weight of one scored token of each sample.
-        tokens: T, at least the samples' tokens; the rest is padding.
-        share_prefix: several completions share one prompt; False: each has its own copy.
-        pad_id: token id of the padding.
-
-    Raises:
-        ValueError: if the samples are longer than ``tokens``, or a token is scored that nothing predicts.
-    """
-    groups: list[tuple[int, tuple[int, ...]]] = []
-    token, position, weight = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
-    row, target, sequence = ([np.empty(0, np.int64)] for _ in range(3))
-    start, completions = 0, 0
-    for sample, one in zip(samples, weights, strict=True):
-        for piece in _pieces(sample, share_prefix):
-            groups.append(piece.group)
-            token.append(piece.tokens)
-            position.append(piece.positions)
-            row.append(start + piece.rows)
-            target.append(piece.targets)
-            sequence.append(completions + piece.completions)
-            weight.append(np.full(len(piece.rows), one))
-            start += len(piece.tokens)
-            completions += len(piece.group[1])
-    layout = PackedLayout.from_groups(groups, total=tokens)
-    tokens_T = np.full(tokens, pad_id, dtype=np.int64)
-    positions_T = np.zeros(tokens, dtype=np.int64)
-    tokens_T[:start], positions_T[:start] = np.concatenate(token), np.concatenate(position)
-    weight_N = np.concatenate(weight).astype(np.float32)
-    rows = LossRows(*map(torch.from_numpy, (*map(np.concatenate, (row, target, sequence)), weight_N)))
-    return PackedBatch(torch.from_numpy(tokens_T), torch.from_numpy(positions_T), layout, rows)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A prompt with its completions as it will lie in a pack; rows count from its first token."""
-
-    group: tuple[int, tuple[int, ...]]
-    tokens: np.ndarray
-    positions: np.ndarray
-    rows: np.ndarray
-    targets: np.ndarray
-    completions: np.ndarray  # of each row, within the piece
-
-
-def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
-    """Return the sample as one piece, or as one document per completion."""
-    tokens, prompt = sample.tokens_L.astype(np.int64), sample.prompt_length
-    scored = np.flatnonzero(sample.scored_L)
-    if len(sample.completion_lengths) < 2:
-        if sample.scored_L[:1].any():
-            raise ValueError(
-                "pack needs scored tokens with a token before them, got a sample's first one scored"
-            )
-        places = np.arange(len(tokens))
-        return [
-            _Piece((0, (len(tokens),)), tokens, places, scored - 1, tokens[scored], np.zeros_like(scored))
-        ]
-    lengths = np.array(sample.completion_lengths)
-    starts = prompt + np.cumsum(lengths) - lengths
-    if prompt + lengths.sum() != len(tokens) or (len(scored) and scored[0] < prompt):
-        raise ValueError(
-            f"pack needs a prompt, never scored, and completions that fill the sample; got {prompt} + "
-            f"{list(sample.completion_lengths)} of {len(tokens)} tokens, scored from {scored[:1]}"
-        )
-    if prompt == 0 and sample.scored_L[starts[lengths > 0]].any():
-        raise ValueError("pack needs a prompt before a completion's first token, if it is scored; got none")
-    if share_prefix:
-        which = np.searchsorted(starts + lengths, scored, side="right")
-        rows = np.where(scored == starts[which], prompt - 1, scored - 1)
-        inside = [prompt + np.arange(length) for length in lengths]
-        positions = np.concatenate([np.arange(prompt), *inside])
-        return [_Piece((prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which)]
-    alone = []
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        document = np.concatenate([tokens[:prompt], tokens[start : start + length]])
-        own = prompt + np.flatnonzero(sample.scored_L[start : start + length])
-        group, places = (0, (len(document),)), np.arange(len(document))
-        alone.append(_Piece(group, document, places, own - 1, document[own], np.zeros_like(own)))
-    return alone
 
 
 def step_order(
@@ -241,9 +137,10 @@ class StepBatches:
         sources: what the store was made of, see :func:`step_order`.
         normalization: what weighs the same, see :func:`row_weights`.
         share: whose packs.
+        reference_C: summed log-prob of each completion of the store under the reference.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run knows before its first step; made once
         self,
         store: TokenStore,
         data: DataConfig,
@@ -251,11 +148,13 @@ class StepBatches:
         sources: Sources,
         normalization: Normalization,
         share: Share,
+        reference_C: np.ndarray | None = None,
     ) -> None:
         self.store, self.data, self.share, self.normalization = store, data, share, normalization
         self._order = step_order(store, data, train, sources)
         self.steps: int = train.steps or self._order.steps
         self._laid_S = _laid_lengths(store, data)
+        self._reference_C = reference_C
 
     def step(self, step: int) -> Step:
         """Return a 0-based step."""
@@ -277,11 +176,13 @@ class StepBatches:
         )
         scored_B, weights_B = store.scored_counts[samples_B], store.weights[samples_B]
         row_weights_B = row_weights(scored_B, self.normalization, weights_B)
+        columns = _StepColumns(store, samples_B, self._reference_C)
         batches = [
             pack(
                 [store.sample(int(i)) for i in samples_B[positions]],
                 row_weights_B[positions],
                 plan.tokens,
+                columns=columns.of(positions),
                 share_prefix=self.data.share_prefix,
             )
             for positions in plan.packs[self.share.rank]
@@ -296,3 +197,27 @@ class StepBatches:
             micro_batches=len(batches),
         )
         return Step(batches, counts)
+
+
+class _StepColumns:
+    """Weights and reference of every completion of a step: known from the store's index alone."""
+
+    def __init__(self, store: TokenStore, samples_B: np.ndarray, reference_C: np.ndarray | None):
+        counts_B = store.completion_counts[samples_B]
+        self._starts = np.concatenate([[0], np.cumsum(counts_B)])
+        place_C = np.arange(self._starts[-1]) - np.repeat(self._starts[:-1], counts_B)
+        stored_C = np.repeat(store.completion_offsets[samples_B], counts_B) + place_C
+        weights_B = store.weights[samples_B]
+        own_C = np.repeat(weights_B, counts_B)
+        tokens = np.bincount(place_C, own_C * store.completion_scored[stored_C])
+        self._columns = (
+            own_C / weights_B.sum(),
+            own_C / tokens[place_C],
+            np.full(len(stored_C), np.nan) if reference_C is None else reference_C[stored_C],
+        )
+
+    def of(self, positions: np.ndarray) -> Columns:
+        """Return the columns of the samples at these positions of the step."""
+        mine = [np.arange(self._starts[i], self._starts[i + 1]) for i in positions]
+        at = np.concatenate([np.empty(0, np.int64), *mine])
+        return Columns(*(column[at] for column in self._columns))

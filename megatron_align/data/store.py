@@ -13,6 +13,7 @@ One file per column, all little-endian, described by ``manifest.json``:
 | prompt_lengths       | int64[S]   | tokens of the prompt                                       | all but chat    |
 | completion_offsets   | int64[S+1] | where each sample's completions start in the next two      | all but chat    |
 | completion_lengths   | int64[C]   | tokens of each completion                                  | all but chat    |
+| completion_scored    | int64[C]   | targets of each completion                                 | all but chat    |
 | scores               | float64[C] | of each completion, NaN where none was given               | all but chat    |
 | margins              | float64[S] | by how much the chosen one is better, NaN where not given  | pair            |
 | labels               | int8[S]    | 1 desirable, 0 not, -1 not given                           | unpaired        |
@@ -33,7 +34,7 @@ import numpy as np
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 COLUMNS = {
     "tokens": np.dtype("<i4"),
@@ -45,12 +46,19 @@ COLUMNS = {
     "prompt_lengths": np.dtype("<i8"),
     "completion_offsets": np.dtype("<i8"),
     "completion_lengths": np.dtype("<i8"),
+    "completion_scored": np.dtype("<i8"),
     "scores": np.dtype("<f8"),
     "margins": np.dtype("<f8"),
     "labels": np.dtype("i1"),
 }
 _OF_ALL = ("tokens", "scored", "offsets", "scored_counts", "sources", "weights")
-_OF_PREFERENCES = ("prompt_lengths", "completion_offsets", "completion_lengths", "scores")
+_OF_PREFERENCES = (
+    "prompt_lengths",
+    "completion_offsets",
+    "completion_lengths",
+    "completion_scored",
+    "scores",
+)
 COLUMNS_OF_KIND = {
     "chat": _OF_ALL,
     "pair": (*_OF_ALL, *_OF_PREFERENCES, "margins"),
@@ -77,6 +85,8 @@ class TokenStore:
         weights: float64[S], of the sample in the loss.
         prompt_lengths: int64[S], 0 for chat.
         completion_counts: int64[S], 1 for chat.
+        completion_offsets: int64[S+1], where each sample's completions start among all of the store.
+        completion_scored: int64[C], targets of each completion.
 
     Raises:
         InputError: if a file is missing or does not have the size (``verify``: the hash) that the manifest
@@ -98,11 +108,13 @@ class TokenStore:
         self.weights = np.array(columns["weights"], dtype=np.float64)
         if self.kind == "chat":
             self.prompt_lengths = np.zeros(len(self.lengths), dtype=np.int64)
-            self.completion_counts = np.ones(len(self.lengths), dtype=np.int64)
+            self.completion_offsets = np.arange(len(self.lengths) + 1)
+            self.completion_scored = self.scored_counts
         else:
             self.prompt_lengths = np.array(columns["prompt_lengths"], dtype=np.int64)
-            self._completion_offsets = np.array(columns["completion_offsets"], dtype=np.int64)
-            self.completion_counts = np.diff(self._completion_offsets)
+            self.completion_offsets = np.array(columns["completion_offsets"], dtype=np.int64)
+            self.completion_scored = np.array(columns["completion_scored"], dtype=np.int64)
+        self.completion_counts = np.diff(self.completion_offsets)
         self.duplicated_lengths = self.lengths + (self.completion_counts - 1) * self.prompt_lengths
         self._completion_lengths = columns.get("completion_lengths")
         self._scores = columns.get("scores")
@@ -152,7 +164,7 @@ class TokenStore:
                 raise InputError(f"{file}: must have sha256 {expected}, got {found}: {_REMEDY}")
 
     def _completions(self, i: int) -> slice:
-        return slice(self._completion_offsets[i], self._completion_offsets[i + 1])
+        return slice(self.completion_offsets[i], self.completion_offsets[i + 1])
 
     def _open(self, name: str) -> np.ndarray:
         file, expected = self.path / f"{name}.bin", self.manifest["bytes"][name]

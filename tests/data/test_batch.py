@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
-from megatron_align.data.batch import Share, StepBatches, need_room, pack, row_weights, step_order
+from megatron_align.data.batch import Share, StepBatches, need_room, row_weights, step_order
+from megatron_align.data.pack import Columns, pack
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 
@@ -46,6 +47,8 @@ def memory_store(samples, sources=None):
         lengths=lengths,
         prompt_lengths=prompts,
         completion_counts=completions,
+        completion_offsets=np.concatenate([[0], np.cumsum(completions)]),
+        completion_scored=np.concatenate([s.completion_scored() for s in samples]),
         duplicated_lengths=lengths + (completions - 1) * prompts,
         scored_counts=column(s.scored_L.sum() for s in samples),
         weights=column((s.weight for s in samples), np.float64),
@@ -111,6 +114,71 @@ def test_a_group_by_hand():
     assert alone.rows.row_N.tolist() == [2, 3, 7, 9]
     assert alone.rows.target_N.tolist() == [8, 9, 10, 21]
     assert alone.rows.sequence_N.tolist() == [0, 0, 1, 2]
+
+
+def test_what_is_known_of_completions_by_hand():
+    pair = Sample(
+        np.array([5, 6, 7, 8, 9], np.int32),
+        np.array([0, 0, 1, 1, 1], bool),
+        2,
+        (2, 1),
+        scores=(3.0, 1.0),
+        margin=0.5,
+    )
+    single = Sample(np.array([1, 2], np.int32), np.array([0, 1], bool), 1, (1,), label=True)
+    columns = Columns(np.array([0.5, 0.5, 0.25]), np.array([0.1, 0.2, 0.3]), np.array([-4.0, -2.0, -1.0]))
+    for share, last in ((True, [3, 4, 6]), (False, [3, 6, 8])):
+        known = pack([pair, single], [1, 1], 9, columns=columns, share_prefix=share).rows.completions
+        assert known.sample_C.tolist() == [0, 0, 1]
+        assert known.length_C.tolist() == [2, 1, 1]
+        assert known.last_C.tolist() == last
+        assert known.score_C.tolist()[:2] == [3.0, 1.0]
+        assert known.score_C[2].isnan()
+        assert known.margin_C.tolist()[:2] == [0.5, 0.5]
+        assert known.desirable_C.tolist() == [False, False, True]
+        assert known.weight_C.tolist() == [0.5, 0.5, 0.25]
+        assert known.reference_C.tolist() == [-4.0, -2.0, -1.0]
+    assert pack([single], [1], 2).rows.completions.weight_C.isnan().all()  # not given, not 0
+
+
+def test_an_empty_completion_ends_with_its_prompt():
+    empty = Sample(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], bool), 2, (1, 0))
+    assert pack([empty], [1], 3).rows.completions.last_C.tolist() == [2, 1]
+
+
+@settings(deadline=None)
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), max_size=8
+    ),
+    most=st.integers(1, 12),
+)
+def test_slabs_are_the_pack_in_pieces(groups, most):
+    samples = [group(i, *g) for i, g in enumerate(groups)]
+    rows = pack(samples, np.arange(len(samples)), 200).rows
+    for whole in (True, False):
+        parts = rows.slabs(most, whole_samples=whole)
+        for name in ("row_N", "target_N", "weight_N"):
+            pieces = [getattr(part, name) for part in parts]
+            assert torch.equal(torch.cat([getattr(rows, name)[:0], *pieces]), getattr(rows, name))
+        for part in parts:
+            assert len(part.row_N) > 0
+            assert len(part.row_N) <= most or (whole and len(part.ends) == 1)
+    shift = completions = 0
+    for part in rows.slabs(most, whole_samples=True):
+        known = part.completions
+        assert part.ends[-1] == (len(part.row_N), len(known.last_C))
+        assert known.sample_C.tolist() == [i for i, n in enumerate(counts(part.ends)) for _ in range(n)]
+        end = shift + len(part.row_N)
+        assert torch.equal(part.sequence_N + completions, rows.sequence_N[shift:end])
+        stop = completions + len(known.last_C)
+        assert torch.equal(known.last_C, rows.completions.last_C[completions:stop])
+        shift, completions = end, stop
+    assert shift == len(rows.row_N)
+
+
+def counts(ends):
+    return np.diff([0, *(completions for _, completions in ends)]).tolist()
 
 
 groups = st.lists(
@@ -278,9 +346,24 @@ def test_a_step_is_the_same_on_every_layout(
         assert len(whole[0].tokens_T) % multiple == 0
         total = sum(float(b.rows.weight_N.double().sum()) for b in whole)
         np.testing.assert_allclose(total, 1.0, rtol=1e-6)
+        assert_completions_weigh_one(whole)
         seen += counts.samples
     per_source = np.bincount(store.sources, minlength=2)
     assert seen == sum(int(np.ceil(2 * w * n)) for w, n in zip(weights, per_source, strict=True))
+
+
+def assert_completions_weigh_one(batches):
+    """Taken once per sample, weights sum to 1; so do those of the tokens of all first (chosen) completions."""
+    per_sample = per_token = 0.0
+    for rows in (batch.rows for batch in batches):
+        known = rows.completions
+        firsts = np.unique(known.sample_C.numpy(), return_index=True)[1]
+        per_sample += float(known.weight_C[firsts].double().sum())
+        per_token += float((known.token_weight_C * known.length_C)[firsts].double().sum())
+        assert (
+            known.length_C.tolist() == torch.bincount(rows.sequence_N, minlength=len(known.last_C)).tolist()
+        )
+    np.testing.assert_allclose([per_sample, per_token], 1.0, rtol=1e-5)
 
 
 def scored(batches):

@@ -151,7 +151,7 @@ def test_a_harmed_column_is_named(make, name):
 def test_a_bad_manifest_is_named(make, tmp_path):
     path = prepare(make(TEXTS))
     manifest = path / "manifest.json"
-    for content, expected in ((json.dumps({"version": 99}), "version 3, got 99"), ("{", "must be JSON")):
+    for content, expected in ((json.dumps({"version": 99}), "version 4, got 99"), ("{", "must be JSON")):
         manifest.write_text(content)
         with pytest.raises(InputError, match=expected):
             TokenStore(path)

@@ -1,0 +1,169 @@
+"""Samples to one pack: tokens one after the other, where each stands, who sees whom, and what is scored.
+
+Shapes: T tokens, N scored rows and C completions of one pack, L tokens of one sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_align.kernels.packed_attention import PackedLayout
+from megatron_align.records import Completions, LossRows, PackedBatch, Sample
+
+PAD_ID = 0  # any id will do: padding is seen by nobody and never scored
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """What a step knows of the completions of some samples, in their order; as ``records.Completions`` names it."""
+
+    weight_C: np.ndarray
+    token_weight_C: np.ndarray
+    reference_C: np.ndarray
+
+    @classmethod
+    def unknown(cls, completions: int) -> Columns:
+        """Return NaN for all: a loss that needs one of them will not pass unnoticed."""
+        return cls(*(np.full(completions, math.nan) for _ in range(3)))
+
+
+def pack(
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    tokens: int,
+    *,
+    columns: Columns | None = None,
+    share_prefix: bool = True,
+    pad_id: int = PAD_ID,
+) -> PackedBatch:
+    """Lay samples one after the other and name what is scored.
+
+    A sample with several completions is one group, ``prompt | completion | completion ...``: positions of each
+    completion go on after the prompt, and the row of the last prompt token appears once per completion, as it
+    predicts the first token of each. Without ``share_prefix`` the same completions lie there as documents,
+    ``prompt completion | prompt completion ...``: the same targets in the same order, from other rows.
+
+    ``sequence_N`` counts the completions of the pack: 0, 1, ... in order of the samples and, within a sample, of
+    its completions. A chat sample is one completion.
+
+    Args:
+        samples: perhaps none (a pack of padding).
+        weights: weight of one scored token of each sample.
+        tokens: T, at least the samples' tokens; the rest is padding.
+        columns: what the step knows of the completions. Default: nothing, NaN.
+        share_prefix: several completions share one prompt; False: each has its own copy.
+        pad_id: token id of the padding.
+
+    Raises:
+        ValueError: if the samples are longer than ``tokens``, or a token is scored that nothing predicts.
+    """
+    nothing = np.empty(0, np.int64)
+    groups: list[tuple[int, tuple[int, ...]]] = []
+    token, position, row, target, sequence, last = ([nothing] for _ in range(6))
+    weight, ends = [np.empty(0)], [(0, 0)]
+    start, completions = 0, 0
+    for sample, one in zip(samples, weights, strict=True):
+        for piece in _pieces(sample, share_prefix):
+            groups.append(piece.group)
+            token.append(piece.tokens)
+            position.append(piece.positions)
+            row.append(start + piece.rows)
+            target.append(piece.targets)
+            sequence.append(completions + piece.completions)
+            last.append(start + _last_tokens(*piece.group))
+            weight.append(np.full(len(piece.rows), one))
+            start += len(piece.tokens)
+            completions += len(piece.group[1])
+        ends.append((ends[-1][0] + int(sample.scored_L.sum()), completions))
+    layout = PackedLayout.from_groups(groups, total=tokens)
+    tokens_T = np.full(tokens, pad_id, dtype=np.int64)
+    positions_T = np.zeros(tokens, dtype=np.int64)
+    tokens_T[:start], positions_T[:start] = np.concatenate(token), np.concatenate(position)
+    rows = LossRows(
+        *(torch.from_numpy(np.concatenate(column)) for column in (row, target, sequence)),
+        torch.from_numpy(np.concatenate(weight).astype(np.float32)),
+        _completions(samples, np.concatenate(last), columns or Columns.unknown(completions)),
+        tuple(ends[1:]),
+    )
+    return PackedBatch(torch.from_numpy(tokens_T), torch.from_numpy(positions_T), layout, rows)
+
+
+def _completions(samples: Sequence[Sample], last_C: np.ndarray, columns: Columns) -> Completions:
+    counts = [max(1, len(sample.completion_lengths)) for sample in samples]
+
+    def of_samples(values: list[float]) -> np.ndarray:
+        return np.repeat(np.array(values, np.float32), counts)
+
+    scores = [sample.scores or (math.nan,) * count for sample, count in zip(samples, counts, strict=True)]
+    found = {
+        "sample_C": np.repeat(np.arange(len(samples)), counts),
+        "weight_C": columns.weight_C.astype(np.float32),
+        "token_weight_C": columns.token_weight_C.astype(np.float32),
+        "length_C": np.concatenate([np.empty(0, np.int64), *(s.completion_scored() for s in samples)]),
+        "last_C": last_C,
+        "score_C": np.array([score for some in scores for score in some], np.float32),
+        "margin_C": of_samples([sample.margin for sample in samples]),
+        "desirable_C": of_samples([bool(sample.label) for sample in samples]).astype(bool),
+        "reference_C": columns.reference_C.astype(np.float32),
+    }
+    return Completions(**{name: torch.from_numpy(values) for name, values in found.items()})
+
+
+def _last_tokens(prompt: int, lengths: tuple[int, ...]) -> np.ndarray:
+    """Return where each completion of a group ends; an empty one ends with the prompt."""
+    ends = prompt + np.cumsum(lengths, dtype=np.int64) - 1
+    return np.where(np.array(lengths) > 0, ends, prompt - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A prompt with its completions as it will lie in a pack; rows count from its first token."""
+
+    group: tuple[int, tuple[int, ...]]
+    tokens: np.ndarray
+    positions: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    completions: np.ndarray  # of each row, within the piece
+
+
+def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
+    """Return the sample as one piece, or as one document per completion."""
+    tokens, prompt = sample.tokens_L.astype(np.int64), sample.prompt_length
+    scored = np.flatnonzero(sample.scored_L)
+    if len(sample.completion_lengths) < 2:
+        if sample.scored_L[:1].any():
+            raise ValueError(
+                "pack needs scored tokens with a token before them, got a sample's first one scored"
+            )
+        places = np.arange(len(tokens))
+        return [
+            _Piece((0, (len(tokens),)), tokens, places, scored - 1, tokens[scored], np.zeros_like(scored))
+        ]
+    lengths = np.array(sample.completion_lengths)
+    starts = prompt + np.cumsum(lengths) - lengths
+    if prompt + lengths.sum() != len(tokens) or (len(scored) and scored[0] < prompt):
+        raise ValueError(
+            f"pack needs a prompt, never scored, and completions that fill the sample; got {prompt} + "
+            f"{list(sample.completion_lengths)} of {len(tokens)} tokens, scored from {scored[:1]}"
+        )
+    if prompt == 0 and sample.scored_L[starts[lengths > 0]].any():
+        raise ValueError("pack needs a prompt before a completion's first token, if it is scored; got none")
+    if share_prefix:
+        which = np.searchsorted(starts + lengths, scored, side="right")
+        rows = np.where(scored == starts[which], prompt - 1, scored - 1)
+        inside = [prompt + np.arange(length) for length in lengths]
+        positions = np.concatenate([np.arange(prompt), *inside])
+        return [_Piece((prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which)]
+    alone = []
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        document = np.concatenate([tokens[:prompt], tokens[start : start + length]])
+        own = prompt + np.flatnonzero(sample.scored_L[start : start + length])
+        group, places = (0, (len(document),)), np.arange(len(document))
+        alone.append(_Piece(group, document, places, own - 1, document[own], np.zeros_like(own)))
+    return alone
