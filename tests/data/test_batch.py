@@ -334,6 +334,8 @@ def test_a_step_is_the_same_on_every_layout(
         assert all(other == counts for other in others)
         assert (counts.samples, counts.tokens) == (here.counts.samples, here.counts.tokens)
         assert batch[0] == "size" or counts.samples == 1 or counts.tokens <= batch[1]
+        places = np.concatenate([p for steps in spread for p in steps.step(step).places])
+        assert sorted(places) == list(range(len(here.stored_C)))
         assert (counts.scored_tokens, counts.weight) == (here.counts.scored_tokens, here.counts.weight)
         assert counts.laid_tokens == sum(int((b.tokens_T != 0).sum()) for b in whole)
         assert share_prefix is False or counts.laid_tokens == counts.tokens
@@ -389,6 +391,34 @@ def test_steps_win_over_epochs_and_samples_come_around():
         [1, 2],
         [0, 1],
     ]
+
+
+def test_a_prompt_with_the_completion_before_it():
+    store = memory_store([group(0, 3, [6]), group(1, 4, [2]), group(2, 7, [2])])
+    train = TrainConfig(global_batch_size=3, steps=1)
+    for ranks in (1, 2):
+        packs = []
+        for rank in range(ranks):
+            data = DataConfig(train="x", sequence_length=9, shuffle=False)
+            share = Share(ranks=ranks, rank=rank)
+            steps = StepBatches(store, data, train, "x", "example", share, mismatched=True)
+            packs += steps.step(0).mismatched
+        rows = {}
+        for batch in packs:
+            for start, stop in zip(*edges(batch), strict=True):
+                tokens = batch.tokens_T[start:stop].tolist()
+                rows[tokens[0] // 1000] = tokens
+        # the first takes the last one's; 9 tokens fit
+        assert rows[0] == [1, 2, 3, 2008, 2009]
+        assert rows[1] == [1001, 1002, 1003, 1004, 4, 5, 6, 7, 8]
+        assert rows[2] == [*range(2001, 2008), 1005, 1006]
+        targets = sorted(t for batch in packs for t in batch.rows.target_N.tolist())
+        assert targets == [4, 7, 1005, 2008]  # as they were scored beside their own prompts
+
+
+def edges(batch):
+    stops = np.cumsum([length for _, lengths in batch.layout.groups for length in lengths]).tolist()
+    return [0, *stops[:-1]], stops
 
 
 def test_repeated_prompts_that_do_not_fit_are_refused():
