@@ -140,7 +140,7 @@ def aot(chosen: Responses, rejected: Responses, *, beta: float = 0.1, label_smoo
     """AOT, paired: the policy's margins shall exceed the reference's in distribution.
 
     Both are sorted over the whole batch, then compared rank by rank with the logistic loss. Element i of the result
-    belongs to rank i, not to pair i; the gradient finds its way back to the pairs. Melnyk et al. 2024, arXiv:2406.05882.
+    belongs to rank i, not to pair i; the gradient finds its way back to the pairs. Melnyk et al., arXiv:2406.05882.
     """
     policy_N = torch.sort(chosen.policy_N - rejected.policy_N).values
     reference_N = torch.sort(chosen.reference_N - rejected.reference_N).values

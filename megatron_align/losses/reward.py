@@ -51,8 +51,8 @@ def reward_loss(
 
     w and l are the rewards, w^ and l^ the absolute scores. BT and alpha are the objective of the Baichuan Alignment
     report (arXiv:2410.14940, section 2.1), whose alpha is 0 for samples without scores; here each response without a
-    score drops its own term. c is TRL's ``center_rewards_coefficient`` (default None: off), which keeps rewards around 0:
-    Eisenstein et al. 2023, arXiv:2312.09244. Alpha 0 and c 0 are Bradley-Terry.
+    score drops its own term. c is TRL's ``center_rewards_coefficient`` (default None: off), which keeps rewards around
+    0: Eisenstein et al. 2023, arXiv:2312.09244. Alpha 0 and c 0 are Bradley-Terry.
     """
     loss_N = bradley_terry(chosen.reward_N, rejected.reward_N, margin_N)
     if alpha:

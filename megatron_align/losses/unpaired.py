@@ -22,10 +22,6 @@ def _signed(margin_N: Tensor, desirable_N: Tensor) -> Tensor:
     return torch.where(desirable_N, margin_N, -margin_N)
 
 
-def _weights(desirable_N: Tensor, desirable: float, undesirable: float) -> Tensor:
-    return torch.where(desirable_N, desirable, undesirable)
-
-
 def kto(
     responses: Responses,
     desirable_N: Tensor,
@@ -41,7 +37,8 @@ def kto(
     eq. 7 and 8. Its advice: weights that bring (desirable weight x count) / (undesirable weight x count) to 1 to 4/3.
     """
     margin_N = _signed(beta * (responses.log_ratio_N - baseline), desirable_N)
-    return _weights(desirable_N, desirable_weight, undesirable_weight) * torch.sigmoid(-margin_N)
+    loss_N = torch.sigmoid(-margin_N)
+    return torch.where(desirable_N, desirable_weight * loss_N, undesirable_weight * loss_N)
 
 
 def kto_baseline(mismatched: Responses) -> Tensor:
@@ -63,7 +60,8 @@ def apo_zero_unpaired(
 ) -> Tensor:
     """APO-zero on single responses: KTO with baseline 0. D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7."""
     margin_N = _signed(beta * responses.log_ratio_N, desirable_N)
-    return _weights(desirable_N, desirable_weight, undesirable_weight) * torch.sigmoid(-margin_N)
+    loss_N = torch.sigmoid(-margin_N)
+    return torch.where(desirable_N, desirable_weight * loss_N, undesirable_weight * loss_N)
 
 
 def bco(responses: Responses, desirable_N: Tensor, *, delta: float | Tensor, beta: float = 0.1) -> Tensor:
