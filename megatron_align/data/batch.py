@@ -121,14 +121,27 @@ class StepCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Packs:
+    """Micro-batches of one data-parallel rank, all of one padded length."""
+
+    batches: list[PackedBatch]
+    places: list[np.ndarray]  # of each batch: where its completions stand among all completions of the step
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step of one data-parallel rank."""
 
-    batches: list[PackedBatch]  # its micro-batches, all of one padded length
+    number: int  # 0-based
+    packs: Packs
     counts: StepCounts
-    places: list[np.ndarray]  # of each batch: where its completions stand among all completions of the step
     stored_C: np.ndarray  # int64: where each completion of the step stands in the store
-    mismatched: list[PackedBatch]  # micro-batches of prompts with other samples' completions, if asked for
+    mismatched: Packs | None  # prompts with other samples' completions, if asked for
+
+    @property
+    def batches(self) -> list[PackedBatch]:
+        """The micro-batches to train on."""
+        return self.packs.batches
 
 
 class StepBatches:
@@ -144,6 +157,7 @@ class StepBatches:
         reference_C: summed log-prob of each completion of the store under the reference.
         mismatched: also pack each prompt with the completion of the sample before it in the step (the first
             one with the last's), as KTO's baseline wants it; data of single completions only.
+        score_prompt: prompts are scored too, with the first completion, see :func:`megatron_align.data.pack.pack`.
     """
 
     def __init__(  # noqa: PLR0913 - what a run knows before its first step; made once
@@ -157,12 +171,14 @@ class StepBatches:
         *,
         reference_C: np.ndarray | None = None,
         mismatched: bool = False,
+        score_prompt: bool = False,
     ) -> None:
         self.store, self.data, self.share, self.normalization = store, data, share, normalization
         self._order = step_order(store, data, train, sources)
         self.steps: int = train.steps or self._order.steps
         self._laid_S = _laid_lengths(store, data)
         self._reference_C, self._mismatched = reference_C, mismatched
+        self._score_prompt = score_prompt
 
     def step(self, step: int) -> Step:
         """Return a 0-based step."""
@@ -179,7 +195,7 @@ class StepBatches:
         )
         scored_B, weights_B = store.scored_counts[samples_B], store.weights[samples_B]
         row_weights_B = row_weights(scored_B, self.normalization, weights_B)
-        completions = _StepCompletions(store, samples_B, self._reference_C)
+        completions = _StepCompletions(store, samples_B, self._reference_C, self._score_prompt)
         mine = plan.packs[self.share.rank]
         places = [completions.places(positions) for positions in mine]
         batches = [
@@ -189,6 +205,7 @@ class StepBatches:
                 plan.tokens,
                 columns=completions.columns(place),
                 share_prefix=self.data.share_prefix,
+                score_prompt=self._score_prompt,
             )
             for positions, place in zip(mine, places, strict=True)
         ]
@@ -202,8 +219,12 @@ class StepBatches:
             weight=step_weight(scored_B, self.normalization, weights_B),
             micro_batches=len(batches),
         )
-        mismatched = self._mismatches(samples_B) if self._mismatched else []
-        return Step(batches, counts, places, completions.stored_C, mismatched)
+        mismatched = self._mismatches(samples_B) if self._mismatched else None
+        return Step(step, Packs(batches, places), counts, completions.stored_C, mismatched)
+
+    def stored(self, step: int) -> np.ndarray:
+        """Return where each completion of a 0-based step stands in the store (int64)."""
+        return _stored(self.store, self._order.samples(step))[0]
 
     def _plan(self, lengths_B: np.ndarray, costs_B: np.ndarray) -> StepPlan:
         return plan_step(
@@ -216,21 +237,23 @@ class StepBatches:
             costs_B=costs_B,
         )
 
-    def _mismatches(self, samples_B: np.ndarray) -> list[PackedBatch]:
+    def _mismatches(self, samples_B: np.ndarray) -> Packs:
         """Return this rank's packs of every prompt with its neighbour's completion, cut off at the capacity."""
         store, capacity = self.store, self.data.sequence_length
         others_B = np.roll(samples_B, 1)
         own_B = store.lengths[others_B] - store.prompt_lengths[others_B]
         lengths_B = np.minimum(store.prompt_lengths[samples_B] + own_B, capacity)
         plan = self._plan(lengths_B, lengths_B**2)
-        return [
+        places = plan.packs[self.share.rank]  # one completion per sample: its position is its place
+        batches = [
             pack(
                 [_mismatch(store, *pair, capacity) for pair in zip(samples_B[at], others_B[at], strict=True)],
                 [0.0] * len(at),  # its log-probs are wanted, it has no loss
                 plan.tokens,
             )
-            for at in plan.packs[self.share.rank]
+            for at in places
         ]
+        return Packs(batches, places)
 
 
 def _mismatch(store: TokenStore, one: int, other: int, capacity: int) -> Sample:
@@ -242,17 +265,29 @@ def _mismatch(store: TokenStore, one: int, other: int, capacity: int) -> Sample:
     return Sample(tokens_L, scored_L, prompt_length=prompt, completion_lengths=(len(tokens_L) - prompt,))
 
 
+def _stored(store: TokenStore, samples_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the completions of some samples stand in the store, and in their sample (0, 1, ...)."""
+    counts_B = store.completion_counts[samples_B]
+    starts_B = np.cumsum(counts_B) - counts_B
+    nth_C = np.arange(counts_B.sum()) - np.repeat(starts_B, counts_B)
+    return np.repeat(store.completion_offsets[samples_B], counts_B) + nth_C, nth_C
+
+
 class _StepCompletions:
     """Place, weights and reference of every completion of a step: known from the store's index alone."""
 
-    def __init__(self, store: TokenStore, samples_B: np.ndarray, reference_C: np.ndarray | None):
+    def __init__(
+        self, store: TokenStore, samples_B: np.ndarray, reference_C: np.ndarray | None, score_prompt: bool
+    ):
         counts_B = store.completion_counts[samples_B]
         self._starts = np.concatenate([[0], np.cumsum(counts_B)])
-        nth_C = np.arange(self._starts[-1]) - np.repeat(self._starts[:-1], counts_B)  # within its sample
-        self.stored_C = np.repeat(store.completion_offsets[samples_B], counts_B) + nth_C
+        self.stored_C, nth_C = _stored(store, samples_B)
         weights_B = store.weights[samples_B]
         own_C = np.repeat(weights_B, counts_B)
-        tokens = np.bincount(nth_C, own_C * store.completion_scored[self.stored_C])
+        rows_C = store.completion_scored[self.stored_C].copy()
+        if score_prompt:
+            rows_C[nth_C == 0] += np.maximum(store.prompt_lengths[samples_B] - 1, 0)
+        tokens = np.bincount(nth_C, own_C * rows_C)
         self._columns = (
             own_C / weights_B.sum(),
             own_C / tokens[nth_C],
