@@ -1,4 +1,4 @@
-"""Law 3, losses of the DPO family: value and gradient equal TRL's own ``DPOTrainer`` code, for every loss type it has."""
+"""Law 3, the DPO family: value and gradient equal TRL's own ``DPOTrainer`` code for every loss type it has."""
 
 import ast
 from functools import partial
