@@ -12,13 +12,14 @@ import torch
 from torch.testing import assert_close
 
 from megatron_align.errors import InputError
-from megatron_align.losses.combine import parameters, weighted_losses
+from megatron_align.losses.combine import parameters
 from megatron_align.losses.divergences import DIVERGENCES, alpha_divergence, forward_kl, reverse_kl
 from megatron_align.losses.dpo import (
     BATCH_COUPLED,
     DPO_LOSSES,
     aot,
     discopop,
+    dpo_losses,
     exo_pair,
     ipo,
     reward_aware,
@@ -313,13 +314,19 @@ def test_wpo_weight_is_one_under_a_uniform_policy():
 def test_weighted_sum_of_losses():
     chosen, rejected = pair()
     options = {"beta": BETA, "discopop_tau": 0.2}
-    loss = weighted_losses(DPO_LOSSES, ["discopop", "sft", "hinge"], [0.5, 2.0, 1.0], options)
+    loss = dpo_losses(["discopop", "sft", "hinge"], [0.5, 2.0, 1.0], options)
     got = loss(chosen, rejected, mean_length=7.5)
     want = 0.5 * discopop(chosen, rejected, beta=BETA, discopop_tau=0.2) + 2 * sft(
         chosen, rejected, mean_length=7.5
     )
     assert_close(got, want + DPO_LOSSES["hinge"](chosen, rejected, beta=BETA))
-    assert_close(weighted_losses(DPO_LOSSES, ["sigmoid"])(chosen, rejected), sigmoid(chosen, rejected))
+    assert_close(dpo_losses(["sigmoid"])(chosen, rejected), sigmoid(chosen, rejected))
+
+
+def test_a_divergence_must_suit_every_loss_but_sft():
+    with pytest.raises(InputError, match="loss_type bco_pair has no form"):
+        dpo_losses(["sigmoid", "bco_pair"], options={"divergence": forward_kl})
+    dpo_losses(["sigmoid", "sft"], options={"divergence": forward_kl})
 
 
 @pytest.mark.parametrize(
@@ -331,7 +338,7 @@ def test_weighted_sum_of_losses():
 )
 def test_nothing_is_ignored(arguments, message):
     with pytest.raises(InputError, match=message):
-        weighted_losses(DPO_LOSSES, *arguments)
+        dpo_losses(*arguments)
 
 
 def test_a_missing_reference_is_named():

@@ -1,10 +1,12 @@
 """Law 3, losses outside the DPO family: value and gradient equal TRL's own KTO, CPO, ORPO, TPO and reward code."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl")
 
 from trl.experimental.cpo import CPOTrainer
