@@ -165,6 +165,13 @@ def test_apo_is_a_sum_of_sigmoids():
     assert_close(DPO_LOSSES["apo_down"](chosen, rejected, beta=BETA), w + 1 - apart)
 
 
+def test_nca_pair_is_a_sum_of_logistic_losses():
+    chosen, rejected = pair()
+    w, l = (BETA * r.log_ratio_N for r in (chosen, rejected))  # noqa: E741
+    want = torch.log1p(torch.exp(-w)) + 0.5 * (torch.log1p(torch.exp(w)) + torch.log1p(torch.exp(l)))
+    assert_close(DPO_LOSSES["nca_pair"](chosen, rejected, beta=BETA), want)
+
+
 def test_discopop_is_exponential_far_above_tau_and_logistic_far_below():
     chosen, rejected = pair()
     margin = BETA * log_margin(chosen, rejected)
@@ -254,6 +261,9 @@ def test_margin_loss_asks_for_so_much_more():
 def test_reward_aware_is_zero_only_where_the_margins_are_equal():
     chosen, rejected = pair()
     equal = BETA * log_margin(chosen, rejected)
+    p, q = torch.sigmoid(MARGIN), torch.sigmoid(equal)
+    divergence = p * torch.log(p / q) + (1 - p) * torch.log((1 - p) / (1 - q))
+    assert_close(reward_aware(chosen, rejected, margin_N=MARGIN, beta=BETA), divergence)
     loss = reward_aware(chosen, rejected, margin_N=equal, beta=BETA)
     assert_close(loss, torch.zeros_like(loss))
     assert (reward_aware(chosen, rejected, margin_N=equal + 1, beta=BETA) > 0).all()
@@ -309,6 +319,10 @@ def test_wpo_weight_is_one_under_a_uniform_policy():
     weights = wpo_weights(-length * math.log(11), -length * math.log(11), length)
     assert_close(weights, torch.ones_like(weights))
     assert not weights.requires_grad
+    twice = wpo_weights(
+        -length * math.log(11 / 2), -length * math.log(11), length
+    )  # each token twice as likely
+    assert_close(twice, torch.full_like(weights, 2))
 
 
 def test_weighted_sum_of_losses():

@@ -128,6 +128,8 @@ def test_ties_in_plackett_luce_have_no_order_and_draw_together():
     assert_close(plackett_luce(reward, scores), swapped)
     (grad,) = torch.autograd.grad(plackett_luce(reward, scores).sum(), reward)
     assert grad[0, 1] < grad[0, 2]
+    equal = plackett_luce(torch.zeros(1, 3), scores)
+    assert_close(equal.item(), math.log(3) + 2 * math.log(2))  # each of the tied faces both
 
 
 @pytest.mark.parametrize("name", sorted(RANKED_LOSSES))
