@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -92,20 +93,32 @@ def write_chat(file: Path, samples: int = 64, seed: int = 0) -> Path:
     return file
 
 
-def write_pairs(file: Path, samples: int = 48, seed: int = 1, **extra: object) -> Path:
-    """Write right and wrong sums as preference pairs, prompts longer than answers; return the file."""
+def write_pairs(
+    file: Path,
+    samples: int = 48,
+    seed: int = 1,
+    text: bool = False,
+    **extra: Callable[[random.Random], object],
+) -> Path:
+    """Write right and wrong sums as preference pairs, prompts longer than answers; return the file.
+
+    ``text``: as plain strings rather than messages. ``extra``: further fields, drawn for each pair.
+    """
     draw = random.Random(seed)
     lines = []
     for _ in range(samples):
         numbers = [draw.randrange(10 ** draw.randrange(1, 7)) for _ in range(draw.randrange(2, 5))]
         right, wrong = sum(numbers), sum(numbers) + draw.randrange(1, 10 ** draw.randrange(1, 5))
-        record = {
-            "prompt": [{"role": "user", "content": " + ".join(map(str, numbers))}],
-            "chosen": [{"role": "assistant", "content": f"{right}" + "!" * draw.randrange(3)}],
-            "rejected": [{"role": "assistant", "content": f"{wrong}, I think" * draw.randrange(1, 3)}],
+        said = {
+            "prompt": ("user", " + ".join(map(str, numbers))),
+            "chosen": ("assistant", f"{right}" + "!" * draw.randrange(3)),
+            "rejected": ("assistant", f"{wrong}, I think" * draw.randrange(1, 3)),
         }
-        given = {name: value(draw) if callable(value) else value for name, value in extra.items()}
-        lines.append(json.dumps({**record, **given}) + "\n")
+        record = {
+            name: content if text else [{"role": role, "content": content}]
+            for name, (role, content) in said.items()
+        }
+        lines.append(json.dumps({**record, **{name: value(draw) for name, value in extra.items()}}) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
     return file
 
