@@ -139,7 +139,7 @@ def _dlogits_kernel(
     onehot = tl.where(column == tl.load(target_ptr + row), 1.0, 0.0)
     change = grad * inverse_temperature * slope * (onehot - softmax)
     # A row without gradient changes nothing, whatever its logits are: 0 * inf would be NaN.
-    change = tl.where((column < real) & (grad != 0.0), change, 0.0)
+    change = tl.where(grad == 0.0, 0.0, tl.where(column < real, change, 0.0))
     tl.store(at, change.to(x.dtype), mask=column < rows_here)
 
 

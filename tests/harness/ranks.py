@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -127,3 +128,61 @@ def stall(place: parallel.Place, late: int, timeout: float) -> None:
             time.sleep(600)
         watchdog.report("step 2")
         parallel.all_reduce_sum([1.0])
+
+
+def slab_loss_grads(
+    place: parallel.Place,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    slabs: list[tuple[int, int]],
+    options: dict[str, float],
+):
+    """Return loss, whole and own hidden gradient, own weight gradient and sums, the vocabulary split over all ranks."""
+    from megatron_align.kernels import slab_loss
+    from tests.harness.logprobs import StatisticsLoss, gradients
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        options = {"group": parallel.groups().tp, "vocab_size": vocab_size, "statistics": True, **options}
+        mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
+        tensors = (hidden.clone().requires_grad_(), mine, targets)
+        (loss, whole, own_weight), sums = gradients(
+            slab_loss, tensors, slabs, StatisticsLoss(slabs), **options
+        )
+        (_, share, _), _ = gradients(
+            slab_loss, tensors, slabs, StatisticsLoss(slabs), sum_hidden_grad=False, **options
+        )
+    parallel.leave()
+    return loss, whole, share, own_weight, sums
+
+
+def scores(
+    place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+):
+    """Return token_scores with the whole vocabulary as top k, split over all ranks."""
+    from megatron_align.kernels import token_scores
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        group, mine = parallel.groups().tp, weight.chunk(place.world_size)[place.rank]
+        answer = token_scores(hidden, mine, targets, top_k=vocab_size, group=group, vocab_size=vocab_size)
+    parallel.leave()
+    return answer
+
+
+def checked_logprobs(place: parallel.Place, rows: list[int]) -> str:
+    """Return what token_logprobs says to this many vocabulary rows on each rank, values checked."""
+    from megatron_align.kernels import token_logprobs
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        weight, targets = torch.zeros(rows[place.rank], 4), torch.zeros(2, dtype=torch.int64)
+        os.environ["MEGATRON_ALIGN_CHECKS"] = "1"
+        try:
+            token_logprobs(torch.zeros(2, 4), weight, targets, group=parallel.groups().tp)
+            answer = "agreed"
+        except ValueError as error:
+            answer = str(error)
+        finally:
+            del os.environ["MEGATRON_ALIGN_CHECKS"]
+    parallel.leave()
+    return answer
