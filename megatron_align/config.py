@@ -14,12 +14,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from megatron_align.errors import InputError, nearest
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+from megatron_align.errors import InputError, nearest, need
+from megatron_align.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _need(self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}")
+        need(self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,27 +76,49 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.sequence_length > 1,
             f"data.sequence_length must be at least 2 tokens, got {self.sequence_length}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
-    """Supervised fine-tuning: cross-entropy on the assistant's tokens.
+class ReferenceConfig:
+    """The model that preference objectives compare with (only for those that do: dpo, kto, bco).
 
     Args:
-        name: sft
-        normalization: token: every trained token of the step's global batch weighs the same;
-            sample: every sample weighs the same, its tokens sharing that weight
+        mode: cached: its log-probs are computed once before training and kept as a column of numbers; live: it
+            stays in memory and is run at every step; none: every log-prob of it is 0; null: cached
+        path: a Hugging Face folder or one of our checkpoints, of the policy's shape; null: model.path
+        sync_steps: mode live: every so many steps it moves towards the policy (TR-DPO); null: never
+        mixup_alpha: how far: reference = mixup_alpha x policy + (1 - mixup_alpha) x reference
     """
 
-    name: Literal["sft"] = "sft"
-    normalization: Literal["token", "sample"] = "token"
+    mode: Literal["cached", "live", "none"] | None = None
+    path: str | None = None
+    sync_steps: int | None = None
+    mixup_alpha: float | None = None
 
-
-OBJECTIVES: dict[str, type] = {"sft": SFTConfig}
+    def __post_init__(self) -> None:
+        need(
+            self.sync_steps is None or self.mode == "live",
+            f"reference.sync_steps needs reference.mode live, got mode {self.mode}",
+        )
+        need(
+            self.sync_steps is None or self.sync_steps >= 1,
+            f"reference.sync_steps must be at least 1, got {self.sync_steps}",
+        )
+        need(
+            self.mixup_alpha is None or (self.sync_steps is not None and 0 < self.mixup_alpha <= 1),
+            f"reference.mixup_alpha needs reference.sync_steps and lies in (0, 1], got {self.mixup_alpha} "
+            f"with sync_steps {self.sync_steps}",
+        )
+        need(
+            self.path is None or self.mode != "none",
+            f"reference.path is not read with reference.mode none, got {self.path}",
+        )
+        if self.sync_steps is not None and self.mixup_alpha is None:
+            object.__setattr__(self, "mixup_alpha", 0.6)  # TR-DPO's, arXiv:2404.09656
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +143,16 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):
-            _need(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
-        _need(
+            need(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        need(
             self.context == 1,
             f"parallel.context must be 1: context parallelism is not built yet, got {self.context}",
         )
-        _need(
+        need(
             self.timeout_seconds > 0, f"parallel.timeout_seconds must be positive, got {self.timeout_seconds}"
         )
         if self.virtual_pipeline is not None:
-            _need(
+            need(
                 self.virtual_pipeline >= 2 and self.pipeline >= 2,
                 "parallel.virtual_pipeline needs at least 2 chunks on at least 2 pipeline stages, "
                 f"got virtual_pipeline {self.virtual_pipeline} with pipeline {self.pipeline}",
@@ -148,7 +166,7 @@ class ParallelConfig:
     def data_parallel(self, world_size: int) -> int:
         """Return the data-parallel size, or raise InputError if the ranks do not divide."""
         model = self.tensor * self.pipeline * self.context
-        _need(
+        need(
             world_size % model == 0,
             f"world size must be a multiple of tensor x pipeline x context = "
             f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}",
@@ -179,14 +197,14 @@ class OptimizerConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
-        _need(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
-        _need(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
-        _need(
+        need(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
+        need(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
+        need(
             all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), got {list(self.betas)}"
         )
-        _need(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
-        _need(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
-        _need(self.clip_grad >= 0, f"optimizer.clip_grad must not be negative, got {self.clip_grad}")
+        need(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
+        need(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
+        need(self.clip_grad >= 0, f"optimizer.clip_grad must not be negative, got {self.clip_grad}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,25 +234,25 @@ class TrainConfig:
     validate_every: int | None = None
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.global_batch_size is None or self.global_batch_tokens is None,
             f"give train.global_batch_size or train.global_batch_tokens, got {self.global_batch_size} and "
             f"{self.global_batch_tokens}",
         )
         if self.global_batch_size is None and self.global_batch_tokens is None:
             object.__setattr__(self, "global_batch_size", 16)
-        _need(
+        need(
             (self.steps is None) != (self.epochs is None),
             f"give either train.steps or train.epochs, got steps {self.steps} and epochs {self.epochs}",
         )
         for name in ("global_batch_size", "global_batch_tokens", "steps", "epochs", "validate_every"):
             value = getattr(self, name)
-            _need(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
-        _need(
+            need(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
+        need(
             self.recompute_layers >= 0,
             f"train.recompute_layers must not be negative, got {self.recompute_layers}",
         )
-        _need(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
+        need(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,11 +274,11 @@ class CheckpointConfig:
     export_hf: bool = True
 
     def __post_init__(self) -> None:
-        _need(
+        need(
             self.save_every is None or self.save_every >= 1,
             f"checkpoint.save_every must be at least 1, got {self.save_every}",
         )
-        _need(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
+        need(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +302,7 @@ class RunConfig:
     data: DataConfig
     objective: Any  # one of OBJECTIVES
     checkpoint: CheckpointConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -291,15 +310,20 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
-        _need(
+        need(
             steps is None or warmup <= steps,
             f"optimizer.warmup_steps must not pass train.steps = {steps}, got {warmup}",
+        )
+        need(
+            self.objective.compares or self.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
+            f"objective {self.objective.name} compares with no reference: the options reference.* do not apply",
         )
 
 
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
+    "reference": ReferenceConfig,
     "parallel": ParallelConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
@@ -316,7 +340,7 @@ def parse(arguments: list[str]) -> RunConfig:
         SystemExit: after ``--help`` or ``--print_config`` has printed.
     """
     name = _objective_name(arguments)
-    _need(
+    need(
         name in OBJECTIVES,
         f"objective.name must be one of {sorted(OBJECTIVES)}, got '{name}'{nearest(name, list(OBJECTIVES))}",
     )
@@ -334,7 +358,7 @@ def parse(arguments: list[str]) -> RunConfig:
     except ArgumentError as error:
         raise InputError(_one_line(str(error), sections)) from error
     for section in sections:
-        _need(parsed[section] is not None, f"{section} must be a mapping of options, got null")
+        need(parsed[section] is not None, f"{section} must be a mapping of options, got null")
     made = {section: kind(**_plain(parsed[section])) for section, kind in sections.items()}
     return RunConfig(**made)
 
@@ -373,7 +397,7 @@ def _objective_name(arguments: list[str]) -> str:
             name = value
         else:
             section = _read_yaml(value).get("objective") or {}
-            _need(
+            need(
                 isinstance(section, dict),
                 f"objective must be a mapping like {{name: sft}}, got {section!r} in {value}",
             )
@@ -383,12 +407,12 @@ def _objective_name(arguments: list[str]) -> str:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     file = Path(path)
-    _need(file.is_file(), f"--config needs a YAML file, found none at '{path}'")
+    need(file.is_file(), f"--config needs a YAML file, found none at '{path}'")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    _need(isinstance(content, dict), f"{path} must hold a mapping of sections, got {type(content).__name__}")
+    need(isinstance(content, dict), f"{path} must hold a mapping of sections, got {type(content).__name__}")
     return content
 
 

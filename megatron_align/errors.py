@@ -18,3 +18,9 @@ def nearest(word: str, known: list[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word closest to ``word``, or ``""``."""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def need(condition: bool, message: str) -> None:
+    """Raise InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)

@@ -111,11 +111,15 @@ class Completions:
     weight_C: Tensor  # float32: of its sample in a loss per sample
     token_weight_C: Tensor  # float32: of one of its scored tokens in a loss per token
     length_C: Tensor  # int64: scored tokens
+    rows_C: (
+        Tensor  # int64: its rows: length_C, and for a first completion those of a prompt that is scored too
+    )
     last_C: Tensor  # int64: hidden row of its last token
     score_C: Tensor  # float32, NaN where none was given
     margin_C: Tensor  # float32: by how much the chosen one of its pair is better, NaN where not given
     desirable_C: Tensor  # bool: the label of an unpaired completion
     reference_C: Tensor  # float32: the reference's summed log-prob, NaN where the objective needs none
+    coefficient_C: Tensor  # float32: d loss / d summed log-prob where that takes the whole step, else NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,7 @@ class LossRows:
     target_N: Tensor  # int64
     sequence_N: Tensor  # int64
     weight_N: Tensor  # float32
+    prompt_N: Tensor  # bool: the target is of the prompt, whose rows stand before the first completion's
     completions: Completions
     ends: tuple[tuple[int, int], ...]  # on the host: rows and completions up to the end of each sample
 

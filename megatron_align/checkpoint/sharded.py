@@ -38,6 +38,7 @@ from megatron_align.model.policy import Policy
 
 CARD, ASSETS, STATE = "card.json", "hf_assets", "state"
 FORMAT = 1
+_REFERENCE = "reference."  # before the names of a second model's tensors
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -123,6 +124,7 @@ def save(
     optimizer: DistributedOptimizer | None,
     card: dict[str, Any],
     assets: Path,
+    reference: list[Policy] | None = None,
 ) -> None:
     """Write a checkpoint from all ranks; it appears whole or not at all.
 
@@ -132,6 +134,7 @@ def save(
         optimizer: None for weights only.
         card: see :func:`make_card`.
         assets: HF folder whose small files go with the weights.
+        reference: chunks of a second model that training moves too.
 
     Raises:
         OSError: on every rank, if any of them could not write its part (a full disk).
@@ -143,6 +146,7 @@ def save(
         (partial / STATE).mkdir(parents=True)
     dist.barrier()
     state = _sharded_state(chunks, optimizer, groups, is_loading=False)
+    state |= _reference_state(reference, groups)
     # megatron-core would start a manager process for this queue: seconds, and an orphan after a kill. We save
     # synchronously, so both of its ends are in this process.
     filesystem_async._results_queue = queue.Queue()
@@ -163,8 +167,9 @@ def load(
     folder: Path,
     model: list[Policy] | list[DistributedDataParallel],
     optimizer: DistributedOptimizer | None = None,
+    reference: list[Policy] | None = None,
 ) -> None:
-    """Read weights, and with ``optimizer`` its state, in place; on any layout.
+    """Read weights, with ``optimizer`` its state, with ``reference`` the second model; in place, on any layout.
 
     Raises:
         InputError: if the optimizer state is asked for and the checkpoint has none, or it is damaged.
@@ -175,6 +180,7 @@ def load(
         raise InputError(f"a complete checkpoint is needed, found no file {STATE}/.metadata in {folder}")
     chunks, groups = _unwrap(model)
     state = _sharded_state(chunks, optimizer, groups, is_loading=True)
+    state |= _reference_state(reference, groups)
     try:
         loaded = dist_checkpointing.load(state, str(folder / STATE))
     except (CheckpointingException, CheckpointException, UnpicklingError, OSError) as error:
@@ -183,6 +189,9 @@ def load(
         ) from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
+    for number, chunk in enumerate(reference or []):
+        named = loaded[f"reference{number}"]
+        chunk.load_state_dict({name.removeprefix(_REFERENCE): tensor for name, tensor in named.items()})
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
 
@@ -233,13 +242,24 @@ def _sharded_state(
     groups: ProcessGroupCollection,
     is_loading: bool,
 ) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "dp_cp_group": groups.dp_cp,
-    }
+    metadata = _metadata(groups)
     model = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
     state = dict(model)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _reference_state(reference: list[Policy] | None, groups: ProcessGroupCollection) -> dict[str, Any]:
+    return {
+        f"reference{n}": chunk.sharded_state_dict(prefix=_REFERENCE, metadata=_metadata(groups))
+        for n, chunk in enumerate(reference or [])
+    }
+
+
+def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": groups.dp_cp,
+    }

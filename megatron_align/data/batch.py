@@ -14,12 +14,12 @@ import numpy as np
 from megatron_align.config import DataConfig, DataSource, TrainConfig
 from megatron_align.data.order import EpochOrder, SampleSteps, TokenSteps, passes_per_epoch
 from megatron_align.data.pack import Columns, pack
-from megatron_align.data.plan import attention_cost, plan_step
+from megatron_align.data.plan import StepPlan, attention_cost, plan_step
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
-from megatron_align.records import PackedBatch
+from megatron_align.records import PackedBatch, Sample
 
-Normalization = Literal["token", "sample"]
+Normalization = Literal["token", "sample", "pair", "example"]
 Sources = str | Sequence[str | DataSource]
 
 
@@ -30,7 +30,7 @@ def row_weights(
 
     Args:
         scored_counts_B: scored tokens of each sample of the whole step, each at least 1.
-        normalization: token: all scored tokens weigh the same; sample: all samples do.
+        normalization: token: all scored tokens weigh the same; else all samples do (pairs, examples).
         weights_B: of each sample, which multiplies its part: a sample of weight 2 counts as if it were in the
             step twice. Default: 1.
 
@@ -114,17 +114,34 @@ class StepCounts:
     tokens: int  # of samples, a prompt counted once
     laid_tokens: int  # in packs: prompts that are not shared count each time
     padded_tokens: int  # computed, padding included
+    duplicated_tokens: int  # of samples, a prompt counted once per completion
     scored_tokens: int
     weight: float  # what the loss was divided by, see step_weight
     micro_batches: int  # per rank
 
 
 @dataclass(frozen=True, slots=True)
+class Packs:
+    """Micro-batches of one data-parallel rank, all of one padded length."""
+
+    batches: list[PackedBatch]
+    places: list[np.ndarray]  # of each batch: where its completions stand among all completions of the step
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step of one data-parallel rank."""
 
-    batches: list[PackedBatch]  # its micro-batches, all of one padded length
+    number: int  # 0-based
+    packs: Packs
     counts: StepCounts
+    stored_C: np.ndarray  # int64: where each completion of the step stands in the store
+    mismatched: Packs | None  # prompts with other samples' completions, if asked for
+
+    @property
+    def batches(self) -> list[PackedBatch]:
+        """The micro-batches to train on."""
+        return self.packs.batches
 
 
 class StepBatches:
@@ -138,6 +155,9 @@ class StepBatches:
         normalization: what weighs the same, see :func:`row_weights`.
         share: whose packs.
         reference_C: summed log-prob of each completion of the store under the reference.
+        mismatched: also pack each prompt with the completion of the sample before it in the step (the first
+            one with the last's), as KTO's baseline wants it; data of single completions only.
+        score_prompt: prompts are scored too, with the first completion, see :func:`megatron_align.data.pack.pack`.
     """
 
     def __init__(  # noqa: PLR0913 - what a run knows before its first step; made once
@@ -148,26 +168,25 @@ class StepBatches:
         sources: Sources,
         normalization: Normalization,
         share: Share,
+        *,
         reference_C: np.ndarray | None = None,
+        mismatched: bool = False,
+        score_prompt: bool = False,
     ) -> None:
         self.store, self.data, self.share, self.normalization = store, data, share, normalization
         self._order = step_order(store, data, train, sources)
         self.steps: int = train.steps or self._order.steps
         self._laid_S = _laid_lengths(store, data)
-        self._reference_C = reference_C
+        self._reference_C, self._mismatched = reference_C, mismatched
+        self._score_prompt = score_prompt
 
     def step(self, step: int) -> Step:
         """Return a 0-based step."""
         samples_B = self._order.samples(step)
         store, laid_B = self.store, self._laid_S[samples_B]
-        plan = plan_step(
+        plan = self._plan(
             laid_B,
-            self.share.ranks,
-            self.data.sequence_length,
-            self.share.multiple,
-            self.data.packing,
-            self.share.micro_batch_multiple,
-            costs_B=attention_cost(
+            attention_cost(
                 store.lengths[samples_B],
                 store.prompt_lengths[samples_B],
                 store.completion_counts[samples_B],
@@ -176,48 +195,110 @@ class StepBatches:
         )
         scored_B, weights_B = store.scored_counts[samples_B], store.weights[samples_B]
         row_weights_B = row_weights(scored_B, self.normalization, weights_B)
-        columns = _StepColumns(store, samples_B, self._reference_C)
+        completions = _StepCompletions(store, samples_B, self._reference_C, self._score_prompt)
+        mine = plan.packs[self.share.rank]
+        places = [completions.places(positions) for positions in mine]
         batches = [
             pack(
                 [store.sample(int(i)) for i in samples_B[positions]],
                 row_weights_B[positions],
                 plan.tokens,
-                columns=columns.of(positions),
+                columns=completions.columns(place),
                 share_prefix=self.data.share_prefix,
+                score_prompt=self._score_prompt,
             )
-            for positions in plan.packs[self.share.rank]
+            for positions, place in zip(mine, places, strict=True)
         ]
         counts = StepCounts(
             samples=len(samples_B),
             tokens=int(store.lengths[samples_B].sum()),
             laid_tokens=int(laid_B.sum()),
             padded_tokens=len(plan.packs) * len(batches) * plan.tokens,
+            duplicated_tokens=int(store.duplicated_lengths[samples_B].sum()),
             scored_tokens=int(scored_B.sum()),
             weight=step_weight(scored_B, self.normalization, weights_B),
             micro_batches=len(batches),
         )
-        return Step(batches, counts)
+        mismatched = self._mismatches(samples_B) if self._mismatched else None
+        return Step(step, Packs(batches, places), counts, completions.stored_C, mismatched)
 
+    def stored(self, step: int) -> np.ndarray:
+        """Return where each completion of a 0-based step stands in the store (int64)."""
+        return _stored(self.store, self._order.samples(step))[0]
 
-class _StepColumns:
-    """Weights and reference of every completion of a step: known from the store's index alone."""
-
-    def __init__(self, store: TokenStore, samples_B: np.ndarray, reference_C: np.ndarray | None):
-        counts_B = store.completion_counts[samples_B]
-        self._starts = np.concatenate([[0], np.cumsum(counts_B)])
-        place_C = np.arange(self._starts[-1]) - np.repeat(self._starts[:-1], counts_B)
-        stored_C = np.repeat(store.completion_offsets[samples_B], counts_B) + place_C
-        weights_B = store.weights[samples_B]
-        own_C = np.repeat(weights_B, counts_B)
-        tokens = np.bincount(place_C, own_C * store.completion_scored[stored_C])
-        self._columns = (
-            own_C / weights_B.sum(),
-            own_C / tokens[place_C],
-            np.full(len(stored_C), np.nan) if reference_C is None else reference_C[stored_C],
+    def _plan(self, lengths_B: np.ndarray, costs_B: np.ndarray) -> StepPlan:
+        return plan_step(
+            lengths_B,
+            self.share.ranks,
+            self.data.sequence_length,
+            self.share.multiple,
+            self.data.packing,
+            self.share.micro_batch_multiple,
+            costs_B=costs_B,
         )
 
-    def of(self, positions: np.ndarray) -> Columns:
-        """Return the columns of the samples at these positions of the step."""
+    def _mismatches(self, samples_B: np.ndarray) -> Packs:
+        """Return this rank's packs of every prompt with its neighbour's completion, cut off at the capacity."""
+        store, capacity = self.store, self.data.sequence_length
+        others_B = np.roll(samples_B, 1)
+        own_B = store.lengths[others_B] - store.prompt_lengths[others_B]
+        lengths_B = np.minimum(store.prompt_lengths[samples_B] + own_B, capacity)
+        plan = self._plan(lengths_B, lengths_B**2)
+        places = plan.packs[self.share.rank]  # one completion per sample: its position is its place
+        batches = [
+            pack(
+                [_mismatch(store, *pair, capacity) for pair in zip(samples_B[at], others_B[at], strict=True)],
+                [0.0] * len(at),  # its log-probs are wanted, it has no loss
+                plan.tokens,
+            )
+            for at in places
+        ]
+        return Packs(batches, places)
+
+
+def _mismatch(store: TokenStore, one: int, other: int, capacity: int) -> Sample:
+    """Return the prompt of one sample with the completion of another."""
+    asked, answer = store.sample(int(one)), store.sample(int(other))
+    prompt = asked.prompt_length
+    tokens_L = np.concatenate([asked.tokens_L[:prompt], answer.tokens_L[answer.prompt_length :]])[:capacity]
+    scored_L = np.concatenate([np.zeros(prompt, bool), answer.scored_L[answer.prompt_length :]])[:capacity]
+    return Sample(tokens_L, scored_L, prompt_length=prompt, completion_lengths=(len(tokens_L) - prompt,))
+
+
+def _stored(store: TokenStore, samples_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the completions of some samples stand in the store, and in their sample (0, 1, ...)."""
+    counts_B = store.completion_counts[samples_B]
+    starts_B = np.cumsum(counts_B) - counts_B
+    nth_C = np.arange(counts_B.sum()) - np.repeat(starts_B, counts_B)
+    return np.repeat(store.completion_offsets[samples_B], counts_B) + nth_C, nth_C
+
+
+class _StepCompletions:
+    """Place, weights and reference of every completion of a step: known from the store's index alone."""
+
+    def __init__(
+        self, store: TokenStore, samples_B: np.ndarray, reference_C: np.ndarray | None, score_prompt: bool
+    ):
+        counts_B = store.completion_counts[samples_B]
+        self._starts = np.concatenate([[0], np.cumsum(counts_B)])
+        self.stored_C, nth_C = _stored(store, samples_B)
+        weights_B = store.weights[samples_B]
+        own_C = np.repeat(weights_B, counts_B)
+        rows_C = store.completion_scored[self.stored_C].copy()
+        if score_prompt:
+            rows_C[nth_C == 0] += np.maximum(store.prompt_lengths[samples_B] - 1, 0)
+        tokens = np.bincount(nth_C, own_C * rows_C)
+        self._columns = (
+            own_C / weights_B.sum(),
+            own_C / tokens[nth_C],
+            np.full(len(nth_C), np.nan) if reference_C is None else reference_C[self.stored_C],
+        )
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """Return where the completions of these samples of the step stand among all of its completions."""
         mine = [np.arange(self._starts[i], self._starts[i + 1]) for i in positions]
-        at = np.concatenate([np.empty(0, np.int64), *mine])
-        return Columns(*(column[at] for column in self._columns))
+        return np.concatenate([np.empty(0, np.int64), *mine])
+
+    def columns(self, places: np.ndarray) -> Columns:
+        """Return what is known of the completions at these places."""
+        return Columns(*(column[places] for column in self._columns))

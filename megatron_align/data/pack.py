@@ -32,13 +32,14 @@ class Columns:
         return cls(*(np.full(completions, math.nan) for _ in range(3)))
 
 
-def pack(
+def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
     samples: Sequence[Sample],
     weights: Sequence[float],
     tokens: int,
     *,
     columns: Columns | None = None,
     share_prefix: bool = True,
+    score_prompt: bool = False,
     pad_id: int = PAD_ID,
 ) -> PackedBatch:
     """Lay samples one after the other and name what is scored.
@@ -57,6 +58,7 @@ def pack(
         tokens: T, at least the samples' tokens; the rest is padding.
         columns: what the step knows of the completions. Default: nothing, NaN.
         share_prefix: several completions share one prompt; False: each has its own copy.
+        score_prompt: the prompt's tokens from the second on are scored too, once, with the first completion.
         pad_id: token id of the padding.
 
     Raises:
@@ -65,21 +67,28 @@ def pack(
     nothing = np.empty(0, np.int64)
     groups: list[tuple[int, tuple[int, ...]]] = []
     token, position, row, target, sequence, last = ([nothing] for _ in range(6))
-    weight, ends = [np.empty(0)], [(0, 0)]
+    weight, of_prompt, ends = [np.empty(0)], [np.empty(0, bool)], [(0, 0)]
     start, completions = 0, 0
     for sample, one in zip(samples, weights, strict=True):
+        extra = max(0, sample.prompt_length - 1) if score_prompt else 0
         for piece in _pieces(sample, share_prefix):
             groups.append(piece.group)
             token.append(piece.tokens)
             position.append(piece.positions)
+            if extra and piece.first:
+                row.append(start + np.arange(extra))
+                target.append(piece.tokens[1 : extra + 1])
+                sequence.append(np.full(extra, completions))
             row.append(start + piece.rows)
             target.append(piece.targets)
             sequence.append(completions + piece.completions)
             last.append(start + _last_tokens(*piece.group))
-            weight.append(np.full(len(piece.rows), one))
             start += len(piece.tokens)
             completions += len(piece.group[1])
-        ends.append((ends[-1][0] + int(sample.scored_L.sum()), completions))
+        scored = int(sample.scored_L.sum())
+        weight.append(np.full(extra + scored, one))
+        of_prompt.append(np.arange(extra + scored) < extra)
+        ends.append((ends[-1][0] + extra + scored, completions))
     layout = PackedLayout.from_groups(groups, total=tokens)
     tokens_T = np.full(tokens, pad_id, dtype=np.int64)
     positions_T = np.zeros(tokens, dtype=np.int64)
@@ -87,29 +96,40 @@ def pack(
     rows = LossRows(
         *(torch.from_numpy(np.concatenate(column)) for column in (row, target, sequence)),
         torch.from_numpy(np.concatenate(weight).astype(np.float32)),
-        _completions(samples, np.concatenate(last), columns or Columns.unknown(completions)),
+        torch.from_numpy(np.concatenate(of_prompt)),
+        _completions(samples, np.concatenate(last), columns or Columns.unknown(completions), score_prompt),
         tuple(ends[1:]),
     )
     return PackedBatch(torch.from_numpy(tokens_T), torch.from_numpy(positions_T), layout, rows)
 
 
-def _completions(samples: Sequence[Sample], last_C: np.ndarray, columns: Columns) -> Completions:
+def _completions(
+    samples: Sequence[Sample], last_C: np.ndarray, columns: Columns, score_prompt: bool
+) -> Completions:
     counts = [max(1, len(sample.completion_lengths)) for sample in samples]
 
     def of_samples(values: list[float]) -> np.ndarray:
         return np.repeat(np.array(values, np.float32), counts)
 
+    nothing = np.empty(0, np.int64)
+    length_C = np.concatenate([nothing, *(sample.completion_scored() for sample in samples)])
+    rows_C = length_C.copy()
+    if score_prompt and samples:
+        prompts = np.array([sample.prompt_length for sample in samples])
+        rows_C[np.cumsum(counts) - counts] += np.maximum(prompts - 1, 0)
     scores = [sample.scores or (math.nan,) * count for sample, count in zip(samples, counts, strict=True)]
     found = {
         "sample_C": np.repeat(np.arange(len(samples)), counts),
         "weight_C": columns.weight_C.astype(np.float32),
         "token_weight_C": columns.token_weight_C.astype(np.float32),
-        "length_C": np.concatenate([np.empty(0, np.int64), *(s.completion_scored() for s in samples)]),
+        "length_C": length_C,
+        "rows_C": rows_C,
         "last_C": last_C,
         "score_C": np.array([score for some in scores for score in some], np.float32),
         "margin_C": of_samples([sample.margin for sample in samples]),
         "desirable_C": of_samples([bool(sample.label) for sample in samples]).astype(bool),
         "reference_C": columns.reference_C.astype(np.float32),
+        "coefficient_C": np.full(len(last_C), math.nan, np.float32),
     }
     return Completions(**{name: torch.from_numpy(values) for name, values in found.items()})
 
@@ -124,6 +144,7 @@ def _last_tokens(prompt: int, lengths: tuple[int, ...]) -> np.ndarray:
 class _Piece:
     """A prompt with its completions as it will lie in a pack; rows count from its first token."""
 
+    first: bool  # it holds its sample's first completion
     group: tuple[int, tuple[int, ...]]
     tokens: np.ndarray
     positions: np.ndarray
@@ -143,7 +164,9 @@ def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
             )
         places = np.arange(len(tokens))
         return [
-            _Piece((0, (len(tokens),)), tokens, places, scored - 1, tokens[scored], np.zeros_like(scored))
+            _Piece(
+                True, (0, (len(tokens),)), tokens, places, scored - 1, tokens[scored], np.zeros_like(scored)
+            )
         ]
     lengths = np.array(sample.completion_lengths)
     starts = prompt + np.cumsum(lengths) - lengths
@@ -159,11 +182,13 @@ def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
         rows = np.where(scored == starts[which], prompt - 1, scored - 1)
         inside = [prompt + np.arange(length) for length in lengths]
         positions = np.concatenate([np.arange(prompt), *inside])
-        return [_Piece((prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which)]
+        return [
+            _Piece(True, (prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which)
+        ]
     alone = []
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         document = np.concatenate([tokens[:prompt], tokens[start : start + length]])
         own = prompt + np.flatnonzero(sample.scored_L[start : start + length])
         group, places = (0, (len(document),)), np.arange(len(document))
-        alone.append(_Piece(group, document, places, own - 1, document[own], np.zeros_like(own)))
+        alone.append(_Piece(not alone, group, document, places, own - 1, document[own], np.zeros_like(own)))
     return alone

@@ -87,6 +87,8 @@ class TokenStore:
         completion_counts: int64[S], 1 for chat.
         completion_offsets: int64[S+1], where each sample's completions start among all of the store.
         completion_scored: int64[C], targets of each completion.
+        scores: float64[C], NaN where none was given; None for chat.
+        margins: float64[S], NaN where none was given; None but for pairs.
 
     Raises:
         InputError: if a file is missing or does not have the size (``verify``: the hash) that the manifest
@@ -117,8 +119,8 @@ class TokenStore:
         self.completion_counts = np.diff(self.completion_offsets)
         self.duplicated_lengths = self.lengths + (self.completion_counts - 1) * self.prompt_lengths
         self._completion_lengths = columns.get("completion_lengths")
-        self._scores = columns.get("scores")
-        self._margins, self._labels = columns.get("margins"), columns.get("labels")
+        self.scores, self.margins = columns.get("scores"), columns.get("margins")
+        self._labels = columns.get("labels")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -138,7 +140,7 @@ class TokenStore:
         weight = float(self.weights[i])
         if self.kind == "chat":
             return Sample(tokens_L, scored_L, weight=weight)
-        scores = tuple(self._scores[self._completions(i)].tolist())
+        scores = tuple(self.scores[self._completions(i)].tolist())
         label = -1 if self._labels is None else int(self._labels[i])
         return Sample(
             tokens_L,
@@ -146,7 +148,7 @@ class TokenStore:
             prompt_length=int(self.prompt_lengths[i]),
             completion_lengths=tuple(self.completion_lengths(i).tolist()),
             scores=() if all(map(math.isnan, scores)) else scores,
-            margin=math.nan if self._margins is None else float(self._margins[i]),
+            margin=math.nan if self.margins is None else float(self.margins[i]),
             label=None if label < 0 else bool(label),
             weight=weight,
         )

@@ -27,7 +27,9 @@ from megatron_align.training.optimizer import Optimizer
 class StepResult:
     """Global numbers of one step: reduced over every rank and micro-batch."""
 
-    metrics: dict[str, float]  # the objective's own, ``loss`` first
+    metrics: dict[
+        str, float
+    ]  # sums of the objective, ``loss`` first; ``Objective.finish`` turns them into metrics
     grad_norm: float | None  # before clipping; None where no backward ran
 
 
@@ -91,7 +93,7 @@ class Stepper:
         return model(batch), partial(self._loss, batch)
 
     def _loss(self, batch: PackedBatch, logprobs_N: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, sums = self.objective.loss(logprobs_N, batch.rows)
+        loss, sums = self.objective.loss(logprobs_N, batch.rows, {})
         tokens = torch.tensor(batch.rows.row_N.shape[0], dtype=torch.int, device=loss.device)
         return loss, tokens, {"loss": loss.detach().clone(), **sums}
 

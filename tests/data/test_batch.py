@@ -141,6 +141,22 @@ def test_what_is_known_of_completions_by_hand():
     assert pack([single], [1], 2).rows.completions.weight_C.isnan().all()  # not given, not 0
 
 
+def test_a_scored_prompt_by_hand():
+    # prompt 5 6 7, completions 8 9 and 10
+    pair = Sample(np.array([5, 6, 7, 8, 9, 10], np.int32), np.array([0, 0, 0, 1, 1, 1], bool), 3, (2, 1))
+    chat = sample([20, 21], [0, 1])
+    for share, rows in ((True, [0, 1, 2, 3, 2, 6]), (False, [0, 1, 2, 3, 7, 9])):
+        got = pack([pair, chat], [0.5, 0.25], tokens=11, share_prefix=share, score_prompt=True).rows
+        assert got.row_N.tolist() == rows
+        assert got.target_N.tolist() == [6, 7, 8, 9, 10, 21]
+        assert got.sequence_N.tolist() == [0, 0, 0, 0, 1, 2]
+        assert got.prompt_N.tolist() == [True, True, False, False, False, False]
+        assert got.weight_N.tolist() == [0.5] * 5 + [0.25]
+        assert got.ends == ((5, 2), (6, 3))
+        assert got.completions.length_C.tolist() == [2, 1, 1]
+        assert got.completions.rows_C.tolist() == [4, 1, 1]
+
+
 def test_an_empty_completion_ends_with_its_prompt():
     empty = Sample(np.array([5, 6, 7], np.int32), np.array([0, 0, 1], bool), 2, (1, 0))
     assert pack([empty], [1], 3).rows.completions.last_C.tolist() == [2, 1]
@@ -334,6 +350,8 @@ def test_a_step_is_the_same_on_every_layout(
         assert all(other == counts for other in others)
         assert (counts.samples, counts.tokens) == (here.counts.samples, here.counts.tokens)
         assert batch[0] == "size" or counts.samples == 1 or counts.tokens <= batch[1]
+        places = np.concatenate([p for steps in spread for p in steps.step(step).packs.places])
+        assert sorted(places) == list(range(len(here.stored_C)))
         assert (counts.scored_tokens, counts.weight) == (here.counts.scored_tokens, here.counts.weight)
         assert counts.laid_tokens == sum(int((b.tokens_T != 0).sum()) for b in whole)
         assert share_prefix is False or counts.laid_tokens == counts.tokens
@@ -389,6 +407,34 @@ def test_steps_win_over_epochs_and_samples_come_around():
         [1, 2],
         [0, 1],
     ]
+
+
+def test_a_prompt_with_the_completion_before_it():
+    store = memory_store([group(0, 3, [6]), group(1, 4, [2]), group(2, 7, [2])])
+    train = TrainConfig(global_batch_size=3, steps=1)
+    for ranks in (1, 2):
+        packs = []
+        for rank in range(ranks):
+            data = DataConfig(train="x", sequence_length=9, shuffle=False)
+            share = Share(ranks=ranks, rank=rank)
+            steps = StepBatches(store, data, train, "x", "example", share, mismatched=True)
+            packs += steps.step(0).mismatched.batches
+        rows = {}
+        for batch in packs:
+            for start, stop in zip(*edges(batch), strict=True):
+                tokens = batch.tokens_T[start:stop].tolist()
+                rows[tokens[0] // 1000] = tokens
+        # the first takes the last one's; 9 tokens fit
+        assert rows[0] == [1, 2, 3, 2008, 2009]
+        assert rows[1] == [1001, 1002, 1003, 1004, 4, 5, 6, 7, 8]
+        assert rows[2] == [*range(2001, 2008), 1005, 1006]
+        targets = sorted(t for batch in packs for t in batch.rows.target_N.tolist())
+        assert targets == [4, 7, 1005, 2008]  # as they were scored beside their own prompts
+
+
+def edges(batch):
+    stops = np.cumsum([length for _, lengths in batch.layout.groups for length in lengths]).tolist()
+    return [0, *stops][: len(stops)], stops
 
 
 def test_repeated_prompts_that_do_not_fit_are_refused():

@@ -92,6 +92,42 @@ def write_chat(file: Path, samples: int = 64, seed: int = 0) -> Path:
     return file
 
 
+def write_pairs(file: Path, samples: int = 48, seed: int = 1, **extra: object) -> Path:
+    """Write right and wrong sums as preference pairs, prompts longer than answers; return the file."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(samples):
+        numbers = [draw.randrange(10 ** draw.randrange(1, 7)) for _ in range(draw.randrange(2, 5))]
+        right, wrong = sum(numbers), sum(numbers) + draw.randrange(1, 10 ** draw.randrange(1, 5))
+        record = {
+            "prompt": [{"role": "user", "content": " + ".join(map(str, numbers))}],
+            "chosen": [{"role": "assistant", "content": f"{right}" + "!" * draw.randrange(3)}],
+            "rejected": [{"role": "assistant", "content": f"{wrong}, I think" * draw.randrange(1, 3)}],
+        }
+        given = {name: value(draw) if callable(value) else value for name, value in extra.items()}
+        lines.append(json.dumps({**record, **given}) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def write_labelled(file: Path, samples: int = 48, seed: int = 2) -> Path:
+    """Write right and wrong sums as single answers with a label; return the file."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(samples):
+        numbers = [draw.randrange(10 ** draw.randrange(1, 7)) for _ in range(draw.randrange(2, 5))]
+        label = draw.random() < 0.6
+        answer = sum(numbers) + (0 if label else draw.randrange(1, 1000))
+        record = {
+            "prompt": [{"role": "user", "content": " + ".join(map(str, numbers))}],
+            "completion": [{"role": "assistant", "content": str(answer)}],
+            "label": label,
+        }
+        lines.append(json.dumps(record) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
 def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> list[str]:
     """Return command-line arguments of a short fp32 run; ``options`` use ``__`` for the dot."""
     settings = {

@@ -1,0 +1,218 @@
+"""What a run will do, checked before the ranks meet: everything the user can get wrong is found here.
+
+No process group exists yet, so a long preparation of data cannot time out a collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint.convert import need_tied_head, open_hf
+from megatron_align.config import RunConfig, TrainConfig, to_dict
+from megatron_align.data.batch import need_room, step_order
+from megatron_align.data.order import passes_per_epoch
+from megatron_align.data.prepare import prepare_or_wait
+from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.store import TokenStore
+from megatron_align.errors import InputError
+from megatron_align.model import parallel
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.policy import transformer_config
+from megatron_align.training.metrics import check_logging
+from megatron_align.training.objective import need_facts
+
+_SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens", "precision")
+_KINDS = {
+    "chat": "chat data (messages, prompt + completion, ...)",
+    "pair": "pairs (prompt, chosen, rejected)",
+    "ranked": "ranked data (prompt, completions with scores)",
+    "unpaired": "labelled completions (prompt, completion, label)",
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do, known and checked on every rank before the ranks meet."""
+
+    config: RunConfig
+    place: parallel.Place
+    folder: Path
+    shape: ModelShape
+    assets: Path  # HF folder with config and tokenizer
+    weights: Path  # HF folder or checkpoint that training starts from
+    resume: tuple[int, Path] | None
+    megatron: TransformerConfig
+    train: TokenStore
+    validation: TokenStore | None
+
+
+def prepare(config: RunConfig, place: parallel.Place) -> Plan:
+    """Check everything and tokenise; no process group exists yet, so nothing can time out."""
+    config.parallel.data_parallel(place.world_size)
+    check_logging(config.logging)
+    weights, assets = locate(config.model.path)
+    shape = read_shape(assets)
+    megatron = transformer_config(
+        shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers
+    )
+    if weights == assets:
+        need_tied_head(open_hf(assets)[0], shape)
+    _need_same_shape(config.reference.path, shape)
+    if config.data.sequence_length > shape.max_positions:
+        raise InputError(
+            f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
+            f"got {config.data.sequence_length}"
+        )
+    folder = Path(config.checkpoint.dir)
+    with _leave_nothing_after_bad_input(folder):
+        _need_writable(folder)
+        if place.rank == 0:
+            sharded.tidy(folder)
+        resume = _resume_point(config, folder, shape)
+        stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
+        _need_vocabulary(stores, shape)
+        _need_steps_left(config, stores, resume)
+        if resume is not None:
+            _need_same_run(config, stores["train"], resume[1])
+    return Plan(
+        config=config,
+        place=place,
+        folder=folder,
+        shape=shape,
+        assets=assets,
+        weights=weights,
+        resume=resume,
+        megatron=megatron,
+        train=stores["train"],
+        validation=stores["validation"],
+    )
+
+
+def locate(path: str) -> tuple[Path, Path]:
+    """Return where the weights of a model are (a Hugging Face folder or a checkpoint), and its small files."""
+    checkpoint = sharded.find(path)
+    return (checkpoint, checkpoint / sharded.ASSETS) if checkpoint else (Path(path), Path(path))
+
+
+def _need_same_shape(reference: str | None, shape: ModelShape) -> None:
+    if reference is None:
+        return
+    weights, assets = locate(reference)
+    theirs = read_shape(assets)
+    apart = sharded.shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs))
+    if apart:
+        facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
+        raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")
+    if weights == assets:
+        need_tied_head(open_hf(assets)[0], shape)
+
+
+@contextmanager
+def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
+    """Remove again the folders that this run made, where they are still empty."""
+    absent = [path for path in (folder / CACHE_IN_RUN, folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _need_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"checkpoint.dir must be a folder that can be written: {error.strerror} at '{folder}'"
+        ) from error
+
+
+def _resume_point(config: RunConfig, folder: Path, shape: ModelShape) -> tuple[int, Path] | None:
+    steps = sharded.list_steps(folder)
+    if not steps:
+        return None
+    step, path = steps[-1]
+    if config.checkpoint.resume == "never":
+        raise InputError(f"checkpoint.resume: never needs a checkpoint.dir without checkpoints, found {path}")
+    sharded.same_model(sharded.read_card(path), shape, path)
+    return step, path
+
+
+def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Place) -> TokenStore | None:
+    spec = StoreSpec.of_run(config, split, str(assets))
+    if spec is None:
+        return None
+    store = TokenStore(prepare_or_wait(spec, place.local_rank))
+    kinds = config.objective.kinds
+    if store.kind not in kinds:
+        raise InputError(
+            f"data.{split}: objective {config.objective.name} needs {' or '.join(_KINDS[kind] for kind in kinds)}, "
+            f"got {store.kind} data in {', '.join(spec.sources)}"
+        )
+    need_facts(config.objective, store, f"data.{split}")
+    return store
+
+
+def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
+    for split, store in stores.items():
+        highest = store.manifest["largest_token"] if store else 0
+        if highest >= shape.vocab_size:
+            raise InputError(
+                f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, data.{split} has token {highest}"
+            )
+
+
+def _need_steps_left(
+    config: RunConfig, stores: dict[str, TokenStore | None], resume: tuple[int, Path] | None
+) -> None:
+    for store in stores.values():
+        if store is not None:
+            need_room(store, config.data)
+    order = step_order(stores["train"], config.data, config.train, config.data.train)
+    steps = config.train.steps or order.steps
+    if config.optimizer.warmup_steps > steps:
+        raise InputError(
+            f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"
+        )
+    if resume is not None and resume[0] > steps:
+        raise InputError(
+            f"the run must have at least the {resume[0]} steps already done in {resume[1]}, got {steps}"
+        )
+
+
+def _need_same_run(config: RunConfig, store: TokenStore, path: Path) -> None:
+    """Refuse to go on with another order of samples, loss or precision: step numbers would lose their meaning."""
+    card = sharded.read_card(path)
+    before, now = card.get("config"), to_dict(config)
+    if not isinstance(before, dict):
+        raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {path}")
+    keys = [("data", "shuffle"), *(("train", key) for key in _SAMPLE_ORDER)]
+    for section in ("objective", "reference"):
+        keys += [(section, key) for key in {**before.get(section, {}), **now[section]}]
+    pairs = {".".join(key): (before.get(key[0], {}).get(key[1]), now[key[0]].get(key[1])) for key in keys}
+    pairs["the tokenised data"] = (card["data"]["key"], store.path.name)
+    pairs["passes per epoch"] = (card["data"]["passes_per_epoch"], list(passes_per_epoch(config.data.train)))
+    if apart := [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]:
+        raise InputError(
+            f"resuming needs the run it goes on with: {', '.join(apart)} (checkpoint {path}); for another run "
+            "give another checkpoint.dir, and this one as model.path to start from its weights"
+        )
+
+
+def one_epoch(train: TrainConfig) -> TrainConfig:
+    """Return the settings of a pass over the validation data."""
+    return dataclasses.replace(train, steps=None, epochs=1)
