@@ -25,6 +25,7 @@ else:
         packed_attention_reference,
     )
     from megatron_align.kernels.token_logprobs import (
+        RECOMPUTED,
         TokenScores,
         slab_loss,
         slab_loss_reference,
@@ -36,6 +37,7 @@ else:
     )
 
     __all__ = [
+        "RECOMPUTED",
         "PackedLayout",
         "TokenScores",
         "packed_attention",

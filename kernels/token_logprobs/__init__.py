@@ -11,6 +11,7 @@ Precision: GEMMs in the input dtype; softmax statistics, log-probs and losses in
 gradient is summed over slabs in fp32.
 """
 
+from megatron_align.kernels.token_logprobs.autograd import RECOMPUTED
 from megatron_align.kernels.token_logprobs.passes import slab_rows
 from megatron_align.kernels.token_logprobs.public import TokenScores, slab_loss, token_logprobs, token_scores
 from megatron_align.kernels.token_logprobs.reference import (
@@ -20,6 +21,7 @@ from megatron_align.kernels.token_logprobs.reference import (
 )
 
 __all__ = [
+    "RECOMPUTED",
     "TokenScores",
     "slab_loss",
     "slab_loss_reference",

@@ -28,7 +28,14 @@ class TokenLogprobs(torch.autograd.Function):
     """Forward 2 NHV; backward makes the logits again: 8 NHV in all."""
 
     @staticmethod
-    def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
+    def forward(  # noqa: PLR0913  # ctx is none of the caller's
+        ctx,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        head: Head,
+        sum_hidden_over: dist.ProcessGroup | None,
+    ) -> Tensor:
         most = slab_rows(weight_VH)
         slab = Slab(head, min(most, hidden_NH.shape[0]))
         local_N = head.local(targets_N)
@@ -38,7 +45,7 @@ class TokenLogprobs(torch.autograd.Function):
         logprob_N = torch.cat([statistics.logprob_n for statistics in found])
         max_2N = torch.cat([statistics.max_2n for statistics in found], dim=1)
         ctx.save_for_backward(hidden_NH, weight_VH, local_N, max_2N)
-        ctx.head = head
+        ctx.head, ctx.sum_hidden_over = head, sum_hidden_over
         return logprob_N
 
     @staticmethod
@@ -52,8 +59,8 @@ class TokenLogprobs(torch.autograd.Function):
             logits_nV = slab.project(hidden_NH[rows])
             statistics = RowStatistics(grad_N[rows], max_2N[:, rows], {})
             overwrite(logits_nV, local_N[rows], grad_N[rows], statistics, head)
-            gradients.add(rows, logits_nV, hidden_NH[rows], head.group if head.ranks > 1 else None)
-        return gradients.hidden_NH, gradients.weight(), None, None
+            gradients.add(rows, logits_nV, hidden_NH[rows], ctx.sum_hidden_over)
+        return gradients.hidden_NH, gradients.weight(), None, None, None
 
 
 @dataclass(slots=True, eq=False)

@@ -26,6 +26,7 @@ def token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
+    sum_hidden_grad: bool = True,
 ) -> Tensor:
     """Return the log-probability of each target, in nats.
 
@@ -33,7 +34,8 @@ def token_logprobs(
     Training goes through :func:`slab_loss`, at 6 NHV.
 
     Args:
-        hidden_NH: ``[N, H]``, the same on every rank of ``group``; its gradient is complete on each.
+        hidden_NH: ``[N, H]``, the same on every rank of ``group``; its gradient is complete on each
+            (see ``sum_hidden_grad``).
         weight_VH: ``[V, H]``, this rank's rows of the vocabulary projection, as many on every rank.
         targets_N: ``[N]`` int64 in ``[0, vocab_size)``; not checked on GPU, as that would synchronise
             (``MEGATRON_ALIGN_CHECKS=1`` does, and looks for hidden states that are not finite).
@@ -41,6 +43,8 @@ def token_logprobs(
         temperature: the logits are divided by it.
         softcap: the projection is bent to ``softcap * tanh(x / softcap)`` first (Gemma 2); None: it is not.
         vocab_size: rows that count; rows from there on are padding. Default: all rows of all ranks.
+        sum_hidden_grad: the gradient of ``hidden_NH`` is summed over ``group``. False: each rank gets its own
+            vocabulary's share and the caller sums (sequence parallel does, while it scatters).
 
     Returns:
         ``[N]`` fp32 (fp64 for fp64 inputs), not reduced. N = 0 is allowed.
@@ -57,7 +61,8 @@ def token_logprobs(
         softcap=softcap,
         vocab_size=vocab_size,
     )
-    return TokenLogprobs.apply(hidden_NH, weight_VH, targets_N, head)
+    sum_over = group if sum_hidden_grad and head.ranks > 1 else None
+    return TokenLogprobs.apply(hidden_NH, weight_VH, targets_N, head, sum_over)
 
 
 @torch.no_grad()
@@ -133,8 +138,7 @@ def slab_loss(
         softcap: as :func:`token_logprobs`.
         vocab_size: as :func:`token_logprobs`.
         statistics: hand ``loss`` the rows' detached ``entropy`` and ``log_sum_square`` too; else the dict is empty.
-        sum_hidden_grad: the gradient of ``hidden_NH`` is summed over ``group``. False: each rank gets its own
-            vocabulary's share and the caller sums (sequence parallel does, while it scatters).
+        sum_hidden_grad: as :func:`token_logprobs`.
 
     Returns:
         The loss, a scalar in fp32 (fp64), and the sums of what ``loss`` returned by name, with
