@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
@@ -31,14 +32,14 @@ from megatron_align.checkpoint.convert import (
 )
 from megatron_align.checkpoint.hf import HFWeights, to_hf
 from megatron_align.checkpoint.sharded import shape_differences
+from megatron_align.data.pack import pack
 from megatron_align.data.sources import read_file
 from megatron_align.data.templates import TOKENIZER_FILES, Template, load_tokenizer
 from megatron_align.errors import InputError
-from megatron_align.kernels import PackedLayout
 from megatron_align.model import cpu
 from megatron_align.model.families import ModelShape, rows
 from megatron_align.model.policy import Policy
-from megatron_align.records import LossRows, PackedBatch
+from megatron_align.records import PackedBatch, Sample
 
 RECORDS = 16  # of --data
 TEXT_TOKENS = 512  # of each text, from its start
@@ -260,21 +261,15 @@ def _packed_logits(policy: Policy, texts: list[Tensor]) -> Iterator[Tensor]:
     """Yield our logits ``[tokens, V]`` of each text, computed several texts to a pack."""
     waiting = list(texts)
     while waiting:
-        pack = [waiting.pop(0)]
-        while waiting and sum(map(len, pack)) + len(waiting[0]) <= PACK_TOKENS:
-            pack.append(waiting.pop(0))
-        yield from policy.logits(_packed(pack).to(cpu.device())).split([len(text) for text in pack])
+        together = [waiting.pop(0)]
+        while waiting and sum(map(len, together)) + len(waiting[0]) <= PACK_TOKENS:
+            together.append(waiting.pop(0))
+        yield from policy.logits(_packed(together).to(cpu.device())).split([len(text) for text in together])
 
 
 def _packed(texts: list[Tensor]) -> PackedBatch:
-    lengths = [len(text) for text in texts]
-    none = torch.empty(0, dtype=torch.int64)
-    return PackedBatch(
-        tokens_T=torch.cat(texts),
-        positions_T=torch.cat([torch.arange(length) for length in lengths]),
-        layout=PackedLayout.from_lengths(lengths),
-        rows=LossRows(none, none, none, none.float()),
-    )
+    samples = [Sample(text.numpy(), np.zeros(len(text), dtype=bool)) for text in texts]
+    return pack(samples, [0.0] * len(texts), sum(map(len, texts)))
 
 
 def _texts(hf: str | Path, data: str | None, shape: ModelShape) -> tuple[dict[str, list[Tensor]], list[str]]:

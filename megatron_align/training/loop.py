@@ -219,10 +219,8 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         """Return the metrics over the whole validation data, weighted as in training."""
-        one_epoch, ahead = (
-            self._batches("validation", one_epoch(self.config.train)),
-            self._ahead("validation"),
-        )
+        batches = self._batches("validation", one_epoch(self.config.train))
+        ahead = self._ahead("validation")
         totals: dict[str, float] = {}
         weight_sum = 0.0
         with Prefetcher(range(batches.steps), batches.step) as steps:

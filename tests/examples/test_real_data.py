@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_align.config import ParallelConfig
+from megatron_align.data.pack import pack
 from megatron_align.data.sources import read_file
 from megatron_align.data.templates import Template, load_tokenizer
-from megatron_align.kernels import PackedLayout
-from megatron_align.records import LossRows, PackedBatch
+from megatron_align.records import Sample
 from tests.harness import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,14 +233,8 @@ def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder
     )
     assert not any(report.values()), report
     ids = load_tokenizer(str(trained))("".join(TEXTS), return_tensors="pt")["input_ids"]
-    empty = torch.empty(0, dtype=torch.int64)
-    length = ids.shape[1]
-    batch = PackedBatch(
-        ids[0],
-        torch.arange(length),
-        PackedLayout.from_lengths([length]),
-        LossRows(empty, empty, empty, empty.float()),
-    )
+    text = Sample(ids[0].numpy(), np.zeros(ids.shape[1], bool))
+    batch = pack([text], [0.0], ids.shape[1])
     [ours] = pool.run(1, ranks.logits, trained, ParallelConfig(), batch)
     with torch.no_grad():
         torch.testing.assert_close(ours, model(ids).logits[0], atol=1e-4, rtol=0)

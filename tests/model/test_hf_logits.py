@@ -1,12 +1,13 @@
 """Law 2: the logits of packed texts equal transformers' logits of each text alone, to 1e-4 absolute in fp32."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_align.config import ParallelConfig
-from megatron_align.kernels import PackedLayout
-from megatron_align.records import LossRows, PackedBatch
+from megatron_align.data.pack import pack
+from megatron_align.records import Sample
 from tests.harness import ranks
 from tests.harness.tiny import VARIANTS
 
@@ -15,15 +16,9 @@ PADDING = 16
 
 
 def packed(vocab_size):
-    tokens = torch.randint(vocab_size, (sum(LENGTHS) + PADDING,), generator=torch.Generator().manual_seed(1))
-    positions = torch.cat([torch.arange(n) for n in [*LENGTHS, *[1] * PADDING]])
-    none = torch.empty(0, dtype=torch.int64)
-    return PackedBatch(
-        tokens,
-        positions,
-        PackedLayout.from_lengths(LENGTHS, len(tokens)),
-        LossRows(none, none, none, none.float()),
-    )
+    tokens = torch.randint(vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    samples = [Sample(text.numpy(), np.zeros(len(text), bool)) for text in tokens.split(LENGTHS)]
+    return pack(samples, [0.0] * len(LENGTHS), sum(LENGTHS) + PADDING)
 
 
 @pytest.mark.parametrize(
