@@ -49,9 +49,9 @@ class VocabularyHead(ColumnParallelLinear):
         self,
         hidden: Tensor,
         rows: LossRows,
-        objective: RowObjective | None = None,
+        objective: RowObjective | None,
         *,
-        weight: Tensor | None = None,
+        weight: Tensor,
         vocab_size: int,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
@@ -60,11 +60,10 @@ class VocabularyHead(ColumnParallelLinear):
             hidden: ``[T or T / TP, 1, H]``.
             rows: what is scored.
             objective: what is made of the log-probs, slab by slab.
-            weight: of the embedding, where it is tied and stands on this rank.
+            weight: this module's own, or the embedding's where they are tied on this rank.
             vocab_size: without padding.
         """
         hidden_NH = self._scored(hidden, rows)
-        weight_VH = self.weight if weight is None else weight
         # Under sequence parallel the gradient is summed over ranks while it is scattered.
         options = {
             "group": self.tp_group,
@@ -72,14 +71,12 @@ class VocabularyHead(ColumnParallelLinear):
             "sum_hidden_grad": not self.sequence_parallel,
         }
         whole_samples = objective is None or objective.whole_samples
-        slabs = rows.slabs(slab_rows(weight_VH), whole_samples=whole_samples) or [rows]
+        slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples) or [rows]
         stops = np.cumsum([slab.row_N.shape[0] for slab in slabs]).tolist()
         ranges = list(zip([0, *stops[:-1]], stops, strict=True))
         if objective is None:
             # Cut as a loss of whole samples is: the same products, so the same numbers bit by bit.
-            parts = [
-                token_logprobs(hidden_NH[a:b], weight_VH, rows.target_N[a:b], **options) for a, b in ranges
-            ]
+            parts = [token_logprobs(hidden_NH[a:b], weight, rows.target_N[a:b], **options) for a, b in ranges]
             return torch.cat(parts)
 
         def loss(
@@ -88,7 +85,7 @@ class VocabularyHead(ColumnParallelLinear):
             return objective.loss(logprobs_n, slabs[i], statistics)
 
         value, sums = slab_loss(
-            hidden_NH, weight_VH, rows.target_N, ranges, loss, statistics=objective.statistics, **options
+            hidden_NH, weight, rows.target_N, ranges, loss, statistics=objective.statistics, **options
         )
         return PackLoss(value, sums)
 

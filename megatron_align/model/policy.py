@@ -244,8 +244,9 @@ class Policy(LanguageModule):
         hidden = self._hidden(batch)
         if not self.post_process:
             return hidden
-        tied = self.embedding.word_embeddings.weight if self.output_layer.weight is None else None
-        return self.output_layer(hidden, batch.rows, objective, weight=tied, vocab_size=self.shape.vocab_size)
+        return self.output_layer(
+            hidden, batch.rows, objective, weight=self._head(), vocab_size=self.shape.vocab_size
+        )
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
@@ -253,7 +254,7 @@ class Policy(LanguageModule):
         hidden = self._hidden(batch)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        logits_TV = hidden.squeeze(1) @ self.shared_embedding_or_output_weight().T
+        logits_TV = hidden.squeeze(1) @ self._head().T
         logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
         return logits_TV[:, : self.shape.vocab_size]
 
@@ -275,6 +276,10 @@ class Policy(LanguageModule):
         cos_TD, sin_TD = rope_tables(batch.positions_T, self.inv_freq)
         pack = PackParams(layout=batch.layout, cos_TD=cos_TD, sin_TD=sin_TD)
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
+
+    def _head(self) -> Tensor:
+        own = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if own is None else own
 
 
 def build_policy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -186,3 +187,65 @@ def checked_logprobs(place: parallel.Place, rows: list[int]) -> str:
             del os.environ["MEGATRON_ALIGN_CHECKS"]
     parallel.leave()
     return answer
+
+
+def head_gradients(
+    place: parallel.Place, model: Path, config: ParallelConfig, batches: list[PackedBatch], options: dict
+):
+    """Return the loss of each pack and every parameter's whole main_grad after all of them.
+
+    ``options``: ``through: logprobs`` makes the loss outside the engine; ``freeze`` the head; others are DDP's.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    from megatron_align.objectives import SFTConfig
+    from megatron_align.training.objective import build_objective
+
+    overlap = {name: True for name in options if name.startswith("overlap")}
+    with parallel.join(place, config).watching():
+        groups, shape = parallel.groups(), read_shape(model)
+        megatron = transformer_config(shape, config, torch.float32)
+        [policy] = build_policy(megatron, shape, groups)
+        load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
+        if "freeze" in options:
+            policy.output_layer.requires_grad_(False)
+            policy.embedding.requires_grad_(False)
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False, **overlap
+        )
+        ddp = DistributedDataParallel(megatron, settings, policy)
+        ddp.zero_grad_buffer()
+        objective = build_objective(SFTConfig())
+        losses = []
+        for i, batch in enumerate(batches):
+            if "overlap_param_gather" in options:
+                ddp.start_param_sync()
+            with ddp.no_sync() if overlap and i + 1 < len(batches) else nullcontext():
+                if options.get("through") == "logprobs":
+                    loss, _ = objective.loss(ddp(batch), batch.rows, {})
+                else:
+                    loss, _ = ddp(batch, objective)
+                loss.backward()
+            losses.append(loss.detach())
+        finalize_model_grads([ddp], None, pg_collection=groups, force_all_reduce=True)
+        grads = {
+            name: _whole(p.main_grad, p, groups.tp)[: shape.vocab_size]
+            for name, p in policy.named_parameters()
+            # Fused weights lie in another order on each layout; what flows through them reaches the embedding.
+            if p.requires_grad and ("norm" in name or "decoder" not in name)
+        }
+    parallel.leave()
+    return torch.stack(losses), grads
+
+
+def _whole(grad: torch.Tensor, parameter: torch.nn.Parameter, group) -> torch.Tensor:
+    """Return the gradient over all tensor-parallel ranks, as if nothing was split."""
+    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return grad.clone()
+    parts = [torch.empty_like(grad) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, grad.contiguous(), group=group)
+    return torch.cat(parts, parameter.partition_dim)
