@@ -24,12 +24,29 @@ else:
         packed_attention,
         packed_attention_reference,
     )
-    from megatron_align.kernels.token_logprobs import token_logprobs, token_logprobs_reference
+    from megatron_align.kernels.token_logprobs import (
+        RECOMPUTED,
+        TokenScores,
+        slab_loss,
+        slab_loss_reference,
+        slab_rows,
+        token_logprobs,
+        token_logprobs_reference,
+        token_scores,
+        token_scores_reference,
+    )
 
     __all__ = [
+        "RECOMPUTED",
         "PackedLayout",
+        "TokenScores",
         "packed_attention",
         "packed_attention_reference",
+        "slab_loss",
+        "slab_loss_reference",
+        "slab_rows",
         "token_logprobs",
         "token_logprobs_reference",
+        "token_scores",
+        "token_scores_reference",
     ]

@@ -137,6 +137,7 @@ class LossRows:
     prompt_N: Tensor  # bool: the target is of the prompt, whose rows stand before the first completion's
     completions: Completions
     ends: tuple[tuple[int, int], ...]  # on the host: rows and completions up to the end of each sample
+    host_row_N: np.ndarray | None = None  # of rows on a device: ``row_N`` as it was on the host
 
     def to(self, device: torch.device) -> LossRows:
         """Return the rows on ``device``."""
@@ -144,8 +145,13 @@ class LossRows:
         return replace(
             self,
             **moved,
+            host_row_N=self.rows_on_host(),
             completions=Completions(**_each(self.completions, lambda t: t.to(device, non_blocking=True))),
         )
+
+    def rows_on_host(self) -> np.ndarray:
+        """Return ``row_N`` without looking at the device; of a whole pack only."""
+        return self.row_N.numpy() if self.host_row_N is None else self.host_row_N
 
     def slabs(self, most_rows: int, *, whole_samples: bool) -> list[LossRows]:
         """Split into consecutive parts of at most ``most_rows`` rows, without looking at the device.

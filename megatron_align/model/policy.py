@@ -43,10 +43,10 @@ from torch import Tensor, nn
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
-from megatron_align.kernels import token_logprobs
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackedCoreAttention, PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
+from megatron_align.model.head import PackLoss, RowObjective, VocabularyHead
 from megatron_align.records import PackedBatch
 
 
@@ -188,8 +188,8 @@ def layer_spec() -> ModuleSpec:
 class Policy(LanguageModule):
     """One pipeline chunk of the language model.
 
-    Call it with a :class:`PackedBatch`. The last stage returns the log-probs of the scored rows, every other
-    one its hidden states for the next stage.
+    Call it with a :class:`PackedBatch`. The last stage returns the log-probs of the scored rows, or with an
+    objective the pack's loss; every other stage its hidden states for the next.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Policy(LanguageModule):
             vp_stage=chunk,
         )
         if self.post_process:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = VocabularyHead(
                 config.hidden_size,
                 vocab,
                 config=config,
@@ -239,24 +239,22 @@ class Policy(LanguageModule):
         """Take the hidden states of the previous stage (megatron-core's schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Return ``logprobs_N`` fp32 of the batch's scored rows, or hidden states before the last stage."""
+    def forward(self, batch: PackedBatch, objective: RowObjective | None = None) -> Tensor | PackLoss:
+        """Return hidden states before the last stage; on it see :meth:`VocabularyHead.forward`."""
         hidden = self._hidden(batch)
         if not self.post_process:
             return hidden
-        hidden_NH = self._gathered(hidden)[batch.rows.row_N]
-        return token_logprobs(
-            hidden_NH,
-            self._head(),
-            batch.rows.target_N,
-            group=self.tp_group,
-            vocab_size=self.shape.vocab_size,
+        return self.output_layer(
+            hidden, batch.rows, objective, weight=self._head(), vocab_size=self.shape.vocab_size
         )
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return full logits ``[T, vocab_size]``: for verification; one pipeline stage only."""
-        logits_TV = self._gathered(self._hidden(batch)) @ self._head().T
+        hidden = self._hidden(batch)
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        logits_TV = hidden.squeeze(1) @ self._head().T
         logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
         return logits_TV[:, : self.shape.vocab_size]
 
@@ -279,20 +277,9 @@ class Policy(LanguageModule):
         pack = PackParams(layout=batch.layout, cos_TD=cos_TD, sin_TD=sin_TD)
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
 
-    def _gathered(self, hidden: Tensor) -> Tensor:
-        """``[T or T / TP, 1, H] -> [T, H]``. The log-probs' gradient is complete on every rank: no sum here."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        return hidden.squeeze(1)
-
     def _head(self) -> Tensor:
-        return (
-            self.output_layer.weight
-            if self.output_layer.weight is not None
-            else self.embedding.word_embeddings.weight
-        )
+        own = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if own is None else own
 
 
 def build_policy(

@@ -16,7 +16,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_align.kernels import RECOMPUTED
 from megatron_align.model import cpu
+from megatron_align.model.head import PackLoss
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.records import PackedBatch
 from megatron_align.training.objective import Objective
@@ -89,17 +91,22 @@ class Stepper:
         return self._reduce(partial_sums)
 
     def _forward(self, batches: Iterator[PackedBatch], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
+        """Return a stage's output and what megatron-core asks for the numbers that go with a loss."""
         batch = next(batches).to(cpu.device())
-        return model(batch), partial(self._loss, batch)
+        output = model(batch, self.objective)
+        if not isinstance(output, PackLoss):
+            return output, None
+        return output.loss, partial(self._report, batch, output.sums)
 
-    def _loss(self, batch: PackedBatch, logprobs_N: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, sums = self.objective.loss(logprobs_N, batch.rows, {})
+    def _report(
+        self, batch: PackedBatch, sums: dict[str, Tensor], loss: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tokens = torch.tensor(batch.rows.row_N.shape[0], dtype=torch.int, device=loss.device)
         return loss, tokens, {"loss": loss.detach().clone(), **sums}
 
     def _reduce(self, partial_sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and ranks; only one tensor-parallel rank of the last stage counts."""
-        names = ("loss", *self.objective.metrics)
+        names = ("loss", *self.objective.metrics, *((RECOMPUTED,) if self.objective.whole_samples else ()))
         totals = [0.0] * len(names)
         if partial_sums and self.groups.tp.rank() == 0:
             totals = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -127,3 +129,123 @@ def stall(place: parallel.Place, late: int, timeout: float) -> None:
             time.sleep(600)
         watchdog.report("step 2")
         parallel.all_reduce_sum([1.0])
+
+
+def slab_loss_grads(
+    place: parallel.Place,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    slabs: list[tuple[int, int]],
+    options: dict[str, float],
+):
+    """Return loss, whole and own hidden gradient, own weight gradient and sums, the vocabulary split over all ranks."""
+    from megatron_align.kernels import slab_loss
+    from tests.harness.logprobs import StatisticsLoss, gradients
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        options = {"group": parallel.groups().tp, "vocab_size": vocab_size, "statistics": True, **options}
+        mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
+        tensors = (hidden.clone().requires_grad_(), mine, targets)
+        (loss, whole, own_weight), sums = gradients(
+            slab_loss, tensors, slabs, StatisticsLoss(slabs), **options
+        )
+        (_, share, _), _ = gradients(
+            slab_loss, tensors, slabs, StatisticsLoss(slabs), sum_hidden_grad=False, **options
+        )
+    parallel.leave()
+    return loss, whole, share, own_weight, sums
+
+
+def scores(
+    place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+):
+    """Return token_scores with the whole vocabulary as top k, split over all ranks."""
+    from megatron_align.kernels import token_scores
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        group, mine = parallel.groups().tp, weight.chunk(place.world_size)[place.rank]
+        answer = token_scores(hidden, mine, targets, top_k=vocab_size, group=group, vocab_size=vocab_size)
+    parallel.leave()
+    return answer
+
+
+def checked_logprobs(place: parallel.Place, rows: list[int]) -> str:
+    """Return what token_logprobs says to this many vocabulary rows on each rank, values checked."""
+    from megatron_align.kernels import token_logprobs
+
+    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+        weight, targets = torch.zeros(rows[place.rank], 4), torch.zeros(2, dtype=torch.int64)
+        os.environ["MEGATRON_ALIGN_CHECKS"] = "1"
+        try:
+            token_logprobs(torch.zeros(2, 4), weight, targets, group=parallel.groups().tp)
+            answer = "agreed"
+        except ValueError as error:
+            answer = str(error)
+        finally:
+            del os.environ["MEGATRON_ALIGN_CHECKS"]
+    parallel.leave()
+    return answer
+
+
+def head_gradients(
+    place: parallel.Place, model: Path, config: ParallelConfig, batches: list[PackedBatch], options: dict
+):
+    """Return the loss of each pack and every parameter's whole main_grad after all of them.
+
+    ``options``: ``through: logprobs`` makes the loss outside the engine; ``freeze`` the head; others are DDP's.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    from megatron_align.objectives import SFTConfig
+    from megatron_align.training.objective import build_objective
+
+    overlap = {name: True for name in options if name.startswith("overlap")}
+    with parallel.join(place, config).watching():
+        groups, shape = parallel.groups(), read_shape(model)
+        megatron = transformer_config(shape, config, torch.float32)
+        [policy] = build_policy(megatron, shape, groups)
+        load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
+        if "freeze" in options:
+            policy.output_layer.requires_grad_(False)
+            policy.embedding.requires_grad_(False)
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, average_in_collective=False, **overlap
+        )
+        ddp = DistributedDataParallel(megatron, settings, policy)
+        ddp.zero_grad_buffer()
+        objective = build_objective(SFTConfig())
+        losses = []
+        for i, batch in enumerate(batches):
+            if "overlap_param_gather" in options:
+                ddp.start_param_sync()
+            with ddp.no_sync() if overlap and i + 1 < len(batches) else nullcontext():
+                if options.get("through") == "logprobs":
+                    loss, _ = objective.loss(ddp(batch), batch.rows, {})
+                else:
+                    loss, _ = ddp(batch, objective)
+                loss.backward()
+            losses.append(loss.detach())
+        finalize_model_grads([ddp], None, pg_collection=groups, force_all_reduce=True)
+        grads = {
+            name: _whole(p.main_grad, p, groups.tp)[: shape.vocab_size]
+            for name, p in policy.named_parameters()
+            # Fused weights lie in another order on each layout; what flows through them reaches the embedding.
+            if p.requires_grad and ("norm" in name or "decoder" not in name)
+        }
+    parallel.leave()
+    return torch.stack(losses), grads
+
+
+def _whole(grad: torch.Tensor, parameter: torch.nn.Parameter, group) -> torch.Tensor:
+    """Return the gradient over all tensor-parallel ranks, as if nothing was split."""
+    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return grad.clone()
+    parts = [torch.empty_like(grad) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, grad.contiguous(), group=group)
+    return torch.cat(parts, parameter.partition_dim)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_align.kernels import token_logprobs, token_logprobs_reference
+from megatron_align.kernels.token_logprobs import passes
 from tests.harness import ranks
 
 SHAPES = [(252, 507, 123), (3, 47, 31), (1, 8, 1), (0, 16, 33)]
@@ -26,7 +27,7 @@ def run(function, hidden, weight, targets, **options):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference_in_float64(shape, temperature, monkeypatch):
-    monkeypatch.setitem(token_logprobs.__globals__["CHUNK_ELEMENTS"], "cpu", 1000)  # many chunks
+    monkeypatch.setitem(passes.SLAB_BYTES, "cpu", 8000)  # many chunks
     tensors = inputs(*shape)
     got, want = (
         run(f, *tensors, temperature=temperature) for f in (token_logprobs, token_logprobs_reference)
@@ -94,7 +95,7 @@ def three(hidden=(4, 8), weight=(6, 8), targets=4):
 BAD = {
     "hidden": (three(hidden=(4, 7)), {}, r"\(4, 7\) and \(6, 8\)"),
     "dtype": ((torch.zeros(4, 8).half(), *three()[1:]), {}, "one dtype"),
-    "targets": (three(targets=3), {}, r"targets \[N = 4\]; got \(3,\)"),
+    "targets": (three(targets=3), {}, r"targets \[N = 4\]; got torch.int64 \(3,\)"),
     "temperature": (three(), {"temperature": 0.0}, "temperature > 0; got 0.0"),
     "vocabulary": (three(), {"vocab_size": 7}, "vocab_size <= 6 rows over 1 ranks; got 7"),
     "outside": ((*three()[:2], torch.tensor([0, 1, 6, 0])), {}, r"targets in \[0, 6\); got 0 to 6"),
@@ -107,3 +108,19 @@ BAD = {
 def test_what_does_not_fit_is_refused(tensors, options, message):
     with pytest.raises(ValueError, match=message):
         token_logprobs(*tensors, **options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hidden_states_that_are_not_finite_are_named_when_asked(value, monkeypatch):
+    hidden, weight, targets = three()
+    hidden[2, 3] = value
+    token_logprobs(hidden, weight, targets)
+    monkeypatch.setenv("MEGATRON_ALIGN_CHECKS", "1")
+    with pytest.raises(ValueError, match="finite hidden states; row 2 is not"):
+        token_logprobs(hidden, weight, targets)
+
+
+def test_a_vocabulary_that_the_ranks_do_not_divide_is_named_when_asked(pool):
+    assert pool.run(2, ranks.checked_logprobs, [6, 6]) == ["agreed", "agreed"]
+    for answer in pool.run(2, ranks.checked_logprobs, [6, 5]):
+        assert "divides the padded vocabulary; got [6, 5]" in answer

@@ -1,0 +1,119 @@
+"""The Triton passes equal the PyTorch passes, write nothing else, and compile without spills for sm_80 and sm_90."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_align.kernels import slab_loss, slab_loss_reference, token_scores, token_scores_reference
+from megatron_align.kernels.token_logprobs import kernels, passes
+from megatron_align.kernels.token_logprobs.head import Head
+from tests.harness.compiled import compiling_for
+from tests.harness.interpreter import DEVICE, DTYPES, GPU
+from tests.harness.logprobs import PairLoss, StatisticsLoss, assert_within, cut, draw, exactly, gradients
+
+SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 2.0, "temperature": 0.7}}
+# Columns: fewer than a block, a block and some, more than two; real ones end within a block, at its end, nowhere.
+COLUMNS = [(31, 31), (5000, 4096), (9000, 8200), (40, 0)]
+
+
+def slab(columns, real, dtype, scale, **options):
+    """Return logits in the middle of NaN, targets (some on other ranks), and the head."""
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.full((7, columns), float("nan"), dtype=dtype)
+    logits[1:6] = torch.randn(5, columns, generator=generator) * scale
+    local = torch.tensor([0, max(real - 1, 0), -3, real, real // 2])
+    head = Head(weight_VH=torch.empty(columns, 1, device=DEVICE), vocab_size=max(real, 1), **options)
+    if not real:
+        head = replace(head, weight_VH=torch.empty(columns, 1, device=DEVICE), vocab_size=0)
+    return logits.to(DEVICE), local.to(DEVICE), head
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 200.0], ids=["usual", "flat", "peaked"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("columns, real", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics(dtype, columns, real, options, scale):
+    logits, local, head = slab(columns, real, dtype, scale, **options)
+    want = passes._statistics(logits[1:6].double(), local, head, more=True)
+    for more in (False, True):
+        got = kernels.statistics(logits[1:6], local, head, more=more)
+        # Sums of up to 9,000 terms in fp32, each exp off by 2e-7 per unit of its argument.
+        torch.testing.assert_close(got.double(), want[: len(got)], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("columns, real", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overwrite(dtype, columns, real, options):
+    """In place; padding columns become 0; rows around the slab stay; a row without gradient is 0 whatever it holds."""
+    logits, local, head = slab(columns, real, dtype, 3.0, **options)
+    found = passes.row_statistics(logits[1:6].double(), local, head)
+    grad = torch.tensor([0.5, -2.0, 1.0, 0.3, 0.0], device=DEVICE)
+    want = logits[1:6].double()
+    passes._overwrite(want, local, grad.double(), found.max_2n, head)
+    logits[5, : max(real, 1)] = float("inf")
+    kernels.overwrite(logits[1:6], local, grad, found.max_2n.float(), head)
+    assert logits[[0, 6]].isnan().all()
+    torch.testing.assert_close(logits[1:6].double(), want, rtol=SLACK[dtype], atol=1e-6)
+    assert (logits[1:6, real:] == 0).all()
+    assert (logits[5] == 0).all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("kind", [PairLoss, StatisticsLoss])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slab_loss_runs_on_them(dtype, kind, options, monkeypatch):
+    """The whole engine: 21 rows in slabs of up to 8, a limit of 5, so that some are projected twice."""
+    tensors = draw(21, 24, 4200, dtype, device=DEVICE)
+    monkeypatch.setitem(passes.SLAB_BYTES, DEVICE, 5 * 4200 * tensors[1].element_size())
+    slabs = cut(21, [3, 8, 1])
+    flags = {"statistics": True} if kind is StatisticsLoss else {}
+    launched = []
+    run = kernels.overwrite
+    monkeypatch.setattr(kernels, "overwrite", lambda *args: (launched.append(1), run(*args)))
+    got, _ = gradients(slab_loss, tensors, slabs, kind(slabs), **flags, **options)
+    assert launched
+    same, truth = (
+        gradients(slab_loss_reference, t, slabs, kind(slabs), **options)[0]
+        for t in (tensors, exactly(tensors))
+    )
+    # Of the sum: PyTorch adds 4,200 products in another order for 3 rows than for the reference's 21.
+    assert_within(got, same, truth, {torch.float32: 5e-6}.get(dtype, 1e-4))
+
+
+@pytest.mark.triton
+def test_token_scores_runs_on_them():
+    tensors = draw(5, 24, 4200, torch.float32, device=DEVICE)
+    got = token_scores(*tensors, top_k=9, softcap=3.0)
+    want = token_scores_reference(*exactly(tensors), top_k=9, softcap=3.0)
+    for got_t, want_t in zip(got[:4], want[:4], strict=True):
+        torch.testing.assert_close(got_t.double(), want_t, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got.top_tokens_NK, want.top_tokens_NK)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(GPU, reason="bf16 is refused in the interpreter only")
+def test_bf16_is_refused_in_the_interpreter():
+    tensors = draw(5, 24, 42, torch.bfloat16)
+    with pytest.raises(ValueError, match="needs fp32 or fp16"):
+        slab_loss(*tensors, [(0, 5)], PairLoss([0]))
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiles_without_spills(dtype, options, chip):
+    """Half of the registers at most: two blocks of eight warps fit a multiprocessor and hide each other's waits."""
+    logits, local = torch.empty(4, 152064, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    head = Head(weight_VH=torch.empty(152064, 1), vocab_size=151936, **options)
+    with compiling_for(chip) as built:
+        kernels.statistics(logits, local, head, more=False)
+        kernels.statistics(logits, local, head, more=True)
+        kernels.overwrite(logits, local, torch.empty(4), torch.empty(2, 4), head)
+    assert len(built) == 3
+    assert not [fault for kernel in built if (fault := kernel.fault(tensor_core=False, registers=128))]

@@ -1,0 +1,310 @@
+"""slab_loss equals the loss of full logits: value, sums, both gradients; in 6 NHV, one slab of memory, on any ranks."""
+
+import pytest
+import torch
+
+from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs, token_scores
+from megatron_align.kernels.token_logprobs import passes
+from tests.harness import ranks
+from tests.harness.logprobs import (
+    Costs,
+    PairLoss,
+    StatisticsLoss,
+    TokenLoss,
+    assert_within,
+    cut,
+    draw,
+    exactly,
+    gradients,
+)
+
+
+@pytest.fixture
+def slab_of(monkeypatch):
+    """``slab_of(weight, rows)``: let a slab hold this many rows."""
+
+    def set_limit(weight, rows):
+        monkeypatch.setitem(passes.SLAB_BYTES, "cpu", rows * weight.shape[0] * weight.element_size())
+        assert slab_rows(weight) == rows
+
+    return set_limit
+
+
+OPTIONS = {"plain": {}, "temperature": {"temperature": 0.7}, "softcap": {"softcap": 2.0, "temperature": 1.3}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+@pytest.mark.parametrize("kind", ["token", "pair", "statistics"])
+@pytest.mark.parametrize("shape", [(252, 507, 123), (3, 47, 31), (1, 8, 1)])
+def test_equals_the_loss_of_full_logits(shape, kind, options, slab_of):
+    """Slabs of 3 to 60 rows and a limit of 20: some are one piece, some are projected again."""
+    tensors = draw(*shape)
+    slabs = cut(shape[0], [3, 60, 20, 41, 7])
+    loss = TokenLoss(shape[0], slabs) if kind == "token" else PairLoss(slabs)
+    flags = {}
+    if kind == "statistics":
+        loss, flags = StatisticsLoss(slabs), {"statistics": True}
+    slab_of(tensors[1], 20)
+    got, got_sums = gradients(slab_loss, tensors, slabs, loss, **options, **flags)
+    want, want_sums = gradients(slab_loss_reference, tensors, slabs, loss, **options)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert got_sums.pop("recomputed_samples") == sum(stop - start > 20 for start, stop in slabs)
+    torch.testing.assert_close(got_sums, want_sums, rtol=1e-9, atol=1e-12)
+
+
+# Tokens, hidden, vocabulary of real models: rows and hidden shrunk, where a CPU has to multiply them.
+FIELD = [(61, 112, 152064), (68, 28, 151936), (153, 256, 32256), (252, 507, 123), (3, 47, 31)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 60.0], ids=["usual", "flat", "peaked"])
+@pytest.mark.parametrize("shape", FIELD)
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_error_is_within_that_of_the_same_dtype_reference(shape, dtype, slack, scale):
+    """A fifth of the rows has weight 0, all lie in one sequence."""
+    tensors = draw(*shape, dtype, scale=scale)
+    slabs = [(0, shape[0])]
+    loss = TokenLoss(shape[0], slabs)
+    got, same, truth = (
+        gradients(f, inputs, slabs, loss)[0]
+        for f, inputs in (
+            (slab_loss, tensors),
+            (slab_loss_reference, tensors),
+            (slab_loss_reference, exactly(tensors)),
+        )
+    )
+    assert_within(got, same, truth, slack)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_a_real_head(dtype, slack):
+    tensors = draw(1530, 2048, 32256, dtype)
+    slabs = cut(1530, [200, 300])
+    got, same, truth = (
+        gradients(f, inputs, slabs, PairLoss(slabs))[0]
+        for f, inputs in (
+            (slab_loss, tensors),
+            (slab_loss_reference, tensors),
+            (slab_loss_reference, exactly(tensors)),
+        )
+    )
+    assert_within(got, same, truth, slack)
+
+
+def test_known_bug_bf16_weight_gradient_drifts_over_slabs(slab_of):
+    """Elsewhere dW is added up in bf16, slab after slab, and stops growing. 400 slabs here, each the same."""
+    hidden, weight, targets = draw(4, 16, 33, torch.bfloat16)
+    many = (hidden.detach().repeat(400, 1).requires_grad_(), weight, targets.repeat(400))
+    slabs = cut(1600, [4])
+    got, _ = gradients(slab_loss, many, slabs, PairLoss(slabs))
+    want, _ = gradients(slab_loss_reference, exactly(many), slabs, PairLoss(slabs))
+    # bf16 rounds dlogits (2**-9 each, all the same way here) and the result.
+    assert (got[2].double() - want[2]).abs().max() <= 2**-8 * want[2].abs().max()
+
+
+def test_known_bug_positive_logprobs():
+    """A fused engine elsewhere returned +123."""
+    hidden, weight, targets = draw(50, 16, 33, torch.bfloat16, scale=300.0)
+    targets[::2] = (hidden @ weight.T).argmax(1)[::2]
+    seen = []
+    with torch.no_grad():
+        slab_loss(
+            hidden,
+            weight,
+            targets,
+            [(0, 50)],
+            lambda i, logprobs_n, s: (seen.append(logprobs_n) or logprobs_n.sum(), {}),
+        )
+    assert (seen[0] <= 0).all()
+    assert (seen[0] == 0).any()  # peaked enough to reach the end
+
+
+def test_known_bug_ignored_rows_poison_the_rest():
+    """Rows of weight 0 whose logits overflow leave loss and gradients alone."""
+    hidden, weight, targets = draw(10, 16, 33, torch.float32)
+    slabs = [(0, 10)]
+    loss = TokenLoss(10, slabs)
+    clean, _ = gradients(slab_loss, (hidden, weight, targets), slabs, loss)
+    wild = hidden.detach().clone()
+    wild[::5] = 3e38 * wild[::5].sign()
+    wild.requires_grad_()
+
+    def masked(i, logprobs_n, statistics):
+        scored_n = loss.weight_N > 0
+        return loss(i, logprobs_n.where(scored_n, 0.0), statistics)
+
+    got, _ = gradients(slab_loss, (wild, weight, targets), slabs, masked)
+    scored_N = loss.weight_N > 0
+    torch.testing.assert_close(got[0], clean[0])
+    torch.testing.assert_close(got[1][scored_N], clean[1][scored_N])
+    assert (got[1][~scored_N] == 0).all()
+    torch.testing.assert_close(got[2], clean[2])
+
+
+def test_known_bug_a_large_common_offset():
+    """1e4 on every logit: the log of the sum is kept apart from the maximum, which would round it away.
+
+    Judged from the same fp32 logits, which are spaced 1e-3 there.
+    """
+    hidden, weight, targets = draw(9, 16, 33, torch.float32)
+    shifted = torch.cat([weight.detach(), torch.full((33, 1), 1e4)], 1).requires_grad_()
+    longer = torch.cat([hidden.detach(), torch.ones(9, 1)], 1).requires_grad_()
+    slabs = [(0, 9)]
+    got, _ = gradients(slab_loss, (longer, shifted, targets), slabs, TokenLoss(9, slabs))
+    logits = (longer @ shifted.T).detach().double()
+    truth = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    weight_N = TokenLoss(9, slabs).weight_N
+    torch.testing.assert_close(got[0].double(), -(weight_N * truth).sum(), rtol=1e-6, atol=0)
+    dlogits = weight_N[:, None] * (logits.softmax(-1) - torch.nn.functional.one_hot(targets, 33))
+    torch.testing.assert_close(got[1].double(), dlogits @ shifted.detach().double(), rtol=1e-4, atol=2e-3)
+
+
+def test_costs_six_products_and_one_slab(slab_of):
+    """Of 40 slabs of rows no tensor is larger than one slab of logits, and each GEMM runs once: 6 NHV."""
+    rows, hidden, vocab = 640, 8, 1000
+    tensors = draw(rows, hidden, vocab, torch.float32)
+    slab_of(tensors[1], 16)
+    slabs = cut(rows, [16])
+    with Costs() as costs:
+        slab_loss(*tensors, slabs, PairLoss(slabs))[0].backward()
+    assert costs.flops == 6 * rows * hidden * vocab
+    assert costs.largest == 16 * vocab  # more than the weight's 8,000 and the hidden states' 5,120
+
+
+NHV = 60 * 8 * 100
+COSTS = {
+    "scores": (2, lambda h, w, t: token_scores(h, w, t, top_k=3)),
+    "recompute": (8, lambda h, w, t: token_logprobs(h, w, t).sum().backward()),
+    "frozen_head": (
+        4,
+        lambda h, w, t: slab_loss(h, w.detach(), t, cut(60, [20]), PairLoss([0]))[0].backward(),
+    ),
+    "frozen_body": (
+        4,
+        lambda h, w, t: slab_loss(h.detach(), w, t, cut(60, [20]), PairLoss([0]))[0].backward(),
+    ),
+    # Three pieces: all but the last are projected again.
+    "long_sample": (
+        6 + 2 * 2 / 3,
+        lambda h, w, t: slab_loss(h, w, t, [(0, 60)], PairLoss([0]))[0].backward(),
+    ),
+}
+
+
+@pytest.mark.parametrize("products, call", COSTS.values(), ids=list(COSTS))
+def test_costs_of_the_other_ways(products, call, slab_of):
+    tensors = draw(60, 8, 100, torch.float32)
+    slab_of(tensors[1], 20)
+    with Costs() as costs:
+        call(*tensors)
+    assert costs.flops == pytest.approx(products * NHV)
+
+
+def test_without_gradients_only_the_first_product_runs():
+    tensors = draw(60, 8, 100, torch.float32)
+    tensors[1].main_grad = torch.zeros(100, 8)
+    slabs = cut(60, [20])
+    with torch.no_grad(), Costs() as costs:
+        loss, sums = slab_loss(*tensors, slabs, PairLoss(slabs))
+    assert costs.flops == 2 * NHV
+    assert not loss.requires_grad
+    assert (tensors[1].main_grad == 0).all()
+    want, want_sums = slab_loss(*tensors, slabs, PairLoss(slabs))
+    torch.testing.assert_close((loss, sums), (want.detach(), want_sums))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradient_goes_into_main_grad(dtype):
+    """Added to what stands there, in fp32; autograd gets a stand-in, zeros where megatron-core adds it too."""
+    tensors = draw(60, 8, 100, dtype)
+    slabs = cut(60, [20])
+    want, _ = gradients(slab_loss, tensors, slabs, PairLoss(slabs))
+    weight = tensors[1]
+    weight.main_grad = torch.full((100, 8), 0.5)
+    weight.zero_out_wgrad = True
+    got, _ = gradients(slab_loss, tensors, slabs, PairLoss(slabs))
+    assert weight.grad_added_to_main_grad
+    assert (got[2] == 0).all()
+    torch.testing.assert_close(got[1], want[1])
+    torch.testing.assert_close((weight.main_grad - 0.5).to(dtype), want[2], rtol=1e-2, atol=1e-6)
+
+
+def test_a_low_precision_main_grad_is_left_to_megatron_core():
+    tensors = draw(60, 8, 100, torch.bfloat16)
+    slabs = cut(60, [20])
+    want, _ = gradients(slab_loss, tensors, slabs, PairLoss(slabs))
+    tensors[1].main_grad = torch.zeros(100, 8, dtype=torch.bfloat16)
+    got, _ = gradients(slab_loss, tensors, slabs, PairLoss(slabs))
+    torch.testing.assert_close(got, want)
+    assert (tensors[1].main_grad == 0).all()
+
+
+def test_upstream_gradient_must_be_one():
+    tensors = draw(6, 8, 10)
+    loss, _ = slab_loss(*tensors, [(0, 6)], PairLoss([0]))
+    with pytest.raises(ValueError, match=r"upstream gradient of 1.*got 2.0"):
+        (2 * loss).backward()
+
+
+def test_gradients_are_handed_out_once():
+    tensors = draw(6, 8, 10)
+    loss, _ = slab_loss(*tensors, [(0, 6)], PairLoss([0]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second call"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("slabs", [[], [(0, 0)]], ids=["no_slab", "empty_slab"])
+def test_no_rows(slabs):
+    tensors = draw(0, 8, 10)
+    got, sums = gradients(slab_loss, tensors, slabs, PairLoss(slabs))
+    want, want_sums = (
+        gradients(slab_loss_reference, exactly(tensors), slabs, PairLoss(slabs)) if slabs else (0, {})
+    )
+    torch.testing.assert_close(got[0], want[0] if slabs else torch.zeros((), dtype=torch.float64))
+    assert got[1].shape == (0, 8)
+    assert (got[2] == 0).all()
+    assert sums.keys() == {*want_sums, "recomputed_samples"}
+
+
+def test_a_loss_that_looks_at_nothing():
+    """Its gradient is 0, not an error: a slab may hold samples that weigh nothing."""
+    tensors = draw(6, 8, 10)
+    got, _ = gradients(slab_loss, tensors, [(0, 6)], lambda i, logprobs_n, s: (torch.tensor(3.0), {}))
+    assert got[0] == 3
+    assert not any(g.any() for g in got[1:])
+
+
+BAD_SLABS = {
+    "gap": ([(0, 2), (3, 6)], "slab 1 needs to start at row 2.*got 3 to 6"),
+    "backwards": ([(0, 4), (4, 3)], "slab 1 .*got 4 to 3"),
+    "short": ([(0, 5)], "cover N = 6 rows; they cover 5"),
+    "long": ([(0, 7)], "cover N = 6 rows; they cover 7"),
+}
+
+
+@pytest.mark.parametrize("slabs, message", BAD_SLABS.values(), ids=list(BAD_SLABS))
+def test_slabs_must_cover_the_rows(slabs, message):
+    with pytest.raises(ValueError, match=message):
+        slab_loss(*draw(6, 8, 10), slabs, PairLoss(slabs))
+
+
+@pytest.mark.parametrize("world, rows, vocab", [(2, 9, 31), (4, 9, 31), (4, 5, 7), (2, 0, 31)])
+def test_vocabulary_ranks_agree_with_one(pool, world, rows, vocab):
+    """Also where the last two of four ranks hold padding only. Hidden gradients: whole, or shares that add up."""
+    hidden, weight, targets = draw(rows, 12, vocab, torch.float32)
+    padding = 16 - vocab if vocab < 16 else 32 - vocab
+    padded = torch.cat([weight.detach(), torch.full((padding, 12), 9.0)])
+    slabs = cut(rows, [4, 3]) or [(0, 0)]
+    options = {"softcap": 3.0, "temperature": 0.8}
+    want, sums = gradients(
+        slab_loss, (hidden, weight, targets), slabs, StatisticsLoss(slabs), statistics=True, **options
+    )
+    answers = pool.run(world, ranks.slab_loss_grads, hidden.detach(), padded, targets, vocab, slabs, options)
+    for loss, whole, _, _, got_sums in answers:
+        assert torch.equal(loss, answers[0][0])  # bit for bit: every rank has to see the same loss
+        torch.testing.assert_close((loss, whole, got_sums), (want[0], want[1], sums))
+    torch.testing.assert_close(sum(answer[2] for answer in answers), want[1])
+    weight_grad = torch.cat([answer[3] for answer in answers])
+    torch.testing.assert_close(weight_grad[:vocab], want[2])
+    assert (weight_grad[vocab:] == 0).all()
