@@ -129,7 +129,7 @@ def _tolerance(text: str) -> float:
 
 def _verify(options: argparse.Namespace) -> int:
     _quiet_transformers()
-    from megatron_align.checkpoint.convert import need_writable
+    from megatron_align.checkpoint.files import need_writable
     from megatron_align.checkpoint.verify import verify
 
     if options.json:

@@ -7,7 +7,6 @@ each rank reads its own slices, and exported at the end of the run.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,14 +19,13 @@ from torch import Tensor
 
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.export import export_model
-from megatron_align.checkpoint.hf import DTYPES, HFWeights, check_weights, load_weights
+from megatron_align.checkpoint.files import need_new
+from megatron_align.checkpoint.hf import DTYPES, HFWeights, load_weights, need_tied_head, open_hf
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
-from megatron_align.model.families import ModelShape, read_shape, rows
+from megatron_align.model.families import ModelShape, rows
 from megatron_align.model.policy import Policy, build_policy, transformer_config
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +90,6 @@ def export_hf(checkpoint: str | Path, out: str | Path) -> Checkpoint:
     return found
 
 
-def open_hf(folder: str | Path) -> tuple[HFWeights, ModelShape]:
-    """Return a Hugging Face folder's weights and shape, having checked that they are of one model.
-
-    Raises:
-        InputError: they are not, or something is missing.
-    """
-    if not Path(folder).is_dir():
-        raise InputError(f"a Hugging Face folder is needed, found none at {folder}")
-    shape = read_shape(folder)
-    weights = HFWeights(folder)
-    check_weights(weights, shape)
-    return weights, shape
-
-
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Return the checkpoint that ``path`` is, or the newest of a run's folder.
 
@@ -137,77 +121,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(folder, shape, names[card["dtype"]])
 
 
-def need_new(out: str | Path) -> Path:
-    """Return ``out`` without links or dots, a folder that can be created or is empty.
-
-    Raises:
-        InputError: something is in the way, or its parent cannot be written.
-    """
-    path = Path(out).resolve()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"a new or empty folder is needed, found a file at {path}")
-    need_writable(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"a new or empty folder is needed, found files in {path}")
-    return path
-
-
-def need_writable(path: Path) -> None:
-    """Check, without a trace, that ``path`` can be created.
-
-    Raises:
-        InputError: its nearest parent that exists is no folder, or may not be written.
-    """
-    parent = path.resolve().parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"{path} cannot be created: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be created: {parent} may not be written")
-
-
-def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
-    """Return by how much an output head beside tied embeddings differs from them; None if it does not.
-
-    transformers does not tie the two then, so the folder is not the model that its config.json describes.
-    """
-    if not shape.tied_embeddings or HEAD not in weights.names:
-        return None
-    embedding, head = read_whole(weights, EMBEDDING), read_whole(weights, HEAD)
-    if embedding.shape != head.shape:
-        return math.inf
-    return None if same_bytes(embedding, head) else largest_difference(embedding, head)
-
-
-def need_tied_head(weights: HFWeights, shape: ModelShape) -> None:
-    """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
-
-    Raises:
-        InputError: saying by how much.
-    """
-    if (apart := untied_head(weights, shape)) is not None:
-        raise InputError(
-            f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
-            f"it differs by {apart:.3g} in {weights.folder}"
-        )
-
-
 def read_whole(weights: HFWeights, name: str) -> Tensor:
     """Return a whole tensor of a Hugging Face folder."""
     return weights.read(name, 0, 0, weights.shape(name)[0])
-
-
-def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal in shape, dtype and every bit (NaN equals itself, 0 is not -0)."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference of two tensors of one shape; NaN if either holds one."""
-    return (one.double() - other.double()).abs().max().item()
 
 
 @contextmanager

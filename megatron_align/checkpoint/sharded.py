@@ -30,7 +30,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_align.checkpoint.files import put_in_place
+from megatron_align.checkpoint.files import partial_folder, put_in_place
 from megatron_align.checkpoint.hf import copy_assets
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
@@ -44,11 +44,6 @@ _STEP = re.compile(r"step_(\d{6,})")
 def step_folder(run: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
     return run / f"step_{step:06d}"
-
-
-def partial_folder(folder: Path) -> Path:
-    """Return where a checkpoint is written before it is whole."""
-    return folder.with_name(f".{folder.name}.partial")
 
 
 def list_steps(run: Path) -> list[tuple[int, Path]]:

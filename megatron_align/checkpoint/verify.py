@@ -18,18 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_align.checkpoint.convert import (
-    HEAD,
     Checkpoint,
-    largest_difference,
     load_model,
     one_process,
     open_checkpoint,
-    open_hf,
     read_whole,
-    same_bytes,
-    untied_head,
 )
-from megatron_align.checkpoint.hf import HFWeights, to_hf
+from megatron_align.checkpoint.hf import HFWeights, open_hf, to_hf, untied_head
+from megatron_align.checkpoint.hf_read import HEAD, largest_difference, same_bytes
 from megatron_align.checkpoint.sharded import shape_differences
 from megatron_align.data.sources import read_file
 from megatron_align.data.templates import TOKENIZER_FILES, Template, load_tokenizer
