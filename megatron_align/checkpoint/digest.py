@@ -40,14 +40,21 @@ class Digest:
     def add(self, part: Tensor) -> None:
         """Take a one-dimensional stretch in CPU memory."""
         self._hash.update(memoryview(part.view(torch.uint8).numpy()))
-        # The extremes show in one fast pass whether anything is to be counted: NaN wins in both.
-        if part.numel() and not all(math.isfinite(extreme) for extreme in part.aminmax()):
-            self._nan += int(part.isnan().sum())
-            self._inf += int(part.isinf().sum())
+        nan, inf = count_nonfinite(part)
+        self._nan += nan
+        self._inf += inf
 
     def facts(self) -> Facts:
         """Return what was found."""
         return Facts(self._hash.hexdigest(), self._nan, self._inf)
+
+
+def count_nonfinite(tensor: Tensor) -> tuple[int, int]:
+    """Return how many numbers are NaN and how many are infinite."""
+    # The extremes show in one fast pass whether anything is to be counted: NaN wins in both.
+    if not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax()):
+        return 0, 0
+    return int(tensor.isnan().sum()), int(tensor.isinf().sum())
 
 
 def model_sha256(tensors: Mapping[str, Facts]) -> str:

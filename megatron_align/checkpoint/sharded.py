@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_align.checkpoint.files import partial_folder, put_in_place
 from megatron_align.checkpoint.hf import copy_assets
+from megatron_align.checkpoint.state_read import read_metadata
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
 from megatron_align.model.policy import Policy
@@ -166,8 +167,7 @@ def load(
     """
     if optimizer is not None and not read_card(folder)["optimizer"]:
         raise InputError(f"resuming needs optimizer state; the checkpoint holds weights only: {folder}")
-    if not (folder / STATE / ".metadata").is_file():  # torch would look for others and print a trace
-        raise InputError(f"a complete checkpoint is needed, found no file {STATE}/.metadata in {folder}")
+    read_metadata(folder / STATE)  # torch's own reading would run whatever a forged pickle names
     chunks, groups = _unwrap(model)
     state = _sharded_state(chunks, optimizer, groups, is_loading=True)
     try:

@@ -48,6 +48,11 @@ class ModelShape:
     rope_scaling: RopeScaling | None
     max_positions: int
 
+    @property
+    def is_reward(self) -> bool:
+        """Whether the model ends in one number per token instead of a vocabulary."""
+        return self.architecture.endswith("ForSequenceClassification")
+
 
 # What transformers assumes where config.json is silent. Sizes have no default: a guess would be wrong.
 _COMMON = {
