@@ -157,7 +157,7 @@ class _ChunkReader:
         self.weights, self.shape, self.dtype = weights, shape, dtype
         widest = max(math.prod(local_shape(row, shape, 1)[1:]) for row in rows(shape))
         size = max(CHUNK_BYTES, widest * torch.float64.itemsize)
-        self._chunk = torch.empty(size, dtype=torch.uint8).view(dtype)
+        self._chunk = torch.empty(size, dtype=torch.uint8).numpy()
         self._raw = torch.empty(size, dtype=torch.uint8)
 
     def height(self, row: Row) -> int:
@@ -170,7 +170,9 @@ class _ChunkReader:
         """Return the rows, and of each HF tensor that has NaN or infinite numbers among them how many."""
         tail = local_shape(row, self.shape, 1)[1:]
         width, position = math.prod(tail), 0
-        chunk, spoilt = self._chunk[: count * width], {}
+        # Not a slice of a tensor: saving one saves all that it is a slice of.
+        chunk = torch.frombuffer(self._chunk, dtype=self.dtype, count=count * width)
+        spoilt: dict[str, list[int]] = {}
         # A tensor that is cut along columns, or not at all, is one HF tensor: its rows lie in order as well.
         pieces = segments(row, self.shape, 0, 1) if row.split == 0 else [Slice(0, 0, start + count)]
         for part, first, last in pieces:

@@ -14,6 +14,7 @@ from megatron_align.checkpoint.hf_write import (
     copy_assets,
     hf_specs,
     to_hf,
+    to_megatron,
     write_config_dtype,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "need_tied_head",
     "open_hf",
     "to_hf",
+    "to_megatron",
     "untied_head",
     "write_config_dtype",
 ]

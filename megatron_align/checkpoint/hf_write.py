@@ -34,6 +34,7 @@ _ASSETS = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.py",  # of architectures that transformers does not know; never run by us
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
@@ -57,6 +58,18 @@ def to_hf(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> dict[str, Te
                 parts[part].narrow(dim, start, stop - start).copy_(source)
             offset += stop - start
     return dict(zip(row.hf, parts, strict=True))
+
+
+def to_megatron(row: Row, parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
+    """Invert :func:`to_hf` for one tensor rank."""
+    dim, tensors = row.split or 0, [parts[name] for name in row.hf]
+    pieces = []
+    for part, start, stop in segments(row, shape, 0, 1):
+        size = list(tensors[0].shape)
+        size[dim] = stop - start
+        zeros = tensors[0].new_zeros(size) if part is None else None
+        pieces.append(zeros if part is None else tensors[part].narrow(dim, start, stop - start))
+    return torch.cat(pieces, dim)
 
 
 class TensorSpec(NamedTuple):

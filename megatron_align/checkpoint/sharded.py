@@ -110,6 +110,7 @@ def same_model(card: dict[str, Any], shape: ModelShape, folder: Path) -> None:
 
 def shape_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs of two shapes, given as dictionaries: ``{key: (of one, of the other)}``."""
+    other = {"qk_norm": False, "norm_head": False, **other}  # older cards lack these
     return {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
 
 

@@ -67,6 +67,8 @@ class StateWriter:
 
     def write(self, row: Row, start: int, chunk: Tensor, notes: Any = None) -> None:
         """Write whole rows of a tensor, from ``start`` on; ``notes`` (a JSON value) outlive a restart."""
+        if chunk.untyped_storage().nbytes() != chunk.nbytes:
+            chunk = chunk.clone()  # saving a slice saves all that it is a slice of
         name, layer = state_key(row.megatron)
         place = self._append(chunk if layer is None else chunk[None])
         self._files[self._name].append([row.megatron, start, len(chunk), *place, notes])
