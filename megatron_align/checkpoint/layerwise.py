@@ -58,7 +58,9 @@ class OurLayers:
         self.state, self.shape = state, shape
         self._rows = {row.megatron: row for row in rows(shape)}
         self.config = transformer_config(replace(shape, num_layers=1), ParallelConfig(), torch.float32)
-        self._layer = build_module(layer_spec(shape), config=self.config, layer_number=1, pg_collection=groups)
+        self._layer = build_module(
+            layer_spec(shape), config=self.config, layer_number=1, pg_collection=groups
+        )
         self._layer = self._layer.to(cpu.device()).eval()
         self._outputs: dict[str, Tensor] = {}
         for theirs, ours in MODULES.items():
@@ -147,7 +149,8 @@ def _first(output: Any) -> Tensor:
 
 
 def _keep(outputs: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    outputs[name] = _first(output).squeeze(0 if _first(output).shape[0] == 1 else 1)
+    kept = _first(output).clone()  # megatron-core adds the residual in place
+    outputs[name] = kept.squeeze(0 if kept.shape[0] == 1 else 1)
 
 
 def _leave(

@@ -97,7 +97,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "BaichuanForCausalLM": {**_COMMON, "num_key_value_heads": None},
 }
-_DEFAULTS |= {f"{name}ForSequenceClassification": _DEFAULTS[f"{name}ForCausalLM"] for name in ("Qwen2", "Llama")}
+_DEFAULTS |= {
+    f"{name}ForSequenceClassification": _DEFAULTS[f"{name}ForCausalLM"] for name in ("Qwen2", "Llama")
+}
 _OF_MODEL_TYPE = {
     name.removesuffix("ForCausalLM").lower(): name for name in _DEFAULTS if name.endswith("ForCausalLM")
 }
@@ -232,10 +234,13 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
     """Raise InputError for whatever transformers would compute and we would not."""
     values = keys.values
     if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in values:
-        raise keys.fail("max_position_embeddings", "given: without it this is a 13B with ALiBi, not supported")
+        raise keys.fail(
+            "max_position_embeddings", "given: a Baichuan without it has ALiBi (13B), which is not supported"
+        )
     if architecture == "MistralForCausalLM" and values["sliding_window"] is not None:
-        if keys.count("sliding_window") < keys.count("max_position_embeddings"):
-            raise keys.fail("sliding_window", "null or max_position_embeddings: attention is full here")
+        longest = keys.count("max_position_embeddings")
+        if keys.count("sliding_window") < longest:
+            raise keys.fail("sliding_window", f"null or at least {longest}: attention is full here")
     if architecture.endswith("ForSequenceClassification"):
         labels = values.get("num_labels", len(values.get("id2label") or (0, 1)))
         if labels != 1:

@@ -127,7 +127,9 @@ _QK_NORM = tuple(
     Row(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), (("head",),))
     for x in "qk"
 )
-_W_PACK = replace(LLAMA[2], hf=(_H + "self_attn.W_pack.weight",), dims=(("qkv", "hidden"),), layout=packed_qkv)
+_W_PACK = replace(
+    LLAMA[2], hf=(_H + "self_attn.W_pack.weight",), dims=(("qkv", "hidden"),), layout=packed_qkv
+)
 _REWARD_HEAD = Row("reward_head.weight", ("score.weight",), (("labels", "hidden"),))
 TABLES: dict[str, tuple[Row, ...]] = {
     "LlamaForCausalLM": LLAMA,
