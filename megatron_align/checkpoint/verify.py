@@ -42,7 +42,7 @@ class Findings:
     tensors: int | None
     tensor_findings: list[TensorFinding]
     logits: list[LogitsFinding]
-    first_apart: str | None  # module, where the logits differ
+    first_apart: str | None  # module, where something differs
     notes: list[str]
 
     @property
@@ -56,7 +56,9 @@ class Findings:
         found = {
             "shape": self.shape,
             "tensors": self.tensor_differences,
-            "logits": self.tensors is None or not all(finding.equal for finding in self.logits),
+            "logits": self.tensors is None
+            or self.first_apart is not None
+            or not all(finding.equal for finding in self.logits),
         }
         return [check for check, differs in found.items() if differs]
 

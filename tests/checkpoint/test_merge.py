@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_align.checkpoint import merge as merging
@@ -18,19 +18,13 @@ from megatron_align.checkpoint.merge import merge
 from megatron_align.checkpoint.merge_methods import METHODS, Block, Dare, Linear, ModelStock, Slerp
 from megatron_align.errors import InputError
 from megatron_align.tools.main import main
-from tests.harness.tiny import make_model
+from tests.harness.tiny import change_tensors, make_model
 
 NORM = "model.norm.weight"
 
 
 def tensors_in(folder):
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def change_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def change_json(path, change):
@@ -248,7 +242,7 @@ def spoil_numbers(base, model):
 
 def drop_architecture(base, model):
     change_json(model / "config.json", lambda config: config.update(architectures=["MambaForCausalLM"]))
-    return "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'"
+    return "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM', 'Qwen3ForCausalLM'"
 
 
 SPOILT = [
