@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align.checkpoint.hf import ShardWriter, copy_assets, hf_specs, to_hf, write_config_dtype
+from megatron_align.checkpoint.hf import (
+    ShardWriter,
+    copy_assets,
+    hf_specs,
+    to_hf,
+    write_config_architecture,
+    write_config_dtype,
+)
 from megatron_align.model.families import Row, rows
 from megatron_align.model.policy import Policy
 
@@ -43,6 +50,7 @@ def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bo
                         writer.write(name, tensor)
             if writer:
                 copy_assets(assets, writer.partial)
+                write_config_architecture(writer.partial, shape)
                 write_config_dtype(writer.partial, dtype)
     dist.barrier()
 

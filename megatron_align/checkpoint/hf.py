@@ -15,6 +15,7 @@ from megatron_align.checkpoint.hf_write import (
     hf_specs,
     to_hf,
     to_megatron,
+    write_config_architecture,
     write_config_dtype,
 )
 
@@ -32,5 +33,6 @@ __all__ = [
     "to_hf",
     "to_megatron",
     "untied_head",
+    "write_config_architecture",
     "write_config_dtype",
 ]

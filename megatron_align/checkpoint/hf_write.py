@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_align.checkpoint.files import put_in_place
 from megatron_align.checkpoint.hf_files import DTYPES, INDEX, SINGLE
 from megatron_align.checkpoint.journal import Journal
+from megatron_align.data.templates import load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, Row, read_json, rows, segments
 
@@ -267,6 +268,24 @@ def copy_assets(source: str | Path, target: str | Path) -> None:
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
+
+
+def write_config_architecture(folder: str | Path, shape: ModelShape) -> None:
+    """Say in config.json that a language model has become a reward model; it may say so already.
+
+    transformers reads the reward off the last token that is no padding, so the padding token must be known.
+    """
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    if not shape.is_reward or config.get("architectures") == [shape.architecture]:
+        return
+    config["architectures"] = [shape.architecture]
+    config["num_labels"], config["id2label"], config["label2id"] = 1, {"0": "LABEL_0"}, {"LABEL_0": 0}
+    if config.get("pad_token_id") is None:
+        tokenizer = load_tokenizer(str(folder))
+        padding = tokenizer.pad_token_id
+        config["pad_token_id"] = tokenizer.eos_token_id if padding is None else padding
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_config_dtype(folder: str | Path, dtype: torch.dtype) -> None:

@@ -31,7 +31,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_align.checkpoint.files import partial_folder, put_in_place
-from megatron_align.checkpoint.hf import copy_assets
+from megatron_align.checkpoint.hf import copy_assets, write_config_architecture
 from megatron_align.checkpoint.state_read import read_metadata
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
@@ -154,6 +154,7 @@ def save(
     if dist.get_rank() == 0:
         (partial / ASSETS).mkdir()
         copy_assets(assets, partial / ASSETS)
+        write_config_architecture(partial / ASSETS, chunks[0].shape)
         text = json.dumps({**card, "optimizer": optimizer is not None}, indent=2, ensure_ascii=False)
         (partial / CARD).write_text(text + "\n", encoding="utf-8")
         put_in_place(partial, folder)
@@ -165,8 +166,17 @@ def load(
     model: list[Policy] | list[DistributedDataParallel],
     optimizer: DistributedOptimizer | None = None,
     reference: list[Policy] | None = None,
+    *,
+    without: frozenset[str] = frozenset(),
 ) -> None:
     """Read weights, with ``optimizer`` its state, with ``reference`` the second model; in place, on any layout.
+
+    Args:
+        folder: of the checkpoint.
+        model: this rank's chunks.
+        optimizer: None: weights only.
+        reference: chunks of the second model.
+        without: parameters that the checkpoint does not have, and that stay as they are.
 
     Raises:
         InputError: if the optimizer state is asked for and the checkpoint has none, or it is damaged.
@@ -177,6 +187,9 @@ def load(
     chunks, groups = _unwrap(model)
     state = _sharded_state(chunks, optimizer, groups, is_loading=True)
     state |= _reference_state(reference, groups)
+    for number in range(len(chunks)):
+        for name in without:
+            state[f"model{number}"].pop(name, None)
     try:
         loaded = dist_checkpointing.load(state, str(folder / STATE))
     except (CheckpointingException, CheckpointException, UnpicklingError, OSError) as error:
@@ -184,7 +197,7 @@ def load(
             f"a complete checkpoint is needed, reading it failed in {folder}: {_reason(error)}"
         ) from error
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{number}"])
+        chunk.load_state_dict(loaded[f"model{number}"], strict=not without)
     for number, chunk in enumerate(reference or []):
         named = loaded[f"reference{number}"]
         chunk.load_state_dict({name.removeprefix(_REFERENCE): tensor for name, tensor in named.items()})

@@ -1,4 +1,4 @@
-"""The vocabulary head: scored rows of hidden states to log-probs, or straight to the loss and its gradients.
+"""The heads: scored rows of hidden states to log-probs, or straight to the loss; last tokens to rewards.
 
 Shapes: T tokens of the pack (T / TP on each rank under sequence parallel), N scored rows, H hidden, M rows that each
 tensor-parallel rank sends.
@@ -11,10 +11,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from megatron_align.kernels import slab_loss, slab_rows, token_logprobs
+from megatron_align.model import cpu
 from megatron_align.records import LossRows
 
 
@@ -103,6 +106,47 @@ class VocabularyHead(ColumnParallelLinear):
                 hidden = hidden[own_M]
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden[row_N]
+
+
+class RewardHead(nn.Module):
+    """A scalar on the last token of each completion; every tensor-parallel rank holds the whole weight ``[1, H]``."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.sequence_parallel = config.sequence_parallel
+        self.weight = nn.Parameter(
+            torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=cpu.device())
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rows: LossRows,
+        objective: RowObjective | None,
+        group: dist.ProcessGroup,
+    ) -> Tensor | PackLoss:
+        """Return ``rewards_C`` fp32 of the pack's completions, or with an objective the pack's loss.
+
+        Args:
+            hidden: ``[T or T / TP, 1, H]``.
+            rows: whose completions.
+            objective: what is made of the rewards.
+            group: tensor-parallel ranks.
+        """
+        if self.sequence_parallel:
+            # Every rank then computes the whole loss: its gradient is complete, and only to be split again.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=group
+            )
+        last_CH = hidden.squeeze(1)[rows.completions.last_C]
+        rewards_C = (last_CH.float() @ self.weight.float().T)[:, 0]
+        return rewards_C if objective is None else PackLoss(*objective.loss(rewards_C, rows, {}))
+
+    def initialise(self, deviation: float, seed: int) -> None:
+        """Draw the weight from a normal distribution, the same on every layout."""
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(self.weight.shape, generator=draw) * deviation)
 
 
 class Picked(NamedTuple):

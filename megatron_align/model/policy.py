@@ -6,6 +6,8 @@ H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -46,7 +48,7 @@ from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackedCoreAttention, PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
-from megatron_align.model.head import PackLoss, RowObjective, VocabularyHead
+from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.records import PackedBatch
 
 
@@ -210,7 +212,7 @@ class Policy(LanguageModule):
         chunks = config.virtual_pipeline_model_parallel_size
         self.pre_process = is_pp_first_stage(groups.pp) and is_vp_first_stage(chunk, chunks)
         self.post_process = is_pp_last_stage(groups.pp) and is_vp_last_stage(chunk, chunks)
-        self.share_embeddings_and_output_weights = shape.tied_embeddings
+        self.share_embeddings_and_output_weights = shape.tied_embeddings and not shape.is_reward
         self.inv_freq = inv_freq(shape).to(cpu.device())
         vocab = padded_vocab(shape.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
@@ -226,7 +228,9 @@ class Policy(LanguageModule):
             pg_collection=groups,
             vp_stage=chunk,
         )
-        if self.post_process:
+        if self.post_process and shape.is_reward:
+            self.reward_head = RewardHead(config)
+        elif self.post_process:
             self.output_layer = VocabularyHead(
                 config.hidden_size,
                 vocab,
@@ -237,17 +241,20 @@ class Policy(LanguageModule):
                 skip_weight_param_allocation=self.pre_process and shape.tied_embeddings,
                 tp_group=groups.tp,
             )
-        self.setup_embeddings_and_output_layer()
+        if not shape.is_reward:
+            self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Take the hidden states of the previous stage (megatron-core's schedules call this)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: PackedBatch, objective: RowObjective | None = None) -> Tensor | PackLoss:
-        """Return hidden states before the last stage; on it see :meth:`VocabularyHead.forward`."""
+        """Return hidden states before the last stage; on it what the head's ``forward`` returns."""
         hidden = self._hidden(batch)
         if not self.post_process:
             return hidden
+        if self.shape.is_reward:
+            return self.reward_head(hidden, batch.rows, objective, self.tp_group)
         return self.output_layer(
             hidden, batch.rows, objective, weight=self._head(), vocab_size=self.shape.vocab_size
         )
@@ -261,6 +268,12 @@ class Policy(LanguageModule):
         logits_TV = hidden.squeeze(1) @ self._head().T
         logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
         return logits_TV[:, : self.shape.vocab_size]
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See megatron-core, whose language models always have an output layer: a reward model has none."""
+        if self.shape.is_reward:
+            return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)
+        return super().sharded_state_dict(*args, **kwargs)
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name, layers numbered over the whole model."""

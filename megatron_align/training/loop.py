@@ -34,6 +34,9 @@ from megatron_align.training.schedule import learning_rate
 from megatron_align.training.setup import Plan, locate, one_epoch, prepare
 from megatron_align.training.step import Stepper
 
+REWARD_WEIGHT = "reward_head.weight"
+REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with
+
 
 def run(config: RunConfig, place: parallel.Place) -> None:
     """Train as configured, on this rank.
@@ -64,7 +67,7 @@ class _Run:
             {"the newest step": plan.resume and plan.resume[0], **_data_keys(plan.train, plan.validation)},
             "checkpoint.dir and the data must be the same for all ranks",
         )
-        self.objective = build_objective(self.config.objective)
+        self.objective = build_objective(self.config.objective, plan.train)
         self.done, resumed = plan.resume or (0, None)
         chunks = build_policy(plan.megatron, plan.shape, self.groups)
         self.references: dict[str, ReferenceColumns] = {}
@@ -84,13 +87,18 @@ class _Run:
         self.steps = self.batches.steps
 
     def _load(self, chunks: list[Policy], path: str) -> None:
-        """Read a Hugging Face folder or a checkpoint."""
+        """Read a Hugging Face folder or a checkpoint; a reward head that it lacks is drawn from the seed."""
         weights, assets = locate(path)
+        start = self.plan.start
+        absent = frozenset({REWARD_WEIGHT} if self.plan.shape.is_reward and not start.is_reward else ())
+        local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
         if weights == assets:
-            local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
-            load_weights(weights, self.plan.shape, local, self.groups.tp.rank(), self.groups.tp.size())
+            held = {name: p for name, p in local.items() if name not in absent}
+            load_weights(weights, start, held, self.groups.tp.rank(), self.groups.tp.size())
         else:
-            sharded.load(weights, chunks)
+            sharded.load(weights, chunks, without=absent)
+        if absent and chunks[-1].post_process:
+            chunks[-1].reward_head.initialise(REWARD_DEVIATION, self.config.train.seed)
 
     def _cached_references(self, chunks: list[Policy]) -> dict[str, ReferenceColumns]:
         """Return the columns of each split, computed with ``chunks`` where they are not known yet."""

@@ -116,7 +116,11 @@ class Sinks:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         split = row.get("split", "train")
-        numbers = {f"{split}/{k}": v for k, v in row.items() if k not in ("step", "split")}
+        numbers = {
+            f"{split}/{k}": v
+            for k, v in row.items()
+            if k not in ("step", "split") and not isinstance(v, dict)
+        }
         if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, row["step"])

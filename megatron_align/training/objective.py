@@ -19,6 +19,7 @@ from megatron_align.objectives import (
     DPOConfig,
     KTOConfig,
     ORPOConfig,
+    RewardConfig,
     SFTConfig,
     SimPOConfig,
 )
@@ -32,6 +33,7 @@ from megatron_align.training.preference import (
     build_orpo,
     build_simpo,
 )
+from megatron_align.training.reward import build_reward
 
 
 class Objective(Protocol):
@@ -121,8 +123,10 @@ _BUILDERS = {
 }
 
 
-def build_objective(config: Any) -> Objective:
-    """Return the objective of a configuration section (one of ``config.OBJECTIVES``)."""
+def build_objective(config: Any, store: TokenStore) -> Objective:
+    """Return the objective of a configuration section (one of ``config.OBJECTIVES``) for some training data."""
+    if isinstance(config, RewardConfig):
+        return build_reward(config, store)
     return _BUILDERS[type(config)](config)
 
 
@@ -132,6 +136,8 @@ def need_facts(config: Any, store: TokenStore, name: str) -> None:
     Raises:
         InputError: naming ``name`` (the data) and what is missing.
     """
+    if isinstance(config, RewardConfig):
+        _need_reward_facts(config, store, name)
     if not isinstance(config, DPOConfig):
         return
     if any(loss_type in ("margin", "reward_aware") for loss_type in config.loss_types):
@@ -148,3 +154,17 @@ def need_facts(config: Any, store: TokenStore, name: str) -> None:
             f"{name}: loss_type {', '.join(coupled)} mixes the pairs of a step, so that they must weigh the same; "
             f"got weights from {store.weights.min():g} to {store.weights.max():g}"
         )
+
+
+def _need_reward_facts(config: RewardConfig, store: TokenStore, name: str) -> None:
+    if config.alpha and np.isnan(store.scores).all():
+        raise InputError(f"{name}: objective.alpha {config.alpha:g} reads absolute scores; no sample has one")
+    if config.ranked_loss is not None and store.kind != "ranked":
+        raise InputError(f"{name}: objective.ranked_loss is of ranked data, got {store.kind} data")
+    if store.kind == "ranked":
+        lists = np.split(np.asarray(store.scores), store.completion_offsets[1:-1])
+        ranks = np.array([len(set(scores)) for scores in lists])
+        if (level := np.flatnonzero(ranks < 2)).size:
+            raise InputError(f"{name}: a ranked list needs two different scores, sample {level[0]} has one")
+        if config.center_rewards_coefficient:
+            raise InputError(f"{name}: objective.center_rewards_coefficient is of pairs, got ranked data")

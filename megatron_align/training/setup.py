@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.convert import need_tied_head, open_hf
+from megatron_align.checkpoint.hf import need_tied_head, open_hf
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import need_room, step_order
 from megatron_align.data.order import passes_per_epoch
@@ -47,7 +47,8 @@ class Plan:
     config: RunConfig
     place: parallel.Place
     folder: Path
-    shape: ModelShape
+    start: ModelShape  # of the weights that training starts from
+    shape: ModelShape  # of the model that is trained
     assets: Path  # HF folder with config and tokenizer
     weights: Path  # HF folder or checkpoint that training starts from
     resume: tuple[int, Path] | None
@@ -61,12 +62,13 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     config.parallel.data_parallel(place.world_size)
     check_logging(config.logging)
     weights, assets = locate(config.model.path)
-    shape = read_shape(assets)
+    start = read_shape(assets)
+    shape = _trained_shape(start, config, assets)
     megatron = transformer_config(
         shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers
     )
     if weights == assets:
-        need_tied_head(open_hf(assets)[0], shape)
+        need_tied_head(open_hf(assets)[0], start)
     _need_same_shape(config.reference.path, shape)
     if config.data.sequence_length > shape.max_positions:
         raise InputError(
@@ -86,6 +88,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
             _need_same_run(config, stores["train"], resume[1])
     return Plan(
         config=config,
+        start=start,
         place=place,
         folder=folder,
         shape=shape,
@@ -102,6 +105,17 @@ def locate(path: str) -> tuple[Path, Path]:
     """Return where the weights of a model are (a Hugging Face folder or a checkpoint), and its small files."""
     checkpoint = sharded.find(path)
     return (checkpoint, checkpoint / sharded.ASSETS) if checkpoint else (Path(path), Path(path))
+
+
+def _trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:
+    """Return the shape of what the objective trains: a reward model may start from a language model."""
+    if config.objective.name == "reward":
+        return start.as_reward()
+    if start.is_reward:
+        raise InputError(
+            f"objective {config.objective.name} needs a language model, got {start.architecture} in {assets}"
+        )
+    return start
 
 
 def _need_same_shape(reference: str | None, shape: ModelShape) -> None:

@@ -71,7 +71,11 @@ def labelled(tmp_path_factory):
 def trl_rows(module, kind, model, records, folder, **options):
     """Return TRL's log of every step, unrounded."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     trl = importlib.import_module(module)
     parent = getattr(trl, f"{kind}Trainer")
@@ -96,7 +100,7 @@ def trl_rows(module, kind, model, records, folder, **options):
             super().log(logs, *args, **kwargs)
 
     Recording.rows = []
-    own = {"pad_to_multiple_of": None} if kind != "KTO" else {}
+    own = {"pad_to_multiple_of": None} if kind in ("DPO", "Reward") else {}
     if "experimental" in module:
         own = {"max_completion_length": LENGTH} if kind in ("CPO", "ORPO") else {}
     arguments = getattr(trl, f"{kind}Config")(
@@ -119,8 +123,9 @@ def trl_rows(module, kind, model, records, folder, **options):
         **own,
         **options,
     )
+    auto = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
     trainer = Recording(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        auto.from_pretrained(model, dtype=torch.float32),
         args=arguments,
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(model),
@@ -197,6 +202,34 @@ def test_orpo(pool, tiny_models, text_pairs, tmp_path):
         "trl.experimental.orpo", "ORPO", tiny_models(), records_of(text_pairs), tmp_path / "trl"
     )
     assert_same(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, tiny_models):
+    """The tiny model with a drawn reward head, as a Hugging Face folder of its own."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_models(), num_labels=1, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models())
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "centred", "margin"])
+def test_reward(name, pool, reward_model, tmp_path):
+    extra = {"margin": lambda draw: draw.uniform(0.1, 2.0)} if name == "margin" else {}
+    pairs = write_pairs(tmp_path / "pairs.jsonl", samples=STEPS * BATCH, **extra)
+    options = {"center_rewards_coefficient": 0.1} if name == "centred" else {}
+    ours = our_rows(pool, reward_model, pairs, tmp_path / "ours", name="reward", **options)
+    theirs = trl_rows("trl", "Reward", reward_model, records_of(pairs), tmp_path / "trl", **options)
+    assert_same(ours, theirs, {"accuracy": "accuracy", "margin": "reward_margin"})
+    assert sum(ours[0]["reward_histogram"]["counts"]) == 2 * BATCH
 
 
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])

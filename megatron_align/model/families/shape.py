@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,23 @@ class ModelShape:
     def is_reward(self) -> bool:
         """Whether the model ends in one number per token instead of a vocabulary."""
         return self.architecture.endswith("ForSequenceClassification")
+
+    def as_reward(self) -> ModelShape:
+        """Return the shape of the reward model that training makes of this one.
+
+        Raises:
+            InputError: the family has none.
+        """
+        if self.is_reward:
+            return self
+        family = self.architecture.removesuffix("ForCausalLM")
+        architecture = f"{family}ForSequenceClassification"
+        if architecture not in _DEFAULTS:
+            known = [name for name in _DEFAULTS if name.endswith("ForSequenceClassification")]
+            raise InputError(
+                f"a reward model must be one of {', '.join(known)}; model.path is of {self.architecture}"
+            )
+        return replace(self, architecture=architecture)
 
 
 # What transformers assumes where config.json is silent. Sizes have no default: a guess would be wrong.
