@@ -19,7 +19,7 @@ from megatron_align.data.swaps import Groups
 # Found on lognormal chat lengths (benchmarks/packing.py); parts of a thousand. The shortest samples, with one of
 # these shares of the tokens, are kept back to level the packs: the fewer, the more level the cost; the first that
 # does is taken.
-KEPT_BACK = (10, 20, 50, 200)
+KEPT_BACK = (10, 50, 200)
 PLAY = 5  # in the tokens of a rank, while the cost is levelled
 FILLING = 100  # the shortest samples with this share of the tokens tell what room that is left will cost
 # Where a rank still costs more than GOAL of the mean (a long sample leaves it room for few others) and need not, the

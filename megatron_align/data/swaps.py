@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 CANDIDATES = 64  # of a group, evenly over its weights: bounds the time where groups are large
-LOOKS = 150  # at pairs of groups; some milliseconds
+LOOKS = 100  # at pairs of groups; some milliseconds
 ENOUGH = 8  # a swap that takes off this part of the difference of two groups is good enough to stop looking
 
 
