@@ -10,7 +10,8 @@ own, the two contestants in turn, prints a table and appends it to ``benchmarks/
 Ours reads, checks, hashes, tokenises, masks and stores. Both use one core: rates are text bytes of the file over
 CPU seconds of the process, imports and the loading of the tokenizer left out. ``map``: the peer's map alone;
 ``all``: with its reading of the file. ``--processes`` adds the wall time of several processes. Memory is the peak
-resident size of a process that prepares a file of ``--memory`` megabytes, and of one that prepares one record.
+resident size (VmHWM) while a file of ``--memory`` megabytes is prepared by ``--processes`` processes: of the one that
+reads and joins, of the largest of those that tokenise; and of a process that prepares one record.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "tokenise.csv"
@@ -123,8 +128,10 @@ def ours(folder: Path, case: str, file: str, processes: int) -> dict[str, float]
     prepare(spec("one.jsonl", 1))
     before = _peak()
     clock = _clock()
-    store = TokenStore(prepare(spec(file, processes)))
-    return {**_elapsed(clock), "tokens": int(store.lengths.sum()), "peak": _peak(), "peak_before": before}
+    with _children_watched() as children:
+        store = TokenStore(prepare(spec(file, processes)))
+    peaks = {"peak": _peak(), "peak_before": before, "peak_child": max(children.values(), default=0)}
+    return {**_elapsed(clock), "tokens": int(store.lengths.sum()), **peaks}
 
 
 def peer(folder: Path, case: str, file: str, processes: int) -> dict[str, float]:
@@ -173,6 +180,37 @@ def peer(folder: Path, case: str, file: str, processes: int) -> dict[str, float]
 
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+@contextmanager
+def _children_watched() -> Iterator[dict[str, float]]:
+    """Yield the peak resident size in MB of every process below this one, as last seen."""
+    peaks: dict[str, float] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            for process in _below(str(os.getpid())):
+                with suppress(OSError):  # it has just ended
+                    told = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+                    for kilobytes in re.findall(r"^VmHWM:\s*(\d+)", told, re.M):
+                        peaks[process] = int(kilobytes) * 1024 / 1e6
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _below(process: str) -> list[str]:
+    found = []
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            found += file.read_text(encoding="utf-8").split()
+    return found + [below for child in found for below in _below(child)]
 
 
 def _clock() -> tuple[float, float]:
@@ -240,6 +278,7 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
         "memory_megabytes": "",
         "peak_mb": "",
         "peak_one_record_mb": "",
+        "peak_child_mb": "",
     }
     if options.processes > 1:
         for what in ("ours", "peer"):
@@ -247,11 +286,12 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
             row[f"{what}_wall_s"] = round(found["wall"], 2)
     if options.memory:
         corpus.write(folder / "data.jsonl", case, options.memory)
-        found = apart("ours", folder, case, "data.jsonl", 1)
+        found = apart("ours", folder, case, "data.jsonl", options.processes)
         row |= {
             "memory_megabytes": round((folder / "data.jsonl").stat().st_size / 1e6),
             "peak_mb": round(found["peak"]),
             "peak_one_record_mb": round(found["peak_before"]),
+            "peak_child_mb": round(found["peak_child"]),
         }
     return row
 

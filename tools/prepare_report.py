@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 FILES = ("report.json", "lengths.png", "report.html")
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse}td{padding:.15rem 1rem .15rem 0;vertical-align:top}
+td:first-child{white-space:nowrap}
 td+td{font-variant-numeric:tabular-nums}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:1rem;border-radius:6px}
 mark{background:#b9e6c0;border-radius:2px}h3{margin-bottom:.3rem}img{max-width:100%}.note{color:#666}"""

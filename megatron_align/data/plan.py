@@ -14,11 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Found on lognormal chat lengths (benchmarks/packing.py). The shortest samples, with one of these shares of the
-# tokens, are kept back to level the packs: the fewer, the more level the cost; the first share that does is taken.
-KEPT_BACK = (0.01, 0.02, 0.05, 0.2)
-PLAY = 0.005  # in the tokens of a rank, while the cost is levelled
-FILLING = 0.1  # the shortest samples with this share of the tokens tell what room that is left will cost
+from megatron_align.data.swaps import Groups
+
+# Found on lognormal chat lengths (benchmarks/packing.py); parts of a thousand. The shortest samples, with one of
+# these shares of the tokens, are kept back to level the packs: the fewer, the more level the cost; the first that
+# does is taken.
+KEPT_BACK = (10, 50, 200)
+PLAY = 5  # in the tokens of a rank, while the cost is levelled
+FILLING = 100  # the shortest samples with this share of the tokens tell what room that is left will cost
+# Where a rank still costs more than GOAL of the mean (a long sample leaves it room for few others) and need not, the
+# other ranks take more tokens, up to MOST_TOKENS of the mean, and packs are padded until TEXT of it all is text.
+LOOSE_PLAY, LOOSELY_KEPT_BACK = 19, 1
+GOAL, MOST_TOKENS, TEXT = 1050, 1020, 980
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,9 +72,9 @@ def plan_step(  # noqa: PLR0913 - one call per step; the sizes are scalars that 
     """Spread the samples of a step over ``ranks x micro-batches`` packs.
 
     Takes the fewest micro-batches into which the samples fit (by best fit decreasing), balances tokens over the
-    packs to about a percent, and within that attention cost over the ranks. The same arguments give the same
-    plan. No plan can pad less than to the longest sample, nor even out a sample that costs more than a rank's
-    share.
+    packs to about a percent (two where a long sample makes the cost uneven), and within that attention cost over
+    the ranks. Whole numbers only: the same arguments give the same plan anywhere. No plan can pad less than to the
+    longest sample, nor even out a sample that costs more than a rank's share.
 
     Args:
         lengths_B: tokens of each sample.
@@ -95,9 +102,10 @@ def plan_step(  # noqa: PLR0913 - one call per step; the sizes are scalars that 
     dealt = None
     if packing:
         even = _even(lengths, longest_first, ranks * micro_batches)
-        bound = min(capacity, int(_fullest(lengths, even) * (1 + 2 * PLAY)))
-        tries = (_level(lengths, costs, longest_first, (ranks, micro_batches), kept) for kept in KEPT_BACK)
-        dealt = next((packs for packs in tries if _fullest(lengths, packs) <= bound), None)
+        room = min(capacity, _fullest(lengths, even) * (1000 + 2 * PLAY) // 1000)
+        with_text = sum(lengths) * 1000 // (TEXT * ranks * micro_batches) // multiple * multiple
+        rooms = (room, min(capacity, max(room, with_text)))
+        dealt = _level(lengths, costs, longest_first, (ranks, micro_batches), rooms)
         packs = even if _fullest(lengths, even) <= capacity else packs
     if dealt is None:
         packs += [[] for _ in range(ranks * micro_batches - len(packs))]
@@ -137,16 +145,88 @@ def _tight(lengths: list[int], longest_first: list[int], capacity: int) -> list[
 
 
 def _level(
-    lengths: list[int], costs: list[int], longest_first: list[int], grid: tuple[int, int], kept_share: float
-) -> list[list[int]]:
-    """Return packs, rank after rank: cost level over ranks, tokens level over packs; capacity is not looked at.
+    lengths: list[int],
+    costs: list[int],
+    longest_first: list[int],
+    grid: tuple[int, int],
+    rooms: tuple[int, int],
+) -> list[list[int]] | None:
+    """Return packs, rank after rank: cost level over ranks, tokens level over packs. None: none were found that fit.
 
-    Long samples decide the cost and short ones are many. So, longest first, each sample goes to a rank whose share
-    of the tokens has room for it; the shortest samples are kept back for the ranks that are emptiest in the end.
+    Packs within the first of ``rooms`` are looked for; where their cost is above its goal and need not be, or none
+    fit, packs within the second.
     """
     ranks, micro_batches = grid
-    kept_back, late = _shortest(lengths, longest_first, kept_share)
-    share = int((sum(lengths) - late) / ranks * (1 + PLAY))
+    tries = (
+        _packs(lengths, _level_ranks(lengths, costs, longest_first, ranks, (PLAY, kept)), micro_batches)
+        for kept in KEPT_BACK
+    )
+    found = next((packs for packs in tries if _fullest(lengths, packs) <= rooms[0]), None)
+    goal = sum(costs) * GOAL // (1000 * ranks)
+    costliest = goal if found is None else _costliest(costs, found, micro_batches)
+    if found is not None and (costliest <= goal or _least_cost(lengths, costs, longest_first, ranks) > goal):
+        return found
+    play = min(LOOSE_PLAY, rooms[1] * micro_batches * ranks * 1000 // max(sum(lengths), 1) - 1000)
+    mine = _level_ranks(lengths, costs, longest_first, ranks, (play, LOOSELY_KEPT_BACK))
+    swapped = _swapped(lengths, costs, mine, goal, (micro_batches, rooms[1]))
+    if swapped is None or (found is not None and _costliest(costs, swapped, micro_batches) >= costliest):
+        return found
+    return swapped
+
+
+def _costliest(costs: list[int], packs: list[list[int]], micro_batches: int) -> int:
+    by_rank = (packs[at : at + micro_batches] for at in range(0, len(packs), micro_batches))
+    return max(sum(costs[i] for pack in some for i in pack) for some in by_rank)
+
+
+def _least_cost(lengths: list[int], costs: list[int], longest_first: list[int], ranks: int) -> int:
+    """Return what the rank with the longest sample costs at least, no other having over MOST_TOKENS of the mean."""
+    tokens, (longest, *others) = sum(lengths), longest_first
+    missing = tokens - tokens * MOST_TOKENS * (ranks - 1) // (1000 * ranks) - lengths[longest]
+    cost = costs[longest]
+    for i in reversed(others):  # the shortest
+        if missing <= 0:
+            break
+        cost += costs[i] * min(lengths[i], missing) // max(lengths[i], 1)
+        missing -= lengths[i]
+    return cost
+
+
+def _swapped(
+    lengths: list[int], costs: list[int], mine: list[list[int]], goal: int, packs_of: tuple[int, int]
+) -> list[list[int]] | None:
+    """Swap samples until no rank costs more than ``goal``, as far as that goes; None: the packs have no room."""
+    micro_batches, room = packs_of
+    most = min(sum(lengths) * MOST_TOKENS // (1000 * len(mine)), micro_batches * room)
+    lengths_B, costs_B = np.array(lengths), np.array(costs)
+    Groups(mine, lengths_B, np.zeros_like(lengths_B), 0).lighten(most)
+    Groups(mine, costs_B, lengths_B, most).lighten(goal)
+    packs = []
+    for some in mine:
+        even = _even(lengths, sorted(some, key=lambda i: (-lengths[i], i)), micro_batches)
+        if not Groups(even, lengths_B, np.zeros_like(lengths_B), 0).lighten(room):
+            return None
+        packs += even
+    return packs
+
+
+def _packs(lengths: list[int], mine: list[list[int]], micro_batches: int) -> list[list[int]]:
+    """Spread the samples of each rank over its packs."""
+    return [pack for some in mine for pack in _even(lengths, some, micro_batches)]
+
+
+def _level_ranks(
+    lengths: list[int], costs: list[int], longest_first: list[int], ranks: int, parts: tuple[int, int]
+) -> list[list[int]]:
+    """Return the samples of every rank, longest first: cost level, tokens nearly so.
+
+    Long samples decide the cost and short ones are many. So, longest first, each sample goes to a rank whose share
+    of the tokens (and ``parts[0]`` thousandths more) has room for it; the shortest samples, with ``parts[1]``
+    thousandths of the tokens, are kept back for the ranks that are emptiest in the end.
+    """
+    play, kept = parts
+    kept_back, late = _shortest(lengths, longest_first, kept)
+    share = (sum(lengths) - late) * (1000 + play) // (1000 * ranks)
     mine = _level_cost(lengths, costs, longest_first[: len(lengths) - kept_back], share, ranks)
     load = [(sum(lengths[i] for i in some), rank) for rank, some in enumerate(mine)]
     heapq.heapify(load)
@@ -154,12 +234,12 @@ def _level(
         tokens, rank = load[0]
         mine[rank].append(i)
         heapq.heapreplace(load, (tokens + lengths[i], rank))
-    return [pack for some in mine for pack in _even(lengths, some, micro_batches)]
+    return mine
 
 
-def _shortest(lengths: list[int], longest_first: list[int], share: float) -> tuple[int, int]:
+def _shortest(lengths: list[int], longest_first: list[int], thousandths: int) -> tuple[int, int]:
     """Return how many of the shortest samples have at most this share of the tokens, and their tokens."""
-    most, count, tokens = share * sum(lengths), 0, 0
+    most, count, tokens = thousandths * sum(lengths) // 1000, 0, 0
     for i in reversed(longest_first):
         if tokens + lengths[i] > most:
             break

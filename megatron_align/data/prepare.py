@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from megatron_align.data.heartbeat import Follower, beating
 from megatron_align.data.parts import (
     LEFT_OUT,
     Chunk,
@@ -74,18 +76,35 @@ def prepare(spec: StoreSpec) -> Path:
 
 
 def prepare_or_wait(spec: StoreSpec, local_rank: int) -> Path:
-    """Prepare on local rank 0; the others wait for its store, until it comes or the launcher ends them.
+    """Prepare on local rank 0; the others wait for its store, however long it takes.
 
     Local rank 0 also tells of the records that were skipped.
+
+    Raises:
+        InputError: as :func:`prepare`; on the others, if local rank 0 failed, or gave no sign for
+            ``heartbeat.SILENT_SECONDS``.
     """
+    sign = Path(spec.cache) / f".{_asked(spec)}.{socket.gethostname()}.alive"
     if local_rank == 0:
-        path = prepare(spec)
+        with beating(sign):
+            path = prepare(spec)
         _tell_skipped(read_manifest(path))
         return path
+    leader = Follower(sign)
     path = spec.path(spec.inputs())
     while not path.exists():
+        failure = leader.failure()
+        if failure:
+            raise InputError(
+                f"local rank {local_rank} needs the data that local rank 0 prepares in {spec.cache}; {failure}"
+            )
         time.sleep(POLL_SECONDS)
     return path
+
+
+def _asked(spec: StoreSpec) -> str:
+    """Return a name for what is asked, known before any file is read."""
+    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
 
 
 def _tell_skipped(manifest: dict[str, Any]) -> None:

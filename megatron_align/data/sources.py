@@ -26,6 +26,10 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 _CHUNK = 1 << 18  # characters of a JSON array, bytes of a Parquet column read at a time
 _ROWS = 64  # Parquet rows decoded at a time
 _SPACE = " \t\r\n"
+# A record's end is only known from its syntax: to look for the next one would be to guess.
+_UNREADABLE = (
+    "; what follows in a JSON array cannot be told apart (in JSON Lines, on_bad_record: skip goes on)"
+)
 
 Raw = tuple[str, dict[str, Any] | InputError]  # a record and its place, or what is wrong with it
 
@@ -246,7 +250,9 @@ def _read_array(path: str) -> Iterator[tuple[str, Any]]:
                 text.skip_space()
             elif mark != "]":
                 got = mark or "the end of the file"
-                raise InputError(f"{path}: record {number}: must be followed by ',' or ']', got {got!r}")
+                raise InputError(
+                    f"{path}: record {number}: must be followed by ',' or ']', got {got!r}{_UNREADABLE}"
+                )
         text.position += 1  # the closing bracket
         if text.skip_space():
             raise InputError(f"{path}: must end after its JSON array, got more text after record {number}")
@@ -280,11 +286,13 @@ class _Window:
                     continue
                 raise InputError(
                     f"{self._path}:{self._lines + error.lineno}: record {number} must be JSON, "
-                    f"got {error.msg} at character {self._characters + error.pos}"
+                    f"got {error.msg} at character {self._characters + error.pos}{_UNREADABLE}"
                 ) from error
             except (ValueError, RecursionError) as error:
                 reason = "one nested too deep" if isinstance(error, RecursionError) else str(error)
-                raise InputError(f"{self._path}: record {number} must be JSON, got {reason}") from error
+                raise InputError(
+                    f"{self._path}: record {number} must be JSON, got {reason}{_UNREADABLE}"
+                ) from error
             return value
 
     def _widen(self) -> bool:

@@ -133,7 +133,7 @@ class Template:
     def _judged(self, record: Preference) -> Sample:
         """Lay out ``prompt | completion | ...``; the prompt ends where the first completion diverges from it."""
         if isinstance(record.prompt, str):
-            prompt_ids = self.tokenizer(text=record.prompt)["input_ids"]
+            prompt_ids = self._pieces.ids(record.prompt, added=True)
             pieces = [self._text_ids(record.prompt, text, record.where) for text in record.completions]
             left_out: list[np.ndarray | None] = [None] * len(pieces)
         else:
@@ -195,7 +195,7 @@ class Template:
     def _text(self, record: Completion) -> tuple[list[int], np.ndarray]:
         """Plain text: the completion starts where it diverges from the prompt alone."""
         all_ids = self._text_ids(record.prompt, record.completion, record.where)
-        prompt_ids = self.tokenizer(text=record.prompt)["input_ids"]
+        prompt_ids = self._pieces.ids(record.prompt, added=True)
         return all_ids, self._after_prompt(prompt_ids, all_ids, record.where)
 
     def _text_ids(self, prompt: str, completion: str, where: str) -> list[int]:
@@ -204,7 +204,7 @@ class Template:
         if eos is None:
             raise InputError(f"{where}: plain text needs a tokenizer with an EOS token, got none")
         completion = completion if completion.endswith(eos) else completion + eos
-        return self.tokenizer(text=prompt + completion)["input_ids"]
+        return self._pieces.ids(prompt + completion, added=True)
 
     def _completion_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
         prompt_ids = self._pieces.ids(self._render(record, record.prompt_messages, prompt=True))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.data.plan import attention_cost, plan_step
+from megatron_align.data.swaps import Groups
 
 FEW = settings(max_examples=100, deadline=None)
 
@@ -74,9 +75,9 @@ def test_attention_cost_is_balanced_over_ranks():
     assert max(cost) - min(cost) <= 64 * 16
 
 
-def chat_lengths(seed, samples=512, mean=815, capacity=16384):
+def chat_lengths(seed, samples=512, mean=815, capacity=16384, sigma=1.0):
     """The lognormal mix of benchmarks/packing.py."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5, 1.0, samples)
+    drawn = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, samples)
     return np.clip(drawn, 8, capacity).astype(np.int64)
 
 
@@ -95,6 +96,51 @@ def test_chat_mix_is_level_as_far_as_can_be(ranks):
         least = max(cost.mean(), lengths.max() ** 2)
         # beside the longest sample a rank still has its share of tokens to hold: 1.15 where that one dominates
         assert cost.max() <= (1.05 if lengths.max() ** 2 < cost.mean() / 2 else 1.15) * least
+
+
+@pytest.mark.parametrize("seed", [18, 24, 29, 39])
+def test_a_long_sample_is_levelled_where_it_can_be(seed):
+    """The longest sample costs 0.85 to 0.96 of a rank's share: filled up like other ranks, its rank costs too much."""
+    lengths = chat_lengths(seed, sigma=0.8)
+    mean = (lengths**2).sum() / 16
+    assert 0.85 <= lengths.max() ** 2 / mean <= 0.96
+    plan = plan_step(lengths, 16, 16384, 8)
+    tokens = np.array([sum(lengths[pack].sum() for pack in rank) for rank in plan.packs])
+    cost = np.array([sum((lengths[pack] ** 2).sum() for pack in rank) for rank in plan.packs])
+    assert cost.max() <= 1.05 * mean
+    assert tokens.max() <= 1.02 * tokens.mean()
+    assert lengths.sum() >= 0.98 * plan.tokens * sum(map(len, plan.packs))
+
+
+@FEW
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 90), st.integers(0, 9)), max_size=40),
+    goal=st.integers(0, 400),
+    slack=st.integers(0, 10),
+)
+def test_swaps_keep_samples_and_sizes_and_never_make_it_worse(samples, goal, slack):
+    group, weights, sizes = (
+        (np.array(column, dtype=np.int64) for column in zip(*samples, strict=True))
+        if samples
+        else (np.zeros(0, np.int64),) * 3
+    )
+    members = [np.flatnonzero(group == g).tolist() for g in range(5)]
+    heaviest, most = (max(int(x[m].sum()) for m in members) for x in (weights, sizes))
+    groups = Groups(members, weights, sizes, most + slack)
+    reached = groups.lighten(goal)
+    assert sorted(i for m in groups.members for i in m) == list(range(len(samples)))
+    assert groups.weight == [weights[m].sum() for m in groups.members]
+    assert max(groups.weight) <= heaviest
+    assert reached == (max(groups.weight) <= goal)
+    assert max(int(sizes[m].sum()) for m in groups.members) <= most + slack
+
+
+def test_swaps_find_an_even_split():
+    weights = np.array([9, 8, 7, 6, 5, 4, 3, 2])
+    groups = Groups([[0, 1, 2, 3], [4, 5, 6, 7]], weights, np.ones(8, dtype=np.int64), 4)
+    assert groups.lighten(22)
+    assert groups.weight == [22, 22]
+    assert [len(group) for group in groups.members] == [4, 4]
 
 
 @FEW

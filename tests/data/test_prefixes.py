@@ -1,9 +1,20 @@
 """The quick way to count a prefix's tokens gives what tokenising the prefix gives, for every prefix of any text."""
 
+import copy
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from megatron_align.data.prefixes import Pieces, Rendering, common
@@ -81,6 +92,35 @@ def test_the_quick_way_is_taken(tokenizers, monkeypatch):
     monkeypatch.setattr(pieces, "ids", lambda text: pytest.fail("the whole prefix was tokenised"))
     assert rendering.covered(text[: text.index("Hello")]) == len(whole_ids(text[: text.index("Hello")]))
     assert seen == ["<|im_start|>assistant\n"]
+
+
+@pytest.mark.parametrize("name", ["byte level", "prefix space", "metaspace first", "metaspace always"])
+def test_the_backend_gives_what_a_call_gives(tokenizers, name):
+    tokenizer = copy.deepcopy(tokenizers[name])
+    backend = tokenizer.backend_tokenizer
+    around = [("<unk>", backend.token_to_id("<unk>"))]
+    backend.post_processor = processors.TemplateProcessing("<unk> $A <unk>", special_tokens=around)
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    pieces = Pieces(tokenizer)
+    assert pieces._backend is not None
+
+    @settings(max_examples=60, deadline=None)
+    @given(texts, st.booleans())
+    def check(text, added):
+        assert pieces.ids(text, added=added) == tokenizer(text=text, add_special_tokens=added)["input_ids"]
+
+    check()
+    assert len(pieces.ids("", added=True)) == 2
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called(tokenizers):
+    class Own(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, *args, **options):
+            return super()._encode_plus(text + "!", *args, **options)
+
+    own = Own(tokenizer_object=tokenizers["byte level"].backend_tokenizer)
+    assert Pieces(own).ids("hello") == Pieces(tokenizers["byte level"]).ids("hello!")
 
 
 def test_tokens_that_take_in_space_are_left_to_the_slow_way(tokenizers):

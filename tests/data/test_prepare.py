@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -325,17 +324,6 @@ def test_two_nodes_may_prepare_at_once(make, monkeypatch):
     assert len(TokenStore(path, verify=True)) == len(RECORDS)
     assert list(path.parent.iterdir()) == [path]
     assert (path / MANIFEST).is_file()
-
-
-def test_other_ranks_wait_for_local_rank_0(make):
-    spec, found = make(RECORDS), []
-    waiting = threading.Thread(target=lambda: found.append(prepare_or_wait(spec, 1)), daemon=True)
-    waiting.start()
-    time.sleep(0.1)
-    assert not found
-    path = prepare_or_wait(spec, 0)
-    waiting.join(timeout=5)
-    assert found == [path]
 
 
 def test_kinds_do_not_mix(make, jsonl):

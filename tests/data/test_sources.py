@@ -137,6 +137,19 @@ def test_bad_records_are_told_and_left_out(jsonl):
     )
 
 
+def test_an_array_is_read_on_after_what_is_json_and_no_further_than_what_is_not(tmp_path):
+    good, path, told = json.dumps(GOOD), tmp_path / "array.json", []
+    path.write_text(f'[3, {good}, {{"prompt": 1}}, null, {good}, [{good}]]')
+    records = read_file(str(path), on_bad=told.append)[1]
+    assert [record.where for record in records] == [f"{path}: record {i}" for i in (2, 5)]
+    assert [str(error).split(":")[1] for error in told] == [f" record {i}" for i in (1, 3, 4, 6)]
+    for broken in (f'[{good}, {{"prompt": p}}, {good}]', f"[{good}, {good} {good}]", f"[{good}, {good}"):
+        path.write_text(broken)
+        with pytest.raises(InputError, match="record 2.*got .*; what follows in a JSON array cannot be told"):
+            list(read_file(str(path), on_bad=told.append)[1])
+    assert len(told) == 4
+
+
 @pytest.mark.parametrize("on_bad", [None, lambda error: None], ids=["error", "skip"])
 def test_mixed_shapes_are_an_error_either_way(on_bad, jsonl):
     path = jsonl([GOOD, {"messages": TURNS}])
