@@ -1,7 +1,7 @@
 """``megatron-align convert import | export | verify``; also ``python tools/convert.py``.
 
-One CPU process, no torchrun; the whole model is held in memory. Exit code of verify: 0 the same model, 1 a
-difference or a number that is not finite, 2 bad input.
+One CPU process, no torchrun; memory does not grow with the model (of verify: with --deep). Exit code of verify:
+0 the same model, 1 a difference or a number that is not finite, 2 bad input.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from megatron_align.tools.command import Parser
 
 PROGRAM = "megatron-align convert"
-ABOUT = "Convert between Hugging Face folders and checkpoints, on one CPU process that holds the whole model."
+ABOUT = "Convert between Hugging Face folders and checkpoints, tensor by tensor, on one CPU process."
 COMMANDS = {
     "import": "Hugging Face folder -> checkpoint (weights only, no optimizer state)",
     "export": "checkpoint -> Hugging Face folder (config, tokenizer, safetensors)",
     "verify": "prove that a checkpoint and a Hugging Face folder hold the same model",
 }
-_MEMORY = "Needs no GPU and no torchrun. The whole model is held in memory: {memory}."
+_MEMORY = "Needs no GPU and no torchrun. Memory, beside about 0.5 GB: {memory}."
 _VERIFY = """Three checks: the sizes and constants of config.json are equal; every tensor is equal byte for byte;
 and the logits of our model, on texts packed together, equal those of transformers on each text alone (both
 in fp32, on random tokens and on real text). Exit code 0: all equal; 1: anything differs or is not finite;
-2: bad input. A trained checkpoint differs from the model it started from: compare it with its own export."""
+2: bad input. If logits differ, the first module that does is named. A trained checkpoint differs from the
+model it started from: compare it with its own export."""
 
 
 def run(arguments: list[str]) -> int:
@@ -37,9 +38,17 @@ def run(arguments: list[str]) -> int:
 
     name, rest = choose(PROGRAM, ABOUT, COMMANDS, arguments)
     add_arguments, act, memory = {
-        "import": (_import_arguments, _import, "2 bytes a parameter in bf16, 4 in fp32"),
-        "export": (_export_arguments, _export, "2 bytes a parameter in bf16, 4 in fp32"),
-        "verify": (_verify_arguments, _verify, "8 bytes a parameter, ours and that of transformers in fp32"),
+        "import": (_import_arguments, _import, "chunks of 64 MB, whatever the model's size"),
+        "export": (
+            _export_arguments,
+            _export,
+            "twice the largest tensor, or pair or triple that belong together",
+        ),
+        "verify": (
+            _verify_arguments,
+            _verify,
+            "8 bytes a parameter, ours and that of transformers in fp32; with --deep that of one layer",
+        ),
     }[name]
     about = _VERIFY if name == "verify" else f"{COMMANDS[name]}."
     parser = Parser(f"{PROGRAM} {name}", f"{about}\n\n{_MEMORY.format(memory=memory)}")
@@ -60,11 +69,7 @@ def _import_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="CKPT", help="checkpoint to write: a new or empty folder"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="cast the weights to this (default: as they are stored, so that an export gives the same bytes)",
-    )
+    _add_dtype(parser)
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -73,6 +78,14 @@ def _import(options: argparse.Namespace) -> int:
     done = import_hf(options.hf, options.out, options.dtype)
     print(f"imported {done}, to {options.out}")
     return 0
+
+
+def _add_dtype(parser: Parser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="cast the weights to this (default: as they are stored, so that the bytes stay the same)",
+    )
 
 
 def _export_arguments(parser: Parser) -> None:
@@ -85,12 +98,13 @@ def _export_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="Hugging Face folder to write: new or empty"
     )
+    _add_dtype(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
     from megatron_align.checkpoint.convert import export_hf
 
-    done = export_hf(options.checkpoint, options.out)
+    done = export_hf(options.checkpoint, options.out, options.dtype)
     print(f"exported {done}, from {done.folder} to {options.out}")
     return 0
 
@@ -114,6 +128,11 @@ def _verify_arguments(parser: Parser) -> None:
         default=1e-4,
         help="largest absolute difference of a logit (default: 1e-4)",
     )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="compare layer by layer, one layer in memory on each side: for models that do not fit twice",
+    )
     parser.add_argument("--json", metavar="REPORT", help="also write the findings to this file, as JSON")
 
 
@@ -129,12 +148,12 @@ def _tolerance(text: str) -> float:
 
 def _verify(options: argparse.Namespace) -> int:
     _quiet_transformers()
-    from megatron_align.checkpoint.convert import need_writable
+    from megatron_align.checkpoint.files import need_writable
     from megatron_align.checkpoint.verify import verify
 
     if options.json:
         need_writable(Path(options.json))
-    findings = verify(options.hf, options.checkpoint, options.data, options.tolerance)
+    findings = verify(options.hf, options.checkpoint, options.data, options.tolerance, options.deep)
     if options.json:
         text = json.dumps(findings.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         Path(options.json).write_text(text + "\n", encoding="utf-8")

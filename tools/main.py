@@ -15,6 +15,7 @@ from pathlib import Path
 ABOUT = "Tools around alignment training; the training itself is: torchrun -m megatron_align.train --help"
 TOOLS = {
     "convert": "Hugging Face folder <-> checkpoint, and proof that both hold the same model",
+    "merge": "merge Hugging Face folders into one: model stock, task arithmetic, linear and others",
     "prepare": "tokenise data once, before training, and report what it holds",
 }
 

@@ -1,15 +1,14 @@
-"""Checkpoints from Hugging Face folders and back: weights only, one process that holds the whole model.
+"""Checkpoints from Hugging Face folders and back: weights only, in one CPU process, whatever the model's size.
 
-A model too large for one machine's memory has to be trained from its Hugging Face folder directly, where
-each rank reads its own slices, and exported at the end of the run.
+Both directions walk the weight table and stream: no model is built, no process group joined. What is in memory
+is a chunk on the way in; on the way out the HF tensors of one row of the table, and a chunk of the checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +18,29 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.export import export_model
-from megatron_align.checkpoint.hf import DTYPES, HFWeights, check_weights, load_weights
+from megatron_align.checkpoint.digest import Facts, count_nonfinite, need_finite
+from megatron_align.checkpoint.files import need_new, need_space, put_in_place
+from megatron_align.checkpoint.hf import (
+    DTYPES,
+    HFWeights,
+    ShardWriter,
+    copy_assets,
+    hf_specs,
+    need_tied_head,
+    open_hf,
+    write_config_dtype,
+)
+from megatron_align.checkpoint.journal import Journal, fingerprint
+from megatron_align.checkpoint.progress import Progress
+from megatron_align.checkpoint.state_read import StateReader
+from megatron_align.checkpoint.state_write import StateWriter
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
-from megatron_align.model.families import ModelShape, read_shape, rows
+from megatron_align.model.families import ModelShape, Row, Slice, local_shape, rows, segments
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+CHUNK_BYTES = 64 << 20  # largest piece of a tensor on the way in
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,63 +60,163 @@ class Checkpoint:
         return sum(math.prod(size) for row in rows(self.shape) for size in row.hf_shapes(self.shape))
 
 
-def import_hf(hf: str | Path, out: str | Path, dtype: str | None = None) -> Checkpoint:
-    """Turn a Hugging Face folder into a checkpoint.
+def import_hf(
+    hf: str | Path, out: str | Path, dtype: str | None = None, file_bytes: int = 5 * 10**9
+) -> Checkpoint:
+    """Turn a Hugging Face folder into a checkpoint. Memory: one chunk of at most :data:`CHUNK_BYTES`, or a row.
 
     Args:
         hf: Hugging Face folder.
         out: becomes the checkpoint, whole or not at all; must be new or empty.
         dtype: what to cast the weights to (``"bfloat16"``); None keeps what they are stored in.
+        file_bytes: size at which a file is full.
 
     Raises:
-        InputError: the folder does not hold a model that we know, or ``out`` is in the way.
+        InputError: the folder does not hold a model that we know, holds numbers that are not finite, or
+            ``out`` is in the way.
     """
     weights, shape = open_hf(hf)
     need_tied_head(weights, shape)
     kept = getattr(torch, dtype) if dtype else _one_dtype(weights, shape)
     target = need_new(out)
-    card = sharded.make_card(0, shape, kept, world_size=1, source=str(hf))
+    found = Checkpoint(target, shape, kept)
+    need_space(target, found.parameters * kept.itemsize)
+    key = {"import": fingerprint(hf), "dtype": dtype, "file_bytes": file_bytes, "chunk_bytes": CHUNK_BYTES}
+    journal = Journal(target, key)
     try:
-        with one_process() as groups:
-            chunks = empty_model(shape, kept, groups)
-            load_weights(hf, shape, chunks[0].global_parameters(), 0, 1)
-            sharded.save(target, chunks, None, card, Path(hf))
-    except BaseException:
-        shutil.rmtree(sharded.partial_folder(target), ignore_errors=True)
+        state = StateWriter(journal, sharded.STATE, shape, kept, file_bytes)
+        _import_tensors(weights, state)
+        _need_finite(state.notes(), weights.folder)
+        state.finish()
+        (journal.partial / sharded.ASSETS).mkdir(exist_ok=True)
+        copy_assets(hf, journal.partial / sharded.ASSETS)
+        card = sharded.make_card(0, shape, kept, world_size=1, source=str(hf))
+        text = json.dumps({**card, "optimizer": False}, indent=2, ensure_ascii=False)
+        (journal.partial / sharded.CARD).write_text(text + "\n", encoding="utf-8")
+        journal.close()
+        put_in_place(journal.partial, target)
+    except BaseException as error:
+        journal.leave(type(error))
         raise
-    return Checkpoint(target, shape, kept)
+    return found
 
 
-def export_hf(checkpoint: str | Path, out: str | Path) -> Checkpoint:
-    """Turn a checkpoint into a Hugging Face folder, in the checkpoint's dtype; return what was exported.
+def export_hf(
+    checkpoint: str | Path, out: str | Path, dtype: str | None = None, shard_bytes: int = 5 * 10**9
+) -> Checkpoint:
+    """Turn a checkpoint of any layout into a Hugging Face folder; return what was exported.
+
+    Memory: the HF tensors of one row of the weight table, and one chunk of the checkpoint.
 
     Args:
         checkpoint: a checkpoint, or a run's folder, of which the newest is taken.
         out: becomes the Hugging Face folder, whole or not at all; must be new or empty.
+        dtype: what to cast the weights to; None keeps the checkpoint's.
+        shard_bytes: largest size of a file.
 
     Raises:
-        InputError: there is no complete checkpoint, or ``out`` is in the way.
+        InputError: there is no complete checkpoint, it holds numbers that are not finite, or ``out`` is in
+            the way.
     """
     found = open_checkpoint(checkpoint)
+    state = StateReader(found.folder / sharded.STATE, found.shape)
+    kept = getattr(torch, dtype) if dtype else found.dtype
+    specs = hf_specs(found.shape, kept)
     target = need_new(out)
-    with one_process() as groups:
-        chunks = load_model(found, found.dtype, groups)
-        export_model(chunks, target, found.folder / sharded.ASSETS)
-    return found
+    size = sum(spec.nbytes for spec in specs.values())
+    need_space(target, size)
+    key = {"export": fingerprint(found.folder), "dtype": dtype, "shard_bytes": shard_bytes}
+    with (
+        ShardWriter(target, specs, shard_bytes, key=key) as writer,
+        Progress("exporting", size) as progress,
+    ):
+        buffer = torch.empty(largest_group(state, found.shape), dtype=torch.uint8)
+        for row in rows(found.shape):
+            if not all(writer.has(name) for name in row.hf):
+                for name, tensor in state.read(row, buffer).items():
+                    writer.write(name, tensor.to(kept), facts=count_nonfinite(tensor))
+            progress.add(sum(specs[name].nbytes for name in row.hf))
+        need_finite({name: Facts("", *writer.facts(name)) for name in specs}, found.folder)
+        copy_assets(found.folder / sharded.ASSETS, writer.partial)
+        write_config_dtype(writer.partial, kept)
+    return Checkpoint(found.folder, found.shape, kept)
 
 
-def open_hf(folder: str | Path) -> tuple[HFWeights, ModelShape]:
-    """Return a Hugging Face folder's weights and shape, having checked that they are of one model.
+def largest_group(state: StateReader, shape: ModelShape) -> int:
+    """Return the bytes of the largest row of the weight table."""
+    return max(
+        sum(math.prod(size) for size in row.hf_shapes(shape)) * state.dtype(row).itemsize
+        for row in rows(shape)
+    )
 
-    Raises:
-        InputError: they are not, or something is missing.
-    """
-    if not Path(folder).is_dir():
-        raise InputError(f"a Hugging Face folder is needed, found none at {folder}")
-    shape = read_shape(folder)
-    weights = HFWeights(folder)
-    check_weights(weights, shape)
-    return weights, shape
+
+class _ChunkReader:
+    """Reads whole rows of Megatron tensors from Hugging Face's, into memory that the next chunk takes again."""
+
+    def __init__(self, weights: HFWeights, shape: ModelShape, dtype: torch.dtype) -> None:
+        self.weights, self.shape, self.dtype = weights, shape, dtype
+        widest = max(math.prod(local_shape(row, shape, 1)[1:]) for row in rows(shape))
+        size = max(CHUNK_BYTES, widest * torch.float64.itemsize)
+        self._chunk = torch.empty(size, dtype=torch.uint8).numpy()
+        self._raw = torch.empty(size, dtype=torch.uint8)
+
+    def height(self, row: Row) -> int:
+        """Return how many rows of a tensor are read at once."""
+        return max(
+            1, CHUNK_BYTES // (math.prod(local_shape(row, self.shape, 1)[1:]) * torch.float64.itemsize)
+        )
+
+    def read(self, row: Row, start: int, count: int) -> tuple[Tensor, dict[str, list[int]]]:
+        """Return the rows, and of each HF tensor that has NaN or infinite numbers among them how many."""
+        tail = local_shape(row, self.shape, 1)[1:]
+        width, position = math.prod(tail), 0
+        # Not a slice of a tensor: saving one saves all that it is a slice of.
+        chunk = torch.frombuffer(self._chunk, dtype=self.dtype, count=count * width)
+        spoilt: dict[str, list[int]] = {}
+        # A tensor that is cut along columns, or not at all, is one HF tensor: its rows lie in order as well.
+        pieces = segments(row, self.shape, 0, 1) if row.split == 0 else [Slice(0, 0, start + count)]
+        for part, first, last in pieces:
+            low, high = max(start, position), min(start + count, position + last - first)
+            if low < high:
+                target = chunk[(low - start) * width : (high - start) * width]
+                if part is None:
+                    target.zero_()
+                else:
+                    self._fill(target, row.hf[part], (first + low - position) * width, spoilt)
+            position += last - first
+        return chunk.view(count, *tail), spoilt
+
+    def _fill(self, target: Tensor, name: str, start: int, spoilt: dict[str, list[int]]) -> None:
+        stored = DTYPES[self.weights.dtype(name)]
+        raw = target if stored == self.dtype else self._raw.view(stored)[: len(target)]
+        self.weights.read_flat(name, start, raw)
+        if any(counts := count_nonfinite(raw)):
+            spoilt[name] = [a + b for a, b in zip(spoilt.get(name, (0, 0)), counts, strict=True)]
+        if raw is not target:
+            target.copy_(raw)
+
+
+def _import_tensors(weights: HFWeights, state: StateWriter) -> None:
+    shape = state.shape
+    reader = _ChunkReader(weights, shape, state.dtype)
+    size = sum(math.prod(local_shape(row, shape, 1)) for row in rows(shape)) * state.dtype.itemsize
+    with Progress("importing", size) as progress:
+        for row in rows(shape):
+            rows_in_all, *tail = local_shape(row, shape, 1)
+            step = reader.height(row)
+            for start in range(0, rows_in_all, step):
+                count = min(step, rows_in_all - start)
+                if not state.has(row, start):
+                    state.write(row, start, *reader.read(row, start, count))
+                progress.add(count * math.prod(tail) * state.dtype.itemsize)
+
+
+def _need_finite(notes: Iterable[dict[str, list[int]]], place: Path) -> None:
+    spoilt: dict[str, list[int]] = {}
+    for note in notes:
+        for name, counts in note.items():
+            spoilt[name] = [a + b for a, b in zip(spoilt.get(name, (0, 0)), counts, strict=True)]
+    need_finite({name: Facts("", *counts) for name, counts in spoilt.items()}, place)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -135,79 +248,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{sharded.CARD} must have the shape of {sharded.ASSETS}, it has {facts} in {folder}"
         )
     return Checkpoint(folder, shape, names[card["dtype"]])
-
-
-def need_new(out: str | Path) -> Path:
-    """Return ``out`` without links or dots, a folder that can be created or is empty.
-
-    Raises:
-        InputError: something is in the way, or its parent cannot be written.
-    """
-    path = Path(out).resolve()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"a new or empty folder is needed, found a file at {path}")
-    need_writable(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"a new or empty folder is needed, found files in {path}")
-    return path
-
-
-def need_writable(path: Path) -> None:
-    """Check, without a trace, that ``path`` can be created.
-
-    Raises:
-        InputError: its nearest parent that exists is no folder, or may not be written.
-    """
-    parent = path.resolve().parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"{path} cannot be created: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be created: {parent} may not be written")
-
-
-def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
-    """Return by how much an output head beside tied embeddings differs from them; None if it does not.
-
-    transformers does not tie the two then, so the folder is not the model that its config.json describes.
-    """
-    if not shape.tied_embeddings or HEAD not in weights.names:
-        return None
-    embedding, head = read_whole(weights, EMBEDDING), read_whole(weights, HEAD)
-    if embedding.shape != head.shape:
-        return math.inf
-    return None if same_bytes(embedding, head) else largest_difference(embedding, head)
-
-
-def need_tied_head(weights: HFWeights, shape: ModelShape) -> None:
-    """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
-
-    Raises:
-        InputError: saying by how much.
-    """
-    if (apart := untied_head(weights, shape)) is not None:
-        raise InputError(
-            f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
-            f"it differs by {apart:.3g} in {weights.folder}"
-        )
-
-
-def read_whole(weights: HFWeights, name: str) -> Tensor:
-    """Return a whole tensor of a Hugging Face folder."""
-    return weights.read(name, 0, 0, weights.shape(name)[0])
-
-
-def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal in shape, dtype and every bit (NaN equals itself, 0 is not -0)."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-
-
-def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference of two tensors of one shape; NaN if either holds one."""
-    return (one.double() - other.double()).abs().max().item()
 
 
 @contextmanager

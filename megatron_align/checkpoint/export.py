@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align.checkpoint.hf import ShardWriter, copy_assets, to_hf, write_config_dtype
+from megatron_align.checkpoint.hf import ShardWriter, copy_assets, hf_specs, to_hf, write_config_dtype
 from megatron_align.model.families import Row, rows
 from megatron_align.model.policy import Policy
 
@@ -18,8 +18,7 @@ from megatron_align.model.policy import Policy
 def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bool = False) -> None:
     """Write the model as a Hugging Face folder; every rank calls this, rank 0 writes.
 
-    Tensors keep the model's dtype, and config.json is told. Rank 0 holds one HF tensor group and one file
-    shard at a time.
+    Tensors keep the model's dtype, and config.json is told. Rank 0 holds one HF tensor group at a time.
 
     Args:
         chunks: this rank's chunks.
@@ -35,12 +34,13 @@ def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bo
     if groups.dp_cp.rank() == 0:
         dtype = chunks[0].config.params_dtype
         owners = _owners(set(local), groups.pp)
-        with ShardWriter(folder, overwrite=overwrite) if dist.get_rank() == 0 else nullcontext() as writer:
+        specs, writes = hf_specs(shape, dtype), dist.get_rank() == 0
+        with ShardWriter(folder, specs, overwrite=overwrite) if writes else nullcontext() as writer:
             for row in rows(shape):
                 tensors = _collect(row, local.get(row.megatron), owners[row.megatron], chunks[0])
                 if writer:
                     for name, tensor in tensors.items():
-                        writer.add(name, tensor)
+                        writer.write(name, tensor)
             if writer:
                 copy_assets(assets, writer.partial)
                 write_config_dtype(writer.partial, dtype)

@@ -1,10 +1,15 @@
-"""Folders that appear whole or not at all: written beside their place, forced onto the disk, then renamed."""
+"""Folders that appear whole or not at all: written beside their place, forced onto the disk, then renamed.
+
+What may go wrong is looked for before the first byte is written: something in the way, no permission, no space.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+
+from megatron_align.errors import InputError
 
 
 def sync(path: Path) -> None:
@@ -33,3 +38,55 @@ def put_in_place(partial: Path, folder: Path) -> None:
     sync(folder.parent)
     if aside.exists():
         shutil.rmtree(aside)
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where a folder is written before it is whole."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def need_new(out: str | Path) -> Path:
+    """Return ``out`` without links or dots, a folder that can be created or is empty.
+
+    Raises:
+        InputError: something is in the way, or its parent cannot be written.
+    """
+    path = Path(out).resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"a new or empty folder is needed, found a file at {path}")
+    need_writable(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"a new or empty folder is needed, found files in {path}")
+    return path
+
+
+def need_writable(path: Path) -> None:
+    """Check, without a trace, that ``path`` can be created.
+
+    Raises:
+        InputError: its nearest parent that exists is no folder, or may not be written.
+    """
+    parent = _nearest_parent(path)
+    if not parent.is_dir():
+        raise InputError(f"{path} cannot be created: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be created: {parent} may not be written")
+
+
+def need_space(path: Path, size: int) -> None:
+    """Check that ``size`` bytes fit where ``path`` will be created, beside what a killed run has left of it.
+
+    Raises:
+        InputError: they do not, saying how many there are.
+    """
+    partial = partial_folder(path)
+    left = sum(file.stat().st_blocks * 512 for file in partial.rglob("*")) if partial.is_dir() else 0
+    if (free := shutil.disk_usage(_nearest_parent(path)).free + left) < size:
+        raise InputError(f"{size / 1e9:,.1f} GB must be free, found {free / 1e9:,.1f} GB for {path}")
+
+
+def _nearest_parent(path: Path) -> Path:
+    parent = path.resolve().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    return parent

@@ -1,68 +1,37 @@
 """Hugging Face safetensors -> this rank's parameters, reading only the bytes that it holds.
 
 The folder's names, dtypes and shapes are checked against the weight table before anything is read, so every
-rank of a job fails on the same line. Headers are read, weights are mapped: nothing is loaded whole.
+rank of a job fails on the same line.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_align.checkpoint.hf_files import DTYPES, HFWeights
 from megatron_align.errors import InputError
-from megatron_align.model.families import (
-    ModelShape,
-    local_shape,
-    read_json,
-    rows,
-    segments,
-)
+from megatron_align.model.families import ModelShape, local_shape, read_shape, rows, segments
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# safetensors' names of what weights may be stored in
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class HFWeights:
-    """The tensors of one Hugging Face folder: ``model.safetensors``, or shards with an index.
+def open_hf(folder: str | Path) -> tuple[HFWeights, ModelShape]:
+    """Return a Hugging Face folder's weights and shape, having checked that they are of one model.
 
     Raises:
-        InputError: there are none, or a file is missing, damaged, or does not hold what the index says.
+        InputError: they are not, or something is missing.
     """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"a Hugging Face folder is needed, found none at {self.folder}")
-        if (self.folder / SINGLE).exists():
-            handle = _open(self.folder / SINGLE)
-            self._where = dict.fromkeys(handle.keys(), handle)
-        elif (self.folder / INDEX).exists():
-            self._where = _open_shards(self.folder)
-        else:
-            raise InputError(_no_weights(self.folder))
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors' names, sorted."""
-        return sorted(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, from the header."""
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """Return a tensor's dtype as safetensors spells it (``"BF16"``), from the header."""
-        return self._where[name].get_slice(name).get_dtype()
-
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Return ``[start, stop)`` along ``dim``, in the stored dtype, on the CPU."""
-        return self._where[name].get_slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+    if not Path(folder).is_dir():
+        raise InputError(f"a Hugging Face folder is needed, found none at {folder}")
+    shape = read_shape(folder)
+    weights = HFWeights(folder)
+    check_weights(weights, shape)
+    return weights, shape
 
 
 def check_weights(weights: HFWeights, shape: ModelShape) -> None:
@@ -78,7 +47,7 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
     found = set(weights.names)
     spare = {name for name in found if name.endswith("rotary_emb.inv_freq")}
     if shape.tied_embeddings:
-        spare.add("lm_head.weight")
+        spare.add(HEAD)
     missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys() - spare)
     if missing or unexpected:
         facts = [
@@ -99,6 +68,48 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
     odd = [f"{name} is {weights.dtype(name)}" for name in wanted if weights.dtype(name) not in DTYPES]
     if odd:
         raise InputError(f"the tensors must be one of {list(DTYPES)}: {'; '.join(odd)} in {weights.folder}")
+
+
+def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
+    """Return by how much an output head beside tied embeddings differs from them; None if it does not.
+
+    transformers does not tie the two then, so the folder is not the model that its config.json describes.
+    """
+    if not shape.tied_embeddings or HEAD not in weights.names:
+        return None
+    if weights.shape(HEAD) != weights.shape(EMBEDDING):
+        return math.inf
+    apart, equal = 0.0, weights.dtype(HEAD) == weights.dtype(EMBEDDING)
+    for head, embedding in zip(weights.stretches(HEAD), weights.stretches(EMBEDDING), strict=True):
+        if not same_bytes(head, embedding):
+            equal = False
+            apart = torch.tensor([apart, largest_difference(head, embedding)]).max().item()  # NaN wins
+    return None if equal else apart
+
+
+def need_tied_head(weights: HFWeights, shape: ModelShape) -> None:
+    """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
+
+    Raises:
+        InputError: saying by how much.
+    """
+    if (apart := untied_head(weights, shape)) is not None:
+        raise InputError(
+            f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
+            f"it differs by {apart:.3g} in {weights.folder}"
+        )
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal in shape, dtype and every bit (NaN equals itself, 0 is not -0)."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference of two tensors of one shape; NaN if either holds one."""
+    return (one.double() - other.double()).abs().max().item()
 
 
 @torch.no_grad()
@@ -135,45 +146,3 @@ def load_weights(
             else:
                 target.copy_(weights.read(row.hf[part], dim, start, stop))
             offset += stop - start
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            pointer = file.read(20) == b"version https://git-"
-        found = "a git-lfs pointer (run: git lfs pull)" if pointer else f"it damaged or cut short ({error})"
-        raise InputError(f"a complete safetensors file is needed, found {found} at {path}") from error
-
-
-def _open_shards(folder: Path) -> dict[str, safe_open]:
-    """Return each tensor's open shard, having checked the index against folder and shards."""
-    place = folder / INDEX
-    weight_map = read_json(place).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"weight_map must map tensors to files, found {weight_map!r} in {place}")
-    for file in weight_map.values():
-        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(".safetensors"):
-            raise InputError(f"weight_map must name safetensors files beside it, found {file!r} in {place}")
-    files = sorted(set(weight_map.values()))
-    if absent := [file for file in files if not (folder / file).is_file()]:
-        raise InputError(f"the index names shards that are not there: {', '.join(absent)} in {folder}")
-    handles = {file: _open(folder / file) for file in files}
-    held = {file: set(handle.keys()) for file, handle in handles.items()}
-    if lost := [f"{name} ({file})" for name, file in weight_map.items() if name not in held[file]]:
-        raise InputError(
-            f"the index names tensors that their shards do not hold: {', '.join(lost)} in {folder}"
-        )
-    return {name: handles[file] for name, file in weight_map.items()}
-
-
-def _no_weights(folder: Path) -> str:
-    files = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
-    if pickles:
-        return f"the weights must be safetensors: convert {pickles[0]} to safetensors first, in {folder}"
-    loose = [name for name in files if name.endswith(".safetensors")]
-    if loose:
-        return f"the weights must be {SINGLE} or shards with {INDEX}, found only {loose[0]} in {folder}"
-    return f"the weights must be {SINGLE} or shards with {INDEX}, found neither in {folder}"

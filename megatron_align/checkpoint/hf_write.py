@@ -1,23 +1,29 @@
-"""A sharded model -> a Hugging Face folder that is complete or absent, written in bounded memory."""
+"""Weights -> a Hugging Face folder that is complete or absent, written tensor by tensor.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and place
+of each tensor), and the tensors' bytes. As the places are known beforehand, nothing need be held to be written.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_align.checkpoint.files import put_in_place
-from megatron_align.checkpoint.hf_read import INDEX, SINGLE
+from megatron_align.checkpoint.hf_files import DTYPES, INDEX, SINGLE
+from megatron_align.checkpoint.journal import Journal
 from megatron_align.errors import InputError
-from megatron_align.model.families import ModelShape, Row, read_json, segments
+from megatron_align.model.families import ModelShape, Row, read_json, rows, segments
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a Hugging Face folder holds besides its weights, and a model trained from it keeps.
 _ASSETS = (
     "config.json",
@@ -28,6 +34,7 @@ _ASSETS = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.py",  # of architectures that transformers does not know; never run by us
     "*.tiktoken",
     "*.jinja",
     "chat_template*",
@@ -53,51 +60,138 @@ def to_hf(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> dict[str, Te
     return dict(zip(row.hf, parts, strict=True))
 
 
-class ShardWriter:
-    """Writes safetensors shards one by one into ``partial``, beside ``folder``, and renames at the end.
+def to_megatron(row: Row, parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
+    """Invert :func:`to_hf` for one tensor rank."""
+    dim, tensors = row.split or 0, [parts[name] for name in row.hf]
+    pieces = []
+    for part, start, stop in segments(row, shape, 0, 1):
+        size = list(tensors[0].shape)
+        size[dim] = stop - start
+        zeros = tensors[0].new_zeros(size) if part is None else None
+        pieces.append(zeros if part is None else tensors[part].narrow(dim, start, stop - start))
+    return torch.cat(pieces, dim)
 
-    Put the other files of the model into ``partial`` before :meth:`close`, so that the folder appears whole.
-    As a context manager it closes on success, and on an exception leaves no trace. Memory: one shard. Only
-    one writer per folder: a ``partial`` left over by a killed process is removed.
+
+class TensorSpec(NamedTuple):
+    """What a tensor will be, known before its numbers are."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes go."""
+
+    file: Path
+    offset: int
+    spec: TensorSpec
+
+
+def hf_specs(shape: ModelShape, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Return every HF tensor of a model in the order of its weight table."""
+    return {
+        name: TensorSpec(dtype, size)
+        for row in rows(shape)
+        for name, size in zip(row.hf, row.hf_shapes(shape), strict=True)
+    }
+
+
+class ShardWriter:
+    """Writes a folder of safetensors whose tensors are declared beforehand, in any order, holding none of them.
+
+    Everything goes into ``partial``, beside ``folder``, and is renamed at the end: put the other files of the
+    model there before :meth:`close`, so that the folder appears whole. As a context manager it closes on
+    success, and on an exception leaves no trace. Only one writer per folder.
 
     Args:
         folder: must be new or empty, unless ``overwrite``; then it is replaced once the new one is whole
+        specs: every tensor, in the order in which they fill the shards
         max_bytes: of one shard; a larger tensor gets a shard of its own
         overwrite: replace what ``folder`` holds
+        key: what decides the folder's content. A writer with the same key goes on where one that was killed
+            or interrupted has stopped, with the shards that were complete (see :meth:`has`)
 
     Raises:
         InputError: ``folder`` is in the way.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int = 5 * 10**9, overwrite: bool = False) -> None:
-        self.folder = Path(folder).resolve()
-        self.max_bytes, self.overwrite = max_bytes, overwrite
+    def __init__(
+        self,
+        folder: str | Path,
+        specs: Mapping[str, TensorSpec],
+        max_bytes: int = 5 * 10**9,
+        overwrite: bool = False,
+        key: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.overwrite = Path(folder).resolve(), overwrite
         self._refuse_occupied()
-        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
-        self._names: set[str] = set()
+        self.journal = Journal(self.folder, key)
+        self.partial = self.journal.partial
+        shards = _pack(specs, max_bytes)
+        self._total_bytes = sum(spec.nbytes for spec in specs.values())
+        self._places: dict[str, _Place] = {}
+        self._headers: dict[Path, bytes] = {}
+        self._open: dict[Path, set[str]] = {}  # the tensors that a shard still lacks
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._lay_out(self.partial / file, {name: specs[name] for name in names})
+            self._open[self.partial / file] = set() if file in self.journal.done else set(names)
+        self._written: dict[str, int] = dict.fromkeys(specs, 0)  # bytes
+        self._facts: dict[str, Any] = {k: v for facts in self.journal.done.values() for k, v in facts.items()}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take a copy of ``tensor``; a full shard is written at once."""
-        if name in self._names:
-            raise ValueError(f"{name} was already written to {self.folder}")
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_bytes:
-            self._flush()
-        copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        self._names.add(name)
-        self._pending[name] = copy
-        self._pending_bytes += size
-        self._total_bytes += size
+    def has(self, name: str) -> bool:
+        """Tell whether the tensor is in a shard that is complete."""
+        return not self._open[self._places[name].file]
+
+    def facts(self, name: str) -> Any:
+        """Return what was noted of a finished tensor, perhaps before a restart."""
+        return self._facts[name]
+
+    def write(self, name: str, tensor: Tensor, facts: Any = None) -> None:
+        """Write a whole tensor and finish it."""
+        if tuple(tensor.shape) != (shape := self._places[name].spec.shape):
+            raise ValueError(f"{name} must be {list(shape)}, is {list(tensor.shape)}")
+        self.write_flat(name, 0, tensor.detach().reshape(-1))
+        self.finish(name, facts)
+
+    def write_flat(self, name: str, start: int, part: Tensor) -> None:
+        """Write a tensor's elements from ``start`` on; ``part`` is one-dimensional, of the declared dtype."""
+        file, offset, spec = self._places[name]
+        self._written[name] += part.nbytes
+        if part.dtype != spec.dtype or self._written[name] > spec.nbytes:
+            raise ValueError(f"{name} must be {spec}, written once; got {part.numel()} of {part.dtype}")
+        view = memoryview(part.cpu().contiguous().view(torch.uint8).numpy())
+        try:
+            if not file.exists():
+                file.write_bytes(self._headers[file])
+            with file.open("r+b", buffering=0) as target:
+                target.seek(offset + start * spec.dtype.itemsize)
+                while view:
+                    view = view[target.write(view) :]
+        except OSError as error:  # a full disk, say
+            raise OSError(f"writing the model failed at {file}: {error}") from error
+
+    def finish(self, name: str, facts: Any = None) -> None:
+        """Say that a tensor is written; ``facts`` (a JSON value) are kept for a restart."""
+        file, _, spec = self._places[name]
+        if self._written[name] != spec.nbytes:
+            raise ValueError(f"{name} must be {spec.nbytes} bytes, {self._written[name]} were written")
+        self._facts[name] = facts
+        self._open[file].remove(name)
+        if not self._open[file]:
+            names = [other for other, place in self._places.items() if place.file == file]
+            self.journal.add(file, {other: self._facts[other] for other in names})
 
     def close(self) -> None:
-        """Write what is left and the index, make everything durable, and put the folder in its place."""
-        self._flush()
-        self._name_shards()
+        """Write the index, make everything durable, and put the folder in its place."""
+        if lost := [name for name in self._places if not self.has(name)]:
+            raise ValueError(f"tensors were declared and not written: {', '.join(lost)}")
+        self._write_index()
+        self.journal.close()
         self._refuse_occupied()
         put_in_place(self.partial, self.folder)
 
@@ -110,8 +204,11 @@ class ShardWriter:
         try:
             if kind is None:
                 self.close()
+        except BaseException as fault:
+            kind = type(fault)
+            raise
         finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.journal.leave(kind)
 
     def _refuse_occupied(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -119,31 +216,39 @@ class ShardWriter:
         if not self.overwrite and self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(f"the exported model needs a new or empty folder, found files in {self.folder}")
 
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(sorted(self._pending))
-            file = self.partial / f"shard-{len(self._shards)}"
-            try:
-                save_file(self._pending, file, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, say
-                raise OSError(f"writing the model failed at {file}: {error}") from error
-            file.chmod(self.partial.stat().st_mode & 0o666)  # safetensors hides it from everyone else
-            self._pending, self._pending_bytes = {}, 0
+    def _lay_out(self, file: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Decide where in a shard each tensor lies, wide elements first so that all are aligned."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+            span = [offset, offset + spec.nbytes]
+            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+            offset = span[1]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._headers[file] = len(text).to_bytes(8, "little") + text
+        for name, spec in specs.items():
+            start = len(self._headers[file]) + header[name]["data_offsets"][0]
+            self._places[name] = _Place(file, start, spec)
 
-    def _name_shards(self) -> None:
-        """Give the shards the names that say how many there are, and write the index if there are several."""
-        count = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.partial / f"shard-{number}").rename(self.partial / file)
-            weight_map.update(dict.fromkeys(names, file))
-        if count > 1:
-            index = {
-                "metadata": {"total_size": self._total_bytes},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
+    def _write_index(self) -> None:
+        if len(self._headers) > 1:
+            weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _pack(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
+    """Return the names of each shard."""
+    shards: list[list[str]] = []
+    size = 0
+    for name, spec in specs.items():
+        if not shards or size + spec.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    return shards
 
 
 def copy_assets(source: str | Path, target: str | Path) -> None:

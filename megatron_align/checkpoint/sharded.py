@@ -30,8 +30,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_align.checkpoint.files import put_in_place
+from megatron_align.checkpoint.files import partial_folder, put_in_place
 from megatron_align.checkpoint.hf import copy_assets
+from megatron_align.checkpoint.state_read import read_metadata
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
 from megatron_align.model.policy import Policy
@@ -45,11 +46,6 @@ _STEP = re.compile(r"step_(\d{6,})")
 def step_folder(run: Path, step: int) -> Path:
     """Return the folder of a step's checkpoint."""
     return run / f"step_{step:06d}"
-
-
-def partial_folder(folder: Path) -> Path:
-    """Return where a checkpoint is written before it is whole."""
-    return folder.with_name(f".{folder.name}.partial")
 
 
 def list_steps(run: Path) -> list[tuple[int, Path]]:
@@ -115,6 +111,7 @@ def same_model(card: dict[str, Any], shape: ModelShape, folder: Path) -> None:
 
 def shape_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return what differs of two shapes, given as dictionaries: ``{key: (of one, of the other)}``."""
+    other = {"qk_norm": False, "norm_head": False, **other}  # older cards lack these
     return {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
 
 
@@ -176,8 +173,7 @@ def load(
     """
     if optimizer is not None and not read_card(folder)["optimizer"]:
         raise InputError(f"resuming needs optimizer state; the checkpoint holds weights only: {folder}")
-    if not (folder / STATE / ".metadata").is_file():  # torch would look for others and print a trace
-        raise InputError(f"a complete checkpoint is needed, found no file {STATE}/.metadata in {folder}")
+    read_metadata(folder / STATE)  # torch's own reading would run whatever a forged pickle names
     chunks, groups = _unwrap(model)
     state = _sharded_state(chunks, optimizer, groups, is_loading=True)
     state |= _reference_state(reference, groups)

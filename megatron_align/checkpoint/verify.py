@@ -6,86 +6,30 @@ Shapes: T tokens of a pack, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from megatron_align.checkpoint.convert import (
-    HEAD,
-    Checkpoint,
-    largest_difference,
-    load_model,
-    one_process,
-    open_checkpoint,
-    open_hf,
-    read_whole,
-    same_bytes,
-    untied_head,
-)
-from megatron_align.checkpoint.hf import HFWeights, to_hf
+from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint.convert import one_process, open_checkpoint
+from megatron_align.checkpoint.hf import open_hf, untied_head
+from megatron_align.checkpoint.hf_read import HEAD
 from megatron_align.checkpoint.sharded import shape_differences
-from megatron_align.data.pack import pack
-from megatron_align.data.sources import read_file
-from megatron_align.data.templates import TOKENIZER_FILES, Template, load_tokenizer
-from megatron_align.errors import InputError
-from megatron_align.model import cpu
-from megatron_align.model.families import ModelShape, rows
-from megatron_align.model.policy import Policy
-from megatron_align.records import PackedBatch, Sample
-
-RECORDS = 16  # of --data
-TEXT_TOKENS = 512  # of each text, from its start
-PACK_TOKENS = 1024
-RANDOM_LENGTHS = (1, 7, 130, 38, 512)
-# Scripts, digits, code and symbols: what a tokenizer cuts in different ways.
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog, and it does so 1,234 times a day.",
-    "Der Wind blies über die Dächer der alten Stadt, während drüben die Glocken läuteten.",
-    "El niño preguntó por qué el cielo es azul; nadie supo contestarle enseguida.",
-    "Ils ont déjà goûté le café de l'hôtel, mais ils préfèrent celui d'en face.",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
-    "今天天气很好，我们一起去公园散步，然后在湖边喝茶。",
-    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
-    "다람쥐 헌 쳇바퀴에 타고파. 오늘은 비가 와서 집에서 책을 읽었다.",
-    "كان الطقس جميلا هذا الصباح فخرجنا نمشي على شاطئ البحر.",
-    "आज सुबह मौसम अच्छा था, इसलिए हम नदी के किनारे टहलने गए।",
-    "def area(r: float) -> float:\n    return 3.14159 * r ** 2  # πr²\n",
-    "E = mc², ∑ 1/n² = π²/6 ≈ 1.6449; 🙂👍🏽 — done\t(100 %)\n\n",
+from megatron_align.checkpoint.state_read import StateReader
+from megatron_align.checkpoint.verify_logits import (
+    LogitsFinding,
+    Sides,
+    compare_layers,
+    compare_logits,
+    differing_modules,
+    first_apart,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TensorDifference:
-    """A tensor that is not the same on both sides, or that holds numbers that are not finite."""
-
-    name: str
-    max_abs_difference: float
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LogitsFinding:
-    """Logits of one kind of text; ``where`` is the text and the token of the largest difference."""
-
-    kind: str
-    texts: int
-    tokens: int
-    max_abs_difference: float
-    where: tuple[int, int]
-    tolerance: float
-
-    @property
-    def equal(self) -> bool:
-        """Whether they agree; NaN never does."""
-        return self.max_abs_difference <= self.tolerance
+from megatron_align.checkpoint.verify_tensors import TensorFinding, compare_tensors
+from megatron_align.checkpoint.verify_texts import choose_texts
+from megatron_align.model.families import ModelShape, rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +40,15 @@ class Findings:
     checkpoint: str
     shape: dict[str, tuple[Any, Any]]  # key: (checkpoint's, HF folder's)
     tensors: int | None
-    tensor_differences: list[TensorDifference]
+    tensor_findings: list[TensorFinding]
     logits: list[LogitsFinding]
+    first_apart: str | None  # module, where something differs
     notes: list[str]
+
+    @property
+    def tensor_differences(self) -> list[TensorFinding]:
+        """The tensors that are not the same on both sides, or not finite."""
+        return [tensor for tensor in self.tensor_findings if tensor.reason]
 
     @property
     def failed(self) -> list[str]:
@@ -106,7 +56,9 @@ class Findings:
         found = {
             "shape": self.shape,
             "tensors": self.tensor_differences,
-            "logits": self.tensors is None or not all(finding.equal for finding in self.logits),
+            "logits": self.tensors is None
+            or self.first_apart is not None
+            or not all(finding.equal for finding in self.logits),
         }
         return [check for check, differs in found.items() if differs]
 
@@ -139,6 +91,8 @@ class Findings:
                 f"logits   {finding.kind}: {finding.texts} texts, {finding.tokens} tokens, "
                 f"max abs difference {finding.max_abs_difference:.3g} {sign} {finding.tolerance:g}{place}"
             )
+        if self.first_apart:
+            lines.append(f"module   the first that differs is {self.first_apart}")
         lines += [f"note     {note}" for note in self.notes]
         verdict = f"FAILED ({', '.join(self.failed)})" if self.failed else "the same model"
         return [*lines, f"{verdict}: {self.checkpoint} and {self.hf}"]
@@ -154,45 +108,75 @@ class Findings:
             "tensors": {
                 "compared": self.tensors or 0,
                 "differ": [_finite(asdict(tensor)) for tensor in self.tensor_differences],
+                "sha256": {tensor.name: tensor.sha256 for tensor in self.tensor_findings},
             },
             "logits": [_finite({**asdict(finding), "equal": finding.equal}) for finding in self.logits],
+            "first_module_apart": self.first_apart,
             "notes": self.notes,
         }
 
 
 def verify(
-    hf: str | Path, checkpoint: str | Path, data: str | None = None, tolerance: float = 1e-4
+    hf: str | Path,
+    checkpoint: str | Path,
+    data: str | None = None,
+    tolerance: float = 1e-4,
+    deep: bool = False,
 ) -> Findings:
     """Compare a checkpoint with a Hugging Face folder.
 
     Args:
         hf: Hugging Face folder.
         checkpoint: a checkpoint, or a run's folder, of which the newest is taken.
-        data: JSON Lines file of chat samples to compare logits on; None: :data:`SENTENCES`.
+        data: JSON Lines file of chat samples to compare logits on; None: sentences of many scripts.
         tolerance: largest absolute difference of a logit.
+        deep: run both models layer by layer, with one layer in memory on each side. Reward models always are.
 
     Raises:
         InputError: either is missing or damaged, or the data does not fit the model.
     """
     weights, hf_shape = open_hf(hf)
     found = open_checkpoint(checkpoint)
-    texts, notes = _texts(hf, data, hf_shape)
+    state = StateReader(found.folder / sharded.STATE, found.shape)
+    texts, notes = choose_texts(hf, data, hf_shape)
     comparable = _tensor_sizes(hf_shape) == _tensor_sizes(found.shape)
-    differences: list[TensorDifference] = []
+    tensors: list[TensorFinding] = []
     logits: list[LogitsFinding] = []
+    apart = None
     if comparable:
+        sides = Sides(found, state, hf, weights, hf_shape)
+        tensors = list(compare_tensors(state, weights))
+        if (head := untied_head(weights, found.shape)) is not None:
+            tensors.append(
+                TensorFinding(HEAD, "", "", head, "differs from the embedding that it should be tied to")
+            )
         with one_process() as groups:
-            differences = list(_compare_tensors(found, weights, groups))
-            logits = list(_compare_logits(found, hf, texts, tolerance, groups))
+            logits, apart = _compare_logits(sides, texts, tolerance, groups, deep or found.shape.is_reward)
     return Findings(
         hf=str(hf),
         checkpoint=str(found.folder),
         shape=shape_differences(asdict(found.shape), asdict(hf_shape)),
         tensors=len(_tensor_sizes(hf_shape)) if comparable else None,
-        tensor_differences=differences,
+        tensor_findings=tensors,
         logits=logits,
+        first_apart=apart,
         notes=notes,
     )
+
+
+def _compare_logits(
+    sides: Sides, texts: dict[str, list[Tensor]], tolerance: float, groups: ProcessGroupCollection, deep: bool
+) -> tuple[list[LogitsFinding], str | None]:
+    """Return what was found by kind of text, and the first module that differs if logits do."""
+    if deep:
+        found = list(compare_layers(sides, texts, tolerance, groups))
+        return [finding for finding, _ in found], next((module for _, module in found if module), None)
+    logits = list(compare_logits(sides, texts, tolerance, groups))
+    wrong = next((finding for finding in logits if not finding.equal), None)
+    if wrong is None:
+        return logits, None
+    modules = differing_modules(sides, texts[wrong.kind][wrong.where[0] - 1], groups)
+    return logits, first_apart(iter(modules), tolerance)
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:
@@ -203,98 +187,3 @@ def _tensor_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {
         name: size for row in rows(shape) for name, size in zip(row.hf, row.hf_shapes(shape), strict=True)
     }
-
-
-def _compare_tensors(
-    checkpoint: Checkpoint, weights: HFWeights, groups: ProcessGroupCollection
-) -> Iterator[TensorDifference]:
-    """Yield every tensor of the checkpoint, turned back to Hugging Face's, that is not the folder's."""
-    parameters = load_model(checkpoint, checkpoint.dtype, groups)[0].global_parameters()
-    for row in rows(checkpoint.shape):
-        for name, ours in to_hf(row, [parameters[row.megatron].cpu()], checkpoint.shape).items():
-            theirs = read_whole(weights, name)
-            reason = ""
-            if ours.dtype != theirs.dtype:
-                dtypes = (str(tensor.dtype).removeprefix("torch.") for tensor in (ours, theirs))
-                reason = "{} in the checkpoint, {} in the HF folder".format(*dtypes)
-            elif not same_bytes(ours, theirs):
-                reason = "differs"
-            elif not ours.isfinite().all():
-                reason = "holds numbers that are not finite"
-            if reason:
-                yield TensorDifference(name, largest_difference(ours, theirs), reason)
-    if (apart := untied_head(weights, checkpoint.shape)) is not None:
-        yield TensorDifference(HEAD, apart, "differs from the embedding that it should be tied to")
-
-
-@torch.no_grad()
-def _compare_logits(
-    checkpoint: Checkpoint,
-    hf: str | Path,
-    texts: dict[str, list[Tensor]],
-    tolerance: float,
-    groups: ProcessGroupCollection,
-) -> Iterator[LogitsFinding]:
-    policy = load_model(checkpoint, torch.float32, groups)[0].eval()
-    judge = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
-    judge = judge.to(cpu.device()).eval()
-    for kind, batch in texts.items():
-        apart = [
-            (judge(text[None].to(cpu.device())).logits[0] - ours).abs().amax(-1)
-            for text, ours in zip(batch, _packed_logits(policy, batch), strict=True)
-        ]
-        worst = torch.stack([text_T.max() for text_T in apart])  # NaN wins, as it must
-        text = int(worst.argmax())
-        yield LogitsFinding(
-            kind=kind,
-            texts=len(batch),
-            tokens=sum(map(len, batch)),
-            max_abs_difference=worst.max().item(),
-            where=(text + 1, int(apart[text].argmax()) + 1),
-            tolerance=tolerance,
-        )
-
-
-def _packed_logits(policy: Policy, texts: list[Tensor]) -> Iterator[Tensor]:
-    """Yield our logits ``[tokens, V]`` of each text, computed several texts to a pack."""
-    waiting = list(texts)
-    while waiting:
-        together = [waiting.pop(0)]
-        while waiting and sum(map(len, together)) + len(waiting[0]) <= PACK_TOKENS:
-            together.append(waiting.pop(0))
-        yield from policy.logits(_packed(together).to(cpu.device())).split([len(text) for text in together])
-
-
-def _packed(texts: list[Tensor]) -> PackedBatch:
-    samples = [Sample(text.numpy(), np.zeros(len(text), dtype=bool)) for text in texts]
-    return pack(samples, [0.0] * len(texts), sum(map(len, texts)))
-
-
-def _texts(hf: str | Path, data: str | None, shape: ModelShape) -> tuple[dict[str, list[Tensor]], list[str]]:
-    """Return the texts to compare by kind, as tokens, and what is to be said about them."""
-    longest = min(TEXT_TOKENS, shape.max_positions)
-    draw = torch.Generator().manual_seed(0)
-    texts = {
-        "random tokens": [
-            torch.randint(shape.vocab_size, (min(length, longest),), generator=draw)
-            for length in RANDOM_LENGTHS
-        ]
-    }
-    if data is None and not any(next(Path(hf).glob(name), None) for name in TOKENIZER_FILES):
-        return texts, [f"no tokenizer in {hf}: logits were compared on random tokens only"]
-    tokenizer = load_tokenizer(str(hf))
-    if data is None:
-        kind, tokens = "built-in sentences", [tokenizer(text)["input_ids"] for text in SENTENCES]
-    else:
-        template = Template(tokenizer)
-        kind = data
-        tokens = [template.sample(record).tokens_L for record in islice(read_file(data)[1], RECORDS)]
-    texts[kind] = [torch.as_tensor(ids, dtype=torch.int64)[:longest] for ids in tokens if len(ids)]
-    highest = max((int(text.max()) for text in texts[kind]), default=0)
-    if highest >= shape.vocab_size:
-        raise InputError(
-            f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, it gives token {highest} in {hf}"
-        )
-    return texts, []

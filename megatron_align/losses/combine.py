@@ -34,7 +34,10 @@ class WeightedLosses:
     weights: tuple[float, ...]
 
     def __call__(self, chosen: Responses, rejected: Responses, **statistics: Any) -> Tensor:
-        """Return the sum, ``[N]``, not reduced. Each statistic of the step goes to the losses that take it."""
+        """Return the sum, ``[N]``, not reduced. Each statistic of the step goes to the losses that take it.
+
+        With a loss that sorts over the batch only the sum over N has a meaning.
+        """
         parts = [
             weight * loss(chosen, rejected, **_taken(loss, statistics))
             for loss, weight in zip(self.losses, self.weights, strict=True)

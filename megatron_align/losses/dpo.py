@@ -9,13 +9,15 @@ applies it to w and l first (losses/divergences.py). Options that a loss does no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_align.errors import InputError
+from megatron_align.losses.combine import WeightedLosses, parameters, weighted_losses
 from megatron_align.losses.divergences import Divergence, reverse_kl
 from megatron_align.losses.links import hinge_loss, logistic, squared_loss
 from megatron_align.losses.responses import Responses
@@ -260,3 +262,16 @@ DPO_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 # These sort over the step's global batch: they need all its pairs in one call, and no per-pair weights (WPO).
 BATCH_COUPLED = frozenset({"aot", "aot_unpaired"})
+
+
+def dpo_losses(
+    loss_types: Sequence[str],
+    loss_weights: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> WeightedLosses:
+    """Bind options to losses of this family (``weighted_losses``); a divergence must be one that all of them follow."""
+    if "divergence" in (options or {}):
+        for name in loss_types:
+            if name != "sft" and "divergence" not in parameters(DPO_LOSSES[name]):
+                raise InputError(f"loss_type {name} has no form for another f-divergence than reverse_kl")
+    return weighted_losses(DPO_LOSSES, loss_types, loss_weights, options)

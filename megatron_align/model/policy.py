@@ -100,6 +100,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Fused swiglu and bias-dropout go through torch.compile; off until they were measured on a GPU.
@@ -159,8 +160,9 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
     )
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(shape: ModelShape) -> ModuleSpec:
     """Return the transformer layer: megatron-core's modules, our norm and core attention."""
+    head_norm = RMSNorm if shape.qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -172,6 +174,8 @@ def layer_spec() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=PackedCoreAttention,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -216,7 +220,7 @@ class Policy(LanguageModule):
         layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,
@@ -278,8 +282,10 @@ class Policy(LanguageModule):
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
 
     def _head(self) -> Tensor:
-        own = self.output_layer.weight
-        return self.embedding.word_embeddings.weight if own is None else own
+        weight_VH = self.output_layer.weight
+        if weight_VH is None:
+            weight_VH = self.embedding.word_embeddings.weight
+        return F.normalize(weight_VH) if self.shape.norm_head else weight_VH
 
 
 def build_policy(

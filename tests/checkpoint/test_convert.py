@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.harness import cli, ranks
-from tests.harness.tiny import make_model, metrics_of, run_arguments
+from tests.harness.tiny import (
+    change_tensors,
+    make_baichuan,
+    make_model,
+    make_reward,
+    metrics_of,
+    run_arguments,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,8 @@ CASES = [
     ("qwen2_untied", torch.float16),
     ("llama3", torch.float32),
     ("llama32_tied", torch.bfloat16),
+    ("qwen3", torch.bfloat16),
+    ("mistral", torch.float32),
 ]
 
 
@@ -82,6 +91,58 @@ def test_round_trip_is_byte_identical(tmp_path, convert, variant, dtype, sharded
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading
     assert model.dtype == dtype
+
+
+OTHERS = {
+    "baichuan2": make_baichuan,
+    "qwen2 reward": lambda folder: make_reward(folder, "qwen2"),
+    "llama reward": lambda folder: make_reward(folder, "llama"),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_families_with_tensors_of_their_own(tmp_path, convert, make):
+    """W_pack and NormHead; a head of one label. verify's logits are those of the Llama that computes the same, and
+    transformers' scores; remote code is copied and never run."""
+    hf = make(tmp_path / "hf")
+    (hf / "tokenizer.model").write_bytes(b"sentencepiece")
+    must(convert("import", "--hf", hf, "--out", tmp_path / "ckpt"))
+    must(convert("export", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out"))
+    assert_same_tensors(tmp_path / "out", hf)
+    assert other_files_in(tmp_path / "out") == other_files_in(hf)
+    for extra in ([], ["--deep"]):
+        must(convert("verify", "--hf", tmp_path / "out", "--checkpoint", tmp_path / "ckpt", *extra))
+    change_tensors(hf, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(1.5))
+    answer = convert("verify", "--hf", hf, "--checkpoint", tmp_path / "ckpt")
+    assert answer.code == 1
+    assert "module   the first that differs is model.layers.1.mlp (max" in answer.out
+
+
+def test_numbers_that_are_not_finite_are_counted_and_refused(tmp_path, convert):
+    hf = make_model(tmp_path / "hf")
+
+    def spoil(tensors):
+        tensors["model.norm.weight"][:3] = torch.nan
+        tensors["model.layers.2.self_attn.k_proj.weight"][5, 5] = torch.inf
+        tensors["model.layers.2.self_attn.k_proj.weight"][6, 6] = torch.nan
+
+    change_tensors(hf, spoil)
+    answer = convert("import", "--hf", hf, "--out", tmp_path / "ckpt")
+    assert answer.code == 2
+    facts = "model.layers.2.self_attn.k_proj.weight holds 1 NaN and 1 infinite; model.norm.weight holds 3 NaN"
+    assert answer.err == f"error: the weights must be finite: {facts} in {hf}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_may_cast(tmp_path, convert, tiny_models):
+    must(convert("import", "--hf", tiny_models("llama3"), "--out", tmp_path / "ckpt"))
+    must(
+        convert("export", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out", "--dtype", "bfloat16")
+    )
+    want = {name: tensor.bfloat16() for name, tensor in tensors_in(tiny_models("llama3")).items()}
+    got = tensors_in(tmp_path / "out")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_imported_checkpoint_says_what_it_is(tmp_path, convert, tiny_models):

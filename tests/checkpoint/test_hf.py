@@ -13,6 +13,7 @@ from megatron_align.checkpoint.hf import (
     HFWeights,
     ShardWriter,
     copy_assets,
+    hf_specs,
     load_weights,
     to_hf,
     write_config_dtype,
@@ -61,10 +62,10 @@ def load_rank(folder, rank, ranks, dtype=torch.float32):
 
 def export(source, target, shards, dtype, **options):
     shape = read_shape(source)
-    with ShardWriter(target, **options) as writer:
+    with ShardWriter(target, hf_specs(shape, dtype), **options) as writer:
         for row in rows(shape):
             for name, tensor in to_hf(row, [shard[row.megatron] for shard in shards], shape).items():
-                writer.add(name, tensor)
+                writer.write(name, tensor)
         copy_assets(source, writer.partial)
         write_config_dtype(writer.partial, dtype)
 
@@ -111,7 +112,13 @@ def test_sharded_in_and_sharded_out(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_the_export(tmp_path, family, tied, max_bytes):
     source = make_hf(tmp_path / "hf", family=family, tied=tied)
-    export(source, tmp_path / "out", [load_rank(source, 0, 1)], torch.bfloat16, max_bytes=max_bytes)
+    export(
+        source,
+        tmp_path / "out",
+        [load_rank(source, 0, 1, torch.bfloat16)],
+        torch.bfloat16,
+        max_bytes=max_bytes,
+    )
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert model.dtype == torch.bfloat16

@@ -148,8 +148,12 @@ def missing_and_unexpected(folder):
 
 
 def index_that_forgets_a_tensor(folder):
-    edit_index(folder, lambda where: where.pop("model.norm.weight"))
-    return f"the weights must be those of LlamaForCausalLM: missing model.norm.weight in {folder}"
+    forgotten = []
+    edit_index(folder, lambda where: forgotten.append(where.pop("model.norm.weight")))
+    return (
+        "the shards hold tensors that the index does not name: "
+        f"model.norm.weight ({forgotten[0]}) in {folder}"
+    )
 
 
 def wrong_shapes(folder):

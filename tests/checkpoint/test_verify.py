@@ -2,13 +2,20 @@
 changed on either side, if only one bit, the answer is 1 and names it; NaN is never equal.
 """
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_align.checkpoint.hf import open_hf, to_megatron
+from megatron_align.checkpoint.journal import Journal
+from megatron_align.checkpoint.state_write import StateWriter
+from megatron_align.model.families import rows
 from tests.harness import cli
 from tests.harness.tiny import VARIANTS, make_model
 
@@ -125,18 +132,77 @@ def test_one_tensor_that_differs_is_named(tmp_path, convert, copied, name, chang
     assert tensor["name"] == name
 
 
-def test_nan_on_both_sides_is_not_equal(tmp_path, convert):
-    hf = make_model(tmp_path / "hf", "llama3")
+@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["whole", "deep"])
+def test_nan_on_both_sides_is_not_equal(tmp_path, convert, copied, depth):
+    hf, checkpoint = copied("llama3")
     change_tensor(hf, DOWN, fill_at((1, 1), torch.nan))
-    assert convert("import", "--hf", hf, "--out", tmp_path / "ckpt").code == 0
+    spoilt = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    shutil.rmtree(spoilt / "state")
+    write_state(spoilt, hf)  # import would have refused it
     report = tmp_path / "report.json"
-    answer = convert("verify", "--hf", hf, "--checkpoint", tmp_path / "ckpt", "--json", report)
+    answer = convert("verify", "--hf", hf, "--checkpoint", spoilt, "--json", report, *depth)
     assert answer.code == 1
-    assert f"{DOWN}: holds numbers that are not finite" in answer.out
+    assert f"{DOWN}: holds numbers that are not finite: 1 NaN, 0 infinite" in answer.out
     assert "max abs difference nan DIFFERS: not <= 0.0001" in answer.out
+    assert "module   the first that differs is model.layers.1.mlp" in answer.out
     found = json.loads(report.read_text())
     assert found["failed"] == ["tensors", "logits"]
     assert found["logits"][0]["max_abs_difference"] is None
+
+
+def write_state(folder, hf):
+    weights, shape = open_hf(hf)
+    journal = Journal(folder / "x", None)
+    state = StateWriter(journal, "state", shape, torch.float32)
+    for row in rows(shape):
+        parts = {name: next(weights.stretches(name)).view(weights.shape(name)) for name in row.hf}
+        state.write(row, 0, to_megatron(row, parts, shape))
+    state.finish()
+    (journal.partial / "state").rename(folder / "state")
+
+
+@pytest.mark.parametrize("variant", ["qwen2_tied", "llama3", "qwen3"])
+def test_deep_gives_the_logits_of_the_whole_model(tmp_path, convert, imported, variant):
+    hf, checkpoint = imported(variant)
+    found = []
+    for number, depth in enumerate(([], ["--deep"])):
+        report = tmp_path / f"{number}.json"
+        assert convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", report, *depth).code == 0
+        found.append(json.loads(report.read_text()))
+    whole, deep = ([row["max_abs_difference"] for row in each["logits"]] for each in found)
+    assert all(0 < number < 2e-6 for number in whole + deep)  # fp32 rounding of logits below 1
+    assert found[0]["tensors"] == found[1]["tensors"]
+
+
+def test_hashes_are_those_of_the_files_bytes(tmp_path, convert, imported):
+    hf, checkpoint = imported("llama3")
+    report = tmp_path / "report.json"
+    convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", report)
+    tensors = load_file(hf / "model.safetensors")
+    want = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    assert json.loads(report.read_text())["tensors"]["sha256"] == want
+
+
+FIRST_APART = {
+    "embedding": ("model.embed_tokens.weight", "model.embed_tokens"),
+    "norm": ("model.layers.2.input_layernorm.weight", "model.layers.2.input_layernorm"),
+    "attention": ("model.layers.2.self_attn.k_proj.weight", "model.layers.2.self_attn"),
+    "mlp": ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp"),
+    "final norm": ("model.norm.weight", "model.norm"),
+    "head": ("lm_head.weight", "lm_head"),
+}
+
+
+@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["whole", "deep"])
+@pytest.mark.parametrize("name, module", FIRST_APART.values(), ids=FIRST_APART)
+def test_the_first_module_that_differs_is_named(tmp_path, convert, copied, name, module, depth):
+    hf, checkpoint = copied()
+    change_tensor(hf, name, lambda tensor: tensor * 1.5)
+    report = tmp_path / "report.json"
+    answer = convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", report, *depth)
+    assert answer.code == 1
+    assert f"module   the first that differs is {module} (max abs difference" in answer.out
+    assert json.loads(report.read_text())["first_module_apart"].startswith(f"{module} (")
 
 
 def swap_theta(config):
@@ -264,6 +330,15 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:100_000])
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def forge(checkpoint):
+    (checkpoint / "state" / ".metadata").write_bytes(pickle.dumps(Evil()))
+
+
 BROKEN = {
     "format": (lambda ckpt: spoil_card(ckpt, format=2), "a checkpoint of format 1 is needed, got 2"),
     "dtype": (lambda ckpt: spoil_card(ckpt, dtype="int8"), "dtype must be one of "),
@@ -273,6 +348,7 @@ BROKEN = {
         "card.json must have the shape of hf_assets, it has norm_eps 1e-06 for 0.5 in ",
     ),
     "cut short": (lambda ckpt: truncate(ckpt / "state" / "__0_0.distcp"), "a complete checkpoint is needed"),
+    "forged metadata": (forge, "cannot be read: it names posix.mkdir, which is no part of"),
     "file gone": (lambda ckpt: (ckpt / "state" / "__0_0.distcp").unlink(), "a complete checkpoint is needed"),
     "no metadata": (lambda ckpt: (ckpt / "state" / ".metadata").unlink(), "a complete checkpoint is needed"),
     "no state": (lambda ckpt: shutil.rmtree(ckpt / "state"), "a complete checkpoint is needed"),

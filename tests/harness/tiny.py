@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -31,6 +45,8 @@ VARIANTS = {
     "qwen2_mha": (*_QWEN2, {"num_key_value_heads": 8, "tie_word_embeddings": False}),
     "llama3": (*_LLAMA, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": False}),
     "llama32_tied": (*_LLAMA, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 16}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": False}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "tie_word_embeddings": False}),
 }
 
 
@@ -77,6 +93,64 @@ def make_model(
     return folder
 
 
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite a folder's one safetensors file, ``change`` being made to the tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_baichuan(folder: Path) -> Path:
+    """Save a tiny Baichuan2-7B, as transformers has none: a Llama with W_pack, read as one with NormHead."""
+    make_model(
+        folder, "llama3", num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    )
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for i in range(4):
+            parts = [tensors.pop(f"model.layers.{i}.self_attn.{x}_proj.weight") for x in "qkv"]
+            tensors[f"model.layers.{i}.self_attn.W_pack.weight"] = torch.cat(parts)
+        tensors["lm_head.weight"] *= torch.arange(1, 260)[:, None]  # lengths that NormHead takes away
+
+    change_tensors(folder, pack)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    old = json.loads((folder / "config.json").read_text())
+    config = {
+        "architectures": ["BaichuanForCausalLM"],
+        "model_type": "baichuan",
+        "auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+        **{key: old[key] for key in (*sizes, "max_position_embeddings", "rms_norm_eps", "hidden_act")},
+        "model_max_length": 2048,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "modeling_baichuan.py").write_text("raise RuntimeError('remote code was run')\n")
+    return folder
+
+
+def make_reward(folder: Path, family: str) -> Path:
+    """Save a tiny reward model, ``qwen2`` or ``llama``."""
+    config_kind, model_kind = {
+        "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
+        "llama": (LlamaConfig, LlamaForSequenceClassification),
+    }[family]
+    torch.manual_seed(0)
+    config = config_kind(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    model_kind(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def write_chat(file: Path, samples: int = 64, seed: int = 0) -> Path:
     """Write sums as chats of one or two turns, of many lengths; return the file."""
     draw = random.Random(seed)
@@ -92,20 +166,32 @@ def write_chat(file: Path, samples: int = 64, seed: int = 0) -> Path:
     return file
 
 
-def write_pairs(file: Path, samples: int = 48, seed: int = 1, **extra: object) -> Path:
-    """Write right and wrong sums as preference pairs, prompts longer than answers; return the file."""
+def write_pairs(
+    file: Path,
+    samples: int = 48,
+    seed: int = 1,
+    text: bool = False,
+    **extra: Callable[[random.Random], object],
+) -> Path:
+    """Write right and wrong sums as preference pairs, prompts longer than answers; return the file.
+
+    ``text``: as plain strings rather than messages. ``extra``: further fields, drawn for each pair.
+    """
     draw = random.Random(seed)
     lines = []
     for _ in range(samples):
         numbers = [draw.randrange(10 ** draw.randrange(1, 7)) for _ in range(draw.randrange(2, 5))]
         right, wrong = sum(numbers), sum(numbers) + draw.randrange(1, 10 ** draw.randrange(1, 5))
-        record = {
-            "prompt": [{"role": "user", "content": " + ".join(map(str, numbers))}],
-            "chosen": [{"role": "assistant", "content": f"{right}" + "!" * draw.randrange(3)}],
-            "rejected": [{"role": "assistant", "content": f"{wrong}, I think" * draw.randrange(1, 3)}],
+        said = {
+            "prompt": ("user", " + ".join(map(str, numbers))),
+            "chosen": ("assistant", f"{right}" + "!" * draw.randrange(3)),
+            "rejected": ("assistant", f"{wrong}, I think" * draw.randrange(1, 3)),
         }
-        given = {name: value(draw) if callable(value) else value for name, value in extra.items()}
-        lines.append(json.dumps({**record, **given}) + "\n")
+        record = {
+            name: content if text else [{"role": role, "content": content}]
+            for name, (role, content) in said.items()
+        }
+        lines.append(json.dumps({**record, **{name: value(draw) for name, value in extra.items()}}) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
     return file
 

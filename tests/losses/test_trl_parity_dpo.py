@@ -1,6 +1,7 @@
-"""Law 3, losses of the DPO family: value and gradient equal TRL's own ``DPOTrainer`` code, every loss type it has."""
+"""Law 3, the DPO family: value and gradient equal TRL's own ``DPOTrainer`` code for every loss type it has."""
 
 import ast
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,13 +10,14 @@ import torch
 
 trl = pytest.importorskip("trl")
 
-from megatron_align.losses.combine import parameters, weighted_losses
+from megatron_align.losses.combine import parameters
 from megatron_align.losses.divergences import DIVERGENCES
-from megatron_align.losses.dpo import BATCH_COUPLED, DPO_LOSSES
+from megatron_align.losses.dpo import BATCH_COUPLED, DPO_LOSSES, dpo_losses
 from megatron_align.losses.responses import Responses, length_desensitised, wpo_weights
 from tests.losses.trl_judge import PAIRS, Bigram, bare, scored, sequences
 
 OURS_ONLY = {"margin", "reward_aware"}
+FOLLOWING = sorted(n for n in set(DPO_LOSSES) - OURS_ONLY if "divergence" in parameters(DPO_LOSSES[n]))
 OPTIONS = {"beta": 0.4}  # so that some margins pass the hinge
 OPTIONS_OF = {
     "exo_pair": {"label_smoothing": 0.01},
@@ -87,7 +89,7 @@ CHOSEN_TOKENS = BATCH["completion_mask"][:PAIRS].sum().item()
 
 
 def ours(models, loss_types, weights=None, options=None, ld_alpha=None):
-    loss = weighted_losses(DPO_LOSSES, loss_types, weights, options)
+    loss = dpo_losses(loss_types, weights, options)
     statistics = {"mean_length": CHOSEN_TOKENS / PAIRS} if "sft" in loss_types else {}
     return loss(*halves(*models, BATCH, ld_alpha), **statistics)
 
@@ -113,15 +115,19 @@ def test_equals_trl(models, name):
 
 
 @pytest.mark.parametrize("divergence", sorted(set(DIVERGENCES) - {"alpha_divergence"}))
-@pytest.mark.parametrize("name", sorted(n for n in DPO_LOSSES if "divergence" in parameters(DPO_LOSSES[n])))
+@pytest.mark.parametrize("name", FOLLOWING)
 def test_f_divergences_equal_trl(models, name, divergence):
-    if name in OURS_ONLY:
-        return
     options = options_of(name)
     got = ours(models, [name], options=options | {"divergence": DIVERGENCES[divergence]})
     assert_equal(
         got.mean(), judged(*models, BATCH, [name], f_divergence_type=divergence, **options), models[0]
     )
+
+
+def test_trl_and_we_follow_a_divergence_with_the_same_losses():
+    source = inspect.getsource(trl.DPOTrainer.__init__)
+    names = source.split("f_divergence_loss_types = {")[1].split("}")[0]
+    assert set(ast.literal_eval(f"[{names}]")) == {*FOLLOWING, "sft"}
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.0])

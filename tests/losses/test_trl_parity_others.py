@@ -1,21 +1,25 @@
 """Law 3, losses outside the DPO family: value and gradient equal TRL's own KTO, CPO, ORPO, TPO and reward code."""
 
+import inspect
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl")
 
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
-from trl.experimental.tpo import TPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-from megatron_align.losses.dpo import sft
+from megatron_align.losses.divergences import alpha_divergence
+from megatron_align.losses.dpo import DPO_LOSSES, sft
 from megatron_align.losses.reference_free import CPO_LOSSES, TPO_LOSSES, orpo
 from megatron_align.losses.responses import Responses
 from megatron_align.losses.reward import Rewards, reward_loss
-from megatron_align.losses.unpaired import apo_zero_unpaired, kto, kto_baseline
+from megatron_align.losses.unpaired import UNPAIRED_LOSSES, apo_zero_unpaired, kto, kto_baseline
 from tests.losses.trl_judge import PAIRS, Bigram, bare, scored, sequences
 
 
@@ -115,8 +119,6 @@ def test_cpo_equals_trl(name, cpo_alpha, alpha):
 
 
 def test_we_have_every_loss_type_of_trls_cpo_and_tpo():
-    from trl.experimental.cpo import CPOConfig
-
     assert set(CPO_LOSSES) == set(CPOConfig.__dataclass_fields__["loss_type"].metadata["choices"])
     with pytest.raises(ValueError, match="Unknown loss type") as caught:
         tpo_judged("nonsense", 0.0)
@@ -124,8 +126,6 @@ def test_we_have_every_loss_type_of_trls_cpo_and_tpo():
 
 
 def test_alphapo_is_simpo_as_in_trl(tmp_path):
-    from trl.experimental.cpo import CPOConfig
-
     config = CPOConfig(output_dir=str(tmp_path), loss_type="alphapo", bf16=False, use_cpu=True)
     assert (config.loss_type, config.cpo_alpha) == ("simpo", 0.0)
     assert CPO_LOSSES["alphapo"] is CPO_LOSSES["simpo"]
@@ -188,3 +188,31 @@ def test_reward_equals_trl(with_margin, center):
     chosen, rejected = (Rewards(r, torch.full_like(r, torch.nan)) for r in reward.chunk(2))
     got = reward_loss(chosen, rejected, margin_N=margin, alpha=0.3, center_rewards_coefficient=center or 0.0)
     assert_equal(got.mean(), want, reward)
+
+
+@pytest.mark.parametrize(
+    "losses, config",
+    [
+        (DPO_LOSSES, trl.DPOConfig),
+        (UNPAIRED_LOSSES, trl.KTOConfig),
+        (CPO_LOSSES, CPOConfig),
+        (TPO_LOSSES, TPOConfig),
+        ({"orpo": orpo}, ORPOConfig),
+    ],
+    ids=["dpo", "kto", "cpo", "tpo", "orpo"],
+)
+def test_defaults_are_trls(losses, config):
+    compared = 0
+    for name, loss in losses.items():
+        for option in inspect.signature(loss).parameters.values():
+            field = config.__dataclass_fields__.get(option.name)
+            if field is None or (name, option.name) == ("exo_pair", "label_smoothing"):  # TRL refuses its own
+                continue
+            assert option.default == field.default, (name, option.name)
+            compared += 1
+    assert compared >= len(losses) - 1  # sft has no option
+
+
+def test_default_of_the_alpha_divergence_is_trls():
+    ours = inspect.signature(alpha_divergence).parameters["alpha"].default
+    assert ours == trl.DPOConfig.__dataclass_fields__["f_alpha_divergence_coef"].default

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
@@ -44,6 +44,23 @@ def qwen2(**extra):
 
 def llama(**extra):
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SIZES, **extra}
+
+
+def qwen3(**extra):
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32, **SIZES, **extra}
+
+
+def mistral(**extra):
+    return {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **SIZES, **extra}
+
+
+def baichuan(**extra):
+    sizes = {**SIZES, "max_position_embeddings": 4096}
+    return {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", **sizes, **extra}
+
+
+def reward(**extra):
+    return {**qwen2(**extra), "architectures": ["Qwen2ForSequenceClassification"]}
 
 
 def write(folder, config):
@@ -91,6 +108,12 @@ CONFIGS = {
         original_max_position_embeddings=128,
         max_position_embeddings=512,
     ),
+    "qwen3": qwen3(num_key_value_heads=2, rope_theta=1000000),
+    "qwen3, all defaults": without(qwen3(num_attention_heads=32), "head_dim"),
+    "mistral": mistral(num_key_value_heads=2, sliding_window=None, rope_theta=1e6),
+    "mistral, a window as long as the model": mistral(
+        num_key_value_heads=2, sliding_window=64, max_position_embeddings=64
+    ),
     "llama, both spellings": llama(
         rope_scaling={"type": "llama3", "rope_theta": 9.0, **LLAMA3}, rope_parameters={"rope_theta": 4.0}
     ),
@@ -106,7 +129,8 @@ def both(request, tmp_path):
 def test_shape_is_what_transformers_reads(both):
     shape, hf = both
     heads, hidden = hf.num_attention_heads, hf.hidden_size
-    assert shape.architecture == {Qwen2Config: "Qwen2ForCausalLM", LlamaConfig: "LlamaForCausalLM"}[type(hf)]
+    assert shape.architecture == type(hf).__name__.replace("Config", "ForCausalLM")
+    assert shape.qk_norm == isinstance(hf, Qwen3Config)
     assert shape.qkv_bias == isinstance(hf, Qwen2Config)
     assert shape.tied_embeddings == hf.tie_word_embeddings
     assert (shape.num_layers, shape.hidden_size, shape.num_heads) == (hf.num_hidden_layers, hidden, heads)
@@ -119,25 +143,41 @@ def test_shape_is_what_transformers_reads(both):
 
 def test_rotary_frequencies_are_bitwise_those_of_transformers(both):
     shape, hf = both
-    rotary = LlamaRotaryEmbedding if isinstance(hf, LlamaConfig) else Qwen2RotaryEmbedding
+    rotary = LlamaRotaryEmbedding if isinstance(hf, (LlamaConfig, MistralConfig)) else Qwen2RotaryEmbedding
     ours = inv_freq(shape)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, rotary(hf).inv_freq)
 
 
+KNOWN = (
+    "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM', 'Qwen3ForCausalLM', "
+    "'MistralForCausalLM', 'BaichuanForCausalLM', 'Qwen2ForSequenceClassification', "
+    "'LlamaForSequenceClassification'], found "
+)
 REFUSED = {
     "unknown architecture": (
-        qwen2(architectures=["Qwen3ForCausalLM"]),
-        "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'], found ['Qwen3ForCausalLM'] "
-        "in {path}; did you mean 'Qwen2ForCausalLM'?",
+        qwen2(architectures=["Qwen2MoeForCausalLM"]),
+        KNOWN + "['Qwen2MoeForCausalLM'] in {path}; did you mean 'Qwen2ForCausalLM'?",
     ),
-    "no architecture": (
-        SIZES,
-        "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'], found 'nothing' in {path}",
+    "no architecture": (SIZES, KNOWN + "'nothing' in {path}"),
+    "unknown model_type": ({"model_type": "mixtral", **SIZES}, KNOWN + "'mixtral' in {path}"),
+    "baichuan-13b": (
+        without(baichuan(), "max_position_embeddings"),
+        "max_position_embeddings must be given: a Baichuan without it has ALiBi (13B), which is not supported, "
+        "found nothing in {path}",
     ),
-    "unknown model_type": (
-        {"model_type": "mixtral", **SIZES},
-        "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM'], found 'mixtral' in {path}",
+    "mistral with windows": (
+        mistral(num_key_value_heads=2, max_position_embeddings=32768),
+        "sliding_window must be null or at least 32768: attention is full here, found 4096 in {path}",
+    ),
+    "two labels": (reward(), "a reward model must have num_labels 1, found 2 in {path}"),
+    "three labels": (
+        reward(id2label={"0": "a", "1": "b", "2": "c"}),
+        "a reward model must have num_labels 1, found 3 in {path}",
+    ),
+    "qwen3 with biases": (
+        qwen3(num_key_value_heads=2, attention_bias=True),
+        "attention_bias must be false: this architecture is supported without biases, found true in {path}",
     ),
     "sliding window": (
         qwen2(use_sliding_window=True, max_window_layers=1),
@@ -322,6 +362,30 @@ def test_qkv_puts_each_key_value_head_behind_its_queries(ranks, groups, tail):
     row = named(shape, "decoder.layers.1.self_attention.linear_qkv." + ("weight" if tail else "bias"))
     for rank, want in enumerate(torch.cat(by_hand).chunk(ranks)):
         assert torch.equal(shard(row, shape, [q, k, v], rank, ranks), want)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_packed_qkv_is_laid_out_like_three_tensors(ranks):
+    apart, packed = tiny("LlamaForCausalLM"), tiny("BaichuanForCausalLM")
+    parts = [torch.randn(size, 16) for size in (32, 8, 8)]
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    for rank in range(ranks):
+        want = shard(named(apart, name), apart, parts, rank, ranks)
+        assert torch.equal(shard(named(packed, name), packed, [torch.cat(parts)], rank, ranks), want)
+
+
+@pytest.mark.parametrize("architecture", [name for name in TABLES if "Classification" in name])
+def test_a_reward_head_is_whole_on_every_rank(architecture):
+    shape = tiny(architecture)
+    row = named(shape, "reward_head.weight")
+    assert (row.hf, row.split, local_shape(row, shape, 4)) == (("score.weight",), None, (1, 16))
+    assert "output_layer.weight" not in {row.megatron for row in rows(shape)}
+
+
+def test_a_reward_model_has_no_head_to_tie(tmp_path):
+    write(tmp_path, reward(tie_word_embeddings=True, id2label={"0": "LABEL_0"}))
+    shape = read_shape(tmp_path)
+    assert (shape.is_reward, shape.tied_embeddings, shape.qkv_bias) == (True, False, True)
 
 
 def test_each_rank_holds_its_gate_rows_and_then_its_up_rows():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_align.tools.main import TOOLS
 from tests.harness import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +74,8 @@ def test_help_does_not_load_torch(tmp_path, start, shown):
 
 HELP = "(see megatron-align"
 MISTAKES = {
-    "nothing": ((), f"megatron-align needs a command, one of convert, prepare {HELP} --help)"),
-    "tool": (("convrt",), "megatron-align has no command 'convrt', it has convert, prepare; did you mean"),
+    "nothing": ((), f"megatron-align needs a command, one of {', '.join(TOOLS)} {HELP} --help)"),
+    "tool": (("convrt",), f"megatron-align has no command 'convrt', it has {', '.join(TOOLS)}; did you mean"),
     "no command": (("convert",), "megatron-align convert needs a command, one of import, export, verify"),
     "command": (("convert", "imprt"), "it has import, export, verify; did you mean 'import'?"),
     "option": (

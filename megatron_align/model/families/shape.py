@@ -47,6 +47,13 @@ class ModelShape:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_positions: int
+    qk_norm: bool = False  # queries and keys are normalised per head
+    norm_head: bool = False  # logits come from the output head's rows at unit length
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether the model ends in one number per token instead of a vocabulary."""
+        return self.architecture.endswith("ForSequenceClassification")
 
 
 # What transformers assumes where config.json is silent. Sizes have no default: a guess would be wrong.
@@ -73,8 +80,29 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "mlp_bias": False,
     },
+    "Qwen3ForCausalLM": {
+        **_COMMON,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "attention_bias": False,
+    },
+    "MistralForCausalLM": {
+        **_COMMON,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "BaichuanForCausalLM": {**_COMMON, "num_key_value_heads": None},
 }
-_OF_MODEL_TYPE = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+_DEFAULTS |= {
+    f"{name}ForSequenceClassification": _DEFAULTS[f"{name}ForCausalLM"] for name in ("Qwen2", "Llama")
+}
+_OF_MODEL_TYPE = {
+    name.removesuffix("ForCausalLM").lower(): name for name in _DEFAULTS if name.endswith("ForCausalLM")
+}
 
 
 class _Keys:
@@ -133,7 +161,7 @@ def read_shape(folder: str | Path) -> ModelShape:
     raw = read_json(path)
     architecture = _architecture(raw, path)
     keys = _Keys({**_DEFAULTS[architecture], **raw}, str(path))
-    _refuse_unsupported(keys)
+    _refuse_unsupported(keys, architecture)
     num_heads = keys.count("num_attention_heads")
     given_groups = keys.values["num_key_value_heads"]
     groups = num_heads if given_groups is None else keys.count("num_key_value_heads")
@@ -149,8 +177,10 @@ def read_shape(folder: str | Path) -> ModelShape:
         num_query_groups=groups,
         head_dim=_head_dim(keys, num_heads),
         vocab_size=keys.count("vocab_size"),
-        tied_embeddings=keys.flag("tie_word_embeddings"),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
+        tied_embeddings=keys.flag("tie_word_embeddings") and architecture.endswith("ForCausalLM"),
+        qkv_bias=architecture.startswith("Qwen2For"),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        norm_head=architecture == "BaichuanForCausalLM",
         norm_eps=keys.number("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -200,9 +230,21 @@ def _head_dim(keys: _Keys, num_heads: int) -> int:
     return head_dim
 
 
-def _refuse_unsupported(keys: _Keys) -> None:
+def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
     """Raise InputError for whatever transformers would compute and we would not."""
     values = keys.values
+    if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in values:
+        raise keys.fail(
+            "max_position_embeddings", "given: a Baichuan without it has ALiBi (13B), which is not supported"
+        )
+    if architecture == "MistralForCausalLM" and values["sliding_window"] is not None:
+        longest = keys.count("max_position_embeddings")
+        if keys.count("sliding_window") < longest:
+            raise keys.fail("sliding_window", f"null or at least {longest}: attention is full here")
+    if architecture.endswith("ForSequenceClassification"):
+        labels = values.get("num_labels", len(values.get("id2label") or (0, 1)))
+        if labels != 1:
+            raise InputError(f"a reward model must have num_labels 1, found {labels} in {keys.place}")
     if values.get("quantization_config") is not None:
         raise keys.fail("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
     if values["hidden_act"] not in ("silu", "swish"):

@@ -46,6 +46,14 @@ def qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list
     ]
 
 
+def packed_qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
+    """The same out of one HF tensor that holds all queries, then all keys, then all values."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    start = (0, q, q + kv)
+    [block] = qkv((q, kv, kv), shape, tensor_ranks)
+    return [[Slice(0, start[part] + first, start[part] + last) for part, first, last in block]]
+
+
 def vocab(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
     """The vocabulary's rows, then zero rows up to :func:`padded_vocab`."""
     return [[Slice(0, 0, sizes[0]), Slice(None, 0, padded_vocab(sizes[0], tensor_ranks) - sizes[0])]]
@@ -78,7 +86,10 @@ class Row:
             "ffn": shape.ffn_size,
             "q": shape.num_heads * shape.head_dim,
             "kv": shape.num_query_groups * shape.head_dim,
+            "qkv": (shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim,
+            "head": shape.head_dim,
             "vocab": shape.vocab_size,
+            "labels": 1,
         }
         return tuple(tuple(sizes[dim] for dim in dims) for dims in self.dims)
 
@@ -111,9 +122,23 @@ _QKV_BIAS = Row(
     0,
     qkv,
 )
+_QWEN2 = (*LLAMA[:3], _QKV_BIAS, *LLAMA[3:])
+_QK_NORM = tuple(
+    Row(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",), (("head",),))
+    for x in "qk"
+)
+_W_PACK = replace(
+    LLAMA[2], hf=(_H + "self_attn.W_pack.weight",), dims=(("qkv", "hidden"),), layout=packed_qkv
+)
+_REWARD_HEAD = Row("reward_head.weight", ("score.weight",), (("labels", "hidden"),))
 TABLES: dict[str, tuple[Row, ...]] = {
     "LlamaForCausalLM": LLAMA,
-    "Qwen2ForCausalLM": (*LLAMA[:3], _QKV_BIAS, *LLAMA[3:]),
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": _QWEN2,
+    "Qwen3ForCausalLM": (*LLAMA[:3], *_QK_NORM, *LLAMA[3:]),
+    "BaichuanForCausalLM": (*LLAMA[:2], _W_PACK, *LLAMA[3:]),
+    "LlamaForSequenceClassification": (*LLAMA[:-1], _REWARD_HEAD),
+    "Qwen2ForSequenceClassification": (*_QWEN2[:-1], _REWARD_HEAD),
 }
 
 

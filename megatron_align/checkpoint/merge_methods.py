@@ -1,0 +1,316 @@
+"""Merging formulas. Each turns the blocks of one tensor, of a base and of N models, into the merged blocks.
+
+Shapes: E elements of a block, N models. A tensor is a collection of blocks that can be walked several times,
+as some formulas need a sum over the whole tensor first. A block may be changed in place: it is made anew in each
+walk, and its memory is used again for the next one.
+
+``base_E`` is None for a formula that has no base. A task vector is a model minus the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_align.errors import InputError
+
+
+class Block(NamedTuple):
+    """A stretch of one tensor, in the dtype of the computation."""
+
+    base_E: Tensor | None
+    models_NE: Tensor
+
+
+Blocks = Iterable[Block]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A formula and its options.
+
+    ``needs_base``: the formula has one. Where it has none, a base is but compared with the models, or, with
+    ``starts_at_base``, takes the place of a first model that was not given.
+    """
+
+    needs_base: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = False
+    passes: ClassVar[int] = 1  # over every tensor
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        """Yield the merged blocks of the tensor ``name``."""
+        raise NotImplementedError
+
+    def check(self, models: int) -> None:
+        """Check the options against the number of models.
+
+        Raises:
+            InputError: they do not fit.
+        """
+        for option, value in asdict(self).items():
+            many = isinstance(value, tuple)
+            if value is not None and not all(map(math.isfinite, value if many else (value,))):
+                need = "finite numbers" if many else "a finite number"
+                raise InputError(f"--{option} must be {need}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Method):
+    """A formula with a weight for each model.
+
+    Args:
+        weights: one per model; None: 1 / N each.
+    """
+
+    weights: tuple[float, ...] | None = None
+
+    def check(self, models: int) -> None:
+        """Check the options."""
+        super().check(models)
+        if self.weights is not None and len(self.weights) != models:
+            raise InputError(f"--weights must be one for each of {models} models, got {len(self.weights)}")
+
+    def _weights(self, models_NE: Tensor) -> Tensor:
+        """Return weights ``[N]``."""
+        models = len(models_NE)
+        return models_NE.new_tensor(self.weights if self.weights is not None else [1 / models] * models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Weighted):
+    """``sum(w_i x_i) / sum(w_i)``, the model soup. Wortsman et al. 2022."""
+
+    needs_base: ClassVar[bool] = False
+
+    def check(self, models: int) -> None:
+        """Check the options."""
+        super().check(models)
+        if self.weights is not None and math.isclose(sum(self.weights), 0, abs_tol=1e-9):
+            raise InputError(f"--weights must not sum to 0, as linear divides by the sum; got {self.weights}")
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        for _, models_NE in blocks:
+            weights_N = self._weights(models_NE)
+            yield (weights_N / weights_N.sum()) @ models_NE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(Weighted):
+    """``base + scale * sum(w_i task_i)``. Ilharco et al. 2023.
+
+    Args:
+        scale: of the sum; the paper's lambda.
+    """
+
+    scale: float = 1.0
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        for base_E, models_NE in blocks:
+            yield base_E + self.scale * (self._weights(models_NE) @ models_NE.sub_(base_E))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStock(Method):
+    """``t mean(x_i) + (1 - t) base``, ``t = N c / (1 + (N - 1) c)``. Jang et al. 2024.
+
+    ``c`` is the cosine between two task vectors of the tensor: the mean over all pairs where N > 2. It is
+    clamped to [0, 1]: below 0 the formula would run away from the mean, past the base. A model that did not
+    touch the tensor has no angle and counts as perpendicular.
+    """
+
+    passes: ClassVar[int] = 2
+
+    def check(self, models: int) -> None:
+        """Check the options."""
+        super().check(models)
+        if models < 2:
+            raise InputError(f"model_stock needs two models or more, got {models}")
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        ratio = _stock_ratio(_gram(models_NE.sub_(base_E) for base_E, models_NE in blocks))
+        for base_E, models_NE in blocks:
+            yield models_NE.mean(0).sub_(base_E).mul_(ratio).add_(base_E)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slerp(Method):
+    """Spherical interpolation from the first of two models to the second; straight where they are parallel.
+
+    With one model it goes from the base to that model. Shoemake 1985.
+
+    Args:
+        t: 0 is the start, 1 the end.
+    """
+
+    needs_base: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = True
+    passes: ClassVar[int] = 2
+    PARALLEL: ClassVar[float] = 0.9995  # cosine
+
+    t: float = 0.5
+
+    def check(self, models: int) -> None:
+        """Check the options."""
+        super().check(models)
+        if models != 2:
+            raise InputError(f"slerp needs two models, or a base and one model; got {models} to go between")
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        gram_NN = _gram(models_NE for _, models_NE in blocks)
+        lengths = math.sqrt(gram_NN[0, 0] * gram_NN[1, 1])
+        cosine = gram_NN[0, 1].item() / lengths if lengths else 1.0
+        shares = (1 - self.t, self.t)
+        if abs(cosine) <= self.PARALLEL:
+            angle = math.acos(cosine)
+            shares = tuple(math.sin(share * angle) / math.sin(angle) for share in shares)
+        for _, models_NE in blocks:
+            yield models_NE.new_tensor(shares) @ models_NE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ties(Weighted):
+    """Trim, elect sign, merge what agrees. Yadav et al. 2023.
+
+    Of each task vector the ``density`` largest magnitudes stay (all that equal the smallest of them, too);
+    an element's sign is that of the weighted sum; the weighted mean is over the models that have this sign.
+
+    Args:
+        density: share of elements that stay, over 0 and at most 1.
+        scale: of the merged task vector.
+    """
+
+    passes: ClassVar[int] = 3
+
+    density: float = 0.2
+    scale: float = 1.0
+
+    def check(self, models: int) -> None:
+        """Check the options."""
+        super().check(models)
+        _need_density(self.density)
+        if self.weights is not None and min(self.weights) <= 0:
+            raise InputError(f"--weights must be positive, as ties divides by their sum; got {self.weights}")
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        least_N = kept_magnitudes(blocks, self.density)
+        for base_E, models_NE in blocks:
+            task_NE = models_NE.sub_(base_E)
+            task_NE.masked_fill_(task_NE.abs().float() < least_N[:, None], 0)
+            weights_N1 = self._weights(task_NE)[:, None]
+            weighted_NE = task_NE * weights_N1
+            agrees_NE = (task_NE.sign() == weighted_NE.sum(0).sign()) & (task_NE != 0)
+            share_E = (agrees_NE * weights_N1).sum(0)
+            merged_E = (weighted_NE * agrees_NE).sum(0) / share_E.masked_fill_(share_E == 0, 1)
+            yield base_E + self.scale * merged_E
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dare(Weighted):
+    """Drop elements of the task vectors at random, rescale the rest, and add them up. Yu et al. 2024.
+
+    ``base + scale * sum(w_i keep_i task_i / density)``. What is kept depends on seed, tensor and the model's
+    number only.
+
+    Args:
+        density: chance of an element to stay, over 0 and at most 1; the paper's 1 - p.
+        scale: of the sum.
+        seed: of the draw.
+    """
+
+    density: float = 0.1
+    scale: float = 1.0
+    seed: int = 0
+
+    def check(self, models: int) -> None:
+        """Check the options."""
+        super().check(models)
+        _need_density(self.density)
+
+    def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
+        draws: list[torch.Generator] = []
+        for base_E, models_NE in blocks:
+            draws = draws or [self._draw(name, number) for number in range(len(models_NE))]
+            task_NE = models_NE.sub_(base_E)
+            for task_E, draw in zip(task_NE, draws, strict=True):
+                task_E.mul_(torch.rand(task_E.shape, generator=draw) < self.density)
+            yield base_E + self.scale / self.density * (self._weights(task_NE) @ task_NE)
+
+    def _draw(self, name: str, number: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}/{name}/{number}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+METHODS: dict[str, type[Method]] = {
+    "linear": Linear,
+    "task_arithmetic": TaskArithmetic,
+    "model_stock": ModelStock,
+    "slerp": Slerp,
+    "ties": Ties,
+    "dare": Dare,
+}
+
+
+def kept_magnitudes(blocks: Blocks, density: float) -> Tensor:
+    """Return the smallest magnitude ``[N]`` of each task vector's ``density`` largest ones, at least one.
+
+    Exact, in two passes and constant memory: magnitudes are counted by their upper 16 bits, then those that
+    share the upper bits of the one sought by their lower 16. Floats of one sign are ordered like their bits.
+    """
+    counts_NB, elements = _count_bits(blocks, None)
+    wanted = max(1, int(density * elements))
+    upper_N, above_N = _find_largest(counts_NB, torch.full((len(counts_NB),), wanted))
+    counts_NB, _ = _count_bits(blocks, upper_N)
+    lower_N, _ = _find_largest(counts_NB, wanted - above_N)
+    return ((upper_N << 16) + lower_N).int().view(torch.float32)
+
+
+def _count_bits(blocks: Blocks, upper_N: Tensor | None) -> tuple[Tensor, int]:
+    """Count magnitudes by their upper bits, or by the lower of those with ``upper_N``; ``[N, 65536]``."""
+    total: Tensor | None = None
+    elements = 0
+    for base_E, models_NE in blocks:
+        bits_NE = models_NE.sub_(base_E).abs_().float().view(torch.int32)
+        counts = []
+        for number, bits_E in enumerate(bits_NE):
+            bins = (
+                bits_E >> 16
+                if upper_N is None
+                else bits_E[bits_E >> 16 == upper_N[number]].bitwise_and(0xFFFF)
+            )
+            counts.append(torch.bincount(bins, minlength=1 << 16))
+        total = torch.stack(counts) if total is None else total.add_(torch.stack(counts))
+        elements += bits_NE.shape[1]
+    return total, elements
+
+
+def _find_largest(counts_NB: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bin ``[N]`` in which the ``wanted``-th largest lies, and how many are in bins above it."""
+    from_top_NB = counts_NB.flip(1).cumsum(1)
+    place_N = (from_top_NB < wanted_N[:, None]).sum(1)
+    above_N = (from_top_NB - counts_NB.flip(1)).gather(1, place_N[:, None])[:, 0]
+    return counts_NB.shape[1] - 1 - place_N, above_N
+
+
+def _gram(blocks: Iterable[Tensor]) -> Tensor:
+    """Return all inner products ``[N, N]`` over the whole tensor, summed in float64 over blocks."""
+    return sum((x_NE @ x_NE.T).double() for x_NE in blocks)
+
+
+def _stock_ratio(gram_NN: Tensor) -> float:
+    models = len(gram_NN)
+    lengths_N = gram_NN.diagonal().clamp(min=0).sqrt()
+    cosines_NN = gram_NN / (lengths_N[:, None] * lengths_N).masked_fill_(gram_NN == 0, 1)
+    pairs = torch.triu_indices(models, models, offset=1)
+    cosine = cosines_NN[pairs[0], pairs[1]].mean().clamp(0, 1).item()
+    return models * cosine / (1 + (models - 1) * cosine)
+
+
+def _need_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise InputError(f"--density must be over 0 and at most 1, got {density}")
