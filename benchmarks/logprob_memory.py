@@ -8,7 +8,7 @@ before what is measured).
   PyTorch on full logits, for N rows and twice as many: one slab, whatever N.
 - step: the second training step of a two-layer model whose vocabulary has 151,936 tokens, supervised, on the same
   samples. ``total`` is the peak of the process, ``step`` what it is above the memory just before the step. Ours keeps
-  its gradient buffer between steps, TRL frees its gradients: compare totals. TRL's loss is its default (chunked).
+  its gradient buffer between steps, TRL frees its gradients: compare totals. TRL's loss is its default.
 """
 
 from __future__ import annotations
