@@ -249,3 +249,19 @@ def _whole(grad: torch.Tensor, parameter: torch.nn.Parameter, group) -> torch.Te
     parts = [torch.empty_like(grad) for _ in range(group.size())]
     torch.distributed.all_gather(parts, grad.contiguous(), group=group)
     return torch.cat(parts, parameter.partition_dim)
+
+
+def train_in_slabs(place: parallel.Place, arguments: list[str], rows: int | None) -> None:
+    """Train with slabs of at most ``rows`` rows of logits."""
+    from megatron_align.kernels.token_logprobs import passes
+
+    before = passes.SLAB_BYTES["cpu"]
+    if rows is not None:
+        columns = 128 * (
+            3 if place.world_size == 1 else 2
+        )  # 259 tokens, padded to a multiple of 128 on each rank
+        passes.SLAB_BYTES["cpu"] = rows * columns * 4
+    try:
+        train(place, arguments)
+    finally:
+        passes.SLAB_BYTES["cpu"] = before

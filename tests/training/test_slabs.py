@@ -1,0 +1,37 @@
+"""Where rows are cut into slabs changes no number of a run; samples longer than a slab are counted."""
+
+import pytest
+
+from tests.harness import ranks
+from tests.harness.tiny import metrics_of, run_arguments, write_pairs
+
+OBJECTIVES = {
+    "dpo": {"objective__name": "dpo"},
+    "wpo": {"objective__name": "dpo", "objective__use_weighting": True},
+    "sft": {},
+}
+
+
+@pytest.fixture(scope="module")
+def pairs_file(tmp_path_factory):
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_slabs_change_no_number(pool, tiny_models, chat_file, pairs_file, tmp_path, objective):
+    """One slab for all, slabs of about 64 rows, and slabs that no pair fits into, on two tensor-parallel ranks."""
+    options, rows = {"train__steps": 2, **OBJECTIVES[objective]}, {}
+    data = chat_file if objective == "sft" else pairs_file
+    for name, world, most in (("whole", 1, None), ("some", 1, 64), ("tiny", 2, 3)):
+        arguments = run_arguments(tiny_models(), data, tmp_path / name, parallel__tensor=world, **options)
+        pool.run(world, ranks.train_in_slabs, arguments, most)
+        rows[name] = metrics_of(tmp_path / name)
+    for name in ("some", "tiny"):
+        for row, want in zip(rows[name], rows["whole"], strict=True):
+            for key in ("loss", "grad_norm"):
+                assert row[key] == pytest.approx(want[key], rel=1e-5), (name, row["step"], key)
+    if objective == "sft":
+        assert "recomputed_samples" not in rows["tiny"][0]  # rows are cut anywhere
+    else:
+        assert {row["recomputed_samples"] for row in rows["whole"]} == {0}
+        assert {row["recomputed_samples"] for row in rows["tiny"]} == {12}  # the global batch
