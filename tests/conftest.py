@@ -9,6 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+from tests.harness.interpreter import (  # noqa: F401  # pytest finds hooks by their names
+    pytest_pyfunc_call,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+)
+
 
 @pytest.fixture(scope="session")
 def pool():

@@ -1,0 +1,121 @@
+"""What a launch compiles to, without a GPU: registers, spills, shared memory and tensor-core instructions.
+
+``with compiling_for("sm_90") as built:`` makes every Triton launch inside the block compile for that chip instead of
+running; ``built`` lists the kernels. The code under test is called as always, on CPU tensors, so what is judged is
+what its users launch: same types, alignments, constants and options. Results are made by nobody: do not look at them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Bytes of shared memory that one block may have (CUDA programming guide, technical specifications per capability).
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """One compiled kernel, as the assembler left it."""
+
+    name: str
+    chip: str
+    warps: int
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    spills: int  # instructions that move registers to and from local memory
+    shared: int  # bytes per block
+    tensor_core: int  # HMMA (sm_80) or HGMMA (sm_90) instructions; others are not counted
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} on {self.chip}: {self.registers} registers x {self.warps} warps, {self.spills} spills, "
+            f"{self.stack} B stack, {self.shared} B shared, {self.tensor_core} tensor-core instructions"
+        )
+
+    def fault(self, *, tensor_core: bool = True, registers: int = 255) -> str | None:
+        """Return what passes the chip's limits or ``registers``, in words; None if nothing does.
+
+        Args:
+            tensor_core: whether the kernel must use tensor cores.
+            registers: most registers per thread.
+        """
+        faults = [
+            (self.spills or self.stack, "spills"),
+            (self.shared > SHARED_LIMIT[self.chip], f"shared memory over {SHARED_LIMIT[self.chip]}"),
+            (self.registers > registers, f"registers over {registers}"),
+            (tensor_core and not self.tensor_core, "no tensor cores"),
+        ]
+        found = ", ".join(text for wrong, text in faults if wrong)
+        return f"{found}: {self}" if found else None
+
+
+@contextmanager
+def compiling_for(chip: str) -> Iterator[list[Built]]:
+    """Compile launches for ``chip`` (``sm_80``) instead of running them; yield the list that they are added to."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter compiles nothing: run without TRITON_INTERPRET")
+    built: list[Built] = []
+    run, before = JITFunction.run, driver._active
+    target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+
+    def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        built.append(_inspect(compiled, chip))
+        return compiled
+
+    JITFunction.run = compile_only
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: chip,  # kernels are cached by device
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: target,
+        )
+    )
+    try:
+        yield built
+    finally:
+        JITFunction.run = run
+        driver.set_active(before)
+
+
+def _inspect(compiled: object, chip: str) -> Built:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage, code = (
+            subprocess.run(
+                [_TOOLS / "cuobjdump", flag, cubin.name],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    sizes = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HMMA", "HGMMA")}
+    return Built(
+        name=compiled.name,
+        chip=chip,
+        warps=compiled.metadata.num_warps,
+        registers=int(sizes["REG"]),
+        stack=int(sizes["STACK"]),
+        spills=count["STL"] + count["LDL"],
+        shared=compiled.metadata.shared,
+        tensor_core=count["HMMA"] if int(chip.removeprefix("sm_")) < 90 else count["HGMMA"],
+    )
