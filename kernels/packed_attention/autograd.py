@@ -72,7 +72,7 @@ class _PackedAttention(torch.autograd.Function):
                 *_strides(q_THD, k_TGD, v_TGD, out_THD, dout_THD), *numbers, **_options(ctx.tiles.dq, head_dim),
             )  # fmt: skip
             dkdv_kernel[(triton.cdiv(tokens, ctx.tiles.dkdv.keys), groups)](
-                q_THD, k_TGD, v_TGD, dout_THD, lse2_HT, delta_HT, dk_TGD, dv_TGD, *intervals,
+                q_THD, k_TGD, v_TGD, dout_THD, lse2_HT, delta_HT, dk_TGD, dv_TGD, intervals[3],
                 *_strides(q_THD, k_TGD, v_TGD, dout_THD, dk_TGD), *numbers, **_options(ctx.tiles.dkdv, head_dim),
             )  # fmt: skip
         return dq_THD, dk_TGD, dv_TGD, None, None, None

@@ -35,7 +35,7 @@ def _collect_dq(
     v = load_rows(v_ptr, first, v_stride, tokens, BLOCK_K, D, D_PADDED, not MASKED)
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse2[:, None])
     if MASKED:
-        p = tl.where(visible(intervals, first + tl.arange(0, BLOCK_K), False), p, 0.0)
+        p = tl.where(visible(intervals, first + tl.arange(0, BLOCK_K)), p, 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -60,7 +60,6 @@ def dq_kernel(
     a, b, c, d, own_a, own_b, own_c, own_d = key_tiles(
         prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K
     )
-    intervals = load_intervals(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tokens, BLOCK_Q)
     q = load_rows(q_ptr + head * q_head_stride, first, q_stride, tokens, BLOCK_Q, D, D_PADDED, False)
     dout = load_rows(dout_ptr + head * dout_head_stride, first, dout_stride, tokens, BLOCK_Q, D, D_PADDED, False)
     out = load_rows(out_ptr + head * out_head_stride, first, out_stride, tokens, BLOCK_Q, D, D_PADDED, False)
@@ -73,8 +72,10 @@ def dq_kernel(
     for step in range(c - b + own_c - own_b):
         dq = _collect_dq(
             dq, q, dout, lse2, delta, k_ptr, v_ptr, in_turn(step, b, c, own_b), k_stride, v_stride, tokens,
-            scale_log2, intervals, BLOCK_K, D, D_PADDED, False,
+            scale_log2, None, BLOCK_K, D, D_PADDED, False,
         )  # fmt: skip
+    # Not earlier: registers are dear in the loop above.
+    intervals = load_intervals(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tokens, BLOCK_Q)
     in_prefix = b - a + d - c
     for step in range(in_prefix + own_b - own_a + own_d - own_c):
         tile = tl.where(
@@ -89,8 +90,7 @@ def dq_kernel(
 
 @triton.jit
 def _collect_dkdv(
-    dk, dv, k, v, key, q_ptr, dout_ptr, lse2_ptr, delta_ptr, prefix_start_ptr, prefix_end_ptr, own_start_ptr,
-    tile, q_stride, dout_stride, tokens, scale_log2,
+    dk, dv, k, v, key, seen_end, q_ptr, dout_ptr, lse2_ptr, delta_ptr, tile, q_stride, dout_stride, tokens, scale_log2,
     BLOCK_Q: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Transposed, keys by queries, so that p and ds are left operands straight from registers."""
@@ -101,8 +101,10 @@ def _collect_dkdv(
     delta = load_numbers(delta_ptr, first, tokens, BLOCK_Q, not MASKED)
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse2[None, :])
     if MASKED:
-        intervals = load_intervals(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tokens, BLOCK_Q)
-        p = tl.where(visible(intervals, key, True), p, 0.0)
+        query = first + tl.arange(0, BLOCK_Q)
+        # Told by key: one number a row, where the queries' intervals would cost each thread dozens of registers.
+        seen = (key[:, None] <= query[None, :]) & (query[None, :] < seen_end[:, None])
+        p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
     ds = p * (dp - delta[None, :])
@@ -113,7 +115,7 @@ def _collect_dkdv(
 @triton.jit
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    prefix_start_ptr, prefix_end_ptr, own_start_ptr, seen_end_ptr,
+    seen_end_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     dout_stride, dout_head_stride, dk_stride, dk_head_stride,
     tokens, scale, scale_log2, heads_per_group,
@@ -122,7 +124,6 @@ def dkdv_kernel(
     """Grid (key blocks, key heads). Writes dk and dv, both laid out alike."""
     first = tl.program_id(0) * BLOCK_K  # the first keys of a document have the most queries: they go first
     group = tl.program_id(1).to(tl.int64)
-    key = first + tl.arange(0, BLOCK_K)
     k = load_rows(k_ptr + group * k_head_stride, first, k_stride, tokens, BLOCK_K, D, D_PADDED, False)
     v = load_rows(v_ptr + group * v_head_stride, first, v_stride, tokens, BLOCK_K, D, D_PADDED, False)
     dk = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
@@ -134,16 +135,18 @@ def dkdv_kernel(
     for step in range(tiles * heads_per_group):
         head = group * heads_per_group + step // tiles
         dk, dv = _collect_dkdv(
-            dk, dv, k, v, key, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride,
-            lse2_ptr + head * tokens, delta_ptr + head * tokens, prefix_start_ptr, prefix_end_ptr, own_start_ptr,
+            dk, dv, k, v, None, None, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride,
+            lse2_ptr + head * tokens, delta_ptr + head * tokens,
             b + step % tiles, q_stride, dout_stride, tokens, scale_log2, BLOCK_Q, D, D_PADDED, False,
         )  # fmt: skip
     tiles = b - a + d - c
+    key = first + tl.arange(0, BLOCK_K)
+    seen_end = load_numbers(seen_end_ptr, first, tokens, BLOCK_K, False)
     for step in range(tiles * heads_per_group):
         head = group * heads_per_group + step // tiles
         dk, dv = _collect_dkdv(
-            dk, dv, k, v, key, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride,
-            lse2_ptr + head * tokens, delta_ptr + head * tokens, prefix_start_ptr, prefix_end_ptr, own_start_ptr,
+            dk, dv, k, v, key, seen_end, q_ptr + head * q_head_stride, dout_ptr + head * dout_head_stride,
+            lse2_ptr + head * tokens, delta_ptr + head * tokens,
             in_turn(step % tiles, a, b, c), q_stride, dout_stride, tokens, scale_log2, BLOCK_Q, D, D_PADDED, True,
         )  # fmt: skip
     store_rows(dk_ptr + group * dk_head_stride, dk * scale, first, dk_stride, tokens, BLOCK_K, D, D_PADDED)

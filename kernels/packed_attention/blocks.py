@@ -23,23 +23,12 @@ import triton.language as tl
 
 
 @triton.jit
-def visible(intervals, key, BY_KEY: tl.constexpr):
-    """Whether a query sees a key, ``[query, key]``, or BY_KEY ``[key, query]``: the definition of the layout."""
+def visible(intervals, key):
+    """Whether each query sees each key, ``[query, key]``: the definition of the layout."""
     prefix_start, prefix_end, own_start, query = intervals
-    if BY_KEY:
-        key = key[:, None]
-        prefix_start = prefix_start[None, :]
-        prefix_end = prefix_end[None, :]
-        own_start = own_start[None, :]
-        query = query[None, :]
-    else:
-        key = key[None, :]
-        prefix_start = prefix_start[:, None]
-        prefix_end = prefix_end[:, None]
-        own_start = own_start[:, None]
-        query = query[:, None]
-    in_prefix = (prefix_start <= key) & (key < prefix_end)
-    return in_prefix | ((own_start <= key) & (key <= query))
+    key = key[None, :]
+    in_prefix = (prefix_start[:, None] <= key) & (key < prefix_end[:, None])
+    return in_prefix | ((own_start[:, None] <= key) & (key <= query[:, None]))
 
 
 @triton.jit

@@ -30,7 +30,7 @@ def _attend_tile(
     k = load_rows(k_ptr, first, k_stride, tokens, BLOCK_K, D, D_PADDED, not MASKED)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
-        seen = visible(intervals, first + tl.arange(0, BLOCK_K), False)
+        seen = visible(intervals, first + tl.arange(0, BLOCK_K))
         scores = tl.where(seen, scores * scale_log2, UNSEEN)
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
@@ -62,7 +62,6 @@ def forward_kernel(
     a, b, c, d, own_a, own_b, own_c, own_d = key_tiles(
         prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K
     )
-    intervals = load_intervals(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tokens, BLOCK_Q)
     q = load_rows(q_ptr + head * q_head_stride, first, q_stride, tokens, BLOCK_Q, D, D_PADDED, False)
     acc = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -71,9 +70,11 @@ def forward_kernel(
     for step in range(c - b + own_c - own_b):
         tile = in_turn(step, b, c, own_b)
         acc, total, highest = _attend_tile(
-            (acc, total, highest), q, k_ptr, v_ptr, tile, k_stride, v_stride, tokens, scale_log2, intervals,
+            (acc, total, highest), q, k_ptr, v_ptr, tile, k_stride, v_stride, tokens, scale_log2, None,
             BLOCK_K, D, D_PADDED, False,
         )  # fmt: skip
+    # Not earlier: registers are dear in the loop above.
+    intervals = load_intervals(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tokens, BLOCK_Q)
     in_prefix = b - a + d - c
     for step in range(in_prefix + own_b - own_a + own_d - own_c):
         tile = tl.where(
