@@ -23,27 +23,11 @@ import triton.language as tl
 
 
 @triton.jit
-def visible(intervals, key):
-    """Whether each query sees each key, ``[query, key]``: the definition of the layout."""
-    prefix_start, prefix_end, own_start, query = intervals
-    key = key[None, :]
-    in_prefix = (prefix_start[:, None] <= key) & (key < prefix_end[:, None])
-    return in_prefix | ((own_start[:, None] <= key) & (key <= query[:, None]))
-
-
-@triton.jit
-def in_turn(step, first_start, first_stop, second_start):
-    """The ``step``-th number of ``[first_start, first_stop)`` followed by ``[second_start, ...)``."""
-    length = first_stop - first_start
-    return tl.where(step < length, first_start + step, second_start + step - length)
-
-
-@triton.jit
 def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K: tl.constexpr):
-    """The key tiles that queries ``first`` to ``last`` (both included) visit, as 2 x 4 borders ``a <= b <= c <= d``.
+    """The key tiles that queries ``first`` to ``last`` (both included) visit: their borders, and how many they are.
 
-    The first four are of the prefix, the others of the own part. Tiles ``[b, c)`` need no mask; ``[a, b)`` and
-    ``[c, d)`` do.
+    The borders are ``a <= b <= c <= d`` of the prefix and then of the own part: tiles ``[a, d)`` are visited, and
+    ``[b, c)`` of them need no mask.
     """
     prefix_start = tl.load(prefix_start_ptr + first)
     prefix_end = tl.load(prefix_end_ptr + first)
@@ -76,7 +60,16 @@ def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOC
     own_d = tl.cdiv(last + 1, BLOCK_K)
     own_b = tl.minimum(tl.maximum(tl.cdiv(last_own_start, BLOCK_K), own_a), own_d)
     own_c = tl.maximum((first + 1) // BLOCK_K, own_b)
-    return a, b, c, d, own_a, own_b, own_c, own_d
+    return (a, b, c, d, own_a, own_b, own_c, own_d), d - a + own_d - own_a
+
+
+@triton.jit
+def key_tile(tiles, step):
+    """The ``step``-th tile of ``key_tiles``, and whether it needs a mask."""
+    a, b, c, d, own_a, own_b, own_c, own_d = tiles
+    tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
+    full = ((b <= tile) & (tile < c)) | ((own_b <= tile) & (tile < own_c))
+    return tile, not full
 
 
 @triton.jit
@@ -94,47 +87,39 @@ def query_tiles(seen_end_ptr, first, tokens, BLOCK_K: tl.constexpr, BLOCK_Q: tl.
 
 
 @triton.jit
-def load_rows(
-    ptr, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, INSIDE: tl.constexpr
-):
-    """Rows ``[first, first + ROWS)`` of a ``[T, D]`` matrix; zeros past D and, unless all is INSIDE, past T."""
+def visible(
+    prefix_start_ptr, prefix_end_ptr, own_start_ptr, first_query, first_key, tokens,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Whether each query of a tile sees each key, ``[query, key]``: the definition of the layout."""
+    # Loaded where needed: most tiles do without, and would rather have the registers.
+    prefix_start = load_numbers(prefix_start_ptr, first_query, tokens, BLOCK_Q)[:, None]
+    prefix_end = load_numbers(prefix_end_ptr, first_query, tokens, BLOCK_Q)[:, None]
+    own_start = load_numbers(own_start_ptr, first_query, tokens, BLOCK_Q)[:, None]
+    query = first_query + tl.arange(0, BLOCK_Q)[:, None]
+    key = first_key + tl.arange(0, BLOCK_K)[None, :]
+    return ((prefix_start <= key) & (key < prefix_end)) | ((own_start <= key) & (key <= query))
+
+
+@triton.jit
+def load_numbers(ptr, first, tokens, ROWS: tl.constexpr):
+    """Numbers ``[first, first + ROWS)`` of a vector ``[T]``; zeros past T."""
+    at = first + tl.arange(0, ROWS)
+    return tl.load(ptr + at, mask=at < tokens, other=0)
+
+
+@triton.jit
+def load_rows(ptr, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Rows ``[first, first + ROWS)`` of a ``[T, D]`` matrix; zeros past T and D."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
     # int64 for the tile's place (T * H * D passes 2**31), int32 within the tile.
     at = ptr + first.to(tl.int64) * stride + (row * stride + column)
-    if INSIDE and D == D_PADDED:
-        tile = tl.load(at)
-    elif INSIDE:
-        tile = tl.load(at, mask=column < D, other=0.0)
-    else:
-        tile = tl.load(at, mask=(first + row < tokens) & (column < D), other=0.0)
-    return tile
+    return tl.load(at, mask=(first + row < tokens) & (column < D), other=0.0)
 
 
 @triton.jit
-def load_numbers(ptr, first, tokens, ROWS: tl.constexpr, INSIDE: tl.constexpr):
-    """Numbers ``[first, first + ROWS)`` of a vector ``[T]``; zeros past T unless all is INSIDE."""
-    at = first + tl.arange(0, ROWS)
-    if INSIDE:
-        numbers = tl.load(ptr + at)
-    else:
-        numbers = tl.load(ptr + at, mask=at < tokens, other=0)
-    return numbers
-
-
-@triton.jit
-def load_intervals(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tokens, ROWS: tl.constexpr):
-    """What queries ``[first, first + ROWS)`` see, and the queries themselves; past T something harmless."""
-    prefix_start = load_numbers(prefix_start_ptr, first, tokens, ROWS, False)
-    prefix_end = load_numbers(prefix_end_ptr, first, tokens, ROWS, False)
-    own_start = load_numbers(own_start_ptr, first, tokens, ROWS, False)
-    return prefix_start, prefix_end, own_start, first + tl.arange(0, ROWS)
-
-
-@triton.jit
-def store_rows(
-    ptr, tile, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr
-):
+def store_rows(ptr, tile, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
     """Store what ``load_rows`` loads, in the dtype of the memory."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
