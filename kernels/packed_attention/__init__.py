@@ -17,7 +17,7 @@ import os
 import torch
 from torch import Tensor
 
-from megatron_align.kernels.packed_attention.configs import INTERPRETER, LARGEST_HEAD_DIM, choose, chip_of
+from megatron_align.kernels.packed_attention.configs import INTERPRETER, LARGEST_HEAD_DIM, chip_of, choose
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 from megatron_align.kernels.packed_attention.per_document import per_document
 from megatron_align.kernels.packed_attention.reference import packed_attention_reference

@@ -50,13 +50,20 @@ def dq_kernel(
 
     tiles, count = key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K)
     for step in range(count):
-        tile, masked = key_tile(tiles, step)
+        tile, full = key_tile(tiles, step)
         k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
         v = load_rows(v_ptr, tile * BLOCK_K, v_stride, tokens, BLOCK_K, D, D_PADDED)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse2[:, None])
-        if masked:
+        if not full:
             seen = visible(
-                prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tile * BLOCK_K, tokens, BLOCK_Q, BLOCK_K
+                prefix_start_ptr,
+                prefix_end_ptr,
+                own_start_ptr,
+                first,
+                tile * BLOCK_K,
+                tokens,
+                BLOCK_Q,
+                BLOCK_K,
             )
             p = tl.where(seen, p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")

@@ -65,11 +65,11 @@ def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOC
 
 @triton.jit
 def key_tile(tiles, step):
-    """The ``step``-th tile of ``key_tiles``, and whether it needs a mask."""
+    """The ``step``-th tile of ``key_tiles``, and whether it needs no mask."""
     a, b, c, d, own_a, own_b, own_c, own_d = tiles
     tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
     full = ((b <= tile) & (tile < c)) | ((own_b <= tile) & (tile < own_c))
-    return tile, not full
+    return tile, full
 
 
 @triton.jit

@@ -34,11 +34,12 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
-# Fit every chip from sm_80 on (99 KiB of shared memory on the smallest), at any head dim up to LARGEST_HEAD_DIM.
-SAFE_16_BIT = Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
-SAFE_16_BIT_WIDE = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))  # head dim over 128
-SAFE_32_BIT = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-SAFE_32_BIT_WIDE = Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+# Fit every chip from sm_80 on (99 KiB of shared memory on the smallest). WIDE: head dim over 128.
+SAFE_16_BIT = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2))
+SAFE_16_BIT_WIDE = Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+# Exact fp32 products run outside the tensor cores, from registers: tiles must be small.
+SAFE_32_BIT = Tiles(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+SAFE_32_BIT_WIDE = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 16, 1), Tile(16, 16, 8, 1))
 # The interpreter's cost is per tile, whatever its size.
 INTERPRETER = Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
 
@@ -52,7 +53,7 @@ def padded(head_dim: int) -> int:
 def choose(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     """Return the tiles for ``chip`` (``sm_90``); says so once where only the safe ones are known."""
     name = str(dtype).removeprefix("torch.")
-    row = TABLE.get((chip, padded(head_dim), name))
+    row = TABLE.get((chip, head_dim, name))
     if row is not None:
         return Tiles(*(Tile(*tile) for tile in row))
     _LOG.warning(

@@ -39,12 +39,19 @@ def forward_kernel(
 
     tiles, count = key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K)
     for step in range(count):
-        tile, masked = key_tile(tiles, step)
+        tile, full = key_tile(tiles, step)
         k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if masked:
+        if not full:
             seen = visible(
-                prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, tile * BLOCK_K, tokens, BLOCK_Q, BLOCK_K
+                prefix_start_ptr,
+                prefix_end_ptr,
+                own_start_ptr,
+                first,
+                tile * BLOCK_K,
+                tokens,
+                BLOCK_Q,
+                BLOCK_K,
             )
             scores = tl.where(seen, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # right as scale > 0
