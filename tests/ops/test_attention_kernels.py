@@ -2,7 +2,8 @@
 
 Error rule: at most the error of the reference in the same dtype, plus slack in rounding units of the dtype at the size
 of the largest value. 16 bit: one, as softmax weights and their gradients are rounded on their way to the tensor cores,
-where the reference keeps fp32. fp32: four, as sums run tile by tile and exp is made of exp2. On a GPU the tuned tiles are judged, in the interpreter small ones.
+where the reference keeps fp32. fp32: four, as sums run tile by tile and exp is made of exp2. On a GPU the
+tuned tiles are judged, in the interpreter small ones.
 """
 
 import pytest
