@@ -2,8 +2,9 @@
 
 Error rule: at most the error of the reference in the same dtype, plus slack in rounding units of the dtype at the size
 of the largest value. 16 bit: one, as softmax weights and their gradients are rounded on their way to the tensor cores,
-where the reference keeps fp32. fp32: four, as sums run tile by tile and exp is made of exp2. On a GPU the
-tuned tiles are judged, in the interpreter small ones.
+where the reference keeps fp32. fp32: 16, as backward makes softmax again as exp2(score - log-sum-exp), a difference of
+numbers of size 2 to 16 whose rounding is the weight's relative error. On a GPU the tuned tiles are judged, in the
+interpreter small ones.
 """
 
 import pytest
@@ -70,7 +71,7 @@ def assert_within_budget(tensors, layout, blocks):
     truth = run(packed_attention_reference, exact, layout, grad)
     same = run(packed_attention_reference, tensors, layout, grad)
     got = run(kernels, tensors, layout, grad, blocks)
-    slack = torch.finfo(tensors[0].dtype).eps * (4 if tensors[0].dtype == torch.float32 else 1)
+    slack = torch.finfo(tensors[0].dtype).eps * (16 if tensors[0].dtype == torch.float32 else 1)
     for name, got_t, same_t, truth_t in zip(("out", "dq", "dk", "dv"), got, same, truth, strict=True):
         error = (got_t - truth_t).abs().max().item()
         allowed = ((same_t - truth_t).abs().max() + slack * truth_t.abs().max()).item()
