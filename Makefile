@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install check format test test-all quickstart clean
+.PHONY: help install check format test test-all gpu-test gpu-bench quickstart clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,14 @@ test: $(STAMP) check  ## everything that CI runs: all laws, on CPU
 
 test-all: $(STAMP) check  ## also the tests that take minutes each
 	$(BIN)/python -m pytest --durations=20
+
+gpu-test: $(STAMP)  ## on a GPU: the kernels' tests there, bf16 too
+	$(BIN)/python -m pytest tests/ops tests/harness --durations=10
+
+gpu-bench: $(STAMP)  ## on a GPU: every benchmarks/gpu_*.py; rows go into benchmarks/results/
+	@set -e; for script in benchmarks/gpu_*.py; do \
+	    $(BIN)/python -m benchmarks.$$(basename $$script .py); \
+	done
 
 quickstart: $(STAMP)  ## tiny Qwen2 -> SFT on two processes -> HF export -> report, in minutes, without a GPU
 	$(BIN)/python -m examples.quickstart.run --out runs/quickstart

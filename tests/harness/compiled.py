@@ -39,7 +39,8 @@ class Built:
     stack: int  # bytes per thread
     spills: int  # instructions that move registers to and from local memory
     shared: int  # bytes per block
-    tensor_core: int  # HMMA (sm_80) or HGMMA (sm_90) instructions; others are not counted
+    tensor_core: int  # instructions: HMMA (sm_80), HGMMA (sm_90), UTCHMMA (sm_100)
+    warpgroup: int  # HGMMA among them: what sm_90 needs for its full rate
 
     def __str__(self) -> str:
         return (
@@ -108,7 +109,9 @@ def _inspect(compiled: object, chip: str) -> Built:
             for flag in ("-res-usage", "-sass")
         )
     sizes = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
-    count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("STL", "LDL", "HMMA", "HGMMA")}
+    count = {
+        name: len(re.findall(rf"\b{name}", code)) for name in ("STL", "LDL", "HMMA", "HGMMA", "UTC.?MMA")
+    }
     return Built(
         name=compiled.name,
         chip=chip,
@@ -117,5 +120,6 @@ def _inspect(compiled: object, chip: str) -> Built:
         stack=int(sizes["STACK"]),
         spills=count["STL"] + count["LDL"],
         shared=compiled.metadata.shared,
-        tensor_core=count["HMMA"] if int(chip.removeprefix("sm_")) < 90 else count["HGMMA"],
+        tensor_core=count["HMMA"] + count["HGMMA"] + count["UTC.?MMA"],
+        warpgroup=count["HGMMA"],
     )

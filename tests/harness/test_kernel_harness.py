@@ -65,11 +65,14 @@ def test_a_launch_is_compiled_as_it_would_be_launched():
         [kernel] = built
         assert (kernel.name, kernel.chip, kernel.warps) == ("_product", chip, 4)
         assert kernel.fault() is None
+        assert (kernel.warpgroup > 0) == (chip == "sm_90")
         assert "registers over 8" in kernel.fault(registers=8)
 
 
 def test_faults_are_told_with_the_figures():
-    bad = Built("k", "sm_80", warps=4, registers=255, stack=8, spills=2, shared=200_000, tensor_core=0)
+    bad = Built(
+        "k", "sm_80", warps=4, registers=255, stack=8, spills=2, shared=200_000, tensor_core=0, warpgroup=0
+    )
     assert bad.fault() == (
         "spills, shared memory over 166912, no tensor cores: k on sm_80: 255 registers x 4 warps, 2 spills, "
         "8 B stack, 200000 B shared, 0 tensor-core instructions"

@@ -1,8 +1,8 @@
 """The log-prob engine on one GPU, bf16: against bare GEMMs, full logits under torch.compile, and Liger's fused losses.
 
-``python -m benchmarks.logprobs`` measures, prints and appends to ``benchmarks/results/logprobs.csv``. Contestants of
-one comparison run in turn, A B C A B C, in one process on the same tensors; a figure is the median with p10 and p90.
-Nothing is measured if our loss or gradients are further from fp32 than 1.2 times PyTorch's own in bf16.
+``python -m benchmarks.gpu_logprobs`` measures, prints and appends to ``benchmarks/results/gpu_logprobs.csv``.
+Contestants of one comparison run in turn, A B C A B C, in one process on the same tensors; a figure is the median with
+p10 and p90. Nothing is measured if our loss or gradients are further from fp32 than 1.2 times PyTorch's own in bf16.
 
 - ce: supervised loss and both gradients. ``gemms``: the three products alone (6 NHV), the yardstick.
 - dpo: pairs, the reference's log-probs computed in the same call (8 NHV). Liger: ``LigerFusedLinearDPOLoss``.
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs
 
-RESULTS = Path(__file__).parent / "results" / "logprobs.csv"
+RESULTS = Path(__file__).parent / "results" / "gpu_logprobs.csv"
 BETA = 0.1
 Call = Callable[[], object]
 
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=30)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.logprobs needs a GPU; benchmarks.logprob_memory measures on a CPU")
+        raise SystemExit("benchmarks.gpu_logprobs needs a GPU; benchmarks.logprob_memory measures on a CPU")
     gate()
     place = {
         "date": datetime.date.today().isoformat(),

@@ -1,0 +1,93 @@
+"""What every GPU benchmark shares: the machine's description, interleaved timing, the cuBLAS yardstick, CSV rows."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def need_gpu(parser: argparse.ArgumentParser) -> None:
+    """Exit with one line unless a CUDA GPU is visible."""
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog}: needs a CUDA GPU; torch {torch.__version__} sees none here\n")
+
+
+def place() -> dict[str, str]:
+    """Return where and when this ran."""
+    import torch
+    import triton
+
+    clock = subprocess.run(
+        ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    ).stdout
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sm_clock_and_power": clock.strip().splitlines()[0] if clock.strip() else "unknown",
+    }
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, list[float]]:
+    """Return milliseconds of each run, A B A B ..., after warm-up, with the L2 cache flushed before each."""
+    import torch
+
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return times
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """Return p20, p50 and p80."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return fifths[0], statistics.median(times), fifths[3]
+
+
+def yardstick() -> float:
+    """Return TFLOP/s of a bf16 cuBLAS product of 8192 x 8192 x 8192: what this GPU does today."""
+    import torch
+
+    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    [times] = interleaved({"gemm": lambda: a @ b}, 10).values()
+    return 2 * 8192**3 / quantiles(times)[1] / 1e9
+
+
+def append(name: str, rows: list[dict[str, object]]) -> None:
+    """Add the rows to ``results/NAME.csv`` and print them."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    shown = [key for key in rows[0] if key not in ("date", "gpu", "torch", "triton", "sm_clock_and_power")]
+    for row in rows:
+        print("  ".join(f"{key}={row[key]}" for key in shown))

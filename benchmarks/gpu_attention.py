@@ -1,0 +1,242 @@
+"""Packed and prefix-shared attention on a GPU against compiled FlexAttention and cuDNN SDPA, in one interleaved run.
+
+``python -m benchmarks.gpu_attention`` prints each figure beside its target and adds rows to
+``benchmarks/results/gpu_attention.csv``. bf16; FLOPs are those of visible pairs, backward 2.5 x forward, never tiles.
+No figure is printed for a case whose error against float32 passes that of its peer by more than bf16's rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import append, interleaved, need_gpu, place, quantiles, yardstick
+from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
+
+HEADS, GROUPS = 32, 8
+MIXED = [6000, 3500, 2500, 1500, 1000, 700, 500, 360, 200, 124]
+PAIR = (4096, [512, 512])
+# case: (layout, peers with the floor of ours / theirs in speed, fwd + bwd)
+CASES = {
+    "1x16k": (PackedLayout.from_lengths([16384]), {"cudnn": 0.8}),
+    "4x4k": (PackedLayout.from_lengths([4096] * 4), {"flex": 1.8, "flex+mask": 2.5}),
+    "mixed 16k": (PackedLayout.from_lengths(MIXED), {"flex": 1.8, "flex+mask": 2.5}),
+    "16x1k": (PackedLayout.from_lengths([1024] * 16), {"flex": 1.8, "flex+mask": 2.5}),
+    "128x128 (a losing case)": (PackedLayout.from_lengths([128] * 128), {"flex": 1.8}),
+    "3 pairs P4096 2x512": (PackedLayout.from_groups([PAIR] * 3), {"flex": 1.9}),
+}
+
+
+def useful_pairs(layout: PackedLayout) -> int:
+    """Return the visible (query, key) pairs of one head."""
+    pairs = 0
+    for prompt, completions in layout.groups:
+        pairs += prompt * (prompt + 1) // 2
+        pairs += sum(c * prompt + c * (c + 1) // 2 for c in completions)
+    return pairs + layout.tokens - sum(p + sum(c) for p, c in layout.groups)
+
+
+def flops(layout: PackedLayout, head_dim: int, part: str) -> float:
+    """Return useful FLOPs: two products forward, backward 2.5 times that."""
+    return 4 * useful_pairs(layout) * HEADS * head_dim * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[part]
+
+
+def flex(layout: PackedLayout) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return compiled FlexAttention over the layout: the mask made beforehand, and made in each call."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    attention = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
+    build = torch.compile(create_block_mask, dynamic=False)
+    prefix_start, prefix_end, own_start, _ = layout.intervals
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((prefix_start[q] <= k) & (k < prefix_end[q])) | ((own_start[q] <= k) & (k <= q))
+
+    def make():
+        return build(mask_mod, None, None, layout.tokens, layout.tokens, device="cuda")
+
+    made = make()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
+        out = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return (lambda q, k, v: attend(q, k, v, made)), (lambda q, k, v: attend(q, k, v, make()))
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return cuDNN's dense causal attention."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+    return out[0].transpose(0, 1)
+
+
+def inputs(tokens: int, head_dim: int) -> list[Tensor]:
+    """Return q, k and v with a fixed seed."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [
+        torch.randn(
+            tokens, n, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator
+        ).requires_grad_()
+        for n in (HEADS, GROUPS, GROUPS)
+    ]
+
+
+def passes(function: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> dict[str, Callable]:
+    """Return forward alone, backward alone, and both."""
+    out = function(*tensors)
+    return {
+        "fwd": lambda: function(*tensors),
+        "bwd": lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True),
+        "fwd+bwd": lambda: torch.autograd.grad(function(*tensors), tensors, grad),
+    }
+
+
+def need_correct(head_dim: int) -> None:
+    """Exit unless a small pack is right, forward and backward: a figure of a wrong kernel is worth nothing."""
+    layout = PackedLayout.from_groups([(300, [200, 77]), (0, [500])], total=1100).to("cuda")
+    tensors = inputs(layout.tokens, head_dim)
+    grad = torch.randn_like(tensors[0])
+    exact = [x.detach().float().requires_grad_() for x in tensors]
+    got, truth = (
+        [out := f(*x, layout), *torch.autograd.grad(out, x, grad.to(out.dtype))]
+        for f, x in ((packed_attention, tensors), (packed_attention_reference, exact))
+    )
+    for name, got_t, truth_t in zip(("out", "dq", "dk", "dv"), got, truth, strict=True):
+        error = ((got_t - truth_t).abs().max() / truth_t.abs().max()).item()
+        if not error < 2 * torch.finfo(torch.bfloat16).eps:
+            raise SystemExit(
+                f"{name} at D {head_dim} is wrong by {error:.1e} of its largest value: no figures"
+            )
+
+
+def measure(case: str, head_dim: int, rounds: int, gemm: float, where: dict[str, str]) -> list[dict]:
+    """Return one row per contestant and pass."""
+    layout, targets = CASES[case]
+    layout = layout.to("cuda")
+    tensors = inputs(layout.tokens, head_dim)
+    grad = torch.randn_like(tensors[0])
+    peers: dict[str, Callable[..., Tensor]] = {"ours": lambda q, k, v: packed_attention(q, k, v, layout)}
+    if "flex" in targets:
+        peers["flex"], peers["flex+mask"] = flex(layout)
+    if "cudnn" in targets:
+        peers["cudnn"] = cudnn
+    made = {name: passes(function, tensors, grad) for name, function in peers.items()}
+    rows = []
+    for part in ("fwd", "bwd", "fwd+bwd"):
+        times = interleaved({name: runs[part] for name, runs in made.items()}, rounds)
+        ours = quantiles(times["ours"])[1]
+        for name, each in times.items():
+            p20, p50, p80 = quantiles(each)
+            rate = flops(layout, head_dim, part) / p50 / 1e9
+            rows.append(
+                {
+                    **where,
+                    "case": case,
+                    "heads": f"{HEADS}:{GROUPS}",
+                    "head_dim": head_dim,
+                    "pass": part,
+                    "who": name,
+                    "ms_p20": f"{p20:.4f}",
+                    "ms_p50": f"{p50:.4f}",
+                    "ms_p80": f"{p80:.4f}",
+                    "useful_tflops": f"{rate:.1f}",
+                    "of_gemm": f"{rate / gemm:.3f}",
+                    "ours_is_faster_by": f"{p50 / ours:.3f}",
+                    "target": target(case, head_dim, part, name),
+                }
+            )
+    return rows
+
+
+def target(case: str, head_dim: int, part: str, who: str) -> str:
+    """Return what the figure should reach, in words; empty where none is set."""
+    if who == "ours" and case == "4x4k" and head_dim == 128 and part != "fwd+bwd":
+        return f"useful_tflops >= {420 if part == 'fwd' else 280}"
+    wanted = CASES[case][1].get(who)
+    return f"ours_is_faster_by >= {wanted}" if wanted and part == "fwd+bwd" else ""
+
+
+def shared_against_copies(rounds: int, where: dict[str, str]) -> list[dict]:
+    """Return how much of the ratio of FLOPs between copied and shared prompts is won in time (target 0.9)."""
+    prompt, completions = PAIR
+    layouts = {
+        "shared": PackedLayout.from_groups([PAIR] * 3).to("cuda"),
+        "copies": PackedLayout.from_lengths([prompt + c for c in completions] * 3).to("cuda"),
+    }
+    runs = {}
+    for name, layout in layouts.items():
+        tensors = inputs(layout.tokens, 128)
+        grad = torch.randn_like(tensors[0])
+        runs[name] = passes(lambda q, k, v, layout=layout: packed_attention(q, k, v, layout), tensors, grad)[
+            "fwd+bwd"
+        ]
+    times = {name: quantiles(each)[1] for name, each in interleaved(runs, rounds).items()}
+    bound = useful_pairs(layouts["copies"]) / useful_pairs(layouts["shared"])
+    won = times["copies"] / times["shared"]
+    figures = {
+        "ms_shared": times["shared"],
+        "ms_copies": times["copies"],
+        "speedup": won,
+        "flop_ratio": bound,
+    }
+    figures["share_of_flop_ratio"] = won / bound
+    return [{**where, **{k: f"{v:.4f}" for k, v in figures.items()}, "target": "share_of_flop_ratio >= 0.9"}]
+
+
+def metadata(rounds: int, where: dict[str, str]) -> list[dict]:
+    """Return what a layout costs per batch: made on the host, then copied. The kernels add no launch of their own."""
+    import time
+
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        PackedLayout.from_lengths(MIXED)
+        times.append((time.perf_counter() - started) * 1e6)
+    layout = PackedLayout.from_lengths(MIXED)
+    [copies] = interleaved({"to": lambda: layout.to("cuda")}, rounds).values()
+    p20, p50, p80 = quantiles(times)
+    return [
+        {
+            **where,
+            "tokens": layout.tokens,
+            "host_us_p20": f"{p20:.1f}",
+            "host_us_p50": f"{p50:.1f}",
+            "host_us_p80": f"{p80:.1f}",
+            "copy_us_p50": f"{quantiles(copies)[1] * 1e3:.1f}",
+            "gpu_us_for_block_ranges": "0 (read by the kernels)",
+            "target": "gpu < 50 us",
+        }
+    ]
+
+
+def main() -> None:
+    """Measure, print, append."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="64 in a run of its own")
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
+    args = parser.parse_args()
+    need_gpu(parser)
+    where, gemm = place(), yardstick()
+    where["gemm_tflops"] = f"{gemm:.0f}"
+    print(f"{where['gpu']}, cuBLAS bf16 {gemm:.0f} TFLOP/s")
+    for head_dim in args.head_dim:
+        need_correct(head_dim)
+        for case in args.case:
+            append("gpu_attention", measure(case, head_dim, args.rounds, gemm, where))
+    append("gpu_attention_sharing", shared_against_copies(args.rounds, where))
+    append("gpu_attention_metadata", metadata(args.rounds, where))
+
+
+if __name__ == "__main__":
+    main()

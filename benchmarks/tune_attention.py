@@ -1,0 +1,100 @@
+"""Find the fastest tiles of the attention kernels on this GPU, and write them into ``packed_attention/table.py``.
+
+``python -m benchmarks.tune_attention`` tries the candidates below on the benchmark's mixed pack of 16k tokens, forward
+and backward apart, checks each against the safe tiles' result, and replaces this chip's rows. Run it on an idle GPU;
+commit the table with the output as the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import interleaved, need_gpu, place, quantiles
+from benchmarks.gpu_attention import MIXED, inputs
+from megatron_align.kernels import PackedLayout
+from megatron_align.kernels.packed_attention import configs
+from megatron_align.kernels.packed_attention.configs import Tile, Tiles
+from megatron_align.kernels.packed_attention.table import TABLE
+
+FILE = Path(configs.__file__).with_name("table.py")
+CANDIDATES = [
+    Tile(*sizes)
+    for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+    if sizes[0] * sizes[1] >= 2048 * sizes[2] // 4
+]
+KINDS = ("forward", "dq", "dkdv")
+
+
+def render(table: dict, note: str) -> str:
+    """Return the source of ``table.py``."""
+    rows = "".join(
+        f'    ("{chip}", {head_dim}, "{dtype}"): {tiles},\n'
+        for (chip, head_dim, dtype), tiles in sorted(table.items())
+    )
+    return (
+        f'"""Written by benchmarks/tune_attention.py (docs/kernels.md). {note}\n\n'
+        "(chip, head dim, dtype): (queries, keys, warps, stages) of the forward, dq and dkdv kernels.\n"
+        f'"""\n\nTABLE = {{\n{rows}}}\n'
+    )
+
+
+def best(kind: str, found: Tiles, head_dim: int, rounds: int) -> Tile:
+    """Return the fastest right candidate for one kernel, the others as in ``found``."""
+    # Imported here: the table is read at import, also where no Triton is.
+    from triton.runtime.errors import OutOfResources
+
+    from megatron_align.kernels.packed_attention.autograd import attend
+
+    layout = PackedLayout.from_lengths(MIXED).to("cuda")
+    tensors = inputs(layout.tokens, head_dim)
+    grad = torch.randn_like(tensors[0])
+
+    def run(tile: Tile):
+        out = attend(*tensors, layout, head_dim**-0.5, found._replace(**{kind: tile}))
+        return [out] if kind == "forward" else [out, *torch.autograd.grad(out, tensors, grad)]
+
+    truth, runs = run(getattr(found, kind)), {}
+    for tile in CANDIDATES:
+        try:
+            got = run(tile)
+        except OutOfResources as error:
+            print(f"{kind} {tuple(tile)}: {error}")
+            continue
+        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, truth, strict=True))
+        if worst < 2 * torch.finfo(torch.bfloat16).eps:
+            runs[tile] = lambda tile=tile: run(tile)
+        else:
+            print(f"{kind} {tuple(tile)}: wrong by {worst:.1e}, left out")
+    times = {tile: quantiles(each)[1] for tile, each in interleaved(runs, rounds).items()}
+    for tile, ms in sorted(times.items(), key=lambda item: item[1]):
+        print(f"{kind} {tuple(tile)}: {ms:.3f} ms")
+    return min(times, key=times.__getitem__)
+
+
+def main() -> None:
+    """Tune and rewrite the table."""
+    parser = argparse.ArgumentParser(
+        prog="tune_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
+    args = parser.parse_args()
+    need_gpu(parser)
+    chip, where, table = configs.chip_of(torch.device("cuda")), place(), dict(TABLE)
+    for head_dim in args.head_dim:
+        found = configs.SAFE_16_BIT
+        for kind in KINDS:
+            found = found._replace(**{kind: best(kind, found, head_dim, args.rounds)})
+        for dtype in ("bfloat16", "float16"):
+            table[chip, head_dim, dtype] = tuple(map(tuple, found))
+    note = f"{chip}: {where['gpu']}, {where['date']}, triton {where['triton']}."
+    FILE.write_text(render(table, note), encoding="utf-8")
+    print(f"wrote {FILE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The block map: which tiles of the score matrix hold something, and which need no mask. Read off the intervals.
+
+A tile is a block of queries times a block of keys, both on grids that start at token 0. No map is ever built: each
+program reads the few intervals that decide about its own block. What makes this enough, for any pack:
+
+- Key ``k`` is seen by the queries ``[k, seen_end_k)`` without a gap.
+- Hence if the first query of a block and the last one both see ``k``, all between do: **what the last query sees up
+  to the first query's position is seen by the whole block**, and needs no mask.
+- Queries of a block that belong to later groups than the first query see only keys inside the block. Hence **what the
+  first query sees, and the block itself, is all that the block can see**; where first and last query are of one
+  group, the last one's prefix takes the place of the first one's.
+
+``tests/ops/test_attention_blocks.py`` proves that the tiles visited are exactly those with a visible pair, the
+tiles run without a mask exactly those that are visible throughout, and that none is visited twice.
+"""
+
+# ruff: noqa: PLR0913  # Triton kernels take pointers and sizes one by one
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K: tl.constexpr):
+    """The key tiles that queries ``first`` to ``last`` (both included) visit: their borders, and how many they are.
+
+    The borders are ``a <= b <= c <= d`` of the prefix and then of the own part: tiles ``[a, d)`` are visited, and
+    ``[b, c)`` of them need no mask.
+    """
+    prefix_start = tl.load(prefix_start_ptr + first)
+    prefix_end = tl.load(prefix_end_ptr + first)
+    own_start = tl.load(own_start_ptr + first)
+    last_prefix_start = tl.load(prefix_start_ptr + last)
+    last_prefix_end = tl.load(prefix_end_ptr + last)
+    last_own_start = tl.load(own_start_ptr + last)
+    # A prompt and its first completion are one causal document: prefix and own part are one.
+    joined = prefix_end == own_start
+    own_start = tl.where(joined, prefix_start, own_start)
+    prefix_end = tl.where(joined, prefix_start, prefix_end)
+    joined = last_prefix_end == last_own_start
+    last_own_start = tl.where(joined, last_prefix_start, last_own_start)
+    last_prefix_end = tl.where(joined, last_prefix_start, last_prefix_end)
+
+    one_group = last_prefix_start <= first
+    prefix_start = tl.where(one_group, last_prefix_start, prefix_start)
+    prefix_end = tl.where(one_group, last_prefix_end, prefix_end)
+    empty = prefix_start >= prefix_end
+    prefix_start = tl.where(empty, 0, prefix_start)
+    prefix_end = tl.where(empty, 0, prefix_end)
+
+    a = prefix_start // BLOCK_K
+    d = tl.cdiv(prefix_end, BLOCK_K)
+    b = tl.cdiv(prefix_start, BLOCK_K)
+    c = tl.where(one_group, tl.minimum(prefix_end, first + 1) // BLOCK_K, b)
+    c = tl.maximum(b, c)
+    # A tile that holds the end of the prefix and the start of the own part is visited once, with the prefix.
+    own_a = tl.maximum(own_start // BLOCK_K, d)
+    own_d = tl.cdiv(last + 1, BLOCK_K)
+    own_b = tl.minimum(tl.maximum(tl.cdiv(last_own_start, BLOCK_K), own_a), own_d)
+    own_c = tl.maximum((first + 1) // BLOCK_K, own_b)
+    return (a, b, c, d, own_a, own_b, own_c, own_d), d - a + own_d - own_a
+
+
+@triton.jit
+def key_tile(tiles, step):
+    """The ``step``-th tile of ``key_tiles``, and whether it needs no mask."""
+    a, b, c, d, own_a, own_b, own_c, own_d = tiles
+    tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
+    full = ((b <= tile) & (tile < c)) | ((own_b <= tile) & (tile < own_c))
+    return tile, full
+
+
+@triton.jit
+def query_tiles(seen_end_ptr, first, tokens, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """The query tiles that see keys ``[first, first + BLOCK_K)``: borders ``a <= b <= c <= d`` as in ``key_tiles``."""
+    key = first + tl.arange(0, BLOCK_K)
+    last = tl.minimum(first + BLOCK_K, tokens) - 1
+    some_end = tl.max(tl.load(seen_end_ptr + key, mask=key < tokens, other=0), 0)
+    every_end = tl.min(tl.load(seen_end_ptr + key, mask=key < tokens, other=2147483647), 0)
+    a = first // BLOCK_Q
+    b = tl.cdiv(last, BLOCK_Q)
+    d = tl.cdiv(some_end, BLOCK_Q)
+    c = tl.maximum(every_end // BLOCK_Q, b)
+    return a, b, c, d
+
+
+@triton.jit
+def visible(
+    prefix_start_ptr, prefix_end_ptr, own_start_ptr, first_query, first_key, tokens,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Whether each query of a tile sees each key, ``[query, key]``: the definition of the layout."""
+    # Loaded where needed: most tiles do without, and would rather have the registers.
+    prefix_start = load_numbers(prefix_start_ptr, first_query, tokens, BLOCK_Q)[:, None]
+    prefix_end = load_numbers(prefix_end_ptr, first_query, tokens, BLOCK_Q)[:, None]
+    own_start = load_numbers(own_start_ptr, first_query, tokens, BLOCK_Q)[:, None]
+    query = first_query + tl.arange(0, BLOCK_Q)[:, None]
+    key = first_key + tl.arange(0, BLOCK_K)[None, :]
+    return ((prefix_start <= key) & (key < prefix_end)) | ((own_start <= key) & (key <= query))
+
+
+@triton.jit
+def load_numbers(ptr, first, tokens, ROWS: tl.constexpr):
+    """Numbers ``[first, first + ROWS)`` of a vector ``[T]``; zeros past T."""
+    at = first + tl.arange(0, ROWS)
+    return tl.load(ptr + at, mask=at < tokens, other=0)
+
+
+@triton.jit
+def load_rows(ptr, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Rows ``[first, first + ROWS)`` of a ``[T, D]`` matrix; zeros past T and D."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, D_PADDED)[None, :]
+    # int64 for the tile's place (T * H * D passes 2**31), int32 within the tile.
+    at = ptr + first.to(tl.int64) * stride + (row * stride + column)
+    return tl.load(at, mask=(first + row < tokens) & (column < D), other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Store what ``load_rows`` loads, in the dtype of the memory."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, D_PADDED)[None, :]
+    at = ptr + first.to(tl.int64) * stride + (row * stride + column)
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=(first + row < tokens) & (column < D))

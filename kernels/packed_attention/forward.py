@@ -1,0 +1,68 @@
+"""Forward kernel: online softmax over the tiles that a block of queries sees.
+
+Each program makes one block of queries of one head. Scores and statistics in fp32, products on tensor cores in the
+input dtype (fp32: exact products, no TF32). The log-sum-exp is kept to base 2, as ``exp2`` is what the chip has.
+Source of the method: Dao 2023, arXiv:2307.08691; the tiles: ``blocks.py``.
+"""
+
+# ruff: noqa: PLR0913  # Triton kernels take pointers and sizes one by one
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megatron_align.kernels.packed_attention.blocks import key_tile, key_tiles, load_rows, store_rows, visible
+
+# The highest score before there is one: finite, so that a row whose first tile shows it nothing makes no NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, prefix_start_ptr, prefix_end_ptr, own_start_ptr,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, out_head_stride,
+    tokens, scale_log2, heads_per_group,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks, query heads). Writes out ``[T, H, D]`` and the base-2 log-sum-exp ``[H, T]``."""
+    # Causal work grows towards the end of a document: the last blocks go first, so that the grid's tail is light.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    last = tl.minimum(first + BLOCK_Q, tokens) - 1
+    head = tl.program_id(1).to(tl.int64)
+    k_ptr += head // heads_per_group * k_head_stride
+    v_ptr += head // heads_per_group * v_head_stride
+    q = load_rows(q_ptr + head * q_head_stride, first, q_stride, tokens, BLOCK_Q, D, D_PADDED)
+    acc = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    highest = tl.full([BLOCK_Q], LOWEST, tl.float32)
+
+    tiles, count = key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K)
+    for step in range(count):
+        tile, full = key_tile(tiles, step)
+        k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if not full:
+            seen = visible(
+                prefix_start_ptr,
+                prefix_end_ptr,
+                own_start_ptr,
+                first,
+                tile * BLOCK_K,
+                tokens,
+                BLOCK_Q,
+                BLOCK_K,
+            )
+            scores = tl.where(seen, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # right as scale > 0
+        weights = tl.exp2(scores * scale_log2 - new_highest[:, None])
+        fade = tl.exp2(highest - new_highest)
+        total = total * fade + tl.sum(weights, 1)
+        v = load_rows(v_ptr, tile * BLOCK_K, v_stride, tokens, BLOCK_K, D, D_PADDED)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        highest = new_highest
+
+    out = acc / total[:, None]
+    store_rows(out_ptr + head * out_head_stride, out, first, out_stride, tokens, BLOCK_Q, D, D_PADDED)
+    query = first + tl.arange(0, BLOCK_Q)
+    tl.store(lse2_ptr + head * tokens + query, highest + tl.log2(total), mask=query < tokens)

@@ -1,0 +1,71 @@
+"""Every row of the table of tiles compiles for its chip: no spills, shared memory within the limit, tensor cores used.
+
+What is compiled is what ``packed_attention`` launches there, forward and backward. No GPU is needed.
+"""
+
+import pytest
+import torch
+
+from megatron_align.kernels import PackedLayout
+from megatron_align.kernels.packed_attention import configs
+from megatron_align.kernels.packed_attention.autograd import attend
+from megatron_align.kernels.packed_attention.table import TABLE
+from tests.harness.compiled import compiling_for
+
+
+def compiled(chip, head_dim, dtype, tiles):
+    tensors = [torch.zeros(256, n, head_dim, dtype=dtype).requires_grad_() for n in (8, 2, 2)]
+    with compiling_for(chip) as built:
+        out = attend(*tensors, PackedLayout.from_lengths([256]), head_dim**-0.5, tiles)
+        out.backward(torch.ones_like(out))
+    assert [kernel.name for kernel in built] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
+    return built
+
+
+def faults(built, **needs):
+    return "\n".join(filter(None, (kernel.fault(**needs) for kernel in built)))
+
+
+# fp16 has the tiles of bf16 (test below), and the same instructions.
+@pytest.mark.parametrize("row", [row for row in TABLE if row[2] == "bfloat16"], ids=str)
+def test_rows_of_16_bit(row):
+    chip, head_dim, name = row
+    built = compiled(chip, head_dim, getattr(torch, name), configs.choose(*row[:2], getattr(torch, name)))
+    assert not faults(built)
+    assert all(kernel.warpgroup for kernel in built) == (chip == "sm_90")
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row[2] == "float32"], ids=str)
+def test_rows_of_fp32_run_outside_the_tensor_cores(row):
+    """TF32 would show here as tensor-core instructions."""
+    chip, head_dim, name = row
+    built = compiled(chip, head_dim, getattr(torch, name), configs.choose(*row[:2], getattr(torch, name)))
+    assert not faults(built, tensor_core=False)
+    assert not any(kernel.tensor_core for kernel in built)
+
+
+@pytest.mark.parametrize(
+    "chip, head_dim",
+    [("sm_80", 64), ("sm_86", 128), ("sm_90", 80), ("sm_100", 128), ("sm_86", 256), ("sm_90", 256)],
+)
+def test_safe_tiles_of_16_bit(chip, head_dim):
+    tiles = configs.SAFE_16_BIT if head_dim <= 128 else configs.SAFE_16_BIT_WIDE
+    assert not faults(compiled(chip, head_dim, torch.bfloat16, tiles))
+
+
+def test_fp16_has_the_tiles_of_bf16():
+    assert all(TABLE[row] == TABLE[(*row[:2], "bfloat16")] for row in TABLE if row[2] == "float16")
+
+
+def test_a_chip_that_is_not_in_the_table_gets_the_safe_tiles_and_a_line_in_the_log(caplog):
+    configs.choose.cache_clear()
+    for _ in range(2):
+        assert configs.choose("sm_77", 64, torch.bfloat16) == configs.SAFE_16_BIT
+    assert configs.choose("sm_90", 80, torch.float16) == configs.SAFE_16_BIT
+    assert configs.choose("sm_90", 256, torch.float32) == configs.SAFE_32_BIT_WIDE
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(";")[0] for line in lines] == [
+        "packed_attention: no tuned tiles for sm_77, head dim 64, bfloat16",
+        "packed_attention: no tuned tiles for sm_90, head dim 80, float16",
+        "packed_attention: no tuned tiles for sm_90, head dim 256, float32",
+    ]
