@@ -146,6 +146,15 @@ class DPOConfig:
             f"objective.f_alpha_divergence_coef belongs to f_divergence_type alpha_divergence, "
             f"got {self.f_alpha_divergence_coef} with {self.f_divergence_type}",
         )
+        if self.f_divergence_type not in (None, "reverse_kl"):
+            others = [
+                name for name in types if name != "sft" and "f_divergence_type" not in DPO_OPTIONS[name]
+            ]
+            need(
+                not others,
+                f"objective.f_divergence_type {self.f_divergence_type} must suit every loss type, "
+                f"and {', '.join(others)} takes none",
+            )
         need(
             self.discopop_tau is None or self.discopop_tau > 0,
             f"objective.discopop_tau must be positive, got {self.discopop_tau}",

@@ -18,12 +18,19 @@ class Exam:
     model: str  # "untrained", or the stage that made it
     asked: int
     right: int
+    preferred: int  # how often the right answer is likelier than a mistake
+    margin: float  # mean difference of their log-probs, in nats
     examples: dict[str, str]  # question -> answer, a few of them
 
     @property
     def accuracy(self) -> float:
         """Share of right answers."""
         return self.right / self.asked
+
+    @property
+    def preference_accuracy(self) -> float:
+        """Share of sums whose right answer is likelier than a mistake."""
+        return self.preferred / self.asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,14 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write all numbers as JSON, with shares beside counts and first and last loss beside the curve."""
-        exams = [{**asdict(exam), "accuracy": exam.accuracy} for exam in self.exams]
+        exams = [
+            {
+                **asdict(exam),
+                "accuracy": exam.accuracy,
+                "preference_accuracy": exam.preference_accuracy,
+            }
+            for exam in self.exams
+        ]
         stages = [
             {
                 **asdict(stage),
@@ -78,11 +92,12 @@ class Report:
             title=f"{self.exams[0].asked} sums the model was never trained on", title_justify="left"
         )
         table.add_column("model")
-        for heading in ("right", "accuracy", "first loss", "last loss", "tokens/s", "seconds"):
+        for heading in ("right", "accuracy", "prefers right", "margin", "loss from", "to", "tokens/s", "s"):
             table.add_column(heading, justify="right")
         trained = {stage.name: stage for stage in self.stages}
         for exam in self.exams:
             cells = [exam.model, str(exam.right), f"{exam.accuracy:.1%}"]
+            cells += [f"{exam.preference_accuracy:.1%}", f"{exam.margin:.2f}"]
             if stage := trained.get(exam.model):
                 cells += [f"{stage.losses[0]:.3f}", f"{stage.losses[-1]:.3f}"]
                 cells += [f"{stage.tokens_per_second:,.0f}", f"{stage.seconds:.0f}"]
@@ -109,7 +124,7 @@ class Report:
             ax.plot(steps, stage.losses, color="tab:blue", linewidth=1.5)
             ax.set(
                 xlabel="optimiser step",
-                ylabel="training loss (nats per token)",
+                ylabel=f"training loss (nats per {'pair' if stage.name == 'dpo' else 'token'})",
                 yscale="log",
                 xlim=(1, steps[-1]),
             )

@@ -1,8 +1,8 @@
-"""The quickstart: a tiny Qwen2 learns to add, on a CPU, through the same commands as a large model.
+"""The quickstart: a tiny Qwen2 learns to add, then to prefer right sums, by the same commands as a large model.
 
     python -m examples.quickstart.run --out runs/quickstart
 
-Options it does not know go to ``megatron_align.train`` (for example ``--train.steps 100``). Exit codes: 0 the
+Options it does not know go to every ``megatron_align.train`` (for example ``--train.steps 100``). Exit codes: 0 the
 model learnt; 1 a stage failed, or it did not learn; 2 bad input.
 """
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from examples.quickstart import task, tiny_model
-from examples.quickstart.ask import ask
+from examples.quickstart.ask import ask, likelihoods
 from examples.quickstart.report import Exam, Report, Stage
 
 HERE = Path(__file__).resolve().parent
@@ -67,14 +67,18 @@ def run(out: Path, seed: int, for_training: Sequence[str], console: Console) -> 
     empty(out)
     splits = task.make_splits(seed)
     task.write_chats(out / "train.jsonl", splits.train)
+    task.write_pairs(out / "pairs.jsonl", splits.train)
     task.write_chats(out / "held_out.jsonl", splits.held_out)
     console.print(f"task    {len(splits.train):,} sums to train on, {len(splits.held_out)} held out")
     parameters = tiny_model.save(out / "untrained", seed)
     console.print(f"model   tiny Qwen2, {parameters:,} parameters, random")
     exams = [examine("untrained", out / "untrained", splits.held_out)]
-    console.print(f"train   {PROCESSES} processes, see {out / 'sft'}")
-    stages = [train("sft", out / "untrained", out / "train.jsonl", out / "sft", for_training)]
-    exams.append(examine("sft", out / "sft" / "hf", splits.held_out))
+    stages, model = [], out / "untrained"
+    for name, data in (("sft", "train.jsonl"), ("dpo", "pairs.jsonl")):
+        console.print(f"{name:7} {PROCESSES} processes, see {out / name}")
+        stages.append(train(name, model, out / data, out / name, for_training))
+        model = out / name / "hf"
+        exams.append(examine(name, model, splits.held_out))
     seconds = time.perf_counter() - started
     report = Report(exams=exams, stages=stages, parameters=parameters, seconds=seconds)
     report.write(out / "report.json")
@@ -110,12 +114,23 @@ def train(name: str, model: Path, data: Path, out: Path, more: Sequence[str]) ->
 
 
 def examine(name: str, folder: Path, sums: Sequence[task.Sum]) -> Exam:
-    """Ask the model in ``folder`` every held-out sum."""
-    answers = [answer.strip() for answer in ask(folder, [one.question for one in sums])]
+    """Ask the model in ``folder`` every held-out sum, and whether it prefers the right answer to the mistake."""
+    questions = [one.question for one in sums]
+    answers = [answer.strip() for answer in ask(folder, questions)]
+    chosen = likelihoods(folder, questions, [one.answer for one in sums])
+    rejected = likelihoods(folder, questions, [one.mistake for one in sums])
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     right = sum(answer == one.answer for answer, one in zip(answers, sums, strict=True))
     step = max(1, len(sums) // 8)
     examples = {one.question: answer for one, answer in list(zip(sums, answers, strict=True))[::step]}
-    return Exam(model=name, asked=len(sums), right=right, examples=examples)
+    return Exam(
+        model=name,
+        asked=len(sums),
+        right=right,
+        preferred=sum(margin > 0 for margin in margins),
+        margin=sum(margins) / len(margins),
+        examples=examples,
+    )
 
 
 def check(report: Report, need: float) -> None:

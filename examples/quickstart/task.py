@@ -1,4 +1,4 @@
-"""The quickstart's task: sums of two numbers below 100, as chat data, with sums the model never sees.
+"""The quickstart's task: sums of two numbers below 100, as chats and as pairs, with sums the model never sees.
 
 A question and its mirror (27+45 and 45+27) always lie in the same split, so that a held-out sum cannot be
 copied from training. Everything here is a pure function of the seed.
@@ -33,6 +33,13 @@ class Sum:
         """What the assistant should say, for example ``72``."""
         return str(self.left + self.right)
 
+    @property
+    def mistake(self) -> str:
+        """A wrong answer as people make it: a carry forgotten or one too many, a slip by one or two."""
+        slip = random.Random(f"{self.left} {self.right}").choice((-10, -2, -1, 1, 2, 10))
+        wrong = self.left + self.right + slip
+        return str(wrong if wrong >= 0 else -wrong + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Splits:
@@ -55,6 +62,16 @@ def write_chats(path: Path, sums: Iterable[Sum]) -> None:
         for one in sums:
             turns = (("user", one.question), ("assistant", one.answer))
             file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+
+
+def write_pairs(path: Path, sums: Iterable[Sum]) -> None:
+    """Write one preference pair per line: the right answer chosen, the mistake rejected."""
+    with path.open("w", encoding="utf-8") as file:
+        for one in sums:
+            said = {"prompt": ("user", one.question), "chosen": ("assistant", one.answer)}
+            said["rejected"] = ("assistant", one.mistake)
+            record = {name: [{"role": role, "content": content}] for name, (role, content) in said.items()}
+            file.write(json.dumps(record) + "\n")
 
 
 def _both_ways(pairs: list[tuple[int, int]]) -> tuple[Sum, ...]:

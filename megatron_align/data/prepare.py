@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -75,10 +75,15 @@ def prepare(spec: StoreSpec) -> Path:
     return path
 
 
-def prepare_or_wait(spec: StoreSpec, local_rank: int) -> Path:
+def prepare_or_wait(spec: StoreSpec, local_rank: int, *, waited_for: bool = True) -> Path:
     """Prepare on local rank 0; the others wait for its store, however long it takes.
 
     Local rank 0 also tells of the records that were skipped.
+
+    Args:
+        spec: of the store.
+        local_rank: of this process on its node.
+        waited_for: other local ranks may wait: they are given signs, the last of which stays if this fails.
 
     Raises:
         InputError: as :func:`prepare`; on the others, if local rank 0 failed, or gave no sign for
@@ -86,7 +91,7 @@ def prepare_or_wait(spec: StoreSpec, local_rank: int) -> Path:
     """
     sign = Path(spec.cache) / f".{_asked(spec)}.{socket.gethostname()}.alive"
     if local_rank == 0:
-        with beating(sign):
+        with beating(sign) if waited_for else nullcontext():
             path = prepare(spec)
         _tell_skipped(read_manifest(path))
         return path

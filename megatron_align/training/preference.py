@@ -6,7 +6,7 @@ chosen, ...). ``_S``: the completions of a whole step, over all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -14,9 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_align.losses.combine import WeightedLosses, weighted_losses
 from megatron_align.losses.divergences import DIVERGENCES
-from megatron_align.losses.dpo import DPO_LOSSES
+from megatron_align.losses.dpo import dpo_losses
 from megatron_align.losses.reference_free import CPO_LOSSES, orpo
 from megatron_align.losses.responses import Responses, wpo_weights
 from megatron_align.losses.unpaired import UNPAIRED_LOSSES, RunningMean, kto_baseline
@@ -235,7 +234,9 @@ def build_dpo(config: DPOConfig) -> Pairs:
         if config.f_alpha_divergence_coef is not None:
             divergence = partial(divergence, alpha=config.f_alpha_divergence_coef)
         options["divergence"] = divergence
-    losses = _of_pairs(of_pairs, {"beta": config.beta, **options})
+    losses = _only_likelihood
+    if of_pairs:
+        losses = dpo_losses(*zip(*of_pairs, strict=True), options={"beta": config.beta, **options})
     objective = Pairs(losses, beta=config.beta, compares=True, likelihood=likelihood)
     objective.ld_alpha = config.ld_alpha
     objective.statistics = config.use_weighting
@@ -245,13 +246,8 @@ def build_dpo(config: DPOConfig) -> Pairs:
     return objective
 
 
-def _of_pairs(
-    losses: Sequence[tuple[str, float]], options: Mapping[str, Any]
-) -> WeightedLosses | Callable[..., Tensor]:
-    if not losses:  # the likelihood alone
-        return lambda chosen, rejected, **facts: torch.zeros_like(chosen.policy_N)
-    names, weights = zip(*losses, strict=True)
-    return weighted_losses(DPO_LOSSES, names, weights, options)
+def _only_likelihood(chosen: Responses, rejected: Responses) -> Tensor:
+    return torch.zeros_like(chosen.policy_N)
 
 
 def build_cpo(config: CPOConfig) -> Pairs:

@@ -20,6 +20,7 @@ from megatron_align.checkpoint.hf import need_tied_head, open_hf
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import need_room, step_order
 from megatron_align.data.order import passes_per_epoch
+from megatron_align.data.parts import read_shapes
 from megatron_align.data.prepare import prepare_or_wait
 from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
 from megatron_align.data.store import TokenStore
@@ -170,15 +171,20 @@ def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Pla
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
         return None
-    store = TokenStore(prepare_or_wait(spec, place.local_rank))
-    kinds = config.objective.kinds
-    if store.kind not in kinds:
-        raise InputError(
-            f"data.{split}: objective {config.objective.name} needs {' or '.join(_KINDS[kind] for kind in kinds)}, "
-            f"got {store.kind} data in {', '.join(spec.sources)}"
-        )
+    _need_kind(read_shapes(spec)[0], config, split, spec)
+    store = TokenStore(prepare_or_wait(spec, place.local_rank, waited_for=place.world_size > 1))
     need_facts(config.objective, store, f"data.{split}")
     return store
+
+
+def _need_kind(kind: str, config: RunConfig, split: str, spec: StoreSpec) -> None:
+    """Refuse data of another kind before they are tokenised."""
+    kinds = config.objective.kinds
+    if kind not in kinds:
+        raise InputError(
+            f"data.{split}: objective {config.objective.name} needs {' or '.join(_KINDS[k] for k in kinds)}, "
+            f"got {kind} data in {', '.join(spec.sources)}"
+        )
 
 
 def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from examples.quickstart import run, task, tiny_model
-from examples.quickstart.ask import ask
+from examples.quickstart.ask import ask, likelihoods
 from examples.quickstart.report import Exam, Report, Stage
 
 
@@ -47,6 +47,18 @@ def test_chats_hold_the_right_answers(tmp_path):
         assert int(assistant["content"]) == int(left) + int(right)
 
 
+def test_pairs_prefer_the_right_answer_to_a_wrong_one(tmp_path):
+    splits = task.make_splits(0)
+    task.write_pairs(tmp_path / "pairs.jsonl", splits.train)
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").open()]
+    assert len(pairs) == len(splits.train)
+    for pair in pairs:
+        left, right = pair["prompt"][0]["content"].removesuffix("=").split("+")
+        assert int(pair["chosen"][0]["content"]) == int(left) + int(right)
+        assert int(pair["rejected"][0]["content"]) >= 0
+        assert pair["rejected"] != pair["chosen"]
+
+
 # The tiny model.
 @pytest.mark.parametrize("text", ["27+45=72", "a b\n\tc", "Größe 数 🙂", "the user and the assistant", ""])
 def test_tokenizer_gives_back_any_text(folder, text):
@@ -79,11 +91,25 @@ def test_asking_in_batches_changes_no_answer(folder):
     assert ask(folder, questions) == ask(folder, questions, batch_size=1)
 
 
+def test_likelihoods_are_of_the_answer_and_its_end(folder):
+    from transformers import AutoModelForCausalLM
+
+    questions, answers = ["1+2=", "27+45=", "8+90="], ["3", "72", "98"]
+    found = likelihoods(folder, questions, answers)
+    assert found == pytest.approx(likelihoods(folder, questions, answers, batch_size=1), rel=1e-5)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    prompt = "<|im_start|>user\n27+45=<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(prompt + "72<|im_end|>", return_tensors="pt")["input_ids"]
+    logprobs_LV = model(ids).logits[0].log_softmax(-1)
+    by_hand = sum(logprobs_LV[i - 1, ids[0, i]].item() for i in range(ids.shape[1] - 3, ids.shape[1]))
+    assert found[1] == pytest.approx(by_hand, rel=1e-5)
+
+
 # The report.
 def make_report(right=98):
     exams = [
-        Exam(model="untrained", asked=100, right=0, examples={"1+2=": "\x13"}),
-        Exam(model="sft", asked=100, right=right, examples={"1+2=": "3"}),
+        Exam(model="untrained", asked=100, right=0, preferred=51, margin=0.1, examples={"1+2=": "\x13"}),
+        Exam(model="sft", asked=100, right=right, preferred=97, margin=6.25, examples={"1+2=": "3"}),
     ]
     stage = Stage(name="sft", losses=(5.5, 2.0, 0.25), tokens_per_second=4321.0, seconds=61.4)
     return Report(exams=exams, stages=[stage], parameters=1000, seconds=75.0)
@@ -94,8 +120,8 @@ def test_table_is_plain_text_without_a_terminal():
     make_report().show(Console(file=out, width=80))
     text = out.getvalue()
     for words in (
-        ("untrained", "0.0%"),
-        ("sft", " 98 ", "98.0%", "5.500", "0.250", "4,321", "61"),
+        ("untrained", "0.0%", "51.0%", "0.10"),
+        ("sft", " 98 ", "98.0%", "97.0%", "6.25", "5.500", "0.250", "4,321", "61"),
     ):
         assert any(all(word in line for word in words) for line in text.splitlines())
     assert "75 s" in text
@@ -107,6 +133,7 @@ def test_report_on_disk(tmp_path):
     make_report().write(tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert [exam["accuracy"] for exam in content["exams"]] == [0.0, 0.98]
+    assert [exam["preference_accuracy"] for exam in content["exams"]] == [0.51, 0.97]
     stage = content["stages"][0]
     assert (stage["steps"], stage["first_loss"], stage["last_loss"]) == (3, 5.5, 0.25)
 

@@ -1,6 +1,7 @@
-"""The whole quickstart, a few steps of it: tiny Qwen2 -> SFT on two processes -> HF folder -> answers -> report."""
+"""The whole quickstart, a few steps of it: tiny Qwen2 -> SFT -> DPO on two processes -> HF folder -> report."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,11 +29,15 @@ def test_it_trains_and_reports(short):
     out, done = short
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
-    (stage,) = report["stages"]
-    assert stage["steps"] == 12
-    assert stage["last_loss"] < 0.8 * stage["first_loss"]
-    assert [exam["model"] for exam in report["exams"]] == ["untrained", "sft"]
-    for file in ("loss.png", "sft/metrics.jsonl", "sft/hf/model.safetensors", "sft/hf/tokenizer.json"):
+    sft, dpo = report["stages"]
+    assert sft["steps"] == dpo["steps"] == 12
+    assert sft["last_loss"] < 0.8 * sft["first_loss"]
+    assert dpo["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert dpo["last_loss"] < dpo["first_loss"]
+    assert [exam["model"] for exam in report["exams"]] == ["untrained", "sft", "dpo"]
+    assert report["exams"][2]["margin"] > report["exams"][1]["margin"]  # on sums that were held out
+    files = ("metrics.jsonl", "hf/model.safetensors", "hf/tokenizer.json")
+    for file in ("loss.png", *(f"{stage}/{name}" for stage in ("sft", "dpo") for name in files)):
         assert (out / file).is_file(), file
 
 

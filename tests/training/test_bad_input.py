@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,14 +24,16 @@ def broken_model(tmp_path):
 def refused(tiny_models, chat_file, tmp_path, capsys):
     """``refused(pattern, model=..., data=..., **options)``: the run is refused with this line, untouched disk."""
 
-    def check(pattern, *more, model=None, data=None, **options):
+    def check(pattern, *more, model=None, data=None, tokens_stay=False, **options):
         folder = tmp_path / "runs" / "new"
         arguments = run_arguments(model or tiny_models(), data or chat_file, folder, **options)
         capsys.readouterr()  # what making the model printed
         assert main([*arguments, *more]) == 2
         output = capsys.readouterr()
         assert re.fullmatch(f"error: [^\n]*{pattern}[^\n]*\n", output.err), output.err
-        assert not (tmp_path / "runs").exists()
+        assert (tmp_path / "runs").exists() == tokens_stay
+        assert [path.name for path in folder.glob("*")] == ["data_cache"] * tokens_stay
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
     return check
 
@@ -51,6 +54,10 @@ CONFIG = {
     "positions": ({"data__sequence_length": 4096}, "data.sequence_length must not pass the model's 2048"),
     "too long": ({"data__sequence_length": 64}, r"chat.jsonl:\d+: a sample must fit in data.sequence_length = 64"),
     "warm-up": ({"optimizer__warmup_steps": 6}, "optimizer.warmup_steps must not pass train.steps = 5, got 6"),
+    "unread reference": ({"objective__name": "simpo", "reference__mode": "live"}, "simpo compares with no reference"),
+    "still reference": ({"objective__name": "dpo", "reference__sync_steps": 2}, "sync_steps needs reference.mode live"),
+    "path of no reference": ({"objective__name": "dpo", "reference__mode": "none", "reference__path": "x"}, "not read"),
+    "chats for pairs": ({"objective__name": "dpo"}, "objective dpo needs pairs .*, got chat data"),
     "absent package": ({"logging__wandb": "p"}, "logging.wandb needs the package wandb"),
 }  # fmt: skip
 
@@ -170,3 +177,57 @@ def test_torchrun_says_it_once(tiny_models, chat_file, tmp_path):
     assert done.stderr.count("error: world size must be a multiple") == 1
     assert "megatron_align/train.py" not in done.stderr  # the launcher's own traceback is not ours
     assert not (tmp_path / "run").exists()
+
+
+def lines(file, *records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+def test_preference_data(refused, tmp_path):
+    pair = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
+    pairs = lines(tmp_path / "pairs.jsonl", {**pair, "margin": 1.0}, pair)
+    weighted = lines(tmp_path / "weighted.jsonl", pair, {**pair, "prompt": "2 - 0 =", "weight": 2.0})
+    same = lines(tmp_path / "same.jsonl", {**pair, "rejected": " 2"})
+    level, alone = (
+        lines(
+            tmp_path / f"{name}.jsonl",
+            {"prompt": "a", "completions": [{"content": c, "score": 1} for c in some]},
+        )
+        for name, some in (("level", "bc"), ("alone", "b"))
+    )
+    for data, objective, options, pattern in (
+        (
+            pairs,
+            "dpo",
+            {"loss_type": "margin"},
+            "needs a margin, or both .*; 1 of 2 have none, the first is sample 1",
+        ),
+        (pairs, "kto", {}, "objective kto needs labelled completions .*, got pair data"),
+        (pairs, "sft", {}, "objective sft needs chat data .*, got pair data"),
+        (pairs, "reward", {"alpha": 0.1}, "objective.alpha 0.1 reads absolute scores; no sample has one"),
+        (pairs, "reward", {"ranked_loss": "all_pairs"}, "ranked_loss is of ranked data, got pair data"),
+        (weighted, "dpo", {"loss_type": "aot"}, "aot mixes the pairs of a step, .* got weights from 1 to 2"),
+        (same, "dpo", {}, "same.jsonl:1: .*rejected"),
+        (level, "reward", {}, "a ranked list needs two different scores, sample 0 has one"),
+        (alone, "reward", {}, "alone.jsonl:1: .*completions"),
+    ):
+        given = {f"objective__{name}": value for name, value in {"name": objective, **options}.items()}
+        # What only the whole data can tell is told once they are tokenised, and tokens of valid files stay.
+        told_late = any(
+            word in pattern for word in ("margin", "absolute", "ranked_loss", "mixes", "ranked list")
+        )
+        refused(pattern, data=data, tokens_stay=told_late, **given)
+
+
+def test_reward_models_of_other_families(refused, tmp_path):
+    from tests.harness.tiny import VARIANTS
+
+    other = next(name for name in VARIANTS if name.startswith("qwen3"))
+    pair = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
+    refused(
+        "a reward model must be one of Qwen2ForSequenceClassification, LlamaForSequenceClassification",
+        model=make_model(tmp_path / "model", other),
+        data=lines(tmp_path / "pairs.jsonl", pair),
+        objective__name="reward",
+    )
