@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.digest import Facts, count_nonfinite, need_finite
-from megatron_align.checkpoint.files import need_new, need_space, put_in_place
+from megatron_align.checkpoint.files import need_new, need_one_process, need_space, put_in_place
 from megatron_align.checkpoint.hf import (
     DTYPES,
     HFWeights,
@@ -75,6 +75,7 @@ def import_hf(
         InputError: the folder does not hold a model that we know, holds numbers that are not finite, or
             ``out`` is in the way.
     """
+    need_one_process()
     weights, shape = open_hf(hf)
     need_tied_head(weights, shape)
     kept = getattr(torch, dtype) if dtype else _one_dtype(weights, shape)
@@ -118,8 +119,9 @@ def export_hf(
         InputError: there is no complete checkpoint, it holds numbers that are not finite, or ``out`` is in
             the way.
     """
+    need_one_process()
     found = open_checkpoint(checkpoint)
-    state = StateReader(found.folder / sharded.STATE, found.shape)
+    state = open_state(found)
     kept = getattr(torch, dtype) if dtype else found.dtype
     specs = hf_specs(found.shape, kept)
     target = need_new(out)
@@ -140,6 +142,22 @@ def export_hf(
         copy_assets(found.folder / sharded.ASSETS, writer.partial)
         write_config_dtype(writer.partial, kept)
     return Checkpoint(found.folder, found.shape, kept)
+
+
+def open_state(checkpoint: Checkpoint) -> StateReader:
+    """Return a checkpoint's weights.
+
+    Raises:
+        InputError: they are incomplete, damaged, or not those of its card.
+    """
+    folder = checkpoint.folder / sharded.STATE
+    state = StateReader(folder, checkpoint.shape)
+    stored = {row.megatron: state.dtype(row) for row in rows(checkpoint.shape)}
+    if facts := [f"{name} is {dtype}" for name, dtype in stored.items() if dtype != checkpoint.dtype]:
+        raise InputError(
+            f"all must be {checkpoint.dtype}, as {sharded.CARD} says: {', '.join(facts)} in {folder}"
+        )
+    return state
 
 
 def largest_group(state: StateReader, shape: ModelShape) -> int:
@@ -257,12 +275,9 @@ def one_process() -> Iterator[ProcessGroupCollection]:
     Raises:
         InputError: a launcher started several.
     """
-    place = parallel.Place.from_environment()
-    if place.world_size != 1:
-        raise InputError(f"conversion needs one process, without torchrun; got {place.world_size} ranks")
-    parallel.join(
-        place, ParallelConfig()
-    )  # its watchdog never starts: nobody waits, and this may take an hour
+    need_one_process()
+    # Its watchdog never starts: nobody waits, and this may take an hour.
+    parallel.join(parallel.Place.from_environment(), ParallelConfig())
     try:
         yield parallel.groups()
     finally:
