@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint.behind import Behind
 from megatron_align.checkpoint.digest import Facts, count_nonfinite, need_finite
-from megatron_align.checkpoint.files import need_new, need_space, put_in_place
+from megatron_align.checkpoint.files import need_new, need_one_process, need_space, put_in_place
 from megatron_align.checkpoint.hf import (
     DTYPES,
     HFWeights,
@@ -75,6 +77,7 @@ def import_hf(
         InputError: the folder does not hold a model that we know, holds numbers that are not finite, or
             ``out`` is in the way.
     """
+    need_one_process()
     weights, shape = open_hf(hf)
     need_tied_head(weights, shape)
     kept = getattr(torch, dtype) if dtype else _one_dtype(weights, shape)
@@ -118,8 +121,9 @@ def export_hf(
         InputError: there is no complete checkpoint, it holds numbers that are not finite, or ``out`` is in
             the way.
     """
+    need_one_process()
     found = open_checkpoint(checkpoint)
-    state = StateReader(found.folder / sharded.STATE, found.shape)
+    state = open_state(found)
     kept = getattr(torch, dtype) if dtype else found.dtype
     specs = hf_specs(found.shape, kept)
     target = need_new(out)
@@ -129,35 +133,69 @@ def export_hf(
     with (
         ShardWriter(target, specs, shard_bytes, key=key) as writer,
         Progress("exporting", size) as progress,
+        Behind() as behind,
     ):
         buffer = torch.empty(largest_group(state, found.shape), dtype=torch.uint8)
+        half = len(buffer) // 32 * 16
+        halves = [buffer[:half], buffer[half:]]  # one is filled while the other is written
         for row in rows(found.shape):
             if not all(writer.has(name) for name in row.hf):
-                for name, tensor in state.read(row, buffer).items():
-                    writer.write(name, tensor.to(kept), facts=count_nonfinite(tensor))
+                fits = group_bytes(row, found.shape, state.dtype(row)) <= half
+                halves.reverse()
+                if not fits:
+                    behind.wait()
+                parts = state.read(row, halves[0] if fits else buffer)
+                behind.run(partial(_write_parts, writer, parts, kept))
+                if not fits:
+                    behind.wait()
             progress.add(sum(specs[name].nbytes for name in row.hf))
+        behind.wait()
         need_finite({name: Facts("", *writer.facts(name)) for name in specs}, found.folder)
         copy_assets(found.folder / sharded.ASSETS, writer.partial)
         write_config_dtype(writer.partial, kept)
     return Checkpoint(found.folder, found.shape, kept)
 
 
+def open_state(checkpoint: Checkpoint) -> StateReader:
+    """Return a checkpoint's weights.
+
+    Raises:
+        InputError: they are incomplete, damaged, or not those of its card.
+    """
+    folder = checkpoint.folder / sharded.STATE
+    state = StateReader(folder, checkpoint.shape)
+    stored = {row.megatron: state.dtype(row) for row in rows(checkpoint.shape)}
+    if facts := [f"{name} is {dtype}" for name, dtype in stored.items() if dtype != checkpoint.dtype]:
+        raise InputError(
+            f"all must be {checkpoint.dtype}, as {sharded.CARD} says: {', '.join(facts)} in {folder}"
+        )
+    return state
+
+
 def largest_group(state: StateReader, shape: ModelShape) -> int:
     """Return the bytes of the largest row of the weight table."""
-    return max(
-        sum(math.prod(size) for size in row.hf_shapes(shape)) * state.dtype(row).itemsize
-        for row in rows(shape)
-    )
+    return max(group_bytes(row, shape, state.dtype(row)) for row in rows(shape))
+
+
+def group_bytes(row: Row, shape: ModelShape, dtype: torch.dtype) -> int:
+    """Return the bytes of a row's HF tensors."""
+    return sum(math.prod(size) for size in row.hf_shapes(shape)) * dtype.itemsize
+
+
+def _write_parts(writer: ShardWriter, parts: dict[str, Tensor], dtype: torch.dtype) -> None:
+    for name, tensor in parts.items():
+        writer.write(name, tensor.to(dtype), facts=count_nonfinite(tensor))
 
 
 class _ChunkReader:
-    """Reads whole rows of Megatron tensors from Hugging Face's, into memory that the next chunk takes again."""
+    """Reads whole rows of Megatron tensors from Hugging Face's, into memory that the chunk after next takes again."""
 
     def __init__(self, weights: HFWeights, shape: ModelShape, dtype: torch.dtype) -> None:
         self.weights, self.shape, self.dtype = weights, shape, dtype
         widest = max(math.prod(local_shape(row, shape, 1)[1:]) for row in rows(shape))
         size = max(CHUNK_BYTES, widest * torch.float64.itemsize)
-        self._chunk = torch.empty(size, dtype=torch.uint8).numpy()
+        # Two: one is filled while the other is written.
+        self._chunks = [torch.empty(size, dtype=torch.uint8).numpy() for _ in range(2)]
         self._raw = torch.empty(size, dtype=torch.uint8)
 
     def height(self, row: Row) -> int:
@@ -171,7 +209,8 @@ class _ChunkReader:
         tail = local_shape(row, self.shape, 1)[1:]
         width, position = math.prod(tail), 0
         # Not a slice of a tensor: saving one saves all that it is a slice of.
-        chunk = torch.frombuffer(self._chunk, dtype=self.dtype, count=count * width)
+        self._chunks.reverse()
+        chunk = torch.frombuffer(self._chunks[0], dtype=self.dtype, count=count * width)
         spoilt: dict[str, list[int]] = {}
         # A tensor that is cut along columns, or not at all, is one HF tensor: its rows lie in order as well.
         pieces = segments(row, self.shape, 0, 1) if row.split == 0 else [Slice(0, 0, start + count)]
@@ -200,14 +239,14 @@ def _import_tensors(weights: HFWeights, state: StateWriter) -> None:
     shape = state.shape
     reader = _ChunkReader(weights, shape, state.dtype)
     size = sum(math.prod(local_shape(row, shape, 1)) for row in rows(shape)) * state.dtype.itemsize
-    with Progress("importing", size) as progress:
+    with Progress("importing", size) as progress, Behind() as behind:
         for row in rows(shape):
             rows_in_all, *tail = local_shape(row, shape, 1)
             step = reader.height(row)
             for start in range(0, rows_in_all, step):
                 count = min(step, rows_in_all - start)
                 if not state.has(row, start):
-                    state.write(row, start, *reader.read(row, start, count))
+                    behind.run(partial(state.write, row, start, *reader.read(row, start, count)))
                 progress.add(count * math.prod(tail) * state.dtype.itemsize)
 
 
@@ -257,12 +296,9 @@ def one_process() -> Iterator[ProcessGroupCollection]:
     Raises:
         InputError: a launcher started several.
     """
-    place = parallel.Place.from_environment()
-    if place.world_size != 1:
-        raise InputError(f"conversion needs one process, without torchrun; got {place.world_size} ranks")
-    parallel.join(
-        place, ParallelConfig()
-    )  # its watchdog never starts: nobody waits, and this may take an hour
+    need_one_process()
+    # Its watchdog never starts: nobody waits, and this may take an hour.
+    parallel.join(parallel.Place.from_environment(), ParallelConfig())
     try:
         yield parallel.groups()
     finally:

@@ -45,6 +45,16 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def need_one_process() -> None:
+    """Check that no launcher started several processes, which would all write the same folder.
+
+    Raises:
+        InputError: one did.
+    """
+    if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(f"this needs one process, without torchrun; got {ranks} ranks")
+
+
 def need_new(out: str | Path) -> Path:
     """Return ``out`` without links or dots, a folder that can be created or is empty.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_align.checkpoint.digest import Digest, Facts, need_finite
-from megatron_align.checkpoint.files import need_new, need_space
+from megatron_align.checkpoint.files import need_new, need_one_process, need_space
 from megatron_align.checkpoint.hf import (
     DTYPES,
     HFWeights,
@@ -73,6 +73,7 @@ def merge(
         InputError: the folders do not fit each other or the method, hold numbers that are not finite, or
             ``out`` is in the way.
     """
+    need_one_process()
     given = [("base", Path(base))] if base is not None else []
     entries = [(f"model {number}", Path(folder)) for number, folder in enumerate(models, start=1)]
     if method.starts_at_base and len(entries) == 1:

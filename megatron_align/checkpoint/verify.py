@@ -13,12 +13,10 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.convert import one_process, open_checkpoint
+from megatron_align.checkpoint.convert import one_process, open_checkpoint, open_state
 from megatron_align.checkpoint.hf import open_hf, untied_head
 from megatron_align.checkpoint.hf_read import HEAD
 from megatron_align.checkpoint.sharded import shape_differences
-from megatron_align.checkpoint.state_read import StateReader
 from megatron_align.checkpoint.verify_logits import (
     LogitsFinding,
     Sides,
@@ -137,7 +135,7 @@ def verify(
     """
     weights, hf_shape = open_hf(hf)
     found = open_checkpoint(checkpoint)
-    state = StateReader(found.folder / sharded.STATE, found.shape)
+    state = open_state(found)
     texts, notes = choose_texts(hf, data, hf_shape)
     comparable = _tensor_sizes(hf_shape) == _tensor_sizes(found.shape)
     tensors: list[TensorFinding] = []

@@ -342,6 +342,10 @@ def forge(checkpoint):
 BROKEN = {
     "format": (lambda ckpt: spoil_card(ckpt, format=2), "a checkpoint of format 1 is needed, got 2"),
     "dtype": (lambda ckpt: spoil_card(ckpt, dtype="int8"), "dtype must be one of "),
+    "dtype of the card": (
+        lambda ckpt: spoil_card(ckpt, dtype="bfloat16"),
+        "all must be torch.bfloat16, as card.json says: embedding.word_embeddings.weight is torch.float32, ",
+    ),
     "no card shape": (lambda ckpt: spoil_card(ckpt, shape=None), "must have the shape of hf_assets"),
     "other shape": (
         lambda ckpt: change_config(ckpt / "hf_assets", lambda c: c.update(rms_norm_eps=0.5)),

@@ -212,6 +212,6 @@ def test_torchrun_is_refused(tmp_path, tiny_models):
     environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     done = run("tools/convert.py", "import", "--hf", tiny_models(), "--out", tmp_path / "new", **environment)
     assert_one_line(
-        (done.returncode, done.stdout, done.stderr), "needs one process, without torchrun; got 2 ranks"
+        (done.returncode, done.stdout, done.stderr), "this needs one process, without torchrun; got 2 ranks"
     )
     assert not (tmp_path / "new").exists()

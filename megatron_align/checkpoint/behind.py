@@ -1,0 +1,37 @@
+"""One call at a time in another thread: what was read is written while the next is being read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+
+class Behind:
+    """Runs calls in order, at most one behind the caller. A failed call raises at the next one, or at the end."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[Any] | None = None
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+    def run(self, call: Callable[[], Any]) -> None:
+        """Wait for the last call and begin this one."""
+        self.wait()
+        self._pending = self._pool.submit(call)
+
+    def wait(self) -> None:
+        """Wait for the last call; raise what it raised."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            pending.result()
