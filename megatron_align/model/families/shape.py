@@ -70,7 +70,7 @@ class ModelShape:
             raise InputError(
                 f"a reward model must be one of {', '.join(known)}; model.path is of {self.architecture}"
             )
-        return replace(self, architecture=architecture)
+        return replace(self, architecture=architecture, tied_embeddings=False)
 
 
 # What transformers assumes where config.json is silent. Sizes have no default: a guess would be wrong.
