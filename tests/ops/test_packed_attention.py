@@ -4,6 +4,8 @@ prompt equals its copies.
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 
@@ -91,9 +93,8 @@ def test_intervals_say_what_the_groups_say():
     assert layout.prefix_start_T.tolist() == [0, 0, 0, 0, 0, 5, 5, 7, 8]
     assert layout.prefix_end_T.tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 8]
     assert layout.own_start_T.tolist() == [0, 0, 2, 3, 3, 5, 5, 7, 8]
-    assert {t.dtype for t in (layout.prefix_start_T, layout.prefix_end_T, layout.own_start_T)} == {
-        torch.int32
-    }
+    assert layout.seen_end_T.tolist() == [5, 5, 3, 5, 5, 7, 7, 8, 9]
+    assert {t.dtype for t in layout.intervals} == {torch.int32}
     assert layout.mask_TT().int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -145,3 +146,28 @@ BAD = {
 def test_what_does_not_fit_is_refused(tensors, tokens, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*tensors, PackedLayout.from_lengths([tokens]))
+
+
+def test_a_layout_elsewhere_is_refused():
+    with pytest.raises(ValueError, match=r"device cpu; it is on meta: use layout.to\(device\)"):
+        packed_attention(*q_k_v(), PackedLayout.from_lengths([6]).to("meta"))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    with pytest.raises(ValueError, match="scale > 0; got"):
+        packed_attention(*q_k_v(), PackedLayout.from_lengths([6]), scale=scale)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 7), max_size=3)), max_size=4),
+    st.integers(0, 3),
+)
+@settings(derandomize=True, deadline=None)
+def test_queries_and_keys_tell_the_same(groups, padding):
+    """Token k is seen by the queries [k, seen_end_k), without a gap: the block map stands on this."""
+    used = sum(prompt + sum(completions) for prompt, completions in groups)
+    layout = PackedLayout.from_groups(groups, total=used + padding)
+    query = torch.arange(layout.tokens)
+    by_key = (query <= query[:, None]) & (query[:, None] < layout.seen_end_T)
+    assert torch.equal(layout.mask_TT(), by_key)

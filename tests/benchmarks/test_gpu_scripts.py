@@ -1,0 +1,40 @@
+"""GPU benchmarks: what can be wrong in them without a GPU is not; without one they say so in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_attention import CASES, useful_pairs
+from benchmarks.tune_attention import FILE, render
+from megatron_align.kernels import PackedLayout
+from megatron_align.kernels.packed_attention.table import TABLE
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [*sorted(path.stem for path in (ROOT / "benchmarks").glob("gpu_*.py")), "tune_attention"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they would run")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_gpu_one_line_says_so(script):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}: needs a CUDA GPU; torch ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_useful_pairs_are_those_of_the_mask():
+    layout = PackedLayout.from_groups([(7, [5, 0, 12]), (0, [9]), (4, [])], total=50)
+    assert useful_pairs(layout) == layout.mask_TT().sum()
+    assert {layout.tokens for layout, _ in CASES.values()} == {16384, 15360}
+
+
+def test_the_table_is_what_the_tuning_script_writes():
+    source = FILE.read_text(encoding="utf-8")
+    note = source.split("(docs/kernels.md). ")[1].split("\n")[0]
+    assert render(TABLE, note) == source
