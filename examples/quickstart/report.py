@@ -92,11 +92,11 @@ class Report:
             title=f"{self.exams[0].asked} sums the model was never trained on", title_justify="left"
         )
         table.add_column("model")
-        for heading in ("right", "accuracy", "prefers right", "margin", "loss from", "to", "tokens/s", "s"):
+        for heading in ("accuracy", "prefers", "margin", "loss", "to", "tokens/s", "seconds"):
             table.add_column(heading, justify="right")
         trained = {stage.name: stage for stage in self.stages}
         for exam in self.exams:
-            cells = [exam.model, str(exam.right), f"{exam.accuracy:.1%}"]
+            cells = [exam.model, f"{exam.accuracy:.1%}"]
             cells += [f"{exam.preference_accuracy:.1%}", f"{exam.margin:.2f}"]
             if stage := trained.get(exam.model):
                 cells += [f"{stage.losses[0]:.3f}", f"{stage.losses[-1]:.3f}"]

@@ -121,7 +121,7 @@ def test_table_is_plain_text_without_a_terminal():
     text = out.getvalue()
     for words in (
         ("untrained", "0.0%", "51.0%", "0.10"),
-        ("sft", " 98 ", "98.0%", "97.0%", "6.25", "5.500", "0.250", "4,321", "61"),
+        ("sft", "98.0%", "97.0%", "6.25", "5.500", "0.250", "4,321", "61"),
     ):
         assert any(all(word in line for word in words) for line in text.splitlines())
     assert "75 s" in text

@@ -219,7 +219,7 @@ def head_gradients(
         )
         ddp = DistributedDataParallel(megatron, settings, policy)
         ddp.zero_grad_buffer()
-        objective = build_objective(SFTConfig())
+        objective = build_objective(SFTConfig(), None)
         losses = []
         for i, batch in enumerate(batches):
             if "overlap_param_gather" in options:
