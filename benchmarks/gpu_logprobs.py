@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.gpu_logprobs`` measures, prints and appends to ``benchmarks/results/gpu_logprobs.csv``.
 Contestants of one comparison run in turn, A B C A B C, in one process on the same tensors; a figure is the median with
-p10 and p90. Nothing is measured if our loss or gradients are further from fp32 than 1.2 times PyTorch's own in bf16.
+p20 and p80. Nothing is measured if our loss or gradients are further from fp32 than 1.2 times PyTorch's own in bf16.
 
 - ce: supervised loss and both gradients. ``gemms``: the three products alone (6 NHV), the yardstick.
 - dpo: pairs, the reference's log-probs computed in the same call (8 NHV). Liger: ``LigerFusedLinearDPOLoss``.
@@ -16,19 +16,16 @@ The weight's gradient goes into an fp32 ``main_grad``, as in training; Liger and
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import importlib.metadata
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu import append, interleaved, need_gpu, place, quantiles
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs
 
-RESULTS = Path(__file__).parent / "results" / "gpu_logprobs.csv"
 BETA = 0.1
 Call = Callable[[], object]
 
@@ -179,21 +176,6 @@ def gate(rows: int = 256, hidden: int = 512, vocab: int = 8192) -> None:
                 raise SystemExit(f"no figures: error of {name} {error:.3e}, PyTorch in bf16 {allowed:.3e}")
 
 
-def times(calls: dict[str, Call], samples: int) -> dict[str, list[float]]:
-    """Return milliseconds of each call, run in turn after three rounds of warm-up."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for sample in range(samples + 3):
-        for name, call in calls.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            torch.cuda.synchronize()
-            if sample >= 3:
-                found[name].append(start.elapsed_time(stop))
-    return found
-
-
 def peak(call: Call, returned: int) -> float:
     """Return GiB at the peak above what stood before and what the call returns, ``returned`` bytes."""
     call()
@@ -209,15 +191,15 @@ def compare(name: str, case: Case, calls: dict[str, Call], products: float, samp
     """Return a row per contestant."""
     flops = products * case.rows * case.hidden_size * case.vocab
     rows = []
-    for who, ms in times(calls, samples).items():
-        p10, p50, p90 = torch.tensor(ms).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-        figures = {"ms_p10": f"{p10:.3f}", "ms_p50": f"{p50:.3f}", "ms_p90": f"{p90:.3f}"}
+    for who, ms in interleaved(calls, samples).items():
+        p20, p50, p80 = quantiles(ms)
+        figures = {"ms_p20": f"{p20:.3f}", "ms_p50": f"{p50:.3f}", "ms_p80": f"{p80:.3f}"}
         rows.append(_row(name, who, case, **figures, tflops=f"{flops / p50 / 1e9:.0f}"))
     return rows
 
 
 def _row(name: str, who: str, case: Case, **figures: object) -> dict[str, object]:
-    row = {
+    return {
         "what": name,
         "who": who,
         "rows": case.rows,
@@ -225,8 +207,6 @@ def _row(name: str, who: str, case: Case, **figures: object) -> dict[str, object
         "vocab": case.vocab,
         **figures,
     }
-    print(row, flush=True)
-    return row
 
 
 def _liger() -> str | None:
@@ -262,8 +242,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
         rows.append(_row("memory ce", "ours", long, peak_gib=f"{peak(long.ce, long.hidden.nbytes):.3f}"))
         del long
     shards = {k: Case(rows_, hidden, vocab // k) for k in (1, 2, 4, 8)}
-    found = times({str(k): shard.ce for k, shard in shards.items()}, samples)
-    median = {k: torch.tensor(found[str(k)]).median().item() for k in shards}
+    found = interleaved({str(k): shard.ce for k, shard in shards.items()}, samples)
+    median = {k: quantiles(found[str(k)])[1] for k in shards}
     for k, shard in shards.items():
         share = median[1] / (k * median[k])
         rows.append(_row("shards", f"1/{k}", shard, ms_p50=f"{median[k]:.3f}", efficiency=f"{share:.3f}"))
@@ -273,34 +253,19 @@ def measure(options: argparse.Namespace) -> list[dict]:
 def main() -> None:
     """Measure, print, append."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="gpu_logprobs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=16384, help="a multiple of 1,024, the rows of a pair")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--samples", type=int, default=30)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.gpu_logprobs needs a GPU; benchmarks.logprob_memory measures on a CPU")
+    need_gpu(parser)
     gate()
-    place = {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "liger": _liger() or "",
-    }
-    _append([{**place, **row} for row in measure(options)])
-
-
-def _append(rows: list[dict[str, object]]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    rows = measure(options)
+    columns = dict.fromkeys(name for row in rows for name in row)  # not every row has every figure
+    told = {**place(), "liger": _liger() or ""}
+    append("gpu_logprobs", [{**told, **{name: row.get(name, "") for name in columns}} for row in rows])
 
 
 if __name__ == "__main__":
