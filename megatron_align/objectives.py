@@ -168,6 +168,18 @@ class DPOConfig:
             f"objective.rpo_alpha must be positive, and stands for loss_type sft; got {self.rpo_alpha} with "
             f"loss_type {', '.join(types)}",
         )
+        coupled, scaled = (
+            [name for name in types if name in group]
+            for group in (
+                COUPLED,
+                [name for name, options in DPO_OPTIONS.items() if "margin_scale" in options],
+            )
+        )
+        need(
+            not (coupled and scaled),
+            f"objective.loss_type {', '.join(scaled)} reads a margin for each pair, and {', '.join(coupled)} mixes "
+            "the step's pairs: not both",
+        )
         mixing = [name for name in types if name in (*COUPLED, "sft")] + ["rpo_alpha"] * (
             self.rpo_alpha is not None
         )

@@ -18,7 +18,7 @@ from megatron_align.objectives import (
     KTOConfig,
     RewardConfig,
 )
-from megatron_align.training.objective import build_objective
+from megatron_align.training.build import build_objective
 
 # How the losses call what the configuration calls otherwise; statistics are no options.
 NAMES = {"divergence": "f_divergence_type", "margin_N": "margin_scale"}
@@ -69,6 +69,7 @@ REFUSED = {
     "alpha of no divergence": (DPOConfig, {"f_alpha_divergence_coef": 0.3}, "belongs to f_div"),
     "divergence of some": (DPOConfig, {"loss_type": ["apo_zero", "ipo"], "f_divergence_type": "forward_kl"}, "none"),
     "weighting a mixture": (DPOConfig, {"loss_type": "aot", "use_weighting": True}, "and aot mixes"),
+    "margins in a mixture": (DPOConfig, {"loss_type": ["aot", "margin"]}, "reads a margin for each pair, and aot"),
     "likelihood twice": (DPOConfig, {"loss_type": ["ipo", "sft"], "rpo_alpha": 1.0}, "stands for loss_type sft"),
     "LD alpha": (DPOConfig, {"ld_alpha": 1.5}, r"ld_alpha must lie in \[0, 1\]"),
     "likelihood of alphapo": (CPOConfig, {"loss_type": "alphapo", "cpo_alpha": 1.0}, "alphapo has no likelihood term"),

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from megatron_align.data.batch import Packs, Step
 from megatron_align.model import cpu
 from megatron_align.records import PackedBatch
-from megatron_align.training.objective import Objective
-from megatron_align.training.preference import StepSums, completion_sums
+from megatron_align.training.objective import Objective, StepSums
+from megatron_align.training.preference import completion_sums
 
 
 class Scorer:

@@ -21,8 +21,8 @@ from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
+from megatron_align.training.build import build_objective
 from megatron_align.training.metrics import NoSinks, Sinks
-from megatron_align.training.objective import build_objective
 from megatron_align.training.optimizer import (
     after_load,
     build_optimizer,

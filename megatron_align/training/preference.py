@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from megatron_align.losses.responses import Responses, wpo_weights
 from megatron_align.losses.unpaired import UNPAIRED_LOSSES, RunningMean, kto_baseline
 from megatron_align.objectives import (
     COUPLED,
+    DPO_OPTIONS,
     BCOConfig,
     CPOConfig,
     DPOConfig,
@@ -29,8 +30,7 @@ from megatron_align.objectives import (
     SimPOConfig,
 )
 from megatron_align.records import LossRows
-
-Sums = dict[str, Tensor]
+from megatron_align.training.objective import Objective, StepSums, Sums
 
 
 def completion_sums(values_N: Tensor, rows: LossRows, *, rows_of_prompt: bool = False) -> Tensor:
@@ -55,46 +55,18 @@ def shared_length_factors(rows: LossRows, ld_alpha: float) -> Tensor:
     return torch.where(place_N < shared_C[rows.sequence_N], 1.0, ld_alpha)
 
 
-@dataclass(frozen=True, slots=True)
-class StepSums:
-    """What a whole step's completions came to, before its loss is taken. All ``[S]`` fp64, without gradient."""
-
-    policy_S: Tensor
-    reference_S: Tensor
-    length_S: Tensor
-
-
-class _Judged:
-    """What objectives on completions have in common."""
-
-    whole_samples = True
-    statistics = False
-    score_prompt = False
-    ld_alpha: float | None = None
-    # What must be scored before a step's loss is known.
-    looks_ahead: Literal["own", "mismatched"] | None = None
-
-    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Return the step's metrics from the sums over all ranks."""
-        return dict(totals)
-
-    def weighted(self, logprobs_N: Tensor, rows: LossRows) -> Tensor:
-        """Return the log-probs as they enter the sums of policy and reference alike."""
-        return logprobs_N
-
-    def look(self, sums: StepSums, *, training: bool) -> Tensor | None:
-        """Take in what was scored ahead; return d loss / d policy, ``[S]``, where the loss mixes samples."""
-        return None
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` returned."""
+_PAIR_METRICS = (
+    "reward_margin",
+    "accuracy",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logps",
+    "rejected_logps",
+)
 
 
-class Pairs(_Judged):
+@dataclass(kw_only=True, eq=False)
+class Pairs(Objective):
     """DPO and its relatives, CPO, SimPO, ORPO: losses of pairs, beside the likelihood of the chosen completion.
 
     Args:
@@ -102,31 +74,29 @@ class Pairs(_Judged):
         beta: factor from log-ratios (or log-probs) to the rewards among the metrics.
         compares: with a reference.
         likelihood: weight of minus the chosen completions' mean log-prob per token, over the step.
+        per_token: without a reference, rewards are of log-probs per token.
+        margin_scale: factor on the data's margins, which the losses then read; None: they read none.
+        ld_alpha: see :func:`shared_length_factors`; None: every row counts once.
+        statistics: pairs weigh as WPO has it.
+        score_prompt: the likelihood is of the prompt too.
+        looks_ahead: own: the losses mix the pairs of a step.
     """
 
-    normalization = "pair"
+    losses: Callable[..., Tensor]
+    beta: float
+    compares: bool
+    likelihood: float = 0.0
+    per_token: bool = False
+    margin_scale: float | None = None
+    ld_alpha: float | None = None
+    statistics: bool = False
+    score_prompt: bool = False
+    looks_ahead: Literal["own"] | None = None
+    normalization: ClassVar[str] = "pair"
 
-    def __init__(
-        self,
-        losses: Callable[..., Tensor],
-        *,
-        beta: float,
-        compares: bool,
-        likelihood: float = 0.0,
-    ):
-        self.losses, self.beta, self.compares, self.likelihood = losses, beta, compares, likelihood
-        self.per_token = False  # the rewards among the metrics
-        self.margin_scale: float | None = None
+    def __post_init__(self) -> None:
         self._step_loss = 0.0
-        self.metrics: tuple[str, ...] = (
-            "reward_margin",
-            "accuracy",
-            "chosen_reward",
-            "rejected_reward",
-            "chosen_logps",
-            "rejected_logps",
-            *(("nll",) if likelihood else ()),
-        )
+        self.metrics = (*_PAIR_METRICS, *(("nll",) if self.likelihood else ()))
 
     def loss(
         self, logprobs_N: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]
@@ -237,13 +207,17 @@ def build_dpo(config: DPOConfig) -> Pairs:
     losses = _only_likelihood
     if of_pairs:
         losses = dpo_losses(*zip(*of_pairs, strict=True), options={"beta": config.beta, **options})
-    objective = Pairs(losses, beta=config.beta, compares=True, likelihood=likelihood)
-    objective.ld_alpha = config.ld_alpha
-    objective.statistics = config.use_weighting
-    objective.looks_ahead = "own" if any(name in COUPLED for name in config.loss_types) else None
-    if any(name in ("margin", "reward_aware") for name in config.loss_types):
-        objective.margin_scale = 1.0 if config.margin_scale is None else config.margin_scale
-    return objective
+    scaled = any("margin_scale" in DPO_OPTIONS[name] for name in config.loss_types)
+    return Pairs(
+        losses=losses,
+        beta=config.beta,
+        compares=True,
+        likelihood=likelihood,
+        margin_scale=(1.0 if config.margin_scale is None else config.margin_scale) if scaled else None,
+        ld_alpha=config.ld_alpha,
+        statistics=config.use_weighting,
+        looks_ahead="own" if any(name in COUPLED for name in config.loss_types) else None,
+    )
 
 
 def _only_likelihood(chosen: Responses, rejected: Responses) -> Tensor:
@@ -257,29 +231,35 @@ def build_cpo(config: CPOConfig) -> Pairs:
     loss = partial(CPO_LOSSES[config.loss_type], beta=config.beta, **options)
     standing = 0.0 if config.loss_type == "alphapo" else 1.0
     likelihood = standing if config.cpo_alpha is None else config.cpo_alpha
-    objective = Pairs(loss, beta=config.beta, compares=False, likelihood=likelihood)
-    objective.per_token = config.loss_type in ("ipo", "simpo", "alphapo")
-    return objective
+    return Pairs(
+        losses=loss,
+        beta=config.beta,
+        compares=False,
+        likelihood=likelihood,
+        per_token=config.loss_type in ("ipo", "simpo", "alphapo"),
+    )
 
 
 def build_simpo(config: SimPOConfig) -> Pairs:
     """Return the objective of ``objective.name: simpo``."""
     options = {"simpo_gamma": config.simpo_gamma, "label_smoothing": config.label_smoothing}
     loss = partial(CPO_LOSSES["simpo"], beta=config.beta, **options)
-    objective = Pairs(loss, beta=config.beta, compares=False)
-    objective.per_token = True
-    return objective
+    return Pairs(losses=loss, beta=config.beta, compares=False, per_token=True)
 
 
 def build_orpo(config: ORPOConfig) -> Pairs:
     """Return the objective of ``objective.name: orpo``."""
-    objective = Pairs(partial(orpo, beta=config.beta), beta=config.beta, compares=False, likelihood=1.0)
-    objective.per_token = True
-    objective.score_prompt = config.nll_over == "prompt_and_chosen"
-    return objective
+    return Pairs(
+        losses=partial(orpo, beta=config.beta),
+        beta=config.beta,
+        compares=False,
+        likelihood=1.0,
+        per_token=True,
+        score_prompt=config.nll_over == "prompt_and_chosen",
+    )
 
 
-class Unpaired(_Judged):
+class Unpaired(Objective):
     """KTO, APO-zero unpaired, BCO: single completions, desirable or not, against a reference."""
 
     normalization = "example"

@@ -6,7 +6,6 @@ Shapes: C completions of a pack; N pairs or lists, K places of the longest list.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from megatron_align.losses.ranked import RANKED_LOSSES
 from megatron_align.losses.reward import Rewards, reward_loss, score_error
 from megatron_align.objectives import RewardConfig
 from megatron_align.records import Completions, LossRows
+from megatron_align.training.objective import Objective, Sums
 
 # Rewards in the metrics' histogram: bins of one from -8 to 8, and one for what lies beyond on each side.
 EDGES = tuple(float(edge) for edge in range(-8, 9))
@@ -38,7 +38,7 @@ def score_scale(scores_C: np.ndarray, normalization: str | None) -> tuple[float,
     return (low + high) / 2, (high - low) / 2 or 1.0
 
 
-class RewardModel:
+class RewardModel(Objective):
     """Bradley-Terry on pairs with the report's score term, or a loss of ranked lists.
 
     Args:
@@ -48,10 +48,6 @@ class RewardModel:
     """
 
     whole_samples = False  # it sees completions, not rows
-    statistics = False
-    score_prompt = False
-    ld_alpha = None
-    looks_ahead = None
 
     def __init__(self, config: RewardConfig, ranked: str | None, scale: tuple[float, float]):
         self.config, self.ranked, self.scale = config, ranked, scale
@@ -67,7 +63,7 @@ class RewardModel:
 
     def loss(
         self, rewards_C: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Sums]:
         """Return the share of the loss, and the metric sums; of a list, best and worst stand for the pair."""
         known = rows.completions
         if self.ranked is None:
@@ -85,25 +81,11 @@ class RewardModel:
             sums |= self._histogram(rewards_C.detach())
         return (weight_N * loss_N).sum(), sums
 
-    def weighted(self, logprobs_N: Tensor, rows: LossRows) -> Tensor:
-        """See :class:`Objective`: a reward model has no log-probs."""
-        return logprobs_N
-
-    def look(self, sums: Any, *, training: bool) -> None:
-        """See :class:`Objective`."""
-
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Return the metrics, with the histogram's counts in one list."""
         kept = {name: value for name, value in totals.items() if name not in self._bins}
         counts = [totals[name] for name in self._bins]
         return {**kept, "reward_histogram": {"edges": list(EDGES), "counts": counts}}
-
-    def state(self) -> dict[str, Any]:
-        """See :class:`Objective`."""
-        return {}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Objective`."""
 
     def _pairs(self, rewards_C: Tensor, known: Completions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         chosen, rejected = (Rewards(rewards_C[k::2], self._scores(known)[k::2]) for k in (0, 1))
@@ -143,7 +125,7 @@ class RewardModel:
         shift, scale = self.scale
         return (known.score_C - shift) / scale
 
-    def _histogram(self, rewards_C: Tensor) -> dict[str, Tensor]:
+    def _histogram(self, rewards_C: Tensor) -> Sums:
         edges = torch.tensor(EDGES, device=rewards_C.device)
         bins_C = torch.bucketize(rewards_C, edges, right=True)
         counts = torch.zeros(len(self._bins), device=rewards_C.device).index_add_(

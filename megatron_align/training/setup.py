@@ -28,8 +28,8 @@ from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
+from megatron_align.training.build import need_facts
 from megatron_align.training.metrics import check_logging
-from megatron_align.training.objective import need_facts
 
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens", "precision")
 _KINDS = {

@@ -203,7 +203,7 @@ def head_gradients(
     )
 
     from megatron_align.objectives import SFTConfig
-    from megatron_align.training.objective import build_objective
+    from megatron_align.training.build import build_objective
 
     overlap = {name: True for name in options if name.startswith("overlap")}
     with parallel.join(place, config).watching():
