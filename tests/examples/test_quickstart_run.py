@@ -21,7 +21,9 @@ def quickstart(out, *more, timeout=300):
 @pytest.fixture(scope="module")
 def short(tmp_path_factory):
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    few = ("--train.steps", "12", "--optimizer.warmup_steps", "3", "--train.global_batch_size", "32")
+    # So few steps of DPO show nothing at its own, careful rate.
+    few = ("--train.steps", "12", "--optimizer.warmup_steps", "3", "--optimizer.lr", "2e-3")
+    few += ("--train.global_batch_size", "32")
     return out, quickstart(out, "--need", "0", *few)
 
 
