@@ -127,7 +127,7 @@ class ReferenceColumns:
         """Open the columns of training and validation data; rank 0's files count, for every rank."""
         weights, _ = locate(config.reference.path or config.model.path)
         facts = {
-            "weights": weights_hash(weights),
+            "weights": _hash_of_rank_0(weights),
             "precision": config.train.precision,
             "ld_alpha": objective.ld_alpha,
         }
@@ -196,6 +196,13 @@ class ReferenceColumns:
         if dist.get_rank() == 0:
             for column in filter(None, (self.own, self.mismatched)):
                 column.save()
+
+
+def _hash_of_rank_0(weights: Path) -> str:
+    """Return the hash of the weights as rank 0 reads them: once, not once on every rank."""
+    found = [weights_hash(weights) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _order_facts(plan: Plan, split: str) -> tuple[dict[str, Any], int]:
