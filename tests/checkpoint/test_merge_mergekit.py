@@ -1,8 +1,8 @@
 """Our merges equal mergekit's on the same folders.
 
 mergekit's pins do not fit ours, so it is no test dependency. To run this file, put it beside, and in the way of
-nothing else: ``pip install --no-deps --target /tmp/mergekit mergekit immutables peft scipy protobuf`` and
-``PYTHONPATH=/tmp/mergekit:. pytest tests/checkpoint/test_merge_mergekit.py``. Run with mergekit 0.1.5.
+nothing else: ``pip install --no-deps --target judge_packages mergekit immutables peft scipy protobuf`` and
+``PYTHONPATH=judge_packages:. pytest tests/checkpoint/test_merge_mergekit.py``. Run with mergekit 0.1.5.
 """
 
 import pytest
