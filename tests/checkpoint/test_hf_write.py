@@ -261,3 +261,16 @@ def test_dtype_is_said_where_transformers_reads_it(tmp_path, before, after):
     write_config_dtype(tmp_path, torch.bfloat16)
     assert json.loads(path.read_text()) == {"model_type": "qwen2", **after, "note": "é"}
     assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tensors", ["w", "vw"])  # the last flush fails, or an earlier one
+def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, tensors):
+    monkeypatch.setattr(hf_write, "FLUSH_BYTES", 16)
+    monkeypatch.setattr(hf_write, "sync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with (
+        pytest.raises(OSError, match=r"writing the model failed .*\.out\.partial.*No space left"),
+        ShardWriter(tmp_path / "out", specs(tensors)) as writer,
+    ):
+        for name in tensors:
+            writer.write(name, torch.ones(4))
+    assert names_in(tmp_path) == []
