@@ -42,6 +42,12 @@ CPO_OPTIONS: dict[str, tuple[str, ...]] = {
     "simpo": ("simpo_gamma", "label_smoothing", "alpha"),
     "alphapo": ("simpo_gamma", "label_smoothing", "alpha"),
 }
+TPO_OPTIONS: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("label_smoothing",),
+    "hinge": (),
+    "ipo": (),
+    "tpo-l": ("tpo_l_gamma", "label_smoothing"),
+}
 COUPLED = ("aot", "aot_unpaired")  # loss types that sort over the step's global batch
 
 
@@ -256,6 +262,40 @@ class SimPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TPOConfig:
+    """Triple preference optimisation: pairs without a reference, beside the likelihood of a third, gold answer.
+
+    Args:
+        name: tpo
+        loss_type: sigmoid, hinge, ipo, tpo-l (log-probs per token and a target margin)
+        beta: factor of the difference of log-probs
+        label_smoothing: share of labels taken to be wrong (sigmoid, tpo-l)
+        tpo_alpha: weight of the likelihood of the gold answer
+        tpo_l_gamma: tpo-l: target margin; null: 0.5
+    """
+
+    kinds: ClassVar[Kinds] = ("triple",)
+    compares: ClassVar[bool] = False
+
+    name: Literal["tpo"] = "tpo"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "tpo-l"] = "sigmoid"
+    beta: float = 0.01
+    label_smoothing: float | None = None
+    tpo_alpha: float = 1.0
+    tpo_l_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        names = ("label_smoothing", "tpo_l_gamma")
+        _need_used({name: getattr(self, name) for name in names}, (self.loss_type,), TPO_OPTIONS)
+        _need_positive(beta=self.beta)
+        _need_smoothing(self.label_smoothing)
+        need(
+            self.tpo_alpha > 0,
+            f"objective.tpo_alpha must be positive (without the gold answer it is objective cpo), got {self.tpo_alpha}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ORPOConfig:
     """ORPO: likelihood of the chosen answer and an odds-ratio term, without a reference.
 
@@ -368,6 +408,7 @@ OBJECTIVES: dict[str, type] = {
         BCOConfig,
         CPOConfig,
         SimPOConfig,
+        TPOConfig,
         ORPOConfig,
         RewardConfig,
     )

@@ -56,12 +56,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """A prompt and completions that were judged: a pair (chosen, rejected), a ranked list, or a single one.
+    """A prompt and completions that were judged: a pair (chosen, rejected), with a gold answer after it a triple,
+    a ranked list, or a single one.
 
     Prompt and completions are all message lists, or all plain text (no chat template then).
     """
 
-    kind: Literal["pair", "ranked", "unpaired"]
+    kind: Literal["triple", "pair", "ranked", "unpaired"]
     prompt: tuple[Message, ...] | str
     completions: tuple[tuple[Message, ...] | str, ...]
     where: str

@@ -6,17 +6,19 @@ from megatron_align.errors import InputError
 from megatron_align.losses.combine import parameters
 from megatron_align.losses.divergences import DIVERGENCES
 from megatron_align.losses.dpo import BATCH_COUPLED, DPO_LOSSES
-from megatron_align.losses.reference_free import CPO_LOSSES
+from megatron_align.losses.reference_free import CPO_LOSSES, TPO_LOSSES
 from megatron_align.losses.unpaired import UNPAIRED_LOSSES
 from megatron_align.objectives import (
     COUPLED,
     CPO_OPTIONS,
     DPO_OPTIONS,
     OBJECTIVES,
+    TPO_OPTIONS,
     CPOConfig,
     DPOConfig,
     KTOConfig,
     RewardConfig,
+    TPOConfig,
 )
 from megatron_align.training.build import build_objective
 
@@ -35,6 +37,10 @@ def test_every_loss_has_its_options_and_no_others():
     }
     assert {name: options_of(loss) for name, loss in CPO_LOSSES.items()} == {
         name: set(options) for name, options in CPO_OPTIONS.items()
+    }
+    # the same functions as CPO's, but AlphaPO's reward is CPO's alone
+    assert {name: options_of(loss) - {"alpha"} for name, loss in TPO_LOSSES.items()} == {
+        name: set(options) for name, options in TPO_OPTIONS.items()
     }
     assert set(COUPLED) == BATCH_COUPLED
     assert {"kto", "apo_zero_unpaired", "bco"} == set(UNPAIRED_LOSSES)
@@ -74,6 +80,8 @@ REFUSED = {
     "LD alpha": (DPOConfig, {"ld_alpha": 1.5}, r"ld_alpha must lie in \[0, 1\]"),
     "likelihood of alphapo": (CPOConfig, {"loss_type": "alphapo", "cpo_alpha": 1.0}, "alphapo has no likelihood term"),
     "gamma of a sum": (CPOConfig, {"simpo_gamma": 1.0}, "simpo_gamma belongs to loss_type simpo, alphapo"),
+    "gamma of TPO's sum": (TPOConfig, {"tpo_l_gamma": 1.0}, "tpo_l_gamma belongs to loss_type tpo-l"),
+    "no gold": (TPOConfig, {"tpo_alpha": 0.0}, "tpo_alpha must be positive .*it is objective cpo"),
     "scores that nobody reads": (RewardConfig, {"score_normalization": "range"}, "scores that alpha > 0 reads"),
     "negative alpha": (RewardConfig, {"alpha": -1.0}, "alpha must not be negative"),
 }  # fmt: skip

@@ -63,6 +63,7 @@ COLUMNS_OF_KIND = {
     "chat": _OF_ALL,
     "pair": (*_OF_ALL, *_OF_PREFERENCES, "margins"),
     "ranked": (*_OF_ALL, *_OF_PREFERENCES),
+    "triple": (*_OF_ALL, *_OF_PREFERENCES),
     "unpaired": (*_OF_ALL, *_OF_PREFERENCES, "labels"),
 }
 _REMEDY = "delete the folder, it will be made anew"
@@ -77,7 +78,7 @@ class TokenStore:
 
     Attributes:
         manifest: how it was made, and its counts.
-        kind: chat, pair, ranked or unpaired.
+        kind: chat, triple, pair, ranked or unpaired.
         lengths: int64[S], stored tokens of each sample, a shared prompt counted once.
         duplicated_lengths: int64[S], tokens where every completion repeats the prompt.
         scored_counts: int64[S], targets of each sample.

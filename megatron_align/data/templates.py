@@ -184,7 +184,8 @@ class Template:
             raise InputError(
                 f"{record.where}: must have a token of the prompt before its completions, got none"
             )
-        for j, ids in enumerate(pieces):
+        # The gold answer of a triple may be the chosen one.
+        for j, ids in enumerate(pieces[:2] if record.kind == "triple" else pieces):
             if ids in pieces[:j]:
                 raise InputError(
                     f"{record.where}: completion {j + 1} must differ from completion {pieces.index(ids) + 1}, "

@@ -19,6 +19,7 @@ from megatron_align.objectives import (
     RewardConfig,
     SFTConfig,
     SimPOConfig,
+    TPOConfig,
 )
 from megatron_align.training.objective import SFT, Objective
 from megatron_align.training.preference import (
@@ -28,6 +29,7 @@ from megatron_align.training.preference import (
     build_kto,
     build_orpo,
     build_simpo,
+    build_tpo,
 )
 from megatron_align.training.reward import build_reward
 
@@ -38,6 +40,7 @@ _BUILDERS = {
     BCOConfig: build_bco,
     CPOConfig: build_cpo,
     SimPOConfig: build_simpo,
+    TPOConfig: build_tpo,
     ORPOConfig: build_orpo,
 }
 

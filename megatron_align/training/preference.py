@@ -1,7 +1,7 @@
 """Objectives on judged completions: from the log-probs of whole pairs or examples to their share of the loss.
 
 Shapes: N scored rows and C completions of some whole samples of a pack; P pairs of them (C = 2 P: chosen, rejected,
-chosen, ...). ``_S``: the completions of a whole step, over all ranks.
+chosen, ...; of triples C = 3 P: chosen, rejected, gold, ...). ``_S``: the completions of a whole step, over all ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_align.losses.divergences import DIVERGENCES
 from megatron_align.losses.dpo import dpo_losses
-from megatron_align.losses.reference_free import CPO_LOSSES, orpo
+from megatron_align.losses.reference_free import CPO_LOSSES, TPO_LOSSES, orpo
 from megatron_align.losses.responses import Responses, wpo_weights
 from megatron_align.losses.unpaired import UNPAIRED_LOSSES, RunningMean, kto_baseline
 from megatron_align.objectives import (
@@ -28,6 +28,7 @@ from megatron_align.objectives import (
     KTOConfig,
     ORPOConfig,
     SimPOConfig,
+    TPOConfig,
 )
 from megatron_align.records import LossRows
 from megatron_align.training.objective import Objective, StepSums, Sums
@@ -67,19 +68,20 @@ _PAIR_METRICS = (
 
 @dataclass(kw_only=True, eq=False)
 class Pairs(Objective):
-    """DPO and its relatives, CPO, SimPO, ORPO: losses of pairs, beside the likelihood of the chosen completion.
+    """DPO and its relatives, CPO, SimPO, TPO, ORPO: losses of pairs, beside the likelihood of one completion.
 
     Args:
         losses: of the pairs, per pair.
         beta: factor from log-ratios (or log-probs) to the rewards among the metrics.
         compares: with a reference.
-        likelihood: weight of minus the chosen completions' mean log-prob per token, over the step.
+        likelihood: weight of minus the mean log-prob per token of the step's chosen (of triples: gold) completions.
         per_token: without a reference, rewards are of log-probs per token.
         margin_scale: factor on the data's margins, which the losses then read; None: they read none.
         ld_alpha: see :func:`shared_length_factors`; None: every row counts once.
         statistics: pairs weigh as WPO has it.
         score_prompt: the likelihood is of the prompt too.
         looks_ahead: own: the losses mix the pairs of a step.
+        width: completions of a sample: 2, of triples 3.
     """
 
     losses: Callable[..., Tensor]
@@ -92,6 +94,7 @@ class Pairs(Objective):
     statistics: bool = False
     score_prompt: bool = False
     looks_ahead: Literal["own"] | None = None
+    width: Literal[2, 3] = 2
     normalization: ClassVar[str] = "pair"
 
     def __post_init__(self) -> None:
@@ -104,7 +107,7 @@ class Pairs(Objective):
         """See :class:`Objective`."""
         known = rows.completions
         chosen, rejected = self._responses(completion_sums(self.weighted(logprobs_N, rows), rows), rows)
-        weight_P = known.weight_C[::2]
+        weight_P = known.weight_C[:: self.width]
         if self.looks_ahead:
             loss = self._linear(torch.stack([chosen.policy_N, rejected.policy_N], 1), rows)
         else:
@@ -115,7 +118,8 @@ class Pairs(Objective):
         sums = self._metrics(chosen, rejected, weight_P)
         if self.likelihood:
             nll_C = -completion_sums(logprobs_N, rows, rows_of_prompt=self.score_prompt)
-            nll = (nll_C * known.token_weight_C)[::2].sum()
+            liked = 0 if self.width == 2 else 2
+            nll = (nll_C * known.token_weight_C)[liked :: self.width].sum()
             loss, sums["nll"] = loss + self.likelihood * nll, nll.detach()
         return loss, sums
 
@@ -146,9 +150,10 @@ class Pairs(Objective):
         known = rows.completions
         length_C = known.length_C.to(policy_C.dtype)
         reference_C = known.reference_C if self.compares else None
+        sides = (slice(k, None, self.width) for k in (0, 1))
         chosen, rejected = (
-            Responses(policy_C[k::2], length_C[k::2], None if reference_C is None else reference_C[k::2])
-            for k in (0, 1)
+            Responses(policy_C[side], length_C[side], None if reference_C is None else reference_C[side])
+            for side in sides
         )
         return chosen, rejected
 
@@ -245,6 +250,20 @@ def build_simpo(config: SimPOConfig) -> Pairs:
     options = {"simpo_gamma": config.simpo_gamma, "label_smoothing": config.label_smoothing}
     loss = partial(CPO_LOSSES["simpo"], beta=config.beta, **options)
     return Pairs(losses=loss, beta=config.beta, compares=False, per_token=True)
+
+
+def build_tpo(config: TPOConfig) -> Pairs:
+    """Return the objective of ``objective.name: tpo``."""
+    names = ("label_smoothing", "tpo_l_gamma")
+    options = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return Pairs(
+        losses=partial(TPO_LOSSES[config.loss_type], beta=config.beta, **options),
+        beta=config.beta,
+        compares=False,
+        likelihood=config.tpo_alpha,
+        per_token=config.loss_type in ("ipo", "tpo-l"),
+        width=3,
+    )
 
 
 def build_orpo(config: ORPOConfig) -> Pairs:

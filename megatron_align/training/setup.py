@@ -34,6 +34,7 @@ from megatron_align.training.metrics import check_logging
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens", "precision")
 _KINDS = {
     "chat": "chat data (messages, prompt + completion, ...)",
+    "triple": "triples (prompt, chosen, rejected, reference)",
     "pair": "pairs (prompt, chosen, rejected)",
     "ranked": "ranked data (prompt, completions with scores)",
     "unpaired": "labelled completions (prompt, completion, label)",

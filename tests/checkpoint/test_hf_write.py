@@ -267,10 +267,12 @@ def test_dtype_is_said_where_transformers_reads_it(tmp_path, before, after):
 def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, tensors):
     monkeypatch.setattr(hf_write, "FLUSH_BYTES", 16)
     monkeypatch.setattr(hf_write, "sync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with (
-        pytest.raises(OSError, match=r"writing the model failed .*\.out\.partial.*No space left"),
-        ShardWriter(tmp_path / "out", specs(tensors)) as writer,
-    ):
-        for name in tensors:
-            writer.write(name, torch.ones(4))
+
+    def write_all():
+        with ShardWriter(tmp_path / "out", specs(tensors)) as writer:
+            for name in tensors:
+                writer.write(name, torch.ones(4))
+
+    with pytest.raises(OSError, match=r"writing the model failed .*\.out\.partial.*No space left"):
+        write_all()
     assert names_in(tmp_path) == []

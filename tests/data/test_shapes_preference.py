@@ -39,6 +39,8 @@ SHAREGPT = {
     "rejected": {"from": "gpt", "value": "poor"},
 }
 ALPACA = {"instruction": "q", "chosen": "good", "rejected": "poor"}
+TRIPLE = {**TEXT, "reference": "gold"}
+TRIPLE_CHAT = {**CHAT, "reference": [GOOD]}
 RANKED = {
     "prompt": "q",
     "completions": [{"content": c, "score": s} for c, s in (("a", 1), ("b", 0.5), ("c", -2))],
@@ -65,6 +67,8 @@ READ = {
     ),
     "pair_sharegpt": (SHAREGPT, turns(ASK), BOTH),
     "pair_alpaca": (ALPACA, turns(ASK), BOTH),
+    "triple_text": (TRIPLE, "q", ("good", "poor", "gold")),
+    "triple_messages": (TRIPLE_CHAT, turns(ASK), (*BOTH, BOTH[0])),
     "ranked_text": (RANKED, "q", ("a", "b", "c")),
     "ranked_messages": (RANKED_CHAT, turns(ASK), BOTH),
     "unpaired_text": (JUDGED, "q", ("good",)),
@@ -303,6 +307,11 @@ BAD = {
         "must start with the same turns",
     ),
     "answers only": (but(WHOLE, chosen=[GOOD], rejected=[POOR]), "must start with the same turns"),
+    "triple, no choice": (but(TRIPLE, rejected="good"), "'rejected' must differ from 'chosen'"),
+    "gold of wrong type": (
+        but(TRIPLE_CHAT, reference=7),
+        "field 'reference' must be a non-empty list, got 7",
+    ),
     "no more after the start": (
         but(WHOLE, rejected=[ASK]),
         "field 'rejected' must go on after the turns that both",

@@ -172,6 +172,12 @@ def test_a_labelled_completion(tokenizer):
     assert (sample.label, sample.scores) == (False, ())
 
 
+def test_a_triples_gold_answer_may_be_the_chosen_one(tokenizer):
+    sample = Template(tokenizer).sample(judged(GOOD, POOR, GOOD, kind="triple"))
+    assert parts(tokenizer, sample) == [ASKED, "good<|im_end|>\n", "poor<|im_end|>\n", "good<|im_end|>\n"]
+    assert sample.scored_L[sample.prompt_length :].all()
+
+
 def test_the_prompt_ends_where_the_first_completion_diverges(tokenizer, caplog):
     template = Template(tokenizer)
     for _ in range(2):

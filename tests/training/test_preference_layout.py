@@ -40,9 +40,14 @@ OBJECTIVES = {
     "bco": {"name": "bco"},
     "reward": {"name": "reward", "alpha": 0.1, "score_normalization": "standard"},
     "ranked": {"name": "reward", "ranked_loss": "plackett_luce"},
+    "all_pairs": {"name": "reward", "ranked_loss": "all_pairs"},
+    "tpo": {"name": "tpo"},
 }
 CASES = [("dpo", layout) for layout in [*LAYOUTS, *LIVE]]
 CASES += [(objective, layout) for objective in OBJECTIVES if objective != "dpo" for layout in FEW]
+CASES = [
+    case for case in CASES if case[0] != "all_pairs" or case[1] == FEW[0]
+]  # as plackett_luce but for the sum
 CASES += [("kto", "live_tp2_pp2"), ("aot", "live"), ("reward", "tp2_sp"), ("reward", "tp2")]
 
 
@@ -68,10 +73,14 @@ def data(tmp_path_factory):
         rejected_score=lambda draw: draw.choice([None, draw.uniform(0, 3)]),
     )
     labelled = write_labelled(folder / "labelled.jsonl")
+    ranked = write_ranked(folder / "ranked.jsonl", pairs)
+    gold = {"reference": lambda draw: [{"role": "assistant", "content": f"It is {draw.randrange(10**6)}."}]}
     return {
         "kto": labelled,
         "bco": labelled,
-        "ranked": write_ranked(folder / "ranked.jsonl", pairs),
+        "ranked": ranked,
+        "all_pairs": ranked,
+        "tpo": write_pairs(folder / "triples.jsonl", **gold),
         None: pairs,
     }
 

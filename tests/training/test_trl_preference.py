@@ -44,6 +44,7 @@ DPO_OPTIONS = {
     "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
 }
 CPO = {"sigmoid": {}, "hinge": {}, "ipo": {}, "simpo": {"cpo_alpha": 0.5}, "alphapo": {"alpha": 0.1}}
+TPO = {"sigmoid": {"beta": 0.1}, "hinge": {}, "ipo": {}, "tpo-l": {"tpo_alpha": 0.5, "tpo_l_gamma": 0.3}}
 NAMES = {  # TRL's metric -> ours
     "rewards/margins": "reward_margin",
     "rewards/accuracies": "accuracy",
@@ -61,6 +62,13 @@ def pairs(tmp_path_factory):
 def text_pairs(tmp_path_factory):
     """Plain text: TRL's experimental trainers put a second end token after a chat template's own."""
     return write_pairs(tmp_path_factory.mktemp("text") / "pairs.jsonl", samples=STEPS * BATCH, text=True)
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory):
+    gold = {"reference": lambda draw: [{"role": "assistant", "content": f"It is {draw.randrange(10**6)}."}]}
+    file = tmp_path_factory.mktemp("triples") / "triples.jsonl"
+    return write_pairs(file, samples=STEPS * BATCH, **gold)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +200,16 @@ def test_simpo_is_trls_cpo_without_likelihood(pool, tiny_models, text_pairs, tmp
         loss_type="simpo",
         cpo_alpha=0.0,
         beta=2.0,
+    )
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", TPO)
+def test_tpo(name, pool, tiny_models, triples, tmp_path):
+    options = {"loss_type": name, **TPO[name]}
+    ours = our_rows(pool, tiny_models(), triples, tmp_path / "ours", name="tpo", **options)
+    theirs = trl_rows(
+        "trl.experimental.tpo", "TPO", tiny_models(), records_of(triples), tmp_path / "trl", **options
     )
     assert_same(ours, theirs)
 

@@ -1,7 +1,8 @@
 r"""The shapes of a record: how each is recognised, and what it becomes (``docs/data.md`` has the table).
 
 A file has one shape. Its first record tells it: of the kinds that its fields fit, the one that says most (a
-pair, a ranked list, a labelled completion, then chat), and in that kind there must be exactly one.
+pair with a gold answer, a pair, a ranked list, a labelled completion, then chat), and in that kind there must
+be exactly one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from megatron_align.data.shapes.turns import refuse_unsupported
 from megatron_align.errors import InputError, nearest
 from megatron_align.records import Record
 
-Kind = Literal["pair", "ranked", "unpaired", "chat"]
-KINDS: tuple[Kind, ...] = ("pair", "ranked", "unpaired", "chat")  # what says more comes first
+Kind = Literal["triple", "pair", "ranked", "unpaired", "chat"]
+KINDS: tuple[Kind, ...] = ("triple", "pair", "ranked", "unpaired", "chat")  # what says more comes first
 
 
 class MixedShapes(InputError):
@@ -155,13 +156,16 @@ def _pair(name: str, needs: tuple[str, ...], convert: Callable[[RawRecord, str],
     return Shape(name, "pair", (*needs, *preference.PAIR), convert, _pair_form(name))
 
 
-_ANSWERED, _RANKED, _JUDGED = (
+_TRIPLE, _ANSWERED, _RANKED, _JUDGED = (
+    ("prompt", *preference.PAIR, preference.GOLD),
     ("prompt", "completion"),
     ("prompt", "completions"),
     ("prompt", "completion", "label"),
 )
 
 SHAPES: tuple[Shape, ...] = (
+    Shape("triple_text", "triple", _TRIPLE, preference.triple, _prompt_is_text),
+    Shape("triple_messages", "triple", _TRIPLE, preference.triple, _prompt_is_list),
     _pair("pair_text", ("prompt",), preference.pair_of_text),
     _pair("pair_messages", ("prompt",), preference.pair_of_messages),
     _pair("pair_conversations", (), preference.pair_of_conversations),

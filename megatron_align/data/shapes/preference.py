@@ -25,6 +25,7 @@ Turns = tuple[Message, ...]
 Tools = tuple[Any, ...] | None
 
 PAIR = ("chosen", "rejected")
+GOLD = "reference"  # the third answer of a triple: TRL's name
 _SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 _HH_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -76,8 +77,7 @@ def _pair(
     answers: list[Turns] | list[str],
     tools: Tools = None,
 ) -> Preference:
-    if _key(answers[0]) == _key(answers[1]):
-        raise InputError(f"{where}: field 'rejected' must differ from 'chosen', got the same")
+    _need_apart(*answers, where)
     margin = record.get("margin")
     return Preference(
         kind="pair",
@@ -91,6 +91,11 @@ def _pair(
     )
 
 
+def _need_apart(chosen: Turns | str, rejected: Turns | str, where: str) -> None:
+    if _key(chosen) == _key(rejected):
+        raise InputError(f"{where}: field 'rejected' must differ from 'chosen', got the same")
+
+
 def _pair_scores(record: RawRecord, where: str) -> tuple[float | None, ...]:
     given = [names for names in _SCORES if any(record.get(name) is not None for name in names)]
     if not given:
@@ -98,6 +103,22 @@ def _pair_scores(record: RawRecord, where: str) -> tuple[float | None, ...]:
     if len(given) > 1:
         raise InputError(f"{where}: fields '{_SCORES[0][0]}' and '{_SCORES[1][0]}' must not both be there")
     return tuple(None if record.get(name) is None else number(record[name], where, name) for name in given[0])
+
+
+# Pairs with a gold answer besides.
+def triple(record: RawRecord, where: str) -> Preference:
+    """Convert ``prompt``, ``chosen``, ``rejected``, ``reference``: text, or messages where the prompt is messages."""
+    prompt = _prompt(record, where)
+    chosen, rejected, gold = (_completion(record[name], where, name, prompt) for name in (*PAIR, GOLD))
+    _need_apart(chosen, rejected, where)
+    return Preference(
+        kind="triple",
+        prompt=prompt,
+        completions=(chosen, rejected, gold),
+        where=where,
+        tools=_no_tools(record, where) if isinstance(prompt, str) else offered(record, where),
+        weight=weight(record, where),
+    )
 
 
 # Ranked lists.
