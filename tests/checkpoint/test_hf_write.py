@@ -191,6 +191,27 @@ def test_a_half_written_line_of_the_journal_counts_as_none(tmp_path):
     assert [writer.has(name) for name in "abc"] == [True, False, False]
 
 
+def test_half_a_line_is_gone_when_the_next_is_written(tmp_path):
+    killed_after(tmp_path, "ab", {"of": "x"})
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    journal.write_text(journal.read_text()[:-5])
+    killed_after(tmp_path, "b", {"of": "x"})
+    writer = ShardWriter(tmp_path / "out", specs("abc"), max_bytes=16, key={"of": "x"})
+    assert [writer.has(name) for name in "abc"] == [True, True, False]
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    first = ShardWriter(tmp_path / "out", specs(), key={"of": "x"})
+    first.write("w", torch.ones(4))
+    for key in ({"of": "x"}, {"of": "y"}):
+        with pytest.raises(
+            InputError, match=f"one process at a time can write {tmp_path / 'out'}, another one"
+        ):
+            ShardWriter(tmp_path / "out", specs(), key=key)
+    first.close()
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("key", [None, {"of": "y"}], ids=["no key", "another key"])
 def test_what_was_left_of_something_else_is_not_taken_over(tmp_path, key):
     killed_after(tmp_path, "ab", {"of": "x"})

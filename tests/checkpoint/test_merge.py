@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_align.checkpoint import merge as merging
 from megatron_align.checkpoint.hf import ShardWriter
+from megatron_align.checkpoint.journal import Journal
 from megatron_align.checkpoint.merge import merge
 from megatron_align.checkpoint.merge_methods import METHODS, Block, Dare, Linear, ModelStock, Slerp
 from megatron_align.errors import InputError
@@ -170,7 +171,7 @@ def test_a_merge_that_was_killed_goes_on_where_it_stopped(tmp_path, family, monk
             raise Killed
 
     monkeypatch.setattr(ShardWriter, "finish", note)
-    monkeypatch.setattr("megatron_align.checkpoint.journal.Journal.leave", lambda self, kind: None)
+    monkeypatch.setattr(Journal, "leave", lambda self, kind: self._unlock())  # as the end of a process does
     with pytest.raises(Killed):
         merge(ModelStock(), base, models, tmp_path / "out", shard_bytes=60_000)
     assert names_in(tmp_path) == [".out.partial", "whole"]

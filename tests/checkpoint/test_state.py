@@ -78,7 +78,7 @@ def test_an_import_that_was_killed_goes_on_where_it_stopped(tmp_path, tiny_model
 
     with monkeypatch.context() as patch:
         patch.setattr(StateWriter, "write", note)
-        patch.setattr(Journal, "leave", lambda self, kind: None)
+        patch.setattr(Journal, "leave", lambda self, kind: self._unlock())  # as the end of a process does
         with pytest.raises(Killed):
             import_hf(hf, tmp_path / "out", file_bytes=100_000)
         assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".out.partial"]

@@ -7,6 +7,7 @@ beside the repository), ``qwen.tiktoken`` and ``tokenizer.model`` in ``MEGATRON_
 
 import importlib.util
 import json
+import math
 import os
 import random
 import sys
@@ -238,3 +239,32 @@ def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder
     [ours] = pool.run(1, ranks.logits, trained, ParallelConfig(), batch)
     with torch.no_grad():
         torch.testing.assert_close(ours, model(ids).logits[0], atol=1e-4, rtol=0)
+
+
+PREFERENCES = {  # file, what the first step must cost
+    "dpo": ("dpo_en_demo.json", math.log(2)),
+    "kto": ("kto_en_demo.json", 0.5),
+    "reward": ("hh_rlhf_harmless_test.jsonl.gz", None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", PREFERENCES)
+def test_preferences_are_learnt(stage, pool, tmp_path):
+    """Twenty steps of the recipe: the loss falls, the margin grows, from where the objective must start."""
+    file, first = PREFERENCES[stage]
+    example().make_model("qwen2", str(need(VOCAB["qwen2"])), str(tmp_path / "model"))
+    run = tmp_path / "run"
+    arguments = ["--config", str(ROOT / "examples" / "real_data" / f"{stage}.yaml")]
+    arguments += ["--model.path", str(tmp_path / "model"), "--data.train", str(need(DATA / file))]
+    arguments += ["--checkpoint.dir", str(run), "--parallel.tensor", "2"]
+    pool.run(2, ranks.train, arguments, timeout=900)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if first is not None:
+        assert rows[0]["loss"] == pytest.approx(first, abs=1e-5)
+        assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+    late = rows[-8:]  # single steps are noisy: 16 samples each
+    assert np.mean([row["loss"] for row in late]) < rows[0]["loss"]
+    assert np.mean([row["reward_margin"] for row in late]) > max(0.0, rows[0]["reward_margin"])
+    if stage == "reward":
+        assert 0.5 < np.mean([row["accuracy"] for row in late]) < 0.9
