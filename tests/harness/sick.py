@@ -9,7 +9,9 @@ from unittest import mock
 
 import torch
 
+from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
+from megatron_align.training.memory import OutOfMemory
 from megatron_align.training.objective import SFT
 from megatron_align.training.step import Stepper
 from tests.harness import ranks
@@ -64,42 +66,48 @@ def _digest(stepper: Stepper) -> bytes:
             tensors += [master, *optimizer.optimizer.state[master].values()]
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
 
-def train_with_bad_gradient(place: parallel.Place, arguments: list[str]) -> None:
-    """Train with a loss whose value is right and whose gradient is NaN where MARK is a target."""
+def train_with_sick_loss(place: parallel.Place, arguments: list[str], what: str) -> None:
+    """Train with a loss that is sick where MARK is a target: its ``gradient`` is NaN, or its ``value`` ten times."""
     [token] = byte_tokenizer().encode(MARK)
     whole = SFT.loss
 
     def loss(self, logprobs_N, rows, statistics):
         value, sums = whole(self, logprobs_N, rows, statistics)
         if (rows.target_N == token).any():
-            value = value + (0 * logprobs_N.sum()).abs().sqrt()
+            value = value * 10 if what == "value" else value + (0 * logprobs_N.sum()).abs().sqrt()
         return value, sums
 
     with mock.patch.object(SFT, "loss", loss):
         ranks.train(place, arguments)
 
 
+def train_to_the_fault(place: parallel.Place, arguments: list[str]) -> str:
+    """Train; return why training stopped."""
+    try:
+        ranks.train(place, arguments)
+    except TrainingFault as fault:
+        parallel.leave()
+        return str(fault)
+    return "none"
+
+
 def train_out_of_memory(place: parallel.Place, arguments: list[str]) -> str:
     """Train until the second step asks for too much; return what the run says."""
-    from megatron_align.training.memory import OutOfMemory
-
-    steps, train = [], Stepper.train
+    train, steps = Stepper.train, iter(range(9))
 
     def greedy(self, batches):
-        steps.append(1)
-        if len(steps) == 2:
+        if next(steps) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB. GPU 0 is full.")
         return train(self, batches)
 
-    with mock.patch.object(Stepper, "train", greedy):
-        try:
+    try:
+        with mock.patch.object(Stepper, "train", greedy):
             ranks.train(place, arguments)
-        except OutOfMemory as error:
-            return str(error)
-        finally:
-            parallel.leave()
-    return "enough"
+    except OutOfMemory as error:
+        parallel.leave()
+        return str(error)
+    return "none"

@@ -6,6 +6,7 @@ The same on every rank, in any layout, and across a resume.
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,6 @@ import pytest
 from megatron_align.errors import TrainingFault
 from megatron_align.training.health import AT_LEAST, IN_A_ROW, WINDOW, Health
 from tests.harness import ranks, sick
-from tests.harness.pool import RankFailed
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled
 
 NAN, FINE = math.nan, (1.0, 1.0)
@@ -138,8 +138,8 @@ def test_a_skipped_step_moves_nothing_and_names_the_sample(pool, arguments, tmp_
 
 def test_stopping_says_what_and_where(pool, arguments, tmp_path):
     options = arguments(tmp_path / "run", train__on_nonfinite="stop")
-    with pytest.raises(RankFailed, match=rf"got loss nan, .* at step 2; .* sample {SICK} \(.*sick.jsonl\)"):
-        pool.run(1, ranks.train, options)
+    [said] = pool.run(1, sick.train_to_the_fault, options)
+    assert re.search(rf"got loss nan, .* at step 2; .* sample {SICK} \(.*sick.jsonl\)", said), said
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1]
     assert not list((tmp_path / "run").glob("step_*"))
 
@@ -169,7 +169,7 @@ def test_gradients_that_are_not_finite_name_their_pack(pool, arguments, tiny_mod
     """The loss is fine, so only the packs' own gradients can tell; a pack holds few of the step's samples."""
     data = sick.write_sick_chat(tmp_path / "answers.jsonl", SICK, in_answer=True)
     options = arguments(tmp_path / "run", model=tiny_models("qwen2_untied"), data=data, **layout)
-    pool.run(world, sick.train_with_bad_gradient, options)
+    pool.run(world, sick.train_with_sick_loss, options, "gradient")
     rows = metrics_of(tmp_path / "run")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1]
     assert math.isfinite(rows[1]["loss"])
@@ -194,23 +194,13 @@ def test_an_objective_forgets_a_skipped_step(pool, sick_model, tmp_path):
     assert [math.isfinite(row["delta"]) for row in (rows[0], rows[2])] == [True, True]
 
 
-def test_a_spike_names_the_pack_behind_it(pool, tiny_models, tmp_path):
-    """Right sums for a while, then one sample of noise: its pack is named, the step is taken, the spike counted."""
-    data = tmp_path / "spike.jsonl"
-    easy = {"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]}
-    hard = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@#~" * 40}]}
-    records = [easy] * 4 * (AT_LEAST + 1)
-    records[-2] = hard
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    arguments = run_arguments(
-        tiny_models(),
-        data,
-        tmp_path / "run",
-        data__shuffle=False,
-        data__packing=False,
-        train__global_batch_size=4,
-        train__steps=AT_LEAST + 1,
-    )
-    pool.run(2, ranks.train, arguments)
+def test_a_spike_names_the_pack_behind_it(pool, arguments, tiny_models, tmp_path):
+    """The step is taken, the spike counted; packs of one sample name it exactly, also from another rank."""
+    data, sample = tmp_path / "spike.jsonl", 2 * AT_LEAST + 1
+    sick.write_sick_chat(data, sample, in_answer=True)
+    options = {"train__global_batch_size": 2, "train__steps": AT_LEAST + 1, "optimizer__lr": 1e-9}
+    run = arguments(tmp_path / "run", model=tiny_models(), data=data, data__packing=False, **options)
+    pool.run(2, sick.train_with_sick_loss, run, "value")
     last = metrics_of(tmp_path / "run")[-1]
-    assert (last["loss_spikes"], last["suspects"]) == (1, [len(records) - 2])
+    assert (last["step"], last["loss_spikes"], last["grad_norm_outliers"]) == (AT_LEAST + 1, 1, 1)
+    assert last["suspects"] == [sample]
