@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
-from megatron_align.tools.report_runs import Run, short
+from megatron_align.tools.report_runs import Run
 from megatron_align.training.metric_names import METRICS, Metric
 
 MOST_POINTS = 400  # of a line; more are no more to see
@@ -88,8 +88,8 @@ class Chart:
 
 
 def _without_extremes(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lowest and the highest value but for one in a hundred on each side."""
-    ordered, left_out = sorted(values), len(values) // 100
+    """Return the lowest and the highest value but for one in a hundred, at least one, on each side."""
+    ordered, left_out = sorted(values), max(1, len(values) // 100)
     return ordered[left_out], ordered[-1 - left_out]
 
 
@@ -188,23 +188,28 @@ def to_svg(chart: Chart, names: Sequence[str]) -> str:
 
 def _axes(across: Scale, up: Scale) -> str:
     parts = []
-    for value in up.ticks():
+    for value, text in zip(up.ticks(), tick_texts(up.ticks()), strict=True):
         y = up(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick_text(value)}</text>')
-    for value in across.ticks():
-        if value == int(value):
-            x = min(across(value), WIDTH - RIGHT - 4)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick_text(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+    steps = [value for value in across.ticks() if value == int(value)]
+    for value, text in zip(steps, tick_texts(steps), strict=True):
+        x = min(across(value), WIDTH - RIGHT - 4)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{text}</text>')
     return "".join(parts)
 
 
-def tick_text(value: float) -> str:
-    """Return a number as it stands at an axis: few characters."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor * 0.9999:
-            return f"{value / factor:.4g}{letter}"
-    return short(value).replace("e-0", "e-")
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Return numbers as they stand at an axis: as few characters as tell them apart."""
+    largest = max(map(abs, values), default=0.0)
+    factor, letter = next(
+        ((f, c) for f, c in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= f), (1.0, "")
+    )
+    for digits in range(3, 16):
+        texts = [f"{value / factor:.{digits}g}" for value in values]
+        if len(set(texts)) == len(values):
+            break
+    return [text if text == "0" else text.replace("e-0", "e-") + letter for text in texts]
 
 
 def _path(points: list[Point], across: Scale, up: Scale, classes: str) -> str:
