@@ -374,7 +374,7 @@ def parse(arguments: list[str]) -> RunConfig:
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(_with_objective(arguments, name))
     except ArgumentError as error:
         raise InputError(_one_line(str(error), sections)) from error
     for section in sections:
@@ -423,6 +423,21 @@ def _objective_name(arguments: list[str]) -> str:
             )
             name = str(section.get("name", name))
     return name
+
+
+def _with_objective(arguments: list[str], name: str) -> list[str]:
+    """Put the objective of the command line into the files that name another one, as their text."""
+    changed = list(arguments)
+    for i, argument in enumerate(arguments):
+        key, joined, value = argument.partition("=")
+        if key != "--config":
+            continue
+        content = _read_yaml(value or arguments[i + 1])
+        if (content.get("objective") or {}).get("name", name) == name:
+            continue
+        text = yaml.safe_dump({**content, "objective": {**content["objective"], "name": name}})
+        changed[i if joined else i + 1] = f"--config={text}" if joined else text
+    return changed
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
