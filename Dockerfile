@@ -1,17 +1,62 @@
-# GPU image: everything from pip, nothing built from source. Not built by us yet.
+# GPU image: everything from pip at pinned versions, nothing built from source unless asked for. Its check runs the
+# tests on CPU: an image whose tests fail is not made.
 #   docker build -t megatron_align .
-#   docker run --gpus all --ipc=host megatron_align torchrun --nproc-per-node 8 -m megatron_align.train --config ...
-FROM nvidia/cuda:12.8.1-devel-ubuntu24.04
+#   docker build -t megatron_align --build-arg TESTS=tests/ops --build-arg FLASH_ATTN=2.8.3 .
+#   docker run --rm --gpus all --ipc=host -v /models:/models -v "$PWD:/work" megatron_align \
+#       torchrun --nproc-per-node 8 -m megatron_align.train --config run.yaml
+# No image has been built by us yet: tests/test_dockerfile.py checks what can be checked without a daemon.
+ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
 
-# Triton compiles its launchers with gcc and needs Python's headers.
+FROM ${BASE} AS base
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# Triton compiles its launchers with gcc and needs Python's headers. Ubuntu keeps only the newest version of a package.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc git make python3 python3-dev python3-venv \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CONSTRAINT=/opt/constraints.txt
+COPY docker/constraints.txt /opt/constraints.txt
+# The largest layer, and the one that changes least: it does not depend on our sources.
+RUN pip install torch==2.13.0 setuptools wheel
 
+# The optional giants, by version (of Apex, by git revision); empty: not installed. They are compiled against this torch.
+FROM base AS extras
+ARG TRANSFORMER_ENGINE=""
+ARG FLASH_ATTN=""
+ARG APEX=""
+ARG MAX_JOBS=8
+RUN if [ -n "$TRANSFORMER_ENGINE" ]; then \
+        pip install --no-build-isolation "transformer-engine[pytorch]==$TRANSFORMER_ENGINE"; \
+    fi \
+    && if [ -n "$FLASH_ATTN" ]; then \
+        MAX_JOBS=$MAX_JOBS pip install --no-build-isolation "flash-attn==$FLASH_ATTN"; \
+    fi \
+    && if [ -n "$APEX" ]; then \
+        APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=$MAX_JOBS \
+        pip install --no-build-isolation "apex @ git+https://github.com/NVIDIA/apex@$APEX"; \
+    fi
+
+FROM extras AS install
 WORKDIR /opt/megatron_align
-RUN python3 -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH
 COPY . .
-RUN pip install --no-cache-dir torch==2.13.0 "numpy<2.4" \
-    && pip install --no-cache-dir -e . -c tests/constraints.txt
+RUN pip install -e .
+
+FROM install AS check
+ARG TESTS="tests"
+RUN pip install -e ".[test]" \
+    && CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 python -m pytest -m "not slow" ${TESTS} \
+    && date --utc +"%FT%TZ ${TESTS}" > /opt/tests_passed
+
+FROM install AS image
+# Only what passed its tests gets here.
+COPY --from=check /opt/tests_passed /opt/tests_passed
+RUN useradd --create-home --uid 10001 align \
+    && mkdir /work \
+    && chown align:align /work
+USER align
+WORKDIR /work
 CMD ["python", "-m", "megatron_align.train", "--help"]

@@ -222,6 +222,8 @@ class TrainConfig:
         precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
         recompute_layers: 0: keep all activations; k: one checkpoint per k merged layers
         validate_every: steps between validations, besides the one after the last step; null: only that one
+        on_nonfinite: what to do when loss or gradients are NaN or infinite: stop: end the run; skip: go on without
+            the step's update, at most 10 times in a row
     """
 
     global_batch_size: int | None = None
@@ -232,6 +234,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute_layers: int = 0
     validate_every: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         need(
@@ -288,10 +291,27 @@ class LoggingConfig:
     Args:
         tensorboard: write event files to checkpoint.dir/tensorboard
         wandb: Weights & Biases project; null: off
+        mlflow: MLflow experiment, on the server of MLFLOW_TRACKING_URI; null: off
+        timing_every: steps between measurements of where the time of a step goes, on every rank; null: never
+        profile_steps: first and last step of a PyTorch profiler trace per rank, in checkpoint.dir/profile; null: none
     """
 
     tensorboard: bool = True
     wandb: str | None = None
+    mlflow: str | None = None
+    timing_every: int | None = 100
+    profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        need(
+            self.timing_every is None or self.timing_every >= 1,
+            f"logging.timing_every must be at least 1, got {self.timing_every}",
+        )
+        steps = self.profile_steps
+        need(
+            steps is None or 1 <= steps[0] <= steps[1],
+            f"logging.profile_steps must be a first and a last step, counted from 1, got {steps and list(steps)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +374,7 @@ def parse(arguments: list[str]) -> RunConfig:
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(_with_objective(arguments, name))
     except ArgumentError as error:
         raise InputError(_one_line(str(error), sections)) from error
     for section in sections:
@@ -376,7 +396,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def _plain(section: Namespace) -> dict[str, Any]:
     def plain(key: str, value: Any) -> Any:
-        if key == "betas":
+        if key in ("betas", "profile_steps") and value is not None:
             return tuple(value)
         if isinstance(value, list):
             return [DataSource(**vars(item)) if isinstance(item, Namespace) else item for item in value]
@@ -403,6 +423,21 @@ def _objective_name(arguments: list[str]) -> str:
             )
             name = str(section.get("name", name))
     return name
+
+
+def _with_objective(arguments: list[str], name: str) -> list[str]:
+    """Put the objective of the command line into the files that name another one, as their text."""
+    changed = list(arguments)
+    for i, argument in enumerate(arguments):
+        key, joined, value = argument.partition("=")
+        if key != "--config":
+            continue
+        content = _read_yaml(value or arguments[i + 1])
+        if (content.get("objective") or {}).get("name", name) == name:
+            continue
+        text = yaml.safe_dump({**content, "objective": {**content["objective"], "name": name}})
+        changed[i if joined else i + 1] = f"--config={text}" if joined else text
+    return changed
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -27,12 +27,13 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         from megatron_align.model.parallel import AlreadyReported, Place, RankLost
         from megatron_align.training.loop import run
+        from megatron_align.training.memory import OutOfMemory
 
         try:
             run(config, Place.from_environment())
         except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not come in time, ...
             return _fail(rank, error, 1)
-        except RankLost as error:  # one rank only gets here: it speaks at once
+        except (RankLost, OutOfMemory) as error:  # one rank only gets here: it speaks at once
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
         except AlreadyReported:

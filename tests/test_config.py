@@ -43,6 +43,18 @@ def test_the_command_line_wins(file):
     assert config.train.epochs == 2
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_command_line_chooses_the_objective(file, joined):
+    """The file's own options must then be the other objective's too."""
+    given = [f"--config={file}"] if joined else ["--config", str(file)]
+    with pytest.raises(InputError, match="unknown configuration key 'objective.normalization'"):
+        parse([*given, "--objective.name", "dpo"])
+    file.write_text(yaml.safe_dump({**RUN, "objective": {"name": "sft"}}))
+    config = parse([*given, "--objective.name", "dpo", "--objective.beta", "0.3", "--optimizer.lr", "1e-6"])
+    assert (config.objective.name, config.objective.beta, config.optimizer.lr) == ("dpo", 0.3, 1e-6)
+    assert config.data.sequence_length == 128
+
+
 def test_the_saved_configuration_gives_the_same_run(file, tmp_path):
     config = parse(["--config", str(file)])
     saved = tmp_path / "config.yaml"

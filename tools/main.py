@@ -17,6 +17,7 @@ TOOLS = {
     "convert": "Hugging Face folder <-> checkpoint, and proof that both hold the same model",
     "merge": "merge Hugging Face folders into one: model stock, task arithmetic, linear and others",
     "prepare": "tokenise data once, before training, and report what it holds",
+    "report": "draw the metrics of one run or several: a page that needs nothing else, and pictures",
 }
 
 

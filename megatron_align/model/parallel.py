@@ -172,6 +172,11 @@ class Watchdog:
         self._last = time.monotonic()
         self._store.set(f"rank/{self._place.rank}", f"{self._number}:{doing}")
 
+    @property
+    def doing(self) -> str:
+        """What this rank reported last."""
+        return self._doing
+
     @contextmanager
     def patient(self, doing: str) -> Iterator[None]:
         """Report, and allow PATIENCE times as long: a large model is read or written slower than any step.

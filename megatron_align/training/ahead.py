@@ -5,8 +5,9 @@ Shapes: C completions of one pack, S completions of a whole step, over all ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_align.data.batch import Packs, Step
 from megatron_align.model import cpu
-from megatron_align.records import PackedBatch
+from megatron_align.records import LossRows, PackedBatch
 from megatron_align.training.objective import Objective, StepSums
 from megatron_align.training.preference import completion_sums
 
@@ -29,14 +30,22 @@ class Scorer:
     def __init__(self, chunks: Sequence[nn.Module], objective: Objective):
         self.chunks, self.objective = list(chunks), objective
 
-    @torch.no_grad()
     def sums(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
+        return self.collect(
+            batches, lambda logprobs_N, rows: completion_sums(self.objective.weighted(logprobs_N, rows), rows)
+        )
+
+    @torch.no_grad()
+    def collect(
+        self, batches: Sequence[PackedBatch], of_pack: Callable[[Tensor, LossRows], Tensor]
+    ) -> list[Tensor]:
+        """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others."""
         for chunk in self.chunks:
             chunk.eval()
         iterators = [iter(batches) for _ in self.chunks]
         return get_forward_backward_func()(
-            forward_step_func=self._forward,
+            forward_step_func=partial(self._forward, of_pack),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
@@ -46,13 +55,15 @@ class Scorer:
             collect_non_loss_data=True,
         )
 
-    def _forward(self, batches: Iterator[PackedBatch], model: nn.Module, *_: Any) -> tuple[Tensor, Any]:
+    def _forward(
+        self,
+        of_pack: Callable[[Tensor, LossRows], Tensor],
+        batches: Iterator[PackedBatch],
+        model: nn.Module,
+        *_: Any,
+    ) -> tuple[Tensor, Any]:
         batch = next(batches).to(cpu.device())
-
-        def collect(logprobs_N: Tensor, non_loss_data: bool) -> Tensor:
-            return completion_sums(self.objective.weighted(logprobs_N, batch.rows), batch.rows)
-
-        return model(batch), collect
+        return model(batch), lambda values, non_loss_data: of_pack(values, batch.rows)
 
 
 class Reference(Protocol):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 import yaml
 
@@ -17,11 +16,14 @@ from megatron_align.data.batch import Share, Step, StepBatches
 from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.store import TokenStore
-from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
+from megatron_align.records import PackedBatch
 from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
 from megatron_align.training.build import build_objective
+from megatron_align.training.card import facts_of_run
+from megatron_align.training.health import Health
+from megatron_align.training.memory import explaining_out_of_memory, peak_memory_gb
 from megatron_align.training.metrics import NoSinks, Sinks
 from megatron_align.training.optimizer import (
     after_load,
@@ -29,10 +31,13 @@ from megatron_align.training.optimizer import (
     set_learning_rate,
     wrap_data_parallel,
 )
+from megatron_align.training.profiling import Tracer
 from megatron_align.training.reference import ReferenceColumns
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.setup import Plan, locate, one_epoch, prepare
-from megatron_align.training.step import Stepper
+from megatron_align.training.step import Stepper, StepResult
+from megatron_align.training.suspects import Suspects
+from megatron_align.training.timing import timing_row
 
 REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with
@@ -47,7 +52,8 @@ def run(config: RunConfig, place: parallel.Place) -> None:
     """
     plan = prepare(config, place)
     watchdog = parallel.join(place, config.parallel)
-    with watchdog.watching():
+    explaining = explaining_out_of_memory(config, plan.folder, place.rank, lambda: watchdog.doing)
+    with watchdog.watching(), explaining:
         _Run(plan, watchdog).go()
     parallel.leave()
 
@@ -68,6 +74,9 @@ class _Run:
             "checkpoint.dir and the data must be the same for all ranks",
         )
         self.objective = build_objective(self.config.objective, plan.train)
+        self.flops_of_step: Callable[[Step], float] | None = None  # of all ranks, forward and backward
+        self.peak_flops: float | None = None  # of one chip, a second
+        self.health = Health(self.config.train.on_nonfinite)
         self.done, resumed = plan.resume or (0, None)
         chunks = build_policy(plan.megatron, plan.shape, self.groups)
         self.references: dict[str, ReferenceColumns] = {}
@@ -80,9 +89,14 @@ class _Run:
             self.live = self._live_reference()
             if resumed is not None:
                 sharded.load(resumed, self.model, self.optimizer, self._moving_reference())
-                after_load(self.optimizer, self.config.optimizer, self.done)
-                self.objective.load_state(sharded.read_card(resumed)["objective_state"])
+                card = sharded.read_card(resumed)
+                self.objective.load_state(card["objective_state"])
+                if "health_state" in card:  # older checkpoints have none
+                    self.health.load_state(card["health_state"])
+                updates = self.done - self.health.counts["skipped_steps"]
+                after_load(self.optimizer, self.config.optimizer, updates)
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
+        self.suspects = Suspects(self.stepper, plan.train)
         self.batches = self._batches("train", self.config.train)
         self.steps = self.batches.steps
 
@@ -178,11 +192,14 @@ class _Run:
         else:
             sinks = NoSinks()
         with sinks:
-            sinks.say(self._summary())
+            facts = facts_of_run(self.plan, self.objective, self.groups.dp.size(), self.steps)
+            sinks.card("megatron_align", facts)
             ahead = self._ahead("train")
+            tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.place.rank)
             with Prefetcher(range(self.done, self.steps), self.batches.step) as steps:
                 for step in range(self.done + 1, self.steps + 1):
-                    self._step(step, steps, ahead, sinks)
+                    with tracer.step(step):
+                        self._step(step, steps, ahead, sinks)
             if self.config.checkpoint.export_hf:
                 with self.watchdog.patient("export"):
                     chunks = [chunk.module for chunk in self.model]
@@ -194,18 +211,25 @@ class _Run:
         self.watchdog.report(f"step {step}")
         lr = learning_rate(self.config.optimizer, step, self.steps)
         set_learning_rate(self.optimizer, lr)
+        timing_every = self.config.logging.timing_every
+        self.stepper.clock.start(timing_every is not None and step % timing_every == 0)
         data = next(steps)
-        result, counts = self.stepper.train(ahead.batches(data, training=True)), data.counts
+        self.stepper.clock.mark("data")
+        counts, before = data.counts, self.objective.state()
+        batches = ahead.batches(data, training=True)
+        result = self.stepper.train(batches)
+        if not result.updated:
+            self.objective.load_state(before)
         if self._moving_reference() and step % self.config.reference.sync_steps == 0:
             self.live.move([chunk.module for chunk in self.model], self.config.reference.mixup_alpha)
         seconds = time.perf_counter() - started
-        if not (math.isfinite(result.metrics["loss"]) and math.isfinite(result.grad_norm)):
-            facts = f"loss {result.metrics['loss']}, gradient norm {result.grad_norm}"
-            raise TrainingFault(f"training needs finite numbers, got {facts} at step {step}")
+        found = self._examine(step, data, batches, result, sinks)
         row = {
             "step": step,
             **self.objective.finish(result.metrics),
             "grad_norm": result.grad_norm,
+            **self.health.counts,
+            **found,
             "lr": lr,
             "tokens": counts.laid_tokens,
             "tokens_saved": counts.duplicated_tokens - counts.laid_tokens,
@@ -215,12 +239,50 @@ class _Run:
             "tokens_per_second": counts.laid_tokens / seconds,
             "step_seconds": seconds,
         }
-        sinks.write(row)
+        mfu = self._mfu(data, seconds)
+        sinks.write(row, {"peak_memory_gb": peak_memory_gb()} | ({} if mfu is None else {"mfu": mfu}))
+        if self.stepper.clock.running:
+            sinks.write(timing_row(step, self.stepper.clock, mfu))
         # Validated first: a run killed in between resumes from before the step, and validates again.
         if self.plan.validation and self._due(step, self.config.train.validate_every):
             sinks.write({"step": step, "split": "validation", **self._validate()})
         if self._due(step, self.config.checkpoint.save_every):
             self._save(step)
+
+    def _examine(
+        self,
+        step: int,
+        data: Step,
+        batches: list[PackedBatch],
+        result: StepResult,
+        sinks: Sinks | NoSinks,
+    ) -> dict[str, list[int]]:
+        """Say what is wrong with a step's numbers, and in which samples; stop if they are not finite and policy wants.
+
+        Returns:
+            ``{"suspects": samples}`` if anything is wrong, else nothing.
+        """
+        troubles = self.health.judge(result.metrics["loss"], result.grad_norm)
+        if not troubles:
+            return {}
+        if result.updated:
+            samples = self.suspects.of_outlier(data, batches, result)
+            where = f"the pack with the largest loss is {self.suspects.named(samples)}"
+        else:
+            with self.watchdog.patient(f"looking for what is not finite in step {step}"):
+                samples = self.suspects.of_nonfinite(data, batches, result)
+            where = f"what is not finite comes from {self.suspects.named(samples)}"
+        self.health.need_going_on(step, troubles, where)
+        skipped = "" if result.updated else "skipped, no update: "
+        for trouble in troubles:
+            sinks.say(f"step {step}: {skipped}{trouble}; {where}")
+        return {"suspects": samples}
+
+    def _mfu(self, data: Step, seconds: float) -> float | None:
+        """Return the share of the chips' peak that a step used, where its work and the peak are known."""
+        if self.flops_of_step is None or self.peak_flops is None:
+            return None
+        return self.flops_of_step(data) / (seconds * self.plan.place.world_size * self.peak_flops)
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
@@ -253,33 +315,10 @@ class _Run:
                 **self.plan.train.manifest,
             },
             objective_state=self.objective.state(),
+            health_state=self.health.state(),
         )
         target = sharded.step_folder(self.plan.folder, step)
         with self.watchdog.patient(f"saving step {step}"):
             sharded.save(target, self.model, self.optimizer, card, self.plan.assets, self._moving_reference())
             if dist.get_rank() == 0:
                 sharded.prune(self.plan.folder, self.config.checkpoint.keep)
-
-    def _summary(self) -> str:
-        shape, place, layout = self.plan.shape, self.plan.place, self.config.parallel
-        data, train = self.plan.train.manifest, self.config.train
-        return "\n".join(
-            (
-                f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
-                f"vocabulary {shape.vocab_size}, {self.config.train.precision}",
-                f"layout     {place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-                f"data {self.groups.dp.size()}, "
-                + ("on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"),
-                f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
-                f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated, "
-                f"{data['skipped']} skipped",
-                f"objective  {self.config.objective.name}, every {self.objective.normalization} weighs the same; "
-                + (
-                    f"up to {train.global_batch_tokens:,} tokens a step"
-                    if train.global_batch_tokens
-                    else f"{train.global_batch_size} samples a step"
-                ),
-                f"steps      {self.done} done of {self.steps}"
-                + (f", resumed from {self.plan.resume[1]}" if self.plan.resume else ""),
-            )
-        )

@@ -1,42 +1,22 @@
-"""Where a run's numbers go: metrics.jsonl always; TensorBoard and Weights & Biases on request; the terminal.
+"""Where a run's numbers go: metrics.jsonl always; trackers on request; the terminal.
 
-Only rank 0 has a sink that writes; the others get one that does nothing.
+Only rank 0 has sinks that write; the others get one that does nothing. What the numbers mean: ``metric_names``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-
 from megatron_align.config import LoggingConfig
-from megatron_align.errors import InputError
+from megatron_align.training.display import Display
+from megatron_align.training.trackers import open_trackers
 
 METRICS = "metrics.jsonl"
-_SHOWN = {
-    "loss": "loss {:.4f}",
-    "grad_norm": "grad_norm {:.3f}",
-    "lr": "lr {:.2e}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-}
-
-
-def check_logging(config: LoggingConfig) -> None:
-    """Check, before anything starts, that what is asked for is installed.
-
-    Raises:
-        InputError: naming the package that is missing.
-    """
-    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise InputError("logging.wandb needs the package wandb, which is not installed: pip install wandb")
 
 
 def keep_until(file: Path, step: int) -> None:
@@ -64,75 +44,50 @@ class Sinks:
     ):
         keep_until(folder / METRICS, done)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._board = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-        self._wandb = None
-        if config.wandb is not None:
-            import wandb
-
-            # One id per folder, so that a resumed run goes on in its own page.
-            page = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-            self._wandb = wandb.init(
-                project=config.wandb, dir=str(folder), config=dict(settings), id=page, resume="allow"
-            )
-        self.console = Console(highlight=False, soft_wrap=True)
-        self._steps = steps
-        # A bar on a terminal, a plain line per step in a pipe or a file.
-        self._progress = None
-        if self.console.is_terminal:
-            whole = Column(no_wrap=True)
-            columns = (
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=whole),
-                BarColumn(bar_width=None, table_column=Column(ratio=1)),
-                TextColumn("{task.fields[shown]}", table_column=whole),
-                TimeRemainingColumn(table_column=whole),
-            )
-            self._progress = Progress(*columns, console=self.console, expand=True)
-            self._task = self._progress.add_task("train", total=steps, completed=done, shown="")
+        self._trackers = open_trackers(folder, config, settings, done)
+        self._display = Display(done, steps)
 
     def __enter__(self) -> Sinks:
-        if self._progress:
-            self._progress.start()
+        self._display.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._progress:
-            self._progress.stop()
+        self._display.stop()
         self._file.close()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=0 if error[0] is None else 1)
+        for tracker in self._trackers:
+            tracker.close(failed=error[0] is not None)
 
     def say(self, line: str) -> None:
         """Print a line for people."""
-        self.console.print(line, markup=False)
+        self._display.say(line)
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Record one row: of a training step, or of a validation (``split``)."""
-        self._file.write(json.dumps(row) + "\n")
+    def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Show what the run is."""
+        self._display.card(title, facts)
+
+    def write(self, row: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> None:
+        """Record one row: of a training step, or of a validation or a timing (``split``).
+
+        Args:
+            row: JSON values; a number that is not finite is recorded as null, which JSON has.
+            measured: shown beside it, and not recorded.
+        """
+        row = {name: _plain(value) for name, value in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         split = row.get("split", "train")
-        numbers = {
-            f"{split}/{k}": v
-            for k, v in row.items()
-            if k not in ("step", "split") and not isinstance(v, dict)
-        }
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, row["step"])
-        if self._wandb:
-            self._wandb.log(numbers, step=row["step"])
-        shown = "  ".join(form.format(row[key]) for key, form in _SHOWN.items() if key in row)
-        if split != "train":
-            self.say(f"step {row['step']}/{self._steps}  {split}  {shown}")
-        elif self._progress:
-            self._progress.update(self._task, completed=row["step"], shown=shown)
-        else:
-            self.say(f"step {row['step']}/{self._steps}  {shown}")
+        numbers = {f"{split}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
+        for tracker in self._trackers:
+            tracker.log(numbers, row["step"])
+        self._display.row(row, measured or {})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class NoSinks:
@@ -147,5 +102,8 @@ class NoSinks:
     def say(self, line: str) -> None:
         """Do nothing."""
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Do nothing."""
+
+    def write(self, row: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> None:
         """Do nothing."""

@@ -49,14 +49,16 @@ class Optimizer(DistributedOptimizer):
             group["step"] = max(steps, default=0)
         return state
 
-    def update(self) -> float:
-        """Clip, step, gather the new weights; return the gradient norm before clipping."""
+    def grad_norm(self) -> float:
+        """Take the gradients over; return their global norm, before clipping."""
         self.prepare_grads()
-        norm = global_norm(self.get_main_grads_for_grad_norm(), self.get_grad_stats_parallel_group())
+        return global_norm(self.get_main_grads_for_grad_norm(), self.get_grad_stats_parallel_group())
+
+    def update(self, norm: float) -> None:
+        """Clip, step, gather the new weights. ``norm`` is what :meth:`grad_norm` returned."""
         if self.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.get_parameters(), self.config.clip_grad, norm)
         self.step_with_ready_grads()
-        return norm
 
 
 def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
@@ -163,14 +165,14 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def after_load(optimizer: Optimizer, config: OptimizerConfig, step: int) -> None:
+def after_load(optimizer: Optimizer, config: OptimizerConfig, updates: int) -> None:
     """Put right what megatron-core leaves behind when it has loaded a checkpoint.
 
-    All parameters share one step tensor, which every one of them would then increment: every update here is a
-    training step, so its number says it all. And the groups hold the checkpoint's options: this run's count.
+    All parameters share one step tensor, which every one of them would then increment; the number of ``updates``
+    that the run has made says it all. And the groups hold the checkpoint's options: this run's count.
     """
     for group in optimizer.param_groups:
         group.update(_options(config, group["wd_mult"]))
         for shard in group["params"]:
             device = shard.device if group["fused"] else "cpu"
-            optimizer.optimizer.state[shard]["step"] = torch.tensor(float(step), device=device)
+            optimizer.optimizer.state[shard]["step"] = torch.tensor(float(updates), device=device)

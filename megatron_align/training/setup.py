@@ -29,7 +29,7 @@ from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
 from megatron_align.training.build import need_facts
-from megatron_align.training.metrics import check_logging
+from megatron_align.training.trackers import check_logging
 
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens", "precision")
 _KINDS = {
@@ -208,6 +208,11 @@ def _need_steps_left(
     if config.optimizer.warmup_steps > steps:
         raise InputError(
             f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"
+        )
+    last_profiled = (config.logging.profile_steps or (0, 0))[1]
+    if last_profiled > steps:
+        raise InputError(
+            f"logging.profile_steps must end within the run's {steps} steps, got {last_profiled}"
         )
     if resume is not None and resume[0] > steps:
         raise InputError(

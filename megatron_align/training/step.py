@@ -5,12 +5,14 @@ Losses arrive normalised over the step's global batch (see ``data``), so everyth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,6 +25,7 @@ from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.records import PackedBatch
 from megatron_align.training.objective import Objective
 from megatron_align.training.optimizer import Optimizer
+from megatron_align.training.timing import StepClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class StepResult:
         str, float
     ]  # sums of the objective, ``loss`` first; ``Objective.finish`` turns them into metrics
     grad_norm: float | None  # before clipping; None where no backward ran
+    pack_losses: list[float]  # this rank's packs' shares of the loss; none but on the last stage
+    updated: bool = False  # weights and optimizer have moved: only if loss and gradient norm are finite
 
 
 class Stepper:
@@ -49,35 +54,74 @@ class Stepper:
         self.objective = objective
         self.groups = groups
         self.optimizer = optimizer
+        self.clock = StepClock()
         config = self.model[0].config
-        # The loss is already divided by the global batch's tokens: finalize must not divide by anything.
-        config.finalize_model_grads_func = lambda chunks, _tokens, **kwargs: finalize_model_grads(
-            chunks, None, **kwargs
-        )
+        config.finalize_model_grads_func = self._finalize
         config.grad_scale_func = None
 
     def train(self, batches: Sequence[PackedBatch]) -> StepResult:
-        """Do one update. ``batches`` are this data-parallel rank's packs, all of one length."""
+        """Do one update, unless its numbers are not finite: then weights and optimizer stay as they are, bit by bit.
+
+        ``batches`` are this data-parallel rank's packs, all of one length. Loss and gradient norm are reduced over
+        all ranks, so every rank decides alike.
+        """
         if self.optimizer is None:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._schedule(batches, forward_only=False)
-        grad_norm = self.optimizer.update()
+        metrics, pack_losses = self._schedule(batches, forward_only=False)
+        grad_norm = self.optimizer.grad_norm()
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
+        if finite:
+            self.optimizer.update(grad_norm)
+        self.clock.mark("optimizer")
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the time of the update would count into the next step
-        return StepResult(metrics, grad_norm)
+        return StepResult(metrics, grad_norm, pack_losses, updated=finite)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
         """Return the same numbers without an update."""
         for chunk in self.model:
             chunk.eval()
-        return StepResult(self._schedule(batches, forward_only=True), None)
+        metrics, pack_losses = self._schedule(batches, forward_only=True)
+        return StepResult(metrics, None, pack_losses)
 
-    def _schedule(self, batches: Sequence[PackedBatch], forward_only: bool) -> dict[str, float]:
+    def finite_alone(self, batches: Sequence[PackedBatch]) -> list[bool]:
+        """Say of each pack whether the gradients that it makes, alone, are finite on all ranks of its model.
+
+        Updates nothing; the gradient buffers are left dirty, as :meth:`train` clears them.
+        """
+        config = self.model[0].config
+        interleaved = len(self.model) > 1  # its schedule wants a micro-batch for each stage
+        rounds = self.groups.pp.size() if interleaved else 1
+        finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None  # ranks not mixed
+        bad = torch.zeros(len(batches), device=cpu.device())
+        for i, batch in enumerate(batches):
+            for chunk in self.model:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            self._schedule([batch] * rounds, forward_only=False)
+            grads = [buffer.grad_data for chunk in self.model for buffer in chunk.buffers]
+            bad[i] = any(not grad.isfinite().all() for grad in grads)
+        config.finalize_model_grads_func = finalize
+        dist.all_reduce(bad, group=self.groups.mp)
+        return (bad == 0).tolist()
+
+    def _finalize(self, chunks: list[DistributedDataParallel], _tokens: Tensor, **options: Any) -> None:
+        """Sum the gradients over ranks; the loss is already divided by what it must be, so nothing is divided here."""
+        self.clock.mark("forward_backward")
+        if self.clock.running:
+            dist.barrier()
+        self.clock.mark("wait")
+        finalize_model_grads(chunks, None, **options)
+
+    def _schedule(
+        self, batches: Sequence[PackedBatch], forward_only: bool
+    ) -> tuple[dict[str, float], list[float]]:
+        """Return the sums over all packs of all ranks, and the loss of each of this rank's."""
         iterators = [iter(batches) for _ in self.model]
         partial_sums = get_forward_backward_func()(
             forward_step_func=self._forward,
@@ -88,7 +132,7 @@ class Stepper:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return self._reduce(partial_sums)
+        return self._reduce(partial_sums), [sums["loss"].item() for sums in partial_sums]
 
     def _forward(self, batches: Iterator[PackedBatch], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
         """Return a stage's output and what megatron-core asks for the numbers that go with a loss."""

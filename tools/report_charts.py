@@ -1,0 +1,219 @@
+"""Charts of runs: which there are, what is on them, and how they look as SVG.
+
+Colours are CSS variables of the page, so that the same picture serves light and dark.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+
+from megatron_align.tools.report_runs import Run
+from megatron_align.training.metric_names import METRICS, Metric
+
+MOST_POINTS = 400  # of a line; more are no more to see
+MANY = 40  # points, from which a noisy curve gets a running median, and outliers may leave the picture
+_PARTS = 25  # of a curve: a running median is taken over one
+_NOISY = 4  # times its range: the way up and down that a smooth curve does not go
+_QUIET = (
+    "skipped_steps",
+    "loss_spikes",
+    "grad_norm_outliers",
+    "tokens_saved",
+    "recomputed_samples",
+)  # all 0: no chart
+WIDTH, HEIGHT = 360, 190
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # of the plotting area
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve of a run."""
+
+    run: int  # which one
+    points: list[Point]
+    validation: bool = False
+
+    @property
+    def smooth(self) -> list[Point]:
+        """The trend of a noisy curve with points enough, else nothing: running median, then running mean."""
+        values = [y for _, y in self.points]
+        if len(values) < MANY:
+            return []
+        first, last = _without_extremes(values)
+        way = sum(abs(b - a) for a, b in pairwise(values))
+        if first == last or way <= _NOISY * (last - first):
+            return []
+        reach = max(2, len(values) // (2 * _PARTS))
+        for middle in (median, fmean):
+            values = [middle(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+        return [(x, y) for (x, _), y in zip(self.points, values, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One metric of all runs over their steps."""
+
+    metric: Metric
+    lines: list[Line]
+
+    @property
+    def values(self) -> list[float]:
+        """Every value on it."""
+        return [y for line in self.lines for _, y in line.points]
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Lowest and highest value of the picture: one spike must not press all other values to the ground."""
+        values = self.values
+        low, high = min(values), max(values)
+        if len(values) < MANY:
+            return low, high
+        first, last = _without_extremes(values)
+        span = last - first
+        return (max(low, first - span), min(high, last + span)) if span else (low, high)
+
+    @property
+    def beyond(self) -> int:
+        """How many values lie outside of the limits, and are drawn at the edge."""
+        low, high = self.limits
+        return sum(not low <= value <= high for value in self.values)
+
+
+def _without_extremes(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest value but for one in a hundred, at least one, on each side."""
+    ordered, left_out = sorted(values), max(1, len(values) // 100)
+    return ordered[left_out], ordered[-1 - left_out]
+
+
+def charts_of(runs: Sequence[Run]) -> list[Chart]:
+    """Return a chart of each metric that some run has, in the order of the metrics' table."""
+    charts = []
+    for metric in METRICS:
+        if not metric.curve:
+            continue
+        lines = [
+            Line(i, points, split == "validation")
+            for i, run in enumerate(runs)
+            for split in ("train", "validation", "timing")
+            if (points := run.points(metric.name, split))
+        ]
+        if lines and not (metric.name in _QUIET and not any(y for line in lines for _, y in line.points)):
+            charts.append(Chart(metric, lines))
+    return charts
+
+
+def thinned(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+    """Return at most so many points, keeping each stretch's lowest and highest: spikes stay to be seen."""
+    if len(points) <= most:
+        return points
+    edges = [round(i * len(points) / (most // 2)) for i in range(most // 2 + 1)]
+    kept = []
+    for begin, end in pairwise(edges):
+        stretch = points[begin:end]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Return about ``count`` round numbers from ``low`` to ``high``."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+class Scale:
+    """From values to places along one axis; what is beyond its ends is put there."""
+
+    def __init__(self, low: float, high: float, begin: float, end: float):
+        if low == high:  # one point, or a constant: it lies in the middle
+            margin = abs(low) * 0.1 or 1.0
+            low, high = low - margin, high + margin
+        self.low, self.high, self._begin, self._end = low, high, begin, end
+
+    def __call__(self, value: float) -> float:
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return self._begin + share * (self._end - self._begin)
+
+    def ticks(self) -> list[float]:
+        """Return where lines and numbers stand."""
+        return ticks(self.low, self.high)
+
+
+def to_svg(chart: Chart, names: Sequence[str]) -> str:
+    """Return a chart as SVG; ``names`` are the runs'. Its points travel along, for the page's read-out."""
+    steps = [x for line in chart.lines for x, _ in line.points]
+    across = Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
+    up = Scale(*chart.limits, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(across, up)]
+    data = []
+    for line in chart.lines:
+        points = thinned(line.points)
+        classes = f"run{line.run % 8}" + (" validation" if line.validation else "")
+        smooth = thinned(line.smooth)
+        parts += [_path(points, across, up, f"{classes} raw" if smooth else classes)]
+        if smooth:
+            parts.append(_path(smooth, across, up, classes))
+        if line.validation or len(points) == 1:
+            parts += [
+                f'<circle class="{classes}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.5"/>'
+                for x, y in points
+            ]
+        label = f"{names[line.run]}, validation" if line.validation else names[line.run]
+        data.append(
+            {
+                "name": label,
+                "run": line.run % 8,
+                "at": [[x, float(f"{y:.5g}"), round(across(x), 1)] for x, y in points],
+            }
+        )
+    title = html.escape(f"{chart.metric.name} over steps")
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}" '
+        f"data-points='{html.escape(json.dumps(data), quote=True)}'>{''.join(parts)}"
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+    )
+
+
+def _axes(across: Scale, up: Scale) -> str:
+    parts = []
+    for value, text in zip(up.ticks(), tick_texts(up.ticks()), strict=True):
+        y = up(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+    steps = [value for value in across.ticks() if value == int(value)]
+    for value, text in zip(steps, tick_texts(steps), strict=True):
+        x = min(across(value), WIDTH - RIGHT - 4)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{text}</text>')
+    return "".join(parts)
+
+
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """Return numbers as they stand at an axis: as few characters as tell them apart."""
+    largest = max(map(abs, values), default=0.0)
+    factor, letter = next(
+        ((f, c) for f, c in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= f), (1.0, "")
+    )
+    for digits in range(3, 16):
+        texts = [f"{value / factor:.{digits}g}" for value in values]
+        if len(set(texts)) == len(values):
+            break
+    return [text if text == "0" else text.replace("e-0", "e-") + letter for text in texts]
+
+
+def _path(points: list[Point], across: Scale, up: Scale, classes: str) -> str:
+    if len(points) < 2:
+        return ""
+    places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
+    return f'<polyline class="{classes}" points="{places}"/>'

@@ -1,0 +1,223 @@
+"""The page of a report: one HTML file with everything in it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from megatron_align.tools.report_charts import Chart, to_svg
+from megatron_align.tools.report_runs import Run, differences, duration, short, summary
+from megatron_align.tools.report_style import SCRIPT, STYLE
+from megatron_align.training.metric_names import BY_NAME
+
+PAGE = "report.html"
+_TROUBLES = 20  # rows shown of each run
+_PHASES = {
+    "data": "data",
+    "forward_backward": "forward and backward",
+    "wait": "wait",
+    "optimizer": "optimizer",
+}
+
+
+def write_page(out: Path, runs: Sequence[Run], charts: Sequence[Chart], title: str | None) -> Path:
+    """Write ``report.html`` into a folder; return the file."""
+    file = out / PAGE
+    file.write_text(to_html(runs, charts, title), encoding="utf-8")
+    return file
+
+
+def to_html(runs: Sequence[Run], charts: Sequence[Chart], title: str | None = None) -> str:
+    """Return the page.
+
+    Args:
+        runs: at least one.
+        charts: of these runs.
+        title: None: the runs' names.
+    """
+    title = title or " · ".join(run.name for run in runs)
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="note">{_when(runs)}</p>',
+        _legend(runs) if len(runs) > 1 else "",
+        _summary(runs),
+        _differences(runs),
+        *_sections(charts, [run.name for run in runs]),
+        _histogram(runs),
+        _timing(runs),
+        _troubles(runs),
+        _meanings(charts),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _text(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _when(runs: Sequence[Run]) -> str:
+    newest = max((run.folder / "metrics.jsonl").stat().st_mtime for run in runs)
+    moment = datetime.fromtimestamp(newest, timezone.utc)
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}, newest row of {moment:%Y-%m-%d %H:%M} UTC"
+
+
+def _swatch(number: int) -> str:
+    return f'<i class="swatch run{number % 8}"></i>'
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    entries = "".join(f"<li>{_swatch(i)}{_text(run.name)}</li>" for i, run in enumerate(runs))
+    return f'<ul class="legend">{entries}</ul>'
+
+
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """Return a table of cells that are HTML already; the first of a row names it."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"] if head else []
+    lines += [
+        f'<tr><td class="key">{row[0]}</td>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    ]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _heads(runs: Sequence[Run]) -> list[str]:
+    return ["", *(f"{_swatch(i)}{_text(run.name)}" for i, run in enumerate(runs))]
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    """Return key figures: as cards of one run, as a table of several."""
+    found = [summary(run) for run in runs]
+    if len(runs) == 1:
+        known = [(name, text) for name, text in found[0] if text.strip("– ·")]
+        cards = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in known)
+        return f'<dl class="figures">{cards}</dl>'
+    rows = [[_text(name), *(_text(of[i][1]) for of in found)] for i, (name, _) in enumerate(found[0])]
+    known = [row for row in rows if any(cell.strip("– ·") for cell in row[1:])]
+    return f"<h2>Summary</h2>{_table(known, _heads(runs))}"
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return ""
+    apart = differences(runs)
+    if bare := [run.name for run in runs if not run.config]:
+        note = f'<p class="note">without a config.yaml: {_text(", ".join(bare))}</p>'
+    else:
+        note = "" if apart else '<p class="note">Nothing: the configurations are the same.</p>'
+    rows = [
+        [f"<code>{_text(key)}</code>", *(f"<code>{_text(v)}</code>" for v in of)] for key, of in apart.items()
+    ]
+    return f"<h2>What differs</h2>{note}{_table(rows, _heads(runs)) if rows else ''}"
+
+
+def _sections(charts: Sequence[Chart], names: Sequence[str]) -> list[str]:
+    """Return each section's charts, side by side as far as there is room."""
+    parts = []
+    for section in dict.fromkeys(chart.metric.section for chart in charts):
+        panels = "".join(_panel(chart, names) for chart in charts if chart.metric.section == section)
+        parts.append(f'<h2>{section}</h2><div class="panels">{panels}</div>')
+    return parts
+
+
+def _panel(chart: Chart, names: Sequence[str]) -> str:
+    metric = chart.metric
+    shown = [line for line in chart.lines if not line.validation] or chart.lines
+    last = "".join(
+        f'<span class="run{line.run % 8}" title="{_text(names[line.run])}">{short(line.points[-1][1])}</span>'
+        for line in shown
+    )
+    unit = metric.unit + (f", {chart.beyond} beyond the edge" if chart.beyond else "")
+    return (
+        f'<figure title="{_text(metric.meaning)}"><figcaption><span><b>{metric.name}</b>'
+        f'<span class="unit">{_text(unit)}</span></span><output>last{last}</output></figcaption>'
+        f"{to_svg(chart, names)}</figure>"
+    )
+
+
+def _histogram(runs: Sequence[Run]) -> str:
+    """Return the rewards of each reward model's newest histogram, as bars."""
+    panels = []
+    for i, run in enumerate(runs):
+        rows = [row for row in run.rows.get("validation", run.training) if row.get("reward_histogram")]
+        if not rows:
+            continue
+        edges, counts = rows[-1]["reward_histogram"]["edges"], rows[-1]["reward_histogram"]["counts"]
+        most, width = max(max(counts), 1), 340 / len(counts)
+        bars = "".join(
+            f'<rect class="bar run{i % 8}" x="{10 + n * width:.1f}" width="{width - 2:.1f}" '
+            f'y="{150 - 140 * count / most:.1f}" height="{140 * count / most:.1f}"/>'
+            for n, count in enumerate(counts)
+        )
+        marks = "".join(
+            f'<text x="{10 + (n + 1) * width:.1f}" y="166" text-anchor="middle">{edge:g}</text>'
+            for n, edge in enumerate(edges)
+            if edge % 4 == 0
+        )
+        panels.append(
+            f"<figure><figcaption><b>{_text(run.name)}</b><output>step {rows[-1]['step']:,}</output></figcaption>"
+            f'<svg viewBox="0 0 360 170" role="img" aria-label="rewards">{bars}{marks}</svg></figure>'
+        )
+    return f'<h2>Rewards, newest</h2><div class="panels">{"".join(panels)}</div>' if panels else ""
+
+
+def _timing(runs: Sequence[Run]) -> str:
+    """Return how the measured steps of each run divide into phases, and who held the others up."""
+    bars = []
+    for run in runs:
+        rows = run.rows.get("timing", [])
+        if not rows:
+            continue
+        means = {phase: sum(row[f"{phase}_seconds"] for row in rows) / len(rows) for phase in _PHASES}
+        whole = sum(means.values()) or 1.0
+        spans = "".join(
+            f'<span class="{phase}" style="width:{100 * seconds / whole:.2f}%" title="{seconds:.4g} s">'
+            f"{f'{seconds / whole:.0%}' if seconds > 0.06 * whole else ''}</span>"
+            for phase, seconds in means.items()
+        )
+        late = [row["straggler_rank"] for row in rows if "straggler_rank" in row]
+        often = max(set(late), key=late.count) if late else None
+        told = f"{duration(whole)} a step" + (
+            f"; last was rank {often} in {late.count(often)} of {len(late)}" if late else ""
+        )
+        bars.append(
+            f'<div>{_text(run.name)}<br><span class="note">{told}</span></div><div class="bar">{spans}</div>'
+        )
+    if not bars:
+        return ""
+    keys = "".join(f'<span><i class="{phase}"></i>{text}</span>' for phase, text in _PHASES.items())
+    return (
+        '<h2>Where the time goes</h2><div class="scroll">'
+        f'<div class="bars">{"".join(bars)}</div><div class="keys">{keys}</div></div>'
+    )
+
+
+def _troubles(runs: Sequence[Run]) -> str:
+    rows = []
+    for i, run in enumerate(runs):
+        for row in [row for row in run.training if "suspects" in row][-_TROUBLES:]:
+            samples = ", ".join(map(str, row["suspects"][:8])) or "none alone"
+            more = " …" if len(row["suspects"]) > 8 else ""
+            rows.append(
+                [f"{_swatch(i)}{_text(run.name)}", f"{row['step']:,}", short(row.get("loss")),
+                 short(row.get("grad_norm")), f"{samples}{more}"]
+            )  # fmt: skip
+    if not rows:
+        return ""
+    note = '<p class="note">The newest of each run; samples are numbered as in the token store.</p>'
+    return f"<h2>Steps with trouble</h2>{note}{_table(rows, ['run', 'step', 'loss', 'grad_norm', 'samples'])}"
+
+
+def _meanings(charts: Sequence[Chart]) -> str:
+    rows = [
+        [f"<code>{name}</code>", _text(BY_NAME[name].unit), _text(BY_NAME[name].meaning)]
+        for name in dict.fromkeys(chart.metric.name for chart in charts)
+    ]
+    return f"<h2>What the numbers mean</h2>{_table(rows, ['metric', 'unit', 'meaning'])}"
