@@ -26,6 +26,8 @@ _SHOWN = {
     "grad_norm": "grad_norm {:.3f}",
     "lr": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "save_pause_seconds": "training stood still for {:.2f} s",
+    "save_seconds": "done after {:.2f} s",
 }
 
 
@@ -111,8 +113,12 @@ class Sinks:
         """Print a line for people."""
         self.console.print(line, markup=False)
 
+    def sync(self) -> None:
+        """Force the rows onto the disk: a checkpoint must not outlive the rows before it."""
+        os.fsync(self._file.fileno())
+
     def write(self, row: Mapping[str, Any]) -> None:
-        """Record one row: of a training step, or of a validation (``split``)."""
+        """Record one row: of a training step, or of a validation or a checkpoint (``split``)."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         split = row.get("split", "train")
@@ -145,6 +151,9 @@ class NoSinks:
         pass
 
     def say(self, line: str) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
         """Do nothing."""
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -31,6 +31,9 @@ from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
 
 
+_STATE = ("param", "exp_avg", "exp_avg_sq")
+
+
 class Optimizer(DistributedOptimizer):
     """megatron-core's distributed optimizer over torch's AdamW, whose state has a step for each parameter."""
 
@@ -48,6 +51,42 @@ class Optimizer(DistributedOptimizer):
         for group in state["optimizer"]["param_groups"]:
             group["step"] = max(steps, default=0)
         return state
+
+    def get_parameter_state_dp_zero(
+        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[Any, Any] | None:
+        """Gather masters and moments on data-parallel rank 0, in host memory that the next call takes again.
+
+        megatron-core's own does the same through fresh memory, several times over: most of the time of a save.
+        """
+        if empty_data or return_on_all_ranks or not use_gloo_comm:
+            return super().get_parameter_state_dp_zero(use_gloo_comm, empty_data, return_on_all_ranks)
+        group = self.data_parallel_group_gloo
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for number, ranges in enumerate(self.gbuf_ranges):
+            [(dtype, buckets)] = ranges.items()
+            [bucket], [ours] = self.buffers[number].buckets, buckets  # without overlap a buffer is one bucket
+            length = bucket.grad_data.numel() // group.size()
+            gathered = {}
+            for key in _STATE:
+                whole = self._host(f"{number}.{key}", length * group.size() if group.rank() == 0 else 0)
+                own = whole if group.size() == 1 else self._host(f"{number}.own", length)
+                for parameter, place in ours["param_map"].items():
+                    shard = self._get_main_param_and_optimizer_states(parameter)[key]
+                    own[place["gbuf_local"].start : place["gbuf_local"].end].copy_(shard.detach())
+                if group.size() > 1:
+                    parts = list(whole.split(length)) if group.rank() == 0 else None
+                    dist.gather(own, parts, dist.get_global_rank(group, 0), group)
+                gathered[key] = whole[: bucket.numel_unpadded]
+            state[number] = {dtype: {**gathered, "numel_unpadded": bucket.numel_unpadded}}
+        return state if group.rank() == 0 else None
+
+    def _host(self, name: str, length: int) -> Tensor:
+        """Return host memory, zero at first and the same at each call: what is not written stays zero."""
+        memory = self.__dict__.setdefault("host_memory", {})
+        if name not in memory:
+            memory[name] = torch.zeros(length)
+        return memory[name]
 
     def update(self) -> float:
         """Clip, step, gather the new weights; return the gradient norm before clipping."""
