@@ -1,8 +1,8 @@
 """Train a model: ``torchrun --nproc-per-node N -m megatron_align.train --config run.yaml [--section.key value]``.
 
 Exit codes: 0 done; 85 asked to stop by a signal, saved, wants to be started again; 2 bad input, one line says what;
-1 any other fault. torchrun turns each into 1: ``checkpoint.dir/requeue`` says the same as 85. Heavy imports wait until the
-arguments have been read.
+1 any other fault. torchrun turns each into 1: the file ``checkpoint.dir/requeue`` says the same as 85.
+Heavy imports wait until the arguments have been read.
 """
 
 from __future__ import annotations

@@ -30,7 +30,6 @@ from megatron_align.config import OptimizerConfig
 from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
 
-
 _STATE = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -61,25 +60,35 @@ class Optimizer(DistributedOptimizer):
         """
         if empty_data or return_on_all_ranks or not use_gloo_comm:
             return super().get_parameter_state_dp_zero(use_gloo_comm, empty_data, return_on_all_ranks)
-        group = self.data_parallel_group_gloo
+        is_first = self.data_parallel_group_gloo.rank() == 0
         state: dict[Any, Any] = {"buckets_coalesced": True}
-        for number, ranges in enumerate(self.gbuf_ranges):
-            [(dtype, buckets)] = ranges.items()
-            [bucket], [ours] = self.buffers[number].buckets, buckets  # without overlap a buffer is one bucket
-            length = bucket.grad_data.numel() // group.size()
+        for number, buffer in enumerate(self.buffers):
+            [(dtype, ranges)] = self.gbuf_ranges[number].items()
+            tail = max(bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
             gathered = {}
             for key in _STATE:
-                whole = self._host(f"{number}.{key}", length * group.size() if group.rank() == 0 else 0)
-                own = whole if group.size() == 1 else self._host(f"{number}.own", length)
-                for parameter, place in ours["param_map"].items():
-                    shard = self._get_main_param_and_optimizer_states(parameter)[key]
-                    own[place["gbuf_local"].start : place["gbuf_local"].end].copy_(shard.detach())
-                if group.size() > 1:
-                    parts = list(whole.split(length)) if group.rank() == 0 else None
-                    dist.gather(own, parts, dist.get_global_rank(group, 0), group)
-                gathered[key] = whole[: bucket.numel_unpadded]
-            state[number] = {dtype: {**gathered, "numel_unpadded": bucket.numel_unpadded}}
-        return state if group.rank() == 0 else None
+                whole = self._host(f"{number}.{key}", buffer.numel_unpadded + tail if is_first else 0)
+                start = 0
+                for bucket, of_bucket in zip(buffer.buckets, ranges, strict=True):
+                    # Its padding reaches into the next one's place, which is filled after it.
+                    target = whole[start : start + bucket.grad_data.numel()]
+                    self._gather((number, key), bucket, of_bucket["param_map"], target)
+                    start += bucket.numel_unpadded
+                gathered[key] = whole[: buffer.numel_unpadded]
+            state[number] = {dtype: {**gathered, "numel_unpadded": buffer.numel_unpadded}}
+        return state if is_first else None
+
+    def _gather(self, name: tuple[int, str], bucket: Any, places: dict[Any, Any], target: Tensor) -> None:
+        """Gather one kind of state of one bucket into ``target`` on data-parallel rank 0."""
+        group = self.data_parallel_group_gloo
+        length = bucket.grad_data.numel() // group.size()
+        own = target if group.size() == 1 else self._host(f"{name[0]}.{bucket.bucket_id}", length)
+        for parameter, place in places.items():
+            shard = self._get_main_param_and_optimizer_states(parameter)[name[1]]
+            own[place["gbuf_local"].start : place["gbuf_local"].end].copy_(shard.detach())
+        if group.size() > 1:
+            parts = list(target.split(length)) if group.rank() == 0 else None
+            dist.gather(own, parts, dist.get_global_rank(group, 0), group)
 
     def _host(self, name: str, length: int) -> Tensor:
         """Return host memory, zero at first and the same at each call: what is not written stays zero."""
