@@ -1,7 +1,7 @@
 """Faults on purpose, for the tests of what survives them; nothing happens unless one is asked for.
 
-``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` strikes one rank (by default 0) the first time it comes to the point
-in that step (by default any). Kinds: ``kill`` (SIGKILL, to itself) and ``full`` (what a full disk answers, every time).
+``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` strikes one rank (by default 0) when it comes to the point in that step
+(by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTERM) and ``full`` (what a full disk answers).
 
 | point          | where                                                                              |
 |----------------|------------------------------------------------------------------------------------|
@@ -10,7 +10,6 @@ in that step (by default any). Kinds: ``kill`` (SIGKILL, to itself) and ``full``
 | save.begun     | the hidden folder exists, with nothing in it                                       |
 | save.file      | a file is half written                                                             |
 | save.written   | this rank's files are on the disk, the checkpoint has no name                      |
-| save.aside     | as save.named, and a folder of that name was moved aside                           |
 | save.named     | all is on the disk, the hidden folder is about to be renamed                       |
 | save.done      | the checkpoint has its name, nothing is cleared up                                 |
 | prune.hidden   | an old checkpoint is renamed, but not deleted                                      |
@@ -30,7 +29,6 @@ POINTS = (
     "save.begun",
     "save.file",
     "save.written",
-    "save.aside",
     "save.named",
     "save.done",
     "prune.hidden",
@@ -51,7 +49,7 @@ def at(point: str, step: int | None = None) -> None:
 def _strike(asked: str, point: str, step: int | None) -> None:
     kind, _, place = asked.partition("@")
     name, *numbers = place.split(":")
-    if kind not in ("kill", "full") or name not in POINTS or len(numbers) > 2:
+    if kind not in ("kill", "term", "full") or name not in POINTS or len(numbers) > 2:
         raise ValueError(f"{VARIABLE} must be KIND@POINT[:STEP[:RANK]], got {asked!r}")
     wanted = numbers[0] if numbers else ""
     rank = numbers[1] if len(numbers) == 2 else "0"
@@ -59,4 +57,4 @@ def _strike(asked: str, point: str, step: int | None) -> None:
         return
     if kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)

@@ -167,12 +167,11 @@ def export_hf(
 
 
 def open_state(checkpoint: Checkpoint) -> StateReader:
-    """Return a checkpoint's weights, all its files read and hashed first.
+    """Return a checkpoint's weights, once all its files were read and are what was written.
 
     Raises:
         InputError: they are incomplete, damaged, or not those of its card.
     """
-    sharded.need_intact(checkpoint.folder)
     folder = checkpoint.folder / sharded.STATE
     state = StateReader(folder, checkpoint.shape)
     stored = {row.megatron: state.dtype(row) for row in rows(checkpoint.shape)}
@@ -180,6 +179,7 @@ def open_state(checkpoint: Checkpoint) -> StateReader:
         raise InputError(
             f"all must be {checkpoint.dtype}, as {sharded.CARD} says: {', '.join(facts)} in {folder}"
         )
+    sharded.need_intact(checkpoint.folder)
     return state
 
 

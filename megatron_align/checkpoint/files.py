@@ -35,7 +35,6 @@ def put_in_place(partial: Path, folder: Path, step: int | None = None) -> None:
         if aside.exists():
             shutil.rmtree(aside)
         folder.rename(aside)
-        faults.at("save.aside", step)
     faults.at("save.named", step)
     try:
         partial.rename(folder)

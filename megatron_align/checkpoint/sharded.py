@@ -71,8 +71,10 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's card.
 
     Raises:
-        InputError: it is unreadable, or of a format that this version does not know.
+        InputError: it is missing or unreadable, or of a format that this version does not know.
     """
+    if not (folder / CARD).is_file():
+        raise InputError(f"a checkpoint needs a card, found none at {folder / CARD}")
     card = read_json(folder / CARD)
     if card.get("format") != FORMAT:
         raise InputError(

@@ -8,15 +8,11 @@ from megatron_align.config import parse
 from megatron_align.errors import InputError
 from megatron_align.model.parallel import Place
 from megatron_align.training.loop import prepare
+from megatron_align.training.resume import ResumePoint
 from tests.harness import ranks
-from tests.harness.tiny import make_model, metrics_of, run_arguments
+from tests.harness.tiny import make_model, metrics_of, numbers, run_arguments
 
-TIMES = ("tokens_per_second", "step_seconds")
 ALONE = Place(rank=0, local_rank=0, world_size=1)
-
-
-def numbers(folder):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics_of(folder)]
 
 
 def cut_after(run, copy, step):
@@ -166,7 +162,7 @@ def test_what_a_kill_left_is_cleared_up(finished, tiny_models, chat_file):
     shutil.copytree(finished / "step_000005", finished / ".step_000003.deleted")
     (finished / "step_000005").rename(finished / ".step_000005.replaced")
     plan = prepare(parse(run_arguments(tiny_models(), chat_file, finished)), ALONE)
-    assert plan.resume == (5, finished / "step_000005")
+    assert plan.resume == ResumePoint(5, finished / "step_000005")
     assert [path.name for path in finished.glob(".*")] == []
 
 
