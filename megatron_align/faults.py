@@ -1,7 +1,7 @@
 """Faults on purpose, for the tests of what survives them; nothing happens unless one is asked for.
 
-``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` strikes one rank (by default 0) when it comes to the point in that step
-(by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTERM) and ``full`` (what a full disk answers).
+``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` strikes one rank (by default 0) when it comes to the point in that
+step (by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTERM), ``full`` (what a full disk answers).
 
 | point          | where                                                                              |
 |----------------|------------------------------------------------------------------------------------|
