@@ -44,6 +44,7 @@ class Saves:
         self._saver = Saver(background=config.async_save)
         self._saved: int | None = None
         self._failed: float | None = None
+        self._prune()  # a kill may have come between a save and this
 
     def between_steps(self, step: int, *, due: bool, stop: bool) -> bool:
         """Finish what is written, save what is due after ``step``; return whether any rank was asked to stop."""
@@ -90,10 +91,13 @@ class Saves:
     def _finish(self) -> None:
         with self._watchdog.patient("finishing a checkpoint"):
             saved = self._saver.finish()
-            if dist.get_rank() == 0:
-                sharded.prune(self.run, self.config.keep, self.config.keep_every)
+            self._prune()
         self._saved, self._failed = saved.step, None
         self._tell(saved)
+
+    def _prune(self) -> None:
+        if dist.get_rank() == 0:
+            sharded.prune(self.run, self.config.keep, self.config.keep_every)
 
     def _tell(self, saved: Saved) -> None:
         facts = {

@@ -83,8 +83,8 @@ def test_a_run_goes_on_before_it(run, whole, kind):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
     for step in (1, 2):
         (run / f"step_{step:06d}" / "card.json").unlink()
+    config = parse(run_arguments("model", "chat.jsonl", run))
     with pytest.raises(InputError, match="no checkpoint of .* is whole: .*step_000002.*step_000001"):
-        config = parse(run_arguments("model", "chat.jsonl", run))
         find_resume_point(config, run, shape=None)
 
 

@@ -1,5 +1,7 @@
 """A checkpoint written behind training's back is the one that would have been written at once, file by file."""
 
+import os
+
 import pytest
 import torch
 
@@ -72,8 +74,6 @@ def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, conf
 
 def fail_to_save(place, model, folder, late):
     """In a process of the pool; return what this rank is told, and what is left of the attempt."""
-    import os
-
     ddp, optimizer, card = build(place, model, ParallelConfig(), torch.float32)
     saver = Saver(background=True)
     os.environ[VARIABLE] = f"full@save.written::{late}"
@@ -86,6 +86,7 @@ def fail_to_save(place, model, folder, late):
     finally:
         del os.environ[VARIABLE]
     left = sorted(path.name for path in folder.iterdir())
+    torch.distributed.barrier()
     saver.save(folder / "step_000002", ddp, optimizer, card, model)  # it can go on
     parallel.leave()
     return told, left

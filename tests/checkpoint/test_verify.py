@@ -17,7 +17,7 @@ from megatron_align.checkpoint.journal import Journal
 from megatron_align.checkpoint.state_write import StateWriter
 from megatron_align.model.families import rows
 from tests.harness import cli
-from tests.harness.damage import flip
+from tests.harness.damage import flip, sign
 from tests.harness.tiny import VARIANTS, make_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -140,6 +140,7 @@ def test_nan_on_both_sides_is_not_equal(tmp_path, convert, copied, depth):
     spoilt = shutil.copytree(checkpoint, tmp_path / "ckpt")
     shutil.rmtree(spoilt / "state")
     write_state(spoilt, hf)  # import would have refused it
+    sign(spoilt)
     report = tmp_path / "report.json"
     answer = convert("verify", "--hf", hf, "--checkpoint", spoilt, "--json", report, *depth)
     assert answer.code == 1
