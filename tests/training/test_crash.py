@@ -2,6 +2,11 @@
 by bit, each step once; no checkpoint that was whole is lost, and nobody is left behind. A full disk costs no step.
 """
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from megatron_align.checkpoint.sharded import list_steps
@@ -149,6 +154,29 @@ def test_one_rank_that_is_asked_stops_all(command, tmp_path):
     codes = crash.train(2, command("run"), log, fault="term@step.trained:3:1")
     assert codes == [EXIT_REQUEUE] * 2, log.read_text()
     assert steps_of(tmp_path / "run") == [3]
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_reaches_the_ranks(command, tmp_path):
+    """torchrun passes SIGTERM on and ends with 1 whatever they answer: the file says what happened."""
+    run = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launch += ["--nproc-per-node", "2", "--shutdown-timeout", "120", "-m", "megatron_align.train"]
+    agent = subprocess.Popen([*launch, *command("run", train__steps=2000)], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not (run / "metrics.jsonl").exists() or not metrics_of(run):
+            assert agent.poll() is None, agent.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(timeout=240) != 0
+    finally:
+        agent.kill()
+        agent.stderr.close()
+    [*_, last] = metrics_of(run)
+    assert (run / "requeue").read_text() == f"{last['step']}\n"
+    assert steps_of(run)[-1] == last["step"]
 
 
 def test_nobody_outlives_a_kill_in_the_middle_of_a_save(command, tmp_path):
