@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install check format test test-all gpu-test gpu-bench quickstart clean
+.PHONY: help install check format test test-all soak gpu-test gpu-bench quickstart clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: $(STAMP) check  ## everything that CI runs: all laws, on CPU
 
 test-all: $(STAMP) check  ## also the tests that take minutes each
 	$(BIN)/python -m pytest --durations=20
+
+soak: $(STAMP)  ## a run killed thirty times at random (SOAK_SEED, SOAK_KILLS); -s shows each
+	$(BIN)/python -m pytest tests/soak -s
 
 gpu-test: $(STAMP)  ## on a GPU: the kernels' tests there, bf16 too
 	$(BIN)/python -m pytest tests/ops tests/harness --durations=10

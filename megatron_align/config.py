@@ -17,6 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from megatron_align.errors import InputError, nearest, need
 from megatron_align.objectives import OBJECTIVES
 
+RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -266,22 +268,46 @@ class CheckpointConfig:
         dir: folder of the run: metrics.jsonl, config.yaml, step_NNNNNN/, hf/
         save_every: steps between checkpoints, besides the one after the last step; null: only that one
         keep: newest checkpoints kept
-        resume: auto: go on from the newest complete checkpoint in dir, if any; never: refuse a dir that has one
+        keep_every: checkpoints of steps that this divides are kept too, for good; null: none
+        async_save: write checkpoints while training goes on; takes host memory for a copy of what is written
+        resume: auto: go on from the newest whole checkpoint in dir, if any; never: refuse a dir that has one
+        resume_allow: what may differ from the run that is resumed: data, tokenizer, order (seed, batch size,
+            shuffling), objective, reference
         export_hf: write the trained model as a Hugging Face folder to dir/hf at the end
     """
 
     dir: str
     save_every: int | None = None
     keep: int = 2
+    keep_every: int | None = None
+    async_save: bool = True
     resume: Literal["auto", "never"] = "auto"
+    resume_allow: list[str] = field(default_factory=list)
     export_hf: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("save_every", "keep", "keep_every"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
         need(
-            self.save_every is None or self.save_every >= 1,
-            f"checkpoint.save_every must be at least 1, got {self.save_every}",
+            self.keep_every is None or self.save_every is not None,
+            f"checkpoint.keep_every needs checkpoint.save_every, got keep_every {self.keep_every} without it",
         )
-        need(self.keep >= 1, f"checkpoint.keep must be at least 1, got {self.keep}")
+        need(
+            self.keep_every is None or self.keep_every % self.save_every == 0,
+            f"checkpoint.keep_every must be a multiple of save_every = {self.save_every}, "
+            f"got {self.keep_every}",
+        )
+        for name in self.resume_allow:
+            need(
+                name in RESUME_GROUPS,
+                f"checkpoint.resume_allow takes {', '.join(RESUME_GROUPS)}, got '{name}'"
+                f"{nearest(name, list(RESUME_GROUPS))}",
+            )
+        need(
+            self.resume == "auto" or not self.resume_allow,
+            f"checkpoint.resume_allow needs checkpoint.resume auto, got {self.resume_allow} with {self.resume}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Train a model: ``torchrun --nproc-per-node N -m megatron_align.train --config run.yaml [--section.key value]``.
 
-Exit codes: 0 done; 2 bad input, one line says what; 1 any other fault. Heavy imports wait until the
-arguments have been read.
+Exit codes: 0 done; 85 asked to stop by a signal, saved, wants to be started again; 2 bad input, one line says what;
+1 any other fault. torchrun turns each into 1: the file ``checkpoint.dir/requeue`` says the same as 85.
+Heavy imports wait until the arguments have been read.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         from megatron_align.model.parallel import AlreadyReported, Place, RankLost
         from megatron_align.training.loop import run
         from megatron_align.training.memory import OutOfMemory
+        from megatron_align.training.stop import EXIT_REQUEUE
 
         try:
-            run(config, Place.from_environment())
+            return 0 if run(config, Place.from_environment()) else EXIT_REQUEUE
         except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not come in time, ...
             return _fail(rank, error, 1)
         except (RankLost, OutOfMemory) as error:  # one rank only gets here: it speaks at once
@@ -40,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     except InputError as error:
         return _fail(rank, error, 2)
-    return 0
 
 
 def _fail(rank: str, error: Exception, code: int) -> int:

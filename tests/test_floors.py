@@ -11,6 +11,7 @@ FLOORS = [
     ["megatron_align.kernels"],
     [
         "megatron_align.errors",
+        "megatron_align.faults",
         "megatron_align.objectives",
         "megatron_align.config",
         "megatron_align.records",

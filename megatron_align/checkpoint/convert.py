@@ -21,7 +21,13 @@ from torch import Tensor
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.behind import Behind
 from megatron_align.checkpoint.digest import Facts, count_nonfinite, need_finite
-from megatron_align.checkpoint.files import need_new, need_one_process, need_space, put_in_place
+from megatron_align.checkpoint.files import (
+    files_below,
+    need_new,
+    need_one_process,
+    need_space,
+    put_in_place,
+)
 from megatron_align.checkpoint.hf import (
     DTYPES,
     HFWeights,
@@ -36,6 +42,7 @@ from megatron_align.checkpoint.journal import Journal, fingerprint
 from megatron_align.checkpoint.progress import Progress
 from megatron_align.checkpoint.state_read import StateReader
 from megatron_align.checkpoint.state_write import StateWriter
+from megatron_align.checkpoint.sums import hash_files, write_sums
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
@@ -84,7 +91,8 @@ def import_hf(
     target = need_new(out)
     found = Checkpoint(target, shape, kept)
     need_space(target, found.parameters * kept.itemsize)
-    key = {"import": fingerprint(hf), "dtype": dtype, "file_bytes": file_bytes, "chunk_bytes": CHUNK_BYTES}
+    key = {"import": fingerprint(hf), "format": sharded.FORMAT, "dtype": dtype}
+    key |= {"file_bytes": file_bytes, "chunk_bytes": CHUNK_BYTES}
     journal = Journal(target, key)
     try:
         state = StateWriter(journal, sharded.STATE, shape, kept, file_bytes)
@@ -97,6 +105,8 @@ def import_hf(
         text = json.dumps({**card, "optimizer": False}, indent=2, ensure_ascii=False)
         (journal.partial / sharded.CARD).write_text(text + "\n", encoding="utf-8")
         journal.close()
+        rest = set(files_below(journal.partial)) - state.sums.keys()
+        write_sums(journal.partial, state.sums | hash_files(journal.partial, rest))
         put_in_place(journal.partial, target)
     except BaseException as error:
         journal.leave(type(error))
@@ -157,7 +167,7 @@ def export_hf(
 
 
 def open_state(checkpoint: Checkpoint) -> StateReader:
-    """Return a checkpoint's weights.
+    """Return a checkpoint's weights, once all its files were read and are what was written.
 
     Raises:
         InputError: they are incomplete, damaged, or not those of its card.
@@ -169,6 +179,7 @@ def open_state(checkpoint: Checkpoint) -> StateReader:
         raise InputError(
             f"all must be {checkpoint.dtype}, as {sharded.CARD} says: {', '.join(facts)} in {folder}"
         )
+    sharded.need_intact(checkpoint.folder)
     return state
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron_align import faults
 from megatron_align.errors import InputError
 
 
@@ -21,8 +22,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Make ``partial`` durable and give it the name ``folder``, beside it.
+def put_in_place(partial: Path, folder: Path, step: int | None = None) -> None:
+    """Make ``partial`` durable and give it the name ``folder``, beside it; ``step`` is for :mod:`faults`.
 
     A folder in the way is moved aside first and removed last, so that no kill can lose both.
     """
@@ -34,8 +35,15 @@ def put_in_place(partial: Path, folder: Path) -> None:
         if aside.exists():
             shutil.rmtree(aside)
         folder.rename(aside)
-    partial.rename(folder)
+    faults.at("save.named", step)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if aside.exists():
+            aside.rename(folder)
+        raise
     sync(folder.parent)
+    faults.at("save.done", step)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -43,6 +51,12 @@ def put_in_place(partial: Path, folder: Path) -> None:
 def partial_folder(folder: Path) -> Path:
     """Return where a folder is written before it is whole."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+def files_below(folder: Path, *parts: str) -> list[str]:
+    """Return the paths, from ``folder``, of all files below it or a part of it."""
+    found = folder.joinpath(*parts).rglob("*")
+    return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
 
 
 def need_one_process() -> None:

@@ -1,21 +1,23 @@
 """Our checkpoints: megatron-core's sharded tensors, the HF folder's small files, and a card. Complete or absent.
 
     step_000050/
-        card.json      step, model, layout, configuration: what a person or a program wants to know first
+        card.json      step, model, layout, versions, configuration: what a person or a program wants to know first
         hf_assets/     config.json, tokenizer, chat template: a checkpoint needs no other folder
         state/         megatron-core's sharded tensors: weights, and optimizer state after training
+        SHA256SUMS     of all these files
 
-A checkpoint is written into a hidden folder and renamed, so a folder of that name is whole. It can be read
-on any tensor/pipeline/data-parallel layout.
+A checkpoint is written into a hidden folder and renamed (``save.py``), so a folder of that name is whole. It can be
+read on any tensor/pipeline/data-parallel layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import queue
+import importlib.metadata
+import platform
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,23 +26,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_align.checkpoint.files import partial_folder, put_in_place
-from megatron_align.checkpoint.hf import copy_assets, write_config_architecture
+from megatron_align import __version__, faults
+from megatron_align.checkpoint import sums
+from megatron_align.checkpoint.planning import REFERENCE, reference_state, sharded_state, unwrap
 from megatron_align.checkpoint.state_read import read_metadata
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
 from megatron_align.model.policy import Policy
 
 CARD, ASSETS, STATE = "card.json", "hf_assets", "state"
-FORMAT = 1
-_REFERENCE = "reference."  # before the names of a second model's tensors
+FORMAT = 2  # 1 had no hashes
+DAMAGED = ".damaged"  # after the name of a checkpoint that a run could not go on from
 _STEP = re.compile(r"step_(\d{6,})")
+_VERSIONS = ("torch", "megatron-core", "transformers")
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -49,17 +51,17 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def list_steps(run: Path) -> list[tuple[int, Path]]:
-    """Return the complete checkpoints of a run folder, oldest first."""
+    """Return the checkpoints of a run folder, oldest first."""
     if not run.is_dir():
         return []
     found = [(match, path) for path in run.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return sorted((int(match[1]), path) for match, path in found if (path / CARD).is_file())
+    return sorted((int(match[1]), path) for match, path in found if path.is_dir())
 
 
 def find(path: str | Path) -> Path | None:
     """Return the checkpoint that ``path`` is, or the newest one of a run folder; None if it is neither."""
     path = Path(path)
-    if (path / CARD).is_file():
+    if any((path / name).is_file() for name in (CARD, sums.NAME)):
         return path
     steps = list_steps(path)
     return steps[-1][1] if steps else None
@@ -69,8 +71,10 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's card.
 
     Raises:
-        InputError: it is unreadable, or of a format that this version does not know.
+        InputError: it is missing or unreadable, or of a format that this version does not know.
     """
+    if not (folder / CARD).is_file():
+        raise InputError(f"a checkpoint needs a card, found none at {folder / CARD}")
     card = read_json(folder / CARD)
     if card.get("format") != FORMAT:
         raise InputError(
@@ -93,6 +97,11 @@ def make_card(step: int, shape: ModelShape, dtype: torch.dtype, **facts: Any) ->
         "step": step,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": dataclasses.asdict(shape),
+        "versions": {
+            "megatron_align": __version__,
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
+            "python": platform.python_version(),
+        },
         **facts,
     }
 
@@ -115,50 +124,39 @@ def shape_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, t
     return {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
 
 
-def save(
-    folder: Path,
-    model: list[Policy] | list[DistributedDataParallel],
-    optimizer: DistributedOptimizer | None,
-    card: dict[str, Any],
-    assets: Path,
-    reference: list[Policy] | None = None,
-) -> None:
-    """Write a checkpoint from all ranks; it appears whole or not at all.
+def damage(folder: Path, *, small: bool = False) -> list[str]:
+    """Return one line about each file of a checkpoint that is not what was written; none: it is whole.
+
+    Where ranks have met, each calls this: each reads its share, all get the same answer.
 
     Args:
-        folder: of the checkpoint; one that exists is replaced by the new one.
-        model: this rank's chunks.
-        optimizer: None for weights only.
-        card: see :func:`make_card`.
-        assets: HF folder whose small files go with the weights.
-        reference: chunks of a second model that training moves too.
+        folder: of the checkpoint.
+        small: each process for itself, and of the files with tensors only whether they are there.
+    """
+    alone = small or not dist.is_initialized()
+    rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    try:
+        known = sums.read_sums(folder)
+        large = {name for name in known if name.endswith(".distcp")} if small else set()
+        found = sums.damage(folder, sorted(known.keys() - large)[rank::ranks], known)
+        found += [f"{folder / name} is missing" for name in sorted(large) if not (folder / name).is_file()]
+    except sums.Damaged as error:
+        found = [str(error)]
+    if alone:
+        return found
+    everyone: list[list[str]] = [[]] * ranks
+    dist.all_gather_object(everyone, found)
+    return sorted(set(chain.from_iterable(everyone)))
+
+
+def need_intact(folder: Path) -> None:
+    """Check that a checkpoint's files are what was written; see :func:`damage` for who calls it.
 
     Raises:
-        OSError: on every rank, if any of them could not write its part (a full disk).
+        InputError: naming the files that are not.
     """
-    partial = partial_folder(folder)
-    chunks, groups = _unwrap(model)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / STATE).mkdir(parents=True)
-    dist.barrier()
-    state = _sharded_state(chunks, optimizer, groups, is_loading=False)
-    state |= _reference_state(reference, groups)
-    # megatron-core would start a manager process for this queue: seconds, and an orphan after a kill. We save
-    # synchronously, so both of its ends are in this process.
-    filesystem_async._results_queue = queue.Queue()
-    try:
-        dist_checkpointing.save(state, str(partial / STATE), ("torch_dist", 1))
-    except CheckpointException as error:
-        raise OSError(f"writing the checkpoint failed at {partial}: {_reason(error)}") from error
-    if dist.get_rank() == 0:
-        (partial / ASSETS).mkdir()
-        copy_assets(assets, partial / ASSETS)
-        write_config_architecture(partial / ASSETS, chunks[0].shape)
-        text = json.dumps({**card, "optimizer": optimizer is not None}, indent=2, ensure_ascii=False)
-        (partial / CARD).write_text(text + "\n", encoding="utf-8")
-        put_in_place(partial, folder)
-    dist.barrier()
+    if found := damage(folder):
+        raise InputError(f"an undamaged checkpoint is needed: {'; '.join(found)}")
 
 
 def load(
@@ -179,14 +177,13 @@ def load(
         without: parameters that the checkpoint does not have, and that stay as they are.
 
     Raises:
-        InputError: if the optimizer state is asked for and the checkpoint has none, or it is damaged.
+        InputError: if the optimizer state is asked for and the checkpoint has none, or it does not fit.
     """
     if optimizer is not None and not read_card(folder)["optimizer"]:
         raise InputError(f"resuming needs optimizer state; the checkpoint holds weights only: {folder}")
     read_metadata(folder / STATE)  # torch's own reading would run whatever a forged pickle names
-    chunks, groups = _unwrap(model)
-    state = _sharded_state(chunks, optimizer, groups, is_loading=True)
-    state |= _reference_state(reference, groups)
+    chunks, groups = unwrap(model)
+    state = sharded_state(chunks, optimizer, groups, is_loading=True) | reference_state(reference, groups)
     for number in range(len(chunks)):
         for name in without:
             state[f"model{number}"].pop(name, None)
@@ -200,7 +197,7 @@ def load(
         chunk.load_state_dict(loaded[f"model{number}"], strict=not without)
     for number, chunk in enumerate(reference or []):
         named = loaded[f"reference{number}"]
-        chunk.load_state_dict({name.removeprefix(_REFERENCE): tensor for name, tensor in named.items()})
+        chunk.load_state_dict({name.removeprefix(REFERENCE): tensor for name, tensor in named.items()})
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
 
@@ -213,13 +210,31 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints; call it on one rank, after a save."""
-    for _, path in list_steps(run)[:-keep]:
+def prune(run: Path, keep: int, keep_every: int | None = None) -> None:
+    """Delete old checkpoints; call it on one rank, after a save.
+
+    Args:
+        run: folder of the run.
+        keep: so many of the newest stay.
+        keep_every: those of steps that it divides stay too.
+    """
+    for step, path in list_steps(run)[:-keep]:
+        if keep_every is not None and step % keep_every == 0:
+            continue
         # Renamed first: a kill in the middle must not leave a folder that looks complete.
         doomed = path.with_name(f".{path.name}.deleted")
         path.rename(doomed)
+        faults.at("prune.hidden", step)
         shutil.rmtree(doomed)
+
+
+def set_aside(folder: Path) -> None:
+    """Move a damaged checkpoint out of the way, for people to look at; call it on one rank."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+    faults.at("resume.aside")
 
 
 def tidy(run: Path) -> None:
@@ -238,37 +253,3 @@ def tidy(run: Path) -> None:
             path.rename(run / name.removesuffix(".replaced"))
         elif path.is_dir() and name.endswith((".partial", ".deleted", ".replaced")):
             shutil.rmtree(path)
-
-
-def _unwrap(model: list[Any]) -> tuple[list[Policy], ProcessGroupCollection]:
-    chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
-    return chunks, chunks[0].pg_collection
-
-
-def _sharded_state(
-    chunks: list[Policy],
-    optimizer: DistributedOptimizer | None,
-    groups: ProcessGroupCollection,
-    is_loading: bool,
-) -> dict[str, Any]:
-    metadata = _metadata(groups)
-    model = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
-    state = dict(model)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return state
-
-
-def _reference_state(reference: list[Policy] | None, groups: ProcessGroupCollection) -> dict[str, Any]:
-    return {
-        f"reference{n}": chunk.sharded_state_dict(prefix=_REFERENCE, metadata=_metadata(groups))
-        for n, chunk in enumerate(reference or [])
-    }
-
-
-def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "dp_cp_group": groups.dp_cp,
-    }

@@ -6,7 +6,6 @@ that are closed when they are full. ``.metadata`` is put together from torch's o
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Iterator
@@ -27,10 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_align.checkpoint.journal import Journal
 from megatron_align.checkpoint.state_read import METADATA, state_key
+from megatron_align.checkpoint.sums import HashingFile
 from megatron_align.model.families import ModelShape, Row, local_shape, rows
 
+COMMON, FORMAT_FILE = "common.pt", "metadata.json"
 # How dist_checkpointing.load recognises the format.
-_FORMAT = {
+FORMAT_OF_STATE = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -47,6 +48,8 @@ class StateWriter:
         shape: of the model.
         dtype: of all its tensors.
         file_bytes: size at which a file is full.
+
+    ``sums`` are the hashes of the full files, by their paths in the partial folder.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class StateWriter:
         self.journal, self.folder = journal, journal.partial / name
         self.shape, self.dtype, self.file_bytes = shape, dtype, file_bytes
         self.folder.mkdir(exist_ok=True)
-        # Facts of a file: the chunks in it, [name, first row, rows, place, length, notes].
-        self._files: dict[str, list[list[Any]]] = dict(journal.done)
+        self.sums: dict[str, str] = {name: facts["sha256"] for name, facts in journal.done.items()}
+        # The chunks in each file: [name, first row, rows, place, length, notes].
+        self._files: dict[str, list[list[Any]]] = {n: facts["chunks"] for n, facts in journal.done.items()}
         self._done = {(entry[0], entry[1]) for entries in self._files.values() for entry in entries}
-        self._file: io.BufferedWriter | None = None
+        self._file: HashingFile | None = None
         self._path, self._name = self.folder, ""
 
     def has(self, row: Row, start: int) -> bool:
@@ -104,8 +108,8 @@ class StateWriter:
         }
         metadata = Metadata({**stored, **extra}, storage_data=storage)
         (self.folder / METADATA).write_bytes(pickle.dumps(metadata))
-        torch.save({}, self.folder / "common.pt")
-        (self.folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+        torch.save({}, self.folder / COMMON)
+        (self.folder / FORMAT_FILE).write_text(json.dumps(FORMAT_OF_STATE), encoding="utf-8")
 
     def _global_size(self, name: str, tensors: dict[str, Row]) -> torch.Size:
         layers = [row for megatron, row in tensors.items() if state_key(megatron)[0] == name]
@@ -119,7 +123,7 @@ class StateWriter:
             self._name = str(self._path.relative_to(self.journal.partial))
             self._files[self._name] = []
         try:
-            self._file = self._file or self._path.open("wb")
+            self._file = self._file or HashingFile(self._path)
             start = self._file.tell()
             torch.save(content, self._file)
             return start, self._file.tell() - start
@@ -128,9 +132,10 @@ class StateWriter:
             raise OSError(f"writing the checkpoint failed at {self._path}: {reason}") from error
 
     def _close(self) -> None:
-        self._file.close()
+        self.sums[self._name] = self._file.finish()
         self._file = None
-        self.journal.add(self._path, self._files[self._name])
+        facts = {"sha256": self.sums[self._name], "chunks": self._files[self._name]}
+        self.journal.add(self._path, facts)
 
 
 def _extra_states(shape: ModelShape) -> Iterator[str]:

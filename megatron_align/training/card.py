@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from megatron_align.training.objective import Objective
+from megatron_align.training.resume import ResumePoint
 from megatron_align.training.setup import Plan
 
 
-def facts_of_run(plan: Plan, objective: Objective, data_parallel: int, steps: int) -> list[tuple[str, str]]:
+def facts_of_run(
+    plan: Plan, objective: Objective, data_parallel: int, steps: int, resume: ResumePoint | None
+) -> list[tuple[str, str]]:
     """Return ``(name, fact)`` of what a run will do, for people.
 
     Args:
@@ -16,6 +19,7 @@ def facts_of_run(plan: Plan, objective: Objective, data_parallel: int, steps: in
         objective: that it trains with.
         data_parallel: ranks.
         steps: of the whole run.
+        resume: where it goes on.
     """
     shape, config = plan.shape, plan.config
     layout, train, data = config.parallel, config.train, plan.train.manifest
@@ -25,7 +29,7 @@ def facts_of_run(plan: Plan, objective: Objective, data_parallel: int, steps: in
         if train.global_batch_tokens
         else f"{train.global_batch_size} samples a step"
     )
-    done, resumed = (plan.resume[0], f", resumed from {plan.resume[1]}") if plan.resume else (0, "")
+    done, resumed = (resume.step, f", resumed from {resume.folder}") if resume else (0, "")
     return [
         (
             "model",

@@ -30,6 +30,10 @@ _OF_TIMING = {
     "straggler_rank": "the others wait for rank {}",
     "straggler_seconds": "{:.3f} s",
 }
+_OF_SAVE = {
+    "save_pause_seconds": "training stood still for {:.2f} s",
+    "save_seconds": "done after {:.2f} s",
+}
 _NAME_WIDTH = 10
 
 
@@ -87,7 +91,7 @@ class Display:
     def row(self, row: Mapping[str, Any], measured: Mapping[str, float]) -> None:
         """Show a row of metrics, and what was measured of it besides."""
         step, split = row["step"], row.get("split", "train")
-        forms = _OF_TIMING if split == "timing" else _OF_STEP
+        forms = {"timing": _OF_TIMING, "save": _OF_SAVE}.get(split, _OF_STEP)
         values = {**row, **measured}
         shown = [form.format(values[key]) for key, form in forms.items() if values.get(key) is not None]
         if split != "train":

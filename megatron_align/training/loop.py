@@ -8,14 +8,17 @@ from collections.abc import Callable
 import torch.distributed as dist
 import yaml
 
+from megatron_align import faults
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.export import export_model
 from megatron_align.checkpoint.hf import load_weights
+from megatron_align.checkpoint.save import Saver
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import Share, Step, StepBatches
 from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.store import TokenStore
+from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.records import PackedBatch
@@ -33,9 +36,12 @@ from megatron_align.training.optimizer import (
 )
 from megatron_align.training.profiling import Tracer
 from megatron_align.training.reference import ReferenceColumns
+from megatron_align.training.resume import ResumePoint, settle
+from megatron_align.training.saves import Saves
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.setup import Plan, locate, one_epoch, prepare
 from megatron_align.training.step import Stepper, StepResult
+from megatron_align.training.stop import StopRequests, leave_marker
 from megatron_align.training.suspects import Suspects
 from megatron_align.training.timing import timing_row
 
@@ -43,8 +49,8 @@ REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with
 
 
-def run(config: RunConfig, place: parallel.Place) -> None:
-    """Train as configured, on this rank.
+def run(config: RunConfig, place: parallel.Place) -> bool:
+    """Train as configured, on this rank; return whether all is done, or the run was asked to stop and saved.
 
     Raises:
         InputError: for anything the user can mend.
@@ -54,8 +60,9 @@ def run(config: RunConfig, place: parallel.Place) -> None:
     watchdog = parallel.join(place, config.parallel)
     explaining = explaining_out_of_memory(config, plan.folder, place.rank, lambda: watchdog.doing)
     with watchdog.watching(), explaining:
-        _Run(plan, watchdog).go()
+        done = _Run(plan, watchdog).go()
     parallel.leave()
+    return done
 
 
 def _data_keys(train: TokenStore, validation: TokenStore | None) -> dict[str, str | None]:
@@ -70,35 +77,42 @@ class _Run:
         self.plan, self.config, self.watchdog = plan, plan.config, watchdog
         self.groups = parallel.groups()
         parallel.need_agreement(
-            {"the newest step": plan.resume and plan.resume[0], **_data_keys(plan.train, plan.validation)},
+            {"the newest step": plan.resume and plan.resume.step, **_data_keys(plan.train, plan.validation)},
             "checkpoint.dir and the data must be the same for all ranks",
         )
+        with watchdog.patient("reading the checkpoint"):
+            self.resume = settle(plan.resume, self.config, plan.shape, plan.train.path.name, plan.assets)
         self.objective = build_objective(self.config.objective, plan.train)
         self.flops_of_step: Callable[[Step], float] | None = None  # of all ranks, forward and backward
         self.peak_flops: float | None = None  # of one chip, a second
         self.health = Health(self.config.train.on_nonfinite)
-        self.done, resumed = plan.resume or (0, None)
+        self.done = self.resume.step if self.resume else 0
         chunks = build_policy(plan.megatron, plan.shape, self.groups)
         self.references: dict[str, ReferenceColumns] = {}
         self.references = self._cached_references(chunks)
         with watchdog.patient("loading weights"):
-            if resumed is None:
+            if self.resume is None:
                 self._load(chunks, self.config.model.path)
             self.model = wrap_data_parallel(chunks)
             self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
             self.live = self._live_reference()
-            if resumed is not None:
-                sharded.load(resumed, self.model, self.optimizer, self._moving_reference())
-                card = sharded.read_card(resumed)
-                self.objective.load_state(card["objective_state"])
-                if "health_state" in card:  # older checkpoints have none
-                    self.health.load_state(card["health_state"])
-                updates = self.done - self.health.counts["skipped_steps"]
-                after_load(self.optimizer, self.config.optimizer, updates)
+            if self.resume is not None:
+                self._go_on_from(self.resume)
         self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
         self.suspects = Suspects(self.stepper, plan.train)
         self.batches = self._batches("train", self.config.train)
         self.steps = self.batches.steps
+
+    def _go_on_from(self, point: ResumePoint) -> None:
+        """Read what a checkpoint holds; what it has of another objective or reference (resume_allow) is left."""
+        before, config = point.card["config"], self.config
+        reference = self._moving_reference() if before["reference"].get("sync_steps") else None
+        sharded.load(point.folder, self.model, self.optimizer, reference)
+        if "health_state" in point.card:  # older checkpoints have none
+            self.health.load_state(point.card["health_state"])
+        after_load(self.optimizer, config.optimizer, self.done - self.health.counts["skipped_steps"])
+        if before["objective"]["name"] == config.objective.name:
+            self.objective.load_state(point.card["objective_state"])
 
     def _load(self, chunks: list[Policy], path: str) -> None:
         """Read a Hugging Face folder or a checkpoint; a reward head that it lacks is drawn from the seed."""
@@ -110,6 +124,7 @@ class _Run:
             held = {name: p for name, p in local.items() if name not in absent}
             load_weights(weights, start, held, self.groups.tp.rank(), self.groups.tp.size())
         else:
+            sharded.need_intact(weights)
             sharded.load(weights, chunks, without=absent)
         if absent and chunks[-1].post_process:
             chunks[-1].reward_head.initialise(REWARD_DEVIATION, self.config.train.seed)
@@ -182,8 +197,8 @@ class _Run:
             score_prompt=self.objective.score_prompt,
         )
 
-    def go(self) -> None:
-        """Train what is left, then export."""
+    def go(self) -> bool:
+        """Train what is left, then export; return False if a signal asked to stop before all steps were made."""
         settings = to_dict(self.config)
         if dist.get_rank() == 0:
             text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -192,19 +207,43 @@ class _Run:
         else:
             sinks = NoSinks()
         with sinks:
-            facts = facts_of_run(self.plan, self.objective, self.groups.dp.size(), self.steps)
+            facts = facts_of_run(self.plan, self.objective, self.groups.dp.size(), self.steps, self.resume)
             sinks.card("megatron_align", facts)
-            ahead = self._ahead("train")
-            tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.place.rank)
-            with Prefetcher(range(self.done, self.steps), self.batches.step) as steps:
-                for step in range(self.done + 1, self.steps + 1):
-                    with tracer.step(step):
-                        self._step(step, steps, ahead, sinks)
+            for folder, damage in self.resume.damaged if self.resume else ():
+                sinks.say(f"warning: {damage}; moved to {folder}{sharded.DAMAGED}")
+            if not self._train(sinks):
+                return False
             if self.config.checkpoint.export_hf:
                 with self.watchdog.patient("export"):
                     chunks = [chunk.module for chunk in self.model]
                     export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
                 sinks.say(f"exported to {self.plan.folder / 'hf'}")
+        return True
+
+    def _train(self, sinks: Sinks | NoSinks) -> bool:
+        """Make the steps that are left, and their checkpoints; return False if asked to stop before the last."""
+        ahead = self._ahead("train")
+        tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.place.rank)
+        saves = Saves(self.plan.folder, self.config.checkpoint, self._begin_save, sinks, self.watchdog)
+        with StopRequests() as stop, Prefetcher(range(self.done, self.steps), self.batches.step) as steps:
+            for step in range(self.done + 1, self.steps + 1):
+                try:
+                    with tracer.step(step):
+                        self._step(step, steps, ahead, sinks)
+                except TrainingFault:
+                    saves.settle()
+                    raise
+                if step == self.steps:
+                    saves.last(step)
+                elif saves.between_steps(
+                    step, due=self._due(step, self.config.checkpoint.save_every), stop=bool(stop.asked)
+                ):
+                    saves.last(step)
+                    if dist.get_rank() == 0:
+                        leave_marker(self.plan.folder, step)
+                    sinks.say(f"asked to stop ({stop.asked or 'another rank'}): saved after step {step}")
+                    return False
+        return True
 
     def _step(self, step: int, steps: Prefetcher[Step], ahead: Ahead, sinks: Sinks | NoSinks) -> None:
         started = time.perf_counter()
@@ -239,6 +278,7 @@ class _Run:
             "tokens_per_second": counts.laid_tokens / seconds,
             "step_seconds": seconds,
         }
+        faults.at("step.trained", step)
         mfu = self._mfu(data, seconds)
         sinks.write(row, {"peak_memory_gb": peak_memory_gb()} | ({} if mfu is None else {"mfu": mfu}))
         if self.stepper.clock.running:
@@ -246,8 +286,7 @@ class _Run:
         # Validated first: a run killed in between resumes from before the step, and validates again.
         if self.plan.validation and self._due(step, self.config.train.validate_every):
             sinks.write({"step": step, "split": "validation", **self._validate()})
-        if self._due(step, self.config.checkpoint.save_every):
-            self._save(step)
+        faults.at("step.logged", step)
 
     def _examine(
         self,
@@ -302,7 +341,7 @@ class _Run:
                     totals[name] = totals.get(name, 0.0) + value * data.counts.weight
         return self.objective.finish({name: value / weight_sum for name, value in totals.items()})
 
-    def _save(self, step: int) -> None:
+    def _begin_save(self, saver: Saver, step: int) -> None:
         card = sharded.make_card(
             step,
             self.plan.shape,
@@ -318,7 +357,4 @@ class _Run:
             health_state=self.health.state(),
         )
         target = sharded.step_folder(self.plan.folder, step)
-        with self.watchdog.patient(f"saving step {step}"):
-            sharded.save(target, self.model, self.optimizer, card, self.plan.assets, self._moving_reference())
-            if dist.get_rank() == 0:
-                sharded.prune(self.plan.folder, self.config.checkpoint.keep)
+        saver.begin(target, self.model, self.optimizer, card, self.plan.assets, self._moving_reference())

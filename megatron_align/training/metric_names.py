@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Section = Literal["Learning", "Preferences", "Speed", "Data", "Health", "Timing"]
-_OF_PAIRS = "dpo, cpo, simpo, orpo, reward"
+Section = Literal["Learning", "Preferences", "Speed", "Data", "Health", "Timing", "Saving"]
+_OF_PAIRS = "dpo, cpo, simpo, tpo, orpo, reward"
 _OF_JUDGED = f"{_OF_PAIRS}, kto, bco"
 
 
@@ -36,7 +36,8 @@ class Metric:
 
 ROW_KEYS = {
     "step": "optimiser step, from 1",
-    "split": "absent: a training step; validation: over the whole validation data; timing: where a step's time went",
+    "split": "absent: a training step; validation: over the whole validation data; timing: where a step's time went; "
+    "save: a checkpoint that is complete",
 }
 
 METRICS = (
@@ -51,7 +52,7 @@ METRICS = (
         section="Learning",
         unit="nats per token",
         meaning="the likelihood term on chosen responses, where the loss has one",
-        written="dpo, cpo, orpo",
+        written="dpo, cpo, tpo, orpo",
     ),
     Metric(
         name="grad_norm",
@@ -101,14 +102,14 @@ METRICS = (
         section="Preferences",
         unit="nats",
         meaning="mean summed log-prob of chosen (desirable) responses under the policy",
-        written="dpo, cpo, simpo, orpo, kto, bco",
+        written="dpo, cpo, simpo, tpo, orpo, kto, bco",
     ),
     Metric(
         name="rejected_logps",
         section="Preferences",
         unit="nats",
         meaning="the same of rejected (other) responses",
-        written="dpo, cpo, simpo, orpo, kto, bco",
+        written="dpo, cpo, simpo, tpo, orpo, kto, bco",
     ),
     Metric(
         name="desirable",
@@ -207,7 +208,7 @@ METRICS = (
         section="Data",
         unit="samples",
         meaning="longer than a slab of the log-prob engine: projected onto the vocabulary twice",
-        written="dpo, cpo, simpo, orpo, kto, bco",
+        written="dpo, cpo, simpo, tpo, orpo, kto, bco",
     ),
     Metric(
         name="skipped_steps",
@@ -275,15 +276,38 @@ METRICS = (
         meaning="how long the others wait for it, in the mean",
         written="timing, several ranks",
     ),
+    Metric(
+        name="save_pause_seconds",
+        section="Saving",
+        unit="s",
+        meaning="how long training stood still for the checkpoint",
+        written="save",
+    ),
+    Metric(
+        name="save_seconds",
+        section="Saving",
+        unit="s",
+        meaning="until the checkpoint was complete",
+        written="save",
+        curve=False,
+    ),
+    Metric(
+        name="save_bytes",
+        section="Saving",
+        unit="bytes",
+        meaning="of the whole checkpoint",
+        written="save",
+        curve=False,
+    ),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 _HEAD = """# Metrics
 
-`checkpoint.dir/metrics.jsonl` has one JSON object a line: of each training step, of each validation, and every
-`logging.timing_every` steps of where a step's time went. TensorBoard, Weights & Biases and MLflow get the same
-numbers, named `train/loss`, `validation/loss`, `timing/wait_seconds`. A number that is not finite is `null`. A resumed
-run drops the rows after its checkpoint and writes them again. `megatron-align report DIR` draws them.
+`checkpoint.dir/metrics.jsonl` has one JSON object a line: of each training step, of each validation, of each checkpoint
+that is complete, and every `logging.timing_every` steps of where a step's time went. TensorBoard, Weights & Biases and
+MLflow get the same numbers, named `train/loss`, `validation/loss`, `timing/wait_seconds`. A number that is not finite
+is `null`. A resumed run drops the rows after its checkpoint and writes them again. `megatron-align report DIR` draws them.
 
 Steps whose loss or gradients are not finite end the run or, with `train.on_nonfinite: skip`, are left out: weights,
 moments and the objective's own state stay as they were, bit by bit, on every rank; the learning rate goes by the step's

@@ -61,6 +61,10 @@ class Sinks:
         """Print a line for people."""
         self._display.say(line)
 
+    def sync(self) -> None:
+        """Force the rows onto the disk: a checkpoint must not outlive the rows before it."""
+        os.fsync(self._file.fileno())
+
     def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
         """Show what the run is."""
         self._display.card(title, facts)
@@ -100,6 +104,9 @@ class NoSinks:
         pass
 
     def say(self, line: str) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
         """Do nothing."""
 
     def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:

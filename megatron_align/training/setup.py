@@ -17,9 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.hf import need_tied_head, open_hf
-from megatron_align.config import RunConfig, TrainConfig, to_dict
+from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batch import need_room, step_order
-from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.parts import read_shapes
 from megatron_align.data.prepare import prepare_or_wait
 from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
@@ -29,9 +28,10 @@ from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
 from megatron_align.training.build import need_facts
+from megatron_align.training.resume import ResumePoint, find_resume_point, need_resumable
+from megatron_align.training.stop import clear_marker
 from megatron_align.training.trackers import check_logging
 
-_SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens", "precision")
 _KINDS = {
     "chat": "chat data (messages, prompt + completion, ...)",
     "triple": "triples (prompt, chosen, rejected, reference)",
@@ -53,7 +53,7 @@ class Plan:
     shape: ModelShape  # of the model that is trained
     assets: Path  # HF folder with config and tokenizer
     weights: Path  # HF folder or checkpoint that training starts from
-    resume: tuple[int, Path] | None
+    resume: ResumePoint | None
     megatron: TransformerConfig
     train: TokenStore
     validation: TokenStore | None
@@ -82,12 +82,13 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
         _need_writable(folder)
         if place.rank == 0:
             sharded.tidy(folder)
-        resume = _resume_point(config, folder, shape)
+            clear_marker(folder)
+        resume = find_resume_point(config, folder, shape)
         stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
         _need_vocabulary(stores, shape)
         _need_steps_left(config, stores, resume)
         if resume is not None:
-            _need_same_run(config, stores["train"], resume[1])
+            need_resumable(resume, config, stores["train"].path.name, assets)
     return Plan(
         config=config,
         start=start,
@@ -157,17 +158,6 @@ def _need_writable(folder: Path) -> None:
         ) from error
 
 
-def _resume_point(config: RunConfig, folder: Path, shape: ModelShape) -> tuple[int, Path] | None:
-    steps = sharded.list_steps(folder)
-    if not steps:
-        return None
-    step, path = steps[-1]
-    if config.checkpoint.resume == "never":
-        raise InputError(f"checkpoint.resume: never needs a checkpoint.dir without checkpoints, found {path}")
-    sharded.same_model(sharded.read_card(path), shape, path)
-    return step, path
-
-
 def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Place) -> TokenStore | None:
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
@@ -198,7 +188,7 @@ def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) ->
 
 
 def _need_steps_left(
-    config: RunConfig, stores: dict[str, TokenStore | None], resume: tuple[int, Path] | None
+    config: RunConfig, stores: dict[str, TokenStore | None], resume: ResumePoint | None
 ) -> None:
     for store in stores.values():
         if store is not None:
@@ -214,28 +204,9 @@ def _need_steps_left(
         raise InputError(
             f"logging.profile_steps must end within the run's {steps} steps, got {last_profiled}"
         )
-    if resume is not None and resume[0] > steps:
+    if resume is not None and resume.step > steps:
         raise InputError(
-            f"the run must have at least the {resume[0]} steps already done in {resume[1]}, got {steps}"
-        )
-
-
-def _need_same_run(config: RunConfig, store: TokenStore, path: Path) -> None:
-    """Refuse to go on with another order of samples, loss or precision: step numbers would lose their meaning."""
-    card = sharded.read_card(path)
-    before, now = card.get("config"), to_dict(config)
-    if not isinstance(before, dict):
-        raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {path}")
-    keys = [("data", "shuffle"), *(("train", key) for key in _SAMPLE_ORDER)]
-    for section in ("objective", "reference"):
-        keys += [(section, key) for key in {**before.get(section, {}), **now[section]}]
-    pairs = {".".join(key): (before.get(key[0], {}).get(key[1]), now[key[0]].get(key[1])) for key in keys}
-    pairs["the tokenised data"] = (card["data"]["key"], store.path.name)
-    pairs["passes per epoch"] = (card["data"]["passes_per_epoch"], list(passes_per_epoch(config.data.train)))
-    if apart := [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]:
-        raise InputError(
-            f"resuming needs the run it goes on with: {', '.join(apart)} (checkpoint {path}); for another run "
-            "give another checkpoint.dir, and this one as model.path to start from its weights"
+            f"the run must have at least the {resume.step} steps already done in {resume.folder}, got {steps}"
         )
 
 

@@ -151,7 +151,8 @@ def test_imported_checkpoint_says_what_it_is(tmp_path, convert, tiny_models):
     assert (card["step"], card["optimizer"], card["dtype"]) == (0, False, "float32")
     assert card["shape"]["vocab_size"] == 259
     assert other_files_in(tmp_path / "ckpt" / "hf_assets") == other_files_in(tiny_models("llama3"))
-    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["card.json", "hf_assets", "state"]
+    names = sorted(path.name for path in (tmp_path / "ckpt").iterdir())
+    assert names == ["SHA256SUMS", "card.json", "hf_assets", "state"]
 
 
 def test_a_cast_is_what_torch_makes_of_it(tmp_path, convert, tiny_models):

@@ -13,10 +13,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megatron_align.checkpoint import convert, sharded
 from megatron_align.checkpoint.convert import import_hf
 from megatron_align.checkpoint.journal import Journal
+from megatron_align.checkpoint.save import Saver
 from megatron_align.checkpoint.state_read import StateReader, read_metadata
 from megatron_align.checkpoint.state_write import StateWriter
 from megatron_align.errors import InputError
 from megatron_align.model.families import read_shape
+from tests.harness.damage import sign
 
 VARIANTS = ["qwen2_tied", "qwen2_untied", "llama3", "qwen3"]
 
@@ -29,7 +31,7 @@ def save_by_megatron_core(place, hf, folder):
         from megatron_align.checkpoint.hf import load_weights
 
         load_weights(hf, shape, chunks[0].global_parameters(), 0, 1)
-        sharded.save(folder, chunks, None, sharded.make_card(0, shape, torch.float32), hf)
+        Saver().save(folder, chunks, None, sharded.make_card(0, shape, torch.float32), hf)
 
 
 def summary(metadata):
@@ -102,6 +104,7 @@ def edit(checkpoint, change):
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
     path.write_bytes(pickle.dumps(metadata))
+    sign(checkpoint)
 
 
 NORM = "decoder.final_layernorm.weight"
@@ -183,6 +186,7 @@ def test_a_forged_chunk_runs_nothing(tmp_path, checkpoint):
     forged = tmp_path / "forged"
     torch.save(Evil(victim), forged)
     path.write_bytes(forged.read_bytes() + path.read_bytes()[forged.stat().st_size :])
+    sign(checkpoint)
     with pytest.raises(InputError, match="a complete checkpoint is needed, .* cannot be read in "):
         convert.export_hf(checkpoint, tmp_path / "out")
     assert victim.is_dir()

@@ -17,6 +17,7 @@ from megatron_align.checkpoint.journal import Journal
 from megatron_align.checkpoint.state_write import StateWriter
 from megatron_align.model.families import rows
 from tests.harness import cli
+from tests.harness.damage import flip, sign
 from tests.harness.tiny import VARIANTS, make_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -139,6 +140,7 @@ def test_nan_on_both_sides_is_not_equal(tmp_path, convert, copied, depth):
     spoilt = shutil.copytree(checkpoint, tmp_path / "ckpt")
     shutil.rmtree(spoilt / "state")
     write_state(spoilt, hf)  # import would have refused it
+    sign(spoilt)
     report = tmp_path / "report.json"
     answer = convert("verify", "--hf", hf, "--checkpoint", spoilt, "--json", report, *depth)
     assert answer.code == 1
@@ -340,7 +342,7 @@ def forge(checkpoint):
 
 
 BROKEN = {
-    "format": (lambda ckpt: spoil_card(ckpt, format=2), "a checkpoint of format 1 is needed, got 2"),
+    "format": (lambda ckpt: spoil_card(ckpt, format=3), "a checkpoint of format 2 is needed, got 3"),
     "dtype": (lambda ckpt: spoil_card(ckpt, dtype="int8"), "dtype must be one of "),
     "dtype of the card": (
         lambda ckpt: spoil_card(ckpt, dtype="bfloat16"),
@@ -356,7 +358,9 @@ BROKEN = {
     "file gone": (lambda ckpt: (ckpt / "state" / "__0_0.distcp").unlink(), "a complete checkpoint is needed"),
     "no metadata": (lambda ckpt: (ckpt / "state" / ".metadata").unlink(), "a complete checkpoint is needed"),
     "no state": (lambda ckpt: shutil.rmtree(ckpt / "state"), "a complete checkpoint is needed"),
-    "no card": (lambda ckpt: (ckpt / "card.json").unlink(), "found neither at {ckpt}"),
+    "no card": (lambda ckpt: (ckpt / "card.json").unlink(), "needs a card, found none at {ckpt}"),
+    "no hashes": (lambda ckpt: (ckpt / "SHA256SUMS").unlink(), "{ckpt}/SHA256SUMS cannot be read"),
+    "flipped": (lambda ckpt: flip(ckpt / "state" / "__0_0.distcp"), "__0_0.distcp is not what was written"),
 }
 
 

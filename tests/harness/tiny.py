@@ -237,3 +237,9 @@ def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> l
 def metrics_of(folder: Path, split: str | None = None) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row.get("split") == split]
+
+
+def numbers(folder: Path) -> list[dict]:
+    """Return the rows of the training steps without what a clock decides."""
+    times = ("tokens_per_second", "step_seconds")
+    return [{name: value for name, value in row.items() if name not in times} for row in metrics_of(folder)]

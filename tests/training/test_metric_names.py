@@ -29,7 +29,9 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     pairs = write_pairs(folder / "pairs.jsonl", samples=8)
     labelled = write_labelled(folder / "labelled.jsonl", samples=8)
-    data = {"sft": chat_file, "kto": labelled, "bco": labelled}
+    gold = {"reference": lambda draw: [{"role": "assistant", "content": f"It is {draw.randrange(10**6)}."}]}
+    triples = write_pairs(folder / "triples.jsonl", samples=8, **gold)
+    data = {"sft": chat_file, "tpo": triples, "kto": labelled, "bco": labelled}
     names = {}
     for objective in OBJECTIVES:
         source = data.get(objective, pairs)
@@ -45,7 +47,7 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
             **OPTIONS.get(objective, {}),
         )
         pool.run(2, ranks.train, arguments)
-        splits = (None, "validation", "timing")
+        splits = (None, "validation", "timing", "save")
         names[objective] = {
             name for split in splits for row in metrics_of(folder / objective, split) for name in row
         }

@@ -8,15 +8,11 @@ from megatron_align.config import parse
 from megatron_align.errors import InputError
 from megatron_align.model.parallel import Place
 from megatron_align.training.loop import prepare
+from megatron_align.training.resume import ResumePoint
 from tests.harness import ranks
-from tests.harness.tiny import make_model, metrics_of, run_arguments
+from tests.harness.tiny import make_model, metrics_of, numbers, run_arguments, write_pairs
 
-TIMES = ("tokens_per_second", "step_seconds")
 ALONE = Place(rank=0, local_rank=0, world_size=1)
-
-
-def numbers(folder):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics_of(folder)]
 
 
 def cut_after(run, copy, step):
@@ -55,13 +51,32 @@ def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, 
     assert sorted(path.name for path in cut.glob("step_*")) == ["step_000004", "step_000005"]  # keep: 2
 
 
-def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_file, tmp_path):
+LAYOUTS = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"parallel__tensor": 2}),
+    "pp2": (2, {"parallel__pipeline": 2}),
+    "vpp2": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
+    "dp4": (4, {}),
+    "tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}),
+    "pp2_dp2": (4, {"parallel__pipeline": 2}),
+}
+QUICK = [("one", "tp2_pp2"), ("vpp2", "dp2"), ("tp2_pp2", "one")]
+SLOW = [(one, other) for one in LAYOUTS for other in LAYOUTS if one != other and (one, other) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "before, after", [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
+)
+def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_file, tmp_path, before, after):
+    """Weights, masters and moments lie elsewhere then; a moment that is lost changes the second step after it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
+    world, layout = LAYOUTS[before]
+    pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options, **layout))
     cut_after(whole, cut, step=2)
-    layout = {"parallel__tensor": 2, "parallel__pipeline": 2}
-    pool.run(4, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
+    world, layout = LAYOUTS[after]
+    pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
     for got, want in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
@@ -166,8 +181,29 @@ def test_what_a_kill_left_is_cleared_up(finished, tiny_models, chat_file):
     shutil.copytree(finished / "step_000005", finished / ".step_000003.deleted")
     (finished / "step_000005").rename(finished / ".step_000005.replaced")
     plan = prepare(parse(run_arguments(tiny_models(), chat_file, finished)), ALONE)
-    assert plan.resume == (5, finished / "step_000005")
+    assert plan.resume == ResumePoint(5, finished / "step_000005")
     assert [path.name for path in finished.glob(".*")] == []
+
+
+def test_a_wanted_change_is_gone_on_with(finished, tiny_models, chat_file, pool):
+    """Another objective and other data, asked for by name: steps go on from 5, the new loss counts from there."""
+    options = {"train__steps": 7, "objective__normalization": "sample", "train__global_batch_size": 8}
+    wanted = {"checkpoint__resume_allow": '["order", "objective"]'}
+    with pytest.raises(InputError, match=r"resume_allow \[order, objective\]"):
+        prepare(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
+    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, finished, **options, **wanted))
+    assert [row["samples"] for row in metrics_of(finished)] == [12] * 5 + [8] * 2
+
+
+def test_a_reference_that_starts_to_move_is_read_from_its_own_place(pool, tiny_models, tmp_path):
+    """The checkpoint of a run with a resting reference holds none."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    run = tmp_path / "run"
+    options = {"objective__name": "dpo", "reference__mode": "live", "train__steps": 1}
+    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **options))
+    options |= {"train__steps": 2, "reference__sync_steps": 1, "checkpoint__resume_allow": '["reference"]'}
+    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **options))
+    assert [row["step"] for row in metrics_of(run)] == [1, 2]
 
 
 def test_resume_never_refuses_a_used_folder(finished, tiny_models, chat_file):

@@ -1,0 +1,198 @@
+"""Saving and loading a training checkpoint against the disk's own speed, and the pause of a save in the background.
+
+``python -m benchmarks.checkpoint --folder /big/disk`` trains nothing: it builds a model of Llama's kind with bf16
+weights and its optimizer (``--layers 6``: 75 M parameters, 1.05 GB), and in one process, the contestants in turn for
+``--rounds``:
+
+- write, read: the same number of bytes in one file, sequentially, written with ``fsync``: what the disk can do
+- save: synchronously, as a run does: planned, hashed, forced onto the disk, renamed; the first one by itself
+- background: the pause of a save behind training's back, and how long it takes with nothing else to do
+- verify, load: reading and hashing all files; then reading them into the model and its optimizer
+
+The page cache forgets what was written before anything is read. Prints a table and appends it to
+``benchmarks/results/checkpoint.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "checkpoint.csv"
+BLOCK = 16 << 20
+HIDDEN, FFN, VOCAB = 768, 2048, 32000
+
+
+def model_folder(folder: Path, layers: int) -> Path:
+    """Write a Hugging Face folder without weights."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def build(assets: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the model, its optimizer with moments that are not zero, and a card."""
+    import torch
+
+    from megatron_align.checkpoint import sharded
+    from megatron_align.config import OptimizerConfig, ParallelConfig
+    from megatron_align.model import parallel
+    from megatron_align.model.families import read_shape
+    from megatron_align.model.policy import build_policy, transformer_config
+    from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+
+    parallel.join(parallel.Place.from_environment(), ParallelConfig())
+    shape, dtype = read_shape(assets), torch.bfloat16
+    chunks = build_policy(transformer_config(shape, ParallelConfig(), dtype), shape, parallel.groups())
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.normal_(std=0.02)
+    model = wrap_data_parallel(chunks)
+    optimizer = build_optimizer(model, OptimizerConfig(), parallel.groups())
+    for state in optimizer.optimizer.state.values():
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            moment.uniform_()
+    return model, optimizer, sharded.make_card(1, shape, dtype)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Return how many seconds a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def forget(folder: Path) -> None:
+    """Make the page cache forget the files of a folder, all of them on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write(path: Path, size: int) -> None:
+    """Write a file of random bytes, as a loop over blocks does, and force it onto the disk."""
+    block = os.urandom(BLOCK)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb", buffering=0) as file:
+        for start in range(0, size, BLOCK):
+            file.write(block[: size - start])
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> None:
+    """Read a file, block by block."""
+    block = bytearray(BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
+
+
+def measure(folder: Path, layers: int, rounds: int) -> Iterator[tuple[str, int, list[float]]]:
+    """Yield the bytes and the seconds of each case."""
+    from megatron_align.checkpoint import sharded
+    from megatron_align.checkpoint.save import Saver
+
+    assets = model_folder(folder / "model", layers)
+    model, optimizer, card = build(assets)
+    saver, behind = Saver(), Saver(background=True)
+    first = saver.save(folder / "save", model, optimizer, card, assets)
+    behind.save(folder / "background", model, optimizer, card, assets)  # takes its memory
+    times: dict[str, list[float]] = {"save, the first": [first.seconds]}
+
+    def note(case: str, seconds: float) -> None:
+        times.setdefault(case, []).append(seconds)
+
+    for _ in range(rounds):
+        note("write", timed(lambda: write(folder / "plain" / "file", first.bytes)))
+        shutil.rmtree(folder / "save")
+        note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
+        shutil.rmtree(folder / "background")
+        behind.begin(folder / "background", model, optimizer, card, assets)
+        while not behind.written():
+            time.sleep(0.01)
+        saved = behind.finish()
+        note("background, pause", saved.pause_seconds)
+        note("background, in all", saved.seconds)
+        forget(folder)
+        note("read", timed(lambda: read(folder / "plain" / "file")))
+        note("verify", timed(lambda: sharded.need_intact(folder / "save")))
+        forget(folder)
+        note("load", timed(lambda: sharded.load(folder / "save", model, optimizer)))
+    for case, seconds in times.items():
+        yield case, first.bytes, seconds
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where there is room; default: a temporary one"
+    )
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import torch
+
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        cases = {
+            case: (size, seconds)
+            for case, size, seconds in measure(Path(folder), options.layers, options.rounds)
+        }
+    rows = []
+    for case, (size, seconds) in cases.items():
+        like = "read" if case in ("read", "verify", "load") else "write"
+        p20, p50, p80 = (
+            statistics.quantiles(seconds, n=10, method="inclusive")[i] if len(seconds) > 1 else seconds[0]
+            for i in (1, 4, 7)
+        )
+        rows.append(
+            {
+                "date": datetime.date.today().isoformat(),
+                "cpu": f"{platform.machine()} x {os.cpu_count()}",
+                "torch": torch.__version__,
+                "load": round(load, 1),
+                "rounds": len(seconds),
+                "case": case,
+                "gigabytes": round(size / 1e9, 3),
+                "seconds_p20": round(p20, 3),
+                "seconds_p50": round(p50, 3),
+                "seconds_p80": round(p80, 3),
+                "gigabytes_per_second": round(size / 1e9 / p50, 3),
+                "of_disk": round(statistics.median(cases[like][1]) / p50, 3),
+                "of_save": round(p50 / statistics.median(cases["save"][1]), 3),
+            }
+        )
+        print("  ".join(f"{name} {value}" for name, value in list(rows[-1].items())[5:]))
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What the files of a checkpoint hash to: ``SHA256SUMS``, which ``sha256sum -c`` reads as well.
+
+The file's own first line hashes the rest, so that a damaged list is not taken for damaged files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_align.checkpoint.files import sync
+
+NAME = "SHA256SUMS"
+_THREADS = 2  # files read at once
+_BLOCK = 4 << 20
+_HEAD = re.compile(r"# sha256 of the lines below: ([0-9a-f]{64})")
+_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+class Damaged(ValueError):
+    """A list of hashes that cannot be used; one line says why."""
+
+
+class HashingFile(io.RawIOBase):
+    """A file that is written once from start to end and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.error = path, None
+        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by its owner
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``. What goes wrong is kept in ``error`` too: torch forgets it."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        rest = view
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = error
+            raise
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Return how many bytes are written."""
+        return self._size
+
+    def writable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def finish(self) -> str:
+        """Force the file onto the disk, close it and return its hash."""
+        os.fsync(self._file.fileno())
+        self.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the list, on the disk when this returns; ``sums`` are by the files' paths in the folder."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    head = f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n"
+    (folder / NAME).write_text(head + lines, encoding="utf-8")
+    sync(folder / NAME)
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return the hashes by the files' paths.
+
+    Raises:
+        Damaged: there is no list, or it is not what was written.
+    """
+    path = folder / NAME
+    try:
+        head, _, lines = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
+    found = _HEAD.fullmatch(head.decode(errors="replace"))
+    if found is None or found[1] != hashlib.sha256(lines).hexdigest():
+        raise Damaged(f"{path} is not what was written")
+    entries = [_LINE.fullmatch(line) for line in lines.decode().splitlines()]
+    if not all(entries):
+        raise Damaged(f"{path} is no list of hashes")
+    return {entry[2]: entry[1] for entry in entries}
+
+
+def hash_file(path: Path) -> str:
+    """Return the hash of a file's content."""
+    digest, block = hashlib.sha256(), bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the hashes of files below a folder."""
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
+
+
+def damage(folder: Path, names: Iterable[str], sums: Mapping[str, str]) -> list[str]:
+    """Return one line about each of these files that is missing or not what was written."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [line for line in pool.map(lambda name: _fault(folder / name, sums[name]), names) if line]
+
+
+def _fault(path: Path, wanted: str) -> str | None:
+    try:
+        found = hash_file(path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return (
+        None if found == wanted else f"{path} is not what was written: sha256 {found[:16]}, not {wanted[:16]}"
+    )

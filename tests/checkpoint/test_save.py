@@ -1,0 +1,100 @@
+"""A checkpoint written behind training's back is the one that would have been written at once, file by file."""
+
+import os
+
+import pytest
+import torch
+
+from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint.hf import load_weights
+from megatron_align.checkpoint.save import SaveFailed, Saver
+from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.faults import VARIABLE
+from megatron_align.model import parallel
+from megatron_align.model.families import read_shape
+from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+
+
+def build(place, model, config, dtype):
+    shape = read_shape(model)
+    parallel.join(place, config)
+    groups = parallel.groups()
+    chunks = build_policy(transformer_config(shape, config, dtype), shape, groups)
+    local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
+    load_weights(model, shape, local, groups.tp.rank(), groups.tp.size())
+    ddp = wrap_data_parallel(chunks)
+    return ddp, build_optimizer(ddp, OptimizerConfig(), groups), sharded.make_card(1, shape, dtype)
+
+
+def change(ddp, optimizer):
+    """What a step does: weights, masters and moments move, in place."""
+    with torch.no_grad():
+        for chunk in ddp:
+            for parameter in chunk.parameters():
+                parameter.add_(1)
+        for group in optimizer.param_groups:
+            for shard in group["params"]:
+                shard.add_(1)
+                optimizer.optimizer.state[shard]["exp_avg"].add_(1)
+
+
+def save_both_ways(place, model, folder, config, dtype):
+    """In a process of the pool: three checkpoints, each written both ways."""
+    ddp, optimizer, card = build(place, model, config, dtype)
+    at_once, behind = Saver(), Saver(background=True)
+    for number in range(3):
+        at_once.save(folder / f"at_once_{number}", ddp, optimizer, card, model)
+        behind.begin(folder / f"behind_{number}", ddp, optimizer, card, model)
+        change(ddp, optimizer)
+        behind.finish()
+    parallel.leave()
+
+
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "dp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("world, config", LAYOUTS.values(), ids=LAYOUTS)
+def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, config, dtype):
+    pool.run(world, save_both_ways, tiny_models(), tmp_path, config, dtype)
+    seen = set()
+    for number in range(3):
+        lists = [(tmp_path / f"{way}_{number}" / "SHA256SUMS").read_text() for way in ("at_once", "behind")]
+        assert lists[0] == lists[1]
+        assert sharded.damage(tmp_path / f"behind_{number}") == []
+        seen.add(lists[0])
+    assert len(seen) == 3  # the changes are in them
+
+
+def fail_to_save(place, model, folder, late):
+    """In a process of the pool; return what this rank is told, and what is left of the attempt."""
+    ddp, optimizer, card = build(place, model, ParallelConfig(), torch.float32)
+    saver = Saver(background=True)
+    os.environ[VARIABLE] = f"full@save.written::{late}"
+    try:
+        saver.begin(folder / "step_000001", ddp, optimizer, card, model)
+        saver.finish()
+        told = "nothing"
+    except SaveFailed as error:
+        told = str(error)
+    finally:
+        del os.environ[VARIABLE]
+    left = sorted(path.name for path in folder.iterdir())
+    torch.distributed.barrier()
+    saver.save(folder / "step_000002", ddp, optimizer, card, model)  # it can go on
+    parallel.leave()
+    return told, left
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_cannot_write_is_told_to_all(pool, tiny_models, tmp_path, late):
+    for told, left in pool.run(2, fail_to_save, tiny_models(), tmp_path, late):
+        assert told.endswith(f".step_000001.partial: rank {late}: No space left on device")
+        assert left == []
+    assert sharded.damage(tmp_path / "step_000002") == []

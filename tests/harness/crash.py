@@ -1,0 +1,94 @@
+"""Processes that may be killed: the ranks of a run, started anew each time, as a launcher does.
+
+Each is forked from a server that has imported everything and done nothing, so that a start costs no imports. Only
+processes that were started here are ever stopped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_align import faults
+from tests.harness.pool import free_port
+
+_PRELOAD = ["megatron_align.train", "megatron_align.training.loop", "tests.harness.crash"]
+
+
+def start(
+    world_size: int, arguments: list[str], log: Path, environment: dict[str, str] | None = None
+) -> list[BaseProcess]:
+    """Start ``megatron_align.train`` with these arguments on so many ranks; return their processes.
+
+    What they print is added to ``log``.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(world_size):
+        own = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
+        ranks.append(context.Process(target=_train, args=(own, arguments, log), daemon=True))
+        ranks[-1].start()
+    return ranks
+
+
+def _train(environment: dict[str, str], arguments: list[str], log: Path) -> None:
+    import torch
+
+    from megatron_align.train import main
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    sys.exit(main(arguments))
+
+
+def end(ranks: list[BaseProcess], timeout: float = 240.0) -> list[int]:
+    """Wait for the ranks, or once one has failed kill the rest, as a launcher does; return the exit codes."""
+    deadline = time.monotonic() + timeout
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        wait([rank.sentinel for rank in running], timeout=max(0.0, deadline - time.monotonic()))
+        if time.monotonic() > deadline or any(rank.exitcode not in (None, 0, 85) for rank in ranks):
+            for rank in running:
+                rank.kill()
+        for rank in ranks:
+            rank.join(0)
+    return [rank.exitcode for rank in ranks]
+
+
+def train(world_size: int, arguments: list[str], log: Path, fault: str | None = None) -> list[int]:
+    """Run to the end, or into a fault (see ``megatron_align.faults``); return the exit codes."""
+    return end(start(world_size, arguments, log, {faults.VARIABLE: fault} if fault else None))
+
+
+def writers_of(log: Path) -> list[int]:
+    """Return the processes that have a log open: the ranks that write it, and whoever they left behind."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            opened = [os.readlink(handle) for handle in (process / "fd").iterdir()]
+        except OSError:  # it has ended, or is not ours
+            continue
+        if str(log) in opened:
+            found.append(int(process.name))
+    return found
+
+
+def wait_until(condition: Callable[[], Any], ranks: list[BaseProcess], timeout: float = 120.0) -> None:
+    """Wait until something is so, while no rank has ended."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        codes = [rank.exitcode for rank in ranks]
+        assert set(codes) == {None}, f"ranks ended early: {codes}"
+        assert time.monotonic() < deadline, "it did not come so far in time"
+        time.sleep(0.01)
