@@ -307,7 +307,8 @@ _HEAD = """# Metrics
 `checkpoint.dir/metrics.jsonl` has one JSON object a line: of each training step, of each validation, of each checkpoint
 that is complete, and every `logging.timing_every` steps of where a step's time went. TensorBoard, Weights & Biases and
 MLflow get the same numbers, named `train/loss`, `validation/loss`, `timing/wait_seconds`. A number that is not finite
-is `null`. A resumed run drops the rows after its checkpoint and writes them again. `megatron-align report DIR` draws them.
+is `null`. A resumed run drops the rows after its checkpoint and writes them again. `megatron-align report DIR` draws
+them.
 
 Steps whose loss or gradients are not finite end the run or, with `train.on_nonfinite: skip`, are left out: weights,
 moments and the objective's own state stay as they were, bit by bit, on every rank; the learning rate goes by the step's
