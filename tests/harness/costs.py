@@ -1,0 +1,138 @@
+"""What ranks really hold and compute, for the counts of ``megatron_align.cost`` to be held against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.data.pack import pack
+from megatron_align.model import parallel
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.records import PackedBatch, Sample
+from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_align.training.setup import DTYPES
+
+
+def _shape(model: Path, reward: bool) -> ModelShape:
+    shape = read_shape(model)
+    return shape.as_reward() if reward else shape
+
+
+def state(
+    place: parallel.Place, model: Path, config: ParallelConfig, precision: str, reward: bool = False
+) -> dict[str, int]:
+    """Return the bytes of weights, gradients and optimizer of this rank, and its pipeline stage."""
+    with parallel.join(place, config).watching():
+        groups, shape = parallel.groups(), _shape(model, reward)
+        chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
+        plain = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
+        ddp = wrap_data_parallel(chunks)
+        optimizer = build_optimizer(ddp, OptimizerConfig(), groups)
+        buffers = [buffer for chunk in ddp for buffer in chunk.buffers]
+        weights = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
+        kept = 0
+        for group in optimizer.optimizer.param_groups:
+            for shard in group["params"]:
+                own = [shard] if shard.untyped_storage().data_ptr() not in weights else []
+                moments = optimizer.optimizer.state[shard]
+                kept += sum(_bytes(x) for x in (*own, moments["exp_avg"], moments["exp_avg_sq"]))
+        answer = {
+            "stage": groups.pp.rank(),
+            "plain": plain,
+            "parameters": sum(_bytes(buffer.param_data) for buffer in buffers),
+            "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
+            "optimizer": kept,
+        }
+    parallel.leave()
+    return answer
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+class SavedBytes:
+    """Counts the storages that autograd keeps within a with-block, each once, without those of ``known``."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        self._known = {x.untyped_storage().data_ptr() for x in known}
+        self._kept: dict[int, Any] = {}
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
+        return x
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+
+def one_pack(lengths: list[int], tokens: int, prompts: list[int] | None = None) -> PackedBatch:
+    """Return a pack of documents; the first ``prompts[i]`` tokens of each are not scored."""
+    samples = []
+    for i, length in enumerate(lengths):
+        scored = np.ones(length, bool)
+        scored[: (prompts or [0] * len(lengths))[i] or 1] = False
+        samples.append(Sample(np.arange(length, dtype=np.int32) % 250, scored))
+    return pack(samples, [1.0] * len(samples), tokens)
+
+
+def saved(
+    place: parallel.Place, model: Path, config: ParallelConfig, precision: str, recompute: int, batch: PackedBatch
+) -> int:
+    """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
+    with parallel.join(place, config).watching():
+        [policy] = _policy(model, config, precision, recompute)
+        with SavedBytes(list(policy.parameters())) as seen:
+            hidden = policy._hidden(batch)
+        hidden.sum().backward()
+    parallel.leave()
+    return seen.total
+
+
+def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int) -> list[Policy]:
+    groups, shape = parallel.groups(), read_shape(model)
+    chunks = build_policy(transformer_config(shape, config, DTYPES[precision], recompute), shape, groups)
+    with torch.no_grad():
+        for chunk in chunks:
+            chunk.train()
+            for parameter in chunk.parameters():
+                parameter.fill_(0.01)
+    return chunks
+
+
+def counted_flops(
+    place: parallel.Place, model: Path, recompute: int, batch: PackedBatch
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the operations of a pack's forward, and of forward and backward, by operator, as torch counts them."""
+    config = ParallelConfig()
+    with parallel.join(place, config).watching():
+        [policy] = _policy(model, config, "fp32", recompute)
+        answers = []
+        for train in (False, True):
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+                logprobs_N = policy(batch)
+                if train:
+                    logprobs_N.sum().backward()
+            found: dict[str, int] = {}
+            for operator, count in counter.get_flop_counts()["Global"].items():
+                found[str(operator)] = found.get(str(operator), 0) + count
+            answers.append(found)
+    parallel.leave()
+    return answers[0], answers[1]
