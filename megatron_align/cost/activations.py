@@ -15,7 +15,9 @@ from typing import Literal
 from megatron_align.cost.placement import Placement
 
 FP32 = 4
-Attention = Literal["triton", "per_document"]  # our kernels, or the CPU's path, which repeats keys for each head
+Attention = Literal[
+    "triton", "per_document"
+]  # our kernels, or the CPU's path, which repeats keys for each head
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +60,38 @@ def boundary_bytes(placement: Placement, tokens: int) -> int:
 def layer_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
     """Return what one layer keeps for its backward without recomputation."""
     x = Sizes.of(placement, tokens)
-    return 2 * _norm(x) + _attention(placement, x, attention) + _mlp(x)
+    inputs = 2 * x.b * x.s * x.h  # of the two linears that follow the norms
+    return 2 * _norm(x) + inputs + _attention(placement, x, attention) + _mlp(x)
 
 
 def _norm(x: Sizes) -> int:
-    """Keep the fp32 input, the normalised one, the factor of each token, and the output, which the linear keeps.
-
-    In fp32 the input is kept as it came; in bf16 a copy is.
-    """
-    return (FP32 + 2 * x.b) * x.s * x.h + FP32 * x.s
+    """Keep the fp32 input (in fp32 as it came, in bf16 a copy), the normalised one, and the factor of each token."""
+    return (FP32 + x.b) * x.s * x.h + FP32 * x.s
 
 
 def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
     """Keep the rotated q and k, v, the output, and the log-sum-exp of each query."""
     shape = placement.shape
     kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
+    keeps_projection = attention == "triton"  # v is a view of it
     if attention == "per_document":
-        kept += 3 * x.b * x.t * x.q  # keys and values for each head, and the documents' outputs before they join
+        kept += (
+            3 * x.b * x.t * x.q
+        )  # keys and values for each head, and the documents' outputs before they join
     else:
-        kept += x.b * x.t * x.kv + _qkv(placement, x)
+        kept += x.b * x.t * x.kv
+    if shape.qk_norm:
+        # The norm of each head: its output is not kept, as rotation needs none of it. In fp32 its inputs are kept as
+        # they came: a copy of q, and k within the projection.
+        columns = x.q + x.kv
+        keeps_projection |= placement.precision == "fp32"
+        inputs = x.q if placement.precision == "fp32" else columns
+        kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // shape.head_dim
+    if keeps_projection:
+        kept += _qkv(placement, x)
     if (context := placement.parallel.context) > 1:
         # allgather: keys and values of the whole pack; ulysses keeps less. Not held against a measurement yet.
         kept += 2 * x.b * x.t * (context - 1) * x.kv
-    if shape.qk_norm:
-        # The norm of each head keeps the same as a layer's, but its output is not kept: rotation needs none of it.
-        columns = x.q + x.kv
-        kept += (FP32 + x.b) * x.t * columns + FP32 * x.t * columns // shape.head_dim
     return kept
 
 
@@ -144,13 +152,21 @@ def stage_bytes(
     for at in range(in_flight):
         chunk = chunks[at * len(chunks) // in_flight]  # the schedule goes through all chunks in equal measure
         held += rope_bytes(placement, tokens)
+        held += embedding_bytes(placement, tokens) if chunk.embeds else 0
         held += chunk.layers // k * boundary if k else chunk.layers * layer
         if not (chunk.embeds or k):
             held += boundary if placement.precision == "bf16" else 0  # what was received; fp32 norms keep it
-        held += _norm(Sizes.of(placement, tokens)) if chunk.ends else boundary  # the final norm, or what was sent
+        held += (
+            _norm(Sizes.of(placement, tokens)) if chunk.ends else boundary
+        )  # the final norm, or what was sent
     return ActivationBytes(held=held, recomputed=k * layer)
 
 
 def rope_bytes(placement: Placement, tokens: int) -> int:
     """Return the tables of rotary positions, fp32 cosine and sine, once for all layers of a pack."""
     return 2 * FP32 * tokens // placement.parallel.context * placement.shape.head_dim
+
+
+def embedding_bytes(placement: Placement, tokens: int) -> int:
+    """Return the places that the embedding keeps, int64, and which of them are other ranks', a byte each."""
+    return (8 + (placement.parallel.tensor > 1)) * tokens // placement.parallel.context

@@ -19,7 +19,9 @@ def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
     shape, b = placement.shape, placement.itemsize
     rows = -(-scored_rows // placement.parallel.context)
     gathered = tokens // placement.parallel.context if placement.sequence_ranks > 1 else 0
-    hidden = (2 * rows + gathered) * shape.hidden_size * b  # scored rows, their gradient, what they were picked from
+    hidden = (
+        (2 * rows + gathered) * shape.hidden_size * b
+    )  # scored rows, their gradient, what they were picked from
     if shape.is_reward:
         return hidden
     return hidden + slab_bytes(placement, scored_rows)

@@ -14,7 +14,9 @@ from megatron_align.data.pack import pack
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.objectives import SFTConfig
 from megatron_align.records import PackedBatch, Sample
+from megatron_align.training.objective import SFT
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_align.training.setup import DTYPES
 
@@ -94,7 +96,12 @@ def one_pack(lengths: list[int], tokens: int, prompts: list[int] | None = None) 
 
 
 def saved(
-    place: parallel.Place, model: Path, config: ParallelConfig, precision: str, recompute: int, batch: PackedBatch
+    place: parallel.Place,
+    model: Path,
+    config: ParallelConfig,
+    precision: str,
+    recompute: int,
+    batch: PackedBatch,
 ) -> int:
     """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
     with parallel.join(place, config).watching():
@@ -118,21 +125,41 @@ def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int)
 
 
 def counted_flops(
-    place: parallel.Place, model: Path, recompute: int, batch: PackedBatch
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the operations of a pack's forward, and of forward and backward, by operator, as torch counts them."""
-    config = ParallelConfig()
+    place: parallel.Place, model: Path, config: ParallelConfig, recompute: int, batch: PackedBatch
+) -> tuple[int, int]:
+    """Return the operations of matrix products of a pack on this rank: forward; forward and backward.
+
+    Attention on the CPU is dense within a document: its products count as squares, not triangles.
+    """
     with parallel.join(place, config).watching():
         [policy] = _policy(model, config, "fp32", recompute)
-        answers = []
+        counts = []
         for train in (False, True):
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-                logprobs_N = policy(batch)
+            counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
+            with counter, torch.set_grad_enabled(train):
+                loss = policy(batch, SFT(SFTConfig()) if train else None)
                 if train:
-                    logprobs_N.sum().backward()
-            found: dict[str, int] = {}
-            for operator, count in counter.get_flop_counts()["Global"].items():
-                found[str(operator)] = found.get(str(operator), 0) + count
-            answers.append(found)
+                    loss.loss.backward()
+            counts.append(counter.get_total_flops())
     parallel.leave()
-    return answers[0], answers[1]
+    return counts[0], counts[1]
+
+
+def _sum_of_products(total: Any, a: Any, b: Any, *, out_val: Any = None, **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _attention_products(products: int) -> Any:
+    def count(*shapes: Any, out_val: Any = None, **_: Any) -> int:
+        q, k = [shape for shape in shapes if isinstance(shape, torch.Size) and len(shape) == 4][-3:-1]
+        return products * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    return count
+
+
+_aten = torch.ops.aten
+_UNKNOWN_TO_TORCH = {
+    _aten.addmm_: _sum_of_products,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_products(2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_products(5),
+}
