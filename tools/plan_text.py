@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-from megatron_align.cost.memory import CONTEXT, FRAGMENTATION, GIB, StageMemory
+from megatron_align.cost.memory import CONTEXT, FRAGMENTATION, GIB
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.search import Ask, Candidate, candidates, enough, evaluate, plain
+from megatron_align.cost.search import Ask, Candidate, candidates, enough, evaluate
 from megatron_align.cost.state import parameter_count
+from megatron_align.cost.text import PARTS, columns, layout, memory_table, recomputation, step_text
 from megatron_align.cost.time import LINKS, mfu, one_pass_seconds
 from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import scoring_passes, step_flops
 from megatron_align.errors import InputError
-
-_PARTS = tuple(f.name for f in fields(StageMemory))
 
 
 def head(ask: Ask, chip: str, told: str) -> str:
@@ -50,25 +47,12 @@ def own_layout(ask: Ask) -> str:
     one = evaluate(ask, placement)
     verdict = "fits" if one.peak <= ask.bytes else "does not fit"
     lines = [
-        f"\nthe layout of the configuration: {plain(parallel)} x data {placement.data}, {_recompute(placement)}: "
+        f"\nthe layout of the configuration: {layout(parallel, placement.data)}, {recomputation(placement)}: "
         f"{verdict}",
         memory_table(one.memory),
         *step_lines(ask, one),
     ]
     return "\n".join(lines)
-
-
-def memory_table(memory: tuple[StageMemory, ...]) -> str:
-    """Return GiB of one rank of each pipeline stage; stages that are alike share a line."""
-    rows = [("stage", *_PARTS, "needed")]
-    first = 0
-    for stage, one in enumerate(memory):
-        if stage + 1 < len(memory) and memory[stage + 1] == one:
-            continue
-        name = str(stage) if first == stage else f"{first}-{stage}"
-        rows.append((name, *(f"{getattr(one, part) / GIB:.2f}" for part in _PARTS), f"{one.total / GIB:.2f}"))
-        first = stage + 1
-    return "GiB per rank\n" + _aligned(rows)
 
 
 def step_lines(ask: Ask, one: Candidate) -> list[str]:
@@ -79,10 +63,7 @@ def step_lines(ask: Ask, one: Candidate) -> list[str]:
     moved = traffic(placement, work.pack_tokens)
     seconds = one.time.total
     lines = [
-        f"a step     {work.samples:,} samples, {work.tokens:,} tokens, {work.scored:,} scored, "
-        f"{work.micro_batches} micro-batches of {work.pack_tokens:,} tokens on each of {placement.data} data ranks, "
-        f"{1 - work.tokens / work.padded_tokens:.1%} padding",
-        f"operations {flops.model:.4g} that the model needs, {flops.executed:.4g} that are run",
+        step_text(placement, work, flops),
         f"each rank  sends {_mib(moved.tensor)} tensor and {_mib(moved.context)} context a layer and micro-batch, "
         f"{_mib(moved.pipeline)} to the next stage a micro-batch, {_mib(moved.data)} data a step",
         f"estimated  {seconds:.3g} s a step, {work.tokens / seconds:,.0f} tokens/s, "
@@ -113,7 +94,7 @@ def table(ask: Ask, found: list[Candidate]) -> str:
                 why(ask, one),
             )
         )
-    return "\nlayouts that fit, quickest first\n" + _aligned(rows)
+    return "\nlayouts that fit, quickest first\n" + columns(rows, last_is_text=True)
 
 
 def why(ask: Ask, one: Candidate) -> str:
@@ -132,24 +113,20 @@ def nothing_fits(ask: Ask) -> str:
     least = min(every, key=lambda one: one.peak)
     stage = max(range(len(least.memory)), key=lambda at: least.memory[at].total)
     fullest = least.memory[stage]
-    part = max(_PARTS, key=lambda name: getattr(fullest, name))
+    part = max(PARTS, key=lambda name: getattr(fullest, name))
     lines = [
         f"\nnothing fits: the least that {ask.gpus} GPUs need is {least.peak / GIB:.1f} GiB each, "
         f"{(least.peak - ask.bytes) / GIB:.1f} more than there are",
-        f"  with {plain(least.placement.parallel)} x data {least.placement.data}, {_recompute(least.placement)}; "
+        f"  with {layout(least.placement.parallel, least.placement.data)}, {recomputation(least.placement)}; "
         f"most of it is {part}, {getattr(fullest, part) / GIB:.1f} GiB on stage {stage}",
     ]
     if larger := enough(ask):
+        placement = larger.placement
         lines.append(
-            f"  {larger.placement.world_size} GPUs would do: {plain(larger.placement.parallel)} x data "
-            f"{larger.placement.data}, {_recompute(larger.placement)}, {larger.peak / GIB:.1f} GiB each"
+            f"  {placement.world_size} GPUs would do: {layout(placement.parallel, placement.data)}, "
+            f"{recomputation(placement)}, {larger.peak / GIB:.1f} GiB each"
         )
     return "\n".join(lines)
-
-
-def _recompute(placement: Placement) -> str:
-    k = placement.recompute_layers
-    return f"one checkpoint per {k} layers" if k else "activations kept"
 
 
 def _shares(one: Candidate) -> str:
@@ -160,15 +137,3 @@ def _shares(one: Candidate) -> str:
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    """Lay rows out in columns, numbers to the right, the last column as it is if it is text."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        if rows[0][-1] == "why":
-            cells[-1] = row[-1]
-        lines.append("  " + "  ".join(cells))
-    return "\n".join(lines)

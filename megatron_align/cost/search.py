@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_align.config import ParallelConfig, RunConfig
+from megatron_align.config import RunConfig
 from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.memory import StageMemory, stage_memory
@@ -182,13 +182,3 @@ def _chunks(layers: int, pipeline: int) -> list[int | None]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def plain(parallel: ParallelConfig) -> str:
-    """Return a layout in words."""
-    parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
-    if parallel.context > 1:
-        parts.append(f"context {parallel.context}")
-    if parallel.virtual_pipeline:
-        parts.append(f"virtual pipeline {parallel.virtual_pipeline}")
-    return " x ".join(parts)

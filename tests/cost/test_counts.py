@@ -4,9 +4,10 @@ Ranks run the real model on CPU; nothing here is a tolerance, as nothing is roun
 """
 
 import pytest
+import torch
 
 from megatron_align.config import ParallelConfig
-from megatron_align.cost.activations import stage_bytes
+from megatron_align.cost.activations import rope_bytes, stage_bytes
 from megatron_align.cost.flops import (
     executed_flops,
     forward_flops,
@@ -15,8 +16,10 @@ from megatron_align.cost.flops import (
 )
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, parameter_count, state_bytes
+from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
 from tests.harness import costs
+from tests.harness.sizes import CONFIGS, write_config
 
 LENGTHS = [40, 23, 65]
 TOKENS = sum(LENGTHS)
@@ -101,8 +104,6 @@ def test_activations(pool, tiny_models, variant, options, precision, recompute):
 @pytest.mark.parametrize("options, precision", [({}, "bf16"), ({"tensor": 2}, "fp32")])
 def test_checkpoints_of_merged_layers(pool, tiny_models, options, precision):
     """The rotary tables are held too, by what is run again rather than by autograd."""
-    from megatron_align.cost.activations import rope_bytes
-
     model = tiny_models("qwen2_tied")
     placement = placed(model, options, options.get("tensor", 1), precision, 2)
     batch = costs.one_pack(LENGTHS, TOKENS)
@@ -126,10 +127,7 @@ def test_operations(pool, tiny_models, options, recompute):
 
 def test_weights_of_known_models(tmp_path):
     """transformers builds the models on the meta device and counts."""
-    import torch
     from transformers import AutoModelForCausalLM
-
-    from tests.harness.sizes import CONFIGS, write_config
 
     for name in ("qwen2_0_5b", "llama3_70b"):
         with torch.device("meta"):
@@ -139,11 +137,14 @@ def test_weights_of_known_models(tmp_path):
 
 
 def test_visible_keys():
-    from megatron_align.kernels import PackedLayout
-
+    """Attention without preference spreads a token's weight over all that it sees, and over nothing else."""
     groups = [(5, [3, 2]), (0, [7]), (4, [1, 1, 6])]
-    layout = PackedLayout.from_groups(groups)
-    counted = sum(sample_visible_keys(prompt, completions) for prompt, completions in groups)
-    assert counted == int(layout.mask().sum())
-    alone = PackedLayout.from_lengths([8, 7])
-    assert sample_visible_keys(5, [3, 2], shared=False) == int(alone.mask().sum())
+    shared = PackedLayout.from_groups(groups)
+    assert _seen(shared) == sum(sample_visible_keys(prompt, own) for prompt, own in groups)
+    assert _seen(PackedLayout.from_lengths([8, 7])) == sample_visible_keys(5, [3, 2], shared=False)
+
+
+def _seen(layout):
+    q_THD = torch.zeros(layout.tokens, 1, layout.tokens)
+    values_THD = torch.eye(layout.tokens)[:, None]
+    return packed_attention_reference(q_THD, q_THD, values_THD, layout).count_nonzero().item()
