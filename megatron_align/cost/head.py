@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from megatron_align.cost.placement import Placement
+from megatron_align.kernels.token_logprobs.passes import SLAB_BYTES
 from megatron_align.model.families import padded_vocab
-
-SLAB_BYTES = 2**30  # of logits on a GPU: kernels.token_logprobs.passes.SLAB_BYTES, which a test compares
 
 
 def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
@@ -31,6 +30,10 @@ def slab_bytes(placement: Placement, scored_rows: int) -> int:
     """Return the bytes of a slab of logits on one tensor-parallel rank."""
     columns = padded_vocab(placement.shape.vocab_size, placement.parallel.tensor) // placement.parallel.tensor
     row = columns * placement.itemsize
-    most = max(1, SLAB_BYTES // row)
-    most = most if most < 128 else most - most % 128
-    return min(most, scored_rows) * row
+    return min(_slab_rows(row), scored_rows) * row
+
+
+def _slab_rows(row_bytes: int) -> int:
+    """Return how many rows a slab has on a GPU, as :func:`megatron_align.kernels.slab_rows`, which needs a tensor."""
+    rows = max(1, SLAB_BYTES["cuda"] // row_bytes)
+    return rows if rows < 128 else rows - rows % 128

@@ -47,11 +47,21 @@ def _tensor(placement: Placement, tokens: int) -> int:
     parallel = placement.parallel
     if parallel.tensor == 1:
         return 0
-    whole = placement.itemsize * (tokens // parallel.context) * placement.shape.hidden_size
-    once = whole * (parallel.tensor - 1) // parallel.tensor
-    forward = 2 * 2 * once  # with or without sequence parallel: an all-reduce is a scatter and a gather
-    backward = forward + (2 * once if placement.sequence_ranks > 1 else 0)
-    return forward * (2 if placement.recompute_layers else 1) + backward
+    shape, t = placement.shape, tokens // parallel.context
+    times = 2 if placement.recompute_layers else 1
+
+    def once(columns: int) -> int:
+        return placement.itemsize * t * columns * (parallel.tensor - 1) // parallel.tensor
+
+    hidden = once(shape.hidden_size)
+    forward = 2 * 2 * hidden  # with or without sequence parallel: an all-reduce is a scatter and a gather
+    backward = forward + (2 * hidden if placement.sequence_ranks > 1 else 0)
+    if (
+        shape.num_query_groups < parallel.tensor
+    ):  # ranks that share a key/value head gather the whole projection
+        projection = once((shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim)
+        forward, backward = forward + projection, backward + projection
+    return times * forward + backward
 
 
 def _context(placement: Placement, tokens: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -163,3 +165,35 @@ _UNKNOWN_TO_TORCH = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_products(2),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_products(5),
 }
+
+
+def sent_bytes(
+    place: parallel.Place, model: Path, config: ParallelConfig, recompute: int, batch: PackedBatch
+) -> int:
+    """Return the bytes that this rank's tensor-parallel collectives send in a forward and backward of all layers."""
+    from megatron.core.tensor_parallel import layers, mappings
+
+    shares = {"dist_all_gather_func": 1, "dist_reduce_scatter_func": 1}
+    sent = 0
+
+    def counting(function: Any, times: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal sent
+            group = options.get("group")
+            whole = max(_bytes(x) for x in args if isinstance(x, torch.Tensor))
+            sent += times * whole * (group.size() - 1) // group.size()
+            return function(*args, **options)
+
+        return call
+
+    with parallel.join(place, config).watching(), ExitStack() as stack:
+        [policy] = _policy(model, config, "fp32", recompute)
+        for module in (layers, mappings):
+            for name, times in shares.items():
+                changed = counting(getattr(module, name), times)
+                stack.enter_context(mock.patch.object(module, name, changed))
+        changed = counting(torch.distributed.all_reduce, 2)
+        stack.enter_context(mock.patch.object(torch.distributed, "all_reduce", changed))
+        policy._hidden(batch).sum().backward()
+    parallel.leave()
+    return sent
