@@ -153,7 +153,7 @@ def stage_bytes(
         chunk = chunks[at * len(chunks) // in_flight]  # the schedule goes through all chunks in equal measure
         held += rope_bytes(placement, tokens)
         held += embedding_bytes(placement, tokens) if chunk.embeds else 0
-        held += chunk.layers // k * boundary if k else chunk.layers * layer
+        held += -(-chunk.layers // k) * boundary if k else chunk.layers * layer
         if not (chunk.embeds or k):
             held += boundary if placement.precision == "bf16" else 0  # what was received; fp32 norms keep it
         held += (

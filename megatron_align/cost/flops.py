@@ -94,20 +94,3 @@ def executed_flops(forward: Forward, recompute: bool) -> float:
 def padded_vocabulary(placement: Placement) -> int:
     """Return the vocabulary that is computed."""
     return padded_vocab(placement.shape.vocab_size, placement.parallel.tensor)
-
-
-def sample_visible_keys(prompt: int, completions: list[int], shared: bool = True) -> int:
-    """Return the pairs of a token and a token it sees in one sample.
-
-    Args:
-        prompt: tokens of the prompt; 0 for chat.
-        completions: tokens of each completion; of a chat sample, all of its tokens.
-        shared: the prompt is computed once for all completions.
-    """
-    if not shared:
-        return sum(_triangle(prompt + own) for own in completions)
-    return _triangle(prompt) + sum(own * prompt + _triangle(own) for own in completions)
-
-
-def _triangle(tokens: int) -> int:
-    return tokens * (tokens + 1) // 2

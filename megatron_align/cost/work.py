@@ -17,11 +17,10 @@ from megatron_align.cost.flops import (
     forward_flops,
     model_flops,
     padded_vocabulary,
-    sample_visible_keys,
 )
 from megatron_align.cost.placement import Placement
-from megatron_align.data.batch import step_order
-from megatron_align.data.plan import attention_cost, plan_step
+from megatron_align.data.batch import StepCounts, seen_by, step_order
+from megatron_align.data.plan import attention_cost, plan_step, visible_keys
 from megatron_align.data.store import TokenStore
 from megatron_align.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig
 
@@ -50,6 +49,19 @@ class Work:
     scored: int
     padded_tokens: int
 
+    @classmethod
+    def of_counts(cls, counts: StepCounts, ranks: int, *, reward: bool) -> Work:
+        """Return the work of a step that is trained, from what its packs were counted to hold."""
+        return cls(
+            samples=counts.samples,
+            micro_batches=counts.micro_batches,
+            pack_tokens=counts.padded_tokens // (ranks * counts.micro_batches),
+            tokens=counts.laid_tokens,
+            visible_keys=counts.visible_keys,
+            scored=counts.completions if reward else counts.scored_tokens,
+            padded_tokens=counts.padded_tokens,
+        )
+
 
 WorkOf = Callable[[Placement], list[Work]]
 
@@ -70,7 +82,7 @@ def full_packs(config: RunConfig) -> WorkOf:
                 micro_batches=micro_batches,
                 pack_tokens=padded,
                 tokens=samples * length,
-                visible_keys=samples * sample_visible_keys(0, [length]),
+                visible_keys=samples * visible_keys(0, [length]),
                 scored=samples * (2 if reward else length),
                 padded_tokens=placement.data * micro_batches * padded,
             )
@@ -87,7 +99,7 @@ def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
     picked = np.unique(np.linspace(0, steps - 1, min(SAMPLED_STEPS, steps)).astype(int)).tolist()
     samples = [order.samples(step) for step in picked]
     lengths_S = store.lengths if data.share_prefix else store.duplicated_lengths
-    seen = [sum(_visible(store, int(i), data.share_prefix) for i in samples_B) for samples_B in samples]
+    seen = [seen_by(store, samples_B, data.share_prefix) for samples_B in samples]
 
     @lru_cache(maxsize=256)
     def lie(ranks: int, multiple: int, rounds: int) -> list[Work]:
@@ -99,17 +111,13 @@ def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
     return lambda placement: lie(placement.data, placement.token_multiple, placement.micro_batch_multiple)
 
 
-def _visible(store: TokenStore, i: int, shared: bool) -> int:
-    return sample_visible_keys(int(store.prompt_lengths[i]), store.completion_lengths(i).tolist(), shared)
-
-
 def _lie(  # noqa: PLR0913 - one call, of what is known of one step
     store: TokenStore,
     config: RunConfig,
     samples_B: np.ndarray,
     lengths_S: np.ndarray,
     share: tuple[int, int, int],
-    visible_keys: int,
+    seen: int,
 ) -> Work:
     ranks, multiple, rounds = share
     lengths_B, counts_B = lengths_S[samples_B], store.completion_counts[samples_B]
@@ -132,7 +140,7 @@ def _lie(  # noqa: PLR0913 - one call, of what is known of one step
         micro_batches=micro_batches,
         pack_tokens=plan.tokens,
         tokens=int(lengths_B.sum()),
-        visible_keys=visible_keys,
+        visible_keys=seen,
         scored=int((counts_B if reward else store.scored_counts[samples_B]).sum()),
         padded_tokens=ranks * micro_batches * plan.tokens,
     )

@@ -14,13 +14,18 @@ from megatron_align.config import (
     ReferenceConfig,
     RunConfig,
     TrainConfig,
+    parse,
 )
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.head import slab_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import step_time
 from megatron_align.cost.traffic import traffic
-from megatron_align.cost.work import full_packs, scoring_passes, step_flops
+from megatron_align.cost.work import Work, full_packs, of_store, scoring_passes, step_flops
+from megatron_align.data.batch import Share, StepBatches
+from megatron_align.data.prepare import prepare
+from megatron_align.data.spec import StoreSpec
+from megatron_align.data.store import TokenStore
 from megatron_align.kernels import slab_rows
 from megatron_align.kernels.token_logprobs import passes
 from megatron_align.model.families import read_shape
@@ -28,7 +33,7 @@ from megatron_align.objectives import OBJECTIVES, BCOConfig, DPOConfig, KTOConfi
 from megatron_align.training.build import build_objective
 from tests.harness import costs
 from tests.harness.sizes import write_config
-from tests.harness.tiny import make_model
+from tests.harness.tiny import make_model, run_arguments, write_chat, write_pairs
 
 
 def placed(model, data=1, precision="bf16", recompute=0, **options):
@@ -134,3 +139,26 @@ def test_time_follows_from_operations_and_bytes(seven):
         step_time(piped, work, chip).bubble
         > step_time(placed(seven, data=2, pipeline=4, virtual_pipeline=7), work, chip).bubble
     )
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "reward"])
+def test_the_work_planned_is_the_work_done(tiny_models, tmp_path, objective):
+    """A plan reads the index alone; the steps of a run count what their packs hold."""
+    write = write_chat if objective == "sft" else write_pairs
+    data = write(tmp_path / "data.jsonl")
+    options = {
+        "objective__name": objective,
+        "parallel__tensor": 2,
+        "data__share_prefix": objective != "reward",
+    }
+    config = parse(run_arguments(tiny_models("qwen2_untied"), data, tmp_path / "run", **options))
+    store = TokenStore(prepare(StoreSpec.of_run(config, "train", config.model.path)))
+    shape = read_shape(config.model.path)
+    placement = Placement.of_run(config, shape.as_reward() if objective == "reward" else shape, 4)
+    share = Share(ranks=placement.data, multiple=placement.token_multiple)
+    steps = StepBatches(store, config.data, config.train, config.data.train, "sample", share)
+    done = [
+        Work.of_counts(steps.step(step).counts, placement.data, reward=objective == "reward")
+        for step in range(config.train.steps)
+    ]
+    assert of_store(store, config)(placement) == done

@@ -120,8 +120,10 @@ def test_preemption_is_handed_to_the_ranks_and_the_job_goes_back(slurm, tmp_path
     """A stand-in for training writes down the signal as training does: it saves, leaves the marker and ends."""
     run, started = tmp_path / "run", tmp_path / "started"
     run.mkdir()
-    package = tmp_path / "stub" / "megatron_align"
+    stub = tmp_path / "stub"  # the job is submitted from there
+    package = stub / "megatron_align"
     package.mkdir(parents=True)
+    (stub / "examples").symlink_to(ROOT / "examples")
     (package / "__init__.py").write_text("")
     (package / "train.py").write_text(
         "import os, pathlib, signal, sys, time\n"
@@ -138,7 +140,7 @@ def test_preemption_is_handed_to_the_ranks_and_the_job_goes_back(slurm, tmp_path
     config.write_text("")
     job = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch", config, run],
-        env={**slurm, "PYTHONPATH": str(tmp_path / "stub")},
+        env={**slurm, "PYTHONPATH": str(stub), "SLURM_SUBMIT_DIR": str(stub)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
