@@ -393,7 +393,8 @@ def parse(arguments: list[str]) -> RunConfig:
     sections = {**_SECTIONS, "objective": OBJECTIVES[name]}
     parser = ArgumentParser(
         prog="python -m megatron_align.train",
-        description="Train a model: torchrun --nproc-per-node N -m megatron_align.train --config run.yaml",
+        description="Train a model: torchrun --nproc-per-node N -m megatron_align.train --config run.yaml. With "
+        "--dry_run[=RANKS] nothing is trained: all is checked, and layout, batch, memory and steps are printed.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with the sections below")

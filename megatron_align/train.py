@@ -1,5 +1,8 @@
 """Train a model: ``torchrun --nproc-per-node N -m megatron_align.train --config run.yaml [--section.key value]``.
 
+``--dry_run`` checks all of it, prints layout, batch, memory and steps, and stops; ``--dry_run=64``: as if on 64
+ranks. Without a launcher it takes the fewest ranks that the layout needs.
+
 Exit codes: 0 done; 85 asked to stop by a signal, saved, wants to be started again; 2 bad input, one line says what;
 1 any other fault. torchrun turns each into 1: the file ``checkpoint.dir/requeue`` says the same as 85.
 Heavy imports wait until the arguments have been read.
@@ -11,6 +14,8 @@ import os
 import sys
 import time
 import warnings
+
+DRY_RUN = "--dry_run"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,8 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     rank = os.environ.get("RANK", "0")
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        arguments, dry, ranks = _dry_run(sys.argv[1:] if arguments is None else arguments)
+        config = parse(arguments)
         from megatron_align.model.parallel import AlreadyReported, Place, RankLost
+
+        if dry:
+            from megatron_align.training.dry_run import dry_run
+
+            dry_run(config, Place.from_environment(), ranks)
+            return 0
         from megatron_align.training.loop import run
         from megatron_align.training.memory import OutOfMemory
         from megatron_align.training.stop import EXIT_REQUEUE
@@ -42,6 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
     except InputError as error:
         return _fail(rank, error, 2)
+
+
+def _dry_run(arguments: list[str]) -> tuple[list[str], bool, int | None]:
+    """Split off ``--dry_run`` or ``--dry_run=RANKS``, which belongs to a launch and not to a run's configuration."""
+    from megatron_align.errors import InputError
+
+    asked = [argument for argument in arguments if argument.partition("=")[0] == DRY_RUN]
+    rest = [argument for argument in arguments if argument not in asked]
+    ranks = asked[-1].partition("=")[2] if asked else ""
+    if ranks and not (ranks.isdecimal() and int(ranks) >= 1):
+        raise InputError(f"{DRY_RUN}=RANKS needs a positive whole number, got '{ranks}'")
+    return rest, bool(asked), int(ranks) if ranks else None
 
 
 def _fail(rank: str, error: Exception, code: int) -> int:

@@ -17,7 +17,7 @@ FLOORS = [
         "megatron_align.records",
     ],
     ["megatron_align.data", "megatron_align.model", "megatron_align.losses"],
-    ["megatron_align.checkpoint"],
+    ["megatron_align.checkpoint", "megatron_align.cost"],
     ["megatron_align.training"],
     ["megatron_align.train"],
     ["megatron_align.tools", "examples"],

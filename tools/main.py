@@ -16,6 +16,7 @@ ABOUT = "Tools around alignment training; the training itself is: torchrun -m me
 TOOLS = {
     "convert": "Hugging Face folder <-> checkpoint, and proof that both hold the same model",
     "merge": "merge Hugging Face folders into one: model stock, task arithmetic, linear and others",
+    "plan": "say what a run takes in memory and time, and which layouts fit",
     "prepare": "tokenise data once, before training, and report what it holds",
     "report": "draw the metrics of one run or several: a page that needs nothing else, and pictures",
 }

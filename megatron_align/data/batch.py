@@ -14,7 +14,7 @@ import numpy as np
 from megatron_align.config import DataConfig, DataSource, TrainConfig
 from megatron_align.data.order import EpochOrder, SampleSteps, TokenSteps, passes_per_epoch
 from megatron_align.data.pack import Columns, pack
-from megatron_align.data.plan import StepPlan, attention_cost, plan_step
+from megatron_align.data.plan import StepPlan, attention_cost, plan_step, visible_keys
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
 from megatron_align.records import PackedBatch, Sample
@@ -89,6 +89,14 @@ def _laid_lengths(store: TokenStore, data: DataConfig) -> np.ndarray:
     return store.lengths if data.share_prefix else store.duplicated_lengths
 
 
+def seen_by(store: TokenStore, samples_B: np.ndarray, shared: bool) -> int:
+    """Return the pairs of a token and a token it sees within some samples, see :func:`visible_keys`."""
+    return sum(
+        visible_keys(int(store.prompt_lengths[i]), store.completion_lengths(int(i)).tolist(), shared)
+        for i in samples_B
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
     """Whose packs are wanted.
@@ -116,6 +124,8 @@ class StepCounts:
     padded_tokens: int  # computed, padding included
     duplicated_tokens: int  # of samples, a prompt counted once per completion
     scored_tokens: int
+    completions: int
+    visible_keys: int  # pairs of a token and a token it sees, without padding
     weight: float  # what the loss was divided by, see step_weight
     micro_batches: int  # per rank
 
@@ -216,6 +226,8 @@ class StepBatches:
             padded_tokens=len(plan.packs) * len(batches) * plan.tokens,
             duplicated_tokens=int(store.duplicated_lengths[samples_B].sum()),
             scored_tokens=int(scored_B.sum()),
+            completions=len(completions.stored_C),
+            visible_keys=seen_by(store, samples_B, self.data.share_prefix),
             weight=step_weight(scored_B, self.normalization, weights_B),
             micro_batches=len(batches),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,23 @@ def attention_cost(
     own_B = lengths_B - prompts_B
     times_B = np.ones_like(completions_B) if shared else completions_B
     return times_B * prompts_B**2 + 2 * prompts_B * own_B + own_B**2 // completions_B
+
+
+def visible_keys(prompt: int, completions: Sequence[int], shared: bool = True) -> int:
+    """Return the pairs of a token and a token that it sees (itself among them) in one sample.
+
+    Args:
+        prompt: tokens of the prompt; 0 for chat.
+        completions: tokens of each completion; of a chat sample, all of its tokens.
+        shared: the prompt is computed once for all completions.
+    """
+
+    def triangle(tokens: int) -> int:
+        return tokens * (tokens + 1) // 2
+
+    if not shared:
+        return sum(triangle(prompt + own) for own in completions)
+    return triangle(prompt) + sum(own * prompt + triangle(own) for own in completions)
 
 
 def plan_step(  # noqa: PLR0913 - one call per step; the sizes are scalars that belong together

@@ -65,7 +65,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     check_logging(config.logging)
     weights, assets = locate(config.model.path)
     start = read_shape(assets)
-    shape = _trained_shape(start, config, assets)
+    shape = trained_shape(start, config, assets)
     megatron = transformer_config(
         shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers
     )
@@ -110,7 +110,7 @@ def locate(path: str) -> tuple[Path, Path]:
     return (checkpoint, checkpoint / sharded.ASSETS) if checkpoint else (Path(path), Path(path))
 
 
-def _trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:
+def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:
     """Return the shape of what the objective trains: a reward model may start from a language model."""
     if config.objective.name == "reward":
         return start.as_reward()

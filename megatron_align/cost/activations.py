@@ -1,0 +1,172 @@
+"""Bytes of activations: what autograd keeps of a layer, and what a pipeline stage holds of them at once.
+
+Counted tensor by tensor as the modules save them (no fused norms or SwiGLU); tests hold the counts against the
+storages that autograd really keeps. Units: bytes, of one rank.
+
+Letters: t tokens of this rank's part of a pack, s of them between the tensor-parallel regions (t / TP under sequence
+parallel), h hidden, q and kv columns of queries and of keys on this rank, f columns of the MLP on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_align.cost.placement import Placement
+
+FP32 = 4
+Attention = Literal[
+    "triton", "per_document"
+]  # our kernels, or the CPU's path, which repeats keys for each head
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The letters above, and b bytes of an activation."""
+
+    t: int
+    s: int
+    h: int
+    q: int
+    kv: int
+    f: int
+    heads: int
+    b: int
+
+    @classmethod
+    def of(cls, placement: Placement, tokens: int) -> Sizes:
+        """Return the sizes for a pack of ``tokens`` (padded)."""
+        shape, parallel = placement.shape, placement.parallel
+        t = tokens // parallel.context
+        return cls(
+            t=t,
+            s=t // placement.sequence_ranks,
+            h=shape.hidden_size,
+            q=shape.num_heads * shape.head_dim // parallel.tensor,
+            # with fewer key/value heads than ranks, each rank holds the whole one that it needs
+            kv=max(shape.num_query_groups // parallel.tensor, 1) * shape.head_dim,
+            f=shape.ffn_size // parallel.tensor,
+            heads=shape.num_heads // parallel.tensor,
+            b=placement.itemsize,
+        )
+
+
+def boundary_bytes(placement: Placement, tokens: int) -> int:
+    """Return the hidden states between two layers: what a checkpoint keeps and what a stage sends."""
+    x = Sizes.of(placement, tokens)
+    return x.b * x.s * x.h
+
+
+def layer_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
+    """Return what one layer keeps for its backward without recomputation."""
+    x = Sizes.of(placement, tokens)
+    inputs = 2 * x.b * x.s * x.h  # of the two linears that follow the norms
+    return 2 * _norm(x) + inputs + _attention(placement, x, attention) + _mlp(x)
+
+
+def _norm(x: Sizes) -> int:
+    """Keep the fp32 input (in fp32 as it came, in bf16 a copy), the normalised one, and the factor of each token."""
+    return (FP32 + x.b) * x.s * x.h + FP32 * x.s
+
+
+def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
+    """Keep the rotated q and k, v, the output, and the log-sum-exp of each query."""
+    shape = placement.shape
+    kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
+    keeps_projection = attention == "triton"  # v is a view of it
+    if attention == "per_document":
+        kept += (
+            3 * x.b * x.t * x.q
+        )  # keys and values for each head, and the documents' outputs before they join
+    else:
+        kept += x.b * x.t * x.kv
+    if shape.qk_norm:
+        # The norm of each head: its output is not kept, as rotation needs none of it. In fp32 its inputs are kept as
+        # they came: a copy of q, and k within the projection.
+        columns = x.q + x.kv
+        keeps_projection |= placement.precision == "fp32"
+        inputs = x.q if placement.precision == "fp32" else columns
+        kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // shape.head_dim
+    if keeps_projection:
+        kept += _qkv(placement, x)
+    if (context := placement.parallel.context) > 1:
+        # allgather: keys and values of the whole pack; ulysses keeps less. Not held against a measurement yet.
+        kept += 2 * x.b * x.t * (context - 1) * x.kv
+    return kept
+
+
+def _qkv(placement: Placement, x: Sizes) -> int:
+    """Return the projection that v is a view of, and keeps whole; gathered where ranks share a key/value head."""
+    shape, tensor = placement.shape, placement.parallel.tensor
+    columns = (shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim
+    return x.b * x.t * (columns // tensor if shape.num_query_groups >= tensor else columns)
+
+
+def _mlp(x: Sizes) -> int:
+    """Keep gate and up projection, silu(gate), up once more (megatron-core adds its offset of 0), their product."""
+    return 5 * x.b * x.t * x.f
+
+
+def layer_workspace(placement: Placement, tokens: int) -> int:
+    """Return what the backward of a layer holds for a moment, at its widest: within the MLP.
+
+    The gradients of silu(gate), up, gate, and of both joined; the gradient of the projection's weight before it is
+    added to the buffer; and the gathered input under sequence parallel.
+    """
+    x = Sizes.of(placement, tokens)
+    weight = x.b * 2 * x.f * x.h
+    gathered = x.b * x.t * x.h if placement.sequence_ranks > 1 else 0
+    return 5 * x.b * x.t * x.f + weight + gathered
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBytes:
+    """Of one rank.
+
+    Args:
+        held: of all micro-batches that wait for their backward.
+        recomputed: of the layers that are made again at one time.
+    """
+
+    held: int
+    recomputed: int
+
+
+def stage_bytes(
+    placement: Placement, stage: int, tokens: int, micro_batches: int, attention: Attention = "triton"
+) -> ActivationBytes:
+    """Return what a pipeline stage holds when it holds most.
+
+    Args:
+        placement: of the model.
+        stage: 0-based.
+        tokens: padded length of a pack.
+        micro_batches: of a step, per data-parallel rank.
+        attention: which path attention takes.
+    """
+    chunks = placement.chunks(stage)
+    layer, boundary = layer_bytes(placement, tokens, attention), boundary_bytes(placement, tokens)
+    in_flight = placement.in_flight(stage, micro_batches)
+    k = placement.recompute_layers
+    held = 0
+    for at in range(in_flight):
+        chunk = chunks[at * len(chunks) // in_flight]  # the schedule goes through all chunks in equal measure
+        held += rope_bytes(placement, tokens)
+        held += embedding_bytes(placement, tokens) if chunk.embeds else 0
+        held += -(-chunk.layers // k) * boundary if k else chunk.layers * layer
+        if not (chunk.embeds or k):
+            held += boundary if placement.precision == "bf16" else 0  # what was received; fp32 norms keep it
+        held += (
+            _norm(Sizes.of(placement, tokens)) if chunk.ends else boundary
+        )  # the final norm, or what was sent
+    return ActivationBytes(held=held, recomputed=k * layer)
+
+
+def rope_bytes(placement: Placement, tokens: int) -> int:
+    """Return the tables of rotary positions, fp32 cosine and sine, once for all layers of a pack."""
+    return 2 * FP32 * tokens // placement.parallel.context * placement.shape.head_dim
+
+
+def embedding_bytes(placement: Placement, tokens: int) -> int:
+    """Return the places that the embedding keeps, int64, and which of them are other ranks', a byte each."""
+    return (8 + (placement.parallel.tensor > 1)) * tokens // placement.parallel.context

@@ -1,0 +1,58 @@
+"""Named chips: peaks from the makers' data sheets. What of a peak is reached is assumed elsewhere, not here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_align.errors import InputError, nearest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """A GPU.
+
+    Args:
+        bf16: dense bf16 tensor-core peak, operations per second.
+        bandwidth: of memory, bytes per second.
+        link: to the GPUs of the same node, bytes per second in one direction.
+        network: to other nodes, bytes per second in one direction for each GPU: one network card a GPU.
+        source: of the first three.
+    """
+
+    bf16: float
+    bandwidth: float
+    link: float
+    network: float
+    source: str
+
+
+# NVLink is quoted as the sum of both directions: halved here. Dense peaks: half of those quoted "with sparsity".
+CHIPS = {
+    "a100": Chip(
+        bf16=312e12, bandwidth=2.039e12, link=300e9, network=25e9, source="NVIDIA A100 80GB SXM data sheet"
+    ),
+    "a800": Chip(
+        bf16=312e12, bandwidth=2.039e12, link=200e9, network=25e9, source="NVIDIA A800 80GB SXM data sheet"
+    ),
+    "h100": Chip(
+        bf16=989e12, bandwidth=3.35e12, link=450e9, network=50e9, source="NVIDIA H100 SXM data sheet"
+    ),
+    "h800": Chip(
+        bf16=989e12, bandwidth=3.35e12, link=200e9, network=50e9, source="NVIDIA H800 SXM data sheet"
+    ),
+    "h200": Chip(
+        bf16=989e12, bandwidth=4.8e12, link=450e9, network=50e9, source="NVIDIA H200 SXM data sheet"
+    ),
+    "b200": Chip(
+        bf16=2250e12, bandwidth=8.0e12, link=900e9, network=50e9, source="NVIDIA DGX B200 data sheet"
+    ),
+}
+
+
+def chip(name: str) -> Chip:
+    """Return a chip by name. Raises InputError for an unknown one, naming the nearest."""
+    if name.lower() not in CHIPS:
+        raise InputError(
+            f"--chip must be one of {', '.join(CHIPS)}; got '{name}'{nearest(name.lower(), list(CHIPS))}"
+        )
+    return CHIPS[name.lower()]

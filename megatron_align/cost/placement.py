@@ -1,0 +1,126 @@
+"""A model on a layout: where its layers and tensors lie, which every count starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_align.config import ParallelConfig, RunConfig
+from megatron_align.model.families import ModelShape
+
+BYTES = {"bf16": 2, "fp32": 4}  # of a weight or an activation
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One model chunk of a pipeline stage."""
+
+    layers: int
+    embeds: bool  # it begins with the embedding
+    ends: bool  # it ends with the final norm and the head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A model on a layout.
+
+    Args:
+        shape: of the model.
+        parallel: the layout.
+        data: data-parallel ranks.
+        precision: of weights and activations.
+        recompute_layers: 0: activations are kept; k: one checkpoint per k layers.
+    """
+
+    shape: ModelShape
+    parallel: ParallelConfig
+    data: int
+    precision: Literal["bf16", "fp32"]
+    recompute_layers: int = 0
+
+    @classmethod
+    def of_run(cls, config: RunConfig, shape: ModelShape, world_size: int) -> Placement:
+        """Return what a run places on ``world_size`` ranks.
+
+        Args:
+            config: of the run; parallel and train are read.
+            shape: of the model that is trained: a reward model's, where the objective is ``reward``.
+            world_size: ranks.
+
+        Raises:
+            InputError: the ranks do not divide over the layout.
+        """
+        return cls(
+            shape=shape,
+            parallel=config.parallel,
+            data=config.parallel.data_parallel(world_size),
+            precision=config.train.precision,
+            recompute_layers=config.train.recompute_layers,
+        )
+
+    def with_data(self, data: int) -> Placement:
+        """Return the same with another number of data-parallel ranks."""
+        return replace(self, data=data)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight or an activation."""
+        return BYTES[self.precision]
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.model_ranks * self.data
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one copy of the model and one pack."""
+        return self.parallel.tensor * self.parallel.pipeline * self.parallel.context
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that share the optimizer state of one set of weights: data x context parallel."""
+        return self.data * self.parallel.context
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Tensor-parallel ranks that share the activations between the tensor-parallel regions."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    @property
+    def token_multiple(self) -> int:
+        """What the padded length of a pack must be a multiple of."""
+        return self.parallel.context * self.sequence_ranks
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What the micro-batches of a rank must be a multiple of: interleaved schedules go in rounds."""
+        return self.parallel.pipeline if self.parallel.chunks > 1 else 1
+
+    @property
+    def tied_copies(self) -> bool:
+        """Whether first and last stage each hold the tied embedding."""
+        return self.parallel.pipeline > 1 and self.shape.tied_embeddings and not self.shape.is_reward
+
+    def chunks(self, stage: int) -> list[Chunk]:
+        """Return the model chunks of a pipeline stage (0-based), in the order of the layers."""
+        stages, chunks = self.parallel.pipeline, self.parallel.chunks
+        layers = self.shape.num_layers // (stages * chunks)
+        last = stages - 1, chunks - 1
+        return [Chunk(layers, (stage, at) == (0, 0), (stage, at) == last) for at in range(chunks)]
+
+    def layers(self, stage: int) -> int:
+        """Return the layers of a pipeline stage."""
+        return sum(chunk.layers for chunk in self.chunks(stage))
+
+    def in_flight(self, stage: int, micro_batches: int) -> int:
+        """Return how many forward passes of one chunk a stage has done at most before their backward.
+
+        megatron-core's schedules: 1F1B, and its interleaved form with virtual stages (arXiv:2104.04473).
+        """
+        stages, chunks = self.parallel.pipeline, self.parallel.chunks
+        if stages == 1:
+            return 1
+        waiting = stages - 1 - stage
+        ahead = waiting if chunks == 1 else 2 * waiting + (chunks - 1) * stages
+        return min(ahead + 1, micro_batches * chunks)

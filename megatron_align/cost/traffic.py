@@ -1,0 +1,75 @@
+"""Bytes that collectives move: sent by each rank, as rings and direct exchanges send them.
+
+Of m bytes on R ranks, all-gather and reduce-scatter send m (R - 1) / R from each rank, all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_align.cost.activations import boundary_bytes
+from megatron_align.cost.placement import Placement
+from megatron_align.cost.state import state_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes that each rank sends.
+
+    Args:
+        tensor: of one layer and one micro-batch, forward and backward (with recomputation forward twice).
+        context: of one layer and one micro-batch, the same.
+        pipeline: of one micro-batch to the next stage, and the same back.
+        data: of one step: gradients summed and weights gathered over data x context parallel ranks.
+    """
+
+    tensor: int
+    context: int
+    pipeline: int
+    data: int
+
+
+def traffic(placement: Placement, tokens: int) -> Traffic:
+    """Return what moves for packs of ``tokens`` (padded)."""
+    parallel = placement.parallel
+    state = [state_bytes(placement, stage) for stage in range(parallel.pipeline)]
+    ranks = placement.shard_ranks
+    return Traffic(
+        tensor=_tensor(placement, tokens),
+        context=_context(placement, tokens),
+        pipeline=boundary_bytes(placement, tokens) * parallel.chunks if parallel.pipeline > 1 else 0,
+        data=max((s.gradients + s.parameters) * (ranks - 1) // ranks for s in state),
+    )
+
+
+def _tensor(placement: Placement, tokens: int) -> int:
+    """Two regions per layer. Sequence parallel: gather in, scatter out; gather again for the weight's gradient."""
+    parallel = placement.parallel
+    if parallel.tensor == 1:
+        return 0
+    shape, t = placement.shape, tokens // parallel.context
+    times = 2 if placement.recompute_layers else 1
+
+    def once(columns: int) -> int:
+        return placement.itemsize * t * columns * (parallel.tensor - 1) // parallel.tensor
+
+    hidden = once(shape.hidden_size)
+    forward = 2 * 2 * hidden  # with or without sequence parallel: an all-reduce is a scatter and a gather
+    backward = forward + (2 * hidden if placement.sequence_ranks > 1 else 0)
+    if (
+        shape.num_query_groups < parallel.tensor
+    ):  # ranks that share a key/value head gather the whole projection
+        projection = once((shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim)
+        forward, backward = forward + projection, backward + projection
+    return times * forward + backward
+
+
+def _context(placement: Placement, tokens: int) -> int:
+    """Keys and values gathered, their gradients scattered: an upper bound for the all-to-all of whole heads."""
+    shape, parallel = placement.shape, placement.parallel
+    if parallel.context == 1:
+        return 0
+    groups = max(shape.num_query_groups // parallel.tensor, 1)
+    whole = 2 * placement.itemsize * tokens * groups * shape.head_dim
+    once = whole * (parallel.context - 1) // parallel.context
+    return once * (3 if placement.recompute_layers else 2)

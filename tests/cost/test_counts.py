@@ -1,0 +1,150 @@
+"""What is counted on paper is what ranks hold and compute: state and activations to the byte, operations to the last.
+
+Ranks run the real model on CPU; nothing here is a tolerance, as nothing is rounded.
+"""
+
+import pytest
+import torch
+
+from megatron_align.config import ParallelConfig
+from megatron_align.cost.activations import rope_bytes, stage_bytes
+from megatron_align.cost.flops import (
+    executed_flops,
+    forward_flops,
+    padded_vocabulary,
+)
+from megatron_align.cost.placement import Placement
+from megatron_align.cost.state import parameter_bytes, parameter_count, state_bytes
+from megatron_align.data.plan import visible_keys
+from megatron_align.kernels import PackedLayout, packed_attention_reference
+from megatron_align.model.families import read_shape
+from tests.harness import costs
+from tests.harness.sizes import CONFIGS, write_config
+
+LENGTHS = [40, 23, 65]
+TOKENS = sum(LENGTHS)
+
+
+def placed(model, options, world_size=1, precision="bf16", recompute=0, reward=False):
+    shape, parallel = read_shape(model), ParallelConfig(**options)
+    return Placement(
+        shape=shape.as_reward() if reward else shape,
+        parallel=parallel,
+        data=parallel.data_parallel(world_size),
+        precision=precision,
+        recompute_layers=recompute,
+    )
+
+
+@pytest.mark.parametrize(
+    "variant, options, world_size, precision",
+    [
+        ("qwen2_tied", {}, 1, "bf16"),
+        ("qwen2_tied", {}, 2, "bf16"),
+        ("qwen2_tied", {"pipeline": 2}, 2, "fp32"),
+        ("qwen2_tied", {"tensor": 2, "pipeline": 2}, 4, "bf16"),
+        ("qwen3", {"tensor": 2}, 4, "bf16"),
+        ("llama3", {"pipeline": 2, "virtual_pipeline": 2}, 4, "bf16"),
+        ("llama3", {"tensor": 4}, 4, "fp32"),
+    ],
+)
+def test_state(pool, tiny_models, variant, options, world_size, precision):
+    model = tiny_models(variant)
+    placement = placed(model, options, world_size, precision)
+    answers = pool.run(world_size, costs.state, model, placement.parallel, precision)
+    _compare(placement, answers)
+
+
+def test_state_of_a_reward_model(pool, tiny_models):
+    model = tiny_models("qwen2_tied")
+    placement = placed(model, {"pipeline": 2}, 2, reward=True)
+    _compare(placement, pool.run(2, costs.state, model, placement.parallel, "bf16", True))
+
+
+def _compare(placement, answers):
+    for found in answers:
+        counted = state_bytes(placement, found["stage"])
+        assert found["parameters"] == counted.parameters
+        assert found["gradients"] == counted.gradients
+        assert found["plain"] == parameter_bytes(placement, found["stage"])
+    # The buffers' padding belongs to no weight: with it, a stage's shards are its counted bytes, each at most one.
+    for stage in range(placement.parallel.pipeline):
+        counted = state_bytes(placement, stage)
+        shards = [found["optimizer"] for found in answers if found["stage"] == stage]
+        assert max(shards) <= counted.optimizer
+        elements = counted.parameters // placement.itemsize
+        padding = 1 - parameter_bytes(placement, stage) / counted.parameters
+        per_element = counted.optimizer * placement.shard_ranks // elements
+        copies = len(shards) // placement.shard_ranks
+        assert sum(shards) == copies * round(elements * (1 - padding)) * per_element
+
+
+@pytest.mark.parametrize(
+    "variant, options, precision, recompute",
+    [
+        ("qwen2_tied", {}, "fp32", 0),
+        ("qwen2_tied", {}, "bf16", 0),
+        ("qwen2_tied", {"tensor": 2}, "bf16", 0),
+        ("qwen2_tied", {"tensor": 2, "sequence": False}, "bf16", 0),
+        ("llama3", {"tensor": 4}, "bf16", 0),
+        ("qwen3", {}, "fp32", 0),
+        ("qwen3", {"tensor": 2}, "bf16", 0),
+    ],
+)
+def test_activations(pool, tiny_models, variant, options, precision, recompute):
+    model = tiny_models(variant)
+    placement = placed(model, options, options.get("tensor", 1), precision, recompute)
+    batch = costs.one_pack(LENGTHS, TOKENS)
+    found = pool.run(
+        placement.world_size, costs.saved, model, placement.parallel, precision, recompute, batch
+    )
+    assert set(found) == {stage_bytes(placement, 0, TOKENS, 1, "per_document").held}
+
+
+@pytest.mark.parametrize("options, precision", [({}, "bf16"), ({"tensor": 2}, "fp32")])
+def test_checkpoints_of_merged_layers(pool, tiny_models, options, precision):
+    """The rotary tables are held too, by what is run again rather than by autograd."""
+    model = tiny_models("qwen2_tied")
+    placement = placed(model, options, options.get("tensor", 1), precision, 2)
+    batch = costs.one_pack(LENGTHS, TOKENS)
+    found = pool.run(placement.world_size, costs.saved, model, placement.parallel, precision, 2, batch)
+    held = stage_bytes(placement, 0, TOKENS, 1, "per_document").held
+    assert set(found) == {held - rope_bytes(placement, TOKENS)}
+
+
+@pytest.mark.parametrize("options, recompute", [({}, 0), ({}, 2), ({"tensor": 2}, 0)])
+def test_operations(pool, tiny_models, options, recompute):
+    model = tiny_models("qwen2_untied")
+    placement = placed(model, options, options.get("tensor", 1), "fp32", recompute)
+    batch = costs.one_pack(LENGTHS, TOKENS, prompts=[11, 5, 30])
+    scored = TOKENS - 11 - 5 - 30
+    counts = pool.run(placement.world_size, costs.counted_flops, model, placement.parallel, recompute, batch)
+    squares = sum(length**2 for length in LENGTHS)  # the CPU's attention computes what is masked
+    forward = forward_flops(placement.shape, TOKENS, squares, scored, vocabulary=padded_vocabulary(placement))
+    assert sum(count[0] for count in counts) == forward.total
+    assert sum(count[1] for count in counts) == executed_flops(forward, recompute > 0)
+
+
+def test_weights_of_known_models(tmp_path):
+    """transformers builds the models on the meta device and counts."""
+    from transformers import AutoModelForCausalLM
+
+    for name in ("qwen2_0_5b", "llama3_70b"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        shape = read_shape(write_config(tmp_path / name, name))
+        assert parameter_count(shape) == sum(p.numel() for p in model.parameters())
+
+
+def test_visible_keys():
+    """Attention without preference spreads a token's weight over all that it sees, and over nothing else."""
+    groups = [(5, [3, 2]), (0, [7]), (4, [1, 1, 6])]
+    shared = PackedLayout.from_groups(groups)
+    assert _seen(shared) == sum(visible_keys(prompt, own) for prompt, own in groups)
+    assert _seen(PackedLayout.from_lengths([8, 7])) == visible_keys(5, [3, 2], shared=False)
+
+
+def _seen(layout):
+    q_THD = torch.zeros(layout.tokens, 1, layout.tokens)
+    values_THD = torch.eye(layout.tokens)[:, None]
+    return packed_attention_reference(q_THD, q_THD, values_THD, layout).count_nonzero().item()

@@ -1,0 +1,199 @@
+"""What ranks really hold and compute, for the counts of ``megatron_align.cost`` to be held against."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.data.pack import pack
+from megatron_align.model import parallel
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.objectives import SFTConfig
+from megatron_align.records import PackedBatch, Sample
+from megatron_align.training.objective import SFT
+from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_align.training.setup import DTYPES
+
+
+def _shape(model: Path, reward: bool) -> ModelShape:
+    shape = read_shape(model)
+    return shape.as_reward() if reward else shape
+
+
+def state(
+    place: parallel.Place, model: Path, config: ParallelConfig, precision: str, reward: bool = False
+) -> dict[str, int]:
+    """Return the bytes of weights, gradients and optimizer of this rank, and its pipeline stage."""
+    with parallel.join(place, config).watching():
+        groups, shape = parallel.groups(), _shape(model, reward)
+        chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
+        plain = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
+        ddp = wrap_data_parallel(chunks)
+        optimizer = build_optimizer(ddp, OptimizerConfig(), groups)
+        buffers = [buffer for chunk in ddp for buffer in chunk.buffers]
+        weights = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
+        kept = 0
+        for group in optimizer.optimizer.param_groups:
+            for shard in group["params"]:
+                own = [shard] if shard.untyped_storage().data_ptr() not in weights else []
+                moments = optimizer.optimizer.state[shard]
+                kept += sum(_bytes(x) for x in (*own, moments["exp_avg"], moments["exp_avg_sq"]))
+        answer = {
+            "stage": groups.pp.rank(),
+            "plain": plain,
+            "parameters": sum(_bytes(buffer.param_data) for buffer in buffers),
+            "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
+            "optimizer": kept,
+        }
+    parallel.leave()
+    return answer
+
+
+def _bytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+class SavedBytes:
+    """Counts the storages that autograd keeps within a with-block, each once, without those of ``known``."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        self._known = {x.untyped_storage().data_ptr() for x in known}
+        self._kept: dict[int, Any] = {}
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
+        return x
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+
+def one_pack(lengths: list[int], tokens: int, prompts: list[int] | None = None) -> PackedBatch:
+    """Return a pack of documents; the first ``prompts[i]`` tokens of each are not scored."""
+    samples = []
+    for i, length in enumerate(lengths):
+        scored = np.ones(length, bool)
+        scored[: (prompts or [0] * len(lengths))[i] or 1] = False
+        samples.append(Sample(np.arange(length, dtype=np.int32) % 250, scored))
+    return pack(samples, [1.0] * len(samples), tokens)
+
+
+def saved(
+    place: parallel.Place,
+    model: Path,
+    config: ParallelConfig,
+    precision: str,
+    recompute: int,
+    batch: PackedBatch,
+) -> int:
+    """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
+    with parallel.join(place, config).watching():
+        [policy] = _policy(model, config, precision, recompute)
+        with SavedBytes(list(policy.parameters())) as seen:
+            hidden = policy._hidden(batch)
+        hidden.sum().backward()
+    parallel.leave()
+    return seen.total
+
+
+def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int) -> list[Policy]:
+    groups, shape = parallel.groups(), read_shape(model)
+    chunks = build_policy(transformer_config(shape, config, DTYPES[precision], recompute), shape, groups)
+    with torch.no_grad():
+        for chunk in chunks:
+            chunk.train()
+            for parameter in chunk.parameters():
+                parameter.fill_(0.01)
+    return chunks
+
+
+def counted_flops(
+    place: parallel.Place, model: Path, config: ParallelConfig, recompute: int, batch: PackedBatch
+) -> tuple[int, int]:
+    """Return the operations of matrix products of a pack on this rank: forward; forward and backward.
+
+    Attention on the CPU is dense within a document: its products count as squares, not triangles.
+    """
+    with parallel.join(place, config).watching():
+        [policy] = _policy(model, config, "fp32", recompute)
+        counts = []
+        for train in (False, True):
+            counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
+            with counter, torch.set_grad_enabled(train):
+                loss = policy(batch, SFT(SFTConfig()) if train else None)
+                if train:
+                    loss.loss.backward()
+            counts.append(counter.get_total_flops())
+    parallel.leave()
+    return counts[0], counts[1]
+
+
+def _sum_of_products(total: Any, a: Any, b: Any, *, out_val: Any = None, **_: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _attention_products(products: int) -> Any:
+    def count(*shapes: Any, out_val: Any = None, **_: Any) -> int:
+        q, k = [shape for shape in shapes if isinstance(shape, torch.Size) and len(shape) == 4][-3:-1]
+        return products * 2 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+    return count
+
+
+_aten = torch.ops.aten
+_UNKNOWN_TO_TORCH = {
+    _aten.addmm_: _sum_of_products,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_products(2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_products(5),
+}
+
+
+def sent_bytes(
+    place: parallel.Place, model: Path, config: ParallelConfig, recompute: int, batch: PackedBatch
+) -> int:
+    """Return the bytes that this rank's tensor-parallel collectives send in a forward and backward of all layers."""
+    from megatron.core.tensor_parallel import layers, mappings
+
+    shares = {"dist_all_gather_func": 1, "dist_reduce_scatter_func": 1}
+    sent = 0
+
+    def counting(function: Any, times: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal sent
+            group = options.get("group")
+            whole = max(_bytes(x) for x in args if isinstance(x, torch.Tensor))
+            sent += times * whole * (group.size() - 1) // group.size()
+            return function(*args, **options)
+
+        return call
+
+    with parallel.join(place, config).watching(), ExitStack() as stack:
+        [policy] = _policy(model, config, "fp32", recompute)
+        for module in (layers, mappings):
+            for name, times in shares.items():
+                changed = counting(getattr(module, name), times)
+                stack.enter_context(mock.patch.object(module, name, changed))
+        changed = counting(torch.distributed.all_reduce, 2)
+        stack.enter_context(mock.patch.object(torch.distributed, "all_reduce", changed))
+        policy._hidden(batch).sum().backward()
+    parallel.leave()
+    return sent

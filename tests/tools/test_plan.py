@@ -1,0 +1,162 @@
+"""The planner: what it shows fits, what it writes runs, and it never needs more than a config.json."""
+
+import re
+
+import pytest
+import yaml
+
+from megatron_align.config import parse
+from megatron_align.cost.chips import CHIPS
+from megatron_align.cost.memory import GIB
+from megatron_align.cost.search import Ask, best, candidates, enough
+from megatron_align.cost.work import full_packs
+from megatron_align.model.families import read_shape
+from megatron_align.tools.main import main
+from tests.harness.sizes import write_config
+from tests.harness.tiny import run_arguments
+
+RUN = """
+model: {{path: {model}}}
+data: {{train: nowhere.jsonl, sequence_length: {length}}}
+objective: {{name: {objective}}}
+parallel: {{tensor: {tensor}}}
+train: {{global_batch_size: 64, steps: 10}}
+checkpoint: {{dir: {folder}/run}}
+"""
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sizes")
+    return {size: write_config(folder / size, size) for size in ("qwen2_7b", "qwen2_72b")}
+
+
+def write_run(folder, model, objective="sft", tensor=8, length=8192):
+    file = folder / "run.yaml"
+    file.write_text(RUN.format(model=model, folder=folder, objective=objective, tensor=tensor, length=length))
+    return file
+
+
+def ask_for(folder, model, gpus, gib, **options):
+    config = parse(["--config", str(write_run(folder, model, **options))])
+    return Ask(
+        config=config,
+        shape=read_shape(model),
+        gpus=gpus,
+        bytes=round(gib * GIB),
+        chip=CHIPS["h100"],
+        work=full_packs(config),
+    )
+
+
+def test_what_is_shown_fits_and_the_quickest_stands_first(sizes, tmp_path):
+    ask = ask_for(tmp_path, sizes["qwen2_7b"], 8, 80)
+    found = best(ask, 5)
+    assert len(found) >= 3
+    assert all(one.peak <= ask.bytes and one.placement.world_size == 8 for one in found)
+    seconds = [one.time.total for one in found]
+    assert seconds == sorted(seconds)
+    for one in found:  # recomputed only where it must be
+        assert (one.placement.recompute_layers > 0) == (one.kept is not None)
+        assert one.kept is None or one.kept > ask.bytes
+
+
+def test_more_memory_is_never_slower(sizes, tmp_path):
+    quickest = [
+        best(ask_for(tmp_path, sizes["qwen2_7b"], 8, gib), 1)[0].time.total for gib in (24, 40, 80, 141)
+    ]
+    assert quickest == sorted(quickest, reverse=True)
+    assert quickest[0] > quickest[-1]
+
+
+def test_checkpoints_of_merged_layers_hold_least_near_the_square_root(sizes, tmp_path):
+    """The report's k = sqrt(L / n): of the divisors of a stage's layers, the plan takes the best or the next to it."""
+    from megatron_align.cost.activations import boundary_bytes, layer_bytes
+
+    tight = [
+        one
+        for one in candidates(ask_for(tmp_path, sizes["qwen2_72b"], 64, 45, length=16384))
+        if one.kept is not None and one.placement.parallel.pipeline == 1
+    ]
+    assert tight
+    for one in tight:
+        n = layer_bytes(one.placement, 16384) / boundary_bytes(one.placement, 16384)
+        k = (80 / n) ** 0.5
+        assert k / 2 <= one.placement.recompute_layers <= 2 * k
+
+
+def test_nothing_fits(sizes, tmp_path, capsys):
+    file = write_run(tmp_path, sizes["qwen2_72b"])
+    assert main(["plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "80"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit" in said
+    least = re.search(r"nothing fits: the least that 8 GPUs need is ([\d.]+) GiB each, ([\d.]+) more", said)
+    assert float(least[1]) - float(least[2]) == pytest.approx(80, abs=0.11)  # both are rounded
+    assert "most of it is optimizer" in said
+    gpus = int(re.search(r"(\d+) GPUs would do", said)[1])
+    larger = enough(ask_for(tmp_path, sizes["qwen2_72b"], 8, 80))
+    assert larger.placement.world_size == gpus
+    assert larger.peak <= 80 * GIB
+    assert not best(ask_for(tmp_path, sizes["qwen2_72b"], gpus // 2, 80), 1)
+
+
+def test_the_file_it_writes_is_the_first_layout(sizes, tmp_path, capsys):
+    file, out = write_run(tmp_path, sizes["qwen2_7b"], "dpo"), tmp_path / "planned.yaml"
+    arguments = ["plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "80", "--write", str(out)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "reference cached" in said
+    first = next(line for line in said.splitlines() if line.startswith("  1 ")).split()
+    written = parse(["--config", str(out)])
+    assert [str(written.parallel.tensor), str(written.parallel.pipeline)] == first[1:3]
+    assert str(written.train.recompute_layers or "-") == first[6]
+    before = parse(["--config", str(file)])
+    assert (written.data, written.optimizer, written.objective) == (
+        before.data,
+        before.optimizer,
+        before.objective,
+    )
+    assert main(arguments) == 2
+    assert f"--write needs a new file, '{out}' exists" in capsys.readouterr().err
+
+
+def test_real_lengths_count_where_there_are_data(tiny_models, chat_file, tmp_path, capsys):
+    """Short samples in long packs attend to less than full packs would; and nothing is left behind."""
+    model, run = tiny_models("qwen2_tied"), tmp_path / "run"
+    options = run_arguments(model, chat_file, run)
+    keys = dict(zip(options[::2], options[1::2], strict=True))
+    settings = {}
+    for key, value in keys.items():
+        section, _, name = key.removeprefix("--").partition(".")
+        settings.setdefault(section, {})[name] = yaml.safe_load(value)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    assert main(["plan", "--config", str(file), "--gpus", "2", "--gpu-memory", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "lengths of data.train, 64 samples" in said
+    assert not run.exists()
+    tokens = int(re.search(r"12 samples, ([\d,]+) tokens", said)[1].replace(",", ""))
+    assert 0 < tokens < 12 * 256
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gpus", "0"], "--gpus: must be a positive whole number, got 0"),
+        (["--gpu-memory", "-1"], "--gpu-memory: must be a positive number, got -1"),
+        (["--efficiency", "1.5"], r"must lie in \(0, 1\], got 1.5"),
+        (["--chip", "h10"], "--chip must be one of a100, .*; got 'h10'.*h100"),
+    ],
+)
+def test_bad_options(sizes, tmp_path, capsys, options, message):
+    file = write_run(tmp_path, sizes["qwen2_7b"])
+    given = {"--gpus": "8", "--gpu-memory": "80", options[0]: options[1]}
+    arguments = [part for pair in given.items() for part in pair]
+    assert main(["plan", "--config", str(file), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_layout_that_does_not_divide_is_said_and_others_are_found(sizes, tmp_path, capsys):
+    file = write_run(tmp_path, sizes["qwen2_7b"], tensor=3)
+    assert main(["plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "80"]) == 0
+    assert "world size must be a multiple of tensor x pipeline x context = 3" in capsys.readouterr().out

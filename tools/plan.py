@@ -1,0 +1,169 @@
+"""``megatron-align plan``: memory, operations and time of a run on paper, and the layouts that fit. No GPU is needed.
+
+Also ``python tools/plan.py``. Exit code: 0 a layout fits; 1 none does; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_align.config import RunConfig
+    from megatron_align.cost.search import Candidate
+    from megatron_align.cost.work import WorkOf
+    from megatron_align.model.families import ModelShape
+    from megatron_align.tools.command import Parser
+
+PROGRAM = "megatron-align plan"
+ABOUT = """Say what a run takes, and which layouts fit: memory of each pipeline stage, operations of a step, estimated
+time, bytes of each collective. Of model.path only config.json is read; of the data their lengths, where they are
+tokenised already or small, else every pack is taken as full. Needs no GPU and no torchrun.
+
+Bytes and operations are counted, and the counts are tested; times are estimates to compare layouts by."""
+SMALL_BYTES = 16_000_000  # data up to this are tokenised for the plan, into a folder that is removed again
+
+
+def run(arguments: list[str]) -> int:
+    """Run with the arguments after ``plan``; return the exit code."""
+    from megatron_align.tools.command import Parser
+
+    parser = Parser(PROGRAM, ABOUT)
+    _arguments(parser)
+    options = parser.parse(arguments)
+    if "torch" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # others may be training on them
+    from megatron_align.config import parse
+    from megatron_align.cost.chips import chip
+    from megatron_align.cost.memory import GIB
+    from megatron_align.cost.search import Ask, best
+    from megatron_align.errors import InputError
+    from megatron_align.tools.plan_text import head, nothing_fits, own_layout, table
+
+    config = parse(["--config", options.config])
+    if options.write and Path(options.write).exists():
+        raise InputError(f"--write needs a new file, '{options.write}' exists")
+    shape = _shape(config)
+    with tempfile.TemporaryDirectory() as folder:
+        work, told = _work(config, folder)
+        ask = Ask(
+            config=config,
+            shape=shape,
+            gpus=options.gpus,
+            bytes=round(options.gpu_memory * GIB),
+            chip=chip(options.chip),
+            work=work,
+            efficiency=options.efficiency,
+        )
+        print(head(ask, options.chip, told))
+        print(own_layout(ask))
+        found = best(ask, options.count)
+        print(table(ask, found) if found else nothing_fits(ask))
+    if found and options.write:
+        _write(options.write, config, found[0])
+        print(f"wrote the first of them to {options.write}")
+    return 0 if found else 1
+
+
+def _arguments(parser: Parser) -> None:
+    from megatron_align.cost.chips import CHIPS
+    from megatron_align.cost.time import EFFICIENCY
+
+    add = parser.add_argument
+    add("--config", required=True, metavar="RUN.yaml", help="configuration of a run, any stage")
+    add("--gpus", required=True, type=_count, metavar="N", help="GPUs")
+    add("--gpu-memory", required=True, type=_positive, metavar="GIB", help="memory of each, in GiB")
+    add("--chip", default="h100", help=f"what they are: {', '.join(CHIPS)} (default: h100)")
+    add(
+        "--efficiency",
+        type=_share,
+        default=EFFICIENCY,
+        metavar="X",
+        help=f"share of the chip's peak that is reached: an assumption (default: {EFFICIENCY})",
+    )
+    add("--count", type=_count, default=5, metavar="N", help="layouts shown (default: 5)")
+    add("--write", metavar="FILE", help="write the configuration with the quickest layout to a new file")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text}")
+    return value
+
+
+def _shape(config: RunConfig) -> ModelShape:
+    from megatron_align.model.families import read_shape
+    from megatron_align.training.setup import locate, trained_shape
+
+    _, assets = locate(config.model.path)
+    return trained_shape(read_shape(assets), config, assets)
+
+
+def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
+    """Return what a step computes, and in words where that is known from."""
+    from megatron_align.cost.work import full_packs, of_store
+    from megatron_align.data.prepare import prepare
+    from megatron_align.data.sources import expand
+    from megatron_align.data.spec import StoreSpec
+    from megatron_align.data.store import TokenStore
+    from megatron_align.errors import InputError
+    from megatron_align.training.setup import locate
+
+    _, assets = locate(config.model.path)
+    spec = StoreSpec.of_run(config, "train", str(assets))
+    full = f"every pack taken as one document of {config.data.sequence_length:,} tokens, all scored"
+    try:
+        size = sum(os.path.getsize(file) for source in spec.sources for file in expand(source))
+    except InputError:
+        return full_packs(config), f"data.train is not there: {full}"
+    if not list(Path(assets).glob("tokenizer*")):
+        return full_packs(config), f"model.path has no tokenizer: {full}"
+    if Path(spec.cache).is_dir() and (made := spec.path(spec.inputs())).exists():
+        return of_store(TokenStore(made), config), f"lengths of the tokenised data in {made}"
+    if size > SMALL_BYTES:
+        return full_packs(
+            config
+        ), f"data.train is large and not tokenised yet (megatron-align prepare): {full}"
+    store = TokenStore(prepare(dataclasses.replace(spec, cache=folder)))
+    return of_store(store, config), f"lengths of data.train, {len(store):,} samples"
+
+
+def _write(file: str, config: RunConfig, chosen: Candidate) -> None:
+    import yaml
+
+    from megatron_align.config import to_dict
+
+    placement = chosen.placement
+    train = dataclasses.replace(config.train, recompute_layers=placement.recompute_layers)
+    settled = dataclasses.replace(config, parallel=placement.parallel, train=train)
+    text = yaml.safe_dump(to_dict(settled), sort_keys=False, allow_unicode=True)
+    Path(file).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    from megatron_align.tools.main import main
+
+    sys.exit(main(["plan", *sys.argv[1:]]))
