@@ -220,7 +220,10 @@ class TrainConfig:
         epochs: passes over the training data; give this or steps
         seed: of the data order
         precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
-        recompute_layers: 0: keep all activations; k: one checkpoint per k merged layers
+        recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and run k
+            merged layers again in backward
+        recompute_modules: parts of every layer whose activations are made again in backward: attention, mlp,
+            norms; not together with recompute_layers
         validate_every: steps between validations, besides the one after the last step; null: only that one
     """
 
@@ -231,6 +234,7 @@ class TrainConfig:
     seed: int = 1234
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute_layers: int = 0
+    recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
     validate_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -251,6 +255,15 @@ class TrainConfig:
         need(
             self.recompute_layers >= 0,
             f"train.recompute_layers must not be negative, got {self.recompute_layers}",
+        )
+        need(
+            not (self.recompute_layers and self.recompute_modules),
+            f"give train.recompute_layers or train.recompute_modules, got {self.recompute_layers} and "
+            f"{', '.join(self.recompute_modules)}",
+        )
+        need(
+            len(set(self.recompute_modules)) == len(self.recompute_modules),
+            f"train.recompute_modules must name each part once, got {', '.join(self.recompute_modules)}",
         )
         need(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
 

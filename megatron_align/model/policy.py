@@ -6,11 +6,11 @@ H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.pipeline_parallel.utils import (
@@ -21,52 +21,26 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType, ModelType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
-from megatron_align.model.attention import PackedCoreAttention, PackParams, rope_tables
+from megatron_align.model.attention import PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
+from megatron_align.model.layer import RECOMPUTED, Block, RMSNorm, layer_spec
 from megatron_align.records import PackedBatch
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32, scaled in the input dtype as HF Llama does. Zhang and Sennrich 2019."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
-        # Each rank sees its own tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; keeps shape and dtype."""
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -74,20 +48,29 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute_layers: int = 0
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute_layers: int = 0,
+    recompute_modules: Sequence[str] = (),
 ) -> TransformerConfig:
     """Return megatron-core's configuration of the model on this layout.
 
     Raises:
-        InputError: if heads, layers or recompute groups do not divide over the layout.
+        InputError: if heads or layers do not divide over the layout, or more layers are merged than a chunk has.
     """
     _check_layout(shape, parallel, recompute_layers)
-    recompute = {}
+    recompute: dict[str, Any] = {}
     if recompute_layers:
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": recompute_layers,
+        }
+    elif recompute_modules:
+        recompute = {
+            "recompute_granularity": "selective",
+            "recompute_modules": [RECOMPUTED[name] for name in recompute_modules],
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -157,37 +140,8 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
     )
     layers = shape.num_layers // stages
     need(
-        recompute_layers == 0 or layers % recompute_layers == 0,
-        f"train.recompute_layers must divide the {layers} layers of a pipeline stage, got {recompute_layers}",
-    )
-
-
-def layer_spec(shape: ModelShape) -> ModuleSpec:
-    """Return the transformer layer: megatron-core's modules, our norm and core attention."""
-    head_norm = RMSNorm if shape.qk_norm else None
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCoreAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
+        recompute_layers <= layers,
+        f"train.recompute_layers must be at most the {layers} layers of a model chunk, got {recompute_layers}",
     )
 
 
@@ -220,7 +174,7 @@ class Policy(LanguageModule):
                 config, vocab, shape.max_positions, position_embedding_type="rope", tp_group=groups.tp
             )
         layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
-        self.decoder = TransformerBlock(
+        self.decoder = Block(
             config,
             TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm),
             pre_process=self.pre_process,
