@@ -225,6 +225,8 @@ class TrainConfig:
         recompute_modules: parts of every layer whose activations are made again in backward: attention, mlp,
             norms; not together with recompute_layers
         validate_every: steps between validations, besides the one after the last step; null: only that one
+        self_check: before the first step, resumed or not, check that ranks agree and that packing changes nothing;
+            after step 1 that a policy which starts as its reference was seen to be it
     """
 
     global_batch_size: int | None = None
@@ -236,6 +238,7 @@ class TrainConfig:
     recompute_layers: int = 0
     recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
     validate_every: int | None = None
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         need(

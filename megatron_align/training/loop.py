@@ -20,6 +20,7 @@ from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
+from megatron_align.training import self_check
 from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
 from megatron_align.training.build import build_objective
 from megatron_align.training.metrics import NoSinks, Sinks
@@ -180,6 +181,9 @@ class _Run:
         with sinks:
             sinks.say(self._summary())
             ahead = self._ahead("train")
+            if self.config.train.self_check and self.done < self.steps:
+                with self.watchdog.patient("self-check"):
+                    self_check.before_first_step(self.model, self.batches, self.done, self.groups)
             with Prefetcher(range(self.done, self.steps), self.batches.step) as steps:
                 for step in range(self.done + 1, self.steps + 1):
                     self._step(step, steps, ahead, sinks)
@@ -202,9 +206,12 @@ class _Run:
         if not (math.isfinite(result.metrics["loss"]) and math.isfinite(result.grad_norm)):
             facts = f"loss {result.metrics['loss']}, gradient norm {result.grad_norm}"
             raise TrainingFault(f"training needs finite numbers, got {facts} at step {step}")
+        metrics = self.objective.finish(result.metrics)
+        if self.config.train.self_check and step == 1:
+            self_check.after_first_step(self.config, metrics, self.plan.megatron.params_dtype)
         row = {
             "step": step,
-            **self.objective.finish(result.metrics),
+            **metrics,
             "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens": counts.laid_tokens,

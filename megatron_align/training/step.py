@@ -60,15 +60,19 @@ class Stepper:
         """Do one update. ``batches`` are this data-parallel rank's packs, all of one length."""
         if self.optimizer is None:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
-        for chunk in self.model:
-            chunk.train()
-            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._schedule(batches, forward_only=False)
+        metrics = self.gradients(batches)
         grad_norm = self.optimizer.update()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the time of the update would count into the next step
         return StepResult(metrics, grad_norm)
+
+    def gradients(self, batches: Sequence[PackedBatch]) -> dict[str, float]:
+        """Leave the gradient, summed over ranks, in the buffers; return the sums of the objective."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        return self._schedule(batches, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
