@@ -131,6 +131,9 @@ class ParallelConfig:
         context: context-parallel ranks (only 1 so far)
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule); null: one
         sequence: shard activations between the tensor-parallel regions too (no effect at tensor: 1)
+        overlap_grad_reduce: sum gradients over data-parallel ranks while backward still runs
+        overlap_param_gather: gather the updated weights layer by layer while the next forward runs
+        overlap_p2p: interleaved schedule: send and receive between stages while they compute
         timeout_seconds: a rank that keeps the others waiting longer ends the run, in seconds
     """
 
@@ -139,6 +142,9 @@ class ParallelConfig:
     context: int = 1
     virtual_pipeline: int | None = None
     sequence: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p: bool = False
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -158,6 +164,15 @@ class ParallelConfig:
                 f"got virtual_pipeline {self.virtual_pipeline} with pipeline {self.pipeline}",
             )
 
+        need(
+            self.overlap_grad_reduce or not self.overlap_param_gather,
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce, as megatron-core has it; got false",
+        )
+        need(
+            self.virtual_pipeline is not None or not self.overlap_p2p,
+            "parallel.overlap_p2p needs parallel.virtual_pipeline: only the interleaved schedule overlaps; got null",
+        )
+
     @property
     def chunks(self) -> int:
         """Model chunks per pipeline stage."""
@@ -171,7 +186,12 @@ class ParallelConfig:
             f"world size must be a multiple of tensor x pipeline x context = "
             f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}",
         )
-        return world_size // model
+        ranks = world_size // model
+        need(
+            ranks > 1 or not self.overlap_grad_reduce,
+            "parallel.overlap_grad_reduce needs at least 2 data-parallel ranks, got 1: there is nothing to reduce",
+        )
+        return ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # the loss arrives normalised: megatron-core must not average it
         # Two messages between the same two ranks may swap when batched; seen on gloo with virtual stages.
         batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.overlap_p2p,
         variable_seq_lengths=False,
         **recompute,
     )
@@ -210,7 +211,12 @@ class Policy(LanguageModule):
         if self.shape.is_reward:
             return self.reward_head(hidden, batch.rows, objective, self.tp_group)
         return self.output_layer(
-            hidden, batch.rows, objective, weight=self._head(), vocab_size=self.shape.vocab_size
+            hidden,
+            batch.rows,
+            objective,
+            weight=self._head(),
+            vocab_size=self.shape.vocab_size,
+            unit_rows=self.shape.norm_head,
         )
 
     @torch.no_grad()
@@ -219,7 +225,8 @@ class Policy(LanguageModule):
         hidden = self._hidden(batch)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        logits_TV = hidden.squeeze(1) @ self._head().T
+        weight_VH = F.normalize(self._head()) if self.shape.norm_head else self._head()
+        logits_TV = hidden.squeeze(1) @ weight_VH.T
         logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
         return logits_TV[:, : self.shape.vocab_size]
 
@@ -252,7 +259,7 @@ class Policy(LanguageModule):
         weight_VH = self.output_layer.weight
         if weight_VH is None:
             weight_VH = self.embedding.word_embeddings.weight
-        return F.normalize(weight_VH) if self.shape.norm_head else weight_VH
+        return weight_VH
 
 
 def build_policy(

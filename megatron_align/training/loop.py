@@ -27,6 +27,7 @@ from megatron_align.training.metrics import NoSinks, Sinks
 from megatron_align.training.optimizer import (
     after_load,
     build_optimizer,
+    gather_parameters,
     set_learning_rate,
     wrap_data_parallel,
 )
@@ -76,7 +77,7 @@ class _Run:
         with watchdog.patient("loading weights"):
             if resumed is None:
                 self._load(chunks, self.config.model.path)
-            self.model = wrap_data_parallel(chunks)
+            self.model = wrap_data_parallel(chunks, self.config.parallel)
             self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
             self.live = self._live_reference()
             if resumed is not None:
@@ -189,6 +190,7 @@ class _Run:
                     self._step(step, steps, ahead, sinks)
             if self.config.checkpoint.export_hf:
                 with self.watchdog.patient("export"):
+                    gather_parameters(self.model)
                     chunks = [chunk.module for chunk in self.model]
                     export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
                 sinks.say(f"exported to {self.plan.folder / 'hf'}")
@@ -201,6 +203,7 @@ class _Run:
         data = next(steps)
         result, counts = self.stepper.train(ahead.batches(data, training=True)), data.counts
         if self._moving_reference() and step % self.config.reference.sync_steps == 0:
+            gather_parameters(self.model)
             self.live.move([chunk.module for chunk in self.model], self.config.reference.mixup_alpha)
         seconds = time.perf_counter() - started
         if not (math.isfinite(result.metrics["loss"]) and math.isfinite(result.grad_norm)):
@@ -263,6 +266,7 @@ class _Run:
         )
         target = sharded.step_folder(self.plan.folder, step)
         with self.watchdog.patient(f"saving step {step}"):
+            gather_parameters(self.model)
             sharded.save(target, self.model, self.optimizer, card, self.plan.assets, self._moving_reference())
             if dist.get_rank() == 0:
                 sharded.prune(self.plan.folder, self.config.checkpoint.keep)
