@@ -130,6 +130,10 @@ class ParallelConfig:
         pipeline: pipeline stages
         context: context-parallel ranks (only 1 so far)
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule); null: one
+        first_stage_layers: layers of the first pipeline stage, over all of its chunks; null: as many as the others
+        last_stage_layers: layers of the last pipeline stage; null: as many as the others
+        count_embedding: pipeline: the embedding counts as a layer of the first chunk when layers are dealt out
+        count_loss: pipeline: head and loss count as a layer of the last chunk when layers are dealt out
         sequence: shard activations between the tensor-parallel regions too (no effect at tensor: 1)
         overlap_grad_reduce: sum gradients over data-parallel ranks while backward still runs
         overlap_param_gather: gather the updated weights layer by layer while the next forward runs
@@ -141,6 +145,10 @@ class ParallelConfig:
     pipeline: int = 1
     context: int = 1
     virtual_pipeline: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    count_embedding: bool = False
+    count_loss: bool = False
     sequence: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -164,6 +172,7 @@ class ParallelConfig:
                 f"got virtual_pipeline {self.virtual_pipeline} with pipeline {self.pipeline}",
             )
 
+        self._check_split()
         need(
             self.overlap_grad_reduce or not self.overlap_param_gather,
             "parallel.overlap_param_gather needs parallel.overlap_grad_reduce, as megatron-core has it; got false",
@@ -171,6 +180,22 @@ class ParallelConfig:
         need(
             self.virtual_pipeline is not None or not self.overlap_p2p,
             "parallel.overlap_p2p needs parallel.virtual_pipeline: only the interleaved schedule overlaps; got null",
+        )
+
+    def _check_split(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("first_stage_layers", "last_stage_layers")}
+        counted = {name: getattr(self, name) for name in ("count_embedding", "count_loss")}
+        for name, value in {**sizes, **counted}.items():
+            need(
+                value in (None, False) or self.pipeline >= 2,
+                f"parallel.{name} needs at least 2 stages of parallel.pipeline, got {self.pipeline}",
+            )
+        for name, value in sizes.items():
+            need(value is None or value >= 1, f"parallel.{name} must be at least 1, got {value}")
+        need(
+            not (any(counted.values()) and any(sizes.values())),
+            f"give parallel.first_stage_layers and last_stage_layers, or count_embedding and count_loss; got {sizes} "
+            f"and {counted}",
         )
 
     @property

@@ -40,6 +40,7 @@ from megatron_align.model.attention import PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTED, Block, RMSNorm, layer_spec
+from megatron_align.model.stages import layers_of_chunks, split_options
 from megatron_align.records import PackedBatch
 
 
@@ -104,6 +105,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        **split_options(parallel),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         calculate_per_token_loss=True,  # the loss arrives normalised: megatron-core must not average it
@@ -120,7 +122,7 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         if not condition:
             raise InputError(line)
 
-    tensor, stages = parallel.tensor, parallel.pipeline * parallel.chunks
+    tensor = parallel.tensor
     need(
         shape.num_heads % tensor == 0,
         f"parallel.tensor must divide the model's {shape.num_heads} attention heads, got {tensor}",
@@ -134,12 +136,7 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         shape.ffn_size % tensor == 0,
         f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}",
     )
-    need(
-        shape.num_layers % stages == 0,
-        f"parallel.pipeline x virtual_pipeline must divide the model's {shape.num_layers} layers, "
-        f"got {parallel.pipeline} x {parallel.chunks} = {stages}",
-    )
-    layers = shape.num_layers // stages
+    layers = max(layers_of_chunks(shape.num_layers, parallel))
     need(
         recompute_layers <= layers,
         f"train.recompute_layers must be at most the {layers} layers of a model chunk, got {recompute_layers}",
