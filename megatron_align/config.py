@@ -132,7 +132,14 @@ class ParallelConfig:
         pipeline: pipeline stages
         context: context-parallel ranks (only 1 so far)
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule); null: one
+        first_stage_layers: layers of the first pipeline stage, over all of its chunks; null: as many as the others
+        last_stage_layers: layers of the last pipeline stage; null: as many as the others
+        count_embedding: pipeline: the embedding counts as a layer of the first chunk when layers are dealt out
+        count_loss: pipeline: head and loss count as a layer of the last chunk when layers are dealt out
         sequence: shard activations between the tensor-parallel regions too (no effect at tensor: 1)
+        overlap_grad_reduce: sum gradients over data-parallel ranks while backward still runs
+        overlap_param_gather: gather the updated weights layer by layer while the next forward runs
+        overlap_p2p: interleaved schedule: send and receive between stages while they compute
         timeout_seconds: a rank that keeps the others waiting longer ends the run, in seconds
     """
 
@@ -140,7 +147,14 @@ class ParallelConfig:
     pipeline: int = 1
     context: int = 1
     virtual_pipeline: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    count_embedding: bool = False
+    count_loss: bool = False
     sequence: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p: bool = False
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -160,6 +174,32 @@ class ParallelConfig:
                 f"got virtual_pipeline {self.virtual_pipeline} with pipeline {self.pipeline}",
             )
 
+        self._check_split()
+        need(
+            self.overlap_grad_reduce or not self.overlap_param_gather,
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce, as megatron-core has it; got false",
+        )
+        need(
+            self.virtual_pipeline is not None or not self.overlap_p2p,
+            "parallel.overlap_p2p needs parallel.virtual_pipeline: only the interleaved schedule overlaps; got null",
+        )
+
+    def _check_split(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("first_stage_layers", "last_stage_layers")}
+        counted = {name: getattr(self, name) for name in ("count_embedding", "count_loss")}
+        for name, value in {**sizes, **counted}.items():
+            need(
+                value in (None, False) or self.pipeline >= 2,
+                f"parallel.{name} needs at least 2 stages of parallel.pipeline, got {self.pipeline}",
+            )
+        for name, value in sizes.items():
+            need(value is None or value >= 1, f"parallel.{name} must be at least 1, got {value}")
+        need(
+            not (any(counted.values()) and any(sizes.values())),
+            f"give parallel.first_stage_layers and last_stage_layers, or count_embedding and count_loss; got {sizes} "
+            f"and {counted}",
+        )
+
     @property
     def chunks(self) -> int:
         """Model chunks per pipeline stage."""
@@ -173,7 +213,12 @@ class ParallelConfig:
             f"world size must be a multiple of tensor x pipeline x context = "
             f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}",
         )
-        return world_size // model
+        ranks = world_size // model
+        need(
+            ranks > 1 or not self.overlap_grad_reduce,
+            "parallel.overlap_grad_reduce needs at least 2 data-parallel ranks, got 1: there is nothing to reduce",
+        )
+        return ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,10 +267,15 @@ class TrainConfig:
         epochs: passes over the training data; give this or steps
         seed: of the data order
         precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
-        recompute_layers: 0: keep all activations; k: one checkpoint per k merged layers
+        recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and run k
+            merged layers again in backward
+        recompute_modules: parts of every layer whose activations are made again in backward: attention, mlp,
+            norms; not together with recompute_layers
         validate_every: steps between validations, besides the one after the last step; null: only that one
         on_nonfinite: what to do when loss or gradients are NaN or infinite: stop: end the run; skip: go on without
             the step's update, at most 10 times in a row
+        self_check: before the first step, resumed or not, check that ranks agree and that packing changes nothing;
+            after step 1 that a policy which starts as its reference was seen to be it
     """
 
     global_batch_size: int | None = None
@@ -235,8 +285,10 @@ class TrainConfig:
     seed: int = 1234
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute_layers: int = 0
+    recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
     validate_every: int | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    self_check: bool = True
 
     def __post_init__(self) -> None:
         need(
@@ -256,6 +308,15 @@ class TrainConfig:
         need(
             self.recompute_layers >= 0,
             f"train.recompute_layers must not be negative, got {self.recompute_layers}",
+        )
+        need(
+            not (self.recompute_layers and self.recompute_modules),
+            f"give train.recompute_layers or train.recompute_modules, got {self.recompute_layers} and "
+            f"{', '.join(self.recompute_modules)}",
+        )
+        need(
+            len(set(self.recompute_modules)) == len(self.recompute_modules),
+            f"train.recompute_modules must name each part once, got {', '.join(self.recompute_modules)}",
         )
         need(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
 

@@ -27,7 +27,8 @@ from megatron_align.kernels import PackedLayout
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq, rows
-from megatron_align.model.policy import RMSNorm, layer_spec, transformer_config
+from megatron_align.model.layer import RMSNorm, layer_spec
+from megatron_align.model.policy import transformer_config
 
 # transformers' name of a layer's module: ours
 MODULES = {

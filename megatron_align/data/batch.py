@@ -5,6 +5,7 @@ Shapes: B samples of one step and C their completions, S samples of the store.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -194,15 +195,7 @@ class StepBatches:
         """Return a 0-based step."""
         samples_B = self._order.samples(step)
         store, laid_B = self.store, self._laid_S[samples_B]
-        plan = self._plan(
-            laid_B,
-            attention_cost(
-                store.lengths[samples_B],
-                store.prompt_lengths[samples_B],
-                store.completion_counts[samples_B],
-                self.data.share_prefix,
-            ),
-        )
+        plan = self._plan_of(samples_B)
         scored_B, weights_B = store.scored_counts[samples_B], store.weights[samples_B]
         row_weights_B = row_weights(scored_B, self.normalization, weights_B)
         completions = _StepCompletions(store, samples_B, self._reference_C, self._score_prompt)
@@ -237,6 +230,31 @@ class StepBatches:
     def stored(self, step: int) -> np.ndarray:
         """Return where each completion of a 0-based step stands in the store (int64)."""
         return _stored(self.store, self._order.samples(step))[0]
+
+    def fingerprint(self, step: int) -> str:
+        """Return what tells a 0-based step's samples and packs, of all ranks: the same on every rank."""
+        samples_B = self._order.samples(step)
+        plan = self._plan_of(samples_B)
+        digest = hashlib.sha256(repr(plan.tokens).encode() + samples_B.tobytes())
+        for positions in (positions for packs in plan.packs for positions in packs):
+            digest.update(len(positions).to_bytes(8, "little") + positions.tobytes())
+        return digest.hexdigest()
+
+    def shortest(self, step: int, count: int) -> list[Sample]:
+        """Return the shortest samples of a 0-based step, the same on every rank; fewer if the step has fewer."""
+        samples_B = self._order.samples(step)
+        order = np.argsort(self.store.lengths[samples_B], kind="stable")[:count]
+        return [self.store.sample(int(i)) for i in samples_B[order]]
+
+    def _plan_of(self, samples_B: np.ndarray) -> StepPlan:
+        store = self.store
+        costs_B = attention_cost(
+            store.lengths[samples_B],
+            store.prompt_lengths[samples_B],
+            store.completion_counts[samples_B],
+            self.data.share_prefix,
+        )
+        return self._plan(self._laid_S[samples_B], costs_B)
 
     def _plan(self, lengths_B: np.ndarray, costs_B: np.ndarray) -> StepPlan:
         return plan_step(

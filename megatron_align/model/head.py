@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class VocabularyHead(ColumnParallelLinear):
         *,
         weight: Tensor,
         vocab_size: int,
+        unit_rows: bool = False,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
 
@@ -65,7 +67,10 @@ class VocabularyHead(ColumnParallelLinear):
             objective: what is made of the log-probs, slab by slab.
             weight: this module's own, or the embedding's where they are tied on this rank.
             vocab_size: without padding.
+            unit_rows: the weight's rows count at unit length. Done here, where the weight is known to be gathered.
         """
+        if unit_rows:
+            weight = F.normalize(weight)
         hidden_NH = self._scored(hidden, rows)
         # Under sequence parallel the gradient is summed over ranks while it is scattered.
         options = {

@@ -6,11 +6,11 @@ H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.pipeline_parallel.utils import (
@@ -21,52 +21,27 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType, ModelType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
-from megatron_align.model.attention import PackedCoreAttention, PackParams, rope_tables
+from megatron_align.model.attention import PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
+from megatron_align.model.layer import RECOMPUTED, Block, RMSNorm, layer_spec
+from megatron_align.model.stages import layers_of_chunks, split_options
 from megatron_align.records import PackedBatch
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32, scaled in the input dtype as HF Llama does. Zhang and Sennrich 2019."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
-        # Each rank sees its own tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; keeps shape and dtype."""
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -74,20 +49,29 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, recompute_layers: int = 0
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    recompute_layers: int = 0,
+    recompute_modules: Sequence[str] = (),
 ) -> TransformerConfig:
     """Return megatron-core's configuration of the model on this layout.
 
     Raises:
-        InputError: if heads, layers or recompute groups do not divide over the layout.
+        InputError: if heads or layers do not divide over the layout, or more layers are merged than a chunk has.
     """
     _check_layout(shape, parallel, recompute_layers)
-    recompute = {}
+    recompute: dict[str, Any] = {}
     if recompute_layers:
         recompute = {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": recompute_layers,
+        }
+    elif recompute_modules:
+        recompute = {
+            "recompute_granularity": "selective",
+            "recompute_modules": [RECOMPUTED[name] for name in recompute_modules],
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -121,11 +105,13 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        **split_options(parallel),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         calculate_per_token_loss=True,  # the loss arrives normalised: megatron-core must not average it
         # Two messages between the same two ranks may swap when batched; seen on gloo with virtual stages.
         batch_p2p_comm=False,
+        overlap_p2p_comm=parallel.overlap_p2p,
         variable_seq_lengths=False,
         **recompute,
     )
@@ -136,7 +122,7 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         if not condition:
             raise InputError(line)
 
-    tensor, stages = parallel.tensor, parallel.pipeline * parallel.chunks
+    tensor = parallel.tensor
     need(
         shape.num_heads % tensor == 0,
         f"parallel.tensor must divide the model's {shape.num_heads} attention heads, got {tensor}",
@@ -150,44 +136,10 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         shape.ffn_size % tensor == 0,
         f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}",
     )
+    layers = max(layers_of_chunks(shape.num_layers, parallel))
     need(
-        shape.num_layers % stages == 0,
-        f"parallel.pipeline x virtual_pipeline must divide the model's {shape.num_layers} layers, "
-        f"got {parallel.pipeline} x {parallel.chunks} = {stages}",
-    )
-    layers = shape.num_layers // stages
-    need(
-        recompute_layers == 0 or layers % recompute_layers == 0,
-        f"train.recompute_layers must divide the {layers} layers of a pipeline stage, got {recompute_layers}",
-    )
-
-
-def layer_spec(shape: ModelShape) -> ModuleSpec:
-    """Return the transformer layer: megatron-core's modules, our norm and core attention."""
-    head_norm = RMSNorm if shape.qk_norm else None
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedCoreAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
+        recompute_layers <= layers,
+        f"train.recompute_layers must be at most the {layers} layers of a model chunk, got {recompute_layers}",
     )
 
 
@@ -220,7 +172,7 @@ class Policy(LanguageModule):
                 config, vocab, shape.max_positions, position_embedding_type="rope", tp_group=groups.tp
             )
         layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
-        self.decoder = TransformerBlock(
+        self.decoder = Block(
             config,
             TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm),
             pre_process=self.pre_process,
@@ -256,7 +208,12 @@ class Policy(LanguageModule):
         if self.shape.is_reward:
             return self.reward_head(hidden, batch.rows, objective, self.tp_group)
         return self.output_layer(
-            hidden, batch.rows, objective, weight=self._head(), vocab_size=self.shape.vocab_size
+            hidden,
+            batch.rows,
+            objective,
+            weight=self._head(),
+            vocab_size=self.shape.vocab_size,
+            unit_rows=self.shape.norm_head,
         )
 
     @torch.no_grad()
@@ -265,7 +222,8 @@ class Policy(LanguageModule):
         hidden = self._hidden(batch)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        logits_TV = hidden.squeeze(1) @ self._head().T
+        weight_VH = F.normalize(self._head()) if self.shape.norm_head else self._head()
+        logits_TV = hidden.squeeze(1) @ weight_VH.T
         logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
         return logits_TV[:, : self.shape.vocab_size]
 
@@ -298,7 +256,7 @@ class Policy(LanguageModule):
         weight_VH = self.output_layer.weight
         if weight_VH is None:
             weight_VH = self.embedding.word_embeddings.weight
-        return F.normalize(weight_VH) if self.shape.norm_head else weight_VH
+        return weight_VH
 
 
 def build_policy(

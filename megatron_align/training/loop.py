@@ -22,6 +22,7 @@ from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.records import PackedBatch
+from megatron_align.training import self_check
 from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
 from megatron_align.training.build import build_objective
 from megatron_align.training.card import facts_of_run
@@ -31,6 +32,7 @@ from megatron_align.training.metrics import NoSinks, Sinks
 from megatron_align.training.optimizer import (
     after_load,
     build_optimizer,
+    gather_parameters,
     set_learning_rate,
     wrap_data_parallel,
 )
@@ -93,7 +95,7 @@ class _Run:
         with watchdog.patient("loading weights"):
             if self.resume is None:
                 self._load(chunks, self.config.model.path)
-            self.model = wrap_data_parallel(chunks)
+            self.model = wrap_data_parallel(chunks, self.config.parallel)
             self.optimizer = build_optimizer(self.model, self.config.optimizer, self.groups)
             self.live = self._live_reference()
             if self.resume is not None:
@@ -215,6 +217,7 @@ class _Run:
                 return False
             if self.config.checkpoint.export_hf:
                 with self.watchdog.patient("export"):
+                    gather_parameters(self.model)
                     chunks = [chunk.module for chunk in self.model]
                     export_model(chunks, self.plan.folder / "hf", self.plan.assets, overwrite=True)
                 sinks.say(f"exported to {self.plan.folder / 'hf'}")
@@ -225,6 +228,9 @@ class _Run:
         ahead = self._ahead("train")
         tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.place.rank)
         saves = Saves(self.plan.folder, self.config.checkpoint, self._begin_save, sinks, self.watchdog)
+        if self.config.train.self_check and self.done < self.steps:
+            with self.watchdog.patient("self-check"):
+                self_check.before_first_step(self.model, self.batches, self.done, self.groups)
         with StopRequests() as stop, Prefetcher(range(self.done, self.steps), self.batches.step) as steps:
             for step in range(self.done + 1, self.steps + 1):
                 try:
@@ -260,12 +266,16 @@ class _Run:
         if not result.updated:
             self.objective.load_state(before)
         if self._moving_reference() and step % self.config.reference.sync_steps == 0:
+            gather_parameters(self.model)
             self.live.move([chunk.module for chunk in self.model], self.config.reference.mixup_alpha)
         seconds = time.perf_counter() - started
         found = self._examine(step, data, batches, result, sinks)
+        metrics = self.objective.finish(result.metrics)
+        if self.config.train.self_check and step == 1 and result.updated:
+            self_check.after_first_step(self.config, metrics, self.plan.megatron.params_dtype)
         row = {
             "step": step,
-            **self.objective.finish(result.metrics),
+            **metrics,
             "grad_norm": result.grad_norm,
             **self.health.counts,
             **found,
@@ -357,4 +367,5 @@ class _Run:
             health_state=self.health.state(),
         )
         target = sharded.step_folder(self.plan.folder, step)
+        gather_parameters(self.model)
         saver.begin(target, self.model, self.optimizer, card, self.plan.assets, self._moving_reference())

@@ -26,11 +26,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.config import OptimizerConfig
+from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
 
 _STATE = ("param", "exp_avg", "exp_avg_sq")
+BUCKET: int | None = (
+    None  # gradients that overlap are reduced so many elements at a time; None: megatron-core's choice
+)
 
 
 class Optimizer(DistributedOptimizer):
@@ -124,18 +127,37 @@ def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
     return math.sqrt(squares.item())
 
 
-def wrap_data_parallel(chunks: list[Policy]) -> list[DistributedDataParallel]:
-    """Give each chunk its gradient buffer: fp32, summed (never averaged) over data-parallel ranks."""
+def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Give each chunk its gradient buffer: fp32, summed (never averaged) over data-parallel ranks.
+
+    Args:
+        chunks: this rank's.
+        parallel: ``overlap_grad_reduce`` and ``overlap_param_gather`` are read.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=BUCKET,
         average_in_collective=False,
     )
-    return [
+    model = [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_grad_reduce:
+        # The schedules then hold the reduction back until a chunk's last micro-batch.
+        no_sync = [chunk.no_sync for chunk in model]
+        model[0].config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    return model
+
+
+def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
+    """Wait for the last update's weights: call it before they are read other than by the model's own forward."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def build_optimizer(
@@ -153,6 +175,7 @@ def build_optimizer(
         bf16=model[0].config.params_dtype == torch.bfloat16,
         params_dtype=model[0].config.params_dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
     param_groups, buffers = _get_param_groups_and_buffers(
         model,

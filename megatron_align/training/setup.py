@@ -67,7 +67,11 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     start = read_shape(assets)
     shape = trained_shape(start, config, assets)
     megatron = transformer_config(
-        shape, config.parallel, DTYPES[config.train.precision], config.train.recompute_layers
+        shape,
+        config.parallel,
+        DTYPES[config.train.precision],
+        config.train.recompute_layers,
+        config.train.recompute_modules,
     )
     if weights == assets:
         need_tied_head(open_hf(assets)[0], start)

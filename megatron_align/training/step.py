@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,9 +56,8 @@ class Stepper:
         self.groups = groups
         self.optimizer = optimizer
         self.clock = StepClock()
-        config = self.model[0].config
-        config.finalize_model_grads_func = self._finalize
-        config.grad_scale_func = None
+        self._sums_over_ranks = True
+        self.model[0].config.grad_scale_func = None
 
     def train(self, batches: Sequence[PackedBatch]) -> StepResult:
         """Do one update, unless its numbers are not finite: then weights and optimizer stay as they are, bit by bit.
@@ -67,11 +67,8 @@ class Stepper:
         """
         if self.optimizer is None:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
-        for chunk in self.model:
-            chunk.train()
-            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics, pack_losses = self._schedule(batches, forward_only=False)
+        metrics, pack_losses = self.gradients(batches)
         grad_norm = self.optimizer.grad_norm()
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
         if finite:
@@ -80,6 +77,13 @@ class Stepper:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the time of the update would count into the next step
         return StepResult(metrics, grad_norm, pack_losses, updated=finite)
+
+    def gradients(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
+        """Leave the gradient, summed over ranks, in the buffers; return what :meth:`_schedule` does."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        return self._schedule(batches, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
@@ -94,21 +98,28 @@ class Stepper:
 
         Updates nothing; the gradient buffers are left dirty, as :meth:`train` clears them.
         """
-        config = self.model[0].config
         interleaved = len(self.model) > 1  # its schedule wants a micro-batch for each stage
         rounds = self.groups.pp.size() if interleaved else 1
-        finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None  # ranks not mixed
         bad = torch.zeros(len(batches), device=cpu.device())
         for i, batch in enumerate(batches):
-            for chunk in self.model:
-                chunk.train()
-                chunk.zero_grad_buffer()
-            self._schedule([batch] * rounds, forward_only=False)
+            with self._ranks_not_mixed():
+                self.gradients([batch] * rounds)
             grads = [buffer.grad_data for chunk in self.model for buffer in chunk.buffers]
             bad[i] = any(not grad.isfinite().all() for grad in grads)
-        config.finalize_model_grads_func = finalize
         dist.all_reduce(bad, group=self.groups.mp)
         return (bad == 0).tolist()
+
+    @contextmanager
+    def _ranks_not_mixed(self) -> Iterator[None]:
+        """Keep each rank's gradients to itself for the length of a with-block, overlapped or not."""
+        config = self.model[0].config
+        no_sync = config.no_sync_func
+        self._sums_over_ranks, config.no_sync_func = False, nullcontext
+        with ExitStack() as stack:
+            for chunk in self.model:
+                stack.enter_context(chunk.no_sync())
+            yield
+        self._sums_over_ranks, config.no_sync_func = True, no_sync
 
     def _finalize(self, chunks: list[DistributedDataParallel], _tokens: Tensor, **options: Any) -> None:
         """Sum the gradients over ranks; the loss is already divided by what it must be, so nothing is divided here."""
@@ -122,6 +133,8 @@ class Stepper:
         self, batches: Sequence[PackedBatch], forward_only: bool
     ) -> tuple[dict[str, float], list[float]]:
         """Return the sums over all packs of all ranks, and the loss of each of this rank's."""
+        # Here, as another Stepper may have set its own.
+        self.model[0].config.finalize_model_grads_func = self._finalize if self._sums_over_ranks else None
         iterators = [iter(batches) for _ in self.model]
         partial_sums = get_forward_backward_func()(
             forward_step_func=self._forward,

@@ -71,7 +71,7 @@ def decay_groups(place: parallel.Place, model: Path) -> tuple[list[str], list[st
         groups, shape = parallel.groups(), read_shape(model)
         chunks = build_policy(transformer_config(shape, ParallelConfig(), torch.bfloat16), shape, groups)
         load_weights(model, shape, chunks[0].global_parameters(), 0, 1)
-        ddp = wrap_data_parallel(chunks)
+        ddp = wrap_data_parallel(chunks, ParallelConfig())
         optimizer = build_optimizer(ddp, OptimizerConfig(weight_decay=0.5), groups)
         decays: dict[float, list[str]] = {0.5: [], 0.0: []}
         equal = True
@@ -265,3 +265,14 @@ def train_in_slabs(place: parallel.Place, arguments: list[str], rows: int | None
         train(place, arguments)
     finally:
         passes.SLAB_BYTES["cpu"] = before
+
+
+def train_in_buckets(place: parallel.Place, arguments: list[str], elements: int) -> None:
+    """Train with gradients reduced and weights gathered in buckets of about so many elements."""
+    from megatron_align.training import optimizer
+
+    before, optimizer.BUCKET = optimizer.BUCKET, elements
+    try:
+        train(place, arguments)
+    finally:
+        optimizer.BUCKET = before

@@ -15,7 +15,7 @@ from megatron_align.model.policy import transformer_config
         ({"tensor": 3}, 0, "parallel.tensor must divide the model's 8 attention heads, got 3"),
         ({"pipeline": 3}, 0, "must divide the model's 4 layers, got 3 x 1 = 3"),
         ({"pipeline": 4, "virtual_pipeline": 2}, 0, "must divide the model's 4 layers, got 4 x 2 = 8"),
-        ({"pipeline": 2}, 3, "train.recompute_layers must divide the 2 layers of a pipeline stage, got 3"),
+        ({"pipeline": 2}, 3, "train.recompute_layers must be at most the 2 layers of a model chunk, got 3"),
     ],
 )
 def test_refused(tiny_models, parallel, recompute, message):

@@ -1,0 +1,135 @@
+"""A transformer layer of megatron-core's parts and our norm, and which of its activations are made again in backward.
+
+Shapes: T tokens of the pack (T / TP on each rank between layers under sequence parallel), H hidden.
+
+What is kept for backward (``train.recompute_layers``, ``train.recompute_modules``):
+
+- layers: the input of every k-th layer alone; the k layers run again, all of their activations live at once.
+- attention: query, key and value before their rotation, not what attention makes of them.
+- mlp: the input of the feed-forward network.
+- norms: the input of each layer's two norms, which nothing else keeps; their output is freed and made again.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_align.model import cpu
+from megatron_align.model.attention import PackedCoreAttention, PackParams
+from megatron_align.model.families import ModelShape
+
+RECOMPUTED = {"attention": "core_attn", "mlp": "mlp", "norms": "layernorm"}  # our names to megatron-core's
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in fp32, scaled in the input dtype as HF Llama does. Zhang and Sennrich 2019."""
+
+    recomputed = False  # the output may be freed until backward, see ``free_output``
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
+        # Each rank sees its own tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; keeps shape and dtype."""
+        if not (self.recomputed and torch.is_grad_enabled()):
+            return self._normalise(x)
+        self._kept = CheckpointWithoutOutput(fp8=None)  # None: its False asks for Transformer Engine
+        return self._kept.checkpoint(self._normalise, x)
+
+    def free_output(self, user: Tensor) -> None:
+        """Free the last output; it is made again when the gradient of ``user`` is known.
+
+        ``user`` must come of the output, and whatever kept the output must run in backward after it.
+        """
+        if self.recomputed and torch.is_grad_enabled():
+            self._kept.discard_output_and_register_recompute(user)
+            del self._kept
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(x.dtype)
+
+
+class Layer(TransformerLayer):
+    """megatron-core's layer; its norms are recomputed here, as megatron-core's way needs Transformer Engine."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.input_layernorm.recomputed = self.recompute_input_layernorm
+        self.pre_mlp_layernorm.recomputed = self.recompute_pre_mlp_layernorm
+        self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False
+
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        hidden, context = super()._forward_attention(*args, **kwargs)
+        self.input_layernorm.free_output(hidden)
+        return hidden, context
+
+    def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
+        self.pre_mlp_layernorm.free_output(mlp_output_with_bias[0])
+        return super()._forward_post_mlp(mlp_output_with_bias, residual)
+
+
+class Block(TransformerBlock):
+    """megatron-core's block; k merged layers need not divide its layers, as megatron-core's must."""
+
+    def _checkpointed_forward(
+        self, hidden_states: Tensor, packed_seq_params: PackParams, **unused: object
+    ) -> Tensor:
+        merged = self.config.recompute_num_layers
+        for first in range(0, len(self.layers), merged):
+            run = partial(self._run, range(first, min(first + merged, len(self.layers))), packed_seq_params)
+            hidden_states = checkpoint(run, self.config.distribute_saved_activations, hidden_states)
+        return hidden_states
+
+    def _run(self, layers: range, pack: PackParams, hidden: Tensor) -> Tensor:
+        for i in layers:
+            hidden, _ = self.layers[i](hidden, attention_mask=None, packed_seq_params=pack)
+        return hidden
+
+
+def layer_spec(shape: ModelShape) -> ModuleSpec:
+    """Return the transformer layer: megatron-core's modules, our norm and core attention."""
+    head_norm = RMSNorm if shape.qk_norm else None
+    return ModuleSpec(
+        module=Layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=PackedCoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

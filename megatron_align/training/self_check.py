@@ -1,0 +1,245 @@
+"""The checks of a run's first step (``train.self_check``): layout bugs that would otherwise train, silently wrong.
+
+Before the first step, resumed or not, over all ranks:
+
+- plan: every rank computed the same packs.
+- replicas: a parameter is the same, bit by bit, wherever it is held more than once: on data-parallel ranks, on
+  tensor-parallel ranks that do not split it, on the first and last pipeline stage where it is tied.
+- packing: two samples of the step, cut short, give the same gradient in one pack as in a pack each. These are
+  subtracted in the gradient buffer itself, which is zeroed before every step anyway: no memory is needed.
+
+After step 1 of a run whose policy starts as its own reference: rewards are 0, and DPO's loss is ln 2.
+
+What is found is raised as one TrainingFault on every rank. Nothing here changes a number of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_align.config import RunConfig
+from megatron_align.data.batch import StepBatches
+from megatron_align.data.pack import Columns, pack
+from megatron_align.errors import TrainingFault
+from megatron_align.objectives import DPOConfig
+from megatron_align.records import LossRows, PackedBatch, Sample
+from megatron_align.training.objective import Objective, Sums
+from megatron_align.training.step import Stepper
+
+# Bounds on |difference| / |gradient| with and without packing. The same numbers are added in another order; in bf16
+# activations of 8 bits are, through other kernels where shapes differ. A leak between samples changes it by O(1).
+PACKING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# A tensor whose gradient nearly cancels (a key's bias, to which softmax is blind) is rounding noise: it is compared
+# with this share of the whole gradient.
+FLOOR = 0.01
+# Bounds on |reward| / |beta x log-prob|: a cached reference may have been scored on another layout.
+IDENTITY = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+KEPT = 32  # tokens of a prompt, and of each completion, in the packing check
+SLICE = 2**24  # elements hashed at a time
+
+
+def before_first_step(
+    model: Sequence[DistributedDataParallel],
+    batches: StepBatches,
+    step: int,
+    groups: ProcessGroupCollection,
+) -> None:
+    """Check plan, replicas and packing; ``step`` is the 0-based one that comes next.
+
+    Raises:
+        TrainingFault: on every rank, naming the first rank and tensor where something differs.
+    """
+    _need_none(_plan_faults(batches, step))
+    _need_none(_replica_faults(model, groups))
+    _need_none(_packing_faults(model, batches, step, groups))
+
+
+def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Check the identity of a policy and the reference it starts from; ``metrics`` are step 1's.
+
+    Raises:
+        TrainingFault: on every rank, as metrics are global.
+    """
+    objective, reference = config.objective, config.reference
+    if not objective.compares or reference.mode == "none":
+        return
+    if reference.path not in (None, config.model.path):
+        return
+    for side in ("chosen", "rejected"):
+        reward = metrics[f"{side}_reward"]
+        bound = IDENTITY[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
+        if not abs(reward) <= bound:
+            raise TrainingFault(
+                f"self-check: the policy starts as its reference, so that {side}_reward of step 1 must be 0 within "
+                f"{bound:.2g}, got {reward:.6g}"
+            )
+    if _is_plain_dpo(objective) and not abs(metrics["loss"] - math.log(2)) <= IDENTITY[dtype]:
+        raise TrainingFault(
+            f"self-check: the policy starts as its reference, so that the loss of step 1 must be ln 2 = "
+            f"{math.log(2):.6f}, got {metrics['loss']:.6f}"
+        )
+
+
+def _is_plain_dpo(objective: Any) -> bool:
+    if not isinstance(objective, DPOConfig) or objective.loss_types != ("sigmoid",):
+        return False
+    weighted = objective.use_weighting or objective.rpo_alpha is not None
+    return not weighted and objective.loss_weights in (None, [1.0])
+
+
+def _need_none(faults: list[str]) -> None:
+    """Raise on every rank if any rank found a fault; each calls this."""
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, faults)
+    if every := [fault for of_rank in found for fault in of_rank]:
+        rest = f" (and {len(every) - 1} more like it)" if len(every) > 1 else ""
+        raise TrainingFault(f"self-check: {every[0]}{rest}")
+
+
+def _plan_faults(batches: StepBatches, step: int) -> list[str]:
+    own = batches.fingerprint(step)
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    if own == found[0]:
+        return []
+    return [
+        f"rank {dist.get_rank()} must plan the same packs as rank 0, its plan of step {step + 1} is "
+        f"{own[:12]} for {found[0][:12]}"
+    ]
+
+
+def _replica_faults(model: Sequence[DistributedDataParallel], groups: ProcessGroupCollection) -> list[str]:
+    parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
+    whole = {name: p for name, p in parameters.items() if not getattr(p, "tensor_model_parallel", False)}
+    faults = _apart(parameters, groups.dp_cp, "a data-parallel replica")
+    faults += _apart(whole, groups.tp, "a tensor-parallel rank that does not split it")
+    tied = [chunk.module for chunk in model if chunk.module.share_embeddings_and_output_weights]
+    ends = [policy for policy in tied if policy.pre_process or policy.post_process]
+    if ends and groups.pp.size() > 1:
+        weight = ends[0].shared_embedding_or_output_weight()
+        faults += _apart({"the tied embedding": weight}, groups.embd, "the other end of the pipeline")
+    return faults
+
+
+def _apart(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, other: str) -> list[str]:
+    """Return a fault for each parameter that is not the same as on the first rank of ``group``."""
+    if group.size() == 1 or not parameters:
+        return []
+    own_P2 = torch.stack([hashed(parameter) for parameter in parameters.values()])
+    found = [torch.empty_like(own_P2) for _ in range(group.size())]
+    dist.all_gather(found, own_P2, group=group)
+    same_P = (own_P2 == found[0]).all(1).tolist()
+    first = dist.get_global_rank(group, 0)
+    return [
+        f"{name} must be the same on rank {dist.get_rank()} and on rank {first}, {other}; it differs"
+        for name, same in zip(parameters, same_P, strict=True)
+        if not same
+    ]
+
+
+def hashed(tensor: Tensor) -> Tensor:
+    """Return two int64 that tell the bits of a tensor: their sum, and their sum weighted by place (modulo 2^64)."""
+    whole = torch.int16 if tensor.element_size() == 2 else torch.int32
+    bits = tensor.detach().contiguous().view(whole).flatten()
+    total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), SLICE):
+        part = bits[start : start + SLICE].long()
+        place = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device)
+        total += torch.stack([part.sum(), (part * place).sum()])
+    return total
+
+
+class _Probe(Objective):
+    """The weighted sum of log-probs, or of rewards: a loss whose gradient reaches every parameter."""
+
+    whole_samples = False
+
+    def __init__(self, of_rewards: bool):
+        self.of_rewards = of_rewards
+
+    def loss(self, values: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+        """See :class:`Objective`."""
+        weights = rows.completions.weight_C if self.of_rewards else rows.weight_N
+        return (values * weights).sum(), {}
+
+
+def _packing_faults(
+    model: Sequence[DistributedDataParallel],
+    batches: StepBatches,
+    step: int,
+    groups: ProcessGroupCollection,
+) -> list[str]:
+    policy = model[0].module
+    stepper = Stepper(model, _Probe(policy.shape.is_reward), groups)
+    parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
+    together, alone = _lay([cut(sample) for sample in batches.shortest(step, 2)], batches)
+    stepper.gradients(together)
+    norms = _norms(parameters)
+    stepper.gradients(together + alone)
+    bound, floor = PACKING[policy.config.params_dtype], FLOOR * math.hypot(*norms.values())
+    off = {name: norm / max(norms[name], floor) for name, norm in _norms(parameters).items() if norm > 0}
+    return [
+        f"the gradient of {name} on rank {dist.get_rank()} must be the same with and without packing within "
+        f"{bound:g} of its norm, it is off by {share:.3g}"
+        for name, share in off.items()
+        if not share <= bound
+    ]
+
+
+def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    norms = [torch.linalg.vector_norm(parameter.main_grad) for parameter in parameters.values()]
+    return dict(zip(parameters, torch.stack(norms).tolist(), strict=True))
+
+
+def _lay(samples: Sequence[Sample], batches: StepBatches) -> tuple[list[PackedBatch], list[PackedBatch]]:
+    """Return micro-batches with all samples in one pack, and with minus each in a pack of its own."""
+    share_prefix, share = batches.data.share_prefix, batches.share
+    tokens = sum(len(s.tokens_L) if share_prefix else _repeated(s) for s in samples)
+    tokens = -(-tokens // share.multiple) * share.multiple
+
+    def lay(some: Sequence[Sample], sign: float) -> PackedBatch:
+        weights = [sign / max(1, int(sample.scored_L.sum())) for sample in some]
+        weight_C = [sign * (1 + i) for sample in some for i in range(max(1, len(sample.completion_lengths)))]
+        columns = replace(Columns.unknown(len(weight_C)), weight_C=np.array(weight_C, np.float64))
+        return pack(some, weights, tokens, columns=columns, share_prefix=share_prefix)
+
+    def filled(packs: list[PackedBatch]) -> list[PackedBatch]:
+        return packs + [lay([], 0.0)] * (-len(packs) % share.micro_batch_multiple)
+
+    return filled([lay(samples, 1.0)]), filled([lay([sample], -1.0) for sample in samples])
+
+
+def _repeated(sample: Sample) -> int:
+    return len(sample.tokens_L) + max(0, len(sample.completion_lengths) - 1) * sample.prompt_length
+
+
+def cut(sample: Sample, kept: int = KEPT) -> Sample:
+    """Return a sample with the end of its prompt and the start of each completion, something of which is scored."""
+    prompt = min(sample.prompt_length, kept)
+    lengths = sample.completion_lengths or (len(sample.tokens_L) - sample.prompt_length,)
+    first = sample.prompt_length
+    pieces = [np.arange(first - prompt, first)]
+    for length in lengths:
+        pieces.append(np.arange(first, first + min(length, kept)))
+        first += length
+    places = np.concatenate(pieces)
+    scored_L = sample.scored_L[places].copy()
+    scored_L[max(1, prompt) :] |= not scored_L.any()  # all of it, where what was scored lies further on
+    short = tuple(min(length, kept) for length in lengths)
+    return replace(
+        sample,
+        tokens_L=sample.tokens_L[places],
+        scored_L=scored_L,
+        prompt_length=prompt,
+        completion_lengths=short if sample.completion_lengths else (),
+    )

@@ -1,0 +1,72 @@
+"""Runs with one thing broken, for the checks that must notice: called on every rank of the pool."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_align.config import parse
+from megatron_align.data.batch import StepBatches
+from megatron_align.errors import TrainingFault
+from megatron_align.kernels import PackedLayout
+from megatron_align.model import parallel
+from megatron_align.training import self_check
+from megatron_align.training.loop import _Run
+from megatron_align.training.setup import prepare
+
+
+def train_broken(place: parallel.Place, arguments: list[str], what: str) -> str:
+    """Train with ``what`` broken, on the last rank alone where ranks can differ; return the fault that ends it."""
+    plan = prepare(parse(arguments), place)
+    with parallel.join(place, plan.config.parallel).watching() as watchdog:
+        run = _Run(plan, watchdog)
+        last = dist.get_rank() == dist.get_world_size() - 1
+        parameters = {n: p for chunk in run.model for n, p in chunk.module.global_parameters().items()}
+        with torch.no_grad():
+            if what == "parameter" and last:
+                parameters["decoder.layers.1.self_attention.linear_proj.weight"][0, 0] += 1e-3
+            if what == "norm" and last:
+                parameters["decoder.layers.0.input_layernorm.weight"][5] *= 1.001
+            if what == "tied" and last:
+                parameters["output_layer.weight"][1, 1] += 1e-3
+        if what == "plan" and last:
+            run.batches = _Reordered(run.batches)
+        if what == "reference":
+            run.references["train"].own.values_K[:] -= 1.0
+        before = self_check.pack
+        if what == "leak":
+            self_check.pack = _leaking(before)
+        try:
+            run.go()
+            fault = "none"
+        except TrainingFault as error:
+            fault = str(error)
+        finally:
+            self_check.pack = before
+    parallel.leave()
+    return fault
+
+
+class _Reordered:
+    """A plan whose steps come one later."""
+
+    def __init__(self, batches: StepBatches):
+        self._batches = batches
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._batches, name)
+
+    def fingerprint(self, step: int) -> str:
+        return self._batches.fingerprint(step + 1)
+
+
+def _leaking(pack):
+    """Return ``pack`` whose samples see all before them."""
+
+    def leak(samples, weights, tokens, **options):
+        batch = pack(samples, weights, tokens, **options)
+        return replace(batch, layout=PackedLayout.from_lengths([tokens]))
+
+    return leak
