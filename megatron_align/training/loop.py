@@ -14,11 +14,13 @@ from megatron_align.checkpoint.export import export_model
 from megatron_align.checkpoint.hf import load_weights
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import Share, Step, StepBatches
+from megatron_align.data.context import ContextShare
 from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
+from megatron_align.model.context_kind import kind_of
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
 from megatron_align.training.build import build_objective
@@ -148,12 +150,14 @@ class _Run:
 
     def _batches(self, split: str, train: TrainConfig) -> StepBatches:
         parallel_config = self.config.parallel
+        sequence_ranks = parallel_config.tensor if self.plan.megatron.sequence_parallel else 1
         share = Share(
             ranks=self.groups.dp.size(),
             rank=self.groups.dp.rank(),
-            multiple=parallel_config.tensor if self.plan.megatron.sequence_parallel else 1,
+            multiple=parallel_config.context * sequence_ranks,
             # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
             micro_batch_multiple=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
+            context=self._context_share(),
         )
         known = self.references.get(split)
         return StepBatches(
@@ -167,6 +171,10 @@ class _Run:
             mismatched=self.objective.looks_ahead == "mismatched",
             score_prompt=self.objective.score_prompt,
         )
+
+    def _context_share(self) -> ContextShare | None:
+        kind, ranks = kind_of(self.plan.shape, self.config.parallel), self.groups.cp
+        return kind and ContextShare(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
 
     def go(self) -> None:
         """Train what is left, then export."""
@@ -268,7 +276,7 @@ class _Run:
                 f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
                 f"vocabulary {shape.vocab_size}, {self.config.train.precision}",
                 f"layout     {place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-                f"data {self.groups.dp.size()}, "
+                f"context {layout.context} x data {self.groups.dp.size()}, "
                 + ("on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"),
                 f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
                 f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated, "

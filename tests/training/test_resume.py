@@ -31,8 +31,8 @@ def cut_after(run, copy, step):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "world, layout",
-    [(1, {}), (2, {"parallel__tensor": 2}), (4, {"parallel__pipeline": 2})],
-    ids=["one", "tp2", "pp2_dp2"],
+    [(1, {}), (2, {"parallel__tensor": 2}), (4, {"parallel__pipeline": 2}), (2, {"parallel__context": 2})],
+    ids=["one", "tp2", "pp2_dp2", "cp2"],
 )
 def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, world, layout, precision):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -55,13 +55,26 @@ def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, 
     assert sorted(path.name for path in cut.glob("step_*")) == ["step_000004", "step_000005"]  # keep: 2
 
 
-def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_file, tmp_path):
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}),
+    "ulysses2": (2, {"parallel__context": 2, "parallel__context_kind": "ulysses"}),
+    "allgather2_dp2": (4, {"parallel__context": 2, "parallel__context_kind": "allgather"}),
+}
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("one", "tp2_pp2"), ("one", "ulysses2"), ("ulysses2", "one"), ("allgather2_dp2", "tp2_pp2")],
+)
+def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_file, tmp_path, before, after):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
-    cut_after(whole, cut, step=2)
-    layout = {"parallel__tensor": 2, "parallel__pipeline": 2}
-    pool.run(4, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
+    for folder, name in ((whole, before), (cut, after)):
+        world, layout = LAYOUTS[name]
+        pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, folder, **options, **layout))
+        if folder == whole:
+            cut_after(whole, cut, step=2)
     for got, want in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
