@@ -13,9 +13,12 @@ heads per KV head gather (Qwen2-7B, 28 : 4, always), many ranks or plain multi-h
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Kind = Literal["ulysses", "allgather"]
+from megatron_align.config import ParallelConfig
+from megatron_align.errors import InputError
+from megatron_align.model.families import ModelShape
+from megatron_align.records import ContextKind
 
 
 class AttentionSplit(NamedTuple):
@@ -67,10 +70,29 @@ def allgather_bytes(split: AttentionSplit, tokens: int, itemsize: int) -> int:
     return 2 * tokens // split.context * (split.context - 1) * of_token * itemsize
 
 
-def choose_kind(heads: int, groups: int, head_dim: int, tensor: int, context: int) -> Kind:
+def choose_kind(heads: int, groups: int, head_dim: int, tensor: int, context: int) -> ContextKind:
     """Return what ``context_kind: auto`` means for this layer; the rule is atop this file."""
     split = AttentionSplit(heads, groups, head_dim, tensor, context)
     tokens = context * context  # any multiple: both grow with the tokens
     if ulysses_fits(split) and ulysses_bytes(split, tokens, 1) <= allgather_bytes(split, tokens, 1):
         return "ulysses"
     return "allgather"
+
+
+def kind_of(shape: ModelShape, parallel: ParallelConfig) -> ContextKind | None:
+    """Return how this run's context-parallel ranks attend together; None: a pack has one rank.
+
+    Raises:
+        InputError: if ``ulysses`` is asked for and the heads do not divide.
+    """
+    if parallel.context == 1:
+        return None
+    layer = (shape.num_heads, shape.num_query_groups, shape.head_dim, parallel.tensor, parallel.context)
+    if parallel.context_kind == "auto":
+        return choose_kind(*layer)
+    if parallel.context_kind == "ulysses" and not ulysses_fits(AttentionSplit(*layer)):
+        raise InputError(
+            f"parallel.context_kind: ulysses needs attention heads that tensor x context divide, got {shape.num_heads} "
+            f"heads for {parallel.tensor} x {parallel.context}; allgather has no such rule"
+        )
+    return parallel.context_kind
