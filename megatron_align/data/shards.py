@@ -76,7 +76,10 @@ def balanced_shards(groups: Sequence[tuple[int, Sequence[int]]], tokens: int, ra
         whole, rest = divmod(share, granule)
         starts = np.arange(whole * ranks + 1) * granule
         starts = np.concatenate([starts, starts[-1] + np.arange(1, ranks + 1) * rest]) if rest else starts
-        owner, peak = _deal(np.diff(before[starts]), ranks)
+        work, load_R = np.diff(before[starts]), np.zeros(ranks, dtype=np.int64)
+        # Pieces of each length by themselves: as many for all ranks are then as many tokens.
+        owner = np.concatenate([_deal(part, load_R) for part in np.split(work, [whole * ranks])])
+        peak = int(load_R.max())
         if peak < best_peak:
             best, best_peak = np.repeat(owner, np.diff(starts)), peak
         if peak * ranks <= LEVEL * before[-1]:
@@ -91,17 +94,15 @@ def _check(tokens: int, ranks: int) -> None:
         )
 
 
-def _deal(work: np.ndarray, ranks: int) -> tuple[np.ndarray, int]:
-    """Return the owner of each piece (as many for all ranks), and the work of the costliest rank.
+def _deal(work: np.ndarray, load_R: np.ndarray) -> np.ndarray:
+    """Return the owner of each piece (as many for all ranks); adds their work to ``load_R``.
 
     Rounds of one piece for each rank, the costliest pieces first; in a round, the costlier piece goes to the rank with
     less. So ranks never differ by more than the widest round: max - min <= max over rounds of (first - last piece).
     """
-    order = np.argsort(-work, kind="stable").reshape(-1, ranks)
     owner = np.empty(len(work), dtype=np.int16)
-    load = np.zeros(ranks, dtype=np.int64)
-    for pieces in order:
-        emptiest = np.argsort(load, kind="stable")
-        owner[pieces] = emptiest
-        load[emptiest] += work[pieces]
-    return owner, int(load.max())
+    for pieces in np.argsort(-work, kind="stable").reshape(-1, len(load_R)):
+        emptiest_R = np.argsort(load_R, kind="stable")
+        owner[pieces] = emptiest_R
+        load_R[emptiest_R] += work[pieces]
+    return owner
