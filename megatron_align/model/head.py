@@ -102,7 +102,9 @@ class VocabularyHead(ColumnParallelLinear):
         value, sums = slab_loss(
             hidden_nH, weight, target_n, spread.ranges, loss, statistics=objective.statistics, **options
         )
-        if part is not None:  # a slab counts as recomputed where one of the ranks had more than fits
+        if (
+            part is not None
+        ):  # ranks differ by what they hold of a sample: the one that recomputed most is told
             dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=context)
         return PackLoss(value, sums)
 

@@ -39,5 +39,6 @@ def test_slabs_change_no_number(pool, tiny_models, chat_file, pairs_file, tmp_pa
         assert "recomputed_samples" not in rows["tiny"][0]  # rows are cut anywhere
     else:
         assert {row["recomputed_samples"] for row in rows["whole"]} == {0}
-        for name in ("tiny", "spread"):
-            assert {row["recomputed_samples"] for row in rows[name]} == {12}  # the global batch
+        assert {row["recomputed_samples"] for row in rows["tiny"]} == {12}  # the global batch
+        # Two ranks share a pair's rows, and some then fit: told is the rank that had to recompute most.
+        assert all(0 < row["recomputed_samples"] <= 12 for row in rows["spread"])
