@@ -28,9 +28,9 @@ class PackParams(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     layout: PackedLayout = field(kw_only=True)
-    part: ContextPart | None = field(kw_only=True)
     cos_QD: Tensor = field(kw_only=True)
     sin_QD: Tensor = field(kw_only=True)
+    part: ContextPart | None = field(default=None, kw_only=True)  # as in PackedBatch
 
 
 def rope_tables(positions_Q: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
