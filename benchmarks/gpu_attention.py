@@ -50,7 +50,7 @@ def flex(layout: PackedLayout) -> tuple[Callable[..., Tensor], Callable[..., Ten
 
     attention = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
     build = torch.compile(create_block_mask, dynamic=False)
-    prefix_start, prefix_end, own_start, _ = layout.intervals
+    prefix_start, prefix_end, own_start, _ = layout.by_query
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ((prefix_start[q] <= k) & (k < prefix_end[q])) | ((own_start[q] <= k) & (k <= q))

@@ -25,7 +25,7 @@ def draw(layout: PackedLayout, block: int, out: Path) -> None:
     visited, full = block_map_reference(layout, block, block)
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.imshow(layout.mask_TT(), cmap=ListedColormap([COLOURS[0], "#333333"]), interpolation="nearest")
+    left.imshow(layout.mask_QT(), cmap=ListedColormap([COLOURS[0], "#333333"]), interpolation="nearest")
     left.set_title(f"mask: {layout.tokens} tokens", fontsize=11)
     colours = ListedColormap(COLOURS)
     right.imshow(

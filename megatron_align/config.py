@@ -130,7 +130,9 @@ class ParallelConfig:
     Args:
         tensor: tensor-parallel ranks
         pipeline: pipeline stages
-        context: context-parallel ranks (only 1 so far)
+        context: context-parallel ranks: each pack's tokens are dealt out over them
+        context_kind: how they attend together. ulysses: swap tokens for heads; allgather: gather keys and values, work
+            balanced for each pack; auto: see docs/parallel.md (no other with context: 1)
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule); null: one
         first_stage_layers: layers of the first pipeline stage, over all of its chunks; null: as many as the others
         last_stage_layers: layers of the last pipeline stage; null: as many as the others
@@ -146,6 +148,7 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    context_kind: Literal["auto", "ulysses", "allgather"] = "auto"
     virtual_pipeline: int | None = None
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
@@ -161,8 +164,9 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "context"):
             need(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         need(
-            self.context == 1,
-            f"parallel.context must be 1: context parallelism is not built yet, got {self.context}",
+            self.context > 1 or self.context_kind == "auto",
+            f"parallel.context_kind needs parallel.context of at least 2, got {self.context_kind} with context "
+            f"{self.context}",
         )
         need(
             self.timeout_seconds > 0, f"parallel.timeout_seconds must be positive, got {self.timeout_seconds}"

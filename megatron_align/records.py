@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_align.kernels.packed_attention import PackedLayout
 
+ContextKind = Literal["ulysses", "allgather"]
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -154,24 +156,35 @@ class LossRows:
         """Return ``row_N`` without looking at the device; of a whole pack only."""
         return self.row_N.numpy() if self.host_row_N is None else self.host_row_N
 
-    def slabs(self, most_rows: int, *, whole_samples: bool) -> list[LossRows]:
+    def slabs(
+        self, most_rows: int, *, whole_samples: bool, owner_N: np.ndarray | None = None
+    ) -> list[LossRows]:
         """Split into consecutive parts of at most ``most_rows`` rows, without looking at the device.
 
         Args:
             most_rows: limit of a part. With ``whole_samples`` a sample that is longer is a part of its own.
             whole_samples: parts hold whole samples, and their ``sequence_N``, ``sample_C`` and ``ends`` count
                 from 0. False: rows are cut anywhere; ``sequence_N`` and ``completions`` stay the pack's.
+            owner_N: which rank holds each row, where they are spread over several: the limit is then that of the
+                rank which holds most of a part. Default: one holds all.
         """
+        rows = self.row_N.shape[0]
+        owner_N = np.zeros(rows, np.int64) if owner_N is None else owner_N
+        held_NR = owner_N[:, None] == np.arange(owner_N.max(initial=0) + 1)
+        before_NR = np.concatenate([np.zeros_like(held_NR[:1], np.int64), held_NR.cumsum(0)])
         if not whole_samples:
-            cuts = range(0, self.row_N.shape[0], most_rows)
+            cuts = [0]
+            while cuts[-1] < rows:
+                full_R = before_NR[cuts[-1]] + most_rows
+                cuts.append(int((before_NR <= full_R).all(1).sum()) - 1)
             return [
-                replace(self, **_each(self, lambda t, at=at: t[at : at + most_rows]), ends=()) for at in cuts
+                replace(self, **_each(self, lambda t, a=a, b=b: t[a:b]), ends=()) for a, b in pairwise(cuts)
             ]
-        parts, first, before = [], 0, (0, 0)
-        for i, (rows, _) in enumerate(self.ends):
-            if i > first and rows - before[0] > most_rows:
+        parts, first, start = [], 0, 0
+        for i, (stop, _) in enumerate(self.ends):
+            if i > first and (before_NR[stop] - before_NR[start]).max() > most_rows:
                 parts.append(self._samples(first, i))
-                first, before = i, self.ends[i - 1]
+                first, start = i, self.ends[i - 1][0]
         return [*parts, self._samples(first, len(self.ends))] if self.ends else []
 
     def _samples(self, first: int, stop: int) -> LossRows:
@@ -185,10 +198,57 @@ class LossRows:
         return replace(self, **mine, completions=Completions(**part), ends=ends)
 
 
-def _each(record: LossRows | Completions, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _each(
+    record: LossRows | Completions | Held | ContextPart, change: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Return the record's tensors, changed, by name."""
     tensors = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Which of a pack's rows (or completions) are scored from a token of this context-parallel rank.
+
+    ``number_n``, ascending, counts in the pack; ``row_n`` counts in the rank's own tokens.
+    """
+
+    number_n: Tensor  # int64
+    row_n: Tensor  # int64
+    host_number_n: np.ndarray  # both on the host
+    host_row_n: np.ndarray
+
+    @classmethod
+    def of(cls, number_n: np.ndarray, row_n: np.ndarray) -> Held:
+        """Hold numbers that are known on the host."""
+        return cls(torch.from_numpy(number_n), torch.from_numpy(row_n), number_n, row_n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextPart:
+    """What of a pack is on this context-parallel rank: Q = T / ranks of its tokens, and what they score.
+
+    The pack itself is the same on all ranks; ``data.context`` deals it out.
+    """
+
+    kind: ContextKind  # how its ranks attend together, see ``model.context``
+    token_Q: Tensor  # int64, ascending: which tokens of the pack
+    owner_N: np.ndarray  # int64, on the host: the rank of each scored row
+    rows: Held
+    last: Held  # of the completions' last tokens
+    order_T: Tensor | None  # allgather: int64, the pack's tokens rank after rank
+    queries: PackedLayout | None  # allgather: what these tokens see of the pack
+
+    def to(self, device: torch.device) -> ContextPart:
+        """Return the part on ``device``."""
+        held = {
+            name: replace(of, **_each(of, lambda t: t.to(device, non_blocking=True)))
+            for name, of in (("rows", self.rows), ("last", self.last))
+        }
+        queries = self.queries and self.queries.to(device)
+        return replace(
+            self, **_each(self, lambda t: t.to(device, non_blocking=True)), **held, queries=queries
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +259,7 @@ class PackedBatch:
     positions_T: Tensor  # int64, restarting per sample
     layout: PackedLayout
     rows: LossRows
+    part: ContextPart | None = None  # of a pack that several ranks share; None: this rank has it whole
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on ``device``."""
@@ -207,4 +268,11 @@ class PackedBatch:
             self.positions_T.to(device, non_blocking=True),
             self.layout.to(device),
             self.rows.to(device),
+            self.part and self.part.to(device),
         )
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens that this rank computes, and where they stand."""
+        if self.part is None:
+            return self.tokens_T, self.positions_T
+        return self.tokens_T[self.part.token_Q], self.positions_T[self.part.token_Q]

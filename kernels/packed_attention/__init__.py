@@ -1,10 +1,10 @@
 """Attention over packed documents and shared prompts: each token sees two intervals, no mask exists.
 
-Token ``t`` attends to ``[prefix_start_t, prefix_end_t)`` and ``[own_start_t, t]``. Three int32 per token
-describe packed documents (empty prefix), preference pairs and groups of completions of one prompt; a fourth says
-the same from the key's side.
+Token ``t`` attends to ``[prefix_start_t, prefix_end_t)`` and ``[own_start_t, t]``: packed documents (empty prefix),
+preference pairs and groups of completions of one prompt. The layout says the same from the key's side, and may be for
+some of the queries only, over the keys of the whole pack: what a context-parallel rank computes.
 
-Shapes: T tokens of a pack, H query heads, G key/value heads, D head dim.
+Shapes: T tokens of a pack, Q queries (T of them, or a rank's share), H query heads, G key/value heads, D head dim.
 Precision: scores and softmax in fp32 at least, result in the input dtype. fp32 is exact fp32, never TF32.
 Where: Triton kernels on GPU (``forward.py``, ``backward.py``), PyTorch per document on CPU (``per_document.py``);
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors.
@@ -31,14 +31,14 @@ def packed_attention(
     """Attend within each packed document, and from completions to their shared prompt.
 
     Args:
-        q_THD: ``[T, H, D]`` queries, last dimension contiguous.
+        q_THD: queries ``[T, H, D]``, or ``[Q, H, D]`` where the layout is for Q of them; last dimension contiguous.
         k_TGD: ``[T, G, D]`` keys; query head h reads key head ``h // (H // G)``.
         v_TGD: ``[T, G, D]`` values.
-        layout: who attends to whom; covers exactly T tokens, on the same device.
+        layout: who attends to whom: exactly these queries over T tokens, on the same device.
         scale: factor on the scores, > 0. Default: ``D ** -0.5``.
 
     Returns:
-        ``[T, H, D]`` in the input dtype. Differentiable in q, k and v (once), with the same bits each time.
+        Of the queries' shape, in the input dtype. Differentiable in q, k and v (once), with the same bits each time.
         On GPU: bf16, fp16 and fp32, D up to 256 (64 and 128 are fast); on CPU any float and D.
 
     Raises:
@@ -63,8 +63,8 @@ def packed_attention(
 def _check(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) -> None:
     tensors = (q_THD, k_TGD, v_TGD)
     shapes = [tuple(x.shape) for x in tensors]
-    if [len(s) for s in shapes] != [3, 3, 3] or shapes[1] != shapes[2] or shapes[0][::2] != shapes[1][::2]:
-        raise ValueError(f"packed_attention needs q [T, H, D] and k, v [T, G, D]; got q, k, v {shapes}")
+    if [len(s) for s in shapes] != [3, 3, 3] or shapes[1] != shapes[2] or shapes[0][2] != shapes[1][2]:
+        raise ValueError(f"packed_attention needs q [Q, H, D] and k, v [T, G, D]; got q, k, v {shapes}")
     if shapes[1][1] == 0 or shapes[0][1] % shapes[1][1]:
         raise ValueError(f"packed_attention needs H a multiple of G; got H {shapes[0][1]}, G {shapes[1][1]}")
     kinds = {(x.dtype, x.device) for x in tensors}
@@ -72,14 +72,15 @@ def _check(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) ->
         raise ValueError(
             f"packed_attention needs q, k, v of one dtype on one device; got {sorted(map(str, kinds))}"
         )
-    if layout.tokens != shapes[0][0]:
+    if (layout.queries, layout.tokens) != (shapes[0][0], shapes[1][0]):
         raise ValueError(
-            f"packed_attention needs a layout of T = {shapes[0][0]} tokens; it covers {layout.tokens}"
+            f"packed_attention needs a layout of Q = {shapes[0][0]} queries over T = {shapes[1][0]} tokens; it has "
+            f"{layout.queries} over {layout.tokens}"
         )
-    if layout.own_start_T.device != q_THD.device:
+    if layout.own_start_Q.device != q_THD.device:
         raise ValueError(
             f"packed_attention needs the layout on the tensors' device {q_THD.device}; it is on "
-            f"{layout.own_start_T.device}: use layout.to(device)"
+            f"{layout.own_start_Q.device}: use layout.to(device)"
         )
     if any(x.stride(-1) != 1 for x in tensors if x.numel() > 1):
         strides = [x.stride() for x in tensors]

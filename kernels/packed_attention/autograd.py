@@ -1,7 +1,7 @@
 """Allocate, launch, save: the kernels as one differentiable function.
 
-Shapes: T tokens of a pack, H query heads, G key/value heads, D head dim. Saved for backward: the inputs, out, and the
-log-sum-exp ``[H, T]``.
+Shapes: T tokens of a pack, Q queries, H query heads, G key/value heads, D head dim. Saved for backward: the inputs,
+out, and the log-sum-exp ``[H, Q]``.
 """
 
 from __future__ import annotations
@@ -34,48 +34,48 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913  # apply() takes no keywords
         ctx: FunctionCtx,
-        q_THD: Tensor,
+        q_QHD: Tensor,
         k_TGD: Tensor,
         v_TGD: Tensor,
         layout: PackedLayout,
         scale: float,
         tiles: Tiles,
     ) -> Tensor:
-        tokens, heads, head_dim = q_THD.shape
-        out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-        lse2_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THD.device)
-        with _place(q_THD):
-            forward_kernel[(triton.cdiv(tokens, tiles.forward.queries), heads)](
-                q_THD, k_TGD, v_TGD, out_THD, lse2_HT, *layout.intervals[:3],
-                *_strides(q_THD, k_TGD, v_TGD, out_THD), tokens, scale * math.log2(math.e),
+        queries, heads, head_dim = q_QHD.shape
+        out_QHD = torch.empty_like(q_QHD, memory_format=torch.contiguous_format)
+        lse2_HQ = torch.empty(heads, queries, dtype=torch.float32, device=q_QHD.device)
+        with _place(q_QHD):
+            forward_kernel[(triton.cdiv(queries, tiles.forward.queries), heads)](
+                q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *layout.by_query,
+                *_strides(q_QHD, k_TGD, v_TGD, out_QHD), queries, k_TGD.shape[0], scale * math.log2(math.e),
                 heads // k_TGD.shape[1], **_options(tiles.forward, head_dim),
             )  # fmt: skip
-        ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, lse2_HT, *layout.intervals)
+        ctx.save_for_backward(q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *layout.by_query, *layout.by_key)
         ctx.scale, ctx.tiles = scale, tiles
-        return out_THD
+        return out_QHD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_TGD, v_TGD, out_THD, lse2_HT, *intervals = ctx.saved_tensors
-        if dout_THD.stride(-1) != 1:  # for example the gradient of a sum: one number, expanded
-            dout_THD = dout_THD.contiguous()
-        tokens, heads, head_dim = q_THD.shape
-        groups = k_TGD.shape[1]
-        dq_THD = torch.empty_like(out_THD)
+    def backward(ctx: FunctionCtx, dout_QHD: Tensor) -> tuple[Tensor | None, ...]:
+        q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *intervals = ctx.saved_tensors
+        if dout_QHD.stride(-1) != 1:  # for example the gradient of a sum: one number, expanded
+            dout_QHD = dout_QHD.contiguous()
+        queries, heads, head_dim = q_QHD.shape
+        tokens, groups, _ = k_TGD.shape
+        dq_QHD = torch.empty_like(out_QHD)
         dk_TGD, dv_TGD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_TGD, v_TGD))
-        delta_HT = torch.empty_like(lse2_HT)
-        numbers = (tokens, ctx.scale, ctx.scale * math.log2(math.e), heads // groups)
-        with _place(q_THD):
-            dq_kernel[(triton.cdiv(tokens, ctx.tiles.dq.queries), heads)](
-                q_THD, k_TGD, v_TGD, out_THD, dout_THD, lse2_HT, delta_HT, dq_THD, *intervals[:3],
-                *_strides(q_THD, k_TGD, v_TGD, out_THD, dout_THD), *numbers, **_options(ctx.tiles.dq, head_dim),
+        delta_HQ = torch.empty_like(lse2_HQ)
+        numbers = (queries, tokens, ctx.scale, ctx.scale * math.log2(math.e), heads // groups)
+        with _place(q_QHD):
+            dq_kernel[(triton.cdiv(queries, ctx.tiles.dq.queries), heads)](
+                q_QHD, k_TGD, v_TGD, out_QHD, dout_QHD, lse2_HQ, delta_HQ, dq_QHD, *intervals[:4],
+                *_strides(q_QHD, k_TGD, v_TGD, out_QHD, dout_QHD), *numbers, **_options(ctx.tiles.dq, head_dim),
             )  # fmt: skip
             dkdv_kernel[(triton.cdiv(tokens, ctx.tiles.dkdv.keys), groups)](
-                q_THD, k_TGD, v_TGD, dout_THD, lse2_HT, delta_HT, dk_TGD, dv_TGD, intervals[3],
-                *_strides(q_THD, k_TGD, v_TGD, dout_THD, dk_TGD), *numbers, **_options(ctx.tiles.dkdv, head_dim),
+                q_QHD, k_TGD, v_TGD, dout_QHD, lse2_HQ, delta_HQ, dk_TGD, dv_TGD, *intervals[4:],
+                *_strides(q_QHD, k_TGD, v_TGD, dout_QHD, dk_TGD), *numbers, **_options(ctx.tiles.dkdv, head_dim),
             )  # fmt: skip
-        return dq_THD, dk_TGD, dv_TGD, None, None, None
+        return dq_QHD, dk_TGD, dv_TGD, None, None, None
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -84,7 +84,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def attend(  # noqa: PLR0913  # the public arguments and the tiles
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float, tiles: Tiles
+    q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float, tiles: Tiles
 ) -> Tensor:
     """Run the kernels with these tiles. Arguments as :func:`packed_attention`, already checked."""
-    return _PackedAttention.apply(q_THD, k_TGD, v_TGD, layout, scale, tiles)
+    return _PackedAttention.apply(q_QHD, k_TGD, v_TGD, layout, scale, tiles)

@@ -27,28 +27,30 @@ from megatron_align.kernels.packed_attention.blocks import (
 @triton.jit
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr,
-    prefix_start_ptr, prefix_end_ptr, own_start_ptr,
+    prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     out_stride, out_head_stride, dout_stride, dout_head_stride,
-    tokens, scale, scale_log2, heads_per_group,
+    queries, tokens, scale, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query blocks, query heads). Writes dq (laid out as out) and delta ``[H, T]``, which dk needs."""
+    """Grid (query blocks, query heads). Writes dq (laid out as out) and delta ``[H, Q]``, which dk needs."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
-    last = tl.minimum(first + BLOCK_Q, tokens) - 1
+    last = tl.minimum(first + BLOCK_Q, queries) - 1
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // heads_per_group * k_head_stride
     v_ptr += head // heads_per_group * v_head_stride
-    q = load_rows(q_ptr + head * q_head_stride, first, q_stride, tokens, BLOCK_Q, D, D_PADDED)
-    dout = load_rows(dout_ptr + head * dout_head_stride, first, dout_stride, tokens, BLOCK_Q, D, D_PADDED)
-    out = load_rows(out_ptr + head * out_head_stride, first, out_stride, tokens, BLOCK_Q, D, D_PADDED)
+    q = load_rows(q_ptr + head * q_head_stride, first, q_stride, queries, BLOCK_Q, D, D_PADDED)
+    dout = load_rows(dout_ptr + head * dout_head_stride, first, dout_stride, queries, BLOCK_Q, D, D_PADDED)
+    out = load_rows(out_ptr + head * out_head_stride, first, out_stride, queries, BLOCK_Q, D, D_PADDED)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     query = first + tl.arange(0, BLOCK_Q)
-    tl.store(delta_ptr + head * tokens + query, delta, mask=query < tokens)
-    lse2 = load_numbers(lse2_ptr + head * tokens, first, tokens, BLOCK_Q)
+    tl.store(delta_ptr + head * queries + query, delta, mask=query < queries)
+    lse2 = load_numbers(lse2_ptr + head * queries, first, queries, BLOCK_Q)
     dq = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
 
-    tiles, count = key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K)
+    tiles, count = key_tiles(
+        prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K
+    )
     for step in range(count):
         tile, full = key_tile(tiles, step)
         k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
@@ -59,9 +61,10 @@ def dq_kernel(
                 prefix_start_ptr,
                 prefix_end_ptr,
                 own_start_ptr,
+                own_end_ptr,
                 first,
                 tile * BLOCK_K,
-                tokens,
+                queries,
                 BLOCK_Q,
                 BLOCK_K,
             )
@@ -69,15 +72,15 @@ def dq_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_rows(dq_ptr + head * out_head_stride, dq * scale, first, out_stride, tokens, BLOCK_Q, D, D_PADDED)
+    store_rows(dq_ptr + head * out_head_stride, dq * scale, first, out_stride, queries, BLOCK_Q, D, D_PADDED)
 
 
 @triton.jit
 def dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, seen_end_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, seen_start_ptr, seen_end_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     dout_stride, dout_head_stride, dk_stride, dk_head_stride,
-    tokens, scale, scale_log2, heads_per_group,
+    queries, tokens, scale, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (key blocks, key heads). Writes dk and dv, both laid out alike.
@@ -91,25 +94,25 @@ def dkdv_kernel(
     dk = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
     dv = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
 
-    a, b, c, d = query_tiles(seen_end_ptr, first, tokens, BLOCK_K, BLOCK_Q)
+    a, b, c, d = query_tiles(seen_start_ptr, seen_end_ptr, first, tokens, BLOCK_K, BLOCK_Q)
     count = d - a
     # One loop over (head, tile): the next head's tiles are loaded while the last ones of this head are computed.
     for step in range(count * heads_per_group):
         head = group * heads_per_group + step // count
         tile = a + step % count
-        q = load_rows(q_ptr + head * q_head_stride, tile * BLOCK_Q, q_stride, tokens, BLOCK_Q, D, D_PADDED)
+        q = load_rows(q_ptr + head * q_head_stride, tile * BLOCK_Q, q_stride, queries, BLOCK_Q, D, D_PADDED)
         dout = load_rows(
-            dout_ptr + head * dout_head_stride, tile * BLOCK_Q, dout_stride, tokens, BLOCK_Q, D, D_PADDED
+            dout_ptr + head * dout_head_stride, tile * BLOCK_Q, dout_stride, queries, BLOCK_Q, D, D_PADDED
         )
-        lse2 = load_numbers(lse2_ptr + head * tokens, tile * BLOCK_Q, tokens, BLOCK_Q)
-        delta = load_numbers(delta_ptr + head * tokens, tile * BLOCK_Q, tokens, BLOCK_Q)
+        lse2 = load_numbers(lse2_ptr + head * queries, tile * BLOCK_Q, queries, BLOCK_Q)
+        delta = load_numbers(delta_ptr + head * queries, tile * BLOCK_Q, queries, BLOCK_Q)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse2[None, :])
         if (tile < b) | (tile >= c):
-            # Told by key: one number a row, where the queries' intervals would cost each thread dozens.
+            # Told by key: two numbers a row, where the queries' intervals would cost each thread dozens.
+            seen_start = load_numbers(seen_start_ptr, first, tokens, BLOCK_K)
             seen_end = load_numbers(seen_end_ptr, first, tokens, BLOCK_K)
-            key = first + tl.arange(0, BLOCK_K)
             query = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            seen = (key[:, None] <= query[None, :]) & (query[None, :] < seen_end[:, None])
+            seen = (seen_start[:, None] <= query[None, :]) & (query[None, :] < seen_end[:, None])
             p = tl.where(seen, p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")

@@ -1,17 +1,19 @@
 """The block map: which tiles of the score matrix hold something, and which need no mask. Read off the intervals.
 
-A tile is a block of queries times a block of keys, both on grids that start at token 0. No map is ever built: each
-program reads the few intervals that decide about its own block. What makes this enough, for any pack:
+A tile is a block of queries (rows) times a block of keys, on grids that start at row 0 and token 0. No map is ever
+built: each program reads the few intervals that decide about its own block. What makes this enough, for any pack and
+any ascending choice of queries:
 
-- Key ``k`` is seen by the queries ``[k, seen_end_k)`` without a gap.
+- Key ``k`` is seen by the rows ``[seen_start_k, seen_end_k)`` without a gap.
 - Hence if the first query of a block and the last one both see ``k``, all between do: **what the last query sees up
   to the first query's position is seen by the whole block**, and needs no mask.
-- Queries of a block that belong to later groups than the first query see only keys inside the block. Hence **what the
-  first query sees, and the block itself, is all that the block can see**; where first and last query are of one
-  group, the last one's prefix takes the place of the first one's.
+- Queries of a block that belong to later groups than the first query see only keys from the first query's position
+  on. Hence **what the first query sees, and the keys from there to the last query's position, is all that the block
+  can see**; where first and last query are of one group, the last one's prefix takes the place of the first one's.
 
-``tests/ops/test_attention_blocks.py`` proves that the tiles visited are exactly those with a visible pair, the
-tiles run without a mask exactly those that are visible throughout, and that none is visited twice.
+``tests/ops/test_attention_blocks.py`` proves that the tiles run without a mask are exactly those that are visible
+throughout, and that the tiles visited are exactly those with a visible pair, each once; only where a block's
+queries are not neighbours in the pack can it visit keys of the gap that none of them sees.
 """
 
 # ruff: noqa: PLR0913  # Triton kernels take pointers and sizes one by one
@@ -23,8 +25,10 @@ import triton.language as tl
 
 
 @triton.jit
-def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K: tl.constexpr):
-    """The key tiles that queries ``first`` to ``last`` (both included) visit: their borders, and how many they are.
+def key_tiles(
+    prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K: tl.constexpr
+):
+    """The key tiles that rows ``first`` to ``last`` (both included) visit: their borders, and how many they are.
 
     The borders are ``a <= b <= c <= d`` of the prefix and then of the own part: tiles ``[a, d)`` are visited, and
     ``[b, c)`` of them need no mask.
@@ -32,9 +36,11 @@ def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOC
     prefix_start = tl.load(prefix_start_ptr + first)
     prefix_end = tl.load(prefix_end_ptr + first)
     own_start = tl.load(own_start_ptr + first)
+    own_end = tl.load(own_end_ptr + first)
     last_prefix_start = tl.load(prefix_start_ptr + last)
     last_prefix_end = tl.load(prefix_end_ptr + last)
     last_own_start = tl.load(own_start_ptr + last)
+    last_own_end = tl.load(own_end_ptr + last)
     # A prompt and its first completion are one causal document: prefix and own part are one.
     joined = prefix_end == own_start
     own_start = tl.where(joined, prefix_start, own_start)
@@ -43,7 +49,7 @@ def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOC
     last_own_start = tl.where(joined, last_prefix_start, last_own_start)
     last_prefix_end = tl.where(joined, last_prefix_start, last_prefix_end)
 
-    one_group = last_prefix_start <= first
+    one_group = last_prefix_start < own_end
     prefix_start = tl.where(one_group, last_prefix_start, prefix_start)
     prefix_end = tl.where(one_group, last_prefix_end, prefix_end)
     empty = prefix_start >= prefix_end
@@ -53,13 +59,13 @@ def key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOC
     a = prefix_start // BLOCK_K
     d = tl.cdiv(prefix_end, BLOCK_K)
     b = tl.cdiv(prefix_start, BLOCK_K)
-    c = tl.where(one_group, tl.minimum(prefix_end, first + 1) // BLOCK_K, b)
+    c = tl.where(one_group, tl.minimum(prefix_end, own_end) // BLOCK_K, b)
     c = tl.maximum(b, c)
     # A tile that holds the end of the prefix and the start of the own part is visited once, with the prefix.
     own_a = tl.maximum(own_start // BLOCK_K, d)
-    own_d = tl.cdiv(last + 1, BLOCK_K)
+    own_d = tl.cdiv(last_own_end, BLOCK_K)
     own_b = tl.minimum(tl.maximum(tl.cdiv(last_own_start, BLOCK_K), own_a), own_d)
-    own_c = tl.maximum((first + 1) // BLOCK_K, own_b)
+    own_c = tl.maximum(own_end // BLOCK_K, own_b)
     return (a, b, c, d, own_a, own_b, own_c, own_d), d - a + own_d - own_a
 
 
@@ -73,55 +79,58 @@ def key_tile(tiles, step):
 
 
 @triton.jit
-def query_tiles(seen_end_ptr, first, tokens, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """The query tiles that see keys ``[first, first + BLOCK_K)``: borders ``a <= b <= c <= d`` as in ``key_tiles``."""
+def query_tiles(
+    seen_start_ptr, seen_end_ptr, first, tokens, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr
+):  # fmt: skip
+    """The query tiles that see keys ``[first, first + BLOCK_K)``: ``[a, d)``, those in ``[b, c)`` without a mask."""
     key = first + tl.arange(0, BLOCK_K)
     last = tl.minimum(first + BLOCK_K, tokens) - 1
     some_end = tl.max(tl.load(seen_end_ptr + key, mask=key < tokens, other=0), 0)
     every_end = tl.min(tl.load(seen_end_ptr + key, mask=key < tokens, other=2147483647), 0)
-    a = first // BLOCK_Q
-    b = tl.cdiv(last, BLOCK_Q)
-    d = tl.cdiv(some_end, BLOCK_Q)
+    start = tl.load(seen_start_ptr + first)
+    a = start // BLOCK_Q
+    b = tl.cdiv(tl.load(seen_start_ptr + last), BLOCK_Q)
+    d = tl.where(start < some_end, tl.cdiv(some_end, BLOCK_Q), a)
     c = tl.maximum(every_end // BLOCK_Q, b)
     return a, b, c, d
 
 
 @triton.jit
 def visible(
-    prefix_start_ptr, prefix_end_ptr, own_start_ptr, first_query, first_key, tokens,
+    prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first_query, first_key, queries,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Whether each query of a tile sees each key, ``[query, key]``: the definition of the layout."""
     # Loaded where needed: most tiles do without, and would rather have the registers.
-    prefix_start = load_numbers(prefix_start_ptr, first_query, tokens, BLOCK_Q)[:, None]
-    prefix_end = load_numbers(prefix_end_ptr, first_query, tokens, BLOCK_Q)[:, None]
-    own_start = load_numbers(own_start_ptr, first_query, tokens, BLOCK_Q)[:, None]
-    query = first_query + tl.arange(0, BLOCK_Q)[:, None]
+    prefix_start = load_numbers(prefix_start_ptr, first_query, queries, BLOCK_Q)[:, None]
+    prefix_end = load_numbers(prefix_end_ptr, first_query, queries, BLOCK_Q)[:, None]
+    own_start = load_numbers(own_start_ptr, first_query, queries, BLOCK_Q)[:, None]
+    own_end = load_numbers(own_end_ptr, first_query, queries, BLOCK_Q)[:, None]
     key = first_key + tl.arange(0, BLOCK_K)[None, :]
-    return ((prefix_start <= key) & (key < prefix_end)) | ((own_start <= key) & (key <= query))
+    return ((prefix_start <= key) & (key < prefix_end)) | ((own_start <= key) & (key < own_end))
 
 
 @triton.jit
-def load_numbers(ptr, first, tokens, ROWS: tl.constexpr):
-    """Numbers ``[first, first + ROWS)`` of a vector ``[T]``; zeros past T."""
+def load_numbers(ptr, first, count, ROWS: tl.constexpr):
+    """Numbers ``[first, first + ROWS)`` of a vector of ``count``; zeros past its end."""
     at = first + tl.arange(0, ROWS)
-    return tl.load(ptr + at, mask=at < tokens, other=0)
+    return tl.load(ptr + at, mask=at < count, other=0)
 
 
 @triton.jit
-def load_rows(ptr, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Rows ``[first, first + ROWS)`` of a ``[T, D]`` matrix; zeros past T and D."""
+def load_rows(ptr, first, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Rows ``[first, first + ROWS)`` of a matrix ``[count, D]``; zeros past its edges."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
     # int64 for the tile's place (T * H * D passes 2**31), int32 within the tile.
     at = ptr + first.to(tl.int64) * stride + (row * stride + column)
-    return tl.load(at, mask=(first + row < tokens) & (column < D), other=0.0)
+    return tl.load(at, mask=(first + row < count) & (column < D), other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, tile, first, stride, tokens, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+def store_rows(ptr, tile, first, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
     """Store what ``load_rows`` loads, in the dtype of the memory."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
     at = ptr + first.to(tl.int64) * stride + (row * stride + column)
-    tl.store(at, tile.to(ptr.dtype.element_ty), mask=(first + row < tokens) & (column < D))
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=(first + row < count) & (column < D))

@@ -20,24 +20,27 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr, prefix_start_ptr, prefix_end_ptr, own_start_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr,
+    prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, out_head_stride,
-    tokens, scale_log2, heads_per_group,
+    queries, tokens, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query blocks, query heads). Writes out ``[T, H, D]`` and the base-2 log-sum-exp ``[H, T]``."""
+    """Grid (query blocks, query heads). Writes out ``[Q, H, D]`` and the base-2 log-sum-exp ``[H, Q]``."""
     # Causal work grows towards the end of a document: the last blocks go first, so that the grid's tail is light.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
-    last = tl.minimum(first + BLOCK_Q, tokens) - 1
+    last = tl.minimum(first + BLOCK_Q, queries) - 1
     head = tl.program_id(1).to(tl.int64)
     k_ptr += head // heads_per_group * k_head_stride
     v_ptr += head // heads_per_group * v_head_stride
-    q = load_rows(q_ptr + head * q_head_stride, first, q_stride, tokens, BLOCK_Q, D, D_PADDED)
+    q = load_rows(q_ptr + head * q_head_stride, first, q_stride, queries, BLOCK_Q, D, D_PADDED)
     acc = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     highest = tl.full([BLOCK_Q], LOWEST, tl.float32)
 
-    tiles, count = key_tiles(prefix_start_ptr, prefix_end_ptr, own_start_ptr, first, last, BLOCK_K)
+    tiles, count = key_tiles(
+        prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K
+    )
     for step in range(count):
         tile, full = key_tile(tiles, step)
         k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
@@ -47,9 +50,10 @@ def forward_kernel(
                 prefix_start_ptr,
                 prefix_end_ptr,
                 own_start_ptr,
+                own_end_ptr,
                 first,
                 tile * BLOCK_K,
-                tokens,
+                queries,
                 BLOCK_Q,
                 BLOCK_K,
             )
@@ -63,6 +67,6 @@ def forward_kernel(
         highest = new_highest
 
     out = acc / total[:, None]
-    store_rows(out_ptr + head * out_head_stride, out, first, out_stride, tokens, BLOCK_Q, D, D_PADDED)
+    store_rows(out_ptr + head * out_head_stride, out, first, out_stride, queries, BLOCK_Q, D, D_PADDED)
     query = first + tl.arange(0, BLOCK_Q)
-    tl.store(lse2_ptr + head * tokens + query, highest + tl.log2(total), mask=query < tokens)
+    tl.store(lse2_ptr + head * queries + query, highest + tl.log2(total), mask=query < queries)

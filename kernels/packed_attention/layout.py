@@ -1,6 +1,6 @@
 """Who attends to whom in a pack: two intervals of keys per query, one interval of queries per key.
 
-Shapes: T tokens of a pack.
+Shapes: T tokens of a pack, Q queries: all T, or those that one rank of a context-parallel group holds.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
-    """Token ``t`` attends to ``[prefix_start_t, prefix_end_t)`` and ``[own_start_t, t]``.
+    """Query ``q`` attends to ``[prefix_start_q, prefix_end_q)`` and ``[own_start_q, own_end_q)``.
 
-    ``seen_end`` says the same from the key's side: the queries that see token ``t`` are ``[t, seen_end_t)``.
+    Its own interval ends with its own token, so its position is ``own_end_q - 1``. ``seen`` says the same from the
+    key's side: the queries that see token ``t`` are the rows ``[seen_start_t, seen_end_t)``. All are int32.
     ``groups`` is the same on the host: ``(prompt length, completion lengths)`` in order of position; a
     plain document is ``(0, (length,))``. Tokens after the last group are padding: each sees only itself.
-    Make layouts with :meth:`from_lengths` or :meth:`from_groups`, which keep the five in step.
+    Make layouts with :meth:`from_lengths` or :meth:`from_groups`, and from these a rank's share with
+    :meth:`for_queries`: they keep the seven in step.
     """
 
-    prefix_start_T: Tensor  # int32, as the next three; none of the first three ever falls from t to t + 1
-    prefix_end_T: Tensor
-    own_start_T: Tensor
+    prefix_start_Q: Tensor  # none of the first four ever falls from one query to the next
+    prefix_end_Q: Tensor
+    own_start_Q: Tensor
+    own_end_Q: Tensor
+    seen_start_T: Tensor
     seen_end_T: Tensor
     groups: tuple[tuple[int, tuple[int, ...]], ...]
 
@@ -62,7 +66,7 @@ class PackedLayout:
         total = used if total is None else total
         if used > total:
             raise ValueError(f"PackedLayout needs total >= the sum of lengths; got total {total}, sum {used}")
-        # One run of tokens shares all four values: length, prefix_start, prefix_end, own_start, seen_end.
+        # One run of tokens shares these: length, prefix_start, prefix_end, own_start, seen_end.
         runs: list[tuple[int, int, int, int, int]] = []
         start = 0
         for prompt, completions in kept:
@@ -75,32 +79,73 @@ class PackedLayout:
         lengths, *columns = torch.tensor(runs, dtype=torch.int64).reshape(-1, 5).T
         tail = torch.arange(used, total)
         tails = (tail, tail, tail, tail + 1)
-        return cls(
-            *(
-                torch.cat([torch.repeat_interleave(column, lengths), padding]).to(torch.int32)
-                for column, padding in zip(columns, tails, strict=True)
-            ),
-            groups=kept,
+        prefix_start, prefix_end, own_start, seen_end = (
+            torch.cat([torch.repeat_interleave(column, lengths), padding]).to(torch.int32)
+            for column, padding in zip(columns, tails, strict=True)
         )
+        token = torch.arange(total, dtype=torch.int32)
+        return cls(prefix_start, prefix_end, own_start, token + 1, token, seen_end, groups=kept)
+
+    def for_queries(self, positions_Q: Tensor) -> PackedLayout:
+        """Return the layout of some of the queries over the keys of all T tokens: a context-parallel rank's share.
+
+        Args:
+            positions_Q: positions of the queries in the pack, ascending; row ``q`` of the new layout is the query at
+                ``positions_Q[q]``. On the layout's device.
+
+        Raises:
+            ValueError: if positions do not ascend within ``[0, T)``, or the layout is of some queries already.
+        """
+        if not self.is_whole:
+            raise ValueError(
+                f"for_queries needs a whole pack's layout; got one for {self.queries} queries of {self.tokens} tokens"
+            )
+        before, after = (positions_Q.new_tensor([x]) for x in (-1, self.tokens))
+        wrong = torch.cat([before, positions_Q, after]).diff().le(0).nonzero()
+        if len(wrong):
+            row = min(int(wrong[0]), len(positions_Q) - 1)
+            raise ValueError(
+                f"for_queries needs positions that ascend within [0, {self.tokens}); "
+                f"got {positions_Q[row]} in row {row}"
+            )
+        rows = (x[positions_Q] for x in self.by_query)
+        # The queries that see a key are neighbours in the pack, and stay neighbours among ascending positions.
+        seen = (torch.searchsorted(positions_Q, x.to(positions_Q.dtype)).to(torch.int32) for x in self.by_key)
+        return PackedLayout(*rows, *seen, groups=self.groups)
 
     @property
     def tokens(self) -> int:
-        """T: tokens the layout covers, padding included."""
-        return self.own_start_T.shape[0]
+        """T: tokens of the pack, padding included: the keys."""
+        return self.seen_end_T.shape[0]
 
     @property
-    def intervals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four tensors ``[T]``, in the order of the fields."""
-        return self.prefix_start_T, self.prefix_end_T, self.own_start_T, self.seen_end_T
+    def queries(self) -> int:
+        """Q: queries the layout is for; T unless it was made by :meth:`for_queries`."""
+        return self.own_end_Q.shape[0]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token is a query: then row and position are one."""
+        return self.queries == self.tokens
+
+    @property
+    def by_query(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What each query sees, four tensors ``[Q]`` in the order of the fields."""
+        return self.prefix_start_Q, self.prefix_end_Q, self.own_start_Q, self.own_end_Q
+
+    @property
+    def by_key(self) -> tuple[Tensor, Tensor]:
+        """Who sees each key, two tensors ``[T]`` in the order of the fields."""
+        return self.seen_start_T, self.seen_end_T
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the layout with its intervals on ``device``."""
-        return PackedLayout(*(x.to(device, non_blocking=True) for x in self.intervals), groups=self.groups)
+        moved = (x.to(device, non_blocking=True) for x in (*self.by_query, *self.by_key))
+        return PackedLayout(*moved, groups=self.groups)
 
-    def mask_TT(self) -> Tensor:
-        """Return the dense boolean mask ``[T query, T key]``: for references and pictures only."""
-        key = torch.arange(self.tokens, device=self.own_start_T.device)
-        query = key[:, None]
-        prefix = (self.prefix_start_T[:, None] <= key) & (key < self.prefix_end_T[:, None])
-        own = (self.own_start_T[:, None] <= key) & (key <= query)
+    def mask_QT(self) -> Tensor:
+        """Return the dense boolean mask ``[Q query, T key]``: for references and pictures only."""
+        key = torch.arange(self.tokens, device=self.seen_end_T.device)
+        prefix = (self.prefix_start_Q[:, None] <= key) & (key < self.prefix_end_Q[:, None])
+        own = (self.own_start_Q[:, None] <= key) & (key < self.own_end_Q[:, None])
         return prefix | own

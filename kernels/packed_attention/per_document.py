@@ -1,10 +1,12 @@
 """The CPU's path: PyTorch's own attention on each causal document, prefixes concatenated.
 
-Shapes: T tokens of a pack, H query heads, G key/value heads, D head dim, S tokens of one document, P prompt tokens,
-C tokens of one completion.
+Shapes: T tokens of a pack, Q queries, H query heads, G key/value heads, D head dim; R queries of one document, S keys
+that they see.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +15,57 @@ from torch import Tensor
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 
 
-def per_document(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def per_document(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Return the attention of all documents, any dtype. Arguments as :func:`packed_attention`."""
-    heads_per_group = q_THD.shape[1] // k_TGD.shape[1]
+    heads_per_group = q_QHD.shape[1] // k_TGD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(heads_per_group, dim=1) for x in (k_TGD, v_TGD))
+    documents = list(_documents(layout.groups))
+    positions_Q = layout.own_end_Q - 1
+    ends = torch.searchsorted(
+        positions_Q, torch.tensor([own.stop for _, own in documents], dtype=torch.int32)
+    )
     outputs = []
-    start = 0
-    for prompt, completions in layout.groups:
-        # The prompt and its first completion are one causal document.
-        trunk = slice(start, start + prompt + sum(completions[:1]))
-        if trunk.stop > trunk.start:
-            outputs.append(_attend(q_THD[trunk], k_THD[trunk], v_THD[trunk], scale, None))
-        own_start = trunk.stop
-        for length in completions[1:]:
-            own = slice(own_start, own_start + length)
-            if length:
-                see_CS = torch.ones(length, prompt + length, dtype=torch.bool).tril(prompt)
-                k_SHD, v_SHD = (torch.cat([x[start : start + prompt], x[own]]) for x in (k_THD, v_THD))
-                outputs.append(_attend(q_THD[own], k_SHD, v_SHD, scale, see_CS))
-            own_start += length
-        start = own_start
-    outputs.append(v_THD[start:])  # padding: softmax over the token alone is 1
+    row = 0
+    for (prompt, own), end in zip(documents, ends.tolist(), strict=True):
+        if end > row:
+            own = slice(own.start, int(positions_Q[end - 1]) + 1)  # nobody here sees what comes later
+            mask_RS = _mask(prompt, own, positions_Q[row:end])
+            k_SHD, v_SHD = (
+                torch.cat([x[prompt], x[own]]) if _length(prompt) else x[own] for x in (k_THD, v_THD)
+            )
+            outputs.append(_attend(q_QHD[row:end], k_SHD, v_SHD, scale, mask_RS))
+        row = end
+    outputs.append(v_THD[positions_Q[row:]])  # padding: softmax over the token alone is 1
     return torch.cat(outputs)
 
 
-def _attend(q_SHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, scale: float, mask_SS: Tensor | None) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_SHD, k_SHD, v_SHD))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_SS, is_causal=mask_SS is None, scale=scale)
+def _documents(groups: tuple[tuple[int, tuple[int, ...]], ...]) -> Iterator[tuple[slice, slice]]:
+    """Yield the prompt that each causal document shares, and its own tokens, in order of position."""
+    start = 0
+    for prompt, completions in groups:
+        # The prompt and its first completion are one causal document.
+        end = start + prompt + sum(completions[:1])
+        yield slice(start, start), slice(start, end)
+        for length in completions[1:]:
+            yield slice(start, start + prompt), slice(end, end + length)
+            end += length
+        start = end
+
+
+def _length(tokens: slice) -> int:
+    return tokens.stop - tokens.start
+
+
+def _mask(prompt: slice, own: slice, positions_R: Tensor) -> Tensor | None:
+    """Return who sees what of prompt and own tokens, ``[R, S]``; None: plainly causal."""
+    if not _length(prompt) and _length(own) == len(positions_R):
+        return None
+    own_positions = torch.arange(own.start, own.stop)
+    see_own = own_positions <= positions_R[:, None]
+    return F.pad(see_own, (_length(prompt), 0), value=True)
+
+
+def _attend(q_RHD: Tensor, k_SHD: Tensor, v_SHD: Tensor, scale: float, mask_RS: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_RHD, k_SHD, v_SHD))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_RS, is_causal=mask_RS is None, scale=scale)
     return out[0].transpose(0, 1)

@@ -1,6 +1,6 @@
 """What packed attention means: softmax over the scores that a dense mask leaves. Every test compares against it.
 
-Shapes: T tokens of a pack, H query heads, G key/value heads, D head dim.
+Shapes: T tokens of a pack, Q queries, H query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from megatron_align.kernels.packed_attention.layout import PackedLayout
 def packed_attention_reference(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, *, scale: float | None = None
 ) -> Tensor:
-    """Dense-mask attention, differentiable, T x T memory. Arguments as :func:`packed_attention`."""
+    """Dense-mask attention, differentiable, Q x T memory. Arguments as :func:`packed_attention`."""
     heads_per_group = q_THD.shape[1] // k_TGD.shape[1]
     exact = torch.promote_types(q_THD.dtype, torch.float32)
-    q_HTD, k_HTD, v_HTD = (
+    q_HQD, k_HTD, v_HTD = (
         x.to(exact).repeat_interleave(repeats, dim=1).transpose(0, 1)
         for x, repeats in ((q_THD, 1), (k_TGD, heads_per_group), (v_TGD, heads_per_group))
     )
-    scores_HTT = q_HTD @ k_HTD.transpose(1, 2) * (q_THD.shape[-1] ** -0.5 if scale is None else scale)
-    weights_HTT = scores_HTT.masked_fill(~layout.mask_TT(), float("-inf")).softmax(-1)
-    return (weights_HTT @ v_HTD).transpose(0, 1).to(q_THD.dtype)
+    scores_HQT = q_HQD @ k_HTD.transpose(1, 2) * (q_THD.shape[-1] ** -0.5 if scale is None else scale)
+    weights_HQT = scores_HQT.masked_fill(~layout.mask_QT(), float("-inf")).softmax(-1)
+    return (weights_HQT @ v_HTD).transpose(0, 1).to(q_THD.dtype)
 
 
 def block_map_reference(layout: PackedLayout, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Return which tiles hold a visible pair, and which of them need no mask: for tests and pictures, T x T memory.
+    """Return which tiles hold a visible pair, and which of them need no mask: for tests and pictures, Q x T memory.
 
     Args:
         layout: who attends to whom.
         queries: rows of a tile.
-        keys: columns of a tile. Queries and keys past T do not count.
+        keys: columns of a tile. What is past Q or T does not count.
 
     Returns:
         Two bool tensors ``[query blocks, key blocks]``.
     """
-    mask_TT = layout.mask_TT()
-    padding = (0, -layout.tokens % keys, 0, -layout.tokens % queries)
+    mask_QT = layout.mask_QT()
+    padding = (0, -layout.tokens % keys, 0, -layout.queries % queries)
     tiles = [
-        F.pad(mask_TT, padding, value=value).unflatten(1, (-1, keys)).unflatten(0, (-1, queries))
+        F.pad(mask_QT, padding, value=value).unflatten(1, (-1, keys)).unflatten(0, (-1, queries))
         for value in (False, True)
     ]
     return tiles[0].any(3).any(1), tiles[1].all(3).all(1)

@@ -84,7 +84,7 @@ class OurLayers:
         positions_L = torch.arange(length, device=hidden_LH.device)
         cos_LD, sin_LD = rope_tables(positions_L, inv_freq(self.shape).to(hidden_LH.device))
         layout = PackedLayout.from_lengths([length]).to(hidden_LH.device)
-        pack = PackParams(layout=layout, cos_TD=cos_LD, sin_TD=sin_LD)
+        pack = PackParams(layout=layout, cos_QD=cos_LD, sin_QD=sin_LD)
         hidden, _ = self._layer(hidden_LH[:, None], attention_mask=None, packed_seq_params=pack)
         return hidden[:, 0], dict(self._outputs)
 

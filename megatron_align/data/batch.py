@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
+from megatron_align.data.context import ContextShare, deal
 from megatron_align.data.order import EpochOrder, SampleSteps, TokenSteps, passes_per_epoch
 from megatron_align.data.pack import Columns, pack
 from megatron_align.data.plan import StepPlan, attention_cost, plan_step, visible_keys
@@ -107,12 +108,14 @@ class Share:
         rank: this data-parallel rank
         multiple: a pack's padded length is a multiple of this
         micro_batch_multiple: micro-batches per rank and step are a multiple of this
+        context: whose part of each pack; None: no other rank shares it
     """
 
     ranks: int = 1
     rank: int = 0
     multiple: int = 1
     micro_batch_multiple: int = 1
+    context: ContextShare | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +215,7 @@ class StepBatches:
             )
             for positions, place in zip(mine, places, strict=True)
         ]
+        batches = [deal(batch, self.share.context) for batch in batches]
         counts = StepCounts(
             samples=len(samples_B),
             tokens=int(store.lengths[samples_B].sum()),
@@ -283,7 +287,7 @@ class StepBatches:
             )
             for at in places
         ]
-        return Packs(batches, places)
+        return Packs([deal(batch, self.share.context) for batch in batches], places)
 
 
 def _mismatch(store: TokenStore, one: int, other: int, capacity: int) -> Sample:

@@ -1,6 +1,7 @@
 """Attention inside a transformer layer: rotary positions, then attention over the pack's layout.
 
-Shapes: T tokens of the pack, H query heads and G key/value heads of this rank, D head dim.
+Shapes: Q tokens of this context-parallel rank (all T of the pack where no other shares it), H query heads and G
+key/value heads of this tensor-parallel rank, D head dim.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_align.kernels import PackedLayout, packed_attention
+from megatron_align.model.context import attend_over_ranks
+from megatron_align.records import ContextPart
 
 
 @dataclass
@@ -24,30 +28,39 @@ class PackParams(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     layout: PackedLayout = field(kw_only=True)
-    cos_TD: Tensor = field(kw_only=True)
-    sin_TD: Tensor = field(kw_only=True)
+    cos_QD: Tensor = field(kw_only=True)
+    sin_QD: Tensor = field(kw_only=True)
+    part: ContextPart | None = field(default=None, kw_only=True)  # as in PackedBatch
 
 
-def rope_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp32 ``cos_TD, sin_TD`` of explicit positions; ``inv_freq`` is ``[D / 2]`` fp32, beside them."""
-    angles_TD = torch.outer(positions_T.float(), inv_freq).repeat(1, 2)
-    return angles_TD.cos(), angles_TD.sin()
+def rope_tables(positions_Q: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp32 ``cos_QD, sin_QD`` of explicit positions; ``inv_freq`` is ``[D / 2]`` fp32, beside them."""
+    angles_QD = torch.outer(positions_Q.float(), inv_freq).repeat(1, 2)
+    return angles_QD.cos(), angles_QD.sin()
 
 
-def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def apply_rope(x_QHD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> Tensor:
     """Rotate the two halves of each head (the layout of HF Llama weights) in fp32; keeps the dtype."""
-    first, second = x_THD.float().chunk(2, dim=-1)
-    rotated_THD = torch.cat([-second, first], dim=-1)
-    return (x_THD * cos_TD[:, None] + rotated_THD * sin_TD[:, None]).to(x_THD.dtype)
+    first, second = x_QHD.float().chunk(2, dim=-1)
+    rotated_QHD = torch.cat([-second, first], dim=-1)
+    return (x_QHD * cos_QD[:, None] + rotated_QHD * sin_QD[:, None]).to(x_QHD.dtype)
 
 
 class PackedCoreAttention(nn.Module):
     """megatron-core's ``core_attention`` for packed documents; holds no parameters."""
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused: object):
-        # Unused: layer_number, mask and attention type, cp_comm_type, pg_collection. The layout says it all.
+    def __init__(
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
+        **unused: object,
+    ):
+        # Unused: layer_number, mask and attention type, cp_comm_type. The layout says it all.
         super().__init__()
         self.scale = softmax_scale
+        self.context = pg_collection.cp
 
     def forward(
         self,
@@ -59,9 +72,13 @@ class PackedCoreAttention(nn.Module):
         packed_seq_params: PackParams,
         **unused: object,
     ) -> Tensor:
-        """Attend. query ``[T, 1, H, D]``, key and value ``[T, 1, G, D]`` -> ``[T, 1, H * D]``."""
+        """Attend. query ``[Q, 1, H, D]``, key and value ``[Q, 1, G, D]`` -> ``[Q, 1, H * D]``."""
         pack = packed_seq_params
-        q_THD = apply_rope(query.squeeze(1), pack.cos_TD, pack.sin_TD)
-        k_TGD = apply_rope(key.squeeze(1), pack.cos_TD, pack.sin_TD)
-        out_THD = packed_attention(q_THD, k_TGD, value.squeeze(1), pack.layout, scale=self.scale)
-        return out_THD.flatten(1).unsqueeze(1)
+        q_QHD = apply_rope(query.squeeze(1), pack.cos_QD, pack.sin_QD)
+        k_QGD = apply_rope(key.squeeze(1), pack.cos_QD, pack.sin_QD)
+        qkv = q_QHD, k_QGD, value.squeeze(1)
+        if pack.part is None:
+            out_QHD = packed_attention(*qkv, pack.layout, scale=self.scale)
+        else:
+            out_QHD = attend_over_ranks(qkv, pack.layout, pack.part, self.context, self.scale)
+        return out_QHD.flatten(1).unsqueeze(1)

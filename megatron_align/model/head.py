@@ -1,7 +1,7 @@
 """The heads: scored rows of hidden states to log-probs, or straight to the loss; last tokens to rewards.
 
-Shapes: T tokens of the pack (T / TP on each rank under sequence parallel), N scored rows, H hidden, M rows that each
-tensor-parallel rank sends.
+Shapes: Q tokens of this context-parallel rank (Q / TP on each rank under sequence parallel), N scored rows of the pack,
+n of them on this context-parallel rank, H hidden, M rows that each tensor-parallel rank sends.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_align.kernels import slab_loss, slab_rows, token_logprobs
+from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs
 from megatron_align.model import cpu
-from megatron_align.records import LossRows
+from megatron_align.model.context import SpreadSlabs, from_all_ranks
+from megatron_align.records import LossRows, PackedBatch
 
 
 class PackLoss(NamedTuple):
@@ -49,29 +51,36 @@ class VocabularyHead(ColumnParallelLinear):
     ``main_grad`` the weight's gradient is added there in forward, before the backward that follows.
     """
 
+    unit_rows = False  # the weight's rows count at unit length
+
     def forward(
         self,
         hidden: Tensor,
-        rows: LossRows,
+        batch: PackedBatch,
         objective: RowObjective | None,
         *,
         weight: Tensor,
         vocab_size: int,
-        unit_rows: bool = False,
+        context: dist.ProcessGroup,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
 
         Args:
-            hidden: ``[T or T / TP, 1, H]``.
-            rows: what is scored.
+            hidden: ``[Q or Q / TP, 1, H]``.
+            batch: the pack, with what is scored.
             objective: what is made of the log-probs, slab by slab.
             weight: this module's own, or the embedding's where they are tied on this rank.
             vocab_size: without padding.
-            unit_rows: the weight's rows count at unit length. Done here, where the weight is known to be gathered.
+            context: context-parallel ranks, of which every one gets the whole answer.
         """
-        if unit_rows:
+        if self.unit_rows:  # done here, where the weight is known to be gathered
             weight = F.normalize(weight)
-        hidden_NH = self._scored(hidden, rows)
+        rows, part = batch.rows, batch.part
+        if part is None:
+            hidden_nH, target_n = self._scored(hidden, rows.row_N, rows.rows_on_host()), rows.target_N
+        else:
+            hidden_nH = self._scored(hidden, part.rows.row_n, part.rows.host_row_n)
+            target_n = rows.target_N[part.rows.number_n]
         # Under sequence parallel the gradient is summed over ranks while it is scattered.
         options = {
             "group": self.tp_group,
@@ -79,38 +88,43 @@ class VocabularyHead(ColumnParallelLinear):
             "sum_hidden_grad": not self.sequence_parallel,
         }
         whole_samples = objective is None or objective.whole_samples
-        slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples) or [rows]
-        stops = np.cumsum([slab.row_N.shape[0] for slab in slabs]).tolist()
-        ranges = list(zip([0, *stops[:-1]], stops, strict=True))
+        owner_N = part and part.owner_N
+        slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples, owner_N=owner_N) or [rows]
+        spread = SpreadSlabs([slab.row_N.shape[0] for slab in slabs], part and part.rows, context)
         if objective is None:
             # Cut as a loss of whole samples is: the same products, so the same numbers bit by bit.
-            parts = [token_logprobs(hidden_NH[a:b], weight, rows.target_N[a:b], **options) for a, b in ranges]
-            return torch.cat(parts)
+            parts = [
+                token_logprobs(hidden_nH[a:b], weight, target_n[a:b], **options) for a, b in spread.ranges
+            ]
+            return torch.cat([spread.whole(i, logprobs_n) for i, logprobs_n in enumerate(parts)])
 
         def loss(
             i: int, logprobs_n: Tensor, statistics: dict[str, Tensor]
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective.loss(logprobs_n, slabs[i], statistics)
+            known = {name: spread.whole(i, values_n) for name, values_n in statistics.items()}
+            return objective.loss(spread.whole(i, logprobs_n), slabs[i], known)
 
         value, sums = slab_loss(
-            hidden_NH, weight, rows.target_N, ranges, loss, statistics=objective.statistics, **options
+            hidden_nH, weight, target_n, spread.ranges, loss, statistics=objective.statistics, **options
         )
+        if part is not None:
+            # Ranks differ by what they hold of a sample: the one that recomputed most is told.
+            dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=context)
         return PackLoss(value, sums)
 
-    def _scored(self, hidden: Tensor, rows: LossRows) -> Tensor:
-        """Return ``[N, H]``: under sequence parallel gathered, the scored rows alone where that moves less."""
+    def _scored(self, hidden: Tensor, row_n: Tensor, host_row_n: np.ndarray) -> Tensor:
+        """Return ``[n, H]``: under sequence parallel gathered, the scored rows alone where that moves less."""
         hidden = hidden.squeeze(1)
-        row_N = rows.row_N
         if self.sequence_parallel:
-            picked = pick_rows(rows.rows_on_host(), hidden.shape[0], self.tp_group.size())
+            picked = pick_rows(host_row_n, hidden.shape[0], self.tp_group.size())
             if picked is not None:
-                own_M, row_N = (
+                own_M, row_n = (
                     torch.from_numpy(places).to(hidden.device, non_blocking=True)
                     for places in (picked.own_RM[self.tp_group.rank()], picked.place_N)
                 )
                 hidden = hidden[own_M]
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        return hidden[row_N]
+        return hidden[row_n]
 
 
 class RewardHead(nn.Module):
@@ -126,26 +140,29 @@ class RewardHead(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rows: LossRows,
+        batch: PackedBatch,
         objective: RowObjective | None,
-        group: dist.ProcessGroup,
+        groups: ProcessGroupCollection,
     ) -> Tensor | PackLoss:
         """Return ``rewards_C`` fp32 of the pack's completions, or with an objective the pack's loss.
 
         Args:
-            hidden: ``[T or T / TP, 1, H]``.
-            rows: whose completions.
+            hidden: ``[Q or Q / TP, 1, H]``.
+            batch: the pack, with its completions.
             objective: what is made of the rewards.
-            group: tensor-parallel ranks.
+            groups: tensor- and context-parallel ranks.
         """
         if self.sequence_parallel:
             # Every rank then computes the whole loss: its gradient is complete, and only to be split again.
             hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=group
+                hidden, tensor_parallel_output_grad=False, group=groups.tp
             )
-        last_CH = hidden.squeeze(1)[rows.completions.last_C]
-        rewards_C = (last_CH.float() @ self.weight.float().T)[:, 0]
-        return rewards_C if objective is None else PackLoss(*objective.loss(rewards_C, rows, {}))
+        known, part = batch.rows.completions, batch.part
+        last_c = known.last_C if part is None else part.last.row_n
+        rewards_C = (hidden.squeeze(1)[last_c].float() @ self.weight.float().T)[:, 0]
+        if part is not None:
+            rewards_C = from_all_ranks(rewards_C, part.last.number_n, known.last_C.shape[0], groups.cp)
+        return rewards_C if objective is None else PackLoss(*objective.loss(rewards_C, batch.rows, {}))
 
     def initialise(self, deviation: float, seed: int) -> None:
         """Draw the weight from a normal distribution, the same on every layout."""

@@ -106,6 +106,11 @@ def groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def speaks_for_its_packs(groups: ProcessGroupCollection) -> bool:
+    """Return whether this rank is the one to count, of a stage's ranks that computed the same packs."""
+    return groups.tp.rank() == 0 and groups.cp.rank() == 0
+
+
 def _meet(place: Place, timeout: timedelta) -> dist.Store:
     """Connect to the ranks' common store and call the roll, so that an absent rank is named."""
     if place.world_size == 1:

@@ -1,7 +1,7 @@
 """The policy: megatron-core's embedding, transformer block and head, composed for packs.
 
-Shapes: T tokens of the pack (T / TP on each rank between layers under sequence parallel), N scored rows,
-H hidden, V vocabulary rows of this rank.
+Shapes: T tokens of the pack, Q of them on this context-parallel rank (Q / TP on each rank between layers under sequence
+parallel), N scored rows, H hidden, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackParams, rope_tables
+from megatron_align.model.context import from_all_ranks
+from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTED, Block, RMSNorm, layer_spec
@@ -136,6 +138,7 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         shape.ffn_size % tensor == 0,
         f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}",
     )
+    kind_of(shape, parallel)
     layers = max(layers_of_chunks(shape.num_layers, parallel))
     need(
         recompute_layers <= layers,
@@ -193,6 +196,7 @@ class Policy(LanguageModule):
                 skip_weight_param_allocation=self.pre_process and shape.tied_embeddings,
                 tp_group=groups.tp,
             )
+            self.output_layer.unit_rows = shape.norm_head
         if not shape.is_reward:
             self.setup_embeddings_and_output_layer()
 
@@ -206,14 +210,14 @@ class Policy(LanguageModule):
         if not self.post_process:
             return hidden
         if self.shape.is_reward:
-            return self.reward_head(hidden, batch.rows, objective, self.tp_group)
+            return self.reward_head(hidden, batch, objective, self.pg_collection)
         return self.output_layer(
             hidden,
-            batch.rows,
+            batch,
             objective,
             weight=self._head(),
             vocab_size=self.shape.vocab_size,
-            unit_rows=self.shape.norm_head,
+            context=self.cp_group,
         )
 
     @torch.no_grad()
@@ -223,9 +227,12 @@ class Policy(LanguageModule):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         weight_VH = F.normalize(self._head()) if self.shape.norm_head else self._head()
-        logits_TV = hidden.squeeze(1) @ weight_VH.T
-        logits_TV = gather_from_tensor_model_parallel_region(logits_TV, group=self.tp_group)
-        return logits_TV[:, : self.shape.vocab_size]
+        logits_QV = hidden.squeeze(1) @ weight_VH.T
+        logits_QV = gather_from_tensor_model_parallel_region(logits_QV, group=self.tp_group)
+        logits_QV = logits_QV[:, : self.shape.vocab_size]
+        if batch.part is None:
+            return logits_QV
+        return from_all_ranks(logits_QV, batch.part.token_Q, batch.tokens_T.shape[0], self.cp_group)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See megatron-core, whose language models always have an output layer: a reward model has none."""
@@ -246,10 +253,11 @@ class Policy(LanguageModule):
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         embedded = None
+        tokens_Q, positions_Q = batch.held()
         if self.pre_process:
-            embedded = self.embedding(batch.tokens_T[None], batch.positions_T[None])
-        cos_TD, sin_TD = rope_tables(batch.positions_T, self.inv_freq)
-        pack = PackParams(layout=batch.layout, cos_TD=cos_TD, sin_TD=sin_TD)
+            embedded = self.embedding(tokens_Q[None], positions_Q[None])
+        cos_QD, sin_QD = rope_tables(positions_Q, self.inv_freq)
+        pack = PackParams(layout=batch.layout, part=batch.part, cos_QD=cos_QD, sin_QD=sin_QD)
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
 
     def _head(self) -> Tensor:

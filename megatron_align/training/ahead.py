@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_align.data.batch import Packs, Step
 from megatron_align.model import cpu
+from megatron_align.model.parallel import speaks_for_its_packs
 from megatron_align.records import LossRows, PackedBatch
 from megatron_align.training.objective import Objective, StepSums
 from megatron_align.training.preference import completion_sums
@@ -129,7 +130,7 @@ class Ahead:
 def whole_step(found: Sequence[Tensor], packs: Packs, step: Step, groups: ProcessGroupCollection) -> Tensor:
     """Put the packs' values ``[C]`` of all ranks in their places; return ``[S]`` fp64 on the host of every rank."""
     values_S = torch.zeros(len(step.stored_C), dtype=torch.float64, device=cpu.device())
-    if groups.tp.rank() == 0:  # every tensor-parallel rank of the last stage has the same
+    if speaks_for_its_packs(groups):
         for values_C, places in zip(found, packs.places, strict=bool(found)):
             values_S[torch.from_numpy(places).to(values_S.device)] = values_C.to(
                 values_S.device, torch.float64

@@ -39,7 +39,7 @@ def facts_of_run(
         (
             "layout",
             f"{plan.place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-            f"data {data_parallel}, {place}",
+            f"context {layout.context} x data {data_parallel}, {place}",
         ),
         (
             "data",

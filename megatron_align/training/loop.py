@@ -15,11 +15,13 @@ from megatron_align.checkpoint.hf import load_weights
 from megatron_align.checkpoint.save import Saver
 from megatron_align.config import RunConfig, TrainConfig, to_dict
 from megatron_align.data.batch import Share, Step, StepBatches
+from megatron_align.data.context import ContextShare
 from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
+from megatron_align.model.context_kind import kind_of
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.records import PackedBatch
 from megatron_align.training import self_check
@@ -179,12 +181,14 @@ class _Run:
 
     def _batches(self, split: str, train: TrainConfig) -> StepBatches:
         parallel_config = self.config.parallel
+        sequence_ranks = parallel_config.tensor if self.plan.megatron.sequence_parallel else 1
         share = Share(
             ranks=self.groups.dp.size(),
             rank=self.groups.dp.rank(),
-            multiple=parallel_config.tensor if self.plan.megatron.sequence_parallel else 1,
+            multiple=parallel_config.context * sequence_ranks,
             # The interleaved schedule wants micro-batches in rounds of the pipeline's length.
             micro_batch_multiple=parallel_config.pipeline if parallel_config.chunks > 1 else 1,
+            context=self._context_share(),
         )
         known = self.references.get(split)
         return StepBatches(
@@ -198,6 +202,10 @@ class _Run:
             mismatched=self.objective.looks_ahead == "mismatched",
             score_prompt=self.objective.score_prompt,
         )
+
+    def _context_share(self) -> ContextShare | None:
+        kind, ranks = kind_of(self.plan.shape, self.config.parallel), self.groups.cp
+        return kind and ContextShare(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
 
     def go(self) -> bool:
         """Train what is left, then export; return False if a signal asked to stop before all steps were made."""

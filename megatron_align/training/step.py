@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_align.kernels import RECOMPUTED
 from megatron_align.model import cpu
 from megatron_align.model.head import PackLoss
-from megatron_align.model.parallel import all_reduce_sum
+from megatron_align.model.parallel import all_reduce_sum, speaks_for_its_packs
 from megatron_align.records import PackedBatch
 from megatron_align.training.objective import Objective
 from megatron_align.training.optimizer import Optimizer
@@ -106,7 +106,8 @@ class Stepper:
                 self.gradients([batch] * rounds)
             grads = [buffer.grad_data for chunk in self.model for buffer in chunk.buffers]
             bad[i] = any(not grad.isfinite().all() for grad in grads)
-        dist.all_reduce(bad, group=self.groups.mp)
+        for group in (self.groups.mp, self.groups.cp):
+            dist.all_reduce(bad, group=group)
         return (bad == 0).tolist()
 
     @contextmanager
@@ -162,10 +163,10 @@ class Stepper:
         return loss, tokens, {"loss": loss.detach().clone(), **sums}
 
     def _reduce(self, partial_sums: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum over micro-batches and ranks; only one tensor-parallel rank of the last stage counts."""
+        """Sum over micro-batches and ranks; of those that computed the same packs one counts, on the last stage."""
         names = ("loss", *self.objective.metrics, *((RECOMPUTED,) if self.objective.whole_samples else ()))
         totals = [0.0] * len(names)
-        if partial_sums and self.groups.tp.rank() == 0:
+        if partial_sums and speaks_for_its_packs(self.groups):
             totals = [
                 torch.stack([sums[name].double() for sums in partial_sums]).sum().item() for name in names
             ]

@@ -71,7 +71,7 @@ def test_a_pack_by_hand():
     got = pack([one, two], [0.5, 0.25], tokens=9, pad_id=3)
     assert got.tokens_T.tolist() == [5, 6, 7, 8, 9, 10, 11, 3, 3]
     assert got.positions_T.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 0]
-    assert got.layout.own_start_T.tolist() == [0, 0, 0, 3, 3, 3, 3, 7, 8]
+    assert got.layout.own_start_Q.tolist() == [0, 0, 0, 3, 3, 3, 3, 7, 8]
     assert got.rows.row_N.tolist() == [1, 3, 5]
     assert got.rows.target_N.tolist() == [7, 9, 11]
     assert got.rows.sequence_N.tolist() == [0, 1, 1]
@@ -84,7 +84,7 @@ def test_a_pack_by_hand():
 def test_a_pack_of_nothing():
     got = pack([], [], tokens=4)
     assert got.tokens_T.tolist() == got.positions_T.tolist() == [0] * 4
-    assert got.layout.own_start_T.tolist() == [0, 1, 2, 3]
+    assert got.layout.own_start_Q.tolist() == [0, 1, 2, 3]
     assert [len(rows) for rows in (got.rows.row_N, got.rows.target_N, got.rows.weight_N)] == [0, 0, 0]
     assert got.rows.weight_N.dtype == torch.float32
     assert got.rows.target_N.dtype == torch.int64
@@ -219,7 +219,7 @@ def test_shared_and_repeated_prompts_score_the_same(groups, slack):
                 expected.append(([*prompt, *own[:t]], own[t], completion, weight))
             rest, completion = rest + length, completion + 1
     for got in packs:
-        see = got.layout.mask_TT()
+        see = got.layout.mask_QT()
         rows = []
         for row, target, sequence, weight in zip(*(column.tolist() for column in columns(got)), strict=True):
             context = got.tokens_T[see[row]].tolist()

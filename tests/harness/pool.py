@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SIZE = 4
+SIZE = 4  # started at first; a test that asks for more starts the rest
 
 
 def free_port() -> int:
@@ -63,7 +63,7 @@ class Pool:
         Raises:
             RankFailed: with the first rank's error; the pool starts afresh at the next call.
         """
-        self._start()
+        self._start(world_size)
         port = str(free_port())
         workers = self._workers[:world_size]
         for rank, (_, pipe) in enumerate(workers):
@@ -90,9 +90,9 @@ class Pool:
                 answers[pending[pipe]] = answer
         return [answers[rank] for rank in range(world_size)]
 
-    def _start(self) -> None:
+    def _start(self, least: int) -> None:
         context = multiprocessing.get_context("spawn")
-        while len(self._workers) < self._size:
+        while len(self._workers) < max(self._size, least):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()

@@ -11,9 +11,11 @@ import torch
 
 from megatron_align.checkpoint.hf import load_weights
 from megatron_align.config import ParallelConfig, parse
+from megatron_align.data.context import ContextShare, deal
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
-from megatron_align.model.families import read_shape
+from megatron_align.model.context_kind import kind_of
+from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.records import PackedBatch
 from megatron_align.training.loop import run
@@ -29,9 +31,15 @@ def logits(place: parallel.Place, model: Path, config: ParallelConfig, batch: Pa
         groups, shape = parallel.groups(), read_shape(model)
         [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
         load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
-        answer = policy.logits(batch)
+        answer = policy.logits(_dealt(batch, shape, config))
     parallel.leave()
     return answer
+
+
+def _dealt(batch: PackedBatch, shape: ModelShape, config: ParallelConfig) -> PackedBatch:
+    """Return the pack as this rank computes it."""
+    kind, group = kind_of(shape, config), parallel.groups().cp
+    return deal(batch, kind and ContextShare(ranks=group.size(), rank=group.rank(), kind=kind))
 
 
 def logprobs(
@@ -57,7 +65,7 @@ def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, ba
         [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
         load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
         with torch.no_grad():
-            answers = [policy(batch) for batch in batches]
+            answers = [policy(_dealt(batch, shape, config)) for batch in batches]
     parallel.leave()
     return answers
 
@@ -251,15 +259,55 @@ def _whole(grad: torch.Tensor, parameter: torch.nn.Parameter, group) -> torch.Te
     return torch.cat(parts, parameter.partition_dim)
 
 
+class _GradientsAsWeights:
+    """An optimizer whose update puts each parameter's whole gradient in its place."""
+
+    def __init__(self, model: list):
+        self.model = model
+
+    def zero_grad(self) -> None:
+        pass
+
+    def update(self) -> float:
+        with torch.no_grad():
+            for chunk in self.model:
+                for parameter in chunk.parameters():
+                    parameter.copy_(parameter.main_grad)
+        return 0.0
+
+
+def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None:
+    """Write the first step's gradients as a Hugging Face folder: whole, fused weights in HF's order."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from megatron_align.checkpoint.export import export_model
+    from megatron_align.training.loop import _Run
+    from megatron_align.training.setup import prepare
+
+    config = parse(arguments)
+    plan = prepare(config, place)
+    watchdog = parallel.join(place, config.parallel)
+    with watchdog.watching():
+        started = _Run(plan, watchdog)
+        started.stepper.optimizer = _GradientsAsWeights(started.model)
+        # The optimizer needs its shard of the sums only; here every rank gets all of them.
+        started.model[0].config.finalize_model_grads_func = lambda chunks, _, **options: finalize_model_grads(
+            chunks, None, **{**options, "force_all_reduce": True}
+        )
+        step = started.batches.step(0)
+        started.stepper.train(started._ahead("train").batches(step, training=True))
+        export_model([chunk.module for chunk in started.model], folder, plan.assets)
+    parallel.leave()
+
+
 def train_in_slabs(place: parallel.Place, arguments: list[str], rows: int | None) -> None:
     """Train with slabs of at most ``rows`` rows of logits."""
     from megatron_align.kernels.token_logprobs import passes
 
     before = passes.SLAB_BYTES["cpu"]
     if rows is not None:
-        columns = 128 * (
-            3 if place.world_size == 1 else 2
-        )  # 259 tokens, padded to a multiple of 128 on each rank
+        # 259 tokens, padded to a multiple of 128 on each rank
+        columns = 128 * (3 if parse(arguments).parallel.tensor == 1 else 2)
         passes.SLAB_BYTES["cpu"] = rows * columns * 4
     try:
         train(place, arguments)

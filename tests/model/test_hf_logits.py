@@ -28,8 +28,10 @@ def packed(vocab_size):
         ParallelConfig(tensor=2),
         ParallelConfig(tensor=4),
         ParallelConfig(tensor=4, sequence=False),
+        ParallelConfig(context=2, context_kind="ulysses"),
+        ParallelConfig(context=2, context_kind="allgather"),
     ],
-    ids=["tp1", "tp2_sp", "tp4_sp", "tp4"],
+    ids=["tp1", "tp2_sp", "tp4_sp", "tp4", "ulysses", "allgather"],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(pool, tiny_models, variant, parallel):
@@ -38,6 +40,8 @@ def test_logits_equal_transformers(pool, tiny_models, variant, parallel):
     with torch.no_grad():
         texts = batch.tokens_T[: sum(LENGTHS)].split(LENGTHS)
         want = torch.cat([model(text[None]).logits[0] for text in texts])
-    for got in pool.run(parallel.tensor, ranks.logits, tiny_models(variant), parallel, batch):
+    for got in pool.run(
+        parallel.tensor * parallel.context, ranks.logits, tiny_models(variant), parallel, batch
+    ):
         assert got.shape[1] == model.config.vocab_size
         assert (got[: sum(LENGTHS)] - want).abs().max() <= 1e-4

@@ -5,6 +5,7 @@ import torch
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
+from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import transformer_config
 
@@ -16,6 +17,11 @@ from megatron_align.model.policy import transformer_config
         ({"pipeline": 3}, 0, "must divide the model's 4 layers, got 3 x 1 = 3"),
         ({"pipeline": 4, "virtual_pipeline": 2}, 0, "must divide the model's 4 layers, got 4 x 2 = 8"),
         ({"pipeline": 2}, 3, "train.recompute_layers must be at most the 2 layers of a model chunk, got 3"),
+        (
+            {"tensor": 2, "context": 8, "context_kind": "ulysses"},
+            0,
+            "attention heads that tensor x context divide, got 8 heads for 2 x 8; allgather has no such rule",
+        ),
     ],
 )
 def test_refused(tiny_models, parallel, recompute, message):
@@ -31,6 +37,14 @@ def test_key_value_heads_and_ranks_must_nest(tmp_path):
     )
     with pytest.raises(InputError, match="the model's 6 key/value heads or be a multiple of them, got 4"):
         transformer_config(read_shape(six), ParallelConfig(tensor=4), torch.float32)
+
+
+def test_auto_never_asks_for_heads_that_are_not_there(tiny_models):
+    shape = read_shape(tiny_models())  # 8 heads, 2 key/value heads
+    assert kind_of(shape, ParallelConfig(tensor=2, context=8)) == "allgather"
+    assert kind_of(shape, ParallelConfig(context=8)) == "ulysses"
+    assert kind_of(shape, ParallelConfig(context=8, context_kind="allgather")) == "allgather"
+    assert kind_of(shape, ParallelConfig(tensor=8)) is None
 
 
 def test_world_size():

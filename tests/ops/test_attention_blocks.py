@@ -1,5 +1,6 @@
 """The kernels visit exactly the tiles that hold a visible pair, each once, and mask exactly those that need it
-(or that T cuts).
+(or that T cuts). So do those of any choice of queries, except that a block of queries with a gap in the pack may visit
+keys of the gap.
 
 The judge is the dense mask, cut into tiles. Hence cost follows the useful area, which is counted here too.
 """
@@ -11,6 +12,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_align.data.shards import balanced_shards
 from megatron_align.kernels.packed_attention.blocks import key_tile, key_tiles, query_tiles
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 from megatron_align.kernels.packed_attention.reference import block_map_reference
@@ -20,10 +22,12 @@ pytestmark = pytest.mark.triton
 
 
 @triton.jit
-def _by_query(ps_ptr, pe_ptr, os_ptr, visits_ptr, masked_ptr, tokens, Q: tl.constexpr, K: tl.constexpr):
+def _by_query(
+    ps_ptr, pe_ptr, os_ptr, oe_ptr, visits_ptr, masked_ptr, queries, tokens, Q: tl.constexpr, K: tl.constexpr
+):
     block = tl.program_id(0)
-    last = tl.minimum((block + 1) * Q, tokens) - 1
-    tiles, count = key_tiles(ps_ptr, pe_ptr, os_ptr, block * Q, last, K)
+    last = tl.minimum((block + 1) * Q, queries) - 1
+    tiles, count = key_tiles(ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K)
     for step in range(count):
         tile, full = key_tile(tiles, step)
         at = block * tl.cdiv(tokens, K) + tile
@@ -32,9 +36,11 @@ def _by_query(ps_ptr, pe_ptr, os_ptr, visits_ptr, masked_ptr, tokens, Q: tl.cons
 
 
 @triton.jit
-def _by_key(seen_end_ptr, visits_ptr, masked_ptr, tokens, Q: tl.constexpr, K: tl.constexpr):
+def _by_key(
+    ss_ptr, se_ptr, visits_ptr, masked_ptr, queries, tokens, Q: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
     block = tl.program_id(0)
-    a, b, c, d = query_tiles(seen_end_ptr, block * K, tokens, K, Q)
+    a, b, c, d = query_tiles(ss_ptr, se_ptr, block * K, tokens, K, Q)
     for tile in range(a, d):
         at = tile * tl.cdiv(tokens, K) + block
         tl.store(visits_ptr + at, tl.load(visits_ptr + at) + 1)
@@ -42,28 +48,35 @@ def _by_key(seen_end_ptr, visits_ptr, masked_ptr, tokens, Q: tl.constexpr, K: tl
 
 
 @triton.jit
-def _count(ps_ptr, pe_ptr, os_ptr, visits_ptr, masked_ptr, tokens, Q: tl.constexpr, K: tl.constexpr):
+def _count(ps_ptr, pe_ptr, os_ptr, oe_ptr, visits_ptr, masked_ptr, queries, Q: tl.constexpr, K: tl.constexpr):
     block = tl.program_id(0)
-    last = tl.minimum((block + 1) * Q, tokens) - 1
-    (a, b, c, d, own_a, own_b, own_c, own_d), count = key_tiles(ps_ptr, pe_ptr, os_ptr, block * Q, last, K)
+    last = tl.minimum((block + 1) * Q, queries) - 1
+    (a, b, c, d, own_a, own_b, own_c, own_d), count = key_tiles(
+        ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K
+    )
     tl.store(visits_ptr + block, count)
     tl.store(masked_ptr + block, count - (c - b) - (own_c - own_b))
 
 
 def assert_exact(layout, queries, keys):
     layout = layout.to(DEVICE)
-    *intervals, seen_end = layout.intervals
-    visited, full = block_map_reference(layout, queries, keys)
-    needed = visited & ~full
-    inside = (slice(layout.tokens // queries), slice(layout.tokens // keys))  # tiles that T does not cut
+    visible, full = block_map_reference(layout, queries, keys)
+    needed = visible & ~full
+    inside = (slice(layout.queries // queries), slice(layout.tokens // keys))  # tiles that Q and T do not cut
+    first = torch.arange(0, layout.queries, queries)
+    last = (first + queries).clamp(max=layout.queries) - 1
+    has_gap = (layout.own_end_Q[last] - layout.own_end_Q[first]).cpu() != last - first
     for kernel, blocks, pointers in (
-        (_by_query, visited.shape[0], intervals),
-        (_by_key, visited.shape[1], [seen_end]),
+        (_by_query, visible.shape[0], layout.by_query),
+        (_by_key, visible.shape[1], layout.by_key),
     ):
-        visits, masked = torch.zeros(2, *visited.shape, dtype=torch.int32, device=DEVICE)
-        kernel[(blocks,)](*pointers, visits, masked, layout.tokens, Q=queries, K=keys)
-        assert torch.equal(visits, visited.int())
-        assert torch.equal(masked.bool()[inside], needed[inside])
+        visits, masked = torch.zeros(2, *visible.shape, dtype=torch.int32, device=DEVICE)
+        kernel[(blocks,)](*pointers, visits, masked, layout.queries, layout.tokens, Q=queries, K=keys)
+        spare = visits.bool() & ~visible
+        assert torch.equal(visits, (visible | spare).int())  # all once, none twice
+        assert not spare[~has_gap if kernel is _by_query else slice(None)].any()
+        assert masked.bool()[spare].all()
+        assert torch.equal((masked.bool() & visible)[inside], needed[inside])
         assert torch.equal(masked.bool() & needed, needed)
 
 
@@ -85,22 +98,52 @@ def test_tiles_are_exact(layout, queries, keys):
     assert_exact(layout, queries, keys)
 
 
+SHARES = {
+    "every third": lambda tokens: torch.arange(2, tokens, 3),
+    "two stretches": lambda tokens: torch.cat([torch.arange(16, 48), torch.arange(tokens - 37, tokens)]),
+    "blocks with gaps between": lambda tokens: torch.arange(tokens).view(-1, 2, 32)[:, 0].flatten(),
+    "none": lambda tokens: torch.arange(0),
+}
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=list(SHARES))
+@pytest.mark.parametrize("layout", ["documents", "prompt ends on a block"])
+def test_tiles_of_some_queries(layout, share):
+    layout = LAYOUTS[layout]
+    assert_exact(layout.for_queries(share(layout.tokens // 64 * 64)), 16, 32)
+
+
 groups = st.lists(st.tuples(st.integers(0, 40), st.lists(st.integers(0, 25), max_size=4)), max_size=5)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(groups, st.integers(0, 9), st.sampled_from([(16, 16), (16, 8), (8, 16)]))
+sizes = st.sampled_from([(16, 16), (16, 8), (8, 16)])
+
+
+def pack_of(groups, padding):
+    return PackedLayout.from_groups(groups, total=sum(p + sum(c) for p, c in groups) + padding)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(groups, st.integers(0, 9), sizes)
 def test_tiles_are_exact_for_any_groups(groups, padding, blocks):
-    used = sum(prompt + sum(completions) for prompt, completions in groups)
-    assert_exact(PackedLayout.from_groups(groups, total=used + padding), *blocks)
+    assert_exact(pack_of(groups, padding), *blocks)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(groups, st.integers(0, 9), sizes, st.lists(st.integers(1, 40), min_size=1))
+def test_tiles_are_exact_for_any_queries(groups, padding, blocks, stretches):
+    """Every other stretch of the pack is held."""
+    layout = pack_of(groups, padding)
+    held = torch.arange(len(stretches)).repeat_interleave(torch.tensor(stretches))[: layout.tokens] % 2 == 0
+    assert_exact(layout.for_queries(held.nonzero().flatten()), *blocks)
 
 
 def tiles_of(layout, block=128):
     """Return (visited, masked) tiles of one head."""
     layout = layout.to(DEVICE)
-    blocks = triton.cdiv(layout.tokens, block)
+    blocks = triton.cdiv(layout.queries, block)
     visits, masked = torch.zeros(2, blocks, dtype=torch.int32, device=DEVICE)
-    _count[(blocks,)](*layout.intervals[:3], visits, masked, layout.tokens, Q=block, K=block)
+    _count[(blocks,)](*layout.by_query, visits, masked, layout.queries, Q=block, K=block)
     return visits.sum().item(), masked.sum().item()
 
 
@@ -120,3 +163,12 @@ def test_a_shared_prompt_costs_less_than_its_copies():
     trunk, completion = 32 * 33 // 2, 4 * 32 + 4 * 5 // 2
     assert shared == (trunk + 2 * completion, 32 + 2 * 4)
     assert copies == (2 * (trunk + completion), 2 * 36)
+
+
+def test_shards_cost_no_tile_more():
+    """Ranks that hold whole blocks visit together what one rank visits, and each its share of it."""
+    groups = [(0, [6000]), (1000, [2000, 2000]), (0, [3000]), (0, [384])]
+    layout = PackedLayout.from_groups(groups, total=16384)
+    shares = [tiles_of(layout.for_queries(torch.from_numpy(p)))[0] for p in balanced_shards(groups, 16384, 8)]
+    assert sum(shares) == tiles_of(layout)[0]
+    assert max(shares) <= 1.1 * sum(shares) / 8

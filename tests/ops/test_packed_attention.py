@@ -90,12 +90,12 @@ def test_padding_sees_itself_only():
 
 def test_intervals_say_what_the_groups_say():
     layout = PackedLayout.from_groups([(2, [1, 2]), (0, [2])], total=9)
-    assert layout.prefix_start_T.tolist() == [0, 0, 0, 0, 0, 5, 5, 7, 8]
-    assert layout.prefix_end_T.tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 8]
-    assert layout.own_start_T.tolist() == [0, 0, 2, 3, 3, 5, 5, 7, 8]
+    assert layout.prefix_start_Q.tolist() == [0, 0, 0, 0, 0, 5, 5, 7, 8]
+    assert layout.prefix_end_Q.tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 8]
+    assert layout.own_start_Q.tolist() == [0, 0, 2, 3, 3, 5, 5, 7, 8]
     assert layout.seen_end_T.tolist() == [5, 5, 3, 5, 5, 7, 7, 8, 9]
-    assert {t.dtype for t in layout.intervals} == {torch.int32}
-    assert layout.mask_TT().int().tolist() == [
+    assert {t.dtype for t in (*layout.by_query, *layout.by_key)} == {torch.int32}
+    assert layout.mask_QT().int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0, 0],
@@ -132,12 +132,12 @@ def q_k_v(q=(6, 4, 8), k=(6, 2, 8), v=(6, 2, 8)):
 
 
 BAD = {
-    "rank": (q_k_v(q=(6, 32)), 6, r"q \[T, H, D\]"),
-    "dims": (q_k_v(q=(6, 4, 4)), 6, r"q \[T, H, D\]"),
-    "values": (q_k_v(v=(6, 1, 8)), 6, r"q \[T, H, D\]"),
+    "rank": (q_k_v(q=(6, 32)), 6, r"q \[Q, H, D\]"),
+    "dims": (q_k_v(q=(6, 4, 4)), 6, r"q \[Q, H, D\]"),
+    "values": (q_k_v(v=(6, 1, 8)), 6, r"q \[Q, H, D\]"),
     "heads": (q_k_v(q=(6, 3, 8)), 6, "H 3, G 2"),
     "dtype": ([*q_k_v()[:2], torch.zeros(6, 2, 8, dtype=torch.float16)], 6, "one dtype"),
-    "tokens": (q_k_v(), 5, "T = 6 tokens; it covers 5"),
+    "tokens": (q_k_v(), 5, "Q = 6 queries over T = 6 tokens; it has 5 over 5"),
     "stride": ([torch.zeros(6, 8, 4).transpose(1, 2), *q_k_v()[1:]], 6, "last dimension contiguous"),
 }
 
@@ -170,4 +170,4 @@ def test_queries_and_keys_tell_the_same(groups, padding):
     layout = PackedLayout.from_groups(groups, total=used + padding)
     query = torch.arange(layout.tokens)
     by_key = (query <= query[:, None]) & (query[:, None] < layout.seen_end_T)
-    assert torch.equal(layout.mask_TT(), by_key)
+    assert torch.equal(layout.mask_QT(), by_key)

@@ -21,11 +21,22 @@ def packs():
     return [pack(list(s), [1.0] * len(LENGTHS), tokens=96) for s in (samples, other)]
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=["tp1", "tp2_sp"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(),
+        ParallelConfig(tensor=2),
+        ParallelConfig(context=2, context_kind="ulysses"),
+        ParallelConfig(context=2, context_kind="allgather"),
+    ],
+    ids=["tp1", "tp2_sp", "ulysses", "allgather"],
+)
 def test_other_samples_do_not_move(pool, tiny_models, parallel):
     batches = packs()
     sequence_N = batches[0].rows.sequence_N
-    for before, after in pool.run(parallel.tensor, ranks.pack_logprobs, tiny_models(), parallel, batches):
+    for before, after in pool.run(
+        parallel.tensor * parallel.context, ranks.pack_logprobs, tiny_models(), parallel, batches
+    ):
         assert torch.equal(before[sequence_N != 1], after[sequence_N != 1])
         moved = (before != after)[sequence_N == 1]
         assert not moved[:4].any()  # causal: what stands before the changed token does not move either

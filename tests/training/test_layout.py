@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from tests.harness import ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
+ULYSSES, ALLGATHER = ({"parallel__context_kind": kind} for kind in ("ulysses", "allgather"))
 # Any layout must give these numbers: one process, no packing choice, no recompute.
 LAYOUTS = {
     "tp2": (2, {"parallel__tensor": 2, "parallel__sequence": False}),
@@ -25,6 +26,24 @@ LAYOUTS = {
     "recompute": (1, {"train__recompute_layers": 1}),
     "recompute_tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "train__recompute_layers": 2}),
     "long_packs": (1, {"data__sequence_length": 1024}),
+    "unpacked_ulysses2": (2, {**ULYSSES, "parallel__context": 2, "data__packing": False}),
+    "unpacked_allgather2_pp2": (
+        4,
+        {**ALLGATHER, "parallel__context": 2, "parallel__pipeline": 2, "data__packing": False},
+    ),
+    "ulysses2_tp2": (
+        4,
+        {**ULYSSES, "parallel__context": 2, "parallel__tensor": 2, "parallel__sequence": False},
+    ),
+    "allgather2_vpp2": (
+        4,
+        {**ALLGATHER, "parallel__context": 2, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+    ),
+    "recompute_ulysses2_pp2": (
+        4,
+        {**ULYSSES, "parallel__context": 2, "parallel__pipeline": 2, "train__recompute_layers": 2},
+    ),
+    "recompute_allgather2": (2, {**ALLGATHER, "parallel__context": 2, "train__recompute_layers": 2}),
 }
 REST = ("qwen2_untied", "llama3", "llama32_tied")
 
@@ -82,8 +101,15 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
 
 @pytest.mark.parametrize(
     "world, layout",
-    [(2, {"parallel__tensor": 2}), (2, {"parallel__pipeline": 2}), (2, {}), (1, {"data__packing": False})],
-    ids=["tp2", "pp2", "dp2", "unpacked"],
+    [
+        (2, {"parallel__tensor": 2}),
+        (2, {"parallel__pipeline": 2}),
+        (2, {}),
+        (1, {"data__packing": False}),
+        (2, {**ULYSSES, "parallel__context": 2}),
+        (2, {**ALLGATHER, "parallel__context": 2}),
+    ],
+    ids=["tp2", "pp2", "dp2", "unpacked", "ulysses2", "allgather2"],
 )
 def test_bf16_layouts_agree_as_far_as_bf16_goes(
     pool, tiny_models, chat_file, tmp_path, reference, world, layout
@@ -112,9 +138,12 @@ def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tm
     assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-3)
 
 
-def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, reference):
+@pytest.mark.parametrize("layout", [{}, {"parallel__context": 2}], ids=["dp4", "cp2_dp2"])
+def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, reference, layout):
     """Some data-parallel ranks get packs of padding only, and still take part."""
-    options = {"train__global_batch_size": 3}
-    arguments = run_arguments(tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **options)
+    options = {"train__global_batch_size": 1 if layout else 3}
+    arguments = run_arguments(
+        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **layout, **options
+    )
     pool.run(4, ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))

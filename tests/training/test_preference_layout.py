@@ -11,6 +11,7 @@ import pytest
 from tests.harness import ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 
+ULYSSES, ALLGATHER = ({"parallel__context_kind": kind} for kind in ("ulysses", "allgather"))
 LAYOUTS = {
     "tp2_sp": (2, {"parallel__tensor": 2}),
     "tp2": (2, {"parallel__tensor": 2, "parallel__sequence": False}),
@@ -23,12 +24,28 @@ LAYOUTS = {
     "repeated_prompts": (1, {"data__share_prefix": False}),
     "repeated_prompts_tp2_dp2": (4, {"parallel__tensor": 2, "data__share_prefix": False}),
     "recompute": (1, {"train__recompute_layers": 2}),
+    "ulysses2": (2, {**ULYSSES, "parallel__context": 2}),
+    "allgather2": (2, {**ALLGATHER, "parallel__context": 2}),
+    "ulysses4": (4, {**ULYSSES, "parallel__context": 4}),
+    "allgather4": (4, {**ALLGATHER, "parallel__context": 4}),
+    "ulysses2_tp2": (4, {**ULYSSES, "parallel__context": 2, "parallel__tensor": 2}),
+    "allgather2_pp2": (4, {**ALLGATHER, "parallel__context": 2, "parallel__pipeline": 2}),
+    "unpacked_allgather2": (2, {**ALLGATHER, "parallel__context": 2, "data__packing": False}),
+    "repeated_prompts_ulysses2_dp2": (4, {**ULYSSES, "parallel__context": 2, "data__share_prefix": False}),
+    "repeated_prompts_allgather2": (2, {**ALLGATHER, "parallel__context": 2, "data__share_prefix": False}),
 }
 LIVE = {
     "live": (1, {"reference__mode": "live"}),
     "live_tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2, "reference__mode": "live"}),
+    "live_ulysses2_pp2": (
+        4,
+        {**ULYSSES, "parallel__context": 2, "parallel__pipeline": 2, "reference__mode": "live"},
+    ),
+    "live_allgather2": (2, {**ALLGATHER, "parallel__context": 2, "reference__mode": "live"}),
 }
 FEW = ("tp2_pp2", "pp2_dp2", "repeated_prompts_tp2_dp2")
+SPREAD = ("ulysses2", "allgather4")  # over context-parallel ranks
+SPREAD_TOO = ("allgather2", "ulysses4", "ulysses2_tp2", "allgather2_pp2", "repeated_prompts_ulysses2_dp2")
 OBJECTIVES = {
     "dpo": {"name": "dpo"},
     "aot": {"name": "dpo", "loss_type": "aot"},
@@ -44,11 +61,18 @@ OBJECTIVES = {
     "tpo": {"name": "tpo"},
 }
 CASES = [("dpo", layout) for layout in [*LAYOUTS, *LIVE]]
-CASES += [(objective, layout) for objective in OBJECTIVES if objective != "dpo" for layout in FEW]
+CASES += [(objective, layout) for objective in OBJECTIVES if objective != "dpo" for layout in (*FEW, *SPREAD)]
 CASES = [
     case for case in CASES if case[0] != "all_pairs" or case[1] == FEW[0]
 ]  # as plackett_luce but for the sum
 CASES += [("kto", "live_tp2_pp2"), ("aot", "live"), ("reward", "tp2_sp"), ("reward", "tp2")]
+CASES += [("kto", "live_allgather2"), ("reward", "ulysses2_tp2")]
+CASES += [
+    pytest.param(objective, layout, marks=pytest.mark.slow)
+    for objective in OBJECTIVES
+    for layout in SPREAD_TOO
+    if objective != "dpo" and (objective, layout) not in CASES
+]
 
 
 def write_ranked(file, pairs):

@@ -27,8 +27,8 @@ def cut_after(run, copy, step):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "world, layout",
-    [(1, {}), (2, {"parallel__tensor": 2}), (4, {"parallel__pipeline": 2})],
-    ids=["one", "tp2", "pp2_dp2"],
+    [(1, {}), (2, {"parallel__tensor": 2}), (4, {"parallel__pipeline": 2}), (2, {"parallel__context": 2})],
+    ids=["one", "tp2", "pp2_dp2", "cp2"],
 )
 def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, world, layout, precision):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -58,10 +58,18 @@ LAYOUTS = {
     "pp2": (2, {"parallel__pipeline": 2}),
     "vpp2": (2, {"parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
     "dp4": (4, {}),
+    "ulysses2": (2, {"parallel__context": 2, "parallel__context_kind": "ulysses"}),
+    "allgather2_dp2": (4, {"parallel__context": 2, "parallel__context_kind": "allgather"}),
     "tp2_pp2": (4, {"parallel__tensor": 2, "parallel__pipeline": 2}),
     "pp2_dp2": (4, {"parallel__pipeline": 2}),
 }
-QUICK = [("one", "tp2_pp2"), ("vpp2", "dp2"), ("tp2_pp2", "one")]
+QUICK = [
+    ("one", "tp2_pp2"),
+    ("vpp2", "dp2"),
+    ("tp2_pp2", "one"),
+    ("ulysses2", "one"),
+    ("one", "allgather2_dp2"),
+]
 SLOW = [(one, other) for one in LAYOUTS for other in LAYOUTS if one != other and (one, other) not in QUICK]
 
 
