@@ -81,7 +81,7 @@ class Sinks:
                 project=config.wandb, dir=str(folder), config=dict(settings), id=page, resume="allow"
             )
         self.console = Console(highlight=False, soft_wrap=True)
-        self._steps = steps
+        self._steps, self._newest = steps, done
         # A bar on a terminal, a plain line per step in a pipe or a file.
         self._progress = None
         if self.console.is_terminal:
@@ -131,7 +131,9 @@ class Sinks:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, row["step"])
         if self._wandb:
-            self._wandb.log(numbers, step=row["step"])
+            # It wants steps in order; a checkpoint is done some steps after its own.
+            self._newest = max(self._newest, row["step"])
+            self._wandb.log(numbers, step=self._newest)
         shown = "  ".join(form.format(row[key]) for key, form in _SHOWN.items() if key in row)
         if split != "train":
             self.say(f"step {row['step']}/{self._steps}  {split}  {shown}")
