@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +52,9 @@ def plan_save(
     Tensors of the model lie in the training's own memory; the optimizer's are copies that megatron-core gathered.
     """
     chunks, groups = unwrap(model)
-    state = sharded_state(chunks, optimizer, groups, is_loading=False) | reference_state(reference, groups)
+    with _collecting_nothing():
+        state = sharded_state(chunks, optimizer, groups, is_loading=False)
+    state |= reference_state(reference, groups)
     sharded, common = save_preprocess(state)
     named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     storage = _Collect()
@@ -62,6 +66,16 @@ def plan_save(
     if metadata is not None:
         metadata.all_local_plans = None  # megatron-core's cache, as large as all the rest
     return Planned(storage.buckets, metadata, common)
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Hide all objects from the garbage collector: megatron-core calls it here, and it would walk the whole heap."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Collect:

@@ -89,10 +89,13 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=project, dir=str(folder), config=dict(settings), id=page, resume="allow"
         )
+        self._newest = 0
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
-        self._run.log(dict(numbers), step=step)
+        # It wants steps in order; a checkpoint is done some steps after its own.
+        self._newest = max(self._newest, step)
+        self._run.log(dict(numbers), step=self._newest)
 
     def close(self, failed: bool) -> None:
         """See :class:`Tracker`."""

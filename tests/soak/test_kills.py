@@ -25,7 +25,8 @@ LAYOUTS = {
     "tp2_dp2": (4, TENSOR),
     "pp2_dp2": (4, PIPELINE),
 }
-ALONE = ("save.begun", "save.named", "save.done", "prune.hidden")  # rank 0 comes there, no other
+# Rank 0 comes there for certain: what it does alone, and files, as data-parallel replicas write none.
+ALONE = ("save.begun", "save.file", "save.named", "save.done")
 STRIKES = [point for point in POINTS if point not in ("resume.aside", "prune.hidden")]
 
 

@@ -39,12 +39,12 @@ def small_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model") / "small", num_hidden_layers=2)
 
 
-@pytest.fixture
-def command(small_model, chat_file, tmp_path, tmp_path_factory):
-    """``command(name, ...)`` -> arguments of a run in a folder of that name."""
-    cache = tmp_path_factory.getbasetemp() / "crash_cache"  # tokenised once for all runs
+@pytest.fixture(scope="module")
+def arguments(small_model, chat_file, tmp_path_factory):
+    """``arguments(folder, ...)`` -> those of a run in that folder."""
+    cache = tmp_path_factory.mktemp("cache")  # tokenised once for all runs
 
-    def get(name, **options):
+    def get(folder, **options):
         settings = {
             "data__cache": cache,
             "train__steps": 6,
@@ -53,7 +53,29 @@ def command(small_model, chat_file, tmp_path, tmp_path_factory):
             "checkpoint__keep": 1,
             **options,
         }
-        return run_arguments(small_model, chat_file, tmp_path / name, **settings)
+        return run_arguments(small_model, chat_file, folder, **settings)
+
+    return get
+
+
+@pytest.fixture
+def command(arguments, tmp_path):
+    """``command(...)`` -> arguments of the run that is killed, in ``tmp_path/run``."""
+    return lambda **options: arguments(tmp_path / "run", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory):
+    """``whole(world, ...)`` -> rows of the uninterrupted run, made once."""
+    made = {}
+
+    def get(world=1, **options):
+        key = (world, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            assert crash.train(world, arguments(folder, **options), folder / "log") == [0] * world
+            made[key] = numbers(folder)
+        return made[key]
 
     return get
 
@@ -67,91 +89,98 @@ def hidden(run):
 
 
 def survive(world, command, tmp_path, kills, **options):
-    """Run once whole and once killed again and again; compare."""
-    log = tmp_path / "log"
-    assert crash.train(world, command("whole", **options), log) == [0] * world
+    """Kill a run again and again and let it end; return its rows."""
+    run, log = tmp_path / "run", tmp_path / "log"
     for kill in kills:
-        before = steps_of(tmp_path / "run")
-        codes = crash.train(world, command("run", **options), log, fault=f"kill@{kill}")
+        before = steps_of(run)
+        codes = crash.train(world, command(**options), log, fault=f"kill@{kill}")
         assert KILLED in codes, (kill, codes, log.read_text())
-        assert steps_of(tmp_path / "run")[-1:] >= before[-1:], kill
-    assert crash.train(world, command("run", **options), log) == [0] * world, log.read_text()
-    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-    assert steps_of(tmp_path / "run") == [6]
-    assert hidden(tmp_path / "run") == []
+        assert steps_of(run)[-1:] >= before[-1:], kill
+    assert crash.train(world, command(**options), log) == [0] * world, log.read_text()
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4, 5, 6]
+    assert steps_of(run) == [6]
+    assert hidden(run) == []
+    return numbers(run)
 
 
 @pytest.mark.parametrize("precision, background", [("fp32", True), ("bf16", False)])
-def test_killed_at_every_point(command, tmp_path, precision, background):
-    survive(1, command, tmp_path, KILLS, train__precision=precision, checkpoint__async_save=background)
+def test_killed_at_every_point(command, whole, tmp_path, precision, background):
+    options = {"train__precision": precision}
+    rows = survive(1, command, tmp_path, KILLS, checkpoint__async_save=background, **options)
+    assert rows == whole(**options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, background", [("fp32", False), ("bf16", True)])
 @pytest.mark.parametrize("layout", [{"parallel__tensor": 2}, {"parallel__pipeline": 2}, {}], ids=str)
-def test_any_of_two_ranks_killed_at_every_point(command, tmp_path, precision, background, layout):
-    """What rank 0 does alone is struck on it, the rest on rank 1."""
-    alone = ("save.begun", "save.named", "save.done", "prune.hidden")
-    kills = [kill if kill.startswith(alone) else f"{kill}:1" for kill in KILLS]
-    options = {"train__precision": precision, "checkpoint__async_save": background, **layout}
-    survive(2, command, tmp_path, kills, **options)
+def test_any_of_two_ranks_killed_at_every_point(command, whole, tmp_path, precision, background, layout):
+    """What rank 0 does alone is struck on it, the rest on rank 1. A data-parallel replica writes no file."""
+    alone = ["save.begun", "save.named", "save.done", "prune.hidden", *([] if layout else ["save.file"])]
+    kills = [kill if kill.startswith(tuple(alone)) else f"{kill}:1" for kill in KILLS]
+    options = {"train__precision": precision, **layout}
+    rows = survive(2, command, tmp_path, kills, checkpoint__async_save=background, **options)
+    assert rows == whole(2, **options)
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(command, tmp_path):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(command, whole, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    assert crash.train(1, command("whole"), log) == [0]
-    assert KILLED in crash.train(1, command("run", checkpoint__keep=2), log, fault="kill@step.logged:5")
+    options = {"checkpoint__keep": 2, "checkpoint__async_save": False}
+    assert KILLED in crash.train(1, command(**options), log, fault="kill@step.logged:5")
     assert steps_of(run) == [2, 4]
     flip(run / "step_000004" / "state" / "__0_1.distcp")
-    assert KILLED in crash.train(1, command("run"), log, fault="kill@resume.aside")
+    assert KILLED in crash.train(1, command(), log, fault="kill@resume.aside")
     flip(run / "step_000002" / "card.json")  # damaged as well: refused, and nothing is overwritten
-    assert crash.train(1, command("run"), log) == [2]
+    assert crash.train(1, command(), log) == [2]
     assert "card.json is not what was written" in log.read_text()
     flip(run / "step_000002" / "card.json")
-    assert crash.train(1, command("run"), log) == [0]
-    assert numbers(run) == numbers(tmp_path / "whole")
+    assert crash.train(1, command(), log) == [0]
+    assert numbers(run) == whole()
     assert sorted(path.name for path in run.glob("step_*")) == ["step_000004.damaged", "step_000006"]
 
 
-def test_a_full_disk_costs_no_step(command, tmp_path):
+def test_a_full_disk_costs_no_step(command, whole, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    assert crash.train(1, command("whole"), log) == [0]
-    codes = crash.train(1, command("run", checkpoint__keep=3), log, fault="full@save.file:4")
+    codes = crash.train(1, command(checkpoint__keep=3), log, fault="full@save.file:4")
     assert codes == [0], log.read_text()
     assert steps_of(run) == [2, 6]
     assert "warning: writing the checkpoint failed at" in log.read_text()
     assert "No space left on device" in log.read_text()
-    assert numbers(run) == numbers(tmp_path / "whole")
+    assert numbers(run) == whole()
 
 
-@pytest.mark.parametrize("point", ["save.begun", "save.file", "save.written", "save.named"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "save.begun",
+        "save.file",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("save.written", "save.named")),
+    ],
+)
 def test_a_last_save_that_fails_is_an_error_and_spoils_nothing(command, tmp_path, point):
     run, log = tmp_path / "run", tmp_path / "log"
-    assert crash.train(1, command("run", train__steps=2), log) == [0]
-    assert crash.train(1, command("run", train__steps=3), log, fault=f"full@{point}") == [1]
+    assert crash.train(1, command(train__steps=2), log) == [0]
+    assert crash.train(1, command(train__steps=3), log, fault=f"full@{point}") == [1]
     assert log.read_text().count("error: writing the checkpoint failed at") == 1
     assert steps_of(run) == [2]
     assert hidden(run) == []
-    assert crash.train(1, command("run", train__steps=3), log) == [0]
+    assert crash.train(1, command(train__steps=3), log) == [0]
 
 
-def test_a_signal_saves_and_asks_to_be_started_again(command, tmp_path):
+def test_a_signal_saves_and_asks_to_be_started_again(command, whole, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    assert crash.train(1, command("whole"), log) == [0]
-    assert crash.train(1, command("run"), log, fault="term@step.trained:3") == [EXIT_REQUEUE]
+    assert crash.train(1, command(), log, fault="term@step.trained:3") == [EXIT_REQUEUE]
     assert steps_of(run) == [3]
     assert (run / "requeue").read_text() == "3\n"
     assert "asked to stop (SIGTERM): saved after step 3" in log.read_text()
-    assert crash.train(1, command("run"), log) == [0]
+    assert crash.train(1, command(), log) == [0]
     assert not (run / "requeue").exists()
-    assert numbers(run) == numbers(tmp_path / "whole")
+    assert numbers(run) == whole()
 
 
 @pytest.mark.slow
 def test_one_rank_that_is_asked_stops_all(command, tmp_path):
     log = tmp_path / "log"
-    codes = crash.train(2, command("run"), log, fault="term@step.trained:3:1")
+    codes = crash.train(2, command(), log, fault="term@step.trained:3:1")
     assert codes == [EXIT_REQUEUE] * 2, log.read_text()
     assert steps_of(tmp_path / "run") == [3]
 
@@ -162,7 +191,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(command, tmp_path):
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launch += ["--nproc-per-node", "2", "--shutdown-timeout", "120", "-m", "megatron_align.train"]
-    agent = subprocess.Popen([*launch, *command("run", train__steps=2000)], stderr=subprocess.PIPE, text=True)
+    agent = subprocess.Popen([*launch, *command(train__steps=2000)], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 240
         while not (run / "metrics.jsonl").exists() or not metrics_of(run):
@@ -181,5 +210,5 @@ def test_a_signal_to_torchrun_reaches_the_ranks(command, tmp_path):
 
 def test_nobody_outlives_a_kill_in_the_middle_of_a_save(command, tmp_path):
     log = tmp_path / "log"
-    assert crash.train(1, command("run"), log, fault="kill@save.file:2") == [KILLED]
+    assert crash.train(1, command(), log, fault="kill@save.file:2") == [KILLED]
     assert crash.writers_of(log) == []
