@@ -271,12 +271,13 @@ class _Run:
     def _summary(self) -> str:
         shape, place, layout = self.plan.shape, self.plan.place, self.config.parallel
         data, train = self.plan.train.manifest, self.config.train
+        kind = kind_of(shape, layout)
         return "\n".join(
             (
                 f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
                 f"vocabulary {shape.vocab_size}, {self.config.train.precision}",
                 f"layout     {place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-                f"context {layout.context} x data {self.groups.dp.size()}, "
+                f"context {layout.context}{f' ({kind})' if kind else ''} x data {self.groups.dp.size()}, "
                 + ("on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"),
                 f"data       {', '.join(data['shapes'])}: {data['samples']:,} samples, {data['tokens']:,} tokens, "
                 f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated, "
