@@ -66,6 +66,8 @@ def forward_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         highest = new_highest
 
+    # At least 1 where a row saw anything; rows past the last query did not.
+    total = tl.maximum(total, 0.5)
     out = acc / total[:, None]
     store_rows(out_ptr + head * out_head_stride, out, first, out_stride, queries, BLOCK_Q, D, D_PADDED)
     query = first + tl.arange(0, BLOCK_Q)

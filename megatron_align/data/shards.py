@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Tokens that stay together. The largest that levels the work is taken: 128 rows fill the kernels' blocks with
-# neighbours, so that these skip what is not seen.
+# Tokens that stay together: the most that level the work. 128 fill the kernels' blocks of queries with neighbours in
+# the pack, which visit no key in vain; more would gain nothing and level worse.
 GRANULES = (128, 64, 32, 16, 8, 4, 2, 1)
 LEVEL = 1.05  # most work of a rank, in means
 
@@ -57,8 +57,9 @@ def balanced_shards(groups: Sequence[tuple[int, Sequence[int]]], tokens: int, ra
     """Return the positions of each rank (int64 ``[R, Q]``, each row ascending), work level over the ranks.
 
     Every token is on one rank. The pack is cut into granules, the largest of ``GRANULES`` that brings the costliest
-    rank within ``LEVEL`` of the mean, or else the one that levels best; the last Q modulo granule tokens of each rank
-    are cut from the pack's end, where padding is.
+    rank within ``LEVEL`` of the mean, or else the one that levels best: no rank then does more than the mean and the
+    token that sees most. Where a rank's tokens are no multiple of the granule, the rest of each lies at the pack's
+    end, where padding is.
 
     Args:
         groups: as for :func:`attention_work`.
@@ -69,22 +70,22 @@ def balanced_shards(groups: Sequence[tuple[int, Sequence[int]]], tokens: int, ra
         ValueError: if ``tokens`` is no multiple of ``ranks``, or the groups are longer than ``tokens``.
     """
     _check(tokens, ranks)
-    before = np.concatenate([[0], np.cumsum(attention_work(groups, tokens))])
-    share = tokens // ranks
-    best, best_peak = None, np.inf
+    work_before = np.concatenate([[0], np.cumsum(attention_work(groups, tokens))])
+    owner_T, least = np.empty(0), np.inf
     for granule in GRANULES:
-        whole, rest = divmod(share, granule)
-        starts = np.arange(whole * ranks + 1) * granule
-        starts = np.concatenate([starts, starts[-1] + np.arange(1, ranks + 1) * rest]) if rest else starts
-        work, load_R = np.diff(before[starts]), np.zeros(ranks, dtype=np.int64)
-        # Pieces of each length by themselves: as many for all ranks are then as many tokens.
-        owner = np.concatenate([_deal(part, load_R) for part in np.split(work, [whole * ranks])])
-        peak = int(load_R.max())
-        if peak < best_peak:
-            best, best_peak = np.repeat(owner, np.diff(starts)), peak
-        if peak * ranks <= LEVEL * before[-1]:
+        whole, rest = divmod(tokens // ranks, granule)
+        sizes = np.repeat([granule, rest], [whole * ranks, ranks if rest else 0])
+        work = np.diff(work_before[np.concatenate([[0], np.cumsum(sizes)])])
+        granules = np.argsort(-work[: whole * ranks], kind="stable")
+        rests = np.arange(
+            whole * ranks, len(work)
+        )  # dealt first: the granules even out what they leave uneven
+        owner, most = _deal(work, np.concatenate([rests, granules]).reshape(-1, ranks))
+        if most < least:
+            owner_T, least = np.repeat(owner, sizes), most
+        if most * ranks <= LEVEL * work_before[-1]:
             break
-    return np.argsort(best, kind="stable").reshape(ranks, -1)
+    return np.argsort(owner_T, kind="stable").reshape(ranks, -1)
 
 
 def _check(tokens: int, ranks: int) -> None:
@@ -94,15 +95,19 @@ def _check(tokens: int, ranks: int) -> None:
         )
 
 
-def _deal(work: np.ndarray, load_R: np.ndarray) -> np.ndarray:
-    """Return the owner of each piece (as many for all ranks); adds their work to ``load_R``.
+def _deal(work: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the rank of each piece, one of each round ``[rounds, R]``, and the work of the costliest rank.
 
-    Rounds of one piece for each rank, the costliest pieces first; in a round, the costlier piece goes to the rank with
-    less. So ranks never differ by more than the widest round: max - min <= max over rounds of (first - last piece).
+    In a round the costlier piece goes to the rank with less. So ranks never differ by more than the pieces of one
+    round do.
     """
     owner = np.empty(len(work), dtype=np.int16)
-    for pieces in np.argsort(-work, kind="stable").reshape(-1, len(load_R)):
-        emptiest_R = np.argsort(load_R, kind="stable")
-        owner[pieces] = emptiest_R
-        load_R[emptiest_R] += work[pieces]
-    return owner
+    owner[rounds] = np.arange(rounds.shape[1])
+    even = np.ptp(work[rounds], axis=1) == 0  # padding, mostly: whose is whose changes nothing
+    load = np.full(rounds.shape[1], work[rounds[even, 0]].sum())
+    for pieces in rounds[~even]:
+        costliest = pieces[np.argsort(-work[pieces], kind="stable")]
+        emptiest = np.argsort(load, kind="stable")
+        owner[costliest] = emptiest
+        load[emptiest] += work[costliest]
+    return owner, int(load.max())

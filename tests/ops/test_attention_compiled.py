@@ -1,6 +1,7 @@
 """Every row of the table of tiles compiles for its chip: no spills, shared memory within the limit, tensor cores used.
 
-What is compiled is what ``packed_attention`` launches there, forward and backward. No GPU is needed.
+What is compiled is what ``packed_attention`` launches there, forward and backward, for all queries and for a rank's
+share of them. No GPU is needed.
 """
 
 import pytest
@@ -12,11 +13,15 @@ from megatron_align.kernels.packed_attention.autograd import attend
 from megatron_align.kernels.packed_attention.table import TABLE
 from tests.harness.compiled import compiling_for
 
+WHOLE = PackedLayout.from_lengths([256])
+SHARE = WHOLE.for_queries(torch.arange(3, 256, 2))  # 127: no multiple of anything
 
-def compiled(chip, head_dim, dtype, tiles):
-    tensors = [torch.zeros(256, n, head_dim, dtype=dtype).requires_grad_() for n in (8, 2, 2)]
+
+def compiled(chip, head_dim, dtype, tiles, layout=WHOLE):
+    shapes = [(layout.queries, 8, head_dim), *[(layout.tokens, 2, head_dim)] * 2]
+    tensors = [torch.zeros(shape, dtype=dtype).requires_grad_() for shape in shapes]
     with compiling_for(chip) as built:
-        out = attend(*tensors, PackedLayout.from_lengths([256]), head_dim**-0.5, tiles)
+        out = attend(*tensors, layout, head_dim**-0.5, tiles)
         out.backward(torch.ones_like(out))
     assert [kernel.name for kernel in built] == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
     return built
@@ -27,10 +32,12 @@ def faults(built, **needs):
 
 
 # fp16 has the tiles of bf16 (test below), and the same instructions.
+@pytest.mark.parametrize("layout", [WHOLE, SHARE], ids=["whole", "share"])
 @pytest.mark.parametrize("row", [row for row in TABLE if row[2] == "bfloat16"], ids=str)
-def test_rows_of_16_bit(row):
+def test_rows_of_16_bit(row, layout):
     chip, head_dim, name = row
-    built = compiled(chip, head_dim, getattr(torch, name), configs.choose(*row[:2], getattr(torch, name)))
+    dtype = getattr(torch, name)
+    built = compiled(chip, head_dim, dtype, configs.choose(chip, head_dim, dtype), layout)
     assert not faults(built)
     assert all(kernel.warpgroup for kernel in built) == (chip == "sm_90")
 

@@ -25,6 +25,9 @@ GROUPS = PackedLayout.from_groups(
     [(70, [5, 0, 33]), (0, [9]), (4, []), (3, [1, 1, 1]), (40, [30, 50]), (0, [0])], total=256
 )
 LONG = PackedLayout.from_lengths([1024])
+# What one of two context-parallel ranks holds, once in whole blocks of 32 and once in crumbs.
+STRETCHES = GROUPS.for_queries(torch.arange(256).view(-1, 2, 32)[:, 1].flatten())
+CRUMBS = DOCUMENTS.for_queries(torch.arange(330).view(-1, 2, 5)[:, 0].flatten())
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +46,10 @@ def tiles(queries, keys):
     return Tiles(Tile(queries, keys, 4, 1), Tile(queries, keys, 4, 1), Tile(keys, queries, 4, 1))
 
 
-def inputs(tokens, heads, groups, dim, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(tokens, n, dim, generator=generator).to(DEVICE, dtype).requires_grad_()
-        for n in (heads, groups, groups)
-    ]
+def inputs(tokens, heads, groups, dim, dtype=torch.float32, queries=None):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(tokens if queries is None else queries, heads, dim), *[(tokens, groups, dim)] * 2]
+    return [torch.randn(s, generator=generator).to(DEVICE, dtype).requires_grad_() for s in shapes]
 
 
 def kernels(q, k, v, layout, blocks=(64, 64)):
@@ -85,13 +86,15 @@ CASES = {
     "groups H2:2 D64": (GROUPS, 2, 2, 64, (64, 64)),
     "groups H2:1 D80": (GROUPS, 2, 1, 80, (128, 64)),
     "long H1:1 D64": (LONG, 1, 1, 64, (128, 128)),
+    "some queries H4:2 D64": (STRETCHES, 4, 2, 64, (32, 64)),
+    "crumbs H2:1 D32": (CRUMBS, 2, 1, 32, (64, 32)),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout, heads, groups, dim, blocks", CASES.values(), ids=list(CASES))
 def test_matches_float64(layout, heads, groups, dim, blocks, dtype):
-    assert_within_budget(inputs(layout.tokens, heads, groups, dim, dtype), layout, blocks)
+    assert_within_budget(inputs(layout.tokens, heads, groups, dim, dtype, layout.queries), layout, blocks)
 
 
 pairs = st.lists(
@@ -175,6 +178,11 @@ def test_padding_sees_itself_only_and_nothing_is_an_answer_too():
     empty = packed_attention(q[:0], k[:0], v[:0], PackedLayout.from_lengths([]).to(DEVICE))
     assert empty.shape == (0, 2, 16)
     assert torch.autograd.grad(empty.sum(), q)[0].eq(0).all()
+    no_queries = PackedLayout.from_lengths([3, 2]).for_queries(torch.arange(0)).to(DEVICE)
+    out, _, dk, dv = run(kernels, [q[:0], k, v], no_queries, q[:0])
+    assert out.shape == (0, 2, 16)
+    assert dk.eq(0).all()
+    assert dv.eq(0).all()
 
 
 def test_the_scale_is_used_and_the_public_function_runs_the_kernels():

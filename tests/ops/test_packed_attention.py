@@ -1,5 +1,5 @@
-"""packed_attention equals its dense-mask reference in float64, isolates documents bit for bit, and a shared
-prompt equals its copies.
+"""packed_attention equals its dense-mask reference in float64, isolates documents bit for bit, a shared prompt
+equals its copies, and ranks that share the queries compute together what one computes alone.
 """
 
 import pytest
@@ -82,10 +82,35 @@ def test_a_shared_prompt_equals_its_copies():
         torch.testing.assert_close(got_g, want_g)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shares_of_the_queries_make_the_whole(ranks):
+    """Out and dq row by row, dk and dv as sums over the ranks; each share equals the reference."""
+    tensors = inputs(GROUPS.tokens, 4, 2, 8, torch.float64)
+    grad = torch.randn(tensors[0].shape, dtype=torch.float64)
+    whole = run(packed_attention, tensors, GROUPS, grad)
+    owner = torch.randint(ranks, (GROUPS.tokens,), generator=torch.Generator().manual_seed(ranks))
+    got = [torch.zeros_like(x) for x in whole]
+    for rank in range(ranks):
+        rows = (owner == rank).nonzero().flatten()
+        share = GROUPS.for_queries(rows)
+        mine = [tensors[0][rows], *tensors[1:]]
+        parts = run(packed_attention, mine, share, grad[rows])
+        for part, want in zip(parts, run(packed_attention_reference, mine, share, grad[rows]), strict=True):
+            torch.testing.assert_close(part, want, rtol=1e-10, atol=1e-12)
+        for total, part, at in zip(got, parts, (rows, rows, slice(None), slice(None)), strict=True):
+            total[at] += part
+    for got_t, want_t in zip(got, whole, strict=True):
+        torch.testing.assert_close(got_t, want_t, rtol=1e-10, atol=1e-12)
+
+
 def test_padding_sees_itself_only():
     q, k, v = inputs(DOCUMENTS.tokens, 2, 2, 8, torch.float32)
     out = packed_attention(q, k, v, DOCUMENTS)
     assert torch.equal(out[118:], v[118:])
+    rows = torch.tensor([4, 117, 119, 127])
+    some = packed_attention(q[rows], k, v, DOCUMENTS.for_queries(rows))
+    assert torch.equal(some[2:], v[rows[2:]])
+    torch.testing.assert_close(some[:2], out[rows[:2]])
 
 
 def test_intervals_say_what_the_groups_say():
@@ -106,6 +131,39 @@ def test_intervals_say_what_the_groups_say():
         [0, 0, 0, 0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 0, 0, 0, 1],
     ]
+
+
+def test_a_share_by_hand():
+    share = PackedLayout.from_groups([(2, [1, 2]), (0, [2])], total=9).for_queries(torch.tensor([1, 4, 5, 7]))
+    assert (share.queries, share.tokens) == (4, 9)
+    assert share.prefix_start_Q.tolist() == [0, 0, 5, 7]
+    assert share.prefix_end_Q.tolist() == [0, 2, 5, 7]
+    assert share.own_start_Q.tolist() == [0, 3, 5, 7]
+    assert share.own_end_Q.tolist() == [2, 5, 6, 8]
+    assert share.seen_start_T.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 4]
+    assert share.seen_end_T.tolist() == [2, 2, 1, 2, 2, 3, 3, 4, 4]
+    assert {t.dtype for t in (*share.by_query, *share.by_key)} == {torch.int32}
+
+
+@pytest.mark.parametrize(
+    "positions, message",
+    [
+        ([0, 2, 2], "got 2 in row 2"),
+        ([3, 1], "got 1 in row 1"),
+        ([-1, 1], "got -1 in row 0"),
+        ([1, 6], r"ascend within \[0, 6\); got 6 in row 1"),
+    ],
+    ids=str,
+)
+def test_positions_that_do_not_ascend_in_the_pack_are_refused(positions, message):
+    with pytest.raises(ValueError, match=message):
+        PackedLayout.from_lengths([6]).for_queries(torch.tensor(positions))
+
+
+def test_a_share_of_a_share_is_refused():
+    share = PackedLayout.from_lengths([6]).for_queries(torch.arange(3))
+    with pytest.raises(ValueError, match="whole pack's layout; got one for 3 queries of 6 tokens"):
+        share.for_queries(torch.arange(2))
 
 
 def test_empty_layout():
@@ -165,9 +223,11 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
 )
 @settings(derandomize=True, deadline=None)
 def test_queries_and_keys_tell_the_same(groups, padding):
-    """Token k is seen by the queries [k, seen_end_k), without a gap: the block map stands on this."""
+    """Token k is seen by the rows [seen_start_k, seen_end_k), without a gap: the block map stands on this."""
     used = sum(prompt + sum(completions) for prompt, completions in groups)
     layout = PackedLayout.from_groups(groups, total=used + padding)
-    query = torch.arange(layout.tokens)
-    by_key = (query <= query[:, None]) & (query[:, None] < layout.seen_end_T)
-    assert torch.equal(layout.mask_QT(), by_key)
+    every_third = [layout.for_queries(torch.arange(layout.tokens)[start::3]) for start in range(3)]
+    for some in (layout, *every_third):
+        row = torch.arange(some.queries)[:, None]
+        by_key = (some.seen_start_T <= row) & (row < some.seen_end_T)
+        assert torch.equal(some.mask_QT(), by_key)
