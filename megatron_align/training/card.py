@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_align.model.context_kind import kind_of
 from megatron_align.training.objective import Objective
 from megatron_align.training.resume import ResumePoint
 from megatron_align.training.setup import Plan
@@ -24,6 +25,7 @@ def facts_of_run(
     shape, config = plan.shape, plan.config
     layout, train, data = config.parallel, config.train, plan.train.manifest
     place = "on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"
+    kind = kind_of(shape, layout)
     size = (
         f"up to {train.global_batch_tokens:,} tokens a step"
         if train.global_batch_tokens
@@ -39,7 +41,7 @@ def facts_of_run(
         (
             "layout",
             f"{plan.place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-            f"context {layout.context} x data {data_parallel}, {place}",
+            f"context {layout.context}{f' ({kind})' if kind else ''} x data {data_parallel}, {place}",
         ),
         (
             "data",

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 SIZE = 4  # started at first; a test that asks for more starts the rest
+START_SECONDS = 400
 
 
 def free_port() -> int:
@@ -32,7 +33,9 @@ def _serve(pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     from megatron_align.model import parallel
+    from tests.harness import ranks  # noqa: F401  # what will be asked for, imported before the clock runs
 
+    pipe.send("ready")
     while True:
         try:
             environment, function, arguments = pipe.recv()
@@ -92,12 +95,23 @@ class Pool:
 
     def _start(self, least: int) -> None:
         context = multiprocessing.get_context("spawn")
+        started: list[Connection] = []
         while len(self._workers) < max(self._size, least):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+            started.append(ours)
+        # On a busy machine the imports take longer than any test.
+        while started:
+            ready = wait(started, timeout=START_SECONDS)
+            if not ready:
+                self.stop()
+                raise TimeoutError(f"{len(started)} ranks were not ready within {START_SECONDS} s")
+            for pipe in ready:
+                pipe.recv()
+                started.remove(pipe)
 
     def stop(self) -> None:
         for process, pipe in self._workers:

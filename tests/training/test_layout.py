@@ -138,10 +138,18 @@ def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tm
     assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-3)
 
 
-@pytest.mark.parametrize("layout", [{}, {"parallel__context": 2}], ids=["dp4", "cp2_dp2"])
-def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, reference, layout):
-    """Some data-parallel ranks get packs of padding only, and still take part."""
-    options = {"train__global_batch_size": 1 if layout else 3}
+@pytest.mark.parametrize(
+    "samples, layout",
+    [
+        (3, {}),
+        (1, {**ALLGATHER, "parallel__context": 2}),
+        (1, {**ULYSSES, "parallel__context": 2, "parallel__tensor": 2}),
+    ],
+    ids=["dp4", "allgather2_dp2", "ulysses2_tp2"],
+)
+def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, reference, samples, layout):
+    """Some ranks get packs of padding only, or no scored row of a pack, and still take part."""
+    options = {"train__global_batch_size": samples}
     arguments = run_arguments(
         tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **layout, **options
     )
