@@ -78,7 +78,7 @@ METRICS = (
         name="accuracy",
         section="Preferences",
         unit="share",
-        meaning="pairs whose chosen response has the higher reward; 0.5 is chance",
+        meaning="pairs whose chosen response has the higher reward; 0.5 is chance; of a ranked list its best and worst",
         written=_OF_PAIRS,
     ),
     Metric(
