@@ -152,7 +152,7 @@ def _histogram(runs: Sequence[Run]) -> str:
         edges, counts = rows[-1]["reward_histogram"]["edges"], rows[-1]["reward_histogram"]["counts"]
         most, width = max(max(counts), 1), 340 / len(counts)
         bars = "".join(
-            f'<rect class="bar run{i % 8}" x="{10 + n * width:.1f}" width="{width - 2:.1f}" '
+            f'<rect class="column run{i % 8}" x="{10 + n * width:.1f}" width="{width - 2:.1f}" '
             f'y="{150 - 140 * count / most:.1f}" height="{140 * count / most:.1f}"/>'
             for n, count in enumerate(counts)
         )

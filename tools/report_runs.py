@@ -128,13 +128,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return what differs in the runs' configurations: ``{key: its value in each run}``, "–" where it has none."""
+    """Return what differs in the runs' configurations: ``{key: its value in each run}``, "–" where it is not set."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in _NAMES_A_RUN)
-    found = {key: [_shown(run.config[key]) if key in run.config else "–" for run in runs] for key in keys}
+    found = {key: [_shown(run.config.get(key)) for run in runs] for key in keys}
     return {key: values for key, values in found.items() if len(set(values)) > 1}
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

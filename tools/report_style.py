@@ -20,7 +20,7 @@ background:var(--card);border:1px solid var(--edge);border-radius:10px;overflow:
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--edge);border-radius:10px}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.42rem .9rem;vertical-align:top;border-top:1px solid var(--edge)}
-tr:first-child>*{border-top:0}th{font-weight:500}td{font-variant-numeric:tabular-nums}td.key{white-space:nowrap}
+tr:first-child>*{border-top:0}th{font-weight:500}td{font-variant-numeric:tabular-nums}td.key{white-space:nowrap}td+td{min-width:6.5rem}
 code{font:.86em/1.4 ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}
 figure{margin:0;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:.75rem .6rem .35rem}
@@ -35,7 +35,7 @@ polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}.raw{stroke-width:1;op
 polyline.validation{stroke-dasharray:5 3}rect{stroke:none}
 .run0{stroke:var(--c0);color:var(--c0)}.run1{stroke:var(--c1);color:var(--c1)}.run2{stroke:var(--c2);color:var(--c2)}
 .run3{stroke:var(--c3);color:var(--c3)}.run4{stroke:var(--c4);color:var(--c4)}.run5{stroke:var(--c5);color:var(--c5)}
-.run6{stroke:var(--c6);color:var(--c6)}.run7{stroke:var(--c7);color:var(--c7)}circle,rect.bar{fill:currentColor}
+.run6{stroke:var(--c6);color:var(--c6)}.run7{stroke:var(--c7);color:var(--c7)}circle,.column{fill:currentColor}
 .bars{display:grid;gap:.5rem .9rem;grid-template-columns:max-content 1fr;align-items:center;padding:.9rem}
 .bar{display:flex;height:1.5rem;border-radius:5px;overflow:hidden}
 .bar span{min-width:1px;font-size:.76rem;line-height:1.5rem;color:#fff;text-align:center;overflow:hidden}

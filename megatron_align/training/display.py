@@ -35,6 +35,8 @@ _OF_SAVE = {
     "save_seconds": "done after {:.2f} s",
 }
 _NAME_WIDTH = 10
+_LEAST_NEEDED = ("lr", "peak_memory_gb", "mfu", "grad_norm")  # first to go where the terminal is narrow
+_BAR = 10  # columns that it has at least
 
 
 class Display:
@@ -93,15 +95,23 @@ class Display:
         step, split = row["step"], row.get("split", "train")
         forms = {"timing": _OF_TIMING, "save": _OF_SAVE}.get(split, _OF_STEP)
         values = {**row, **measured}
-        shown = [form.format(values[key]) for key, form in forms.items() if values.get(key) is not None]
+        shown = {key: form.format(values[key]) for key, form in forms.items() if values.get(key) is not None}
         if split != "train":
-            self.say("  ".join([f"step {step}/{self._steps}", split, *shown]))
+            self.say("  ".join([f"step {step}/{self._steps}", split, *shown.values()]))
             return
-        shown.append(f"ETA {self._remaining(step)}")
+        shown["eta"] = f"ETA {self._remaining(step)}"
         if self._progress:
-            self._progress.update(self._task, completed=step, shown="  ".join(shown))
+            self._progress.update(self._task, completed=step, shown=self._fitting(shown))
         else:
-            self.say("  ".join([f"step {step}/{self._steps}", *shown]))
+            self.say("  ".join([f"step {step}/{self._steps}", *shown.values()]))
+
+    def _fitting(self, shown: dict[str, str]) -> str:
+        """Return the texts in one line, without the least needed ones where there is no room for all."""
+        room = self._console.width - len(f"step {self._steps}/{self._steps}") - _BAR - 4
+        for name in _LEAST_NEEDED:
+            if len("  ".join(shown.values())) > room:
+                shown.pop(name, None)
+        return "  ".join(shown.values())
 
     def _remaining(self, step: int) -> timedelta:
         """Return the time to the last step, at the pace of this start; validation and saving count in."""

@@ -79,7 +79,7 @@ METRICS = (
         name="accuracy",
         section="Preferences",
         unit="share",
-        meaning="pairs whose chosen response has the higher reward; 0.5 is chance",
+        meaning="pairs whose chosen response has the higher reward; 0.5 is chance; of a ranked list its best and worst",
         written=_OF_PAIRS,
     ),
     Metric(
@@ -87,7 +87,7 @@ METRICS = (
         section="Preferences",
         unit="reward",
         meaning="mean reward of chosen (desirable) responses: beta times the log-ratio to the reference; without a "
-        "reference beta times the log-prob, per token for simpo, orpo and ipo; of a reward model its output",
+        "reference beta times the log-prob, per token for simpo, orpo, ipo and tpo-l; of a reward model its output",
         written=_OF_JUDGED,
     ),
     Metric(

@@ -146,7 +146,8 @@ class Stepper:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return self._reduce(partial_sums), [sums["loss"].item() for sums in partial_sums]
+        losses = torch.stack([sums["loss"] for sums in partial_sums]).tolist() if partial_sums else []
+        return self._reduce(partial_sums), losses
 
     def _forward(self, batches: Iterator[PackedBatch], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
         """Return a stage's output and what megatron-core asks for the numbers that go with a loss."""

@@ -99,7 +99,8 @@ def test_charts_carry_every_point(tmp_path):
 
 def test_runs_are_compared_by_what_differs(tmp_path):
     one = write_run(tmp_path / "x" / "dpo", objective__beta=0.1)
-    two = write_run(tmp_path / "y" / "dpo", objective__beta=0.3, data__train=["a<b.jsonl"])
+    options = {"objective__beta": 0.3, "objective__ld_alpha": None}  # null says no more than absence
+    two = write_run(tmp_path / "y" / "dpo", data__train=["a<b.jsonl"], **options)
     runs = read_runs([str(one), str(two)])
     assert [run.name for run in runs] == ["x/dpo", "y/dpo"]
     assert differences(runs) == {"objective.beta": ["0.1", "0.3"], "data.train": ["–", '["a<b.jsonl"]']}
@@ -126,6 +127,18 @@ def test_the_summary_is_of_the_rows(tmp_path):
     assert told["tokens/s"] == "2,000"
     assert told["accuracy"] == "57.8%"
     assert told["reward margin"] == "–"
+
+
+def test_the_newest_rewards_are_bars(tmp_path):
+    folder = write_run(tmp_path / "reward", steps=2)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row, counts in zip(rows, ([9, 0, 0], [1, 0, 4]), strict=True):
+        row["reward_histogram"] = {"edges": [0.0, 4.0], "counts": counts}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = read_runs([str(folder)])
+    page = to_html(runs, charts_of(runs))
+    heights = re.findall(r'<rect class="column run0" [^>]*height="([\d.]+)"', page)
+    assert [float(height) for height in heights] == [35.0, 0.0, 140.0]
 
 
 def test_a_run_of_one_step_is_a_dot(tmp_path):

@@ -51,7 +51,9 @@ def test_rows_are_written_as_given_and_shown_plainly(tmp_path, capsys, monkeypat
     assert all(character.isprintable() for line in shown.splitlines() for character in line)
 
 
-def test_a_terminal_gets_a_card_and_a_bar(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("columns, has_rate", [(80, False), (140, True)])
+def test_a_terminal_gets_a_card_and_a_bar(tmp_path, capsys, monkeypatch, columns, has_rate):
+    monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     with Sinks(tmp_path, QUIET, {}, done=0, steps=2) as sinks:
@@ -60,7 +62,9 @@ def test_a_terminal_gets_a_card_and_a_bar(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "╭─ megatron_align" in shown
     assert "Qwen2ForCausalLM, [4] layers" in shown  # brackets are no markup
-    assert "step 1/2" in shown
+    for needed in ("step 1/2", "loss 1.5000", "tokens/s", "ETA 0:00:"):
+        assert needed in shown
+    assert ("lr 1.00e-05" in shown) == has_rate  # a narrow terminal has no room for all
     assert "\x1b[" in shown
 
 
