@@ -19,10 +19,10 @@ from megatron_align.cost.flops import (
     padded_vocabulary,
 )
 from megatron_align.cost.placement import Placement
-from megatron_align.data.batch import StepCounts, seen_by, step_order
+from megatron_align.data.batch import StepCounts, scored_rows, seen_by, step_order
 from megatron_align.data.plan import attention_cost, plan_step, visible_keys
 from megatron_align.data.store import TokenStore
-from megatron_align.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig
+from megatron_align.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig, ORPOConfig
 
 SAMPLED_STEPS = 8  # looked at, spread over the run
 
@@ -58,7 +58,7 @@ class Work:
             pack_tokens=counts.padded_tokens // (ranks * counts.micro_batches),
             tokens=counts.laid_tokens,
             visible_keys=counts.visible_keys,
-            scored=counts.completions if reward else counts.scored_tokens,
+            scored=counts.completions if reward else counts.scored_rows,
             padded_tokens=counts.padded_tokens,
         )
 
@@ -141,9 +141,14 @@ def _lie(  # noqa: PLR0913 - one call, of what is known of one step
         pack_tokens=plan.tokens,
         tokens=int(lengths_B.sum()),
         visible_keys=seen,
-        scored=int((counts_B if reward else store.scored_counts[samples_B]).sum()),
+        scored=int(counts_B.sum()) if reward else scored_rows(store, samples_B, scores_prompt(config)),
         padded_tokens=ranks * micro_batches * plan.tokens,
     )
+
+
+def scores_prompt(config: RunConfig) -> bool:
+    """Return whether prompts are scored too: ORPO's likelihood may be of them."""
+    return isinstance(config.objective, ORPOConfig) and config.objective.nll_over == "prompt_and_chosen"
 
 
 def scoring_passes(config: RunConfig) -> int:

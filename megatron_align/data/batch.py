@@ -91,6 +91,12 @@ def _laid_lengths(store: TokenStore, data: DataConfig) -> np.ndarray:
     return store.lengths if data.share_prefix else store.duplicated_lengths
 
 
+def scored_rows(store: TokenStore, samples_B: np.ndarray, score_prompt: bool) -> int:
+    """Return the rows of some samples that are scored; ``score_prompt``: a prompt's too, once."""
+    prompts_B = np.maximum(store.prompt_lengths[samples_B] - 1, 0) if score_prompt else 0
+    return int((store.scored_counts[samples_B] + prompts_B).sum())
+
+
 def seen_by(store: TokenStore, samples_B: np.ndarray, shared: bool) -> int:
     """Return the pairs of a token and a token it sees within some samples, see :func:`visible_keys`."""
     return sum(
@@ -128,6 +134,7 @@ class StepCounts:
     padded_tokens: int  # computed, padding included
     duplicated_tokens: int  # of samples, a prompt counted once per completion
     scored_tokens: int
+    scored_rows: int  # scored tokens, and prompts where they are scored too
     completions: int
     visible_keys: int  # pairs of a token and a token it sees, without padding
     weight: float  # what the loss was divided by, see step_weight
@@ -223,6 +230,7 @@ class StepBatches:
             padded_tokens=len(plan.packs) * len(batches) * plan.tokens,
             duplicated_tokens=int(store.duplicated_lengths[samples_B].sum()),
             scored_tokens=int(scored_B.sum()),
+            scored_rows=scored_rows(store, samples_B, self._score_prompt),
             completions=len(completions.stored_C),
             visible_keys=seen_by(store, samples_B, self.data.share_prefix),
             weight=step_weight(scored_B, self.normalization, weights_B),

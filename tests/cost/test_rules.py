@@ -21,7 +21,7 @@ from megatron_align.cost.head import slab_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import step_time
 from megatron_align.cost.traffic import traffic
-from megatron_align.cost.work import Work, full_packs, of_store, scoring_passes, step_flops
+from megatron_align.cost.work import Work, full_packs, of_store, scores_prompt, scoring_passes, step_flops
 from megatron_align.data.batch import Share, StepBatches
 from megatron_align.data.prepare import prepare
 from megatron_align.data.spec import StoreSpec
@@ -97,6 +97,7 @@ def test_passes_ahead_are_those_of_the_objectives():
     for config in configs:
         expected = build_objective(config, None).looks_ahead is not None
         assert scoring_passes(run_of(config)) == expected
+        assert scores_prompt(run_of(config)) == build_objective(config, None).score_prompt
         ahead[type(config)] = expected
     assert ahead[BCOConfig]
     live = ReferenceConfig(mode="live")
@@ -141,7 +142,7 @@ def test_time_follows_from_operations_and_bytes(seven):
     )
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "reward", "orpo"])
 def test_the_work_planned_is_the_work_done(tiny_models, tmp_path, objective):
     """A plan reads the index alone; the steps of a run count what their packs hold."""
     write = write_chat if objective == "sft" else write_pairs
@@ -154,9 +155,21 @@ def test_the_work_planned_is_the_work_done(tiny_models, tmp_path, objective):
     config = parse(run_arguments(tiny_models("qwen2_untied"), data, tmp_path / "run", **options))
     store = TokenStore(prepare(StoreSpec.of_run(config, "train", config.model.path)))
     shape = read_shape(config.model.path)
-    placement = Placement.of_run(config, shape.as_reward() if objective == "reward" else shape, 4)
+    placement = Placement.of_run(
+        config, shape.as_reward() if objective == "reward" else shape, 4 if objective == "sft" else 2
+    )
     share = Share(ranks=placement.data, multiple=placement.token_multiple)
-    steps = StepBatches(store, config.data, config.train, config.data.train, "sample", share)
+    steps = StepBatches(
+        store,
+        config.data,
+        config.train,
+        config.data.train,
+        "sample",
+        share,
+        score_prompt=objective == "orpo",
+    )
+    rows = sum(batch.rows.row_N.shape[0] for batch in steps.step(0).batches)
+    assert placement.data > 1 or rows == steps.step(0).counts.scored_rows
     done = [
         Work.of_counts(steps.step(step).counts, placement.data, reward=objective == "reward")
         for step in range(config.train.steps)
