@@ -56,3 +56,8 @@ def chip(name: str) -> Chip:
             f"--chip must be one of {', '.join(CHIPS)}; got '{name}'{nearest(name.lower(), list(CHIPS))}"
         )
     return CHIPS[name.lower()]
+
+
+def chip_of_device(name: str) -> Chip | None:
+    """Return the chip that a device's name tells, such as ``NVIDIA H100 80GB HBM3``; None: none that is known."""
+    return next((found for known, found in CHIPS.items() if known.upper() in name.upper()), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch.distributed as dist
 import yaml
@@ -48,6 +47,7 @@ from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import StopRequests, leave_marker
 from megatron_align.training.suspects import Suspects
 from megatron_align.training.timing import timing_row
+from megatron_align.training.utilisation import Utilisation
 
 REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with
@@ -87,8 +87,7 @@ class _Run:
         with watchdog.patient("reading the checkpoint"):
             self.resume = settle(plan.resume, self.config, plan.shape, plan.train.path.name, plan.assets)
         self.objective = build_objective(self.config.objective, plan.train)
-        self.flops_of_step: Callable[[Step], float] | None = None  # of all ranks, forward and backward
-        self.peak_flops: float | None = None  # of one chip, a second
+        self.utilisation = Utilisation(self.config, plan.shape, plan.place.world_size)
         self.health = Health(self.config.train.on_nonfinite)
         self.done = self.resume.step if self.resume else 0
         chunks = build_policy(plan.megatron, plan.shape, self.groups)
@@ -297,7 +296,7 @@ class _Run:
             "step_seconds": seconds,
         }
         faults.at("step.trained", step)
-        mfu = self._mfu(data, seconds)
+        mfu = self.utilisation.of_step(counts, seconds)
         sinks.write(row, {"peak_memory_gb": peak_memory_gb()} | ({} if mfu is None else {"mfu": mfu}))
         if self.stepper.clock.running:
             sinks.write(timing_row(step, self.stepper.clock, mfu))
@@ -334,12 +333,6 @@ class _Run:
         for trouble in troubles:
             sinks.say(f"step {step}: {skipped}{trouble}; {where}")
         return {"suspects": samples}
-
-    def _mfu(self, data: Step, seconds: float) -> float | None:
-        """Return the share of the chips' peak that a step used, where its work and the peak are known."""
-        if self.flops_of_step is None or self.peak_flops is None:
-            return None
-        return self.flops_of_step(data) / (seconds * self.plan.place.world_size * self.peak_flops)
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.steps or (every is not None and step % every == 0)
