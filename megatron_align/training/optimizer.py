@@ -146,11 +146,25 @@ def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[D
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    for chunk in model:
+        _count_padding(chunk)
     if parallel.overlap_grad_reduce:
         # The schedules then hold the reduction back until a chunk's last micro-batch.
         no_sync = [chunk.no_sync for chunk in model]
         model[0].config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     return model
+
+
+def _count_padding(chunk: DistributedDataParallel) -> None:
+    """Count the padding of every bucket among its elements.
+
+    megatron-core saves the optimizer's state of all buckets without their padding, and then cuts it where the
+    parameters lie with it: after the first of several buckets every moment would be saved shifted.
+    """
+    for buffer in chunk.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
