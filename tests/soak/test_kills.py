@@ -45,9 +45,14 @@ def kill_at_a_moment(draw, world, arguments, run, log):
     """All ranks at once, or one of them, some time after a step."""
     victims = range(world) if draw.random() < 0.5 else [draw.randrange(world)]
     pause = draw.uniform(0.0, 0.3)
+    file, row = run / "metrics.jsonl", f'"step": {saved(run) + 1},'
+    before = file.stat().st_ino if file.exists() else None  # a run that goes on replaces the file
+
+    def has_made_a_step():
+        return file.exists() and file.stat().st_ino != before and row in file.read_text()
+
     ranks = crash.start(world, arguments, log)
-    file, sign = run / "metrics.jsonl", f'"step": {saved(run) + 1},'
-    crash.wait_until(lambda: file.exists() and sign in file.read_text(), ranks, timeout=300)
+    crash.wait_until(has_made_a_step, ranks, timeout=300)
     time.sleep(pause)
     for victim in victims:
         ranks[victim].kill()
