@@ -15,6 +15,7 @@ from typing import Literal
 from megatron_align.cost.placement import Placement
 
 FP32 = 4
+INTERVALS = 4 * 4  # bytes of a token: the int32 tensors of kernels.packed_attention.PackedLayout
 Attention = Literal[
     "triton", "per_document"
 ]  # our kernels, or the CPU's path, which repeats keys for each head
@@ -151,7 +152,7 @@ def stage_bytes(
     held = 0
     for at in range(in_flight):
         chunk = chunks[at * len(chunks) // in_flight]  # the schedule goes through all chunks in equal measure
-        held += rope_bytes(placement, tokens)
+        held += tables_bytes(placement, tokens, attention)
         held += embedding_bytes(placement, tokens) if chunk.embeds else 0
         held += -(-chunk.layers // k) * boundary if k else chunk.layers * layer
         if not (chunk.embeds or k):
@@ -162,9 +163,10 @@ def stage_bytes(
     return ActivationBytes(held=held, recomputed=k * layer)
 
 
-def rope_bytes(placement: Placement, tokens: int) -> int:
-    """Return the tables of rotary positions, fp32 cosine and sine, once for all layers of a pack."""
-    return 2 * FP32 * tokens // placement.parallel.context * placement.shape.head_dim
+def tables_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
+    """Return what all layers of a pack share: fp32 cosine and sine of positions, and the kernels' intervals."""
+    rotary = 2 * FP32 * tokens // placement.parallel.context * placement.shape.head_dim
+    return rotary + (INTERVALS * tokens if attention == "triton" else 0)
 
 
 def embedding_bytes(placement: Placement, tokens: int) -> int:

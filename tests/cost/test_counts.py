@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_align.config import ParallelConfig
-from megatron_align.cost.activations import rope_bytes, stage_bytes
+from megatron_align.cost.activations import stage_bytes, tables_bytes
 from megatron_align.cost.flops import (
     executed_flops,
     forward_flops,
@@ -19,6 +19,7 @@ from megatron_align.data.plan import visible_keys
 from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
 from tests.harness import costs
+from tests.harness.pool import Pool
 from tests.harness.sizes import CONFIGS, write_config
 
 LENGTHS = [40, 23, 65]
@@ -109,7 +110,7 @@ def test_checkpoints_of_merged_layers(pool, tiny_models, options, precision):
     batch = costs.one_pack(LENGTHS, TOKENS)
     found = pool.run(placement.world_size, costs.saved, model, placement.parallel, precision, 2, batch)
     held = stage_bytes(placement, 0, TOKENS, 1, "per_document").held
-    assert set(found) == {held - rope_bytes(placement, TOKENS)}
+    assert set(found) == {held - tables_bytes(placement, TOKENS, "per_document")}
 
 
 @pytest.mark.parametrize("options, recompute", [({}, 0), ({}, 2), ({"tensor": 2}, 0)])
@@ -148,3 +149,19 @@ def _seen(layout):
     q_THD = torch.zeros(layout.tokens, 1, layout.tokens)
     values_THD = torch.eye(layout.tokens)[:, None]
     return packed_attention_reference(q_THD, q_THD, values_THD, layout).count_nonzero().item()
+
+
+@pytest.mark.slow
+def test_activations_with_the_kernels_attention(tiny_models, monkeypatch):
+    """What a GPU keeps: the kernels run in Triton's interpreter, in a process that was started for it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels = Pool(1)
+    batch = costs.one_pack(LENGTHS, TOKENS)
+    try:
+        for variant in ("qwen2_tied", "qwen3"):
+            model = tiny_models(variant)
+            placement = placed(model, {}, 1, "fp32")
+            found = kernels.run(1, costs.saved, model, placement.parallel, "fp32", 0, batch)
+            assert found == [stage_bytes(placement, 0, TOKENS, 1, "triton").held]
+    finally:
+        kernels.stop()
