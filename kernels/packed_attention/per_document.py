@@ -35,7 +35,8 @@ def per_document(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayo
             )
             outputs.append(_attend(q_QHD[row:end], k_SHD, v_SHD, scale, mask_RS))
         row = end
-    outputs.append(v_THD[positions_Q[row:]])  # padding: softmax over the token alone is 1
+    # Padding: softmax over the token alone is 1. Autograd keeps the places, a copy of these alone.
+    outputs.append(v_THD[positions_Q[row:].long()])
     return torch.cat(outputs)
 
 

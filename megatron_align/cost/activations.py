@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_align.cost.placement import Placement
 
 FP32 = 4
-INTERVALS = 4 * 4  # bytes of a token: the int32 tensors of kernels.packed_attention.PackedLayout
+INTERVALS = 6 * 4  # bytes of a token: the int32 tensors of kernels.packed_attention.PackedLayout
 Attention = Literal[
     "triton", "per_document"
 ]  # our kernels, or the CPU's path, which repeats keys for each head

@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_align.config import ParallelConfig, RunConfig
 from megatron_align.model.families import ModelShape
+from megatron_align.model.stages import layers_of_chunks
 
 BYTES = {"bf16": 2, "fp32": 4}  # of a weight or an activation
 
@@ -104,10 +105,9 @@ class Placement:
 
     def chunks(self, stage: int) -> list[Chunk]:
         """Return the model chunks of a pipeline stage (0-based), in the order of the layers."""
-        stages, chunks = self.parallel.pipeline, self.parallel.chunks
-        layers = self.shape.num_layers // (stages * chunks)
-        last = stages - 1, chunks - 1
-        return [Chunk(layers, (stage, at) == (0, 0), (stage, at) == last) for at in range(chunks)]
+        layers = layers_of_chunks(self.shape.num_layers, self.parallel)
+        numbers = range(stage, len(layers), self.parallel.pipeline)
+        return [Chunk(layers[number], number == 0, number == len(layers) - 1) for number in numbers]
 
     def layers(self, stage: int) -> int:
         """Return the layers of a pipeline stage."""

@@ -36,7 +36,7 @@ def state(
         groups, shape = parallel.groups(), _shape(model, reward)
         chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
         plain = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
-        ddp = wrap_data_parallel(chunks)
+        ddp = wrap_data_parallel(chunks, config)
         optimizer = build_optimizer(ddp, OptimizerConfig(), groups)
         buffers = [buffer for chunk in ddp for buffer in chunk.buffers]
         weights = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
