@@ -206,6 +206,13 @@ def test_what_does_not_fit_is_refused(tensors, tokens, message):
         packed_attention(*tensors, PackedLayout.from_lengths([tokens]))
 
 
+@pytest.mark.parametrize("queries, tokens", [(5, 6), (3, 5), (6, 6)])
+def test_queries_and_keys_that_are_not_the_layouts_are_refused(queries, tokens):
+    share = PackedLayout.from_lengths([6]).for_queries(torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match=f"Q = {queries} queries over T = {tokens} tokens; it has 3 over 6"):
+        packed_attention(*q_k_v((queries, 4, 8), (tokens, 2, 8), (tokens, 2, 8)), share)
+
+
 def test_a_layout_elsewhere_is_refused():
     with pytest.raises(ValueError, match=r"device cpu; it is on meta: use layout.to\(device\)"):
         packed_attention(*q_k_v(), PackedLayout.from_lengths([6]).to("meta"))
