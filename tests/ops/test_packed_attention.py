@@ -119,7 +119,7 @@ def test_intervals_say_what_the_groups_say():
     assert layout.prefix_end_Q.tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 8]
     assert layout.own_start_Q.tolist() == [0, 0, 2, 3, 3, 5, 5, 7, 8]
     assert layout.seen_end_T.tolist() == [5, 5, 3, 5, 5, 7, 7, 8, 9]
-    assert {t.dtype for t in (*layout.by_query, *layout.by_key)} == {torch.int32}
+    assert {t.dtype for t in layout.intervals} == {torch.int32}
     assert layout.mask_QT().int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -142,7 +142,7 @@ def test_a_share_by_hand():
     assert share.own_end_Q.tolist() == [2, 5, 6, 8]
     assert share.seen_start_T.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 4]
     assert share.seen_end_T.tolist() == [2, 2, 1, 2, 2, 3, 3, 4, 4]
-    assert {t.dtype for t in (*share.by_query, *share.by_key)} == {torch.int32}
+    assert {t.dtype for t in share.intervals} == {torch.int32}
 
 
 @pytest.mark.parametrize(
