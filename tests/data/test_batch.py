@@ -171,7 +171,7 @@ def test_an_empty_completion_ends_with_its_prompt():
 )
 def test_slabs_are_the_pack_in_pieces(groups, most):
     samples = [group(i, *g) for i, g in enumerate(groups)]
-    rows = pack(samples, np.arange(len(samples)), 200).rows
+    rows = pack(samples, np.arange(len(samples)), 400).rows
     for whole in (True, False):
         parts = rows.slabs(most, whole_samples=whole)
         for name in ("row_N", "target_N", "weight_N"):
