@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
-from megatron_align.model import parallel
+from megatron_align.model import flight_recorder, parallel
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.training import self_check
 from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
@@ -48,7 +49,11 @@ def run(config: RunConfig, place: parallel.Place) -> None:
         TrainingFault: if training itself fails.
     """
     plan = prepare(config, place)
+    if torch.cuda.is_available():
+        flight_recorder.switch_on(plan.folder)
     watchdog = parallel.join(place, config.parallel)
+    if torch.cuda.is_available():
+        watchdog.before_end = partial(flight_recorder.write, plan.folder, place)
     with watchdog.watching():
         _Run(plan, watchdog).go()
     parallel.leave()
@@ -84,7 +89,7 @@ class _Run:
                 sharded.load(resumed, self.model, self.optimizer, self._moving_reference())
                 after_load(self.optimizer, self.config.optimizer, self.done)
                 self.objective.load_state(sharded.read_card(resumed)["objective_state"])
-        self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
+        self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer, watchdog.detail)
         self.batches = self._batches("train", self.config.train)
         self.steps = self.batches.steps
 
@@ -200,7 +205,9 @@ class _Run:
         self.watchdog.report(f"step {step}")
         lr = learning_rate(self.config.optimizer, step, self.steps)
         set_learning_rate(self.optimizer, lr)
+        self.watchdog.detail("data")
         data = next(steps)
+        self.watchdog.detail("reference and statistics")
         result, counts = self.stepper.train(ahead.batches(data, training=True)), data.counts
         if self._moving_reference() and step % self.config.reference.sync_steps == 0:
             gather_parameters(self.model)

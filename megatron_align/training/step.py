@@ -5,7 +5,7 @@ Losses arrive normalised over the step's global batch (see ``data``), so everyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,11 +44,13 @@ class Stepper:
         objective: Objective,
         groups: ProcessGroupCollection,
         optimizer: Optimizer | None = None,
+        detail: Callable[[str], None] = lambda _: None,
     ):
         self.model = list(model)
         self.objective = objective
         self.groups = groups
         self.optimizer = optimizer
+        self._detail = detail  # is told how far a step is
         config = self.model[0].config
         # The loss is already divided by the global batch's tokens: finalize must not divide by anything.
         config.finalize_model_grads_func = lambda chunks, _tokens, **kwargs: finalize_model_grads(
@@ -62,6 +64,7 @@ class Stepper:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
         self.optimizer.zero_grad()
         metrics = self.gradients(batches)
+        self._detail("update")
         grad_norm = self.optimizer.update()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the time of the update would count into the next step
@@ -82,7 +85,8 @@ class Stepper:
         return StepResult(self._schedule(batches, forward_only=True), None)
 
     def _schedule(self, batches: Sequence[PackedBatch], forward_only: bool) -> dict[str, float]:
-        iterators = [iter(batches) for _ in self.model]
+        numbered = [(f"micro-batch {i + 1} of {len(batches)}", batch) for i, batch in enumerate(batches)]
+        iterators = [iter(numbered) for _ in self.model]
         partial_sums = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -92,11 +96,16 @@ class Stepper:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        self._detail("sums over ranks")
         return self._reduce(partial_sums)
 
-    def _forward(self, batches: Iterator[PackedBatch], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
+    def _forward(
+        self, batches: Iterator[tuple[str, PackedBatch]], model: torch.nn.Module, *_: Any
+    ) -> tuple[Tensor, Any]:
         """Return a stage's output and what megatron-core asks for the numbers that go with a loss."""
-        batch = next(batches).to(cpu.device())
+        name, batch = next(batches)
+        self._detail(f"{name} on pipeline stage {self.groups.pp.rank()}")
+        batch = batch.to(cpu.device())
         output = model(batch, self.objective)
         if not isinstance(output, PackLoss):
             return output, None
