@@ -7,8 +7,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import cpu
 
 PATIENCE = 12  # times the timeout: what reading and writing a whole model may take
+SILENCE = 10  # beats of the watchdog that a rank must miss to count as stopped
 
 # How gloo and nccl word it; their exceptions are plain RuntimeErrors.
 _CONNECTION_LOST = re.compile(
@@ -156,26 +157,43 @@ class AlreadyReported(RuntimeError):
 class Watchdog:
     """Ends the run when no progress is made for too long, and says which rank the others wait for.
 
-    Each rank reports what it is about to do; a thread of each rank looks after its own last report. Works
-    the same for gloo and nccl, whose own errors name a socket or a collective, not a rank.
+    Each rank reports what it is about to do; a thread of each rank looks after its own last report, publishes how
+    far it got within it, and beats: a rank whose thread beats no more was stopped or killed. Works the same for gloo
+    and nccl, whose own errors name a socket or a collective, not a rank.
     """
 
     def __init__(self, store: dist.Store, place: Place, timeout_seconds: float):
         self._store = dist.PrefixStore("watchdog", store)
         self._place = place
         self._timeout = timeout_seconds
-        self._number = 0
+        self._pause = min(1.0, timeout_seconds / 10)
+        self._number = self._details = 0
         self._last = time.monotonic()
         self._limit = timeout_seconds
         self._stop = threading.Event()
+        self.before_end: Callable[[], None] = lambda: None  # the last thing this rank does when the run hangs
         self.report("start")
+        self._beat()
 
     def report(self, doing: str) -> None:
-        """Say what this rank does next, for example ``step 17``."""
-        self._number += 1
-        self._doing = doing
+        """Say what this rank does next, for example ``step 17``: every rank reports the same, in the same order."""
+        self._number, self._details = self._number + 1, 0
+        self._doing = self._within = doing
         self._last = time.monotonic()
-        self._store.set(f"rank/{self._place.rank}", f"{self._number}:{doing}")
+        self._publish()
+
+    def detail(self, within: str) -> None:
+        """Say how far this rank is within its report, for example ``micro-batch 3 of 8``; costs nothing."""
+        self._details += 1
+        self._within = f"{self._doing}, {within}"
+        self._last = time.monotonic()
+
+    def _publish(self) -> None:
+        self._store.set(f"rank/{self._place.rank}", f"{self._number}:{self._details}:{self._within}")
+
+    def _beat(self) -> None:
+        self._store.add(f"beat/{self._place.rank}", 1)
+        self._publish()
 
     @property
     def doing(self) -> str:
@@ -214,7 +232,7 @@ class Watchdog:
                 raise AlreadyReported(str(error)) from error
             if _CONNECTION_LOST.search(str(error)):
                 raise RankLost(
-                    f"another rank died while rank {self._place.rank} was in '{self._doing}': its connection "
+                    f"another rank died while rank {self._place.rank} was in '{self._within}': its connection "
                     "closed; the launcher's report names it"
                 ) from error
             raise
@@ -229,33 +247,53 @@ class Watchdog:
             return False
 
     def _watch(self) -> None:
-        pause = min(1.0, self._timeout / 10)
-        while not self._stop.wait(pause):
+        while not self._stop.wait(self._pause):
             if time.monotonic() - self._last > self._limit:
                 self._end()
+            with suppress(dist.DistError):  # the store is gone: whoever is in a collective will hear of it
+                self._beat()
 
     def _end(self) -> None:
         try:
             line = self.diagnosis()
             if self._first_to_speak():
                 print(f"error: {line}", file=sys.stderr, flush=True)
+            self.before_end()
         except dist.DistError:
             pass  # the store went down with the rank that kept it, and that rank spoke
         finally:
             os._exit(1)
 
     def diagnosis(self) -> str:
-        """Return one line naming the ranks that are furthest behind and what they last reported."""
-        reports: dict[int, tuple[int, str]] = {}
+        """Return one line naming the ranks that do not answer, or are furthest behind, and where they were."""
+        silent = self._silent()
+        reports: dict[int, tuple[int, int, str]] = {}
         for rank in range(self._place.world_size):
-            number, _, doing = self._store.get(f"rank/{rank}").decode().partition(":")
-            reports[rank] = (int(number), doing)
-        ahead, behind = max(reports.values()), min(reports.values())
-        late = [rank for rank, report in reports.items() if report[0] == behind[0]]
+            number, details, within = self._store.get(f"rank/{rank}").decode().split(":", 2)
+            reports[rank] = (int(number), int(details), within)
         wait = f"no progress for {self._limit:g} s"
-        if ahead[0] == behind[0]:
-            return f"{wait}: every rank is in '{ahead[1]}' and none gets on"
-        return f"{wait}: rank {_ranks(late)} is still in '{behind[1]}' while others wait in '{ahead[1]}'"
+        if silent:
+            others = max((report for rank, report in reports.items() if rank not in silent), default=None)
+            line = f"{wait}: rank {_ranks(silent)} does not answer (stopped, killed, or its machine is gone), last in "
+            line += f"'{reports[silent[0]][2]}'"
+            return line if others is None else f"{line}, while others wait in '{others[2]}'"
+        ahead, behind = max(reports.values()), min(reports.values())
+        late = [rank for rank, report in reports.items() if report[:2] == behind[:2]]
+        if ahead[:2] == behind[:2]:
+            return f"{wait}: every rank is in '{ahead[2]}' and none gets on"
+        return f"{wait}: rank {_ranks(late)} is still in '{behind[2]}' while others wait in '{ahead[2]}'"
+
+    def _silent(self) -> list[int]:
+        """Return the ranks whose threads do not beat any more; at once if all do."""
+        names = {rank: f"beat/{rank}" for rank in range(self._place.world_size) if rank != self._place.rank}
+        before = {rank: self._store.add(name, 0) for rank, name in names.items()}
+        deadline = time.monotonic() + min(30.0, max(SILENCE * self._pause, 8.0))
+        silent = list(names)
+        while silent and time.monotonic() < deadline:
+            self._beat()  # the others may be asking, too
+            time.sleep(self._pause / 2)
+            silent = [rank for rank in silent if self._store.add(names[rank], 0) == before[rank]]
+        return silent
 
 
 def need_agreement(facts: dict[str, Any], why: str) -> None:

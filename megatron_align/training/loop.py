@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -19,7 +21,7 @@ from megatron_align.data.order import passes_per_epoch
 from megatron_align.data.prefetch import Prefetcher
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
-from megatron_align.model import parallel
+from megatron_align.model import flight_recorder, parallel
 from megatron_align.model.context_kind import kind_of
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.records import PackedBatch
@@ -61,7 +63,11 @@ def run(config: RunConfig, place: parallel.Place) -> bool:
         TrainingFault: if training itself fails.
     """
     plan = prepare(config, place)
+    if torch.cuda.is_available():
+        flight_recorder.switch_on(plan.folder)
     watchdog = parallel.join(place, config.parallel)
+    if torch.cuda.is_available():
+        watchdog.before_end = partial(flight_recorder.write, plan.folder, place)
     explaining = explaining_out_of_memory(config, plan.folder, place.rank, lambda: watchdog.doing)
     with watchdog.watching(), explaining:
         done = _Run(plan, watchdog).go()
@@ -101,7 +107,7 @@ class _Run:
             self.live = self._live_reference()
             if self.resume is not None:
                 self._go_on_from(self.resume)
-        self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer)
+        self.stepper = Stepper(self.model, self.objective, self.groups, self.optimizer, watchdog.detail)
         self.suspects = Suspects(self.stepper, plan.train)
         self.batches = self._batches("train", self.config.train)
         self.steps = self.batches.steps
@@ -265,9 +271,11 @@ class _Run:
         set_learning_rate(self.optimizer, lr)
         timing_every = self.config.logging.timing_every
         self.stepper.clock.start(timing_every is not None and step % timing_every == 0)
+        self.watchdog.detail("data")
         data = next(steps)
         self.stepper.clock.mark("data")
         counts, before = data.counts, self.objective.state()
+        self.watchdog.detail("reference and statistics")
         batches = ahead.batches(data, training=True)
         result = self.stepper.train(batches)
         if not result.updated:

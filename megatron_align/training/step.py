@@ -6,7 +6,7 @@ Losses arrive normalised over the step's global batch (see ``data``), so everyth
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -50,11 +50,13 @@ class Stepper:
         objective: Objective,
         groups: ProcessGroupCollection,
         optimizer: Optimizer | None = None,
+        detail: Callable[[str], None] = lambda _: None,
     ):
         self.model = list(model)
         self.objective = objective
         self.groups = groups
         self.optimizer = optimizer
+        self._detail = detail  # is told how far a step is
         self.clock = StepClock()
         self._sums_over_ranks = True
         self.model[0].config.grad_scale_func = None
@@ -69,6 +71,7 @@ class Stepper:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
         self.optimizer.zero_grad()
         metrics, pack_losses = self.gradients(batches)
+        self._detail("update")
         grad_norm = self.optimizer.grad_norm()
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
         if finite:
@@ -136,7 +139,8 @@ class Stepper:
         """Return the sums over all packs of all ranks, and the loss of each of this rank's."""
         # Here, as another Stepper may have set its own.
         self.model[0].config.finalize_model_grads_func = self._finalize if self._sums_over_ranks else None
-        iterators = [iter(batches) for _ in self.model]
+        numbered = [(f"micro-batch {i + 1} of {len(batches)}", batch) for i, batch in enumerate(batches)]
+        iterators = [iter(numbered) for _ in self.model]
         partial_sums = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -146,12 +150,17 @@ class Stepper:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        self._detail("sums over ranks")
         losses = torch.stack([sums["loss"] for sums in partial_sums]).tolist() if partial_sums else []
         return self._reduce(partial_sums), losses
 
-    def _forward(self, batches: Iterator[PackedBatch], model: torch.nn.Module, *_: Any) -> tuple[Tensor, Any]:
+    def _forward(
+        self, batches: Iterator[tuple[str, PackedBatch]], model: torch.nn.Module, *_: Any
+    ) -> tuple[Tensor, Any]:
         """Return a stage's output and what megatron-core asks for the numbers that go with a loss."""
-        batch = next(batches).to(cpu.device())
+        name, batch = next(batches)
+        self._detail(f"{name} on pipeline stage {self.groups.pp.rank()}")
+        batch = batch.to(cpu.device())
         output = model(batch, self.objective)
         if not isinstance(output, PackLoss):
             return output, None

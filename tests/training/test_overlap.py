@@ -26,6 +26,7 @@ CASES = {
     "vpp2_dp2_tied": (4, "qwen2_tied", VPP, {**BOTH, "parallel__overlap_p2p": True}),
     "vpp2": (2, "qwen2_tied", VPP, {"parallel__overlap_p2p": True}),
 }
+QUICK = ("dp2_untied", "vpp2_dp2_tied")
 BUCKET = 30_000  # elements, of 180,000
 
 
@@ -57,7 +58,9 @@ def run(pool, tiny_models, chat_file, tmp_path):
     return train
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_nothing_changes(case, run):
     world, variant, layout, overlap = CASES[case]
     rows, weights = run("plain", world, variant, **layout)

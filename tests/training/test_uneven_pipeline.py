@@ -15,7 +15,7 @@ from tests.harness.tiny import make_model, metrics_of, run_arguments
 SPLITS = {
     "first": (2, {"pipeline": 2, "first_stage_layers": 2}),
     "virtual": (2, {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2}),
-    "both_tp1_pp4": (4, {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}),
+    "both": (4, {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}),
     "counted_virtual": (
         2,
         {"pipeline": 2, "virtual_pipeline": 2, "count_embedding": True, "count_loss": True},

@@ -1,0 +1,40 @@
+"""NCCL's flight recorder: the last collectives of each rank, written down when a run hangs. On GPUs only.
+
+``checkpoint.dir/flight_recorder/rank_N`` are read together by ``torchfrtrace`` (torch's own tool), which finds the
+first collective that not every rank has joined.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_align.model.parallel import Place
+
+FOLDER = "flight_recorder"
+COLLECTIVES = "2000"  # kept by each rank; some hundred bytes each
+# torch 2.9 renamed the first two; older names are still read, newer ones are not known before.
+SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+ON_TIMEOUT = "TORCH_NCCL_DUMP_ON_TIMEOUT"  # of NCCL's own watchdog: the second net
+
+
+def switch_on(run: Path) -> None:
+    """Set what NCCL reads when the first group is made; what the user has set stays."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        **dict.fromkeys(SIZE, COLLECTIVES),
+        **dict.fromkeys(FILE, str(folder / "rank_")),
+        ON_TIMEOUT: "1",
+    }
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def write(run: Path, place: Place) -> None:
+    """Write this rank's last collectives; for a thread that runs while the others hang."""
+    trace = torch._C._distributed_c10d._dump_nccl_trace()  # what NCCL's own watchdog writes
+    (run / FOLDER / f"rank_{place.rank}").write_bytes(trace)
