@@ -5,6 +5,7 @@ Only rank 0 has a sink that writes; the others get one that does nothing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from megatron_align import faults
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
 
@@ -58,6 +60,62 @@ def keep_until(file: Path, step: int) -> None:
     os.replace(replacement, file)
 
 
+class Rows:
+    """A file of rows that only grows. What a full disk refuses waits for the next row: no step is lost for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._waiting = b""
+
+    def add(self, row: Mapping[str, Any]) -> str | None:
+        """Write a row; return what the disk says if it is full."""
+        self._waiting += json.dumps(row).encode() + b"\n"
+        try:
+            self.flush(row["step"])
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return error.strerror
+        return None
+
+    def flush(self, step: int | None = None) -> None:
+        """Write the rows that wait; ``step`` is for :mod:`faults`.
+
+        Raises:
+            OSError: the disk refuses them. No half row is left of them.
+        """
+        if not self._waiting:
+            return
+        try:
+            faults.at("row.write", step)
+            rest = self._waiting
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size, self._waiting = self._size + len(self._waiting), b""
+
+    def sync(self) -> None:
+        """Force all rows onto the disk.
+
+        Raises:
+            OSError: some could not be written.
+        """
+        self.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write what waits and close.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self._file:
+            self.flush()
+
+
 class Sinks:
     """Rank 0's outputs, open for the length of a with-block."""
 
@@ -65,7 +123,7 @@ class Sinks:
         self, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int
     ):
         keep_until(folder / METRICS, done)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._rows = Rows(folder / METRICS)
         self._board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -103,7 +161,7 @@ class Sinks:
     def __exit__(self, *error: object) -> None:
         if self._progress:
             self._progress.stop()
-        self._file.close()
+        self._rows.close()
         if self._board:
             self._board.close()
         if self._wandb:
@@ -114,13 +172,17 @@ class Sinks:
         self.console.print(line, markup=False)
 
     def sync(self) -> None:
-        """Force the rows onto the disk: a checkpoint must not outlive the rows before it."""
-        os.fsync(self._file.fileno())
+        """Force the rows onto the disk: a checkpoint must not outlive the rows before it.
+
+        Raises:
+            OSError: the disk refuses them.
+        """
+        self._rows.sync()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Record one row: of a training step, or of a validation or a checkpoint (``split``)."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if refusal := self._rows.add(row):
+            self.say(f"warning: {METRICS}: {refusal}; its rows wait in memory")
         split = row.get("split", "train")
         numbers = {
             f"{split}/{k}": v
@@ -128,8 +190,12 @@ class Sinks:
             if k not in ("step", "split") and not isinstance(v, dict)
         }
         if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, row["step"])
+            try:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, row["step"])
+            except OSError as error:  # a full disk, of which its own thread tells once
+                self.say(f"warning: TensorBoard's file ends here: {error.strerror}")
+                self._board = None
         if self._wandb:
             # It wants steps in order; a checkpoint is done some steps after its own.
             self._newest = max(self._newest, row["step"])
