@@ -7,6 +7,7 @@ step (by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTER
 |----------------|------------------------------------------------------------------------------------|
 | step.trained   | weights are updated, the step's row is not written                                 |
 | step.logged    | the row is written, nothing is saved                                               |
+| row.write      | rows are about to be added to metrics.jsonl                                        |
 | save.begun     | the hidden folder exists, with nothing in it                                       |
 | save.file      | a file is half written                                                             |
 | save.written   | this rank's files are on the disk, the checkpoint has no name                      |
@@ -26,6 +27,7 @@ VARIABLE = "MEGATRON_ALIGN_FAULT"
 POINTS = (
     "step.trained",
     "step.logged",
+    "row.write",
     "save.begun",
     "save.file",
     "save.written",

@@ -128,7 +128,9 @@ def sharded_state(
     model = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
     state = dict(model)
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        own = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        # None on ranks that have nothing to write, which megatron-core itself then takes for a difference.
+        state["optimizer"] = {key: value for key, value in own.items() if value is not None}
     return state
 
 

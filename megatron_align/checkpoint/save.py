@@ -83,10 +83,11 @@ class Saver:
 
     Args:
         background: write while training goes on. Costs host memory for a copy of this rank's part, kept for the next.
+        before: what rank 0 must have on the disk before a save; its OSError is one of the save.
     """
 
-    def __init__(self, background: bool = False) -> None:
-        self.background = background
+    def __init__(self, background: bool = False, before: Callable[[], None] | None = None) -> None:
+        self.background, self._before = background, before or (lambda: None)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._copies: dict[MetadataIndex, Tensor] = {}
         self._job: _Job | None = None
@@ -125,7 +126,7 @@ class Saver:
         assert self._job is None, "one save at a time"
         started = time.perf_counter()
         partial = partial_folder(folder)
-        _on_rank_0(partial, lambda: _make(partial, card["step"]))
+        _on_rank_0(partial, lambda: (self._before(), _make(partial, card["step"])))
         planned = plan_save(model, optimizer, reference)
         if self.background or torch.cuda.is_available():
             planned = self._detach(planned)
@@ -195,6 +196,7 @@ def _changes(index: MetadataIndex, data: Tensor | io.BytesIO) -> bool:
 
 
 def _make(partial: Path, step: int) -> None:
+    """Make the hidden folder, empty."""
     shutil.rmtree(partial, ignore_errors=True)
     (partial / STATE).mkdir(parents=True)
     faults.at("save.begun", step)

@@ -35,12 +35,10 @@ _CLASSES = {
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
-        "StorageMeta",
         "TensorProperties",
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 
 

@@ -5,35 +5,15 @@ Only rank 0 has sinks that write; the others get one that does nothing. What the
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_align.config import LoggingConfig
 from megatron_align.training.display import Display
+from megatron_align.training.rows import METRICS, Rows, keep_until
 from megatron_align.training.trackers import open_trackers
-
-METRICS = "metrics.jsonl"
-
-
-def keep_until(file: Path, step: int) -> None:
-    """Drop the rows after ``step``: a resumed run writes them again. The file is replaced whole."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a kill in the middle of a write leaves half a line, always the last
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    replacement = file.with_name(f".{file.name}.partial")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    os.replace(replacement, file)
 
 
 class Sinks:
@@ -43,7 +23,7 @@ class Sinks:
         self, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int
     ):
         keep_until(folder / METRICS, done)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._rows = Rows(folder / METRICS)
         self._trackers = open_trackers(folder, config, settings, done)
         self._display = Display(done, steps)
 
@@ -53,7 +33,7 @@ class Sinks:
 
     def __exit__(self, *error: object) -> None:
         self._display.stop()
-        self._file.close()
+        self._rows.close()
         for tracker in self._trackers:
             tracker.close(failed=error[0] is not None)
 
@@ -62,27 +42,35 @@ class Sinks:
         self._display.say(line)
 
     def sync(self) -> None:
-        """Force the rows onto the disk: a checkpoint must not outlive the rows before it."""
-        os.fsync(self._file.fileno())
+        """Force the rows onto the disk: a checkpoint must not outlive the rows before it.
+
+        Raises:
+            OSError: the disk refuses them.
+        """
+        self._rows.sync()
 
     def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
         """Show what the run is."""
         self._display.card(title, facts)
 
     def write(self, row: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> None:
-        """Record one row: of a training step, or of a validation or a timing (``split``).
+        """Record one row: of a training step, or of a validation, a timing or a checkpoint (``split``).
 
         Args:
             row: JSON values; a number that is not finite is recorded as null, which JSON has.
             measured: shown beside it, and not recorded.
         """
         row = {name: _plain(value) for name, value in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        if refusal := self._rows.add(row):
+            self.say(f"warning: {METRICS}: {refusal}; its rows wait in memory")
         split = row.get("split", "train")
         numbers = {f"{split}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
-        for tracker in self._trackers:
-            tracker.log(numbers, row["step"])
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(numbers, row["step"])
+            except OSError as error:  # a full disk, say: the rows have it all, so training goes on
+                self.say(f"warning: {type(tracker).__name__} ends here: {error.strerror or error}")
+                self._trackers.remove(tracker)
         self._display.row(row, measured or {})
 
 

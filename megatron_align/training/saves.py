@@ -41,7 +41,7 @@ class Saves:
     ) -> None:
         self.run, self.config = run, config
         self._begin, self._sinks, self._watchdog = begin, sinks, watchdog
-        self._saver = Saver(background=config.async_save)
+        self._saver = Saver(background=config.async_save, before=sinks.sync)
         self._saved: int | None = None
         self._failed: float | None = None
         self._prune()  # a kill may have come between a save and this
@@ -82,7 +82,6 @@ class Saves:
             self._sinks.say(f"warning: {error}; training goes on, the next save is due or in a minute")
 
     def _start(self, step: int) -> None:
-        self._sinks.sync()
         with self._watchdog.patient(f"saving step {step}"):
             self._begin(self._saver, step)
         if not self._saver.background:

@@ -148,6 +148,13 @@ def test_a_full_disk_costs_no_step(command, whole, tmp_path):
     assert numbers(run) == whole()
 
 
+def test_rows_that_a_full_disk_refuses_are_written_later(command, whole, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert crash.train(1, command(), log, fault="full@row.write:3") == [0], log.read_text()
+    assert "metrics.jsonl: No space left on device; its rows wait in memory" in log.read_text()
+    assert numbers(run) == whole()
+
+
 @pytest.mark.parametrize(
     "point",
     [
