@@ -37,10 +37,10 @@ def write_pngs(out: Path, charts: Sequence[Chart], names: Sequence[str]) -> list
     rows = -(-len(charts) // _COLUMNS)
     figure = Figure(figsize=(5 * _COLUMNS, 3 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
     for chart, ax in zip(charts, axes, strict=False):
         _draw(ax, chart, names)
-    for ax in list(axes)[len(charts) :]:
+    for ax in axes[len(charts) :]:
         ax.set_visible(False)
     figure.savefig(folder / "all.png")
     return [*files, folder / "all.png"]
