@@ -431,6 +431,8 @@ class RunConfig:
         )
 
 
+DRY_RUN = "--dry_run"  # or --dry_run=RANKS: of a launch, so no part of a run's configuration
+
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -446,10 +448,13 @@ _SECTIONS: dict[str, type] = {
 def parse(arguments: list[str]) -> RunConfig:
     """Build a RunConfig from ``--config FILE`` and ``--section.key value`` arguments (later ones win).
 
+    ``--dry_run`` is passed over: the training command reads it.
+
     Raises:
         InputError: naming the key and, for a misspelt one, the nearest key that exists.
         SystemExit: after ``--help`` or ``--print_config`` has printed.
     """
+    arguments = [argument for argument in arguments if argument.partition("=")[0] != DRY_RUN]
     name = _objective_name(arguments)
     need(
         name in OBJECTIVES,

@@ -15,8 +15,6 @@ import sys
 import time
 import warnings
 
-DRY_RUN = "--dry_run"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
@@ -30,20 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     rank = os.environ.get("RANK", "0")
     try:
-        arguments, dry, ranks = _dry_run(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        dry, ranks = _dry_run(arguments)
         config = parse(arguments)
         from megatron_align.model.parallel import AlreadyReported, Place, RankLost
-
-        if dry:
-            from megatron_align.training.dry_run import dry_run
-
-            dry_run(config, Place.from_environment(), ranks)
-            return 0
+        from megatron_align.training.dry_run import dry_run
         from megatron_align.training.loop import run
         from megatron_align.training.memory import OutOfMemory
         from megatron_align.training.stop import EXIT_REQUEUE
 
         try:
+            if dry:
+                dry_run(config, Place.from_environment(), ranks)
+                return 0
             return 0 if run(config, Place.from_environment()) else EXIT_REQUEUE
         except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not come in time, ...
             return _fail(rank, error, 1)
@@ -56,16 +53,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(rank, error, 2)
 
 
-def _dry_run(arguments: list[str]) -> tuple[list[str], bool, int | None]:
-    """Split off ``--dry_run`` or ``--dry_run=RANKS``, which belongs to a launch and not to a run's configuration."""
+def _dry_run(arguments: list[str]) -> tuple[bool, int | None]:
+    """Return whether a dry run is asked for, and on how many ranks; None: not said."""
+    from megatron_align.config import DRY_RUN
     from megatron_align.errors import InputError
 
     asked = [argument for argument in arguments if argument.partition("=")[0] == DRY_RUN]
-    rest = [argument for argument in arguments if argument not in asked]
     ranks = asked[-1].partition("=")[2] if asked else ""
     if ranks and not (ranks.isdecimal() and int(ranks) >= 1):
         raise InputError(f"{DRY_RUN}=RANKS needs a positive whole number, got '{ranks}'")
-    return rest, bool(asked), int(ranks) if ranks else None
+    return bool(asked), int(ranks) if ranks else None
 
 
 def _fail(rank: str, error: Exception, code: int) -> int:
