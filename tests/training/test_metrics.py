@@ -10,7 +10,8 @@ import pytest
 
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
-from megatron_align.training.metrics import Sinks, keep_until
+from megatron_align.training.metrics import Sinks
+from megatron_align.training.rows import keep_until
 from megatron_align.training.trackers import MLFLOW_RUN, check_logging
 
 QUIET = LoggingConfig(tensorboard=False)
