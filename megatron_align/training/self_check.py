@@ -76,15 +76,19 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
         return
     if reference.path not in (None, config.model.path):
         return
-    for side in ("chosen", "rejected"):
+    bounds = {
+        side: IDENTITY[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
+        for side in ("chosen", "rejected")
+    }
+    for side, bound in bounds.items():
         reward = metrics[f"{side}_reward"]
-        bound = IDENTITY[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
         if not abs(reward) <= bound:
             raise TrainingFault(
                 f"self-check: the policy starts as its reference, so that {side}_reward of step 1 must be 0 within "
                 f"{bound:.2g}, got {reward:.6g}"
             )
-    if _is_plain_dpo(objective) and not abs(metrics["loss"] - math.log(2)) <= IDENTITY[dtype]:
+    # A margin m moves -log sigmoid(m) by m / 2 at 0.
+    if _is_plain_dpo(objective) and not abs(metrics["loss"] - math.log(2)) <= sum(bounds.values()) / 2:
         raise TrainingFault(
             f"self-check: the policy starts as its reference, so that the loss of step 1 must be ln 2 = "
             f"{math.log(2):.6f}, got {metrics['loss']:.6f}"
