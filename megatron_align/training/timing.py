@@ -28,10 +28,15 @@ class StepClock:
         self.seconds: dict[str, float] = {}
 
     def start(self, measuring: bool) -> None:
-        """Begin a step; ``measuring`` must be the same on every rank."""
+        """Begin a step; ``measuring`` must be the same on every rank.
+
+        A measured step begins on all ranks together: what one of them did before it (rank 0 writes rows, say) is not
+        waited for in it.
+        """
         self.running = measuring
         self.seconds = dict.fromkeys(PHASES, 0.0)
         if measuring:
+            dist.barrier()
             self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
