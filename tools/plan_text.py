@@ -39,7 +39,6 @@ def _reference(ask: Ask) -> str:
 
 def own_layout(ask: Ask) -> str:
     """Return the memory of the configuration's own layout, stage by stage, and what its step costs."""
-    parallel = ask.config.parallel
     try:
         placement = Placement.of_run(ask.config, ask.shape, ask.gpus)
     except InputError as error:
@@ -47,8 +46,7 @@ def own_layout(ask: Ask) -> str:
     one = evaluate(ask, placement)
     verdict = "fits" if one.peak <= ask.bytes else "does not fit"
     lines = [
-        f"\nthe layout of the configuration: {layout(parallel, placement.data)}, {recomputation(placement)}: "
-        f"{verdict}",
+        f"\nthe layout of the configuration: {layout(placement)}, {recomputation(placement)}: {verdict}",
         memory_table(one.memory),
         *step_lines(ask, one),
     ]
@@ -117,13 +115,13 @@ def nothing_fits(ask: Ask) -> str:
     lines = [
         f"\nnothing fits: the least that {ask.gpus} GPUs need is {least.peak / GIB:.1f} GiB each, "
         f"{(least.peak - ask.bytes) / GIB:.1f} more than there are",
-        f"  with {layout(least.placement.parallel, least.placement.data)}, {recomputation(least.placement)}; "
+        f"  with {layout(least.placement)}, {recomputation(least.placement)}; "
         f"most of it is {part}, {getattr(fullest, part) / GIB:.1f} GiB on stage {stage}",
     ]
     if larger := enough(ask):
         placement = larger.placement
         lines.append(
-            f"  {placement.world_size} GPUs would do: {layout(placement.parallel, placement.data)}, "
+            f"  {placement.world_size} GPUs would do: {layout(placement)}, "
             f"{recomputation(placement)}, {larger.peak / GIB:.1f} GiB each"
         )
     return "\n".join(lines)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_align.cost.placement import Placement
+from megatron_align.model.context_kind import kind_of, ulysses_groups
 
 FP32 = 4
-INTERVALS = 6 * 4  # bytes of a token: the int32 tensors of kernels.packed_attention.PackedLayout
-Attention = Literal[
-    "triton", "per_document"
-]  # our kernels, or the CPU's path, which repeats keys for each head
+OF_QUERY, OF_KEY = 4 * 4, 2 * 4  # bytes: the int32 tensors of kernels.packed_attention.PackedLayout
+Attention = Literal["triton", "per_document"]  # our kernels, or the CPU's path
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +72,21 @@ def _norm(x: Sizes) -> int:
 def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
     """Keep the rotated q and k, v, the output, and the log-sum-exp of each query."""
     shape = placement.shape
+    kind = kind_of(shape, placement.parallel)
     kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
-    keeps_projection = attention == "triton"  # v is a view of it
     if attention == "per_document":
-        kept += (
-            3 * x.b * x.t * x.q
-        )  # keys and values for each head, and the documents' outputs before they join
-    else:
+        # Keys and values for each head, the documents' outputs before they join, int32 positions of queries.
+        kept += 3 * x.b * x.t * x.q + 4 * x.t * placement.parallel.context
+    elif kind is None:
         kept += x.b * x.t * x.kv
+    if kind == "ulysses":
+        # One message brings q, k and v, which are views of it (on the CPU q alone). The output is kept twice: by
+        # attention, and as tokens again by the linear after it.
+        kept += x.b * x.t * (x.q + 2 * ulysses_groups(placement.split) * shape.head_dim)
+        kept -= x.b * x.t * x.q if attention == "per_document" else 0
+    elif kind == "allgather" and attention == "triton":
+        kept += 2 * x.b * x.t * placement.parallel.context * x.kv  # of the whole pack
+    keeps_projection = attention == "triton" and kind is None  # v is a view of it
     if shape.qk_norm:
         # The norm of each head: its output is not kept, as rotation needs none of it. In fp32 its inputs are kept as
         # they came: a copy of q, and k within the projection.
@@ -90,9 +96,6 @@ def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
         kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // shape.head_dim
     if keeps_projection:
         kept += _qkv(placement, x)
-    if (context := placement.parallel.context) > 1:
-        # allgather: keys and values of the whole pack; ulysses keeps less. Not held against a measurement yet.
-        kept += 2 * x.b * x.t * (context - 1) * x.kv
     return kept
 
 
@@ -164,9 +167,15 @@ def stage_bytes(
 
 
 def tables_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
-    """Return what all layers of a pack share: fp32 cosine and sine of positions, and the kernels' intervals."""
-    rotary = 2 * FP32 * tokens // placement.parallel.context * placement.shape.head_dim
-    return rotary + (INTERVALS * tokens if attention == "triton" else 0)
+    """Return what all layers of a pack share: rotary tables, the kernels' intervals, which rank has which token."""
+    parallel = placement.parallel
+    own = tokens // parallel.context
+    gathers = kind_of(placement.shape, parallel) == "allgather"
+    rotary = 2 * FP32 * own * placement.shape.head_dim
+    order = 8 * tokens if gathers else 0
+    if attention == "per_document":
+        return rotary + order
+    return rotary + order + OF_QUERY * (own if gathers else tokens) + OF_KEY * tokens
 
 
 def embedding_bytes(placement: Placement, tokens: int) -> int:

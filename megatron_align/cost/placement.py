@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_align.config import ParallelConfig, RunConfig
+from megatron_align.model.context_kind import AttentionSplit
 from megatron_align.model.families import ModelShape
 from megatron_align.model.stages import layers_of_chunks
 
@@ -97,6 +98,14 @@ class Placement:
     def micro_batch_multiple(self) -> int:
         """What the micro-batches of a rank must be a multiple of: interleaved schedules go in rounds."""
         return self.parallel.pipeline if self.parallel.chunks > 1 else 1
+
+    @property
+    def split(self) -> AttentionSplit:
+        """How ranks share an attention layer."""
+        shape, parallel = self.shape, self.parallel
+        return AttentionSplit(
+            shape.num_heads, shape.num_query_groups, shape.head_dim, parallel.tensor, parallel.context
+        )
 
     @property
     def tied_copies(self) -> bool:

@@ -159,6 +159,7 @@ def _placement(ask: Ask, tensor: int, pipeline: int, context: int, chunks: int |
             tensor=tensor,
             pipeline=pipeline,
             context=context,
+            context_kind=config.parallel.context_kind if context > 1 else "auto",
             virtual_pipeline=chunks,
             sequence=True,
         )

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from megatron_align.config import ParallelConfig
 from megatron_align.cost.memory import GIB, StageMemory
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.work import StepFlops, Work
+from megatron_align.model.context_kind import kind_of
 
 PARTS = tuple(f.name for f in fields(StageMemory))
 
 
-def layout(parallel: ParallelConfig, data: int) -> str:
+def layout(placement: Placement) -> str:
     """Return a layout in words."""
+    parallel = placement.parallel
     parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
     if parallel.virtual_pipeline:
         parts.append(f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.context > 1:
-        parts.append(f"context {parallel.context}")
-    return " x ".join((*parts, f"data {data}"))
+        parts.append(f"context {parallel.context} ({kind_of(placement.shape, parallel)})")
+    return " x ".join((*parts, f"data {placement.data}"))
 
 
 def recomputation(placement: Placement) -> str:

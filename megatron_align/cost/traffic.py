@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_align.cost.activations import boundary_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import state_bytes
+from megatron_align.model.context_kind import allgather_bytes, kind_of, ulysses_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +66,10 @@ def _tensor(placement: Placement, tokens: int) -> int:
 
 
 def _context(placement: Placement, tokens: int) -> int:
-    """Keys and values gathered, their gradients scattered: an upper bound for the all-to-all of whole heads."""
-    shape, parallel = placement.shape, placement.parallel
-    if parallel.context == 1:
+    """Return what :mod:`megatron_align.model.context_kind` counts; made again, forward moves it twice."""
+    kind = kind_of(placement.shape, placement.parallel)
+    if kind is None:
         return 0
-    groups = max(shape.num_query_groups // parallel.tensor, 1)
-    whole = 2 * placement.itemsize * tokens * groups * shape.head_dim
-    once = whole * (parallel.context - 1) // parallel.context
-    return once * (3 if placement.recompute_layers else 2)
+    count = ulysses_bytes if kind == "ulysses" else allgather_bytes
+    both_ways = count(placement.split, tokens, placement.itemsize)
+    return both_ways + (both_ways // 2 if placement.recompute_layers else 0)

@@ -47,8 +47,7 @@ def describe(plan: Plan) -> str:
         (
             f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
             f"{shape.vocab_size}, {config.train.precision}",
-            f"layout     {placement.world_size} ranks = {layout(placement.parallel, placement.data)}, "
-            f"{recomputation(placement)}",
+            f"layout     {placement.world_size} ranks = {layout(placement)}, {recomputation(placement)}",
             f"data       {', '.join(stored['shapes'])}: {stored['samples']:,} samples, {stored['tokens']:,} tokens, "
             f"{stored['scored_tokens']:,} trained",
             f"objective  {config.objective.name}"

@@ -90,11 +90,15 @@ def _compare(placement, answers):
         ("llama3", {"tensor": 4}, "bf16", 0),
         ("qwen3", {}, "fp32", 0),
         ("qwen3", {"tensor": 2}, "bf16", 0),
+        ("llama3", {"context": 2, "context_kind": "ulysses"}, "bf16", 0),
+        ("qwen2_tied", {"context": 2, "tensor": 2, "context_kind": "ulysses"}, "fp32", 0),
     ],
 )
 def test_activations(pool, tiny_models, variant, options, precision, recompute):
     model = tiny_models(variant)
-    placement = placed(model, options, options.get("tensor", 1), precision, recompute)
+    placement = placed(
+        model, options, options.get("tensor", 1) * options.get("context", 1), precision, recompute
+    )
     batch = costs.one_pack(LENGTHS, TOKENS)
     found = pool.run(
         placement.world_size, costs.saved, model, placement.parallel, precision, recompute, batch
@@ -155,13 +159,22 @@ def _seen(layout):
 def test_activations_with_the_kernels_attention(tiny_models, monkeypatch):
     """What a GPU keeps: the kernels run in Triton's interpreter, in a process that was started for it."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    kernels = Pool(1)
+    kernels = Pool(2)
     batch = costs.one_pack(LENGTHS, TOKENS)
+    gather, swap = ({"context": 2, "context_kind": kind} for kind in ("allgather", "ulysses"))
+    cases = [
+        ("qwen2_tied", {}),
+        ("qwen3", {}),
+        ("qwen2_tied", gather),
+        ("qwen3", gather),
+        ("qwen2_tied", swap),
+    ]
     try:
-        for variant in ("qwen2_tied", "qwen3"):
+        for variant, options in cases:
             model = tiny_models(variant)
-            placement = placed(model, {}, 1, "fp32")
-            found = kernels.run(1, costs.saved, model, placement.parallel, "fp32", 0, batch)
-            assert found == [stage_bytes(placement, 0, TOKENS, 1, "triton").held]
+            ranks = options.get("context", 1)
+            placement = placed(model, options, ranks, "fp32")
+            found = kernels.run(ranks, costs.saved, model, placement.parallel, "fp32", 0, batch, timeout=500)
+            assert set(found) == {stage_bytes(placement, 0, TOKENS, 1, "triton").held}
     finally:
         kernels.stop()

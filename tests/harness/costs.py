@@ -12,8 +12,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.data.context import ContextShare, deal
 from megatron_align.data.pack import pack
 from megatron_align.model import parallel
+from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.objectives import SFTConfig
@@ -108,11 +110,17 @@ def saved(
     """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
     with parallel.join(place, config).watching():
         [policy] = _policy(model, config, precision, recompute)
+        batch = deal(batch, _context_share(policy.shape, config))
         with SavedBytes(list(policy.parameters())) as seen:
             hidden = policy._hidden(batch)
         hidden.sum().backward()
     parallel.leave()
     return seen.total
+
+
+def _context_share(shape: ModelShape, config: ParallelConfig) -> ContextShare | None:
+    kind, ranks = kind_of(shape, config), parallel.groups().cp
+    return kind and ContextShare(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
 
 
 def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int) -> list[Policy]:
