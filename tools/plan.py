@@ -156,7 +156,8 @@ def _write(file: str, config: RunConfig, chosen: Candidate) -> None:
     from megatron_align.config import to_dict
 
     placement = chosen.placement
-    train = dataclasses.replace(config.train, recompute_layers=placement.recompute_layers)
+    again = {"recompute_layers": placement.recompute_layers, "recompute_modules": []}
+    train = dataclasses.replace(config.train, **again)
     settled = dataclasses.replace(config, parallel=placement.parallel, train=train)
     text = yaml.safe_dump(to_dict(settled), sort_keys=False, allow_unicode=True)
     Path(file).write_text(text, encoding="utf-8")

@@ -58,10 +58,13 @@ def boundary_bytes(placement: Placement, tokens: int) -> int:
 
 
 def layer_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
-    """Return what one layer keeps for its backward without recomputation."""
+    """Return what one layer keeps for its backward; ``recompute_layers`` plays no part."""
     x = Sizes.of(placement, tokens)
-    inputs = 2 * x.b * x.s * x.h  # of the two linears that follow the norms
-    return 2 * _norm(x) + inputs + _attention(placement, x, attention) + _mlp(x)
+    again = placement.recompute_modules
+    # The norms' outputs, which the linears after them keep; or, made again from them, the norms' inputs.
+    kept = 2 * x.b * x.s * x.h + (0 if "norms" in again else 2 * _norm(x))
+    kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x, attention)
+    return kept + (0 if "mlp" in again else _mlp(x))
 
 
 def _norm(x: Sizes) -> int:
@@ -75,8 +78,7 @@ def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
     kind = kind_of(shape, placement.parallel)
     kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
     if attention == "per_document":
-        # Keys and values for each head, the documents' outputs before they join, int32 positions of queries.
-        kept += 3 * x.b * x.t * x.q + 4 * x.t * placement.parallel.context
+        kept += 3 * x.b * x.t * x.q  # keys and values for each head, the documents' outputs before they join
     elif kind is None:
         kept += x.b * x.t * x.kv
     if kind == "ulysses":
@@ -96,6 +98,17 @@ def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
         kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // shape.head_dim
     if keeps_projection:
         kept += _qkv(placement, x)
+    return kept
+
+
+def _attention_inputs(placement: Placement, x: Sizes) -> int:
+    """Keep q before its rotation, the projection that k and v are views of, the output, and a number for the mask."""
+    kept = 2 * x.b * x.t * x.q + _qkv(placement, x) + 4
+    if placement.shape.qk_norm:
+        columns = x.q + x.kv
+        inputs = x.q if placement.precision == "fp32" else columns
+        kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // placement.shape.head_dim
+        kept += x.b * x.t * x.kv  # the norm's output is k
     return kept
 
 

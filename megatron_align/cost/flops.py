@@ -23,6 +23,7 @@ class Forward:
     """Operations of one forward pass, over all ranks."""
 
     layers: int  # linear products of the layers
+    mlp: int  # of them the MLPs'
     attention: int
     head: int
 
@@ -35,7 +36,12 @@ class Forward:
 def layer_flops(shape: ModelShape) -> int:
     """Return the operations of one layer's linear products for one token."""
     heads = (2 * shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim  # q, output; k, v
-    return 2 * shape.hidden_size * (heads + 3 * shape.ffn_size)
+    return 2 * shape.hidden_size * heads + mlp_flops(shape)
+
+
+def mlp_flops(shape: ModelShape) -> int:
+    """Return those of one layer's MLP."""
+    return 2 * shape.hidden_size * 3 * shape.ffn_size
 
 
 def attention_flops(shape: ModelShape, visible_keys: int) -> int:
@@ -66,6 +72,7 @@ def forward_flops(
     """Return the operations of a forward pass over ``tokens``."""
     return Forward(
         layers=shape.num_layers * layer_flops(shape) * tokens,
+        mlp=shape.num_layers * mlp_flops(shape) * tokens,
         attention=shape.num_layers * attention_flops(shape, visible_keys),
         head=head_flops(shape, scored, vocabulary),
     )
@@ -76,19 +83,23 @@ def model_flops(forward: Forward) -> float:
     return 3.0 * forward.total
 
 
-def executed_flops(forward: Forward, recompute: bool) -> float:
+def executed_flops(placement: Placement, forward: Forward) -> float:
     """Return what a training step runs.
 
     A pair or a sample with more scored rows than one slab of logits holds is projected once more; it is not counted.
 
     Args:
+        placement: says what is run again.
         forward: over all tokens that are computed, padding included.
-        recompute: layers are run again before their backward.
     """
-    times = 1 + recompute
-    layers = (times + LINEAR_BACKWARD) * forward.layers
-    attention = (times + ATTENTION_BACKWARD) * forward.attention
-    return layers + attention + (1 + LINEAR_BACKWARD) * forward.head
+    return layers_executed(placement, forward) + (1 + LINEAR_BACKWARD) * forward.head
+
+
+def layers_executed(placement: Placement, forward: Forward) -> float:
+    """Return the layers' part of it."""
+    again = forward.layers if placement.recompute_layers else placement.runs_again("mlp") * forward.mlp
+    attention = (1 + placement.runs_again("attention") + ATTENTION_BACKWARD) * forward.attention
+    return (1 + LINEAR_BACKWARD) * forward.layers + again + attention
 
 
 def padded_vocabulary(placement: Placement) -> int:

@@ -32,6 +32,7 @@ class Placement:
         data: data-parallel ranks.
         precision: of weights and activations.
         recompute_layers: 0: activations are kept; k: one checkpoint per k layers.
+        recompute_modules: parts of every layer that are made again.
     """
 
     shape: ModelShape
@@ -39,6 +40,7 @@ class Placement:
     data: int
     precision: Literal["bf16", "fp32"]
     recompute_layers: int = 0
+    recompute_modules: tuple[str, ...] = ()
 
     @classmethod
     def of_run(cls, config: RunConfig, shape: ModelShape, world_size: int) -> Placement:
@@ -58,6 +60,7 @@ class Placement:
             data=config.parallel.data_parallel(world_size),
             precision=config.train.precision,
             recompute_layers=config.train.recompute_layers,
+            recompute_modules=tuple(config.train.recompute_modules),
         )
 
     def with_data(self, data: int) -> Placement:
@@ -98,6 +101,10 @@ class Placement:
     def micro_batch_multiple(self) -> int:
         """What the micro-batches of a rank must be a multiple of: interleaved schedules go in rounds."""
         return self.parallel.pipeline if self.parallel.chunks > 1 else 1
+
+    def runs_again(self, part: str) -> bool:
+        """Return whether ``attention`` or ``mlp`` of each layer is run again before its backward."""
+        return self.recompute_layers > 0 or part in self.recompute_modules
 
     @property
     def split(self) -> AttentionSplit:

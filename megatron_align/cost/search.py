@@ -152,16 +152,24 @@ def _placements(ask: Ask) -> Iterator[Placement]:
 
 def _placement(ask: Ask, tensor: int, pipeline: int, context: int, chunks: int | None) -> Placement | None:
     """Return the placement, or None where a run would refuse it: by the run's own checks."""
-    config = ask.config
+    config, given = ask.config, ask.config.parallel
+    several = ask.gpus > tensor * pipeline * context
     try:
         parallel = replace(
-            config.parallel,
+            given,
             tensor=tensor,
             pipeline=pipeline,
             context=context,
             context_kind=config.parallel.context_kind if context > 1 else "auto",
             virtual_pipeline=chunks,
             sequence=True,
+            first_stage_layers=None,
+            last_stage_layers=None,
+            count_embedding=False,
+            count_loss=False,
+            overlap_grad_reduce=given.overlap_grad_reduce and several,
+            overlap_param_gather=given.overlap_param_gather and several,
+            overlap_p2p=given.overlap_p2p and chunks is not None,
         )
         placement = Placement(
             shape=ask.shape,

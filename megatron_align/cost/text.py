@@ -26,6 +26,8 @@ def layout(placement: Placement) -> str:
 def recomputation(placement: Placement) -> str:
     """Return what becomes of activations, in words."""
     k = placement.recompute_layers
+    if placement.recompute_modules:
+        return f"{', '.join(placement.recompute_modules)} made again"
     return f"one checkpoint per {k} layer{'s' * (k > 1)}" if k else "activations kept"
 
 

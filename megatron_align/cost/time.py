@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.flops import (
-    ATTENTION_BACKWARD,
     LINEAR_BACKWARD,
     forward_flops,
+    layers_executed,
     padded_vocabulary,
 )
 from megatron_align.cost.placement import Placement
@@ -105,8 +105,7 @@ def _stage_flops(placement: Placement, work: Work, stage: int, passes: int) -> f
         work.scored,
         vocabulary=padded_vocabulary(placement),
     )
-    times = 1 + passes + (placement.recompute_layers > 0)
-    layers = (times + LINEAR_BACKWARD) * run.layers + (times + ATTENTION_BACKWARD) * run.attention
+    layers = layers_executed(placement, run) + passes * (run.layers + run.attention)
     found = layers * placement.layers(stage) / placement.shape.num_layers
     if placement.chunks(stage)[-1].ends:
         found += (1 + passes + LINEAR_BACKWARD) * run.head
@@ -120,6 +119,6 @@ def mfu(placement: Placement, flops: StepFlops, seconds: float, chip: Chip) -> f
 
 def one_pass_seconds(placement: Placement, work: Work, chip: Chip, efficiency: float = EFFICIENCY) -> float:
     """Estimate one forward pass over a step's packs: what a cached reference costs for each step, once."""
-    train = replace(placement, recompute_layers=0)
+    train = replace(placement, recompute_layers=0, recompute_modules=())
     scored = step_flops(train, work, 1).executed - step_flops(train, work, 0).executed
     return scored / (chip.bf16 * efficiency * placement.world_size)

@@ -62,7 +62,8 @@ def _tensor(placement: Placement, tokens: int) -> int:
     ):  # ranks that share a key/value head gather the whole projection
         projection = once((shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim)
         forward, backward = forward + projection, backward + projection
-    return times * forward + backward
+    again = 2 * hidden if "mlp" in placement.recompute_modules else 0  # the MLP's region
+    return times * forward + again + backward
 
 
 def _context(placement: Placement, tokens: int) -> int:

@@ -183,7 +183,7 @@ def step_flops(placement: Placement, work: Work, passes: int) -> StepFlops:
     )
     return StepFlops(
         model=model_flops(needed) + passes * needed.total,
-        executed=executed_flops(run, placement.recompute_layers > 0) + passes * run.total,
+        executed=executed_flops(placement, run) + passes * run.total,
     )
 
 

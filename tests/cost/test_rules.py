@@ -42,7 +42,8 @@ def placed(model, data=1, precision="bf16", recompute=0, **options):
         parallel=ParallelConfig(**options),
         data=data,
         precision=precision,
-        recompute_layers=recompute,
+        recompute_layers=recompute if isinstance(recompute, int) else 0,
+        recompute_modules=() if isinstance(recompute, int) else recompute,
     )
 
 
@@ -108,7 +109,13 @@ def test_passes_ahead_are_those_of_the_objectives():
 
 
 @pytest.mark.parametrize(
-    "options, recompute", [({"tensor": 2}, 0), ({"tensor": 2, "sequence": False}, 0), ({"tensor": 4}, 2)]
+    "options, recompute",
+    [
+        ({"tensor": 2}, 0),
+        ({"tensor": 2, "sequence": False}, 0),
+        ({"tensor": 4}, 2),
+        ({"tensor": 2}, ("mlp",)),
+    ],
 )
 def test_bytes_of_tensor_parallel_collectives(pool, tmp_path, options, recompute):
     """Counted as they are called; two depths, so that what is not of a layer falls out."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.data.context import ContextShare, deal
 from megatron_align.data.pack import pack
@@ -63,32 +64,6 @@ def _bytes(x: torch.Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-class SavedBytes:
-    """Counts the storages that autograd keeps within a with-block, each once, without those of ``known``."""
-
-    def __init__(self, known: list[torch.Tensor]):
-        self._known = {x.untyped_storage().data_ptr() for x in known}
-        self._kept: dict[int, Any] = {}
-
-    def __enter__(self) -> SavedBytes:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
-
-    def _pack(self, x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._kept[storage.data_ptr()] = storage  # held, so that its place is not given to another
-        return x
-
-    @property
-    def total(self) -> int:
-        return sum(storage.nbytes() for storage in self._kept.values())
-
-
 def one_pack(lengths: list[int], tokens: int, prompts: list[int] | None = None) -> PackedBatch:
     """Return a pack of documents; the first ``prompts[i]`` tokens of each are not scored."""
     samples = []
@@ -104,18 +79,19 @@ def saved(
     model: Path,
     config: ParallelConfig,
     precision: str,
-    recompute: int,
+    recompute: int | tuple[str, ...],
     batch: PackedBatch,
 ) -> int:
     """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
     with parallel.join(place, config).watching():
         [policy] = _policy(model, config, precision, recompute)
         batch = deal(batch, _context_share(policy.shape, config))
-        with SavedBytes(list(policy.parameters())) as seen:
+        with SavedBytes(policy.parameters()).watching() as seen:
             hidden = policy._hidden(batch)
+            held = seen.held
         hidden.sum().backward()
     parallel.leave()
-    return seen.total
+    return held
 
 
 def _context_share(shape: ModelShape, config: ParallelConfig) -> ContextShare | None:
@@ -125,7 +101,8 @@ def _context_share(shape: ModelShape, config: ParallelConfig) -> ContextShare | 
 
 def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int) -> list[Policy]:
     groups, shape = parallel.groups(), read_shape(model)
-    chunks = build_policy(transformer_config(shape, config, DTYPES[precision], recompute), shape, groups)
+    again = (recompute, ()) if isinstance(recompute, int) else (0, recompute)
+    chunks = build_policy(transformer_config(shape, config, DTYPES[precision], *again), shape, groups)
     with torch.no_grad():
         for chunk in chunks:
             chunk.train()
@@ -135,7 +112,11 @@ def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int)
 
 
 def counted_flops(
-    place: parallel.Place, model: Path, config: ParallelConfig, recompute: int, batch: PackedBatch
+    place: parallel.Place,
+    model: Path,
+    config: ParallelConfig,
+    recompute: int | tuple[str, ...],
+    batch: PackedBatch,
 ) -> tuple[int, int]:
     """Return the operations of matrix products of a pack on this rank: forward; forward and backward.
 
@@ -176,7 +157,11 @@ _UNKNOWN_TO_TORCH = {
 
 
 def sent_bytes(
-    place: parallel.Place, model: Path, config: ParallelConfig, recompute: int, batch: PackedBatch
+    place: parallel.Place,
+    model: Path,
+    config: ParallelConfig,
+    recompute: int | tuple[str, ...],
+    batch: PackedBatch,
 ) -> int:
     """Return the bytes that this rank's tensor-parallel collectives send in a forward and backward of all layers."""
     from megatron.core.tensor_parallel import layers, mappings
