@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import append, interleaved, need_gpu, place, quantiles, yardstick
+from megatron_align.data.shards import attention_work
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 
 HEADS, GROUPS = 32, 8
@@ -32,11 +33,7 @@ CASES = {
 
 def useful_pairs(layout: PackedLayout) -> int:
     """Return the visible (query, key) pairs of one head."""
-    pairs = 0
-    for prompt, completions in layout.groups:
-        pairs += prompt * (prompt + 1) // 2
-        pairs += sum(c * prompt + c * (c + 1) // 2 for c in completions)
-    return pairs + layout.tokens - sum(p + sum(c) for p, c in layout.groups)
+    return int(attention_work(layout.groups, layout.tokens).sum())
 
 
 def flops(layout: PackedLayout, head_dim: int, part: str) -> float:

@@ -50,7 +50,7 @@ class _PackedAttention(torch.autograd.Function):
                 *_strides(q_QHD, k_TGD, v_TGD, out_QHD), queries, k_TGD.shape[0], scale * math.log2(math.e),
                 heads // k_TGD.shape[1], **_options(tiles.forward, head_dim),
             )  # fmt: skip
-        ctx.save_for_backward(q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *layout.by_query, *layout.by_key)
+        ctx.save_for_backward(q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *layout.intervals)
         ctx.scale, ctx.tiles = scale, tiles
         return out_QHD
 

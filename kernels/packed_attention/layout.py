@@ -138,10 +138,14 @@ class PackedLayout:
         """Who sees each key, two tensors ``[T]`` in the order of the fields."""
         return self.seen_start_T, self.seen_end_T
 
+    @property
+    def intervals(self) -> tuple[Tensor, ...]:
+        """All six tensors, in the order of the fields."""
+        return *self.by_query, *self.by_key
+
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the layout with its intervals on ``device``."""
-        moved = (x.to(device, non_blocking=True) for x in (*self.by_query, *self.by_key))
-        return PackedLayout(*moved, groups=self.groups)
+        return PackedLayout(*(x.to(device, non_blocking=True) for x in self.intervals), groups=self.groups)
 
     def mask_QT(self) -> Tensor:
         """Return the dense boolean mask ``[Q query, T key]``: for references and pictures only."""

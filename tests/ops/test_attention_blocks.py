@@ -99,18 +99,21 @@ def test_tiles_are_exact(layout, queries, keys):
 
 
 SHARES = {
-    "every third": lambda tokens: torch.arange(2, tokens, 3),
-    "two stretches": lambda tokens: torch.cat([torch.arange(16, 48), torch.arange(tokens - 37, tokens)]),
-    "blocks with gaps between": lambda tokens: torch.arange(tokens).view(-1, 2, 32)[:, 0].flatten(),
-    "none": lambda tokens: torch.arange(0),
+    "every third": torch.arange(19, 128, 3),
+    "two stretches": torch.cat([torch.arange(5, 25), torch.arange(118, 128)]),
+    "blocks with gaps between": torch.arange(128).view(2, 2, 32)[:, 0].flatten(),
+    "none": torch.arange(0),
 }
 
 
 @pytest.mark.parametrize("share", SHARES.values(), ids=list(SHARES))
-@pytest.mark.parametrize("layout", ["documents", "prompt ends on a block"])
+@pytest.mark.parametrize(
+    "layout",
+    [LAYOUTS["documents"], PackedLayout.from_groups([(10, [9]), (70, [20, 11])], total=128)],
+    ids=["documents", "groups"],
+)
 def test_tiles_of_some_queries(layout, share):
-    layout = LAYOUTS[layout]
-    assert_exact(layout.for_queries(share(layout.tokens // 64 * 64)), 16, 32)
+    assert_exact(layout.for_queries(share), 16, 32)
 
 
 groups = st.lists(st.tuples(st.integers(0, 40), st.lists(st.integers(0, 25), max_size=4)), max_size=5)

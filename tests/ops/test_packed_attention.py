@@ -119,7 +119,7 @@ def test_intervals_say_what_the_groups_say():
     assert layout.prefix_end_Q.tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 8]
     assert layout.own_start_Q.tolist() == [0, 0, 2, 3, 3, 5, 5, 7, 8]
     assert layout.seen_end_T.tolist() == [5, 5, 3, 5, 5, 7, 7, 8, 9]
-    assert {t.dtype for t in (*layout.by_query, *layout.by_key)} == {torch.int32}
+    assert {t.dtype for t in layout.intervals} == {torch.int32}
     assert layout.mask_QT().int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0, 0],
@@ -142,7 +142,7 @@ def test_a_share_by_hand():
     assert share.own_end_Q.tolist() == [2, 5, 6, 8]
     assert share.seen_start_T.tolist() == [0, 0, 1, 1, 1, 2, 3, 3, 4]
     assert share.seen_end_T.tolist() == [2, 2, 1, 2, 2, 3, 3, 4, 4]
-    assert {t.dtype for t in (*share.by_query, *share.by_key)} == {torch.int32}
+    assert {t.dtype for t in share.intervals} == {torch.int32}
 
 
 @pytest.mark.parametrize(
@@ -204,6 +204,13 @@ BAD = {
 def test_what_does_not_fit_is_refused(tensors, tokens, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*tensors, PackedLayout.from_lengths([tokens]))
+
+
+@pytest.mark.parametrize("queries, tokens", [(5, 6), (3, 5), (6, 6)])
+def test_queries_and_keys_that_are_not_the_layouts_are_refused(queries, tokens):
+    share = PackedLayout.from_lengths([6]).for_queries(torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match=f"Q = {queries} queries over T = {tokens} tokens; it has 3 over 6"):
+        packed_attention(*q_k_v((queries, 4, 8), (tokens, 2, 8), (tokens, 2, 8)), share)
 
 
 def test_a_layout_elsewhere_is_refused():
