@@ -68,7 +68,7 @@ def build(assets: Path) -> tuple[Any, Any, dict[str, Any]]:
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.normal_(std=0.02)
-    model = wrap_data_parallel(chunks)
+    model = wrap_data_parallel(chunks, ParallelConfig())
     optimizer = build_optimizer(model, OptimizerConfig(), parallel.groups())
     for state in optimizer.optimizer.state.values():
         for moment in (state["exp_avg"], state["exp_avg_sq"]):

@@ -23,7 +23,7 @@ def build(place, model, config, dtype):
     chunks = build_policy(transformer_config(shape, config, dtype), shape, groups)
     local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
     load_weights(model, shape, local, groups.tp.rank(), groups.tp.size())
-    ddp = wrap_data_parallel(chunks)
+    ddp = wrap_data_parallel(chunks, ParallelConfig())
     return ddp, build_optimizer(ddp, OptimizerConfig(), groups), sharded.make_card(1, shape, dtype)
 
 

@@ -268,12 +268,14 @@ class _GradientsAsWeights:
     def zero_grad(self) -> None:
         pass
 
-    def update(self) -> float:
+    def grad_norm(self) -> float:
+        return 0.0
+
+    def update(self, norm: float) -> None:
         with torch.no_grad():
             for chunk in self.model:
                 for parameter in chunk.parameters():
                     parameter.copy_(parameter.main_grad)
-        return 0.0
 
 
 def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None:
@@ -291,7 +293,7 @@ def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None
         started = _Run(plan, watchdog)
         started.stepper.optimizer = _GradientsAsWeights(started.model)
         # The optimizer needs its shard of the sums only; here every rank gets all of them.
-        started.model[0].config.finalize_model_grads_func = lambda chunks, _, **options: finalize_model_grads(
+        started.stepper._finalize = lambda chunks, _, **options: finalize_model_grads(
             chunks, None, **{**options, "force_all_reduce": True}
         )
         step = started.batches.step(0)

@@ -52,7 +52,7 @@ CONFIG = {
     "kind of no context": ({"parallel__context_kind": "ulysses"}, "context_kind needs parallel.context of at least 2"),
     "context kind": ({"parallel__context_kind": "ring"}, 'key "parallel.context_kind".*ring'),
     "virtual stages alone": ({"parallel__virtual_pipeline": 2}, "parallel.virtual_pipeline needs"),
-    "recompute": ({"train__recompute_layers": 3}, "train.recompute_layers must divide the 4 layers"),
+    "recompute": ({"train__recompute_layers": 5}, "train.recompute_layers must be at most the 4 layers"),
     "positions": ({"data__sequence_length": 4096}, "data.sequence_length must not pass the model's 2048"),
     "too long": ({"data__sequence_length": 64}, r"chat.jsonl:\d+: a sample must fit in data.sequence_length = 64"),
     "warm-up": ({"optimizer__warmup_steps": 6}, "optimizer.warmup_steps must not pass train.steps = 5, got 6"),
