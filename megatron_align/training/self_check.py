@@ -188,11 +188,14 @@ def _packing_faults(
     stepper = Stepper(model, _Probe(policy.shape.is_reward), groups)
     parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
     together, alone = _lay([cut(sample) for sample in batches.shortest(step, 2)], batches)
-    stepper.gradients(together)
-    norms = _norms(parameters)
-    stepper.gradients(together + alone)
+    # Whole, as context ranks hold other tokens of a pack than of its samples' own packs: only their sum is alike.
+    with stepper.whole_gradients():
+        stepper.gradients(together)
+        norms = _norms(parameters)
+        stepper.gradients(together + alone)
+        rests = _norms(parameters)
     bound, floor = PACKING[policy.config.params_dtype], FLOOR * math.hypot(*norms.values())
-    off = {name: norm / max(norms[name], floor) for name, norm in _norms(parameters).items() if norm > 0}
+    off = {name: norm / max(norms[name], floor) for name, norm in rests.items() if norm > 0}
     return [
         f"the gradient of {name} on rank {dist.get_rank()} must be the same with and without packing within "
         f"{bound:g} of its norm, it is off by {share:.3g}"

@@ -58,7 +58,7 @@ class Stepper:
         self.optimizer = optimizer
         self._detail = detail  # is told how far a step is
         self.clock = StepClock()
-        self._sums_over_ranks = True
+        self._sums_over_ranks, self._whole_sums = True, False
         self.model[0].config.grad_scale_func = None
 
     def train(self, batches: Sequence[PackedBatch]) -> StepResult:
@@ -125,13 +125,25 @@ class Stepper:
             yield
         self._sums_over_ranks, config.no_sync_func = True, no_sync
 
+    @contextmanager
+    def whole_gradients(self) -> Iterator[None]:
+        """Give every rank all of the summed gradient, not its shard alone, for the length of a with-block."""
+        overlaps = [chunk.ddp_config.overlap_grad_reduce for chunk in self.model]
+        self._whole_sums = True
+        for chunk in self.model:
+            chunk.ddp_config.overlap_grad_reduce = False  # its sums begin in backward, and are of shards
+        yield
+        self._whole_sums = False
+        for chunk, overlap in zip(self.model, overlaps, strict=True):
+            chunk.ddp_config.overlap_grad_reduce = overlap
+
     def _finalize(self, chunks: list[DistributedDataParallel], _tokens: Tensor, **options: Any) -> None:
         """Sum the gradients over ranks; the loss is already divided by what it must be, so nothing is divided here."""
         self.clock.mark("forward_backward")
         if self.clock.running:
             dist.barrier()
         self.clock.mark("wait")
-        finalize_model_grads(chunks, None, **options)
+        finalize_model_grads(chunks, None, **{**options, "force_all_reduce": self._whole_sums})
 
     def _schedule(
         self, batches: Sequence[PackedBatch], forward_only: bool

@@ -280,8 +280,6 @@ class _GradientsAsWeights:
 
 def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None:
     """Write the first step's gradients as a Hugging Face folder: whole, fused weights in HF's order."""
-    from megatron.core.distributed import finalize_model_grads
-
     from megatron_align.checkpoint.export import export_model
     from megatron_align.training.loop import _Run
     from megatron_align.training.setup import prepare
@@ -292,12 +290,10 @@ def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None
     with watchdog.watching():
         started = _Run(plan, watchdog)
         started.stepper.optimizer = _GradientsAsWeights(started.model)
-        # The optimizer needs its shard of the sums only; here every rank gets all of them.
-        started.stepper._finalize = lambda chunks, _, **options: finalize_model_grads(
-            chunks, None, **{**options, "force_all_reduce": True}
-        )
         step = started.batches.step(0)
-        started.stepper.train(started._ahead("train").batches(step, training=True))
+        batches = started._ahead("train").batches(step, training=True)
+        with started.stepper.whole_gradients():
+            started.stepper.train(batches)
         export_model([chunk.module for chunk in started.model], folder, plan.assets)
     parallel.leave()
 
