@@ -25,6 +25,8 @@ ABOUT = """Say what a run takes, and which layouts fit: memory of each pipeline 
 time, bytes of each collective. Of model.path only config.json is read; of the data their lengths, where they are
 tokenised already or small, else every pack is taken as full. Needs no GPU and no torchrun.
 
+The run's own options (--section.key value) may stand beside these, as they would beside train's.
+
 Bytes and operations are counted, and the counts are tested; times are estimates to compare layouts by."""
 SMALL_BYTES = 16_000_000  # data up to this are tokenised for the plan, into a folder that is removed again
 
@@ -35,7 +37,8 @@ def run(arguments: list[str]) -> int:
 
     parser = Parser(PROGRAM, ABOUT)
     _arguments(parser)
-    options = parser.parse(arguments)
+    own, changes = _apart(arguments)
+    options = parser.parse(own)
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # others may be training on them
     from megatron_align.config import parse
@@ -45,7 +48,7 @@ def run(arguments: list[str]) -> int:
     from megatron_align.errors import InputError
     from megatron_align.tools.plan_text import head, nothing_fits, own_layout, table
 
-    config = parse(["--config", options.config])
+    config = parse(["--config", options.config, *changes])
     if options.write and Path(options.write).exists():
         raise InputError(f"--write needs a new file, '{options.write}' exists")
     shape = _shape(config)
@@ -68,6 +71,21 @@ def run(arguments: list[str]) -> int:
         _write(options.write, config, found[0])
         print(f"wrote the first of them to {options.write}")
     return 0 if found else 1
+
+
+def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split into plan's own arguments and those of the run: ``--section.key value`` or ``--section.key=value``."""
+    own: list[str] = []
+    changes: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, has_value, _ = argument.partition("=")
+        if not (name.startswith("--") and "." in name):
+            own.append(argument)
+            continue
+        value = None if has_value else next(rest, None)
+        changes += [argument] if value is None else [argument, value]
+    return own, changes
 
 
 def _arguments(parser: Parser) -> None:

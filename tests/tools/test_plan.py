@@ -160,3 +160,12 @@ def test_a_layout_that_does_not_divide_is_said_and_others_are_found(sizes, tmp_p
     file = write_run(tmp_path, sizes["qwen2_7b"], tensor=3)
     assert main(["plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "80"]) == 0
     assert "world size must be a multiple of tensor x pipeline x context = 3" in capsys.readouterr().out
+
+
+def test_options_of_the_run_may_stand_beside(sizes, tmp_path, capsys):
+    file, own = write_run(tmp_path, sizes["qwen2_7b"]), ["--gpus", "8", "--gpu-memory", "80", "--count", "1"]
+    changes = ["--data.sequence_length=4096", "--train.global_batch_size", "24"]
+    assert main(["plan", "--config", str(file), *changes, *own]) == 0
+    assert "4,096 tokens" in capsys.readouterr().out
+    assert main(["plan", "--config", str(file), *own, "--data.sequence_lenth", "4096"]) == 2
+    assert "did you mean 'data.sequence_length'" in capsys.readouterr().err
