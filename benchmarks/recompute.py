@@ -71,11 +71,11 @@ def measure(
             parameter.normal_(std=0.02)
     layout = PackedLayout.from_lengths(DOCUMENTS)
     positions_T = torch.cat([torch.arange(length) for length in DOCUMENTS])
-    cos_TD, sin_TD = rope_tables(positions_T, inv_freq(shape))
-    pack = PackParams(layout=layout, cos_TD=cos_TD, sin_TD=sin_TD)
+    cos_QD, sin_QD = rope_tables(positions_T, inv_freq(shape))
+    pack = PackParams(layout=layout, cos_QD=cos_QD, sin_QD=sin_QD)
     hidden = torch.randn(layout.tokens, 1, shape.hidden_size, dtype=dtype, requires_grad=True)
     # The rotary tables and the layout are one for all layers, and no activations.
-    beside = [*decoder.parameters(), cos_TD, sin_TD, *layout.intervals]
+    beside = [*decoder.parameters(), cos_QD, sin_QD, *layout.intervals]
     counter = SavedBytes(beside)
     with counter.watching():
         out = decoder(hidden, attention_mask=None, packed_seq_params=pack)
