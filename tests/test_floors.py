@@ -13,6 +13,7 @@ FLOORS = [
         "megatron_align.errors",
         "megatron_align.faults",
         "megatron_align.objectives",
+        "megatron_align.sections",
         "megatron_align.config",
         "megatron_align.records",
     ],
@@ -22,10 +23,12 @@ FLOORS = [
     ["megatron_align.train"],
     ["megatron_align.tools", "examples"],
 ]
-# Within floor 1 the errors are a leaf that the others may use, and the run's options hold the objective's.
+# Within floor 1 the errors are a leaf that the others may use, and a run's options are its sections' and objective's.
 SIDEWAYS = {
     ("megatron_align.config", "megatron_align.errors"),
     ("megatron_align.config", "megatron_align.objectives"),
+    ("megatron_align.config", "megatron_align.sections"),
+    ("megatron_align.sections", "megatron_align.errors"),
     ("megatron_align.objectives", "megatron_align.errors"),
 }
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,398 @@
+"""The options of every section of a run but its objective: frozen dataclasses, each checking itself.
+
+The docstring of a field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_align.errors import nearest, need
+
+RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained.
+
+    Args:
+        path: a Hugging Face folder (config.json, tokenizer, safetensors) or one of our checkpoints
+    """
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One source of a mixture.
+
+    Args:
+        path: file, folder or glob pattern
+        weight: passes over it per epoch; 0.5: half of its samples, another half each epoch; 2: each twice
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        need(self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on.
+
+    Args:
+        train: file, folder or glob pattern (.jsonl, .json, .parquet, .gz), or a list of them or of {path, weight}
+        validation: the same for validation; null: none
+        shape: shape of the records (messages, pair, ...); null: recognised from each file's first record
+        chat_template: file with a Jinja chat template; null: the tokenizer's own
+        on_bad_record: error: stop at a malformed record; skip: leave it out and count it
+        sequence_length: longest sample (pair, group) and capacity of one pack, in tokens
+        packing: true: several samples per micro-batch, attention isolated; false: one sample each
+        shuffle: true: a new order every epoch, a function of the seed; false: file order
+        share_prefix: pairs and groups compute their prompt once (chat samples have nothing to share)
+        too_long: what to do with a sample longer than sequence_length
+        cache: folder for tokenised data; null: a folder inside checkpoint.dir
+    """
+
+    train: str | list[str | DataSource]
+    validation: str | list[str | DataSource] | None = None
+    shape: str | None = None
+    chat_template: str | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+    sequence_length: int = 4096
+    packing: bool = True
+    shuffle: bool = True
+    share_prefix: bool = True
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        need(
+            self.sequence_length > 1,
+            f"data.sequence_length must be at least 2 tokens, got {self.sequence_length}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The model that preference objectives compare with (only for those that do: dpo, kto, bco).
+
+    Args:
+        mode: cached: its log-probs are computed once before training and kept as a column of numbers; live: it
+            stays in memory and is run at every step; none: every log-prob of it is 0; null: cached
+        path: a Hugging Face folder or one of our checkpoints, of the policy's shape; null: model.path
+        sync_steps: mode live: every so many steps it moves towards the policy (TR-DPO); null: never
+        mixup_alpha: how far: reference = mixup_alpha x policy + (1 - mixup_alpha) x reference
+    """
+
+    mode: Literal["cached", "live", "none"] | None = None
+    path: str | None = None
+    sync_steps: int | None = None
+    mixup_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        need(
+            self.sync_steps is None or self.mode == "live",
+            f"reference.sync_steps needs reference.mode live, got mode {self.mode}",
+        )
+        need(
+            self.sync_steps is None or self.sync_steps >= 1,
+            f"reference.sync_steps must be at least 1, got {self.sync_steps}",
+        )
+        need(
+            self.mixup_alpha is None or (self.sync_steps is not None and 0 < self.mixup_alpha <= 1),
+            f"reference.mixup_alpha needs reference.sync_steps and lies in (0, 1], got {self.mixup_alpha} "
+            f"with sync_steps {self.sync_steps}",
+        )
+        need(
+            self.path is None or self.mode != "none",
+            f"reference.path is not read with reference.mode none, got {self.path}",
+        )
+        if self.sync_steps is not None and self.mixup_alpha is None:
+            object.__setattr__(self, "mixup_alpha", 0.6)  # TR-DPO's, arXiv:2404.09656
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model lies on the ranks; data parallelism takes what is left of the world size.
+
+    Args:
+        tensor: tensor-parallel ranks
+        pipeline: pipeline stages
+        context: context-parallel ranks: each pack's tokens are dealt out over them
+        context_kind: how they attend together. ulysses: swap tokens for heads; allgather: gather keys and values, work
+            balanced for each pack; auto: see docs/parallel.md (no other with context: 1)
+        virtual_pipeline: model chunks per pipeline stage (interleaved schedule); null: one
+        first_stage_layers: layers of the first pipeline stage, over all of its chunks; null: as many as the others
+        last_stage_layers: layers of the last pipeline stage; null: as many as the others
+        count_embedding: pipeline: the embedding counts as a layer of the first chunk when layers are dealt out
+        count_loss: pipeline: head and loss count as a layer of the last chunk when layers are dealt out
+        sequence: shard activations between the tensor-parallel regions too (no effect at tensor: 1)
+        overlap_grad_reduce: sum gradients over data-parallel ranks while backward still runs
+        overlap_param_gather: gather the updated weights layer by layer while the next forward runs
+        overlap_p2p: interleaved schedule: send and receive between stages while they compute
+        timeout_seconds: a rank that keeps the others waiting longer ends the run, in seconds
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    context_kind: Literal["auto", "ulysses", "allgather"] = "auto"
+    virtual_pipeline: int | None = None
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    count_embedding: bool = False
+    count_loss: bool = False
+    sequence: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_p2p: bool = False
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "context"):
+            need(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
+        need(
+            self.context > 1 or self.context_kind == "auto",
+            f"parallel.context_kind needs parallel.context of at least 2, got {self.context_kind} with context "
+            f"{self.context}",
+        )
+        need(
+            self.timeout_seconds > 0, f"parallel.timeout_seconds must be positive, got {self.timeout_seconds}"
+        )
+        if self.virtual_pipeline is not None:
+            need(
+                self.virtual_pipeline >= 2 and self.pipeline >= 2,
+                "parallel.virtual_pipeline needs at least 2 chunks on at least 2 pipeline stages, "
+                f"got virtual_pipeline {self.virtual_pipeline} with pipeline {self.pipeline}",
+            )
+
+        self._check_split()
+        need(
+            self.overlap_grad_reduce or not self.overlap_param_gather,
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce, as megatron-core has it; got false",
+        )
+        need(
+            self.virtual_pipeline is not None or not self.overlap_p2p,
+            "parallel.overlap_p2p needs parallel.virtual_pipeline: only the interleaved schedule overlaps; got null",
+        )
+
+    def _check_split(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("first_stage_layers", "last_stage_layers")}
+        counted = {name: getattr(self, name) for name in ("count_embedding", "count_loss")}
+        for name, value in {**sizes, **counted}.items():
+            need(
+                value in (None, False) or self.pipeline >= 2,
+                f"parallel.{name} needs at least 2 stages of parallel.pipeline, got {self.pipeline}",
+            )
+        for name, value in sizes.items():
+            need(value is None or value >= 1, f"parallel.{name} must be at least 1, got {value}")
+        need(
+            not (any(counted.values()) and any(sizes.values())),
+            f"give parallel.first_stage_layers and last_stage_layers, or count_embedding and count_loss; got {sizes} "
+            f"and {counted}",
+        )
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks per pipeline stage."""
+        return self.virtual_pipeline or 1
+
+    def data_parallel(self, world_size: int) -> int:
+        """Return the data-parallel size, or raise InputError if the ranks do not divide."""
+        model = self.tensor * self.pipeline * self.context
+        need(
+            world_size % model == 0,
+            f"world size must be a multiple of tensor x pipeline x context = "
+            f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}",
+        )
+        ranks = world_size // model
+        need(
+            ranks > 1 or not self.overlap_grad_reduce,
+            "parallel.overlap_grad_reduce needs at least 2 data-parallel ranks, got 1: there is nothing to reduce",
+        )
+        return ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Args:
+        lr: peak learning rate
+        weight_decay: decoupled weight decay on matrices; vectors (norms, biases) have none
+        betas: decay of the first and second moment
+        eps: added to the root of the second moment
+        warmup_steps: steps of linear warm-up from 0
+        schedule: what follows the warm-up, down to 0 at the last step (constant: stays)
+        clip_grad: largest global gradient norm; 0: no clipping
+    """
+
+    lr: float = 1.0e-5
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1.0e-8
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        need(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
+        need(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
+        need(
+            all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), got {list(self.betas)}"
+        )
+        need(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
+        need(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
+        need(self.clip_grad >= 0, f"optimizer.clip_grad must not be negative, got {self.clip_grad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how precisely.
+
+    Args:
+        global_batch_size: samples (pairs, groups) of one optimiser step, whatever the layout; null: 16, or as
+            many as global_batch_tokens says
+        global_batch_tokens: instead of global_batch_size: samples are taken in order while they fit into so
+            many tokens, at least one
+        steps: optimiser steps; give this or epochs
+        epochs: passes over the training data; give this or steps
+        seed: of the data order
+        precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
+        recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and run k
+            merged layers again in backward
+        recompute_modules: parts of every layer whose activations are made again in backward: attention, mlp,
+            norms; not together with recompute_layers
+        validate_every: steps between validations, besides the one after the last step; null: only that one
+        on_nonfinite: what to do when loss or gradients are NaN or infinite: stop: end the run; skip: go on without
+            the step's update, at most 10 times in a row
+        self_check: before the first step, resumed or not, check that ranks agree and that packing changes nothing;
+            after step 1 that a policy which starts as its reference was seen to be it
+    """
+
+    global_batch_size: int | None = None
+    global_batch_tokens: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    seed: int = 1234
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute_layers: int = 0
+    recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
+    validate_every: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    self_check: bool = True
+
+    def __post_init__(self) -> None:
+        need(
+            self.global_batch_size is None or self.global_batch_tokens is None,
+            f"give train.global_batch_size or train.global_batch_tokens, got {self.global_batch_size} and "
+            f"{self.global_batch_tokens}",
+        )
+        if self.global_batch_size is None and self.global_batch_tokens is None:
+            object.__setattr__(self, "global_batch_size", 16)
+        need(
+            (self.steps is None) != (self.epochs is None),
+            f"give either train.steps or train.epochs, got steps {self.steps} and epochs {self.epochs}",
+        )
+        for name in ("global_batch_size", "global_batch_tokens", "steps", "epochs", "validate_every"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
+        need(
+            self.recompute_layers >= 0,
+            f"train.recompute_layers must not be negative, got {self.recompute_layers}",
+        )
+        need(
+            not (self.recompute_layers and self.recompute_modules),
+            f"give train.recompute_layers or train.recompute_modules, got {self.recompute_layers} and "
+            f"{', '.join(self.recompute_modules)}",
+        )
+        need(
+            len(set(self.recompute_modules)) == len(self.recompute_modules),
+            f"train.recompute_modules must name each part once, got {', '.join(self.recompute_modules)}",
+        )
+        need(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept.
+
+    Args:
+        dir: folder of the run: metrics.jsonl, config.yaml, step_NNNNNN/, hf/
+        save_every: steps between checkpoints, besides the one after the last step; null: only that one
+        keep: newest checkpoints kept
+        keep_every: checkpoints of steps that this divides are kept too, for good; null: none
+        async_save: write checkpoints while training goes on; takes host memory for a copy of what is written
+        resume: auto: go on from the newest whole checkpoint in dir, if any; never: refuse a dir that has one
+        resume_allow: what may differ from the run that is resumed: data, tokenizer, order (seed, batch size,
+            shuffling), objective, reference
+        export_hf: write the trained model as a Hugging Face folder to dir/hf at the end
+    """
+
+    dir: str
+    save_every: int | None = None
+    keep: int = 2
+    keep_every: int | None = None
+    async_save: bool = True
+    resume: Literal["auto", "never"] = "auto"
+    resume_allow: list[str] = field(default_factory=list)
+    export_hf: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep", "keep_every"):
+            value = getattr(self, name)
+            need(value is None or value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
+        need(
+            self.keep_every is None or self.save_every is not None,
+            f"checkpoint.keep_every needs checkpoint.save_every, got keep_every {self.keep_every} without it",
+        )
+        need(
+            self.keep_every is None or self.keep_every % self.save_every == 0,
+            f"checkpoint.keep_every must be a multiple of save_every = {self.save_every}, "
+            f"got {self.keep_every}",
+        )
+        for name in self.resume_allow:
+            need(
+                name in RESUME_GROUPS,
+                f"checkpoint.resume_allow takes {', '.join(RESUME_GROUPS)}, got '{name}'"
+                f"{nearest(name, list(RESUME_GROUPS))}",
+            )
+        need(
+            self.resume == "auto" or not self.resume_allow,
+            f"checkpoint.resume_allow needs checkpoint.resume auto, got {self.resume_allow} with {self.resume}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where the numbers go besides metrics.jsonl.
+
+    Args:
+        tensorboard: write event files to checkpoint.dir/tensorboard
+        wandb: Weights & Biases project; null: off
+        mlflow: MLflow experiment, on the server of MLFLOW_TRACKING_URI; null: off
+        timing_every: steps between measurements of where the time of a step goes, on every rank; null: never
+        profile_steps: first and last step of a PyTorch profiler trace per rank, in checkpoint.dir/profile; null: none
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = None
+    mlflow: str | None = None
+    timing_every: int | None = 100
+    profile_steps: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        need(
+            self.timing_every is None or self.timing_every >= 1,
+            f"logging.timing_every must be at least 1, got {self.timing_every}",
+        )
+        steps = self.profile_steps
+        need(
+            steps is None or 1 <= steps[0] <= steps[1],
+            f"logging.profile_steps must be a first and a last step, counted from 1, got {steps and list(steps)}",
+        )
