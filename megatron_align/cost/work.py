@@ -19,7 +19,7 @@ from megatron_align.cost.flops import (
     padded_vocabulary,
 )
 from megatron_align.cost.placement import Placement
-from megatron_align.data.batch import StepCounts, scored_rows, seen_by, step_order
+from megatron_align.data.batch import StepCounts, scored_rows, seen_in_samples, step_order
 from megatron_align.data.plan import attention_cost, plan_step, visible_keys
 from megatron_align.data.store import TokenStore
 from megatron_align.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig, ORPOConfig
@@ -99,7 +99,8 @@ def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
     picked = np.unique(np.linspace(0, steps - 1, min(SAMPLED_STEPS, steps)).astype(int)).tolist()
     samples = [order.samples(step) for step in picked]
     lengths_S = store.lengths if data.share_prefix else store.duplicated_lengths
-    seen = [seen_by(store, samples_B, data.share_prefix) for samples_B in samples]
+    seen_S = seen_in_samples(store, data.share_prefix)
+    seen = [int(seen_S[samples_B].sum()) for samples_B in samples]
 
     @lru_cache(maxsize=256)
     def lie(ranks: int, multiple: int, rounds: int) -> list[Work]:

@@ -16,7 +16,7 @@ from megatron_align.config import DataConfig, DataSource, TrainConfig
 from megatron_align.data.context import ContextShare, deal
 from megatron_align.data.order import EpochOrder, SampleSteps, TokenSteps, passes_per_epoch
 from megatron_align.data.pack import Columns, pack
-from megatron_align.data.plan import StepPlan, attention_cost, plan_step, visible_keys
+from megatron_align.data.plan import StepPlan, attention_cost, plan_step
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
 from megatron_align.records import PackedBatch, Sample
@@ -97,12 +97,17 @@ def scored_rows(store: TokenStore, samples_B: np.ndarray, score_prompt: bool) ->
     return int((store.scored_counts[samples_B] + prompts_B).sum())
 
 
-def seen_by(store: TokenStore, samples_B: np.ndarray, shared: bool) -> int:
-    """Return the pairs of a token and a token it sees within some samples, see :func:`visible_keys`."""
-    return sum(
-        visible_keys(int(store.prompt_lengths[i]), store.completion_lengths(int(i)).tolist(), shared)
-        for i in samples_B
-    )
+def seen_in_samples(store: TokenStore, shared: bool) -> np.ndarray:
+    """Return the pairs of a token and a token it sees within each sample, int64[S], as :func:`visible_keys` has it."""
+    own_C, prompt_S = store.all_completion_lengths, store.prompt_lengths
+    prompt_C = np.repeat(prompt_S, store.completion_counts)
+    seen_C = own_C * prompt_C + _triangle(own_C) if shared else _triangle(prompt_C + own_C)
+    before = np.concatenate([[0], np.cumsum(seen_C)])
+    return np.diff(before[store.completion_offsets]) + (_triangle(prompt_S) if shared else 0)
+
+
+def _triangle(tokens: np.ndarray) -> np.ndarray:
+    return tokens * (tokens + 1) // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +203,7 @@ class StepBatches:
         self._order = step_order(store, data, train, sources)
         self.steps: int = train.steps or self._order.steps
         self._laid_S = _laid_lengths(store, data)
+        self._seen_S = seen_in_samples(store, data.share_prefix)
         self._reference_C, self._mismatched = reference_C, mismatched
         self._score_prompt = score_prompt
 
@@ -232,7 +238,7 @@ class StepBatches:
             scored_tokens=int(scored_B.sum()),
             scored_rows=scored_rows(store, samples_B, self._score_prompt),
             completions=len(completions.stored_C),
-            visible_keys=seen_by(store, samples_B, self.data.share_prefix),
+            visible_keys=int(self._seen_S[samples_B].sum()),
             weight=step_weight(scored_B, self.normalization, weights_B),
             micro_batches=len(batches),
         )

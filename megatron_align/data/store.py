@@ -88,6 +88,7 @@ class TokenStore:
         completion_counts: int64[S], 1 for chat.
         completion_offsets: int64[S+1], where each sample's completions start among all of the store.
         completion_scored: int64[C], targets of each completion.
+        all_completion_lengths: int64[C], tokens of each completion; of a chat sample all of its tokens.
         scores: float64[C], NaN where none was given; None for chat.
         margins: float64[S], NaN where none was given; None but for pairs.
 
@@ -113,13 +114,14 @@ class TokenStore:
             self.prompt_lengths = np.zeros(len(self.lengths), dtype=np.int64)
             self.completion_offsets = np.arange(len(self.lengths) + 1)
             self.completion_scored = self.scored_counts
+            self.all_completion_lengths = self.lengths
         else:
             self.prompt_lengths = np.array(columns["prompt_lengths"], dtype=np.int64)
             self.completion_offsets = np.array(columns["completion_offsets"], dtype=np.int64)
             self.completion_scored = np.array(columns["completion_scored"], dtype=np.int64)
+            self.all_completion_lengths = np.array(columns["completion_lengths"], dtype=np.int64)
         self.completion_counts = np.diff(self.completion_offsets)
         self.duplicated_lengths = self.lengths + (self.completion_counts - 1) * self.prompt_lengths
-        self._completion_lengths = columns.get("completion_lengths")
         self.scores, self.margins = columns.get("scores"), columns.get("margins")
         self._labels = columns.get("labels")
 
@@ -128,9 +130,7 @@ class TokenStore:
 
     def completion_lengths(self, i: int) -> np.ndarray:
         """Return the tokens of each completion of sample ``i`` (int64); a chat sample is one completion."""
-        if self._completion_lengths is None:
-            return self.lengths[i : i + 1].copy()
-        return np.array(self._completion_lengths[self._completions(i)], dtype=np.int64)
+        return self.all_completion_lengths[self._completions(i)].copy()
 
     def sample(self, i: int) -> Sample:
         """Return sample ``i`` (copied out of the map)."""

@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
-from megatron_align.data.batch import Share, StepBatches, need_room, row_weights, step_order
+from megatron_align.data.batch import (
+    Share,
+    StepBatches,
+    need_room,
+    row_weights,
+    seen_in_samples,
+    step_order,
+)
 from megatron_align.data.pack import Columns, pack
+from megatron_align.data.plan import visible_keys
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 
@@ -47,6 +55,9 @@ def memory_store(samples, sources=None):
         lengths=lengths,
         prompt_lengths=prompts,
         completion_counts=completions,
+        all_completion_lengths=column(
+            n for s in samples for n in s.completion_lengths or (len(s.tokens_L) - s.prompt_length,)
+        ),
         completion_offsets=np.concatenate([[0], np.cumsum(completions)]),
         completion_scored=np.concatenate([s.completion_scored() for s in samples]),
         duplicated_lengths=lengths + (completions - 1) * prompts,
@@ -452,3 +463,14 @@ def test_steps_of_tokens_do_not_look_at_how_prompts_lie():
         data = DataConfig(train="x", sequence_length=60, share_prefix=share, shuffle=False)
         order = step_order(store, data, train, "x")
         assert [order.samples(s).tolist() for s in range(order.steps)] == [[0, 1], [2, 3], [4, 5]]
+
+
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(0, 9), st.lists(st.integers(1, 9), min_size=1, max_size=3)), min_size=1
+    ),
+    shared=st.booleans(),
+)
+def test_what_samples_see_is_what_each_of_them_sees(groups, shared):
+    store = memory_store([group(i, prompt, own) for i, (prompt, own) in enumerate(groups)])
+    assert seen_in_samples(store, shared).tolist() == [visible_keys(p, own, shared) for p, own in groups]
