@@ -149,8 +149,8 @@ class Stepper:
         self, batches: Sequence[PackedBatch], forward_only: bool
     ) -> tuple[dict[str, float], list[float]]:
         """Return the sums over all packs of all ranks, and the loss of each of this rank's."""
-        # Here, as another Stepper may have set its own.
-        self.model[0].config.finalize_model_grads_func = self._finalize if self._sums_over_ranks else None
+        config = self.model[0].config
+        config.finalize_model_grads_func = self._finalize if self._sums_over_ranks else None
         numbered = [(f"micro-batch {i + 1} of {len(batches)}", batch) for i, batch in enumerate(batches)]
         iterators = [iter(numbered) for _ in self.model]
         partial_sums = get_forward_backward_func()(
@@ -162,6 +162,8 @@ class Stepper:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        # megatron-core keeps the configuration of every model: it must not keep the model, and its process groups.
+        config.finalize_model_grads_func = None
         self._detail("sums over ranks")
         losses = torch.stack([sums["loss"] for sums in partial_sums]).tolist() if partial_sums else []
         return self._reduce(partial_sums), losses

@@ -6,6 +6,7 @@ the pool started are ever stopped.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -35,6 +36,7 @@ def _serve(pipe: Connection) -> None:
     from megatron_align.model import parallel
     from tests.harness import ranks  # noqa: F401  # what will be asked for, imported before the clock runs
 
+    gc.freeze()  # what is imported stays: collecting is quick then
     pipe.send("ready")
     while True:
         try:
@@ -47,6 +49,8 @@ def _serve(pipe: Connection) -> None:
         except BaseException as error:  # reported to the test, which raises it there
             answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
         pipe.send(answer)
+        del answer, function, arguments
+        gc.collect()  # a run's model and process groups refer to each other; each group has three threads
 
 
 class RankFailed(Exception):
