@@ -40,7 +40,10 @@ def one_rank(gradients):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [name if name == "dpo" else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES],
+)
 def test_every_gradient_is_that_of_one_rank(objective, layout, gradients, one_rank):
     world, options = LAYOUTS[layout]
     found, wanted = gradients(objective, world, **options), one_rank[objective]

@@ -68,19 +68,23 @@ OBJECTIVES = {
     "all_pairs": {"name": "reward", "ranked_loss": "all_pairs"},
     "tpo": {"name": "tpo"},
 }
-CASES = [("dpo", layout) for layout in [*LAYOUTS, *LIVE]]
-CASES += [(objective, layout) for objective in OBJECTIVES if objective != "dpo" for layout in FEW]
-CASES += [(objective, SPREAD[i % 2]) for i, objective in enumerate(OBJECTIVES) if objective != "dpo"]
+# DPO on every layout without context ranks and on both kinds of these; the others each on one mix or one spread, in
+# turn. The rest is among the slow tests.
 CASES = [
-    case for case in CASES if case[0] != "all_pairs" or case[1] == FEW[0]
-]  # as plackett_luce but for the sum
+    ("dpo", layout)
+    for layout in [*LAYOUTS, *LIVE]
+    if layout in SPREAD or not LAYOUTS.get(layout, LIVE.get(layout))[1].get("parallel__context")
+]
+for i, objective in enumerate(OBJECTIVES):
+    if objective != "dpo":
+        CASES.append((objective, (*FEW, *SPREAD)[i % (len(FEW) + 2)]))
 CASES += [("kto", "live_tp2_pp2"), ("aot", "live"), ("reward", "tp2_sp"), ("reward", "tp2")]
 CASES += [("kto", "live_allgather2"), ("reward", "ulysses2_tp2")]
 CASES += [
     pytest.param(objective, layout, marks=pytest.mark.slow)
     for objective in OBJECTIVES
-    for layout in SPREAD
-    if objective != "dpo" and (objective, layout) not in CASES
+    for layout in ([*LAYOUTS, *LIVE] if objective == "dpo" else (*FEW, *SPREAD))
+    if (objective, layout) not in CASES
 ]
 
 

@@ -53,6 +53,11 @@ NAMES = {  # TRL's metric -> ours
 }
 
 
+def quick_first(names, *quick):
+    """Mark all but the quick ones as slow: every loss type is held against TRL's code in tests/losses as well."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", samples=STEPS * BATCH)
@@ -170,7 +175,9 @@ def assert_same(ours, theirs, names=NAMES):
     assert max(moved) - min(moved) > 1e-3  # ten equal losses of a model that stands still prove nothing
 
 
-@pytest.mark.parametrize("name", [*DPO, *DPO_OPTIONS])
+@pytest.mark.parametrize(
+    "name", quick_first([*DPO, *DPO_OPTIONS], "sigmoid", "ipo", "robust", "aot", "sft", "wpo", "ld", "mpo")
+)
 def test_dpo(name, pool, tiny_models, pairs, tmp_path):
     options = {"loss_type": name, **DPO[name]} if name in DPO else DPO_OPTIONS[name]
     ours = our_rows(pool, tiny_models(), pairs, tmp_path / "ours", name="dpo", **options)
@@ -178,7 +185,7 @@ def test_dpo(name, pool, tiny_models, pairs, tmp_path):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", CPO)
+@pytest.mark.parametrize("name", quick_first(CPO, "sigmoid", "simpo"))
 def test_cpo(name, pool, tiny_models, text_pairs, tmp_path):
     options = {"loss_type": name, **CPO[name]}
     ours = our_rows(pool, tiny_models(), text_pairs, tmp_path / "ours", name="cpo", **options)
@@ -204,7 +211,7 @@ def test_simpo_is_trls_cpo_without_likelihood(pool, tiny_models, text_pairs, tmp
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", TPO)
+@pytest.mark.parametrize("name", quick_first(TPO, "tpo-l"))
 def test_tpo(name, pool, tiny_models, triples, tmp_path):
     options = {"loss_type": name, **TPO[name]}
     ours = our_rows(pool, tiny_models(), triples, tmp_path / "ours", name="tpo", **options)
