@@ -20,8 +20,11 @@ class _NoUpdate:
     def zero_grad(self) -> None:
         pass
 
-    def update(self) -> float:
+    def grad_norm(self) -> float:
         return 0.0
+
+    def update(self, norm: float) -> None:
+        pass
 
 
 def write_gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None:
