@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs
 from megatron_align.model import cpu
 from megatron_align.model.context import SpreadSlabs, from_all_ranks
+from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.records import LossRows, PackedBatch
 
 
@@ -49,9 +50,28 @@ class VocabularyHead(ColumnParallelLinear):
 
     As a module of its own it is where megatron-core's hooks wait for a weight that is still being gathered. With
     ``main_grad`` the weight's gradient is added there in forward, before the backward that follows.
+
+    Args:
+        config: megatron-core's.
+        shape: of the model.
+        groups: the ranks; every context-parallel one gets the whole answer.
+        tied: the weight is the embedding's, which this rank holds too: none is made here.
     """
 
-    unit_rows = False  # the weight's rows count at unit length
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection, *, tied: bool
+    ):
+        super().__init__(
+            config.hidden_size,
+            padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=tied,
+            tp_group=groups.tp,
+        )
+        self.vocab_size, self.unit_rows, self.context = shape.vocab_size, shape.norm_head, groups.cp
 
     def forward(
         self,
@@ -60,8 +80,6 @@ class VocabularyHead(ColumnParallelLinear):
         objective: RowObjective | None,
         *,
         weight: Tensor,
-        vocab_size: int,
-        context: dist.ProcessGroup,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
 
@@ -70,8 +88,6 @@ class VocabularyHead(ColumnParallelLinear):
             batch: the pack, with what is scored.
             objective: what is made of the log-probs, slab by slab.
             weight: this module's own, or the embedding's where they are tied on this rank.
-            vocab_size: without padding.
-            context: context-parallel ranks, of which every one gets the whole answer.
         """
         if self.unit_rows:  # done here, where the weight is known to be gathered
             weight = F.normalize(weight)
@@ -84,13 +100,13 @@ class VocabularyHead(ColumnParallelLinear):
         # Under sequence parallel the gradient is summed over ranks while it is scattered.
         options = {
             "group": self.tp_group,
-            "vocab_size": vocab_size,
+            "vocab_size": self.vocab_size,
             "sum_hidden_grad": not self.sequence_parallel,
         }
         whole_samples = objective is None or objective.whole_samples
         owner_N = part and part.owner_N
         slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples, owner_N=owner_N) or [rows]
-        spread = SpreadSlabs([slab.row_N.shape[0] for slab in slabs], part and part.rows, context)
+        spread = SpreadSlabs([slab.row_N.shape[0] for slab in slabs], part and part.rows, self.context)
         if objective is None:
             # Cut as a loss of whole samples is: the same products, so the same numbers bit by bit.
             parts = [
@@ -109,7 +125,7 @@ class VocabularyHead(ColumnParallelLinear):
         )
         if part is not None:
             # Ranks differ by what they hold of a sample: the one that recomputed most is told.
-            dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=context)
+            dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=self.context)
         return PackLoss(value, sums)
 
     def _scored(self, hidden: Tensor, row_n: Tensor, host_row_n: np.ndarray) -> Tensor:

@@ -186,17 +186,8 @@ class Policy(LanguageModule):
         if self.post_process and shape.is_reward:
             self.reward_head = RewardHead(config)
         elif self.post_process:
-            self.output_layer = VocabularyHead(
-                config.hidden_size,
-                vocab,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=self.pre_process and shape.tied_embeddings,
-                tp_group=groups.tp,
-            )
-            self.output_layer.unit_rows = shape.norm_head
+            tied = self.pre_process and shape.tied_embeddings
+            self.output_layer = VocabularyHead(config, shape, groups, tied=tied)
         if not shape.is_reward:
             self.setup_embeddings_and_output_layer()
 
@@ -211,14 +202,7 @@ class Policy(LanguageModule):
             return hidden
         if self.shape.is_reward:
             return self.reward_head(hidden, batch, objective, self.pg_collection)
-        return self.output_layer(
-            hidden,
-            batch,
-            objective,
-            weight=self._head(),
-            vocab_size=self.shape.vocab_size,
-            context=self.cp_group,
-        )
+        return self.output_layer(hidden, batch, objective, weight=self._head())
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:

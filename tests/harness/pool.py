@@ -15,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch.distributed as dist
+
 SIZE = 4  # started at first; a test that asks for more starts the rest
 START_SECONDS = 400
 
@@ -71,7 +73,8 @@ class Pool:
             RankFailed: with the first rank's error; the pool starts afresh at the next call.
         """
         self._start(world_size)
-        port = str(free_port())
+        # Kept here, as torchrun's agent keeps it: a port that is free now may be taken when a rank listens.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         workers = self._workers[:world_size]
         for rank, (_, pipe) in enumerate(workers):
             environment = {
@@ -79,7 +82,8 @@ class Pool:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
             pipe.send((environment, function, arguments))
         answers: dict[int, Any] = {}

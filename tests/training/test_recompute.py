@@ -8,7 +8,6 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.harness import ranks
-from tests.harness.gradients import write_gradients
 from tests.harness.tiny import metrics_of, run_arguments
 
 KINDS = {
@@ -42,7 +41,7 @@ def gradients(pool, tiny_models, chat_file, tmp_path_factory):
             arguments = run_arguments(
                 tiny_models("qwen3"), chat_file, folder, data__cache=chat_file.parent, **how, **options
             )
-            pool.run(world, write_gradients, arguments, folder / "gradients")
+            pool.run(world, ranks.gradients, arguments, folder / "gradients")
             done[key] = load_file(folder / "gradients" / "model.safetensors")
         return done[key]
 
