@@ -142,6 +142,7 @@ def export_hf(
     key = {"export": fingerprint(found.folder), "dtype": dtype, "shard_bytes": shard_bytes}
     with (
         ShardWriter(target, specs, shard_bytes, key=key) as writer,
+        sharded.checked_meanwhile(found.folder),  # before it, the disk would stand idle for writing
         Progress("exporting", size) as progress,
         Behind() as behind,
     ):
@@ -167,10 +168,10 @@ def export_hf(
 
 
 def open_state(checkpoint: Checkpoint) -> StateReader:
-    """Return a checkpoint's weights, once all its files were read and are what was written.
+    """Return a checkpoint's weights; whether its files are what was written is not looked at.
 
     Raises:
-        InputError: they are incomplete, damaged, or not those of its card.
+        InputError: they are incomplete, or not those of its card.
     """
     folder = checkpoint.folder / sharded.STATE
     state = StateReader(folder, checkpoint.shape)
@@ -179,7 +180,6 @@ def open_state(checkpoint: Checkpoint) -> StateReader:
         raise InputError(
             f"all must be {checkpoint.dtype}, as {sharded.CARD} says: {', '.join(facts)} in {folder}"
         )
-    sharded.need_intact(checkpoint.folder)
     return state
 
 

@@ -9,6 +9,9 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megatron_align import faults
 from megatron_align.errors import InputError
 
@@ -20,6 +23,21 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fill(out: Tensor, path: Path, start: int) -> None:
+    """Fill a contiguous tensor in CPU memory with a file's bytes from ``start`` on.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while view:
+            if not (count := file.readinto(view)):
+                raise EOFError(f"it ends {len(view):,} bytes too early")
+            view = view[count:]
 
 
 def put_in_place(partial: Path, folder: Path, step: int | None = None) -> None:

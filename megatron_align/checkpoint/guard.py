@@ -47,6 +47,26 @@ def need_same_run(config: RunConfig, data_key: str, card: dict[str, Any], folder
     )
 
 
+def need_same_reference(weights: str, config: RunConfig, card: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a reference whose weights were changed where they lie.
+
+    Args:
+        weights: hash of the reference's weights.
+        config: of the run that wants to go on.
+        card: of the checkpoint; older ones have no hash.
+        folder: of the checkpoint.
+
+    Raises:
+        InputError: unless ``checkpoint.resume_allow`` names the reference.
+    """
+    before, path = card.get("reference_weights") or weights, config.reference.path or config.model.path
+    if before != weights and "reference" not in config.checkpoint.resume_allow:
+        raise InputError(
+            f"resuming needs the reference it goes on with: the weights in {path} were sha256 {before[:16]} and are "
+            f"{weights[:16]} (checkpoint {folder}); if you want this, say checkpoint.resume_allow [reference]"
+        )
+
+
 def differences(config: RunConfig, data_key: str, card: dict[str, Any]) -> dict[str, list[str]]:
     """Return what a run's configuration and data are not as in a checkpoint's card, by group."""
     before, now = card["config"], to_dict(config)

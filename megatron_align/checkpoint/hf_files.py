@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_align.checkpoint.files import fill
 from megatron_align.errors import InputError
 from megatron_align.model.families import read_json
 
@@ -94,15 +95,12 @@ class HFWeights:
             InputError: the file was cut short since it was opened.
         """
         file = self._file[name]
-        view = memoryview(out.view(torch.uint8).numpy())
-        with file.path.open("rb", buffering=0) as source:
-            source.seek(file.starts[name] + start * out.element_size())
-            while view:
-                if not (count := source.readinto(view)):
-                    raise InputError(
-                        f"a complete safetensors file is needed, it ends within {name} at {file.path}"
-                    )
-                view = view[count:]
+        try:
+            fill(out, file.path, file.starts[name] + start * out.element_size())
+        except EOFError as error:
+            raise InputError(
+                f"a complete safetensors file is needed, it ends within {name} at {file.path}"
+            ) from error
 
     def stretches(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's elements in order, one-dimensional; each stretch takes the memory of the last."""

@@ -53,7 +53,7 @@ def plan_save(
     """
     chunks, groups = unwrap(model)
     with _collecting_nothing():
-        state = sharded_state(chunks, optimizer, groups, is_loading=False)
+        state = sharded_state(chunks, optimizer, groups)
     state |= reference_state(reference, groups)
     sharded, common = save_preprocess(state)
     named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -121,17 +121,21 @@ def sharded_state(
     chunks: list[Policy],
     optimizer: DistributedOptimizer | None,
     groups: ProcessGroupCollection,
-    is_loading: bool,
 ) -> dict[str, Any]:
     """Return megatron-core's sharded state dict of a model and its optimizer."""
-    metadata = _metadata(groups)
-    model = {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
+    model = model_state(chunks, groups)
     state = dict(model)
     if optimizer is not None:
-        own = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        own = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata(groups))
         # None on ranks that have nothing to write, which megatron-core itself then takes for a difference.
         state["optimizer"] = {key: value for key, value in own.items() if value is not None}
     return state
+
+
+def model_state(chunks: list[Policy], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return that of a model alone, by chunk."""
+    metadata = _metadata(groups)
+    return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
 
 
 def reference_state(reference: Sequence[Policy] | None, groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_align import faults
 from megatron_align.checkpoint.files import files_below, partial_folder, put_in_place
 from megatron_align.checkpoint.hf import copy_assets, write_config_architecture
+from megatron_align.checkpoint.metadata import METADATA
 from megatron_align.checkpoint.planning import Item, Planned, exact, plan_save, unwrap
 from megatron_align.checkpoint.sharded import ASSETS, CARD, STATE
-from megatron_align.checkpoint.state_read import METADATA
 from megatron_align.checkpoint.state_write import COMMON, FORMAT_FILE, FORMAT_OF_STATE
 from megatron_align.checkpoint.sums import HashingFile, hash_files, write_sums
 from megatron_align.model.families import ModelShape

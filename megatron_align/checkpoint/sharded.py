@@ -17,23 +17,21 @@ import importlib.metadata
 import platform
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_align import __version__, faults
 from megatron_align.checkpoint import sums
-from megatron_align.checkpoint.planning import REFERENCE, reference_state, sharded_state, unwrap
-from megatron_align.checkpoint.state_read import read_metadata
+from megatron_align.checkpoint.loading import model_pieces, optimizer_pieces, read_pieces
+from megatron_align.checkpoint.planning import model_state, reference_state, unwrap
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
 from megatron_align.model.policy import Policy
@@ -155,8 +153,37 @@ def need_intact(folder: Path) -> None:
     Raises:
         InputError: naming the files that are not.
     """
-    if found := damage(folder):
-        raise InputError(f"an undamaged checkpoint is needed: {'; '.join(found)}")
+    _need_none(damage(folder))
+
+
+@contextmanager
+def checked_meanwhile(folder: Path) -> Iterator[None]:
+    """Check that a checkpoint's files are what was written while a with-block reads them, in one process.
+
+    For blocks whose work comes to nothing where they fail: that a file is damaged is known when the block is done, or
+    when it fails, which then is no wonder.
+
+    Raises:
+        InputError: naming the files that are not.
+    """
+    try:
+        known = sums.read_sums(folder)
+    except sums.Damaged as error:
+        _need_none([str(error)])
+    with sums.checking(folder, sorted(known), known) as found:
+        try:
+            yield
+        except OSError:  # a full disk must not wait for the hashes
+            raise
+        except Exception:  # a damaged pickle can raise anything
+            _need_none(found())
+            raise
+        _need_none(found())
+
+
+def _need_none(damaged: list[str]) -> None:
+    if damaged:
+        raise InputError(f"an undamaged checkpoint is needed: {'; '.join(damaged)}")
 
 
 def load(
@@ -181,33 +208,30 @@ def load(
     """
     if optimizer is not None and not read_card(folder)["optimizer"]:
         raise InputError(f"resuming needs optimizer state; the checkpoint holds weights only: {folder}")
-    read_metadata(folder / STATE)  # torch's own reading would run whatever a forged pickle names
     chunks, groups = unwrap(model)
-    state = sharded_state(chunks, optimizer, groups, is_loading=True) | reference_state(reference, groups)
-    for number in range(len(chunks)):
+    states = list(model_state(chunks, groups).values())
+    for state in states:
         for name in without:
-            state[f"model{number}"].pop(name, None)
-    try:
-        loaded = dist_checkpointing.load(state, str(folder / STATE))
-    except (CheckpointingException, CheckpointException, UnpicklingError, OSError) as error:
-        raise InputError(
-            f"a complete checkpoint is needed, reading it failed in {folder}: {_reason(error)}"
-        ) from error
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{number}"], strict=not without)
-    for number, chunk in enumerate(reference or []):
-        named = loaded[f"reference{number}"]
-        chunk.load_state_dict({name.removeprefix(REFERENCE): tensor for name, tensor in named.items()})
+            state.pop(name, None)
+    pieces = [
+        piece for state in [*states, reference_state(reference, groups)] for piece in model_pieces(state)
+    ]
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        pieces += optimizer_pieces(states, optimizer)
+    _on_all_ranks(lambda: read_pieces(folder / STATE, pieces))
 
 
-def _reason(error: BaseException) -> str:
-    """Return one line. torch gathers the ranks' errors in one that is no Exception and prints their traces."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {_reason(cause)}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _on_all_ranks(call: Callable[[], None]) -> None:
+    """Do something on every rank: refused on one, it is refused on all."""
+    fault = None
+    try:
+        call()
+    except InputError as error:
+        fault = str(error)
+    faults_of_ranks: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults_of_ranks, fault)
+    if found := sorted(set(filter(None, faults_of_ranks))):
+        raise InputError(found[0])
 
 
 def prune(run: Path, keep: int, keep_every: int | None = None) -> None:

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_align.checkpoint.journal import Journal
-from megatron_align.checkpoint.state_read import METADATA, state_key
+from megatron_align.checkpoint.metadata import METADATA
+from megatron_align.checkpoint.state_read import state_key
 from megatron_align.checkpoint.sums import HashingFile
 from megatron_align.model.families import ModelShape, Row, local_shape, rows
 

@@ -9,8 +9,9 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -113,10 +114,27 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
 
 
+@contextmanager
+def checking(
+    folder: Path, names: Iterable[str], sums: Mapping[str, str]
+) -> Iterator[Callable[[], list[str]]]:
+    """Let threads read and hash files while a with-block does something else.
+
+    The block gets a function that waits for them and returns one line about each file that is missing or not what
+    was written.
+    """
+    pool = ThreadPoolExecutor(_THREADS)
+    found = [pool.submit(_fault, folder / name, sums[name]) for name in names]
+    try:
+        yield lambda: [line for future in found if (line := future.result())]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def damage(folder: Path, names: Iterable[str], sums: Mapping[str, str]) -> list[str]:
     """Return one line about each of these files that is missing or not what was written."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [line for line in pool.map(lambda name: _fault(folder / name, sums[name]), names) if line]
+    with checking(folder, names, sums) as found:
+        return found()
 
 
 def _fault(path: Path, wanted: str) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_align.checkpoint.convert import one_process, open_checkpoint, open_state
 from megatron_align.checkpoint.hf import open_hf, untied_head
 from megatron_align.checkpoint.hf_read import HEAD
-from megatron_align.checkpoint.sharded import shape_differences
+from megatron_align.checkpoint.sharded import need_intact, shape_differences
 from megatron_align.checkpoint.verify_logits import (
     LogitsFinding,
     Sides,
@@ -136,6 +136,7 @@ def verify(
     weights, hf_shape = open_hf(hf)
     found = open_checkpoint(checkpoint)
     state = open_state(found)
+    need_intact(found.folder)
     texts, notes = choose_texts(hf, data, hf_shape)
     comparable = _tensor_sizes(hf_shape) == _tensor_sizes(found.shape)
     tensors: list[TensorFinding] = []

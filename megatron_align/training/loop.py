@@ -12,6 +12,7 @@ import yaml
 from megatron_align import faults
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.export import export_model
+from megatron_align.checkpoint.guard import need_same_reference
 from megatron_align.checkpoint.hf import load_weights
 from megatron_align.checkpoint.save import Saver
 from megatron_align.config import RunConfig, TrainConfig, to_dict
@@ -33,14 +34,14 @@ from megatron_align.training.health import Health
 from megatron_align.training.memory import explaining_out_of_memory, peak_memory_gb
 from megatron_align.training.metrics import NoSinks, Sinks
 from megatron_align.training.optimizer import (
-    after_load,
     build_optimizer,
     gather_parameters,
     set_learning_rate,
+    set_updates,
     wrap_data_parallel,
 )
 from megatron_align.training.profiling import Tracer
-from megatron_align.training.reference import ReferenceColumns
+from megatron_align.training.reference import ReferenceColumns, hash_of_rank_0
 from megatron_align.training.resume import ResumePoint, settle
 from megatron_align.training.saves import Saves
 from megatron_align.training.schedule import learning_rate
@@ -93,6 +94,7 @@ class _Run:
         with watchdog.patient("reading the checkpoint"):
             self.resume = settle(plan.resume, self.config, plan.shape, plan.train.path.name, plan.assets)
         self.objective = build_objective(self.config.objective, plan.train)
+        self.reference_weights = self._resting_reference()
         self.utilisation = Utilisation(self.config, plan.shape, plan.place.world_size)
         self.health = Health(self.config.train.on_nonfinite)
         self.done = self.resume.step if self.resume else 0
@@ -119,7 +121,7 @@ class _Run:
         sharded.load(point.folder, self.model, self.optimizer, reference)
         if "health_state" in point.card:  # older checkpoints have none
             self.health.load_state(point.card["health_state"])
-        after_load(self.optimizer, config.optimizer, self.done - self.health.counts["skipped_steps"])
+        set_updates(self.optimizer, self.done - self.health.counts["skipped_steps"])
         if before["objective"]["name"] == config.objective.name:
             self.objective.load_state(point.card["objective_state"])
 
@@ -143,7 +145,9 @@ class _Run:
         if self._reference_mode() != "cached":
             return {}
         with self.watchdog.patient("opening the reference's log-probs"):
-            columns = ReferenceColumns.open_all(self.plan, self.config, self.objective)
+            columns = ReferenceColumns.open_all(
+                self.plan, self.config, self.objective, self.reference_weights
+            )
         missing = {}
         for split, found in columns.items():
             train = self.config.train if split == "train" else one_epoch(self.config.train)
@@ -162,6 +166,16 @@ class _Run:
     def _reference_mode(self) -> str | None:
         """Return how the objective's reference is run; None: it has none."""
         return (self.config.reference.mode or "cached") if self.config.objective.compares else None
+
+    def _resting_reference(self) -> str | None:
+        """Return the hash of a reference's weights that training does not move, having checked that it is the run's."""
+        if self._reference_mode() not in ("cached", "live") or self.config.reference.sync_steps:
+            return None
+        with self.watchdog.patient("hashing the reference"):
+            found = hash_of_rank_0(locate(self.config.reference.path or self.config.model.path)[0])
+        if self.resume is not None:
+            need_same_reference(found, self.config, self.resume.card, self.resume.folder)
+        return found
 
     def _live_reference(self) -> Live | None:
         if self._reference_mode() != "live":
@@ -372,6 +386,7 @@ class _Run:
                 "passes_per_epoch": list(passes_per_epoch(self.config.data.train)),
                 **self.plan.train.manifest,
             },
+            reference_weights=self.reference_weights,
             objective_state=self.objective.state(),
             health_state=self.health.state(),
         )

@@ -39,13 +39,6 @@ BUCKET: int | None = (
 class Optimizer(DistributedOptimizer):
     """megatron-core's distributed optimizer over torch's AdamW, whose state has a step for each parameter."""
 
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        # The step is not among the loaded tensors (see after_load); megatron-core would look for it there.
-        group, order = self.model_param_group_index_map[model_param]
-        shard = self.optimizer.param_groups[group]["params"][order]
-        own_step = self.optimizer.state[shard]["step"]
-        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": own_step})
-
     def state_dict(self) -> dict[str, Any]:
         """Return megatron-core's state dict with the step in every group, as it wants it without its extras."""
         state = super().state_dict()
@@ -250,14 +243,7 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def after_load(optimizer: Optimizer, config: OptimizerConfig, updates: int) -> None:
-    """Put right what megatron-core leaves behind when it has loaded a checkpoint.
-
-    All parameters share one step tensor, which every one of them would then increment; the number of ``updates``
-    that the run has made says it all. And the groups hold the checkpoint's options: this run's count.
-    """
-    for group in optimizer.param_groups:
-        group.update(_options(config, group["wd_mult"]))
-        for shard in group["params"]:
-            device = shard.device if group["fused"] else "cpu"
-            optimizer.optimizer.state[shard]["step"] = torch.tensor(float(updates), device=device)
+def set_updates(optimizer: Optimizer, updates: int) -> None:
+    """Say how many updates the run has made: all else of a checkpoint's optimizer is masters and moments."""
+    for state in optimizer.optimizer.state.values():
+        state["step"].fill_(updates)

@@ -37,7 +37,7 @@ from megatron_align.model import cpu
 from megatron_align.model.parallel import Watchdog
 from megatron_align.training.ahead import Cached, Scorer, whole_step
 from megatron_align.training.objective import Objective
-from megatron_align.training.setup import Plan, locate, one_epoch
+from megatron_align.training.setup import Plan, one_epoch
 
 SAVE_SECONDS = 60.0
 VERSION = 1
@@ -123,11 +123,19 @@ class ReferenceColumns:
     mismatched: Column | None
 
     @classmethod
-    def open_all(cls, plan: Plan, config: RunConfig, objective: Objective) -> dict[str, ReferenceColumns]:
-        """Open the columns of training and validation data; rank 0's files count, for every rank."""
-        weights, _ = locate(config.reference.path or config.model.path)
+    def open_all(
+        cls, plan: Plan, config: RunConfig, objective: Objective, weights: str
+    ) -> dict[str, ReferenceColumns]:
+        """Open the columns of training and validation data; rank 0's files count, for every rank.
+
+        Args:
+            plan: of the run.
+            config: of the run.
+            objective: of the run.
+            weights: the reference's hash.
+        """
         facts = {
-            "weights": _hash_of_rank_0(weights),
+            "weights": weights,
             "precision": config.train.precision,
             "ld_alpha": objective.ld_alpha,
         }
@@ -198,7 +206,7 @@ class ReferenceColumns:
                 column.save()
 
 
-def _hash_of_rank_0(weights: Path) -> str:
+def hash_of_rank_0(weights: Path) -> str:
     """Return the hash of the weights as rank 0 reads them: once, not once on every rank."""
     found = [weights_hash(weights) if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(found, src=0)

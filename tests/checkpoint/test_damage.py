@@ -1,12 +1,13 @@
 """Each file of a checkpoint, cut short, with one bit flipped, or missing: it is named, and a run goes on before it."""
 
+import re
 import shutil
 import subprocess
 
 import pytest
 
 from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.convert import import_hf
+from megatron_align.checkpoint.convert import export_hf, import_hf
 from megatron_align.checkpoint.files import files_below
 from megatron_align.config import parse
 from megatron_align.errors import InputError
@@ -62,6 +63,19 @@ def test_the_damaged_file_is_named(run, whole, kind):
             sharded.need_intact(run / "step_000002")
         shutil.copyfile(whole / name, path)
     assert sharded.damage(run / "step_000002") == []
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_nothing_is_exported_of_a_damaged_checkpoint(run, whole, kind):
+    """Hashed while it is read: what was read of it by then comes to nothing, and the damaged file is what is named."""
+    for name in files_below(whole):
+        path = run / "step_000002" / name
+        DAMAGES[kind](path)
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            export_hf(run / "step_000002", run / "hf")
+        assert not list(run.glob("*hf*"))
+        shutil.copyfile(whole / name, path)
+    export_hf(run / "step_000002", run / "hf")
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megatron_align.checkpoint import convert, sharded
 from megatron_align.checkpoint.convert import import_hf
 from megatron_align.checkpoint.journal import Journal
+from megatron_align.checkpoint.metadata import read_metadata
 from megatron_align.checkpoint.save import Saver
-from megatron_align.checkpoint.state_read import StateReader, read_metadata
+from megatron_align.checkpoint.state_read import StateReader
 from megatron_align.checkpoint.state_write import StateWriter
 from megatron_align.errors import InputError
 from megatron_align.model.families import read_shape

@@ -10,7 +10,8 @@ from megatron_align.model.parallel import Place
 from megatron_align.training.loop import prepare
 from megatron_align.training.resume import ResumePoint
 from tests.harness import ranks
-from tests.harness.tiny import make_model, metrics_of, numbers, run_arguments, write_pairs
+from tests.harness.pool import RankFailed
+from tests.harness.tiny import change_tensors, make_model, metrics_of, numbers, run_arguments, write_pairs
 
 ALONE = Place(rank=0, local_rank=0, world_size=1)
 
@@ -211,6 +212,25 @@ def test_a_reference_that_starts_to_move_is_read_from_its_own_place(pool, tiny_m
     pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **options))
     options |= {"train__steps": 2, "reference__sync_steps": 1, "checkpoint__resume_allow": '["reference"]'}
     pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **options))
+    assert [row["step"] for row in metrics_of(run)] == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["live", "cached"])
+def test_a_reference_whose_weights_were_changed_where_they_lie_is_refused(mode, pool, tiny_models, tmp_path):
+    make_model(tmp_path / "reference")
+    pairs, run = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "run"
+    options = {
+        "objective__name": "dpo",
+        "reference__mode": mode,
+        "reference__path": str(tmp_path / "reference"),
+    }
+    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, train__steps=1, **options))
+    change_tensors(tmp_path / "reference", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    again = {"train__steps": 2, **options}
+    with pytest.raises(RankFailed, match=r"sha256 \w+ and are \w+ .*resume_allow \[reference\]"):
+        pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **again))
+    again["checkpoint__resume_allow"] = '["reference"]'
+    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **again))
     assert [row["step"] for row in metrics_of(run)] == [1, 2]
 
 
