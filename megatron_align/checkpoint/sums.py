@@ -29,17 +29,18 @@ class Damaged(ValueError):
 
 
 class HashingFile(io.RawIOBase):
-    """A file that is written once from start to end and hashed on the way."""
+    """A file that is written once from start to end, and hashed by a thread of its own at the same time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.error = path, None
         self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by its owner
         self._hash, self._size = hashlib.sha256(), 0
+        self._beside = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
         """Write all of ``data``. What goes wrong is kept in ``error`` too: torch forgets it."""
         view = memoryview(data).cast("B")
-        self._hash.update(view)
+        hashed = self._beside.submit(self._hash.update, view)
         rest = view
         try:
             while rest:
@@ -47,6 +48,8 @@ class HashingFile(io.RawIOBase):
         except OSError as error:
             self.error = error
             raise
+        finally:
+            hashed.result()  # the caller's memory is its own again
         self._size += len(view)
         return len(view)
 
@@ -66,6 +69,7 @@ class HashingFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file."""
+        self._beside.shutdown()
         self._file.close()
         super().close()
 
