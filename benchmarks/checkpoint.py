@@ -9,7 +9,8 @@ weights and its optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one
 - background: the pause of a save behind training's back, and how long it takes with nothing else to do
 - verify, load: reading and hashing all files; then reading them into the model and its optimizer
 
-The page cache forgets what was written before anything is read. Prints a table and appends it to
+The page cache forgets what was written before anything is read, and a few gigabytes of memory are written once before
+each measurement, as a virtual machine has to fetch from its host what lay idle: whoever comes first would pay. Prints a table and appends it to
 ``benchmarks/results/checkpoint.csv``.
 """
 
@@ -22,6 +23,8 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -91,6 +94,11 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def touch_memory() -> None:
+    """Let another process write and free some gigabytes."""
+    subprocess.run([sys.executable, "-c", "b'1' * (4 << 30)"], check=True)
+
+
 def write(path: Path, size: int) -> None:
     """Write a file of random bytes, as a loop over blocks does, and force it onto the disk."""
     block = os.urandom(BLOCK)
@@ -125,10 +133,13 @@ def measure(folder: Path, layers: int, rounds: int) -> Iterator[tuple[str, int, 
         times.setdefault(case, []).append(seconds)
 
     for _ in range(rounds):
+        for name in ("plain", "save", "background"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        touch_memory()
         note("write", timed(lambda: write(folder / "plain" / "file", first.bytes)))
-        shutil.rmtree(folder / "save")
+        touch_memory()
         note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
-        shutil.rmtree(folder / "background")
+        touch_memory()
         behind.begin(folder / "background", model, optimizer, card, assets)
         while not behind.written():
             time.sleep(0.01)
@@ -136,9 +147,12 @@ def measure(folder: Path, layers: int, rounds: int) -> Iterator[tuple[str, int, 
         note("background, pause", saved.pause_seconds)
         note("background, in all", saved.seconds)
         forget(folder)
+        touch_memory()
         note("read", timed(lambda: read(folder / "plain" / "file")))
+        touch_memory()
         note("verify", timed(lambda: sharded.need_intact(folder / "save")))
         forget(folder)
+        touch_memory()
         note("load", timed(lambda: sharded.load(folder / "save", model, optimizer)))
     for case, seconds in times.items():
         yield case, first.bytes, seconds

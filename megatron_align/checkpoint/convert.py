@@ -42,7 +42,7 @@ from megatron_align.checkpoint.journal import Journal, fingerprint
 from megatron_align.checkpoint.progress import Progress
 from megatron_align.checkpoint.state_read import StateReader
 from megatron_align.checkpoint.state_write import StateWriter
-from megatron_align.checkpoint.sums import hash_files, write_sums
+from megatron_align.checkpoint.sums import hash_files, without_checksums_of_zip, write_sums
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
@@ -250,7 +250,7 @@ def _import_tensors(weights: HFWeights, state: StateWriter) -> None:
     shape = state.shape
     reader = _ChunkReader(weights, shape, state.dtype)
     size = sum(math.prod(local_shape(row, shape, 1)) for row in rows(shape)) * state.dtype.itemsize
-    with Progress("importing", size) as progress, Behind() as behind:
+    with Progress("importing", size) as progress, without_checksums_of_zip(), Behind() as behind:
         for row in rows(shape):
             rows_in_all, *tail = local_shape(row, shape, 1)
             step = reader.height(row)
@@ -259,6 +259,8 @@ def _import_tensors(weights: HFWeights, state: StateWriter) -> None:
                 if not state.has(row, start):
                     behind.run(partial(state.write, row, start, *reader.read(row, start, count)))
                 progress.add(count * math.prod(tail) * state.dtype.itemsize)
+            for name in row.hf:
+                weights.release(name)
 
 
 def _need_finite(notes: Iterable[dict[str, list[int]]], place: Path) -> None:

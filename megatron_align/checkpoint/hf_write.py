@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,17 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.behind import Behind
-from megatron_align.checkpoint.files import put_in_place, sync
+from megatron_align.checkpoint.behind import Flusher
+from megatron_align.checkpoint.files import put_in_place
 from megatron_align.checkpoint.hf_files import DTYPES, INDEX, SINGLE
 from megatron_align.checkpoint.journal import Journal
 from megatron_align.data.templates import load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, Row, read_json, rows, segments
 
-# The disk is set to work after so many bytes. Left alone, the kernel waits for gigabytes (a tenth of the memory), and
-# the disk idles while there is still something to compute.
-FLUSH_BYTES = 256 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a Hugging Face folder holds besides its weights, and a model trained from it keeps.
 _ASSETS = (
@@ -147,7 +143,7 @@ class ShardWriter:
             self._lay_out(self.partial / file, {name: specs[name] for name in names})
             self._open[self.partial / file] = set() if file in self.journal.done else set(names)
         self._written: dict[str, int] = dict.fromkeys(specs, 0)  # bytes
-        self._flushing, self._unflushed = Behind(), 0
+        self._flusher = Flusher()
         self._facts: dict[str, Any] = {k: v for facts in self.journal.done.values() for k, v in facts.items()}
 
     def has(self, name: str) -> bool:
@@ -179,16 +175,9 @@ class ShardWriter:
                 target.seek(offset + start * spec.dtype.itemsize)
                 while view:
                     view = view[target.write(view) :]
-            self._flush(file, part.nbytes)
+            self._flusher.add(file, part.nbytes)
         except OSError as error:  # a full disk, say
             raise OSError(f"writing the model failed at {file}: {error}") from error
-
-    def _flush(self, file: Path, nbytes: int) -> None:
-        """Begin to bring what was written to the disk, where enough has gathered."""
-        self._unflushed += nbytes
-        if self._unflushed >= FLUSH_BYTES:
-            self._unflushed = 0
-            self._flushing.run(partial(sync, file))
 
     def finish(self, name: str, facts: Any = None) -> None:
         """Say that a tensor is written; ``facts`` (a JSON value) are kept for a restart."""
@@ -206,7 +195,7 @@ class ShardWriter:
         if lost := [name for name in self._places if not self.has(name)]:
             raise ValueError(f"tensors were declared and not written: {', '.join(lost)}")
         try:
-            self._flushing.wait()
+            self._flusher.wait()
         except OSError as error:
             raise OSError(f"writing the model failed in {self.partial}: {error}") from error
         self._write_index()

@@ -8,14 +8,17 @@ Shapes: E elements of a block, N models.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_align.checkpoint.behind import Behind
 from megatron_align.checkpoint.digest import Digest, Facts, need_finite
 from megatron_align.checkpoint.files import need_new, need_one_process, need_space
 from megatron_align.checkpoint.hf import (
@@ -145,18 +148,41 @@ def _merge_tensors(
     method: Method, weights: list[HFWeights], specs: dict[str, TensorSpec], writer: ShardWriter
 ) -> None:
     once = sum(DTYPES[each.dtype(name)].itemsize * each.numel(name) for each in weights for name in specs)
-    with Progress("merging", method.passes * once) as progress, ThreadPoolExecutor(len(weights)) as pool:
-        buffers = _Buffers(weights, pool, progress)
+    with (
+        Progress("merging", method.passes * once) as progress,
+        ThreadPoolExecutor(len(weights)) as pool,
+        Behind() as behind,
+    ):
+        buffers, output = _Buffers(weights, pool, progress), _Output(writer, behind)
         for name, spec in specs.items():
             if writer.has(name):
                 progress.add(method.passes * sum(buffers.nbytes(name)))
                 continue
             tensor = _Tensor(name, buffers, method.needs_base)
-            start = 0
-            for merged_E in method.merge(tensor, name):
-                writer.write_flat(name, start, merged_E.to(spec.dtype))
-                start += len(merged_E)
-            writer.finish(name, [asdict(digest.facts()) for digest in tensor.digests])
+            output.write(name, spec, method.merge(tensor, name))
+            for each in weights:
+                each.release(name)
+            behind.run(partial(writer.finish, name, [asdict(each.facts()) for each in tensor.digests]))
+
+
+class _Output:
+    """Memory for two stretches of the result: while one is written, the next gathers its blocks."""
+
+    def __init__(self, writer: ShardWriter, behind: Behind) -> None:
+        self._writer, self._behind = writer, behind
+        self._halves = list(torch.empty(2, READ_ELEMENTS * torch.float64.itemsize, dtype=torch.uint8))
+
+    def write(self, name: str, spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
+        """Write a tensor; the last stretch may still be on its way when this returns."""
+        start = filled = 0
+        for block_E in blocks:
+            stretch = self._halves[0].view(spec.dtype)
+            stretch[filled : filled + len(block_E)].copy_(block_E)
+            filled += len(block_E)
+            if filled == READ_ELEMENTS or start + filled == math.prod(spec.shape):
+                self._behind.run(partial(self._writer.write_flat, name, start, stretch[:filled]))
+                self._halves.reverse()
+                start, filled = start + filled, 0
 
 
 class _Buffers:

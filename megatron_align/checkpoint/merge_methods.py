@@ -2,7 +2,7 @@
 
 Shapes: E elements of a block, N models. A tensor is a collection of blocks that can be walked several times,
 as some formulas need a sum over the whole tensor first. A block may be changed in place: it is made anew in each
-walk, and its memory is used again for the next one.
+walk, and its memory is used again for the next one. A merged block may lie in it.
 
 ``base_E`` is None for a formula that has no base. A task vector is a model minus the base.
 """
@@ -97,7 +97,7 @@ class Linear(Weighted):
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         for _, models_NE in blocks:
             weights_N = self._weights(models_NE)
-            yield (weights_N / weights_N.sum()) @ models_NE
+            yield _weighted_sum(weights_N / weights_N.sum(), models_NE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class TaskArithmetic(Weighted):
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         for base_E, models_NE in blocks:
-            yield base_E + self.scale * (self._weights(models_NE) @ models_NE.sub_(base_E))
+            yield _add_tasks(base_E, models_NE.sub_(base_E), self._weights(models_NE), self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,8 @@ class ModelStock(Method):
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         ratio = _stock_ratio(_gram(models_NE.sub_(base_E) for base_E, models_NE in blocks))
         for base_E, models_NE in blocks:
-            yield models_NE.mean(0).sub_(base_E).mul_(ratio).add_(base_E)
+            mean_N = models_NE.new_full((len(models_NE),), 1 / len(models_NE))
+            yield _add_tasks(base_E, models_NE.sub_(base_E), mean_N, ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ class Slerp(Method):
             angle = math.acos(cosine)
             shares = tuple(math.sin(share * angle) / math.sin(angle) for share in shares)
         for _, models_NE in blocks:
-            yield models_NE.new_tensor(shares) @ models_NE
+            yield _weighted_sum(models_NE.new_tensor(shares), models_NE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,7 @@ class Ties(Weighted):
             agrees_NE = (task_NE.sign() == weighted_NE.sum(0).sign()) & (task_NE != 0)
             share_E = (agrees_NE * weights_N1).sum(0)
             merged_E = (weighted_NE * agrees_NE).sum(0) / share_E.masked_fill_(share_E == 0, 1)
-            yield base_E + self.scale * merged_E
+            yield base_E.add_(merged_E, alpha=self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +240,7 @@ class Dare(Weighted):
             task_NE = models_NE.sub_(base_E)
             for task_E, draw in zip(task_NE, draws, strict=True):
                 task_E.mul_(torch.rand(task_E.shape, generator=draw) < self.density)
-            yield base_E + self.scale / self.density * (self._weights(task_NE) @ task_NE)
+            yield _add_tasks(base_E, task_NE, self._weights(task_NE), self.scale / self.density)
 
     def _draw(self, name: str, number: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed}/{name}/{number}".encode()).digest()
@@ -295,6 +296,16 @@ def _find_largest(counts_NB: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
     place_N = (from_top_NB < wanted_N[:, None]).sum(1)
     above_N = (from_top_NB - counts_NB.flip(1)).gather(1, place_N[:, None])[:, 0]
     return counts_NB.shape[1] - 1 - place_N, above_N
+
+
+def _add_tasks(base_E: Tensor, task_NE: Tensor, weights_N: Tensor, scale: float) -> Tensor:
+    """Return ``base + scale * sum(w_i task_i)`` in the base's memory: new memory costs more than the sum."""
+    return base_E.addmv_(task_NE.T, weights_N, alpha=scale)
+
+
+def _weighted_sum(weights_N: Tensor, models_NE: Tensor) -> Tensor:
+    """Return ``sum(w_i x_i)`` in the first model's memory."""
+    return models_NE[0].mul_(weights_N[0]).addmv_(models_NE[1:].T, weights_N[1:])
 
 
 def _gram(blocks: Iterable[Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ from megatron_align.checkpoint.metadata import METADATA
 from megatron_align.checkpoint.planning import Item, Planned, exact, plan_save, unwrap
 from megatron_align.checkpoint.sharded import ASSETS, CARD, STATE
 from megatron_align.checkpoint.state_write import COMMON, FORMAT_FILE, FORMAT_OF_STATE
-from megatron_align.checkpoint.sums import HashingFile, hash_files, write_sums
+from megatron_align.checkpoint.sums import HashingFile, hash_files, without_checksums_of_zip, write_sums
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
 
@@ -220,7 +220,7 @@ def _write(job: _Job, rank: int) -> _Written:
     sums: dict[str, str] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     paths = [job.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(job.planned.buckets))]
-    with ThreadPoolExecutor(max(1, len(paths))) as pool:
+    with without_checksums_of_zip(), ThreadPoolExecutor(max(1, len(paths))) as pool:
         found = pool.map(_write_bucket, paths, job.planned.buckets, [job.step] * len(paths))
         for path, (digest, of_file) in zip(paths, found, strict=True):
             sums[f"{STATE}/{path.name}"] = digest

@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
+from megatron_align.checkpoint.behind import Flusher
 from megatron_align.checkpoint.files import sync
 
 NAME = "SHA256SUMS"
@@ -29,27 +32,26 @@ class Damaged(ValueError):
 
 
 class HashingFile(io.RawIOBase):
-    """A file that is written once from start to end, and hashed by a thread of its own at the same time."""
+    """A file that is written once from start to end, hashed on the way, and brought to the disk meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.error = path, None
         self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by its owner
         self._hash, self._size = hashlib.sha256(), 0
-        self._beside = ThreadPoolExecutor(1)
+        self._flusher = Flusher()
 
     def write(self, data: Any) -> int:
         """Write all of ``data``. What goes wrong is kept in ``error`` too: torch forgets it."""
         view = memoryview(data).cast("B")
-        hashed = self._beside.submit(self._hash.update, view)
+        self._hash.update(view)
         rest = view
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
+            self._flusher.add(self.path, len(view))
         except OSError as error:
             self.error = error
             raise
-        finally:
-            hashed.result()  # the caller's memory is its own again
         self._size += len(view)
         return len(view)
 
@@ -63,15 +65,26 @@ class HashingFile(io.RawIOBase):
 
     def finish(self) -> str:
         """Force the file onto the disk, close it and return its hash."""
+        self._flusher.wait()
         os.fsync(self._file.fileno())
         self.close()
         return self._hash.hexdigest()
 
     def close(self) -> None:
         """Close the file."""
-        self._beside.shutdown()
         self._file.close()
         super().close()
+
+
+@contextmanager
+def without_checksums_of_zip() -> Iterator[None]:
+    """Let torch.save leave them out in a with-block: its zips are hashed here anyhow, and torch.load reads none."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:

@@ -1,0 +1,48 @@
+"""A file is hashed as it is written; a disk that fails behind the writer is told, at the next write or at the end."""
+
+import hashlib
+import io
+
+import pytest
+import torch
+
+from megatron_align.checkpoint import behind
+from megatron_align.checkpoint.sums import HashingFile, without_checksums_of_zip
+
+
+def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(behind, "FLUSH_BYTES", 8)
+    flushed = []
+    monkeypatch.setattr(behind, "sync", flushed.append)
+    path = tmp_path / "file"
+    with HashingFile(path) as file:
+        for part in (b"some ", b"bytes", torch.arange(3, dtype=torch.int16).numpy()):
+            file.write(part)
+        digest = file.finish()
+    assert path.read_bytes() == b"some bytes" + bytes([0, 0, 1, 0, 2, 0])
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert flushed == [path]  # after the second part; the rest was fewer than 8 bytes
+
+
+@pytest.mark.parametrize("more", [b"", b"more"], ids=["at the end", "at the next write"])
+def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, more):
+    monkeypatch.setattr(behind, "FLUSH_BYTES", 4)
+    monkeypatch.setattr(behind, "sync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with HashingFile(tmp_path / "file") as file:
+        file.write(b"some")
+        with pytest.raises(OSError, match="No space left"):
+            file.write(more) if more else file.finish()
+        assert bool(file.error) == bool(more)  # for torch's writer, which forgets it
+
+
+def test_the_zips_have_their_checksums_again_afterwards():
+    def saved():
+        buffer = io.BytesIO()
+        torch.save(torch.ones(3), buffer)
+        return buffer.getvalue()
+
+    usual = saved()
+    with without_checksums_of_zip():
+        assert saved() != usual
+        assert torch.load(io.BytesIO(saved()), weights_only=True).equal(torch.ones(3))
+    assert saved() == usual
