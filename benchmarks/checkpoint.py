@@ -10,8 +10,8 @@ weights and its optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one
 - verify, load: reading and hashing all files; then reading them into the model and its optimizer
 
 The page cache forgets what was written before anything is read, and a few gigabytes of memory are written once before
-each measurement, as a virtual machine has to fetch from its host what lay idle: whoever comes first would pay. Prints a table and appends it to
-``benchmarks/results/checkpoint.csv``.
+each case but the pause, as a virtual machine has to fetch from its host what lay idle: whoever comes first would pay. Prints
+a table and appends it to ``benchmarks/results/checkpoint.csv``.
 """
 
 from __future__ import annotations
@@ -139,7 +139,6 @@ def measure(folder: Path, layers: int, rounds: int) -> Iterator[tuple[str, int, 
         note("write", timed(lambda: write(folder / "plain" / "file", first.bytes)))
         touch_memory()
         note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
-        touch_memory()
         behind.begin(folder / "background", model, optimizer, card, assets)
         while not behind.written():
             time.sleep(0.01)

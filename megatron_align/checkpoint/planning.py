@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,15 +43,39 @@ class Planned:
     common: dict[str, Any]
 
 
-def plan_save(
+class Planner:
+    """Plans saves. Where the same objects are saved again, the plan is kept, and only what moves is taken anew."""
+
+    def __init__(self) -> None:
+        self._objects: list[Any] = []
+        self._planned: Planned | None = None
+
+    def plan(
+        self,
+        model: Sequence[Policy | DistributedDataParallel],
+        optimizer: DistributedOptimizer | None,
+        reference: Sequence[Policy] | None,
+    ) -> Planned:
+        """Agree with the other ranks on who writes what; each calls this.
+
+        Tensors of the model lie in the training's own memory. The optimizer's are gathered into host memory, and must
+        be into the same each time (as :mod:`training.optimizer` does, not megatron-core's own).
+        """
+        objects = [*model, optimizer, *(reference or [])]
+        known = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
+        if not known:
+            self._objects, self._planned = objects, _plan(model, optimizer, reference)
+        elif optimizer is not None:
+            optimizer.get_parameter_state_dp_zero()
+            self._planned.common["optimizer"] |= optimizer.state_dict()
+        return self._planned
+
+
+def _plan(
     model: Sequence[Policy | DistributedDataParallel],
     optimizer: DistributedOptimizer | None,
     reference: Sequence[Policy] | None,
 ) -> Planned:
-    """Agree with the other ranks on who writes what; each calls this.
-
-    Tensors of the model lie in the training's own memory; the optimizer's are copies that megatron-core gathered.
-    """
     chunks, groups = unwrap(model)
     with _collecting_nothing():
         state = sharded_state(chunks, optimizer, groups)

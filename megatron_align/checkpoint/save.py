@@ -31,7 +31,7 @@ from megatron_align import faults
 from megatron_align.checkpoint.files import files_below, partial_folder, put_in_place
 from megatron_align.checkpoint.hf import copy_assets, write_config_architecture
 from megatron_align.checkpoint.metadata import METADATA
-from megatron_align.checkpoint.planning import Item, Planned, exact, plan_save, unwrap
+from megatron_align.checkpoint.planning import Item, Planned, Planner, exact, unwrap
 from megatron_align.checkpoint.sharded import ASSETS, CARD, STATE
 from megatron_align.checkpoint.state_write import COMMON, FORMAT_FILE, FORMAT_OF_STATE
 from megatron_align.checkpoint.sums import HashingFile, hash_files, without_checksums_of_zip, write_sums
@@ -89,6 +89,7 @@ class Saver:
     def __init__(self, background: bool = False, before: Callable[[], None] | None = None) -> None:
         self.background, self._before = background, before or (lambda: None)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._planner = Planner()
         self._copies: dict[MetadataIndex, Tensor] = {}
         self._job: _Job | None = None
 
@@ -127,7 +128,7 @@ class Saver:
         started = time.perf_counter()
         partial = partial_folder(folder)
         _on_rank_0(partial, lambda: (self._before(), _make(partial, card["step"])))
-        planned = plan_save(model, optimizer, reference)
+        planned = self._planner.plan(model, optimizer, reference)
         if self.background or torch.cuda.is_available():
             planned = self._detach(planned)
         self._job = job = _Job(

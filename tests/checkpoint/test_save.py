@@ -28,7 +28,7 @@ def build(place, model, config, dtype):
 
 
 def change(ddp, optimizer):
-    """What a step does: weights, masters and moments move, in place."""
+    """What a step does: weights, masters and moments move, in place; so do step and learning rate."""
     with torch.no_grad():
         for chunk in ddp:
             for parameter in chunk.parameters():
@@ -37,14 +37,16 @@ def change(ddp, optimizer):
             for shard in group["params"]:
                 shard.add_(1)
                 optimizer.optimizer.state[shard]["exp_avg"].add_(1)
+                optimizer.optimizer.state[shard]["step"].add_(1)
+            group["lr"] /= 2
 
 
 def save_both_ways(place, model, folder, config, dtype):
-    """In a process of the pool: three checkpoints, each written both ways."""
+    """In a process of the pool: three checkpoints, each written both ways; once by a saver that has no plan yet."""
     ddp, optimizer, card = build(place, model, config, dtype)
-    at_once, behind = Saver(), Saver(background=True)
+    behind = Saver(background=True)
     for number in range(3):
-        at_once.save(folder / f"at_once_{number}", ddp, optimizer, card, model)
+        Saver().save(folder / f"at_once_{number}", ddp, optimizer, card, model)
         behind.begin(folder / f"behind_{number}", ddp, optimizer, card, model)
         change(ddp, optimizer)
         behind.finish()
