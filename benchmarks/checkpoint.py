@@ -10,8 +10,8 @@ weights and its optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one
 - verify, load: reading and hashing all files; then reading them into the model and its optimizer
 
 The page cache forgets what was written before anything is read, and a few gigabytes of memory are written once before
-each case but the pause, as a virtual machine has to fetch from its host what lay idle: whoever comes first would pay. Prints
-a table and appends it to ``benchmarks/results/checkpoint.csv``.
+each case but the pause, as a virtual machine has to fetch from its host what lay idle: whoever comes first would pay.
+Prints a table and appends it to ``benchmarks/results/checkpoint.csv``.
 """
 
 from __future__ import annotations
