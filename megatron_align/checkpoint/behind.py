@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
+from contextvars import copy_context
 from types import TracebackType
 from typing import Any
-
-from megatron_align.checkpoint.files import sync
-
-# The disk is set to work after so many bytes. Left alone, the kernel waits for gigabytes (a tenth of the memory), and
-# the disk idles while there is still something to compute.
-FLUSH_BYTES = 64 << 20
 
 
 class Behind:
@@ -29,14 +22,14 @@ class Behind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True)
+        self.stop()
         if kind is None:
             self.wait()
 
     def run(self, call: Callable[[], Any]) -> None:
-        """Wait for the last call and begin this one."""
+        """Wait for the last call and begin this one, in the caller's context: torch keeps options there."""
         self.wait()
-        self._pending = self._pool.submit(call)
+        self._pending = self._pool.submit(copy_context().run, call)
 
     def wait(self) -> None:
         """Wait for the last call; raise what it raised."""
@@ -44,24 +37,6 @@ class Behind:
             pending, self._pending = self._pending, None
             pending.result()
 
-
-class Flusher:
-    """Brings a file to the disk behind its writer, whenever enough has gathered."""
-
-    def __init__(self) -> None:
-        self._behind, self._waiting = Behind(), 0
-
-    def add(self, file: Path, nbytes: int) -> None:
-        """Note that so many bytes were written.
-
-        Raises:
-            OSError: what was written before could not be brought to the disk.
-        """
-        self._waiting += nbytes
-        if self._waiting >= FLUSH_BYTES:
-            self._waiting = 0
-            self._behind.run(partial(sync, file))
-
-    def wait(self) -> None:
-        """Wait until nothing is on its way; raises like :meth:`add`."""
-        self._behind.wait()
+    def stop(self) -> None:
+        """Wait for the last call and end the thread; nothing is raised before :meth:`wait`."""
+        self._pool.shutdown(wait=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.behind import Flusher
+from megatron_align.checkpoint.direct import DirectFile
 from megatron_align.checkpoint.files import put_in_place
 from megatron_align.checkpoint.hf_files import DTYPES, INDEX, SINGLE
 from megatron_align.checkpoint.journal import Journal
@@ -143,7 +144,8 @@ class ShardWriter:
             self._lay_out(self.partial / file, {name: specs[name] for name in names})
             self._open[self.partial / file] = set() if file in self.journal.done else set(names)
         self._written: dict[str, int] = dict.fromkeys(specs, 0)  # bytes
-        self._flusher = Flusher()
+        self._file: DirectFile | None = None
+        self._path = self.partial  # of the shard that is open
         self._facts: dict[str, Any] = {k: v for facts in self.journal.done.values() for k, v in facts.items()}
 
     def has(self, name: str) -> bool:
@@ -168,16 +170,12 @@ class ShardWriter:
         if part.dtype != spec.dtype or self._written[name] > spec.nbytes:
             raise ValueError(f"{name} must be {spec}, written once; got {part.numel()} of {part.dtype}")
         view = memoryview(part.cpu().contiguous().view(torch.uint8).numpy())
-        try:
-            if not file.exists():
-                file.write_bytes(self._headers[file])
-            with file.open("r+b", buffering=0) as target:
-                target.seek(offset + start * spec.dtype.itemsize)
-                while view:
-                    view = view[target.write(view) :]
-            self._flusher.add(file, part.nbytes)
-        except OSError as error:  # a full disk, say
-            raise OSError(f"writing the model failed at {file}: {error}") from error
+        with _naming(file):
+            if self._path != file:
+                self._finish_file()
+                self._file, self._path = DirectFile(file), file
+                self._file.write(0, memoryview(self._headers[file]))
+            self._file.write(offset + start * spec.dtype.itemsize, view)
 
     def finish(self, name: str, facts: Any = None) -> None:
         """Say that a tensor is written; ``facts`` (a JSON value) are kept for a restart."""
@@ -187,6 +185,8 @@ class ShardWriter:
         self._facts[name] = facts
         self._open[file].remove(name)
         if not self._open[file]:
+            with _naming(file):
+                self._finish_file()
             names = [other for other, place in self._places.items() if place.file == file]
             self.journal.add(file, {other: self._facts[other] for other in names})
 
@@ -194,10 +194,6 @@ class ShardWriter:
         """Write the index, make everything durable, and put the folder in its place."""
         if lost := [name for name in self._places if not self.has(name)]:
             raise ValueError(f"tensors were declared and not written: {', '.join(lost)}")
-        try:
-            self._flusher.wait()
-        except OSError as error:
-            raise OSError(f"writing the model failed in {self.partial}: {error}") from error
         self._write_index()
         self.journal.close()
         self._refuse_occupied()
@@ -216,7 +212,15 @@ class ShardWriter:
             kind = type(fault)
             raise
         finally:
+            if self._file:
+                self._file.close()
             self.journal.leave(kind)
+
+    def _finish_file(self) -> None:
+        """Have the shard that is open on the disk, as far as it was written."""
+        if self._file:
+            file, self._file, self._path = self._file, None, self.partial
+            file.finish()
 
     def _refuse_occupied(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -244,6 +248,15 @@ class ShardWriter:
             weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Say in an error of the disk (full, perhaps) what was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"writing the model failed at {file}: {error}") from error
 
 
 def _pack(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,9 +223,12 @@ def _write(job: _Job, rank: int) -> _Written:
     places: dict[MetadataIndex, _StorageInfo] = {}
     paths = [job.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(job.planned.buckets))]
     with without_checksums_of_zip(), ThreadPoolExecutor(max(1, len(paths))) as pool:
-        found = pool.map(_write_bucket, paths, job.planned.buckets, [job.step] * len(paths))
-        for path, (digest, of_file) in zip(paths, found, strict=True):
-            sums[f"{STATE}/{path.name}"] = digest
+        found = [
+            pool.submit(copy_context().run, _write_bucket, path, bucket, job.step)
+            for path, bucket in zip(paths, job.planned.buckets, strict=True)
+        ]
+        for path, future in zip(paths, found, strict=True):
+            sums[f"{STATE}/{path.name}"], of_file = future.result()
             places |= of_file
     if rank == 0:
         sums |= _write_small(job.partial, job.small)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from megatron_align.checkpoint.behind import Flusher
+from megatron_align.checkpoint.direct import DirectFile
 from megatron_align.checkpoint.files import sync
 
 NAME = "SHA256SUMS"
@@ -32,23 +31,22 @@ class Damaged(ValueError):
 
 
 class HashingFile(io.RawIOBase):
-    """A file that is written once from start to end, hashed on the way, and brought to the disk meanwhile."""
+    """A new file that is written once from start to end, hashed on the way."""
+
+    _file: DirectFile | None = None
 
     def __init__(self, path: Path) -> None:
-        self.path, self.error = path, None
-        self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by its owner
+        self.error: OSError | None = None
+        path.unlink(missing_ok=True)
+        self._file = DirectFile(path)
         self._hash, self._size = hashlib.sha256(), 0
-        self._flusher = Flusher()
 
     def write(self, data: Any) -> int:
         """Write all of ``data``. What goes wrong is kept in ``error`` too: torch forgets it."""
         view = memoryview(data).cast("B")
         self._hash.update(view)
-        rest = view
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            self._flusher.add(self.path, len(view))
+            self._file.write(self._size, view)
         except OSError as error:
             self.error = error
             raise
@@ -65,20 +63,23 @@ class HashingFile(io.RawIOBase):
 
     def finish(self) -> str:
         """Force the file onto the disk, close it and return its hash."""
-        self._flusher.wait()
-        os.fsync(self._file.fileno())
-        self.close()
+        self._file.finish()
+        super().close()
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; unless it is finished, some of it is lost."""
+        if self._file:
+            self._file.close()
         super().close()
 
 
 @contextmanager
 def without_checksums_of_zip() -> Iterator[None]:
-    """Let torch.save leave them out in a with-block: its zips are hashed here anyhow, and torch.load reads none."""
+    """Let torch.save leave them out in a with-block: its zips are hashed here anyhow, and torch.load reads none.
+
+    Another thread has to be given the block's context.
+    """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from megatron_align.checkpoint import behind, hf_write
+from megatron_align.checkpoint import direct, hf_write
 from megatron_align.checkpoint.hf import HFWeights, ShardWriter, TensorSpec, copy_assets, write_config_dtype
 from megatron_align.errors import InputError
 
@@ -284,10 +284,13 @@ def test_dtype_is_said_where_transformers_reads_it(tmp_path, before, after):
     assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("tensors", ["w", "vw"])  # the last flush fails, or an earlier one
+@pytest.mark.parametrize("tensors", ["w", "vw"])  # the last write fails, or an earlier one
 def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, tensors):
-    monkeypatch.setattr(behind, "FLUSH_BYTES", 16)
-    monkeypatch.setattr(behind, "sync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    def full(*arguments):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(direct, "BUFFER_BYTES", 16)
+    monkeypatch.setattr(direct.DirectFile, "_put", full)
 
     def write_all():
         with ShardWriter(tmp_path / "out", specs(tensors)) as writer:

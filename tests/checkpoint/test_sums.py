@@ -6,28 +6,30 @@ import io
 import pytest
 import torch
 
-from megatron_align.checkpoint import behind
+from megatron_align.checkpoint import direct
+from megatron_align.checkpoint.behind import Behind
 from megatron_align.checkpoint.sums import HashingFile, without_checksums_of_zip
 
 
-def test_the_hash_is_that_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(behind, "FLUSH_BYTES", 8)
-    flushed = []
-    monkeypatch.setattr(behind, "sync", flushed.append)
+def test_the_hash_is_that_of_the_file(tmp_path):
     path = tmp_path / "file"
+    path.write_text("a longer text of a run that was killed")
     with HashingFile(path) as file:
         for part in (b"some ", b"bytes", torch.arange(3, dtype=torch.int16).numpy()):
             file.write(part)
         digest = file.finish()
     assert path.read_bytes() == b"some bytes" + bytes([0, 0, 1, 0, 2, 0])
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert flushed == [path]  # after the second part; the rest was fewer than 8 bytes
 
 
 @pytest.mark.parametrize("more", [b"", b"more"], ids=["at the end", "at the next write"])
 def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, more):
-    monkeypatch.setattr(behind, "FLUSH_BYTES", 4)
-    monkeypatch.setattr(behind, "sync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(direct, "BUFFER_BYTES", 4)
+
+    def full(*arguments):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(direct.DirectFile, "_put", full)
     with HashingFile(tmp_path / "file") as file:
         file.write(b"some")
         with pytest.raises(OSError, match="No space left"):
@@ -36,6 +38,8 @@ def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, more):
 
 
 def test_the_zips_have_their_checksums_again_afterwards():
+    """Within the block none has, be it written by the thread behind."""
+
     def saved():
         buffer = io.BytesIO()
         torch.save(torch.ones(3), buffer)
@@ -45,4 +49,8 @@ def test_the_zips_have_their_checksums_again_afterwards():
     with without_checksums_of_zip():
         assert saved() != usual
         assert torch.load(io.BytesIO(saved()), weights_only=True).equal(torch.ones(3))
+        found = []
+        with Behind() as behind:
+            behind.run(lambda: found.append(saved()))
+        assert found == [saved()]
     assert saved() == usual

@@ -73,7 +73,7 @@ def gradients(function, tensors, *arguments, **options):
 
 
 def exact_gradients(tensors, slabs, loss):
-    """Return loss and gradients in fp64 where full logits do not fit: autograd to a slab's logits, by hand from there."""
+    """Return loss and gradients in fp64, slab by slab: autograd down to the logits, which would not fit in one."""
     hidden_NH, weight_VH, targets_N = (t.detach() for t in exactly(tensors))
     total, dhidden_NH, dweight_VH = 0.0, torch.zeros_like(hidden_NH), torch.zeros_like(weight_VH)
     for i, (start, stop) in enumerate(slabs):
