@@ -24,7 +24,7 @@ from megatron_align.checkpoint.chunks import ChunkReader
 from megatron_align.checkpoint.metadata import Chunk, Stored, read_stored
 from megatron_align.errors import InputError
 
-_THREADS = 2  # pieces read at once
+_THREADS = 4  # pieces read at once: more than one core needs, so that the disk has something to do
 _OPTIMIZER = "optimizer.state"  # before the names of masters and moments
 
 
