@@ -118,11 +118,21 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def hash_file(path: Path) -> str:
     """Return the hash of a file's content."""
-    digest, block = hashlib.sha256(), bytearray(_BLOCK)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(memoryview(block)[:count])
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    """Yield a file's bytes; meanwhile the next are read."""
+    halves = [memoryview(bytearray(_BLOCK)) for _ in range(2)]
+    with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(file.readinto, halves[0])
+        while count := ahead.result():
+            halves.reverse()
+            ahead = pool.submit(file.readinto, halves[0])
+            yield halves[1][:count]
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
