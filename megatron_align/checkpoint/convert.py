@@ -38,6 +38,7 @@ from megatron_align.checkpoint.hf import (
     open_hf,
     write_config_dtype,
 )
+from megatron_align.checkpoint.hf_files import STRETCH
 from megatron_align.checkpoint.journal import Journal, fingerprint
 from megatron_align.checkpoint.progress import Progress
 from megatron_align.checkpoint.state_read import StateReader
@@ -195,7 +196,13 @@ def group_bytes(row: Row, shape: ModelShape, dtype: torch.dtype) -> int:
 
 def _write_parts(writer: ShardWriter, parts: dict[str, Tensor], dtype: torch.dtype) -> None:
     for name, tensor in parts.items():
-        writer.write(name, tensor.to(dtype), facts=count_nonfinite(tensor))
+        start, nan, inf = 0, 0, 0
+        for stretch in tensor.view(-1).split(STRETCH):  # the disk writes one while the next is looked through
+            found = count_nonfinite(stretch)
+            nan, inf = nan + found[0], inf + found[1]
+            writer.write_flat(name, start, stretch.to(dtype))
+            start += len(stretch)
+        writer.finish(name, facts=(nan, inf))
 
 
 class _ChunkReader:

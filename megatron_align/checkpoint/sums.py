@@ -44,13 +44,15 @@ class HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write all of ``data``. What goes wrong is kept in ``error`` too: torch forgets it."""
         view = memoryview(data).cast("B")
-        self._hash.update(view)
-        try:
-            self._file.write(self._size, view)
-        except OSError as error:
-            self.error = error
-            raise
-        self._size += len(view)
+        for start in range(0, len(view), _BLOCK):  # the disk writes one block while the next is hashed
+            block = view[start : start + _BLOCK]
+            self._hash.update(block)
+            try:
+                self._file.write(self._size, block)
+            except OSError as error:
+                self.error = error
+                raise
+            self._size += len(block)
         return len(view)
 
     def tell(self) -> int:
