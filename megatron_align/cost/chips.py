@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megatron_align.errors import InputError, nearest
@@ -59,5 +60,11 @@ def chip(name: str) -> Chip:
 
 
 def chip_of_device(name: str) -> Chip | None:
-    """Return the chip that a device's name tells, such as ``NVIDIA H100 80GB HBM3``; None: none that is known."""
-    return next((found for known, found in CHIPS.items() if known.upper() in name.upper()), None)
+    """Return the chip that a device's name tells, such as ``NVIDIA H100 80GB HBM3``; None: none that is known.
+
+    Other boards and slices (``H100 PCIe``, ``H100 NVL``, ``MIG 1g.10gb``) are not known: most have lower peaks.
+    """
+    words = re.split(r"[\s-]+", name.lower())
+    if {"pcie", "nvl", "mig"} & set(words):
+        return None
+    return next((CHIPS[word] for word in words if word in CHIPS), None)

@@ -47,3 +47,10 @@ def test_chips_are_known_by_their_devices_names():
     assert chip_of_device("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
     assert chip_of_device("NVIDIA A100-SXM4-80GB") is CHIPS["a100"]
     assert chip_of_device("NVIDIA GeForce RTX 4090") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GB200"]
+)
+def test_a_board_with_another_peak_is_not_taken_for_the_chip(name):
+    assert chip_of_device(name) is None
