@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -120,7 +121,8 @@ def export_hf(
 ) -> Checkpoint:
     """Turn a checkpoint of any layout into a Hugging Face folder; return what was exported.
 
-    Memory: the HF tensors of one row of the weight table, and one chunk of the checkpoint.
+    Memory: twice what the largest row of the weight table takes of several HF tensors, or of one whose chunks are
+    not whole rows of it (at least twice :data:`CHUNK_BYTES`); the others pass in stretches of no more.
 
     Args:
         checkpoint: a checkpoint, or a run's folder, of which the newest is taken.
@@ -147,19 +149,12 @@ def export_hf(
         Progress("exporting", size) as progress,
         Behind() as behind,
     ):
-        buffer = torch.empty(largest_group(state, found.shape), dtype=torch.uint8)
-        half = len(buffer) // 32 * 16
-        halves = [buffer[:half], buffer[half:]]  # one is filled while the other is written
+        exporter, buffers = _Exporter(writer, kept), _two_buffers(state)
         for row in rows(found.shape):
             if not all(writer.has(name) for name in row.hf):
-                fits = group_bytes(row, found.shape, state.dtype(row)) <= half
-                halves.reverse()
-                if not fits:
-                    behind.wait()
-                parts = state.read(row, halves[0] if fits else buffer)
-                behind.run(partial(_write_parts, writer, parts, kept))
-                if not fits:
-                    behind.wait()
+                for name, start, numbers in state.stretches(row, buffers):
+                    behind.run(partial(exporter.write, name, start, numbers))
+                behind.run(partial(exporter.finish, row.hf))
             progress.add(sum(specs[name].nbytes for name in row.hf))
         behind.wait()
         need_finite({name: Facts("", *writer.facts(name)) for name in specs}, found.folder)
@@ -184,25 +179,32 @@ def open_state(checkpoint: Checkpoint) -> StateReader:
     return state
 
 
-def largest_group(state: StateReader, shape: ModelShape) -> int:
-    """Return the bytes of the largest row of the weight table."""
-    return max(group_bytes(row, shape, state.dtype(row)) for row in rows(shape))
+def _two_buffers(state: StateReader) -> Iterator[Tensor]:
+    """Yield memory for what is read next, in turn: one is filled while the other is written."""
+    whole = [state.group_bytes(row) for row in rows(state.shape) if not state.streams(row)]
+    size = max([CHUNK_BYTES, *whole])
+    return cycle([torch.empty(size, dtype=torch.uint8) for _ in range(2)])
 
 
-def group_bytes(row: Row, shape: ModelShape, dtype: torch.dtype) -> int:
-    """Return the bytes of a row's HF tensors."""
-    return sum(math.prod(size) for size in row.hf_shapes(shape)) * dtype.itemsize
+class _Exporter:
+    """Hands numbers on to a writer, cast; counts those that are not finite while the disk writes the last ones."""
 
+    def __init__(self, writer: ShardWriter, dtype: torch.dtype) -> None:
+        self.writer, self.dtype = writer, dtype
+        self._counts: dict[str, tuple[int, int]] = {}
 
-def _write_parts(writer: ShardWriter, parts: dict[str, Tensor], dtype: torch.dtype) -> None:
-    for name, tensor in parts.items():
-        start, nan, inf = 0, 0, 0
-        for stretch in tensor.view(-1).split(STRETCH):  # the disk writes one while the next is looked through
-            found = count_nonfinite(stretch)
-            nan, inf = nan + found[0], inf + found[1]
-            writer.write_flat(name, start, stretch.to(dtype))
+    def write(self, name: str, start: int, numbers: Tensor) -> None:
+        """Take a tensor's elements from ``start`` on."""
+        for stretch in numbers.split(STRETCH):
+            counts = zip(self._counts.get(name, (0, 0)), count_nonfinite(stretch), strict=True)
+            self._counts[name] = tuple(map(sum, counts))
+            self.writer.write_flat(name, start, stretch.to(self.dtype))
             start += len(stretch)
-        writer.finish(name, facts=(nan, inf))
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Say that these tensors are complete."""
+        for name in names:
+            self.writer.finish(name, facts=self._counts.pop(name))
 
 
 class _ChunkReader:

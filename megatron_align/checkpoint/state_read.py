@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_align.checkpoint.chunks import ChunkReader
 from megatron_align.checkpoint.metadata import Chunk, Stored, read_stored
 from megatron_align.errors import InputError
-from megatron_align.model.families import ModelShape, Row, local_shape, rows, segments
+from megatron_align.model.families import ModelShape, Row, Slice, local_shape, rows, segments
 
 _LAYERS = "decoder.layers."
 
@@ -46,6 +46,43 @@ class StateReader:
     def dtype(self, row: Row) -> torch.dtype:
         """Return the dtype that a row is stored in."""
         return self._stored[row.megatron].dtype
+
+    def group_bytes(self, row: Row) -> int:
+        """Return the bytes of a row's HF tensors."""
+        return sum(math.prod(size) for size in row.hf_shapes(self.shape)) * self.dtype(row).itemsize
+
+    def streams(self, row: Row) -> bool:
+        """Tell whether a row is one HF tensor, its rows in order, whose chunks are whole rows of it."""
+        stored, (size, *others) = self._stored[row.megatron], row.hf_shapes(self.shape)
+        first, *_ = segments(row, self.shape, 0, 1)  # behind it, padding at most
+        in_order = not others and first == Slice(0, 0, size[row.split or 0])
+        return in_order and all(chunk.sizes[1:] == stored.shape[1:] for chunk in stored.chunks)
+
+    def stretches(self, row: Row, buffers: Iterator[Tensor]) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield all of a row's HF tensors as ``(name, first element, elements)``, one-dimensional.
+
+        Args:
+            row: of the weight table.
+            buffers: bytes; the next is taken for each stretch of a row that streams, and one for all of another,
+                which must hold :meth:`group_bytes`.
+
+        Raises:
+            InputError: a chunk cannot be read, or is not what the metadata says.
+        """
+        if not self.streams(row):
+            yield from ((name, 0, part.view(-1)) for name, part in self.read(row, next(buffers)).items())
+            return
+        stored = self._stored[row.megatron]
+        reader = ChunkReader(self.state, row.megatron, stored.dtype)
+        width, total = math.prod(stored.shape[1:]), math.prod(row.hf_shapes(self.shape)[0])
+        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
+            begin = start = chunk.offsets[0] * width
+            stop = min(begin + math.prod(chunk.sizes), total)  # the rest is padding
+            while start < stop:
+                part = next(buffers).view(stored.dtype)[: stop - start]
+                reader.read(chunk, start - begin, part)
+                yield row.hf[0], start, part
+                start += len(part)
 
     def read(self, row: Row, buffer: Tensor | None = None) -> dict[str, Tensor]:
         """Return a row's HF tensors. Memory: they, and of a tensor that is cut along columns one chunk.

@@ -4,6 +4,7 @@ layout is read by hand; a forged or damaged one runs nothing and is refused in o
 
 import pickle
 import shutil
+from itertools import repeat
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def test_it_is_what_megatron_core_writes(tmp_path, pool, tiny_models, monkeypatc
     for row in convert.rows(read_shape(hf)):
         mine, other = (reader.read(row) for reader in readers)
         assert all(torch.equal(mine[name], other[name]) for name in row.hf), row.megatron
+        for reader in readers:  # and stretch by stretch
+            joined = joined_stretches(reader, row)
+            assert all(torch.equal(mine[name].view(-1), joined[name]) for name in row.hf), row.megatron
+    assert {reader.streams(row) for row in convert.rows(read_shape(hf))} == {True, False}
+
+
+def joined_stretches(reader, row):
+    """Read a row through one buffer that is smaller than its tensor, where it streams."""
+    buffer = torch.empty(1_040 if reader.streams(row) else reader.group_bytes(row), dtype=torch.uint8)
+    whole = {name: [] for name in row.hf}
+    for name, start, part in reader.stretches(row, repeat(buffer)):
+        assert start == sum(map(len, whole[name]))
+        whole[name].append(part.clone())
+    return {name: torch.cat(parts) for name, parts in whole.items()}
 
 
 class Killed(BaseException):
