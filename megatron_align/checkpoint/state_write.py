@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +124,28 @@ class StateWriter:
             self._path = self.folder / f"__0_{len(self._files)}.distcp"
             self._name = str(self._path.relative_to(self.journal.partial))
             self._files[self._name] = []
-        try:
+        with _naming(self._path):
             self._file = self._file or HashingFile(self._path)
             start = self._file.tell()
             torch.save(content, self._file)
             return start, self._file.tell() - start
-        except (OSError, RuntimeError) as error:  # torch's writer says neither file nor reason
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"writing the checkpoint failed at {self._path}: {reason}") from error
 
     def _close(self) -> None:
-        self.sums[self._name] = self._file.finish()
+        with _naming(self._path):
+            self.sums[self._name] = self._file.finish()
         self._file = None
         facts = {"sha256": self.sums[self._name], "chunks": self._files[self._name]}
         self.journal.add(self._path, facts)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in an error of the disk (full, perhaps) what was being written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer says neither file nor reason
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"writing the checkpoint failed at {path}: {reason}") from error
 
 
 def _extra_states(shape: ModelShape) -> Iterator[str]:
