@@ -121,7 +121,7 @@ def step_ours(folder: Path) -> dict[str, float]:
     from megatron_align.config import parse
     from megatron_align.model import parallel
     from megatron_align.training import loop
-    from tests.harness.tiny import run_arguments
+    from tests.harness.tiny import metrics_of, run_arguments
 
     model, data = _model_and_data(folder)
     second = _Second()
@@ -139,8 +139,7 @@ def step_ours(folder: Path) -> dict[str, float]:
     }
     arguments = run_arguments(model, data, folder / "run", **options)
     loop.run(parse(arguments), parallel.Place(rank=0, local_rank=0, world_size=1))
-    row = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    return {**second.found, "loss": row["loss"]}
+    return {**second.found, "loss": metrics_of(folder / "run")[-1]["loss"]}
 
 
 def step_trl(folder: Path) -> dict[str, float]:

@@ -25,6 +25,7 @@ from megatron_align.data.sources import read_file
 from megatron_align.data.templates import Template, load_tokenizer
 from megatron_align.records import Sample
 from tests.harness import ranks
+from tests.harness.tiny import metrics_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("MEGATRON_ALIGN_DATA", ROOT.parent / "shared" / "data"))
@@ -221,7 +222,7 @@ def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder
         arguments += ["--model.path", str(folder), "--data.train", json.dumps(files)]
         arguments += ["--data.cache", str(tmp_path / "tokens"), "--checkpoint.dir", str(run)]
         pool.run(2, ranks.train, [*arguments, f"--parallel.{layout}", "2"], timeout=600)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics_of(run)
         losses[layout] = [row["loss"] for row in rows]
         norms[layout] = [row["grad_norm"] for row in rows]
     assert losses["pipeline"] == pytest.approx(losses["tensor"], rel=1e-5)
@@ -259,7 +260,7 @@ def test_preferences_are_learnt(stage, pool, tmp_path):
     arguments += ["--model.path", str(tmp_path / "model"), "--data.train", str(need(DATA / file))]
     arguments += ["--checkpoint.dir", str(run), "--parallel.tensor", "2"]
     pool.run(2, ranks.train, arguments, timeout=900)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics_of(run)
     if first is not None:
         assert rows[0]["loss"] == pytest.approx(first, abs=1e-5)
         assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
