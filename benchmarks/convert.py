@@ -179,6 +179,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--conversion", action="store_true", help="leave merging out")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -192,17 +193,18 @@ def main() -> None:
 
 
 def report(work: Path, options: argparse.Namespace) -> None:
-    models = [work / f"model{number}" for number in range(4)]
+    models = [work / f"model{number}" for number in range(1 if options.conversion else 4)]
+    cases = [case for case in CASES if not (options.conversion and _merges(case))]
     for number, folder in enumerate(models):
         make_model(folder, options.layers, number)
     size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
-    found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+    found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
-        for case in CASES:
+        for case in cases:
             source = work / "checkpoint" if case == "export" else models[0]
             out = work / "checkpoint" if case == "import" else work / "out"
             shutil.rmtree(out, ignore_errors=True)
-            others = models[1:] if case in ("copy of 4", "merge task_arithmetic", "merge model_stock") else []
+            others = models[1:] if _merges(case) else []
             found[case].append(measure(case, source, out, others))
             if out.name == "out":
                 shutil.rmtree(out)
@@ -211,10 +213,15 @@ def report(work: Path, options: argparse.Namespace) -> None:
     write(rows, options)
 
 
+def _merges(case: str) -> bool:
+    """Tell whether a case has four inputs."""
+    return case.startswith(("merge", "copy of"))
+
+
 def row_of(case: str, runs: list[dict], found: dict[str, list[dict]], size: int) -> dict[str, object]:
     seconds = sorted(run["seconds"] for run in runs)
     middle = statistics.median(seconds)
-    judge = "copy of 4" if case.startswith(("merge", "copy of")) else "copy"
+    judge = "copy of 4" if _merges(case) else "copy"
     moved = size * (5 if judge == "copy of 4" else 2)
     theirs = statistics.median(run["seconds"] for run in found[judge])
     return {

@@ -6,7 +6,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from torch import Tensor
 from megatron_align.checkpoint.files import fill
 from megatron_align.checkpoint.metadata import Chunk
 from megatron_align.errors import InputError
+
+
+class Source(NamedTuple):
+    """Numbers, and from which byte on they lie in which file."""
+
+    path: Path
+    start: int
+    numbers: Tensor
 
 
 class ChunkReader:
@@ -29,7 +37,7 @@ class ChunkReader:
         self.state, self.name, self.dtype = state, name, dtype
         self._begins: dict[Chunk, int] = {}
 
-    def read(self, chunk: Chunk, start: int, out: Tensor) -> None:
+    def read(self, chunk: Chunk, start: int, out: Tensor) -> Source:
         """Fill ``out``, contiguous, in CPU memory and of the stored dtype, with a chunk's elements from ``start`` on.
 
         Raises:
@@ -38,10 +46,12 @@ class ChunkReader:
         path = self.state / chunk.file
         if chunk not in self._begins:
             self._begins[chunk] = self._find(path, chunk)
+        place = self._begins[chunk] + start * self.dtype.itemsize
         try:
-            fill(out, path, self._begins[chunk] + start * self.dtype.itemsize)
+            fill(out, path, place)
         except (OSError, EOFError) as error:
             raise self._unreadable(path, error) from error
+        return Source(path, place, out)
 
     def _find(self, path: Path, chunk: Chunk) -> int:
         """Return where in its file a chunk's numbers begin; they are not read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_align.checkpoint import sharded
 from megatron_align.checkpoint.behind import Behind
+from megatron_align.checkpoint.chunks import Source
 from megatron_align.checkpoint.digest import Facts, count_nonfinite, need_finite
 from megatron_align.checkpoint.files import (
     files_below,
@@ -42,9 +43,9 @@ from megatron_align.checkpoint.hf import (
 from megatron_align.checkpoint.hf_files import STRETCH
 from megatron_align.checkpoint.journal import Journal, fingerprint
 from megatron_align.checkpoint.progress import Progress
-from megatron_align.checkpoint.state_read import StateReader
+from megatron_align.checkpoint.state_read import StateReader, Stretch
 from megatron_align.checkpoint.state_write import StateWriter
-from megatron_align.checkpoint.sums import hash_files, without_checksums_of_zip, write_sums
+from megatron_align.checkpoint.sums import PassingFile, hash_files, without_checksums_of_zip, write_sums
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
@@ -121,8 +122,8 @@ def export_hf(
 ) -> Checkpoint:
     """Turn a checkpoint of any layout into a Hugging Face folder; return what was exported.
 
-    Memory: twice what the largest row of the weight table takes of several HF tensors, or of one whose chunks are
-    not whole rows of it (at least twice :data:`CHUNK_BYTES`); the others pass in stretches of no more.
+    Memory: twice the largest row of the weight table whose HF tensors are interleaved (query, key and value), or whose
+    chunks are not whole rows of it, at least twice :data:`CHUNK_BYTES`; the others pass in stretches of no more.
 
     Args:
         checkpoint: a checkpoint, or a run's folder, of which the newest is taken.
@@ -145,16 +146,18 @@ def export_hf(
     key = {"export": fingerprint(found.folder), "dtype": dtype, "shard_bytes": shard_bytes}
     with (
         ShardWriter(target, specs, shard_bytes, key=key) as writer,
-        sharded.checked_meanwhile(found.folder),  # before it, the disk would stand idle for writing
+        # Checked before, the disk would stand idle for writing.
+        sharded.checked_meanwhile(found.folder, passing=state.files()) as passing,
         Progress("exporting", size) as progress,
         _single_threaded(),
+        Behind() as hashing,
         Behind() as behind,
     ):
-        exporter, buffers = _Exporter(writer, kept), _two_buffers(state)
+        exporter, buffers = _Exporter(writer, kept, passing, hashing), _two_buffers(state)
         for row in rows(found.shape):
             if not all(writer.has(name) for name in row.hf):
-                for name, start, numbers in state.stretches(row, buffers):
-                    behind.run(partial(exporter.write, name, start, numbers))
+                for stretch in state.stretches(row, buffers):
+                    behind.run(partial(exporter.write, stretch))
                 behind.run(partial(exporter.finish, row.hf))
             progress.add(sum(specs[name].nbytes for name in row.hf))
         behind.wait()
@@ -188,19 +191,32 @@ def _two_buffers(state: StateReader) -> Iterator[Tensor]:
 
 
 class _Exporter:
-    """Hands numbers on to a writer, cast; counts those that are not finite while the disk writes the last ones."""
+    """Hands numbers on to a writer, cast, and to the hashes of the files that they are from, as they were.
 
-    def __init__(self, writer: ShardWriter, dtype: torch.dtype) -> None:
-        self.writer, self.dtype = writer, dtype
+    Counts those that are not finite while the disk writes the last ones.
+    """
+
+    def __init__(
+        self, writer: ShardWriter, dtype: torch.dtype, passing: Mapping[Path, PassingFile], hashing: Behind
+    ) -> None:
+        self.writer, self.dtype, self.passing, self.hashing = writer, dtype, passing, hashing
         self._counts: dict[str, tuple[int, int]] = {}
 
-    def write(self, name: str, start: int, numbers: Tensor) -> None:
-        """Take a tensor's elements from ``start`` on."""
-        for stretch in numbers.split(STRETCH):
-            counts = zip(self._counts.get(name, (0, 0)), count_nonfinite(stretch), strict=True)
+    def write(self, stretch: Stretch) -> None:
+        """Take a stretch of a tensor; its memory may be taken for others when this returns."""
+        name, start, elements, sources = stretch
+        self.hashing.run(partial(self._hash, sources))
+        for part in elements.split(STRETCH):
+            counts = zip(self._counts.get(name, (0, 0)), count_nonfinite(part), strict=True)
             self._counts[name] = tuple(map(sum, counts))
-            self.writer.write_flat(name, start, stretch.to(self.dtype))
-            start += len(stretch)
+            self.writer.write_flat(name, start, part.to(self.dtype))
+            start += len(part)
+        self.hashing.wait()
+
+    def _hash(self, sources: Iterable[Source]) -> None:
+        for path, start, numbers in sources:
+            if path in self.passing:
+                self.passing[path].add(start, memoryview(numbers.reshape(-1).view(torch.uint8).numpy()))
 
     def finish(self, names: Iterable[str]) -> None:
         """Say that these tensors are complete."""

@@ -40,6 +40,12 @@ def fill(out: Tensor, path: Path, start: int) -> None:
             view = view[count:]
 
 
+def advise(path: Path, start: int, count: int, advice: int) -> None:
+    """Tell the kernel that a stretch of a file will be read soon, or not again: ``os.POSIX_FADV_...``."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), start, count, advice)
+
+
 def put_in_place(partial: Path, folder: Path, step: int | None = None) -> None:
     """Make ``partial`` durable and give it the name ``folder``, beside it; ``step`` is for :mod:`faults`.
 

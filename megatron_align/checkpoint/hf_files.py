@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_align.checkpoint.files import fill
+from megatron_align.checkpoint.files import advise, fill
 from megatron_align.errors import InputError
 from megatron_align.model.families import read_json
 
@@ -111,8 +111,7 @@ class HFWeights:
         """
         file = self._file[name]
         size = self.numel(name) * DTYPES[self.dtype(name)].itemsize
-        with file.path.open("rb", buffering=0) as opened:
-            os.posix_fadvise(opened.fileno(), file.starts[name], size, os.POSIX_FADV_DONTNEED)
+        advise(file.path, file.starts[name], size, os.POSIX_FADV_DONTNEED)
 
     def stretches(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's elements in order, one-dimensional; each stretch takes the memory of the last."""

@@ -17,7 +17,7 @@ import importlib.metadata
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -157,8 +157,10 @@ def need_intact(folder: Path) -> None:
 
 
 @contextmanager
-def checked_meanwhile(folder: Path) -> Iterator[None]:
+def checked_meanwhile(folder: Path, passing: Iterable[Path] = ()) -> Iterator[dict[Path, sums.PassingFile]]:
     """Check that a checkpoint's files are what was written while a with-block reads them, in one process.
+
+    The block gets ``passing``, files that it mostly reads itself, and hands what it reads on to them.
 
     For blocks whose work comes to nothing where they fail: that a file is damaged is known when the block is done, or
     when it fails, which then is no wonder.
@@ -170,9 +172,10 @@ def checked_meanwhile(folder: Path) -> Iterator[None]:
         known = sums.read_sums(folder)
     except sums.Damaged as error:
         _need_none([str(error)])
-    with sums.checking(folder, sorted(known), known) as found:
+    files = {path: sums.PassingFile(path) for path in passing if str(path.relative_to(folder)) in known}
+    with sums.checking(folder, sorted(known), known, files) as found:
         try:
-            yield
+            yield files
         except OSError:  # a full disk must not wait for the hashes
             raise
         except Exception:  # a damaged pickle can raise anything

@@ -7,18 +7,25 @@ stacked: ``decoder.layers.mlp.linear_fc2.weight`` is ``[layers, ...]``.
 from __future__ import annotations
 
 import math
+import os
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.chunks import ChunkReader
+from megatron_align.checkpoint.chunks import ChunkReader, Source
+from megatron_align.checkpoint.files import advise
 from megatron_align.checkpoint.metadata import Chunk, Stored, read_stored
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, Row, Slice, local_shape, rows, segments
 
 _LAYERS = "decoder.layers."
+_TAIL = 64 << 10  # more than a zip's list of its files takes
 
 
 def state_key(megatron: str) -> tuple[str, int | None]:
@@ -27,6 +34,15 @@ def state_key(megatron: str) -> tuple[str, int | None]:
         return megatron, None
     layer, rest = megatron.removeprefix(_LAYERS).split(".", 1)
     return _LAYERS + rest, int(layer)
+
+
+class Stretch(NamedTuple):
+    """A tensor's elements from ``start`` on, one-dimensional, and what was read since the stretch before."""
+
+    name: str
+    start: int
+    elements: Tensor
+    sources: list[Source]
 
 
 class StateReader:
@@ -42,6 +58,8 @@ class StateReader:
         self._check_names()
         self._check_shapes()
         self._check_files()
+        # Where in a chunk its numbers begin is told at its end, so that is fetched ahead.
+        self._next = dict(pairwise(chunk for row in rows(shape) for chunk in self._chunks(row)))
 
     def dtype(self, row: Row) -> torch.dtype:
         """Return the dtype that a row is stored in."""
@@ -52,14 +70,24 @@ class StateReader:
         return sum(math.prod(size) for size in row.hf_shapes(self.shape)) * self.dtype(row).itemsize
 
     def streams(self, row: Row) -> bool:
-        """Tell whether a row is one HF tensor, its rows in order, whose chunks are whole rows of it."""
-        stored, (size, *others) = self._stored[row.megatron], row.hf_shapes(self.shape)
-        first, *_ = segments(row, self.shape, 0, 1)  # behind it, padding at most
-        in_order = not others and first == Slice(0, 0, size[row.split or 0])
+        """Tell whether a row is whole HF tensors, one after the other, and its chunks are whole rows of it."""
+        stored, sizes = self._stored[row.megatron], row.hf_shapes(self.shape)
+        wanted = [Slice(number, 0, size[row.split or 0]) for number, size in enumerate(sizes)]
+        found = segments(row, self.shape, 0, 1)[: len(wanted)]  # behind them, padding at most
+        in_order = found == wanted and (row.split == 0 or len(wanted) == 1)
         return in_order and all(chunk.sizes[1:] == stored.shape[1:] for chunk in stored.chunks)
 
-    def stretches(self, row: Row, buffers: Iterator[Tensor]) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield all of a row's HF tensors as ``(name, first element, elements)``, one-dimensional.
+    def files(self) -> list[Path]:
+        """Return the files most of whose bytes are weights."""
+        held: Counter[str] = Counter()
+        for row in rows(self.shape):
+            for chunk in self._stored[row.megatron].chunks:
+                held[chunk.file] += chunk.length
+        paths = {self.state / name: size for name, size in held.items()}
+        return [path for path, size in paths.items() if 2 * size > path.stat().st_size]
+
+    def stretches(self, row: Row, buffers: Iterator[Tensor]) -> Iterator[Stretch]:
+        """Yield all of a row's HF tensors.
 
         Args:
             row: of the weight table.
@@ -70,18 +98,24 @@ class StateReader:
             InputError: a chunk cannot be read, or is not what the metadata says.
         """
         if not self.streams(row):
-            yield from ((name, 0, part.view(-1)) for name, part in self.read(row, next(buffers)).items())
+            parts, sources = self._read(row, next(buffers))
+            for name, part in parts.items():
+                yield Stretch(name, 0, part.view(-1), sources)
+                sources = []
             return
         stored = self._stored[row.megatron]
         reader = ChunkReader(self.state, row.megatron, stored.dtype)
-        width, total = math.prod(stored.shape[1:]), math.prod(row.hf_shapes(self.shape)[0])
-        for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets):
+        width = math.prod(stored.shape[1:])
+        edges = [0, *accumulate(map(math.prod, row.hf_shapes(self.shape)))]
+        for chunk in self._chunks(row):
+            self._expect_next(chunk)
             begin = start = chunk.offsets[0] * width
-            stop = min(begin + math.prod(chunk.sizes), total)  # the rest is padding
+            stop = min(begin + math.prod(chunk.sizes), edges[-1])  # the rest is padding
             while start < stop:
-                part = next(buffers).view(stored.dtype)[: stop - start]
-                reader.read(chunk, start - begin, part)
-                yield row.hf[0], start, part
+                number = bisect_right(edges, start) - 1
+                part = next(buffers).view(stored.dtype)[: min(stop, edges[number + 1]) - start]
+                sources = [reader.read(chunk, start - begin, part)]
+                yield Stretch(row.hf[number], start - edges[number], part, sources)
                 start += len(part)
 
     def read(self, row: Row, buffer: Tensor | None = None) -> dict[str, Tensor]:
@@ -94,11 +128,26 @@ class StateReader:
         Raises:
             InputError: a chunk cannot be read, or is not what the metadata says.
         """
+        return self._read(row, buffer)[0]
+
+    def _chunks(self, row: Row) -> list[Chunk]:
+        return sorted(self._stored[row.megatron].chunks, key=lambda chunk: chunk.offsets)
+
+    def _expect_next(self, chunk: Chunk) -> None:
+        """Let the disk fetch the end of the chunk that will be read after this one."""
+        if (expected := self._next.get(chunk)) is not None:
+            size = min(_TAIL, expected.length)
+            end = expected.start + expected.length
+            advise(self.state / expected.file, end - size, size, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, row: Row, buffer: Tensor | None) -> tuple[dict[str, Tensor], list[Source]]:
+        """Return a row's HF tensors, and which of their parts lie in them as in the files."""
         stored = self._stored[row.megatron]
-        reader = ChunkReader(self.state, row.megatron, stored.dtype)
+        reader, sources = ChunkReader(self.state, row.megatron, stored.dtype), []
         parts = _parts(row.hf_shapes(self.shape), stored.dtype, buffer)
         pieces, dim = segments(row, self.shape, 0, 1), row.split or 0
-        for chunk in stored.chunks:
+        for chunk in self._chunks(row):
+            self._expect_next(chunk)
             whole_rows = dim == 0 and chunk.sizes[1:] == stored.shape[1:]
             width = math.prod(chunk.sizes[1:])
             data = None if whole_rows else torch.empty(chunk.sizes, dtype=stored.dtype)
@@ -111,14 +160,14 @@ class StateReader:
                 if part is not None and first < last:
                     target = parts[part].narrow(dim, start + first - position, last - first)
                     if data is None:
-                        reader.read(chunk, (first - low) * width, target)
+                        sources.append(reader.read(chunk, (first - low) * width, target))
                     else:
                         for other, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                             if other != dim:
                                 target = target.narrow(other, offset, size)
                         target.copy_(data.narrow(dim, first - low, last - first))
                 position += stop - start
-        return dict(zip(row.hf, parts, strict=True))
+        return dict(zip(row.hf, parts, strict=True)), sources
 
     def _check_names(self) -> None:
         wanted = {row.megatron for row in rows(self.shape)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_align.checkpoint.direct import DirectFile
-from megatron_align.checkpoint.files import sync
+from megatron_align.checkpoint.files import advise, sync
 
 NAME = "SHA256SUMS"
 _THREADS = 2  # files read at once
@@ -137,6 +138,38 @@ def _blocks(path: Path) -> Iterator[memoryview]:
             yield halves[1][:count]
 
 
+class PassingFile:
+    """Hashes a file that is being read for other reasons too: what was just read need not be read again.
+
+    Every byte is hashed once, from start to end, in whatever order stretches come by: what one leaves out is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._hash, self._size = hashlib.sha256(), 0
+
+    def add(self, start: int, data: memoryview) -> None:
+        """Take what the file holds from ``start`` on; the page cache need not keep it any longer."""
+        if start < self._size:
+            return  # hashed on the way to one that lay behind it
+        self._read(start - self._size)
+        self._hash.update(data)
+        self._size += len(data)
+        advise(self.path, start, len(data), os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> str:
+        """Read what is left and return the hash of all."""
+        self._read(max(0, self.path.stat().st_size - self._size))
+        return self._hash.hexdigest()
+
+    def _read(self, count: int) -> None:
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._size)
+            while count and (block := file.read(min(count, _BLOCK))):
+                self._hash.update(block)
+                self._size, count = self._size + len(block), count - len(block)
+
+
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the hashes of files below a folder."""
     names = list(names)
@@ -146,17 +179,24 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def checking(
-    folder: Path, names: Iterable[str], sums: Mapping[str, str]
+    folder: Path,
+    names: Iterable[str],
+    sums: Mapping[str, str],
+    passing: Mapping[Path, PassingFile] | None = None,
 ) -> Iterator[Callable[[], list[str]]]:
     """Let threads read and hash files while a with-block does something else.
 
     The block gets a function that waits for them and returns one line about each file that is missing or not what
-    was written.
+    was written. Those in ``passing`` are hashed by the block itself, as far as it reads them.
     """
-    pool = ThreadPoolExecutor(_THREADS)
-    found = [pool.submit(_fault, folder / name, sums[name]) for name in names]
+    pool, passing = ThreadPoolExecutor(_THREADS), passing or {}
+    paths = {folder / name: sums[name] for name in names}
+    found = [pool.submit(_fault, path, paths[path]) for path in paths if path not in passing]
     try:
-        yield lambda: [line for future in found if (line := future.result())]
+        yield lambda: [
+            *(line for future in found if (line := future.result())),
+            *(line for path, file in passing.items() if (line := _fault(path, paths[path], file.finish))),
+        ]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -167,9 +207,9 @@ def damage(folder: Path, names: Iterable[str], sums: Mapping[str, str]) -> list[
         return found()
 
 
-def _fault(path: Path, wanted: str) -> str | None:
+def _fault(path: Path, wanted: str, hashed: Callable[[], str] | None = None) -> str | None:
     try:
-        found = hash_file(path)
+        found = hashed() if hashed else hash_file(path)
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:

@@ -68,10 +68,16 @@ def test_it_is_what_megatron_core_writes(tmp_path, pool, tiny_models, monkeypatc
 
 
 def joined_stretches(reader, row):
-    """Read a row through one buffer that is smaller than its tensor, where it streams."""
+    """Read a row through one buffer that is smaller than its tensor, where it streams; sources lie in their files."""
     buffer = torch.empty(1_040 if reader.streams(row) else reader.group_bytes(row), dtype=torch.uint8)
     whole = {name: [] for name in row.hf}
-    for name, start, part in reader.stretches(row, repeat(buffer)):
+    for name, start, part, sources in reader.stretches(row, repeat(buffer)):
+        for path, place, numbers in sources:
+            size = numbers.nbytes
+            assert (
+                path.read_bytes()[place : place + size]
+                == numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
         assert start == sum(map(len, whole[name]))
         whole[name].append(part.clone())
     return {name: torch.cat(parts) for name, parts in whole.items()}

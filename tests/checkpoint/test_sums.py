@@ -8,7 +8,7 @@ import torch
 
 from megatron_align.checkpoint import direct
 from megatron_align.checkpoint.behind import Behind
-from megatron_align.checkpoint.sums import HashingFile, without_checksums_of_zip
+from megatron_align.checkpoint.sums import HashingFile, PassingFile, without_checksums_of_zip
 
 
 def test_the_hash_is_that_of_the_file(tmp_path):
@@ -20,6 +20,35 @@ def test_the_hash_is_that_of_the_file(tmp_path):
         digest = file.finish()
     assert path.read_bytes() == b"some bytes" + bytes([0, 0, 1, 0, 2, 0])
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+STRETCHES = {  # of 100 bytes that pass by
+    "none": [],
+    "all in order": [(0, 40), (40, 100)],
+    "with gaps": [(3, 40), (41, 99)],
+    "out of order": [(50, 70), (10, 20), (65, 80), (70, 90)],
+    "twice": [(0, 30), (0, 30), (30, 31)],
+}
+
+
+@pytest.mark.parametrize("stretches", STRETCHES.values(), ids=list(STRETCHES))
+def test_a_file_that_passes_by_is_hashed_once_whatever_the_order(tmp_path, stretches):
+    path, content = tmp_path / "file", bytes(range(100))
+    path.write_bytes(content)
+    file = PassingFile(path)
+    for start, stop in stretches:
+        file.add(start, memoryview(content)[start:stop])
+    assert file.finish() == hashlib.sha256(content).hexdigest()
+
+
+def test_what_passed_by_is_what_is_hashed(tmp_path):
+    """Not what the file holds by then."""
+    path = tmp_path / "file"
+    path.write_bytes(b"before it was changed")
+    file = PassingFile(path)
+    file.add(0, memoryview(b"before"))
+    path.write_bytes(b"behind it was changed")
+    assert file.finish() == hashlib.sha256(b"before it was changed").hexdigest()
 
 
 @pytest.mark.parametrize("more", [b"", b"more"], ids=["at the end", "at the next write"])
