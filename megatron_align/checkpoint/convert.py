@@ -1,7 +1,7 @@
 """Checkpoints from Hugging Face folders and back: weights only, in one CPU process, whatever the model's size.
 
 Both directions walk the weight table and stream: no model is built, no process group joined. What is in memory
-is a chunk on the way in; on the way out the HF tensors of one row of the table, and a chunk of the checkpoint.
+is a few chunks; on the way out, where they are no stretches of HF tensors, those of one row of the table.
 """
 
 from __future__ import annotations
