@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from megatron_align.checkpoint import sharded
+from megatron_align.checkpoint import sharded, sums
 from megatron_align.checkpoint.convert import export_hf, import_hf
 from megatron_align.checkpoint.files import files_below
 from megatron_align.config import parse
@@ -76,6 +76,15 @@ def test_nothing_is_exported_of_a_damaged_checkpoint(run, whole, kind):
         assert not list(run.glob("*hf*"))
         shutil.copyfile(whole / name, path)
     export_hf(run / "step_000002", run / "hf")
+
+
+def test_files_of_weights_are_hashed_in_passing(run, monkeypatch):
+    """Export reads them once, for use and for the hash."""
+    hashed, hash_file = [], sums.hash_file
+    monkeypatch.setattr(sums, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+    export_hf(run / "step_000001", run / "hf")
+    assert "card.json" in hashed
+    assert not [name for name in hashed if name.endswith(".distcp")]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
