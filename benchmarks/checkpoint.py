@@ -1,12 +1,13 @@
 """Saving and loading a training checkpoint against the disk's own speed, and the pause of a save in the background.
 
-``python -m benchmarks.checkpoint --folder /big/disk`` trains nothing: it builds a model of Llama's kind with bf16
-weights and its optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one process, the contestants in turn for
-``--rounds``:
+``python -m benchmarks.checkpoint --folder /big/disk`` builds a model of Llama's kind with bf16 weights and its
+optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one process, the contestants in turn for ``--rounds``:
 
 - write, read: the same number of bytes in one file, sequentially, written with ``fsync``: what the disk can do
 - save: synchronously, as a run does: planned, hashed, forced onto the disk, renamed; the first one by itself
-- background: the pause of a save behind training's back, and how long it takes with nothing else to do
+- background: a save behind the back of training, which makes steps of ``--tokens`` meanwhile. The pause: training stood
+  still, its waiting for the copies included. What it takes of training in all: so much longer did those steps, with the
+  pause, last than the same number of steps alone, as processor and memory are shared. And until it had its name
 - verify, load: reading and hashing all files; then reading them into the model and its optimizer
 
 The page cache forgets what was written before anything is read, and a few gigabytes of memory are written once before
@@ -54,8 +55,8 @@ def model_folder(folder: Path, layers: int) -> Path:
     return folder
 
 
-def build(assets: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the model, its optimizer with moments that are not zero, and a card."""
+def build(assets: Path) -> tuple[Any, dict[str, Any]]:
+    """Return what makes steps of a model, its optimizer with moments that are not zero, and a card."""
     import torch
 
     from megatron_align.checkpoint import sharded
@@ -63,7 +64,10 @@ def build(assets: Path) -> tuple[Any, Any, dict[str, Any]]:
     from megatron_align.model import parallel
     from megatron_align.model.families import read_shape
     from megatron_align.model.policy import build_policy, transformer_config
+    from megatron_align.objectives import SFTConfig
+    from megatron_align.training.build import build_objective
     from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+    from megatron_align.training.step import Stepper
 
     parallel.join(parallel.Place.from_environment(), ParallelConfig())
     shape, dtype = read_shape(assets), torch.bfloat16
@@ -76,7 +80,19 @@ def build(assets: Path) -> tuple[Any, Any, dict[str, Any]]:
     for state in optimizer.optimizer.state.values():
         for moment in (state["exp_avg"], state["exp_avg_sq"]):
             moment.uniform_()
-    return model, optimizer, sharded.make_card(1, shape, dtype)
+    stepper = Stepper(model, build_objective(SFTConfig(), None), parallel.groups(), optimizer)
+    return stepper, sharded.make_card(1, shape, dtype)
+
+
+def one_pack(tokens: int) -> Any:
+    """Return a pack of one document, all of it trained on."""
+    import numpy as np
+
+    from megatron_align.data.pack import pack
+    from megatron_align.records import Sample
+
+    scored = np.arange(tokens) > 0
+    return pack([Sample(np.arange(tokens, dtype=np.int32), scored)], [1 / (tokens - 1)], tokens)
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -117,16 +133,19 @@ def read(path: Path) -> None:
             pass
 
 
-def measure(folder: Path, layers: int, rounds: int) -> Iterator[tuple[str, int, list[float]]]:
+def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tuple[str, int, list[float]]]:
     """Yield the bytes and the seconds of each case."""
     from megatron_align.checkpoint import sharded
     from megatron_align.checkpoint.save import Saver
 
     assets = model_folder(folder / "model", layers)
-    model, optimizer, card = build(assets)
+    stepper, card = build(assets)
+    model, optimizer, batches = stepper.model, stepper.optimizer, [one_pack(tokens)]
     saver, behind = Saver(), Saver(background=True)
     first = saver.save(folder / "save", model, optimizer, card, assets)
     behind.save(folder / "background", model, optimizer, card, assets)  # takes its memory
+    stepper.before_update = behind.wait_until_copied
+    stepper.train(batches)
     times: dict[str, list[float]] = {"save, the first": [first.seconds]}
 
     def note(case: str, seconds: float) -> None:
@@ -139,11 +158,16 @@ def measure(folder: Path, layers: int, rounds: int) -> Iterator[tuple[str, int, 
         note("write", timed(lambda: write(folder / "plain" / "file", first.bytes)))
         touch_memory()
         note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
+        alone = timed(lambda: stepper.train(batches))
+        note("step", alone)
+        started, steps = time.perf_counter(), 0
         behind.begin(folder / "background", model, optimizer, card, assets)
         while not behind.written():
-            time.sleep(0.01)
+            stepper.train(batches)
+            steps += 1
         saved = behind.finish()
         note("background, pause", saved.pause_seconds)
+        note("background, of training", time.perf_counter() - started - steps * alone)
         note("background, in all", saved.seconds)
         forget(folder)
         touch_memory()
@@ -164,6 +188,7 @@ def main() -> None:
         "--folder", type=Path, default=None, help="where there is room; default: a temporary one"
     )
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -173,7 +198,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         cases = {
             case: (size, seconds)
-            for case, size, seconds in measure(Path(folder), options.layers, options.rounds)
+            for case, size, seconds in measure(Path(folder), options.layers, options.rounds, options.tokens)
         }
     rows = []
     for case, (size, seconds) in cases.items():

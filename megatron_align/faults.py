@@ -9,6 +9,7 @@ step (by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTER
 | step.logged    | the row is written, nothing is saved                                               |
 | row.write      | rows are about to be added to metrics.jsonl                                        |
 | save.begun     | the hidden folder exists, with nothing in it                                       |
+| save.copying   | training goes on, nothing is copied yet                                            |
 | save.file      | a file is half written                                                             |
 | save.written   | this rank's files are on the disk, the checkpoint has no name                      |
 | save.named     | all is on the disk, the hidden folder is about to be renamed                       |
@@ -29,6 +30,7 @@ POINTS = (
     "step.logged",
     "row.write",
     "save.begun",
+    "save.copying",
     "save.file",
     "save.written",
     "save.named",

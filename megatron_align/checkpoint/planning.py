@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from megatron_align.checkpoint.host_state import HostedOptimizer
 from megatron_align.model.policy import Policy
 
 REFERENCE = "reference."  # before the names of a second model's tensors
@@ -44,7 +44,7 @@ class Planned:
 
 
 class Planner:
-    """Plans saves. Where the same objects are saved again, the plan is kept, and only what moves is taken anew."""
+    """Plans saves. Where the same objects are saved again, the plan is kept."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
@@ -53,27 +53,26 @@ class Planner:
     def plan(
         self,
         model: Sequence[Policy | DistributedDataParallel],
-        optimizer: DistributedOptimizer | None,
+        optimizer: HostedOptimizer | None,
         reference: Sequence[Policy] | None,
     ) -> Planned:
         """Agree with the other ranks on who writes what; each calls this.
 
-        Tensors of the model lie in the training's own memory. The optimizer's are gathered into host memory, and must
-        be into the same each time (as :mod:`training.optimizer` does, not megatron-core's own).
+        Tensors of the model lie in the training's own memory, the optimizer's where it is yet to gather its state. What
+        else the optimizer has (steps, learning rate) is taken at once.
         """
         objects = [*model, optimizer, *(reference or [])]
         known = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
         if not known:
             self._objects, self._planned = objects, _plan(model, optimizer, reference)
         elif optimizer is not None:
-            optimizer.get_parameter_state_dp_zero()
             self._planned.common["optimizer"] |= optimizer.state_dict()
         return self._planned
 
 
 def _plan(
     model: Sequence[Policy | DistributedDataParallel],
-    optimizer: DistributedOptimizer | None,
+    optimizer: HostedOptimizer | None,
     reference: Sequence[Policy] | None,
 ) -> Planned:
     chunks, groups = unwrap(model)
@@ -144,7 +143,7 @@ def unwrap(
 
 def sharded_state(
     chunks: list[Policy],
-    optimizer: DistributedOptimizer | None,
+    optimizer: HostedOptimizer | None,
     groups: ProcessGroupCollection,
 ) -> dict[str, Any]:
     """Return megatron-core's sharded state dict of a model and its optimizer."""

@@ -1,9 +1,10 @@
 """Writing a checkpoint from all ranks: at once, or behind training's back. It appears whole or not at all.
 
-Three stages. *Begin* (all ranks together): a hidden folder, megatron-core's plan, and for a save in the background
-copies of all that training changes. *Write* (each rank alone, in threads): its files, hashed on the way and forced onto
-the disk. *Finish* (together again): if every rank has written, rank 0 adds what describes the whole and gives the
-folder its name. Threads, not processes: a killed rank leaves nobody behind who still writes.
+Four stages. *Begin* (all ranks together): a hidden folder and megatron-core's plan. *Copy* (each rank alone, in a
+thread): what training will change; gradients may be computed meanwhile, the update waits. *Write* (in threads): the
+optimizer's state is gathered, and each rank writes its files, hashed on the way and forced onto the disk. *Finish*
+(together again): if every rank has written, rank 0 adds what describes the whole and gives the folder its name.
+Threads, not processes: a killed rank leaves nobody behind who still writes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_align import faults
 from megatron_align.checkpoint.files import files_below, partial_folder, put_in_place
 from megatron_align.checkpoint.hf import copy_assets, write_config_architecture
+from megatron_align.checkpoint.host_state import HostedOptimizer
 from megatron_align.checkpoint.metadata import METADATA
 from megatron_align.checkpoint.planning import Item, Planned, Planner, exact, unwrap
 from megatron_align.checkpoint.sharded import ASSETS, CARD, STATE
@@ -71,11 +72,14 @@ class _Job:
     folder: Path
     partial: Path
     planned: Planned
+    copies: list[tuple[Tensor, Tensor]]  # where to, where from
+    optimizer: HostedOptimizer | None
     small: dict[str, bytes]  # rank 0's small files, by path
     assets: Path
     shape: ModelShape
     started: float
     pause: float = 0.0
+    copied: Future[None] | None = None
     future: Future[_Written] | None = None
 
 
@@ -92,6 +96,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._planner = Planner()
         self._copies: dict[MetadataIndex, Tensor] = {}
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # copies beside training
         self._job: _Job | None = None
 
     @property
@@ -107,12 +112,12 @@ class Saver:
         self,
         folder: Path,
         model: Sequence[Policy | DistributedDataParallel],
-        optimizer: DistributedOptimizer | None,
+        optimizer: HostedOptimizer | None,
         card: dict[str, Any],
         assets: Path,
         reference: Sequence[Policy] | None = None,
     ) -> None:
-        """Begin to write a checkpoint: when this returns, training may change everything that it holds.
+        """Begin to write a checkpoint: nothing that it holds may change before :meth:`wait_until_copied` returns.
 
         Args:
             folder: of the checkpoint; one that exists is replaced by the new one.
@@ -129,21 +134,33 @@ class Saver:
         started = time.perf_counter()
         partial = partial_folder(folder)
         _on_rank_0(partial, lambda: (self._before(), _make(partial, card["step"])))
-        planned = self._planner.plan(model, optimizer, reference)
+        planned, copies = self._planner.plan(model, optimizer, reference), []
         if self.background or torch.cuda.is_available():
-            planned = self._detach(planned)
+            planned, copies = self._detach(planned)
         self._job = job = _Job(
             step=card["step"],
             folder=folder,
             partial=partial,
             planned=planned,
+            copies=copies,
+            optimizer=optimizer,
             small=_small_files({**card, "optimizer": optimizer is not None}, planned.common),
             assets=assets,
             shape=unwrap(model)[0][0].shape,
             started=started,
         )
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        job.copied = self._pool.submit(_copy, job, self._stream)
         job.future = self._pool.submit(_write, job, dist.get_rank())
         job.pause = time.perf_counter() - started
+
+    def wait_until_copied(self) -> None:
+        """Wait until training may change what the pending save holds; at once if there is none."""
+        if self._job is not None:
+            resumed = time.perf_counter()
+            self._job.copied.result()
+            self._job.pause += time.perf_counter() - resumed
 
     def finish(self) -> Saved:
         """Wait for all ranks' writers and give the checkpoint its name.
@@ -169,28 +186,27 @@ class Saver:
         self.begin(*arguments, **options)
         return self.finish()
 
-    def _detach(self, planned: Planned) -> Planned:
-        """Return the plan with copies in host memory, this saver's own, where training could change what is written.
+    def _detach(self, planned: Planned) -> tuple[Planned, list[tuple[Tensor, Tensor]]]:
+        """Return the plan with host memory of this saver's own where training could change what is written.
 
-        megatron-core gathers the optimizer's state into host memory that nobody else writes until the next save.
+        Also returns what must be copied: pairs of such memory and the tensor that it stands for. The optimizer's state
+        is copied by the optimizer itself, into host memory that nobody else writes until the next save.
         """
-        buckets = [
-            [
-                (item, self._copy(item.index, data) if _changes(item.index, data) else data)
-                for item, data in bucket
-            ]
-            for bucket in planned.buckets
-        ]
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return Planned(buckets, planned.metadata, planned.common)
+        copies = []
 
-    def _copy(self, index: MetadataIndex, data: Tensor) -> Tensor:
-        if index not in self._copies:
-            self._copies[index] = torch.empty(
-                data.shape, dtype=data.dtype, device="cpu", pin_memory=data.is_cuda
-            )
-        return self._copies[index].copy_(data.detach(), non_blocking=True)
+        def detached(item: Item) -> Item:
+            index, data = item[0].index, item[1]
+            if not _changes(index, data):
+                return item
+            if index not in self._copies:
+                self._copies[index] = torch.empty(
+                    data.shape, dtype=data.dtype, device="cpu", pin_memory=data.is_cuda
+                )
+            copies.append((self._copies[index], data.detach()))
+            return item[0], self._copies[index]
+
+        buckets = [[detached(item) for item in bucket] for bucket in planned.buckets]
+        return Planned(buckets, planned.metadata, planned.common), copies
 
 
 def _changes(index: MetadataIndex, data: Tensor | io.BytesIO) -> bool:
@@ -217,8 +233,23 @@ def _small_files(card: dict[str, Any], common: dict[str, Any]) -> dict[str, byte
     }
 
 
+def _copy(job: _Job, stream: torch.cuda.Stream | None) -> None:
+    """Copy what this rank writes, or hands to the rank that does, into host memory."""
+    faults.at("save.copying", job.step)
+    with torch.cuda.stream(stream):
+        for copy, original in job.copies:
+            copy.copy_(original, non_blocking=True)
+        if job.optimizer is not None:
+            job.optimizer.copy_state()
+    if stream:
+        stream.synchronize()
+
+
 def _write(job: _Job, rank: int) -> _Written:
     """Write this rank's files, and rank 0's small ones."""
+    job.copied.result()
+    if job.optimizer is not None:
+        job.optimizer.gather_state()
     sums: dict[str, str] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     paths = [job.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(job.planned.buckets))]

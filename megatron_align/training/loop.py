@@ -255,6 +255,7 @@ class _Run:
         ahead = self._ahead("train")
         tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.place.rank)
         saves = Saves(self.plan.folder, self.config.checkpoint, self._begin_save, sinks, self.watchdog)
+        self.stepper.before_update = saves.before_update
         if self.config.train.self_check and self.done < self.steps:
             with self.watchdog.patient("self-check"):
                 self_check.before_first_step(self.model, self.batches, self.done, self.groups)

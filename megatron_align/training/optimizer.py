@@ -22,21 +22,20 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_align.checkpoint.host_state import HostedOptimizer
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
 
-_STATE = ("param", "exp_avg", "exp_avg_sq")
 BUCKET: int | None = (
     None  # gradients that overlap are reduced so many elements at a time; None: megatron-core's choice
 )
 
 
-class Optimizer(DistributedOptimizer):
+class Optimizer(HostedOptimizer):
     """megatron-core's distributed optimizer over torch's AdamW, whose state has a step for each parameter."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,52 +45,6 @@ class Optimizer(DistributedOptimizer):
         for group in state["optimizer"]["param_groups"]:
             group["step"] = max(steps, default=0)
         return state
-
-    def get_parameter_state_dp_zero(
-        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-    ) -> dict[Any, Any] | None:
-        """Gather masters and moments on data-parallel rank 0, in host memory that the next call takes again.
-
-        megatron-core's own does the same through fresh memory, several times over: most of the time of a save.
-        """
-        if empty_data or return_on_all_ranks or not use_gloo_comm:
-            return super().get_parameter_state_dp_zero(use_gloo_comm, empty_data, return_on_all_ranks)
-        is_first = self.data_parallel_group_gloo.rank() == 0
-        state: dict[Any, Any] = {"buckets_coalesced": True}
-        for number, buffer in enumerate(self.buffers):
-            [(dtype, ranges)] = self.gbuf_ranges[number].items()
-            tail = max(bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
-            gathered = {}
-            for key in _STATE:
-                whole = self._host(f"{number}.{key}", buffer.numel_unpadded + tail if is_first else 0)
-                start = 0
-                for bucket, of_bucket in zip(buffer.buckets, ranges, strict=True):
-                    # Its padding reaches into the next one's place, which is filled after it.
-                    target = whole[start : start + bucket.grad_data.numel()]
-                    self._gather((number, key), bucket, of_bucket["param_map"], target)
-                    start += bucket.numel_unpadded
-                gathered[key] = whole[: buffer.numel_unpadded]
-            state[number] = {dtype: {**gathered, "numel_unpadded": buffer.numel_unpadded}}
-        return state if is_first else None
-
-    def _gather(self, name: tuple[int, str], bucket: Any, places: dict[Any, Any], target: Tensor) -> None:
-        """Gather one kind of state of one bucket into ``target`` on data-parallel rank 0."""
-        group = self.data_parallel_group_gloo
-        length = bucket.grad_data.numel() // group.size()
-        own = target if group.size() == 1 else self._host(f"{name[0]}.{bucket.bucket_id}", length)
-        for parameter, place in places.items():
-            shard = self._get_main_param_and_optimizer_states(parameter)[name[1]]
-            own[place["gbuf_local"].start : place["gbuf_local"].end].copy_(shard.detach())
-        if group.size() > 1:
-            parts = list(target.split(length)) if group.rank() == 0 else None
-            dist.gather(own, parts, dist.get_global_rank(group, 0), group)
-
-    def _host(self, name: str, length: int) -> Tensor:
-        """Return host memory, zero at first and the same at each call: what is not written stays zero."""
-        memory = self.__dict__.setdefault("host_memory", {})
-        if name not in memory:
-            memory[name] = torch.zeros(length)
-        return memory[name]
 
     def grad_norm(self) -> float:
         """Take the gradients over; return their global norm, before clipping."""
@@ -203,7 +156,7 @@ def build_optimizer(
         model_chunks=model,
         per_model_buffers=buffers,
         data_parallel_group=groups.dp_cp,
-        # Saving gathers the state through this, on the host of one rank rather than on every rank's GPU.
+        # Saving gathers the state through this, on the host of one rank rather than on every rank's GPU, in a thread.
         data_parallel_group_gloo=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
         data_parallel_group_idx=groups.mp.rank(),
         distributed_optimizer_instance_id=0,

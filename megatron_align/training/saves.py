@@ -57,6 +57,12 @@ class Saves:
             self._try(lambda: self._start(step))
         return stops > 0
 
+    def before_update(self) -> None:
+        """Wait until the pending save has copied what an update changes."""
+        if self._saver.pending:
+            with self._watchdog.patient("copying a checkpoint"):
+                self._saver.wait_until_copied()
+
     def last(self, step: int) -> None:
         """Save after the last step that this process makes, and wait until it is done.
 

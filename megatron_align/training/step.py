@@ -57,6 +57,7 @@ class Stepper:
         self.groups = groups
         self.optimizer = optimizer
         self._detail = detail  # is told how far a step is
+        self.before_update: Callable[[], None] = lambda: None  # is called when weights are about to move
         self.clock = StepClock()
         self._sums_over_ranks, self._whole_sums = True, False
         self.model[0].config.grad_scale_func = None
@@ -73,6 +74,7 @@ class Stepper:
         metrics, pack_losses = self.gradients(batches)
         self._detail("update")
         grad_norm = self.optimizer.grad_norm()
+        self.before_update()
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.update(grad_norm)

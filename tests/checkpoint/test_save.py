@@ -1,6 +1,9 @@
-"""A checkpoint written behind training's back is the one that would have been written at once, file by file."""
+"""A checkpoint written behind training's back is the one that would have been written at once, file by file: whatever
+training changes once it is copied, and however late it is copied and gathered.
+"""
 
 import os
+import time
 
 import pytest
 import torch
@@ -41,13 +44,20 @@ def change(ddp, optimizer):
             group["lr"] /= 2
 
 
+def late(call):
+    """Return the call, a while later than asked for."""
+    return lambda: (time.sleep(0.1), call())
+
+
 def save_both_ways(place, model, folder, config, dtype):
     """In a process of the pool: three checkpoints, each written both ways; once by a saver that has no plan yet."""
     ddp, optimizer, card = build(place, model, config, dtype)
+    optimizer.copy_state, optimizer.gather_state = late(optimizer.copy_state), late(optimizer.gather_state)
     behind = Saver(background=True)
     for number in range(3):
         Saver().save(folder / f"at_once_{number}", ddp, optimizer, card, model)
         behind.begin(folder / f"behind_{number}", ddp, optimizer, card, model)
+        behind.wait_until_copied()
         change(ddp, optimizer)
         behind.finish()
     parallel.leave()
@@ -74,11 +84,11 @@ def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, conf
     assert len(seen) == 3  # the changes are in them
 
 
-def fail_to_save(place, model, folder, late):
+def fail_to_save(place, model, folder, rank):
     """In a process of the pool; return what this rank is told, and what is left of the attempt."""
     ddp, optimizer, card = build(place, model, ParallelConfig(), torch.float32)
     saver = Saver(background=True)
-    os.environ[VARIABLE] = f"full@save.written::{late}"
+    os.environ[VARIABLE] = f"full@save.written::{rank}"
     try:
         saver.begin(folder / "step_000001", ddp, optimizer, card, model)
         saver.finish()
@@ -94,9 +104,9 @@ def fail_to_save(place, model, folder, late):
     return told, left
 
 
-@pytest.mark.parametrize("late", [0, 1])
-def test_a_rank_that_cannot_write_is_told_to_all(pool, tiny_models, tmp_path, late):
-    for told, left in pool.run(2, fail_to_save, tiny_models(), tmp_path, late):
-        assert told.endswith(f".step_000001.partial: rank {late}: No space left on device")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_is_told_to_all(pool, tiny_models, tmp_path, rank):
+    for told, left in pool.run(2, fail_to_save, tiny_models(), tmp_path, rank):
+        assert told.endswith(f".step_000001.partial: rank {rank}: No space left on device")
         assert left == []
     assert sharded.damage(tmp_path / "step_000002") == []

@@ -21,6 +21,7 @@ KILLS = (
     "step.trained:1",
     "step.logged:2",
     "save.begun:2",
+    "save.copying:2",
     "save.file:2",
     "save.written:2",
     "save.named:2",

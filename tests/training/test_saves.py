@@ -1,10 +1,15 @@
-"""Checkpoints while training goes on: what is told of them, and a save that failed is tried again before the next is
-due.
+"""Checkpoints while training goes on: an update waits for the copy, what is told of them, and a save that failed is
+tried again before the next is due.
 """
 
 import os
+import time
 
+import pytest
+
+from megatron_align.checkpoint.host_state import HostedOptimizer
 from megatron_align.checkpoint.sharded import list_steps
+from megatron_align.checkpoint.sums import read_sums
 from megatron_align.config import parse
 from megatron_align.faults import VARIABLE
 from megatron_align.training import saves
@@ -40,3 +45,36 @@ def test_every_save_is_told_once(pool, tiny_models, chat_file, tmp_path):
         assert 0 < row["save_pause_seconds"] <= row["save_seconds"]
         folder = tmp_path / f"step_{row['step']:06d}"
         assert row["save_bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def train_with_late_copies(place, arguments):
+    """In a process of the pool: what a save copies is copied only when the next step waits for it."""
+    copy_state = HostedOptimizer.copy_state
+    HostedOptimizer.copy_state = lambda self: (time.sleep(1), copy_state(self))
+    try:
+        return run(parse(arguments), place)
+    finally:
+        HostedOptimizer.copy_state = copy_state
+
+
+def state_files(run_folder):
+    """Return the hash of every file with tensors, by step and name."""
+    return {
+        (step, name): digest
+        for step, folder in list_steps(run_folder)
+        for name, digest in read_sums(folder).items()
+        if name.endswith(".distcp")
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, world):
+    options = {"checkpoint__save_every": 1, "checkpoint__keep": 9, "train__steps": 3}
+    for name, train, background in (("late", train_with_late_copies, True), ("at_once", ranks.train, False)):
+        settings = {**options, "checkpoint__async_save": background}
+        pool.run(world, train, run_arguments(tiny_models(), chat_file, tmp_path / name, **settings))
+    files = state_files(tmp_path / "late")
+    assert {step for step, _ in files} == {1, 2, 3}
+    assert files == state_files(tmp_path / "at_once")
+    pauses = [row["save_pause_seconds"] for row in metrics_of(tmp_path / "late", "save")]
+    assert pauses[0] > 0.5  # waiting counts
