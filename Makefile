@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
+# Two files of tests at once; each starts up to four ranks.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: help install check format test test-all soak gpu-test gpu-bench quickstart clean
 
@@ -31,7 +33,7 @@ format: $(STAMP)  ## mend what check finds, where that can be done by itself
 	$(BIN)/ruff format -q .
 
 test: $(STAMP) check  ## everything that CI runs: all laws, on CPU
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --durations=10 $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) check  ## also the tests that take minutes each
 	$(BIN)/python -m pytest --durations=20

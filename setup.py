@@ -34,7 +34,15 @@ setup(
         "pyarrow>=15",
     ],
     extras_require={
-        "test": ["pytest>=8", "setuptools>=68", "wheel>=0.43", "hypothesis>=6", "trl==1.16.0", "datasets>=3"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "setuptools>=68",
+            "wheel>=0.43",
+            "hypothesis>=6",
+            "trl==1.16.0",
+            "datasets>=3",
+        ],
         "dev": ["ruff>=0.9", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

@@ -60,8 +60,8 @@ class Saves:
     def before_update(self) -> None:
         """Wait until the pending save has copied what an update changes."""
         if self._saver.pending:
-            with self._watchdog.patient("copying a checkpoint"):
-                self._saver.wait_until_copied()
+            self._watchdog.detail("copying what the last checkpoint holds")
+            self._saver.wait_until_copied()
 
     def last(self, step: int) -> None:
         """Save after the last step that this process makes, and wait until it is done.

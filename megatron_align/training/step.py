@@ -72,9 +72,9 @@ class Stepper:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
         self.optimizer.zero_grad()
         metrics, pack_losses = self.gradients(batches)
+        self.before_update()
         self._detail("update")
         grad_norm = self.optimizer.grad_norm()
-        self.before_update()
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
         if finite:
             self.optimizer.update(grad_norm)

@@ -1,7 +1,7 @@
 """Tests marked ``triton`` run Triton kernels: on the GPU where there is one, else in Triton's interpreter.
 
-Triton reads ``TRITON_INTERPRET`` when kernels are imported, so the interpreter needs a process of its own. One
-child pytest runs all marked tests of the session; each test here then takes over what became of its twin there.
+Triton reads ``TRITON_INTERPRET`` when kernels are imported, so the interpreter needs a process of its own. A child
+pytest runs all marked tests of a file; each test here then takes over what became of its twin there.
 ``TRITON_INTERPRET=1 pytest FILE`` runs them in the process itself, which a debugger likes better.
 
 Use: ``pytestmark = pytest.mark.triton`` and tensors on ``DEVICE``, of the dtypes ``DTYPES``. Fixtures of a marked
@@ -16,6 +16,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,10 +38,11 @@ def interpreted() -> bool:
 class _Child:
     """The child pytest; its reports come in the order of the tests."""
 
-    def __init__(self, items: list[pytest.Item]):
+    def __init__(self, file: Path, items: list[pytest.Item]):
+        self.file = file
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # open until stop()
         reports, writer = os.pipe()
-        tests = [item.nodeid for item in items if item.get_closest_marker("triton")]
+        tests = [item.nodeid for item in items if item.path == file and item.get_closest_marker("triton")]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
             env={**os.environ, "TRITON_INTERPRET": "1", _REPORTS: str(writer)},
@@ -86,8 +88,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if GPU or interpreted() or not pyfuncitem.get_closest_marker("triton"):
         return None
     session = pyfuncitem.session
-    if _CHILD not in session.stash:
-        session.stash[_CHILD] = _Child(session.items)
+    child = session.stash.get(_CHILD, None)
+    if child is None or child.file != pyfuncitem.path:
+        if child is not None:
+            child.stop()
+        session.stash[_CHILD] = _Child(pyfuncitem.path, session.items)
     outcome, text = session.stash[_CHILD].outcome(pyfuncitem.nodeid)
     if outcome == "failed":
         pytest.fail(f"in Triton's interpreter:\n{text}", pytrace=False)
