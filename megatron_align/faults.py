@@ -9,7 +9,7 @@ step (by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTER
 | step.logged    | the row is written, nothing is saved                                               |
 | row.write      | rows are about to be added to metrics.jsonl                                        |
 | save.begun     | the hidden folder exists, with nothing in it                                       |
-| save.copying   | training goes on, nothing is copied yet                                            |
+| save.copying   | a thread is about to copy; in the background training goes on (not for ``full``)   |
 | save.file      | a file is half written                                                             |
 | save.written   | this rank's files are on the disk, the checkpoint has no name                      |
 | save.named     | all is on the disk, the hidden folder is about to be renamed                       |

@@ -20,7 +20,8 @@ class HostedOptimizer(DistributedOptimizer):
     """megatron-core's distributed optimizer with its state taken into host memory in two stages.
 
     :meth:`copy_state` needs the state at rest, but no other rank. :meth:`gather_state` needs the other ranks, but no
-    longer the state: training may change it. Either may run in another thread than training's.
+    longer the state: training may change it. Either may run in another thread than training's. Until both have run,
+    what megatron-core's ``sharded_state_dict`` returns for a save refers to memory that holds zeros, or an older state.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

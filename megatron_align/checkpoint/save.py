@@ -117,7 +117,9 @@ class Saver:
         assets: Path,
         reference: Sequence[Policy] | None = None,
     ) -> None:
-        """Begin to write a checkpoint: nothing that it holds may change before :meth:`wait_until_copied` returns.
+        """Begin to write a checkpoint: nothing that it holds may change before it is copied.
+
+        That is when :meth:`wait_until_copied` returns; with ``background`` off, when :meth:`finish` does.
 
         Args:
             folder: of the checkpoint; one that exists is replaced by the new one.
@@ -155,12 +157,13 @@ class Saver:
         job.future = self._pool.submit(_write, job, dist.get_rank())
         job.pause = time.perf_counter() - started
 
-    def wait_until_copied(self) -> None:
-        """Wait until training may change what the pending save holds; at once if there is none."""
-        if self._job is not None:
-            resumed = time.perf_counter()
-            self._job.copied.result()
-            self._job.pause += time.perf_counter() - resumed
+    def wait_until_copied(self) -> float:
+        """Wait until training may change what the pending save holds; return for how many seconds."""
+        started = time.perf_counter()
+        self._job.copied.result()
+        waited = time.perf_counter() - started
+        self._job.pause += waited
+        return waited
 
     def finish(self) -> Saved:
         """Wait for all ranks' writers and give the checkpoint its name.
@@ -236,6 +239,8 @@ def _small_files(card: dict[str, Any], common: dict[str, Any]) -> dict[str, byte
 def _copy(job: _Job, stream: torch.cuda.Stream | None) -> None:
     """Copy what this rank writes, or hands to the rank that does, into host memory."""
     faults.at("save.copying", job.step)
+    if stream:
+        torch.cuda.set_device(stream.device)  # a thread starts on the first
     with torch.cuda.stream(stream):
         for copy, original in job.copies:
             copy.copy_(original, non_blocking=True)

@@ -298,7 +298,7 @@ class _Run:
         if self._moving_reference() and step % self.config.reference.sync_steps == 0:
             gather_parameters(self.model)
             self.live.move([chunk.module for chunk in self.model], self.config.reference.mixup_alpha)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - result.paused_seconds
         found = self._examine(step, data, batches, result, sinks)
         metrics = self.objective.finish(result.metrics)
         if self.config.train.self_check and step == 1 and result.updated:

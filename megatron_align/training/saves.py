@@ -18,7 +18,7 @@ RETRY_SECONDS = 60.0  # after a save that failed, besides the next one that is d
 
 
 class Saves:
-    """The checkpoints of a run, on this rank; every rank calls it alike, between steps.
+    """The checkpoints of a run, on this rank; every rank calls it alike, between steps and before each update.
 
     A save that fails costs no step and no older checkpoint: the run says so, goes on, and tries again. Only the
     last one must succeed.
@@ -57,11 +57,12 @@ class Saves:
             self._try(lambda: self._start(step))
         return stops > 0
 
-    def before_update(self) -> None:
-        """Wait until the pending save has copied what an update changes."""
-        if self._saver.pending:
-            self._watchdog.detail("copying what the last checkpoint holds")
-            self._saver.wait_until_copied()
+    def before_update(self) -> float:
+        """Wait until the pending save has copied what an update changes; return for how many seconds."""
+        if not self._saver.pending:
+            return 0.0
+        self._watchdog.detail("copying what the last checkpoint holds")
+        return self._saver.wait_until_copied()
 
     def last(self, step: int) -> None:
         """Save after the last step that this process makes, and wait until it is done.

@@ -39,6 +39,7 @@ class StepResult:
     grad_norm: float | None  # before clipping; None where no backward ran
     pack_losses: list[float]  # this rank's packs' shares of the loss; none but on the last stage
     updated: bool = False  # weights and optimizer have moved: only if loss and gradient norm are finite
+    paused_seconds: float = 0.0  # that the step waited for a save
 
 
 class Stepper:
@@ -57,7 +58,8 @@ class Stepper:
         self.groups = groups
         self.optimizer = optimizer
         self._detail = detail  # is told how far a step is
-        self.before_update: Callable[[], None] = lambda: None  # is called when weights are about to move
+        # Is called when there are gradients and nothing has moved; waits, and returns for how many seconds.
+        self.before_update: Callable[[], float] = lambda: 0.0
         self.clock = StepClock()
         self._sums_over_ranks, self._whole_sums = True, False
         self.model[0].config.grad_scale_func = None
@@ -72,7 +74,9 @@ class Stepper:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
         self.optimizer.zero_grad()
         metrics, pack_losses = self.gradients(batches)
-        self.before_update()
+        self.clock.mark("optimizer")
+        paused = self.before_update()
+        self.clock.leave_out()
         self._detail("update")
         grad_norm = self.optimizer.grad_norm()
         finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
@@ -81,7 +85,7 @@ class Stepper:
         self.clock.mark("optimizer")
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # else the time of the update would count into the next step
-        return StepResult(metrics, grad_norm, pack_losses, updated=finite)
+        return StepResult(metrics, grad_norm, pack_losses, updated=finite, paused_seconds=paused)
 
     def gradients(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
         """Leave the gradient, summed over ranks, in the buffers; return what :meth:`_schedule` does."""

@@ -49,6 +49,11 @@ class StepClock:
         self.seconds[phase] += now - self._last
         self._last = now
 
+    def leave_out(self) -> None:
+        """Count the time since the last mark nowhere."""
+        if self.running:
+            self._last = time.perf_counter()
+
 
 def timing_row(step: int, clock: StepClock, mfu: float | None) -> dict[str, Any]:
     """Return the row of a measured step, from all ranks: mean and largest seconds of each phase, and the straggler.

@@ -11,6 +11,8 @@ from tests.harness.pool import free_port
 JOIN = """
 from megatron_align.config import ParallelConfig
 from megatron_align.model.parallel import Place, join
+print("imported", flush=True)
+input()
 try:
     join(Place.from_environment(), ParallelConfig(timeout_seconds=3))
 except TimeoutError as error:
@@ -19,6 +21,8 @@ except TimeoutError as error:
 STALL = """
 from megatron_align.model.parallel import Place
 from tests.harness.ranks import stall
+print("imported", flush=True)
+input()
 stall(Place.from_environment(), late=1, timeout=4)
 """
 
@@ -52,8 +56,18 @@ def start(code, rank, world, port):
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, **pipes)
+
+
+def release(processes):
+    """Let them go on together, once all have imported what they need: their time limits are short."""
+    for process in processes:
+        assert process.stdout.readline() == "imported\n", process.communicate()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
 
 
 def finish(processes, timeout):
@@ -70,13 +84,13 @@ def finish(processes, timeout):
 
 def test_absent_ranks_are_named():
     port = free_port()
-    [(out, err, _), _] = finish([start(JOIN, rank, 4, port) for rank in (0, 2)], timeout=90)
+    [(out, err, _), _] = finish(release([start(JOIN, rank, 4, port) for rank in (0, 2)]), timeout=90)
     assert out.strip() == "4 ranks must join within 3 s, missing: rank 1, 3", err
 
 
 def test_a_stalled_rank_is_named_once_and_everyone_ends():
     port = free_port()
-    outputs = finish([start(STALL, rank, 3, port) for rank in range(3)], timeout=90)
+    outputs = finish(release([start(STALL, rank, 3, port) for rank in range(3)]), timeout=90)
     said = "".join(err for _, err, _ in outputs)
     assert said.count("error:") == 1, said
     assert "no progress for 4 s: rank 1 is still in 'step 1' while others wait in 'step 2'" in said

@@ -3,11 +3,14 @@ tried again before the next is due.
 """
 
 import os
+import threading
 import time
+from unittest import mock
 
 import pytest
 
 from megatron_align.checkpoint.host_state import HostedOptimizer
+from megatron_align.checkpoint.save import Saver
 from megatron_align.checkpoint.sharded import list_steps
 from megatron_align.checkpoint.sums import read_sums
 from megatron_align.config import parse
@@ -47,14 +50,26 @@ def test_every_save_is_told_once(pool, tiny_models, chat_file, tmp_path):
         assert row["save_bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+LATE = 0.5  # seconds
+
+
 def train_with_late_copies(place, arguments):
-    """In a process of the pool: what a save copies is copied only when the next step waits for it."""
-    copy_state = HostedOptimizer.copy_state
-    HostedOptimizer.copy_state = lambda self: (time.sleep(1), copy_state(self))
-    try:
+    """In a process of the pool: what a save holds is copied a while after somebody begins to wait for it."""
+    asked = threading.Event()
+    copy_state, wait, finish = HostedOptimizer.copy_state, Saver.wait_until_copied, Saver.finish
+
+    def copy_late(self):
+        assert asked.wait(60), "nobody waits for the copy"
+        asked.clear()
+        time.sleep(LATE)
+        copy_state(self)
+
+    with (
+        mock.patch.object(HostedOptimizer, "copy_state", copy_late),
+        mock.patch.object(Saver, "wait_until_copied", lambda self: (asked.set(), wait(self))[1]),
+        mock.patch.object(Saver, "finish", lambda self: (asked.set(), finish(self), asked.clear())[1]),
+    ):
         return run(parse(arguments), place)
-    finally:
-        HostedOptimizer.copy_state = copy_state
 
 
 def state_files(run_folder):
@@ -76,5 +91,17 @@ def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, wo
     files = state_files(tmp_path / "late")
     assert {step for step, _ in files} == {1, 2, 3}
     assert files == state_files(tmp_path / "at_once")
-    pauses = [row["save_pause_seconds"] for row in metrics_of(tmp_path / "late", "save")]
-    assert pauses[0] > 0.5  # waiting counts
+    rows = metrics_of(tmp_path / "late", "save")
+    assert all(row["save_pause_seconds"] >= LATE for row in rows)  # waiting is the save's time
+
+
+def train_waiting_for_long(place, arguments):
+    """In a process of the pool: every step is told that it has waited 1,000 s for a save."""
+    with mock.patch.object(saves.Saves, "before_update", return_value=1000.0):
+        return run(parse(arguments), place)
+
+
+def test_waiting_for_a_save_is_no_part_of_the_step(pool, tiny_models, chat_file, tmp_path):
+    pool.run(1, train_waiting_for_long, run_arguments(tiny_models(), chat_file, tmp_path, train__steps=1))
+    [row] = metrics_of(tmp_path)
+    assert -1000 < row["step_seconds"] < -800
