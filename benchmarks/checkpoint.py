@@ -8,6 +8,8 @@ optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one process, the co
 - background: a save behind the back of training, which makes steps of ``--tokens`` meanwhile. The pause: training stood
   still, its waiting for the copies included. What it takes of training in all: so much longer did those steps, with the
   pause, last than the same number of steps alone, as processor and memory are shared. And until it had its name
+- torch: ``torch.distributed.checkpoint`` saves the same tensors, without hashes: at once, and asynchronously with a
+  stager that is kept and copies in a thread, its pause measured the same way
 - verify, load: reading and hashing all files; then reading them into the model and its optimizer
 
 The page cache forgets what was written before anything is read, and a few gigabytes of memory are written once before
@@ -95,6 +97,46 @@ def one_pack(tokens: int) -> Any:
     return pack([Sample(np.arange(tokens, dtype=np.int32), scored)], [1 / (tokens - 1)], tokens)
 
 
+class Torch:
+    """Saves weights, masters and moments with torch.distributed.checkpoint."""
+
+    def __init__(self, stepper: Any) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        states = stepper.optimizer.optimizer.state.items()
+        self.state = {
+            "model": {name: weight.detach() for name, weight in stepper.model[0].module.named_parameters()},
+            "optimizer": {
+                str(i): {"param": shard.detach(), "exp_avg": of["exp_avg"], "exp_avg_sq": of["exp_avg_sq"]}
+                for i, (shard, of) in enumerate(states)
+            },
+        }
+        # No GPU: neither pinned memory nor non-blocking copies; shared memory serves writers in other processes.
+        self.stager = DefaultStager(StagingOptions(False, False, True, False))
+
+    def save(self, folder: Path) -> None:
+        """Save at once."""
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(self.state, checkpoint_id=folder)
+
+    def pause(self, folder: Path, stepper: Any, batches: list[Any]) -> float:
+        """Save while a step is made; return for how long that stood still."""
+        import torch.distributed.checkpoint as dcp
+
+        started = time.perf_counter()
+        response = dcp.async_save(self.state, checkpoint_id=folder, async_stager=self.stager)
+        pause = time.perf_counter() - started
+        before, stepper.before_update = (
+            stepper.before_update,
+            lambda: timed(response.staging_completion.result),
+        )
+        pause += stepper.train(batches).paused_seconds
+        stepper.before_update = before
+        response.upload_completion.result()
+        return pause
+
+
 def timed(call: Callable[[], Any]) -> float:
     """Return how many seconds a call takes."""
     start = time.perf_counter()
@@ -145,19 +187,23 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
     first = saver.save(folder / "save", model, optimizer, card, assets)
     behind.save(folder / "background", model, optimizer, card, assets)  # takes its memory
     stepper.before_update = lambda: behind.wait_until_copied() if behind.pending else 0.0
-    stepper.train(batches)
+    torch = Torch(stepper)
+    torch.pause(folder / "torch", stepper, batches)  # takes its memory
     times: dict[str, list[float]] = {"save, the first": [first.seconds]}
 
     def note(case: str, seconds: float) -> None:
         times.setdefault(case, []).append(seconds)
 
     for _ in range(rounds):
-        for name in ("plain", "save", "background"):
+        for name in ("plain", "save", "background", "torch"):
             shutil.rmtree(folder / name, ignore_errors=True)
         touch_memory()
         note("write", timed(lambda: write(folder / "plain" / "file", first.bytes)))
         touch_memory()
         note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
+        touch_memory()
+        note("torch, save", timed(lambda: torch.save(folder / "torch" / "at_once")))
+        note("torch, pause", torch.pause(folder / "torch" / "behind", stepper, batches))
         alone = timed(lambda: stepper.train(batches))
         note("step", alone)
         started, steps = time.perf_counter(), 0
