@@ -26,7 +26,7 @@ LAYOUTS = {
     "pp2_dp2": (4, PIPELINE),
 }
 # Rank 0 comes there for certain: what it does alone, and files, as data-parallel replicas write none.
-ALONE = ("save.begun", "save.file", "save.named", "save.done")
+ALONE = ("row.write", "save.begun", "save.file", "save.named", "save.done")
 STRIKES = [point for point in POINTS if point not in ("resume.aside", "prune.hidden")]
 
 
