@@ -186,7 +186,7 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
     saver, behind = Saver(), Saver(background=True)
     first = saver.save(folder / "save", model, optimizer, card, assets)
     behind.save(folder / "background", model, optimizer, card, assets)  # takes its memory
-    stepper.before_update = lambda: behind.wait_until_copied() if behind.pending else 0.0
+    stepper.before_update = behind.wait_until_copied
     torch = Torch(stepper)
     torch.pause(folder / "torch", stepper, batches)  # takes its memory
     times: dict[str, list[float]] = {"save, the first": [first.seconds]}

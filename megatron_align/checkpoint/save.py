@@ -158,7 +158,9 @@ class Saver:
         job.pause = time.perf_counter() - started
 
     def wait_until_copied(self) -> float:
-        """Wait until training may change what the pending save holds; return for how many seconds."""
+        """Wait until training may change what the pending save holds, if one is; return for how many seconds."""
+        if self._job is None:
+            return 0.0
         started = time.perf_counter()
         self._job.copied.result()
         waited = time.perf_counter() - started

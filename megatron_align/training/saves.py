@@ -59,9 +59,8 @@ class Saves:
 
     def before_update(self) -> float:
         """Wait until the pending save has copied what an update changes; return for how many seconds."""
-        if not self._saver.pending:
-            return 0.0
-        self._watchdog.detail("copying what the last checkpoint holds")
+        if self._saver.pending:
+            self._watchdog.detail("copying what the last checkpoint holds")
         return self._saver.wait_until_copied()
 
     def last(self, step: int) -> None:
