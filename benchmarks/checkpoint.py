@@ -61,13 +61,13 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
     """Return what makes steps of a model, its optimizer with moments that are not zero, and a card."""
     import torch
 
-    from megatron_align.checkpoint import sharded
+    from megatron_align.checkpoint import folder as sharded
     from megatron_align.config import OptimizerConfig, ParallelConfig
+    from megatron_align.config.objectives import SFTConfig
     from megatron_align.model import parallel
     from megatron_align.model.families import read_shape
     from megatron_align.model.policy import build_policy, transformer_config
-    from megatron_align.objectives import SFTConfig
-    from megatron_align.training.build import build_objective
+    from megatron_align.objectives.registry import build_objective
     from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_align.training.step import Stepper
 
@@ -90,7 +90,7 @@ def one_pack(tokens: int) -> Any:
     """Return a pack of one document, all of it trained on."""
     import numpy as np
 
-    from megatron_align.data.pack import pack
+    from megatron_align.data.batching.collate import pack
     from megatron_align.records import Sample
 
     scored = np.arange(tokens) > 0
@@ -177,8 +177,8 @@ def read(path: Path) -> None:
 
 def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tuple[str, int, list[float]]]:
     """Yield the bytes and the seconds of each case."""
-    from megatron_align.checkpoint import sharded
-    from megatron_align.checkpoint.save import Saver
+    from megatron_align.checkpoint import folder as sharded
+    from megatron_align.checkpoint.saver import Saver
 
     assets = model_folder(folder / "model", layers)
     stepper, card = build(assets)

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.gpu import append
 from benchmarks.packing import draw, place
-from megatron_align.data.plan import plan_step
-from megatron_align.data.shards import attention_work, balanced_shards, contiguous_shards
+from megatron_align.data.batching.context_split import attention_work, balanced_shards, contiguous_shards
+from megatron_align.data.batching.packing import plan_step
 from megatron_align.model.context_kind import (
     AttentionSplit,
     allgather_bytes,

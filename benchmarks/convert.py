@@ -42,7 +42,7 @@ def make_model(folder: Path, layers: int, seed: int) -> None:
     """Write a model of random numbers; a tensor repeats a stretch of them."""
     import torch
 
-    from megatron_align.checkpoint.hf import ShardWriter, hf_specs
+    from megatron_align.hf.writer import ShardWriter, hf_specs
     from megatron_align.model.families import read_shape
 
     config = {
@@ -111,27 +111,27 @@ def by_transformers(hf: Path, out: Path) -> None:
 
 
 def by_import(hf: Path, out: Path) -> None:
-    from megatron_align.checkpoint.convert import import_hf
+    from megatron_align.convert.convert import import_hf
 
     import_hf(hf, out)
 
 
 def by_export(checkpoint: Path, out: Path) -> None:
-    from megatron_align.checkpoint.convert import export_hf
+    from megatron_align.convert.convert import export_hf
 
     export_hf(checkpoint, out)
 
 
 def by_merge(base: Path, out: Path, *models: Path) -> None:
-    from megatron_align.checkpoint.merge import merge
-    from megatron_align.checkpoint.merge_methods import TaskArithmetic
+    from megatron_align.merge.merge import merge
+    from megatron_align.merge.methods import TaskArithmetic
 
     merge(TaskArithmetic(scale=0.5), base, list(models), out)
 
 
 def by_stock(base: Path, out: Path, *models: Path) -> None:
-    from megatron_align.checkpoint.merge import merge
-    from megatron_align.checkpoint.merge_methods import ModelStock
+    from megatron_align.merge.merge import merge
+    from megatron_align.merge.methods import ModelStock
 
     merge(ModelStock(), base, list(models), out)
 
@@ -162,8 +162,8 @@ def run_case(case: str, folders: list[Path]) -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
 
-        import megatron_align.checkpoint.convert
-        import megatron_align.checkpoint.merge  # noqa: F401
+        import megatron_align.convert.convert
+        import megatron_align.merge.merge  # noqa: F401
     start = time.perf_counter()
     CASES[case](*folders)
     seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import append, interleaved, need_gpu, place, quantiles, yardstick
-from megatron_align.data.shards import attention_work
+from megatron_align.data.batching.context_split import attention_work
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 
 HEADS, GROUPS = 32, 8

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_align.data.plan import plan_step
+from megatron_align.data.batching.packing import plan_step
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 RESULTS = Path(__file__).parent / "results" / "packing.csv"

@@ -111,9 +111,9 @@ def make_tokenizer(folder: Path, case: str, texts: list[str]) -> None:
 # One measurement each, in a process of its own; the answer is one line of JSON.
 def ours(folder: Path, case: str, file: str, processes: int) -> dict[str, float]:
     """Prepare a store, after one of a single record."""
-    from megatron_align.data.prepare import prepare
-    from megatron_align.data.spec import StoreSpec
     from megatron_align.data.store import TokenStore
+    from megatron_align.data.tokenize.cache_key import StoreSpec
+    from megatron_align.data.tokenize.prepare import prepare
 
     def spec(name: str, used: int) -> StoreSpec:
         return StoreSpec(

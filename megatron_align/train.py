@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         dry, ranks = _dry_run(arguments)
         config = parse(arguments)
         from megatron_align.model.parallel import AlreadyReported, Place, RankLost
+        from megatron_align.monitoring.memory import OutOfMemory
         from megatron_align.training.dry_run import dry_run
         from megatron_align.training.loop import run
-        from megatron_align.training.memory import OutOfMemory
         from megatron_align.training.stop import EXIT_REQUEUE
 
         try:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _dry_run(arguments: list[str]) -> tuple[bool, int | None]:
     """Return whether a dry run is asked for, and on how many ranks; None: not said."""
-    from megatron_align.config import DRY_RUN
+    from megatron_align.config.run import DRY_RUN
     from megatron_align.errors import InputError
 
     asked = [argument for argument in arguments if argument.partition("=")[0] == DRY_RUN]

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_align.config import _SECTIONS, OBJECTIVES, parse
+from megatron_align.config import parse
+from megatron_align.config.objectives import OBJECTIVES
+from megatron_align.config.run import _SECTIONS
 from megatron_align.tools import command, main
 
 ROOT = Path(__file__).parents[1]

@@ -73,7 +73,7 @@ def _import_arguments(parser: Parser) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from megatron_align.checkpoint.convert import import_hf
+    from megatron_align.convert.convert import import_hf
 
     done = import_hf(options.hf, options.out, options.dtype)
     print(f"imported {done}, to {options.out}")
@@ -102,7 +102,7 @@ def _export_arguments(parser: Parser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megatron_align.checkpoint.convert import export_hf
+    from megatron_align.convert.convert import export_hf
 
     done = export_hf(options.checkpoint, options.out, options.dtype)
     print(f"exported {done}, from {done.folder} to {options.out}")
@@ -148,8 +148,8 @@ def _tolerance(text: str) -> float:
 
 def _verify(options: argparse.Namespace) -> int:
     _quiet_transformers()
-    from megatron_align.checkpoint.files import need_writable
-    from megatron_align.checkpoint.verify import verify
+    from megatron_align.convert.verify import verify
+    from megatron_align.storage.atomic_write import need_writable
 
     if options.json:
         need_writable(Path(options.json))

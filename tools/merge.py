@@ -83,8 +83,8 @@ def _add_options(parser: Parser, name: str) -> None:
 
 
 def _merge(name: str, options: dict) -> int:
-    from megatron_align.checkpoint.merge import merge
-    from megatron_align.checkpoint.merge_methods import METHODS as KINDS
+    from megatron_align.merge.merge import merge
+    from megatron_align.merge.methods import METHODS as KINDS
 
     folders = {key: options.pop(key) for key in ("base", "models", "out", "dtype")}
     if options.get("weights") is not None:

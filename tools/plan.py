@@ -142,10 +142,10 @@ def _shape(config: RunConfig) -> ModelShape:
 def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
     """Return what a step computes, and in words where that is known from."""
     from megatron_align.cost.work import full_packs, of_store
-    from megatron_align.data.prepare import prepare
-    from megatron_align.data.sources import expand
-    from megatron_align.data.spec import StoreSpec
+    from megatron_align.data.formats.files import expand
     from megatron_align.data.store import TokenStore
+    from megatron_align.data.tokenize.cache_key import StoreSpec
+    from megatron_align.data.tokenize.prepare import prepare
     from megatron_align.errors import InputError
     from megatron_align.training.setup import locate
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_align.data.report import Layout
-    from megatron_align.data.spec import StoreSpec
     from megatron_align.data.store import TokenStore
+    from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.tools.command import Parser
 
 PROGRAM = "megatron-align prepare"
@@ -37,8 +37,8 @@ def run(arguments: list[str]) -> int:
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # others may be training on them
     _quiet_transformers()
-    from megatron_align.data.prepare import prepare
     from megatron_align.data.store import TokenStore
+    from megatron_align.data.tokenize.prepare import prepare
 
     for split, spec, layout in _wanted(options):
         store = TokenStore(prepare(spec), verify=options.check)
@@ -103,7 +103,7 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
             f"{PROGRAM} needs --config, or {', '.join(map(_flag, _OF_DATA))}; got no {missing[0]}"
         )
     from megatron_align.data.report import Layout
-    from megatron_align.data.spec import StoreSpec
+    from megatron_align.data.tokenize.cache_key import StoreSpec
 
     spec = StoreSpec(
         sources=tuple(options.data),
@@ -127,11 +127,11 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
 def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
     import dataclasses
 
-    from megatron_align.checkpoint import sharded
+    from megatron_align.checkpoint import folder as sharded
     from megatron_align.config import parse
-    from megatron_align.data.order import passes_per_epoch
+    from megatron_align.data.batching.sampler import passes_per_epoch
     from megatron_align.data.report import Layout
-    from megatron_align.data.spec import StoreSpec
+    from megatron_align.data.tokenize.cache_key import StoreSpec
 
     config = parse(["--config", options.config])
     source = sharded.find(config.model.path)
@@ -181,7 +181,7 @@ def _counts(split: str, store: TokenStore, checked: bool) -> str:
 
 def _report(store: TokenStore, spec: StoreSpec, layout: Layout, index: int, folder: Path) -> None:
     from megatron_align.data.report import rendered, report
-    from megatron_align.data.templates import load_tokenizer
+    from megatron_align.data.tokenize.chat_template import load_tokenizer
     from megatron_align.errors import InputError
     from megatron_align.tools.prepare_report import rows, to_terminal, write_report
 

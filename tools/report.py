@@ -25,8 +25,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", default="report", metavar="DIR", help="folder to write (default: report)")
     parser.add_argument("--title", help="of the page (default: names of the runs)")
     options = parser.parse(arguments)
-    from megatron_align.checkpoint.files import need_writable
     from megatron_align.errors import need
+    from megatron_align.storage.atomic_write import need_writable
     from megatron_align.tools.report_charts import charts_of
     from megatron_align.tools.report_page import write_page
     from megatron_align.tools.report_png import write_pngs

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 
+from megatron_align.monitoring.metric_names import METRICS, Metric
 from megatron_align.tools.report_runs import Run
-from megatron_align.training.metric_names import METRICS, Metric
 
 MOST_POINTS = 400  # of a line; more are no more to see
 MANY = 40  # points, from which a noisy curve gets a running median, and outliers may leave the picture

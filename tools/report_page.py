@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from megatron_align.monitoring.metric_names import BY_NAME
 from megatron_align.tools.report_charts import Chart, to_svg
 from megatron_align.tools.report_runs import Run, differences, duration, short, summary
 from megatron_align.tools.report_style import SCRIPT, STYLE
-from megatron_align.training.metric_names import BY_NAME
 
 PAGE = "report.html"
 _TROUBLES = 20  # rows shown of each run

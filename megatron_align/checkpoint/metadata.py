@@ -17,6 +17,14 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_align.errors import InputError
 
+COMMON, FORMAT_FILE = "common.pt", "metadata.json"
+# How dist_checkpointing.load recognises the format.
+FORMAT_OF_STATE = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 METADATA = ".metadata"
 _CLASSES = {
     "torch": {"Size"},  # and its dtypes

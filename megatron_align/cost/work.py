@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_align.config import RunConfig
+from megatron_align.config.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig, ORPOConfig
 from megatron_align.cost.flops import (
     executed_flops,
     forward_flops,
@@ -19,10 +20,9 @@ from megatron_align.cost.flops import (
     padded_vocabulary,
 )
 from megatron_align.cost.placement import Placement
-from megatron_align.data.batch import StepCounts, scored_rows, seen_in_samples, step_order
-from megatron_align.data.plan import attention_cost, plan_step, visible_keys
+from megatron_align.data.batching.packing import attention_cost, plan_step, visible_keys
+from megatron_align.data.batching.step_batches import StepCounts, scored_rows, seen_in_samples, step_order
 from megatron_align.data.store import TokenStore
-from megatron_align.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig, ORPOConfig
 
 SAMPLED_STEPS = 8  # looked at, spread over the run
 

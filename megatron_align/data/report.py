@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_align.data.order import EpochOrder
-from megatron_align.data.plan import attention_cost, plan_step
+from megatron_align.data.batching.packing import attention_cost, plan_step
+from megatron_align.data.batching.sampler import EpochOrder
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
 from megatron_align.records import Sample

@@ -9,7 +9,7 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.text import layout, memory_table, recomputation, step_text
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
-from megatron_align.data.batch import step_order
+from megatron_align.data.batching.step_batches import step_order
 from megatron_align.model.parallel import Place
 from megatron_align.training.setup import Plan, prepare
 

@@ -10,29 +10,31 @@ import torch.distributed as dist
 import yaml
 
 from megatron_align import faults
-from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.export import export_model
-from megatron_align.checkpoint.guard import need_same_reference
-from megatron_align.checkpoint.hf import load_weights
-from megatron_align.checkpoint.save import Saver
+from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.saver import Saver
 from megatron_align.config import RunConfig, TrainConfig, to_dict
-from megatron_align.data.batch import Share, Step, StepBatches
-from megatron_align.data.context import ContextShare
-from megatron_align.data.order import passes_per_epoch
-from megatron_align.data.prefetch import Prefetcher
+from megatron_align.data.batching.context_parts import ContextShare
+from megatron_align.data.batching.prefetch import Prefetcher
+from megatron_align.data.batching.sampler import passes_per_epoch
+from megatron_align.data.batching.step_batches import Share, Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
-from megatron_align.model import flight_recorder, parallel
+from megatron_align.hf.export import export_model
+from megatron_align.hf.load import load_weights
+from megatron_align.model import parallel
 from megatron_align.model.context_kind import kind_of
 from megatron_align.model.policy import Policy, build_policy
+from megatron_align.monitoring import flight_recorder
+from megatron_align.monitoring.health import Health
+from megatron_align.monitoring.logger import NoSinks, Sinks
+from megatron_align.monitoring.memory import explaining_out_of_memory, peak_memory_gb
+from megatron_align.monitoring.mfu import Utilisation
+from megatron_align.monitoring.profiling import Tracer
+from megatron_align.monitoring.timing import timing_row
+from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
 from megatron_align.training import self_check
-from megatron_align.training.ahead import Ahead, Live, Nobody, Reference, Scorer
-from megatron_align.training.build import build_objective
-from megatron_align.training.card import facts_of_run
-from megatron_align.training.health import Health
-from megatron_align.training.memory import explaining_out_of_memory, peak_memory_gb
-from megatron_align.training.metrics import NoSinks, Sinks
+from megatron_align.training.checkpointing import Saves
 from megatron_align.training.optimizer import (
     build_optimizer,
     gather_parameters,
@@ -40,17 +42,16 @@ from megatron_align.training.optimizer import (
     set_updates,
     wrap_data_parallel,
 )
-from megatron_align.training.profiling import Tracer
-from megatron_align.training.reference import ReferenceColumns, hash_of_rank_0
+from megatron_align.training.prepass import Ahead, Live, Nobody, Reference, Scorer
+from megatron_align.training.reference_cache import ReferenceColumns, hash_of_rank_0
 from megatron_align.training.resume import ResumePoint, settle
-from megatron_align.training.saves import Saves
+from megatron_align.training.resume_compatibility import need_same_reference
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.setup import Plan, locate, one_epoch, prepare
 from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import StopRequests, leave_marker
+from megatron_align.training.summary import facts_of_run
 from megatron_align.training.suspects import Suspects
-from megatron_align.training.timing import timing_row
-from megatron_align.training.utilisation import Utilisation
 
 REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.guard import need_same_run
+from megatron_align.checkpoint import folder as sharded
 from megatron_align.config import RunConfig
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape
+from megatron_align.training.resume_compatibility import need_same_run
 
 
 @dataclass(frozen=True, slots=True)

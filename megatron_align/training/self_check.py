@@ -28,13 +28,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.config import RunConfig
-from megatron_align.data.batch import StepBatches
-from megatron_align.data.context import deal
-from megatron_align.data.pack import Columns, pack
+from megatron_align.config.objectives import DPOConfig
+from megatron_align.data.batching.collate import Columns, pack
+from megatron_align.data.batching.context_parts import deal
+from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.errors import TrainingFault
-from megatron_align.objectives import DPOConfig
+from megatron_align.objectives.base import Objective, Sums
 from megatron_align.records import LossRows, PackedBatch, Sample
-from megatron_align.training.objective import Objective, Sums
 from megatron_align.training.step import Stepper
 
 # Bounds on |difference| / |gradient| with and without packing. The same numbers are added in another order; in bf16

@@ -15,22 +15,22 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_align.checkpoint import sharded
-from megatron_align.checkpoint.hf import need_tied_head, open_hf
+from megatron_align.checkpoint import folder as sharded
 from megatron_align.config import RunConfig, TrainConfig
-from megatron_align.data.batch import need_room, step_order
-from megatron_align.data.parts import read_shapes
-from megatron_align.data.prepare import prepare_or_wait
-from megatron_align.data.spec import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.batching.step_batches import need_room, step_order
 from megatron_align.data.store import TokenStore
+from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.tokenize.chunks import read_shapes
+from megatron_align.data.tokenize.prepare import prepare_or_wait
 from megatron_align.errors import InputError
+from megatron_align.hf.load import need_tied_head, open_hf
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
-from megatron_align.training.build import need_facts
+from megatron_align.monitoring.trackers import check_logging
+from megatron_align.objectives.registry import need_facts
 from megatron_align.training.resume import ResumePoint, find_resume_point, need_resumable
 from megatron_align.training.stop import clear_marker
-from megatron_align.training.trackers import check_logging
 
 _KINDS = {
     "chat": "chat data (messages, prompt + completion, ...)",

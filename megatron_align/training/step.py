@@ -23,10 +23,10 @@ from megatron_align.kernels import RECOMPUTED
 from megatron_align.model import cpu
 from megatron_align.model.head import PackLoss
 from megatron_align.model.parallel import all_reduce_sum, speaks_for_its_packs
+from megatron_align.monitoring.timing import StepClock
+from megatron_align.objectives.base import Objective
 from megatron_align.records import PackedBatch
-from megatron_align.training.objective import Objective
 from megatron_align.training.optimizer import Optimizer
-from megatron_align.training.timing import StepClock
 
 
 @dataclass(frozen=True, slots=True)

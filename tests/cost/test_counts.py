@@ -15,7 +15,7 @@ from megatron_align.cost.flops import (
 )
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, parameter_count, state_bytes
-from megatron_align.data.plan import visible_keys
+from megatron_align.data.batching.packing import visible_keys
 from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
 from tests.harness import costs

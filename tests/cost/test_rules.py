@@ -16,21 +16,21 @@ from megatron_align.config import (
     TrainConfig,
     parse,
 )
+from megatron_align.config.objectives import OBJECTIVES, BCOConfig, DPOConfig, KTOConfig, RewardConfig
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.head import slab_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import step_time
 from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import Work, full_packs, of_store, scores_prompt, scoring_passes, step_flops
-from megatron_align.data.batch import Share, StepBatches
-from megatron_align.data.prepare import prepare
-from megatron_align.data.spec import StoreSpec
+from megatron_align.data.batching.step_batches import Share, StepBatches
 from megatron_align.data.store import TokenStore
+from megatron_align.data.tokenize.cache_key import StoreSpec
+from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.kernels import slab_rows
 from megatron_align.kernels.token_logprobs import passes
 from megatron_align.model.families import read_shape
-from megatron_align.objectives import OBJECTIVES, BCOConfig, DPOConfig, KTOConfig, RewardConfig
-from megatron_align.training.build import build_objective
+from megatron_align.objectives.registry import build_objective
 from tests.harness import costs
 from tests.harness.sizes import write_config
 from tests.harness.tiny import make_model, run_arguments, write_chat, write_pairs

@@ -80,7 +80,7 @@ def jsonl(tmp_path):
 @pytest.fixture
 def make(tokenizer_folder, jsonl, tmp_path):
     """Return the spec of a store of these records."""
-    from megatron_align.data.spec import StoreSpec
+    from megatron_align.data.tokenize.cache_key import StoreSpec
 
     def spec(records, *, name="data.jsonl", **options):
         given = {

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from megatron_align.data.plan import plan_step
-from megatron_align.data.prepare import prepare
+from megatron_align.data.batching.packing import plan_step
 from megatron_align.data.report import Layout, rendered, report
 from megatron_align.data.store import TokenStore
+from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 

@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from megatron_align.data.prepare import prepare
-from megatron_align.data.sources import read_records
+from megatron_align.data.formats.files import read_records
 from megatron_align.data.store import COLUMNS_OF_KIND, TokenStore
-from megatron_align.data.templates import Template
+from megatron_align.data.tokenize.chat_template import Template
+from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.errors import InputError
 
 TEXTS = [{"prompt": "hello " * n, "completion": "world"} for n in (1, 30, 2, 3)]

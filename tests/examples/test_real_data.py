@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_align.config import ParallelConfig
-from megatron_align.data.pack import pack
-from megatron_align.data.sources import read_file
-from megatron_align.data.templates import Template, load_tokenizer
+from megatron_align.data.batching.collate import pack
+from megatron_align.data.formats.files import read_file
+from megatron_align.data.tokenize.chat_template import Template, load_tokenizer
 from megatron_align.records import Sample
 from tests.harness import ranks
 from tests.harness.tiny import metrics_of

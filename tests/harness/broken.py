@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_align.config import parse
-from megatron_align.data.batch import StepBatches
+from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.errors import TrainingFault
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import parallel

@@ -13,15 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import OptimizerConfig, ParallelConfig
-from megatron_align.data.context import ContextShare, deal
-from megatron_align.data.pack import pack
+from megatron_align.config.objectives import SFTConfig
+from megatron_align.data.batching.collate import pack
+from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.model import parallel
 from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import Policy, build_policy, transformer_config
-from megatron_align.objectives import SFTConfig
+from megatron_align.objectives.base import SFT
 from megatron_align.records import PackedBatch, Sample
-from megatron_align.training.objective import SFT
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_align.training.setup import DTYPES
 

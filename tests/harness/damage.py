@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_align.checkpoint.files import files_below
-from megatron_align.checkpoint.sums import NAME, hash_files, write_sums
+from megatron_align.storage.atomic_write import files_below
+from megatron_align.storage.checksums import NAME, hash_files, write_sums
 
 
 def truncate(path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_align.checkpoint.hf import load_weights
 from megatron_align.config import ParallelConfig, parse
-from megatron_align.data.context import ContextShare, deal
+from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.errors import InputError
+from megatron_align.hf.load import load_weights
 from megatron_align.model import parallel
 from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import ModelShape, read_shape
@@ -210,8 +210,8 @@ def head_gradients(
         finalize_model_grads,
     )
 
-    from megatron_align.objectives import SFTConfig
-    from megatron_align.training.build import build_objective
+    from megatron_align.config.objectives import SFTConfig
+    from megatron_align.objectives.registry import build_objective
 
     overlap = {name: True for name in options if name.startswith("overlap")}
     with parallel.join(place, config).watching():
@@ -280,7 +280,7 @@ class _GradientsAsWeights:
 
 def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None:
     """Write the first step's gradients as a Hugging Face folder: whole, fused weights in HF's order."""
-    from megatron_align.checkpoint.export import export_model
+    from megatron_align.hf.export import export_model
     from megatron_align.training.loop import _Run
     from megatron_align.training.setup import prepare
 

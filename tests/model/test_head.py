@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_align.config import ParallelConfig
-from megatron_align.data.pack import pack
+from megatron_align.data.batching.collate import pack
 from megatron_align.model.head import pick_rows
 from megatron_align.records import Sample
 from tests.harness import ranks

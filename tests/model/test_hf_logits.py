@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_align.config import ParallelConfig
-from megatron_align.data.pack import pack
+from megatron_align.data.batching.collate import pack
 from megatron_align.records import Sample
 from tests.harness import ranks
 from tests.harness.tiny import VARIANTS

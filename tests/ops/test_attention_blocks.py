@@ -12,7 +12,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_align.data.shards import balanced_shards
+from megatron_align.data.batching.context_split import balanced_shards
 from megatron_align.kernels.packed_attention.blocks import key_tile, key_tiles, query_tiles
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 from megatron_align.kernels.packed_attention.reference import block_map_reference

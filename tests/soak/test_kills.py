@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_align.checkpoint.sharded import list_steps
+from megatron_align.checkpoint.folder import list_steps
 from megatron_align.faults import POINTS
 from tests.harness import crash
 from tests.harness.tiny import make_model, metrics_of, run_arguments

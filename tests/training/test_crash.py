@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_align.checkpoint.sharded import list_steps
+from megatron_align.checkpoint.folder import list_steps
 from megatron_align.training.stop import EXIT_REQUEUE
 from tests.harness import crash
 from tests.harness.damage import flip

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_align.model import flight_recorder
 from megatron_align.model.parallel import Place
+from megatron_align.monitoring import flight_recorder
 from tests.harness.pool import free_port
 from tests.harness.tiny import run_arguments
 

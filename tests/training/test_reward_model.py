@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from megatron_align.training.reward import score_scale
+from megatron_align.objectives.reward import score_scale
 from tests.harness import cli, ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 

@@ -1,0 +1,184 @@
+"""What each rank has to write of a model and its optimizer, as megatron-core plans it: nothing is written here."""
+
+from __future__ import annotations
+
+import gc
+import io
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _split_by_size_and_type
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from megatron_align.checkpoint.optimizer_state import HostedOptimizer
+from megatron_align.model.policy import Policy
+
+REFERENCE = "reference."  # before the names of a second model's tensors
+_FILES = 2  # of each rank, written side by side
+
+Item = tuple[WriteItem, Tensor | io.BytesIO]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What this rank writes: ``buckets`` are files of about the same size. Rank 0 has the rest too."""
+
+    buckets: list[list[Item]]
+    metadata: Metadata | None
+    common: dict[str, Any]
+
+
+class Planner:
+    """Plans saves. Where the same objects are saved again, the plan is kept."""
+
+    def __init__(self) -> None:
+        self._objects: list[Any] = []
+        self._planned: Planned | None = None
+
+    def plan(
+        self,
+        model: Sequence[Policy | DistributedDataParallel],
+        optimizer: HostedOptimizer | None,
+        reference: Sequence[Policy] | None,
+    ) -> Planned:
+        """Agree with the other ranks on who writes what; each calls this.
+
+        Tensors of the model lie in the training's own memory, the optimizer's where it is yet to gather its state. What
+        else the optimizer has (steps, learning rate) is taken at once.
+        """
+        objects = [*model, optimizer, *(reference or [])]
+        known = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
+        if not known:
+            self._objects, self._planned = objects, _plan(model, optimizer, reference)
+        elif optimizer is not None:
+            self._planned.common["optimizer"] |= optimizer.state_dict()
+        return self._planned
+
+
+def _plan(
+    model: Sequence[Policy | DistributedDataParallel],
+    optimizer: HostedOptimizer | None,
+    reference: Sequence[Policy] | None,
+) -> Planned:
+    chunks, groups = unwrap(model)
+    with _collecting_nothing():
+        state = sharded_state(chunks, optimizer, groups)
+    state |= reference_state(reference, groups)
+    sharded, common = save_preprocess(state)
+    named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    storage = _Collect()
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    answer = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(named, is_loading=False), storage, None, 0, planner=planner
+    )
+    metadata = answer[0][1]
+    if metadata is not None:
+        metadata.all_local_plans = None  # megatron-core's cache, as large as all the rest
+    return Planned(storage.buckets, metadata, common)
+
+
+@contextmanager
+def _collecting_nothing() -> Iterator[None]:
+    """Hide all objects from the garbage collector: megatron-core calls it here, and it would walk the whole heap."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class _Collect:
+    """Stands where megatron-core wants a storage, and takes what each rank is to write.
+
+    Its own would copy every tensor that is a view, and write from forked processes, which outlive a killed rank.
+    """
+
+    can_run_decentralized_global_plan = True
+
+    def __init__(self) -> None:
+        self.buckets: list[list[Item]] = []
+
+    def set_up_storage_writer(self, is_coordinator: bool) -> None:
+        """Do nothing: no folder is touched here."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Change nothing."""
+        return plan
+
+    def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
+        """Change nothing."""
+        return plan
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Keep the plan's items, dealt out to files of about one size."""
+        self.buckets = [
+            [(item, planner.resolve_data(item)) for item in bucket]
+            for bucket in _split_by_size_and_type(_FILES, plan.items)
+            if bucket
+        ]
+
+
+def unwrap(
+    model: Sequence[Policy | DistributedDataParallel],
+) -> tuple[list[Policy], ProcessGroupCollection]:
+    """Return the chunks themselves and their process groups."""
+    chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
+    return chunks, chunks[0].pg_collection
+
+
+def sharded_state(
+    chunks: list[Policy],
+    optimizer: HostedOptimizer | None,
+    groups: ProcessGroupCollection,
+) -> dict[str, Any]:
+    """Return megatron-core's sharded state dict of a model and its optimizer."""
+    model = model_state(chunks, groups)
+    state = dict(model)
+    if optimizer is not None:
+        own = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata(groups))
+        # None on ranks that have nothing to write, which megatron-core itself then takes for a difference.
+        state["optimizer"] = {key: value for key, value in own.items() if value is not None}
+    return state
+
+
+def model_state(chunks: list[Policy], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return that of a model alone, by chunk."""
+    metadata = _metadata(groups)
+    return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
+
+
+def reference_state(reference: Sequence[Policy] | None, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return that of a second model."""
+    return {
+        f"reference{n}": chunk.sharded_state_dict(prefix=REFERENCE, metadata=_metadata(groups))
+        for n, chunk in enumerate(reference or [])
+    }
+
+
+def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "dp_cp_group": groups.dp_cp,
+    }
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Return a contiguous CPU tensor with storage of just its size, without a copy: torch.save writes all storage."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return torch.from_numpy(flat.numpy()).view(tensor.dtype).view(tensor.shape)

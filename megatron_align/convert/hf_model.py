@@ -1,0 +1,92 @@
+"""transformers' model as the judge of ours, in fp32: whole, or with the weights of one module at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+from megatron_align.hf.safetensors import DTYPES, HFWeights
+from megatron_align.model.families import ModelShape
+
+
+class Judge:
+    """A model of transformers without memory for weights; :meth:`fill` and :meth:`empty` move modules.
+
+    transformers has no Baichuan of its own, and its remote code is not run: the judge is then the Llama that
+    computes the same (query, key and value rows taken apart, the output head's rows brought to unit length).
+
+    Args:
+        hf: Hugging Face folder.
+        weights: of the folder.
+        shape: of the folder.
+    """
+
+    def __init__(self, hf: str | Path, weights: HFWeights, shape: ModelShape) -> None:
+        self.weights, self.shape = weights, shape
+        kind = AutoModelForSequenceClassification if shape.is_reward else AutoModelForCausalLM
+        config = _llama_config(Path(hf)) if shape.norm_head else AutoConfig.from_pretrained(hf)
+        with torch.device("meta"):
+            self.model: PreTrainedModel = kind.from_config(
+                config, dtype=torch.float32, attn_implementation="eager"
+            )
+        body = self.model.model
+        body.rotary_emb = type(body.rotary_emb)(config=config)  # its frequencies are no weights: compute them
+        self.model.eval()
+
+    def fill(self, name: str) -> None:
+        """Give a module its weights."""
+        module = self.model.get_submodule(name)
+        state = {key: self._tensor(f"{name}.{key}".lstrip(".")) for key, _ in module.named_parameters()}
+        for key, tensor in state.items():
+            owner, _, leaf = key.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    def empty(self, name: str) -> None:
+        """Take a module's weights away."""
+        self.model.get_submodule(name).to_empty(device="meta")
+
+    def _tensor(self, name: str) -> Tensor:
+        if name == "lm_head.weight" and self.shape.tied_embeddings:
+            name = "model.embed_tokens.weight"
+        if not self.shape.norm_head:
+            return self._read(name)
+        if name == "lm_head.weight":
+            return F.normalize(self._read(name))
+        for part, letter in enumerate("qkv"):
+            if name.endswith(f"self_attn.{letter}_proj.weight"):
+                return self._read(name.replace(f"{letter}_proj", "W_pack")).chunk(3)[part]
+        return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        flat = torch.empty(self.weights.numel(name), dtype=DTYPES[self.weights.dtype(name)])
+        self.weights.read_flat(name, 0, flat)
+        return flat.view(self.weights.shape(name)).float()
+
+
+def whole_judge(hf: str | Path, weights: HFWeights, shape: ModelShape) -> PreTrainedModel:
+    """Return transformers' model with all weights, loaded by transformers itself where it knows the model."""
+    if shape.norm_head:
+        judge = Judge(hf, weights, shape)
+        judge.fill("")
+        return judge.model
+    return AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+
+def _llama_config(folder: Path) -> LlamaConfig:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("architectures", "auto_map", "model_type"):
+        config.pop(key, None)
+    return LlamaConfig(**config)

@@ -1,0 +1,187 @@
+r"""The shapes of a record: how each is recognised, and what it becomes (``docs/data.md`` has the table).
+
+A file has one shape. Its first record tells it: of the kinds that its fields fit, the one that says most (a
+pair with a gold answer, a pair, a ranked list, a labelled completion, then chat), and in that kind there must
+be exactly one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron_align.data.formats import chat, preference
+from megatron_align.data.formats.fields import RawRecord, short
+from megatron_align.data.formats.turns import refuse_unsupported
+from megatron_align.errors import InputError, nearest
+from megatron_align.records import Record
+
+Kind = Literal["triple", "pair", "ranked", "unpaired", "chat"]
+KINDS: tuple[Kind, ...] = ("triple", "pair", "ranked", "unpaired", "chat")  # what says more comes first
+
+
+class MixedShapes(InputError):
+    """A file whose records do not have one shape: not one bad record, so it is never skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One way to write a record: ``needs`` and ``form`` recognise it, ``convert`` checks its fields.
+
+    ``form`` tells apart shapes of one kind that need the same fields; None: the fields say it all.
+    """
+
+    name: str
+    kind: Kind
+    needs: tuple[str, ...]
+    convert: Callable[[RawRecord, str], Record]
+    form: Callable[[RawRecord], bool] | None = None
+
+    def fits(self, record: RawRecord) -> bool:
+        """Tell whether the record has this shape's fields; ``kto_tag`` is another name of ``label``."""
+        return all(name in record or (name == "label" and "kto_tag" in record) for name in self.needs) and (
+            self.form is None or self.form(record)
+        )
+
+    @property
+    def fields(self) -> str:
+        """The fields, for messages."""
+        return " + ".join(self.needs)
+
+    def read(self, record: RawRecord, where: str, among: Sequence[Shape] | None = None) -> Record:
+        """Convert a record of this shape; ``among``: the shapes that it was recognised among.
+
+        Raises:
+            MixedShapes: if the record is of another shape.
+            InputError: if it is malformed; names the place and the field.
+        """
+        found = recognise(record, where, among, known=self)
+        if found.name != self.name:
+            raise MixedShapes(
+                f"{where}: must be of shape '{self.name}' like the file's first record, got '{found.name}'"
+            )
+        return self.convert(record, where)
+
+
+def recognise(
+    record: RawRecord, where: str, among: Sequence[Shape] | None = None, known: Shape | None = None
+) -> Shape:
+    """Return the one shape that the record's fields fit.
+
+    Args:
+        record: the raw record.
+        where: its place, for messages.
+        among: what :func:`named` returned; None: all shapes.
+        known: the shape that is expected, for the message if none fits.
+
+    Raises:
+        MixedShapes: if it has the fields of several shapes, or only of one that is not ``among`` them.
+        InputError: if it has the fields of none.
+    """
+    refuse_unsupported(record, where)
+    fitting = _fitting(record, among or SHAPES)
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise MixedShapes(
+            f"{where}: must have the fields of one shape (name it in data.shape), "
+            f"got those of {_names(fitting)}"
+        )
+    if among and (others := _fitting(record, SHAPES)):
+        raise MixedShapes(f"{where}: must be of shape {_names(among)}, got {_names(others)}")
+    found = short(sorted(record))
+    if known is not None:
+        raise InputError(f"{where}: must have the fields of '{known.name}' ({known.fields}), got {found}")
+    forms = " | ".join(dict.fromkeys(shape.fields for shape in among or SHAPES))
+    raise InputError(f"{where}: must have the fields of a known shape ({forms}), got {found}")
+
+
+def named(name: str | None) -> tuple[Shape, ...] | None:
+    """Return the shapes to recognise a file among: one by its name, those of a kind, or None for all.
+
+    Raises:
+        InputError: if there is no shape of that name; names the nearest.
+    """
+    if name is None:
+        return None
+    if found := next((shape for shape in SHAPES if shape.name == name), None):
+        return (replace(found, form=None),)
+    if found := tuple(shape for shape in SHAPES if shape.kind == name):
+        return found
+    known = [*KINDS, *(shape.name for shape in SHAPES)]
+    raise InputError(f"data.shape must be one of {', '.join(known)}, got '{name}'{nearest(name, known)}")
+
+
+def _fitting(record: RawRecord, among: Sequence[Shape]) -> list[Shape]:
+    fitting = [shape for shape in among if shape.fits(record)]
+    first = min((KINDS.index(shape.kind) for shape in fitting), default=0)
+    return [shape for shape in fitting if shape.kind == KINDS[first]]
+
+
+def _names(shapes: Sequence[Shape]) -> str:
+    return ", ".join(f"'{shape.name}'" for shape in shapes)
+
+
+# What the values look like, where the names of the fields do not tell.
+def _prompt_is_list(record: RawRecord) -> bool:
+    return isinstance(record["prompt"], list)
+
+
+def _prompt_is_text(record: RawRecord) -> bool:
+    return not isinstance(record["prompt"], list)
+
+
+def _pair_form(name: str) -> Callable[[RawRecord], bool]:
+    return lambda record: _form_of_pair(record) == name
+
+
+def _form_of_pair(record: RawRecord) -> str:
+    if "conversations" in record:
+        return "pair_sharegpt"
+    if "instruction" in record and "prompt" not in record:
+        return "pair_alpaca"
+    if isinstance(record.get("prompt"), list):
+        return "pair_messages"
+    if _is_list_of_objects(record["chosen"]) or _is_list_of_objects(record["rejected"]):
+        return "pair_conversations"  # a prompt as text may stand beside them; both begin with it
+    return "pair_text" if "prompt" in record else "pair_hh_rlhf"
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _pair(name: str, needs: tuple[str, ...], convert: Callable[[RawRecord, str], Record]) -> Shape:
+    return Shape(name, "pair", (*needs, *preference.PAIR), convert, _pair_form(name))
+
+
+_TRIPLE, _ANSWERED, _RANKED, _JUDGED = (
+    ("prompt", *preference.PAIR, preference.GOLD),
+    ("prompt", "completion"),
+    ("prompt", "completions"),
+    ("prompt", "completion", "label"),
+)
+
+SHAPES: tuple[Shape, ...] = (
+    Shape("triple_text", "triple", _TRIPLE, preference.triple, _prompt_is_text),
+    Shape("triple_messages", "triple", _TRIPLE, preference.triple, _prompt_is_list),
+    _pair("pair_text", ("prompt",), preference.pair_of_text),
+    _pair("pair_messages", ("prompt",), preference.pair_of_messages),
+    _pair("pair_conversations", (), preference.pair_of_conversations),
+    _pair("pair_hh_rlhf", (), preference.pair_of_hh_rlhf),
+    _pair("pair_sharegpt", ("conversations",), preference.pair_of_sharegpt),
+    _pair("pair_alpaca", ("instruction",), preference.pair_of_alpaca),
+    Shape("ranked_text", "ranked", _RANKED, preference.ranked, _prompt_is_text),
+    Shape("ranked_messages", "ranked", _RANKED, preference.ranked, _prompt_is_list),
+    Shape("unpaired_text", "unpaired", _JUDGED, preference.unpaired, _prompt_is_text),
+    Shape("unpaired_messages", "unpaired", _JUDGED, preference.unpaired, _prompt_is_list),
+    Shape("unpaired_conversation", "unpaired", ("messages", "label"), preference.unpaired_conversation),
+    Shape("unpaired_sharegpt", "unpaired", ("conversations", "label"), preference.unpaired_sharegpt),
+    Shape("unpaired_alpaca", "unpaired", ("instruction", "output", "label"), preference.unpaired_alpaca),
+    Shape("messages", "chat", ("messages",), chat.from_messages),
+    Shape("sharegpt", "chat", ("conversations",), chat.from_sharegpt),
+    Shape("alpaca", "chat", ("instruction", "output"), chat.from_alpaca),
+    Shape("prompt_completion", "chat", _ANSWERED, chat.from_text, _prompt_is_text),
+    Shape("prompt_completion_chat", "chat", _ANSWERED, chat.from_prompt_and_completion, _prompt_is_list),
+)

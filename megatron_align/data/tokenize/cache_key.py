@@ -1,0 +1,179 @@
+"""What decides the content of a token store, told by content: a store is found again by the hash of this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+
+from megatron_align.config import DataSource, RunConfig
+from megatron_align.data.formats.files import expand
+from megatron_align.data.store import VERSION, sha256
+from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.errors import InputError
+
+CACHE_IN_RUN = "data_cache"  # inside checkpoint.dir, where data.cache is not given
+HASHES = ".hashes.json"
+SETTLED_SECONDS = 3.0  # a file touched this recently may change again within one tick of its clock
+_TOKENIZER_PARTS = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "additional_chat_templates/*.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSpec:
+    """What a store is made of, and where stores are kept.
+
+    Args:
+        sources: data files, folders or glob patterns, in order
+        tokenizer: Hugging Face folder with the tokenizer
+        sequence_length: longest sample, in tokens, a shared prompt counted once
+        too_long: error: refuse a longer one; drop: leave it out; truncate: keep its first tokens (chat only)
+        cache: folder of stores
+        shape: shape of the records; None: recognised per file
+        chat_template: file with a Jinja chat template; None: the tokenizer's own
+        on_bad_record: error: stop at a malformed record; skip: leave it out and count it
+        processes: that tokenise; None: as many as cores, 1 for little data
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: str
+    sequence_length: int
+    too_long: Literal["error", "drop", "truncate"]
+    cache: str
+    shape: str | None = None
+    chat_template: str | None = None
+    on_bad_record: Literal["error", "skip"] = "error"
+    processes: int | None = None
+
+    @classmethod
+    def of_run(cls, config: RunConfig, split: str, tokenizer: str) -> StoreSpec | None:
+        """Return the spec of a run's ``train`` or ``validation`` data; None: it has no such data."""
+        data, given = config.data, getattr(config.data, split)
+        if given is None:
+            return None
+        sources = [given] if isinstance(given, str) else given
+        return cls(
+            sources=tuple(s.path if isinstance(s, DataSource) else s for s in sources),
+            tokenizer=tokenizer,
+            sequence_length=data.sequence_length,
+            too_long=data.too_long,
+            cache=data.cache or str(Path(config.checkpoint.dir) / CACHE_IN_RUN),
+            shape=data.shape,
+            chat_template=data.chat_template,
+            on_bad_record=data.on_bad_record,
+        )
+
+    def files(self) -> list[list[str]]:
+        """Return the files of each source. Raises InputError for a source that has none."""
+        if not self.sources:
+            raise InputError("data needs at least one file, got an empty list")
+        return [expand(source) for source in self.sources]
+
+    def template(self) -> str | None:
+        """Return the text of ``chat_template``. Raises InputError for a file that is no template."""
+        return load_chat_template(self.chat_template) if self.chat_template else None
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the inputs by content. Raises InputError for a file that cannot be read."""
+        known = _known_hashes(self.cache)
+        folder, template = Path(self.tokenizer), self.template()
+        parts = {part for pattern in _TOKENIZER_PARTS for part in folder.glob(pattern) if part.is_file()}
+        return {
+            "version": VERSION,
+            "transformers": transformers.__version__,
+            "data": [
+                [{"file": _name(file, source), "sha256": _hash(file, known)} for file in files]
+                for source, files in zip(self.sources, self.files(), strict=True)
+            ],
+            "tokenizer": {
+                str(part.relative_to(folder)): _hash(str(part), known)
+                for part in sorted(parts)
+                if not part.name.endswith(".index.json")
+            },
+            "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
+            "shape": self.shape,
+            "on_bad_record": self.on_bad_record,
+            "sequence_length": self.sequence_length,
+            "too_long": self.too_long,
+        }
+
+    def path(self, inputs: dict[str, Any]) -> Path:
+        """Return the folder of the store with these inputs."""
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        return Path(self.cache) / key
+
+
+def remember_hashes(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, str]) -> None:
+    """Note the data files' hashes beside the stores, so that the next run need not read them again.
+
+    Args:
+        spec: whose files.
+        inputs: with their hashes.
+        states: of each file, as told by :func:`file_states` before it was hashed. A hash is believed only
+            while its file's state stays the same; files that changed seconds ago are not noted.
+    """
+    known = _known_hashes(spec.cache)
+    fresh = dict(known)
+    for files, found in zip(spec.files(), inputs["data"], strict=True):
+        for file, told in zip(files, found, strict=True):
+            changed = max(os.stat(file).st_mtime, os.stat(file).st_ctime)
+            if file in states and time.time() - changed > SETTLED_SECONDS:
+                fresh[os.path.realpath(file)] = [states[file], told["sha256"]]
+    if fresh == known:
+        return
+    target = Path(spec.cache) / HASHES
+    half = target.with_name(f"{HASHES}.{uuid.uuid4().hex[:8]}")
+    with suppress(OSError):  # it only saves time
+        half.write_text(json.dumps(fresh), encoding="utf-8")
+        half.replace(target)
+
+
+def file_states(spec: StoreSpec) -> dict[str, str]:
+    """Return what changes whenever a data file does: its inode, size and times."""
+    return {file: _state(file) for files in spec.files() for file in files}
+
+
+def _state(file: str) -> str:
+    try:
+        s = os.stat(file)
+    except OSError as error:
+        raise InputError(f"{file}: must be a data file: {error.strerror}") from error
+    return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
+
+
+def _known_hashes(cache: str) -> dict[str, list[str]]:
+    try:
+        known = json.loads((Path(cache) / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _hash(file: str, known: dict[str, list[str]]) -> str:
+    found = known.get(os.path.realpath(file))
+    if found and found[0] == _state(file):
+        return found[1]
+    try:
+        return sha256(file)
+    except OSError as error:
+        raise InputError(f"{file}: could not be read: {error.strerror}") from error
+
+
+def _name(file: str, source: str) -> str:
+    """Name a file as it stands in its source, wherever that lies."""
+    return str(Path(file).relative_to(source)) if Path(source).is_dir() else Path(file).name

@@ -1,0 +1,86 @@
+"""A sharded model on all its ranks -> one Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_align.hf.writer import (
+    ShardWriter,
+    copy_assets,
+    hf_specs,
+    to_hf,
+    write_config_architecture,
+    write_config_dtype,
+)
+from megatron_align.model.families import Row, rows
+from megatron_align.model.policy import Policy
+
+
+@torch.no_grad()
+def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bool = False) -> None:
+    """Write the model as a Hugging Face folder; every rank calls this, rank 0 writes.
+
+    Tensors keep the model's dtype, and config.json is told. Rank 0 holds one HF tensor group at a time.
+
+    Args:
+        chunks: this rank's chunks.
+        folder: appears whole or not at all.
+        assets: HF folder to take config, generation config and tokenizer from.
+        overwrite: replace an existing folder.
+
+    Raises:
+        InputError: if the folder exists and ``overwrite`` is not set.
+    """
+    shape, groups = chunks[0].shape, chunks[0].pg_collection
+    local = {name: parameter for chunk in chunks for name, parameter in chunk.global_parameters().items()}
+    if groups.dp_cp.rank() == 0:
+        dtype = chunks[0].config.params_dtype
+        owners = _owners(set(local), groups.pp)
+        specs, writes = hf_specs(shape, dtype), dist.get_rank() == 0
+        with ShardWriter(folder, specs, overwrite=overwrite) if writes else nullcontext() as writer:
+            for row in rows(shape):
+                tensors = _collect(row, local.get(row.megatron), owners[row.megatron], chunks[0])
+                if writer:
+                    for name, tensor in tensors.items():
+                        writer.write(name, tensor)
+            if writer:
+                copy_assets(assets, writer.partial)
+                write_config_architecture(writer.partial, shape)
+                write_config_dtype(writer.partial, dtype)
+    dist.barrier()
+
+
+def _owners(names: set[str], pipeline: dist.ProcessGroup) -> dict[str, int]:
+    """Return the first pipeline stage that holds each tensor."""
+    held: list[set[str]] = [set()] * pipeline.size()
+    dist.all_gather_object(held, names, group=pipeline)
+    return {name: stage for stage in reversed(range(pipeline.size())) for name in held[stage]}
+
+
+def _collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[str, Tensor]:
+    """Return the row's HF tensors on rank 0 (elsewhere what this rank had to do with them)."""
+    tensor, pipeline = chunk.pg_collection.tp, chunk.pg_collection.pp
+    tensors: dict[str, Tensor] = {}
+    if pipeline.rank() == owner:
+        shard = shard.detach().contiguous()
+        shards = [torch.empty_like(shard) for _ in range(tensor.size())]
+        dist.all_gather(shards, shard, group=tensor)
+        if tensor.rank() == 0:
+            tensors = to_hf(row, shards, chunk.shape)
+    if owner == 0 or tensor.rank() != 0:
+        return tensors
+    stages = dist.get_process_group_ranks(pipeline)
+    if pipeline.rank() == owner:
+        for part in tensors.values():
+            dist.send(part, stages[0], group=pipeline)
+    elif pipeline.rank() == 0:
+        like = next(chunk.parameters())
+        for name, size in zip(row.hf, row.hf_shapes(chunk.shape), strict=True):
+            tensors[name] = torch.empty(size, dtype=like.dtype, device=like.device)
+            dist.recv(tensors[name], stages[owner], group=pipeline)
+    return tensors

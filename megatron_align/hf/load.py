@@ -1,0 +1,148 @@
+"""Hugging Face safetensors -> this rank's parameters, reading only the bytes that it holds.
+
+The folder's names, dtypes and shapes are checked against the weight table before anything is read, so every
+rank of a job fails on the same line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_align.errors import InputError
+from megatron_align.hf.safetensors import DTYPES, HFWeights
+from megatron_align.model.families import ModelShape, local_shape, read_shape, rows, segments
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def open_hf(folder: str | Path) -> tuple[HFWeights, ModelShape]:
+    """Return a Hugging Face folder's weights and shape, having checked that they are of one model.
+
+    Raises:
+        InputError: they are not, or something is missing.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"a Hugging Face folder is needed, found none at {folder}")
+    shape = read_shape(folder)
+    weights = HFWeights(folder)
+    check_weights(weights, shape)
+    return weights, shape
+
+
+def check_weights(weights: HFWeights, shape: ModelShape) -> None:
+    """Check that a folder holds the model's tensors and no others, each of a trainable dtype and its shape.
+
+    Two kinds of extra tensor mean nothing and are let through: rotary frequency buffers that old versions
+    saved, and ``lm_head.weight`` of tied embeddings.
+
+    Raises:
+        InputError: naming every missing and unexpected tensor, or every one of a wrong dtype or shape.
+    """
+    wanted = {n: s for row in rows(shape) for n, s in zip(row.hf, row.hf_shapes(shape), strict=True)}
+    found = set(weights.names)
+    spare = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    if shape.tied_embeddings:
+        spare.add(HEAD)
+    missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys() - spare)
+    if missing or unexpected:
+        facts = [
+            f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n
+        ]
+        raise InputError(
+            f"the weights must be those of {shape.architecture}: {'; '.join(facts)} in {weights.folder}"
+        )
+    wrong = [
+        f"{name} must be {list(size)}, found {list(weights.shape(name))}"
+        for name, size in wanted.items()
+        if weights.shape(name) != size
+    ]
+    if wrong:
+        raise InputError(
+            f"the tensors must have config.json's shapes: {'; '.join(wrong)} in {weights.folder}"
+        )
+    odd = [f"{name} is {weights.dtype(name)}" for name in wanted if weights.dtype(name) not in DTYPES]
+    if odd:
+        raise InputError(f"the tensors must be one of {list(DTYPES)}: {'; '.join(odd)} in {weights.folder}")
+
+
+def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
+    """Return by how much an output head beside tied embeddings differs from them; None if it does not.
+
+    transformers does not tie the two then, so the folder is not the model that its config.json describes.
+    """
+    if not shape.tied_embeddings or HEAD not in weights.names:
+        return None
+    if weights.shape(HEAD) != weights.shape(EMBEDDING):
+        return math.inf
+    apart, equal = 0.0, weights.dtype(HEAD) == weights.dtype(EMBEDDING)
+    for head, embedding in zip(weights.stretches(HEAD), weights.stretches(EMBEDDING), strict=True):
+        if not same_bytes(head, embedding):
+            equal = False
+            apart = torch.tensor([apart, largest_difference(head, embedding)]).max().item()  # NaN wins
+    return None if equal else apart
+
+
+def need_tied_head(weights: HFWeights, shape: ModelShape) -> None:
+    """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
+
+    Raises:
+        InputError: saying by how much.
+    """
+    if (apart := untied_head(weights, shape)) is not None:
+        raise InputError(
+            f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
+            f"it differs by {apart:.3g} in {weights.folder}"
+        )
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal in shape, dtype and every bit (NaN equals itself, 0 is not -0)."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest absolute difference of two tensors of one shape; NaN if either holds one."""
+    return (one.double() - other.double()).abs().max().item()
+
+
+@torch.no_grad()
+def load_weights(
+    folder: str | Path, shape: ModelShape, local: Mapping[str, Tensor], tensor_rank: int, tensor_ranks: int
+) -> None:
+    """Fill this rank's parameters in place, each cast to its own dtype.
+
+    ``local`` maps Megatron names with GLOBAL layer numbers to parameters, of any pipeline stage. The last
+    stage of a tied model may hold its own ``output_layer.weight``: it is filled from the embedding.
+
+    Raises:
+        InputError: the whole folder does not match the model (the same on every rank), or the tensor ranks
+            do not divide it.
+        ValueError: ``local`` names what the model does not have, or a parameter has another shape.
+    """
+    weights = HFWeights(folder)
+    check_weights(weights, shape)
+    table = {row.megatron: row for row in rows(shape)}
+    table.setdefault("output_layer.weight", table["embedding.word_embeddings.weight"])
+    if unknown := sorted(local.keys() - table.keys()):
+        raise ValueError(f"not parameters of {shape.architecture}: {', '.join(unknown)}")
+    for name, parameter in local.items():
+        row = table[name]
+        if tuple(parameter.shape) != (size := local_shape(row, shape, tensor_ranks)):
+            raise ValueError(
+                f"{name} must be {list(size)} on each of {tensor_ranks} ranks, is {list(parameter.shape)}"
+            )
+        offset, dim = 0, row.split or 0
+        for part, start, stop in segments(row, shape, tensor_rank, tensor_ranks):
+            target = parameter.narrow(dim, offset, stop - start)
+            if part is None:
+                target.zero_()
+            else:
+                target.copy_(weights.read(row.hf[part], dim, start, stop))
+            offset += stop - start

@@ -1,0 +1,63 @@
+"""The card of a merged model: what was merged, how, and hashes that tell the inputs again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import megatron_align
+from megatron_align.merge.methods import METHODS, Method
+from megatron_align.storage.tensor_digest import Facts, model_sha256
+
+CARD, RECORD = "README.md", "merge.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A folder that was merged, and the hash and NaN/inf counts of each of its tensors."""
+
+    role: str
+    folder: Path
+    tensors: dict[str, Facts]
+
+
+def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
+    """Write the card for people and the same for programs, with a hash of every input tensor."""
+    name = next(name for name, kind in METHODS.items() if kind is type(method))
+    record = {
+        "method": name,
+        "options": asdict(method),
+        "megatron_align": megatron_align.__version__,
+        "inputs": [
+            {
+                "role": each.role,
+                "folder": str(each.folder),
+                "sha256": model_sha256(each.tensors),
+                "tensors": {tensor: facts.sha256 for tensor, facts in each.tensors.items()},
+            }
+            for each in inputs
+        ],
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    options = ", ".join(f"{key} = {value}" for key, value in record["options"].items()) or "none"
+    table = [f"| {each['role']} | `{each['folder']}` | `{each['sha256']}` |" for each in record["inputs"]]
+    summary = " ".join(type(method).__doc__.split("\n")[0].split())
+    lines = [
+        "---",
+        "tags: [merge, megatron-align]",
+        "---",
+        f"# Merged with {name}",
+        "",
+        summary,
+        "",
+        f"Options: {options}. Made by megatron_align {record['megatron_align']}.",
+        "Configuration and tokenizer are those of model 1.",
+        "",
+        "| role | folder | sha256 of the weights |",
+        "|---|---|---|",
+        *table,
+        "",
+        f"The hash is over the lines `name sha256` of all tensors, sorted by name; {RECORD} has those of each tensor.",
+    ]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")

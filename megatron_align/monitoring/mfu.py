@@ -1,0 +1,47 @@
+"""Model FLOPs utilisation: the operations that a step's model needs, over what its chips could have done meanwhile."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_align.config import RunConfig
+from megatron_align.cost.chips import chip_of_device
+from megatron_align.cost.placement import Placement
+from megatron_align.cost.work import Work, scoring_passes, step_flops
+from megatron_align.data.batching.step_batches import StepCounts
+from megatron_align.model.families import ModelShape
+
+
+class Utilisation:
+    """Of a run, on chips whose peak is known.
+
+    Operations are counted exactly for each step: attention by what its tokens see, the vocabulary by the rows that
+    are scored, neither padding nor what is computed again.
+
+    Args:
+        config: of the run.
+        shape: of the model that it trains.
+        world_size: ranks, one chip each.
+        peak: of one chip, operations per second; None: the bf16 peak of this rank's GPU, if it is known.
+    """
+
+    def __init__(self, config: RunConfig, shape: ModelShape, world_size: int, peak: float | None = None):
+        self._placement = Placement.of_run(config, shape, world_size)
+        self._passes = scoring_passes(config)
+        self._peak = world_size * (_peak_of_this_gpu(config) if peak is None else peak)
+
+    def of_step(self, counts: StepCounts, seconds: float) -> float | None:
+        """Return the share of the peak that a step used; None: the peak is not known."""
+        if not self._peak:
+            return None
+        placement = self._placement
+        work = Work.of_counts(counts, placement.data, reward=placement.shape.is_reward)
+        return step_flops(placement, work, self._passes).model / (seconds * self._peak)
+
+
+def _peak_of_this_gpu(config: RunConfig) -> float:
+    """Return 0 where none is known: no GPU, another one, or precision fp32."""
+    if config.train.precision != "bf16" or not torch.cuda.is_available():
+        return 0.0
+    found = chip_of_device(torch.cuda.get_device_name())
+    return found.bf16 if found else 0.0

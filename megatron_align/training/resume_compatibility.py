@@ -1,0 +1,96 @@
+"""Whether a run may go on from a checkpoint: it must be the same run, but for what the user says may differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_align.checkpoint.folder import ASSETS
+from megatron_align.config import RunConfig, to_dict
+from megatron_align.data.batching.sampler import passes_per_epoch
+from megatron_align.errors import InputError
+from megatron_align.hf.tokenizer import need_same_tokenizer
+
+_SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens")
+_NEVER = "precision"  # a group that resume_allow does not take
+
+
+def need_same_run(config: RunConfig, data_key: str, card: dict[str, Any], folder: Path, assets: Path) -> None:
+    """Refuse to go on with other data, order of samples, tokenizer, loss, reference or precision.
+
+    Args:
+        config: of the run that wants to go on.
+        data_key: of its tokenised training data.
+        card: of the checkpoint.
+        folder: of the checkpoint.
+        assets: HF folder with the tokenizer of the run.
+
+    Raises:
+        InputError: naming every difference that ``checkpoint.resume_allow`` does not name.
+    """
+    if not isinstance(card.get("config"), dict):
+        raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {folder}")
+    apart = differences(config, data_key, card)
+    try:
+        need_same_tokenizer([folder / ASSETS, assets])
+    except InputError as error:
+        apart["tokenizer"] = [str(error)]
+    refused = {group: facts for group, facts in apart.items() if group not in config.checkpoint.resume_allow}
+    if not refused:
+        return
+    groups = [group for group in refused if group != _NEVER]
+    facts = [fact for group in refused for fact in refused[group]]
+    remedy = f"if you want this, say checkpoint.resume_allow [{', '.join(groups)}]; " if groups else ""
+    raise InputError(
+        f"resuming needs the run it goes on with: {', '.join(facts)} (checkpoint {folder}); {remedy}for another "
+        "run give another checkpoint.dir, and this one as model.path to start from its weights"
+    )
+
+
+def need_same_reference(weights: str, config: RunConfig, card: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a reference whose weights were changed where they lie.
+
+    Args:
+        weights: hash of the reference's weights.
+        config: of the run that wants to go on.
+        card: of the checkpoint; older ones have no hash.
+        folder: of the checkpoint.
+
+    Raises:
+        InputError: unless ``checkpoint.resume_allow`` names the reference.
+    """
+    before, path = card.get("reference_weights") or weights, config.reference.path or config.model.path
+    if before != weights and "reference" not in config.checkpoint.resume_allow:
+        raise InputError(
+            f"resuming needs the reference it goes on with: the weights in {path} were sha256 {before[:16]} and are "
+            f"{weights[:16]} (checkpoint {folder}); if you want this, say checkpoint.resume_allow [reference]"
+        )
+
+
+def differences(config: RunConfig, data_key: str, card: dict[str, Any]) -> dict[str, list[str]]:
+    """Return what a run's configuration and data are not as in a checkpoint's card, by group."""
+    before, now = card["config"], to_dict(config)
+    pairs: dict[str, dict[str, tuple[Any, Any]]] = {
+        "data": {
+            "the tokenised data": (card["data"]["key"], data_key),
+            "passes per epoch": (
+                card["data"]["passes_per_epoch"],
+                list(passes_per_epoch(config.data.train)),
+            ),
+        },
+        "order": _changes(before, now, "data", ["shuffle"]) | _changes(before, now, "train", _SAMPLE_ORDER),
+        _NEVER: _changes(before, now, "train", ["precision"]),
+    }
+    for group in ("objective", "reference"):
+        pairs[group] = _changes(before, now, group, [*{**before.get(group, {}), **now[group]}])
+    found = {
+        group: [f"{key} was {old} and is {new}" for key, (old, new) in of_group.items() if old != new]
+        for group, of_group in pairs.items()
+    }
+    return {group: facts for group, facts in found.items() if facts}
+
+
+def _changes(
+    before: dict[str, Any], now: dict[str, Any], section: str, keys: Any
+) -> dict[str, tuple[Any, Any]]:
+    return {f"{section}.{key}": (before.get(section, {}).get(key), now[section].get(key)) for key in keys}

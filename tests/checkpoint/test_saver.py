@@ -1,0 +1,112 @@
+"""A checkpoint written behind training's back is the one that would have been written at once, file by file: whatever
+training changes once it is copied, and however late it is copied and gathered.
+"""
+
+import os
+import time
+
+import pytest
+import torch
+
+from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.saver import SaveFailed, Saver
+from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.faults import VARIABLE
+from megatron_align.hf.load import load_weights
+from megatron_align.model import parallel
+from megatron_align.model.families import read_shape
+from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+
+
+def build(place, model, config, dtype):
+    shape = read_shape(model)
+    parallel.join(place, config)
+    groups = parallel.groups()
+    chunks = build_policy(transformer_config(shape, config, dtype), shape, groups)
+    local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
+    load_weights(model, shape, local, groups.tp.rank(), groups.tp.size())
+    ddp = wrap_data_parallel(chunks, ParallelConfig())
+    return ddp, build_optimizer(ddp, OptimizerConfig(), groups), sharded.make_card(1, shape, dtype)
+
+
+def change(ddp, optimizer):
+    """What a step does: weights, masters and moments move, in place; so do step and learning rate."""
+    with torch.no_grad():
+        for chunk in ddp:
+            for parameter in chunk.parameters():
+                parameter.add_(1)
+        for group in optimizer.param_groups:
+            for shard in group["params"]:
+                shard.add_(1)
+                optimizer.optimizer.state[shard]["exp_avg"].add_(1)
+                optimizer.optimizer.state[shard]["step"].add_(1)
+            group["lr"] /= 2
+
+
+def late(call):
+    """Return the call, a while later than asked for."""
+    return lambda: (time.sleep(0.1), call())
+
+
+def save_both_ways(place, model, folder, config, dtype):
+    """In a process of the pool: three checkpoints, each written both ways; once by a saver that has no plan yet."""
+    ddp, optimizer, card = build(place, model, config, dtype)
+    optimizer.copy_state, optimizer.gather_state = late(optimizer.copy_state), late(optimizer.gather_state)
+    behind = Saver(background=True)
+    for number in range(3):
+        Saver().save(folder / f"at_once_{number}", ddp, optimizer, card, model)
+        behind.begin(folder / f"behind_{number}", ddp, optimizer, card, model)
+        behind.wait_until_copied()
+        change(ddp, optimizer)
+        behind.finish()
+    parallel.leave()
+
+
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "dp2": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("world, config", LAYOUTS.values(), ids=LAYOUTS)
+def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, config, dtype):
+    pool.run(world, save_both_ways, tiny_models(), tmp_path, config, dtype)
+    seen = set()
+    for number in range(3):
+        lists = [(tmp_path / f"{way}_{number}" / "SHA256SUMS").read_text() for way in ("at_once", "behind")]
+        assert lists[0] == lists[1]
+        assert sharded.damage(tmp_path / f"behind_{number}") == []
+        seen.add(lists[0])
+    assert len(seen) == 3  # the changes are in them
+
+
+def fail_to_save(place, model, folder, rank):
+    """In a process of the pool; return what this rank is told, and what is left of the attempt."""
+    ddp, optimizer, card = build(place, model, ParallelConfig(), torch.float32)
+    saver = Saver(background=True)
+    os.environ[VARIABLE] = f"full@save.written::{rank}"
+    try:
+        saver.begin(folder / "step_000001", ddp, optimizer, card, model)
+        saver.finish()
+        told = "nothing"
+    except SaveFailed as error:
+        told = str(error)
+    finally:
+        del os.environ[VARIABLE]
+    left = sorted(path.name for path in folder.iterdir())
+    torch.distributed.barrier()
+    saver.save(folder / "step_000002", ddp, optimizer, card, model)  # it can go on
+    parallel.leave()
+    return told, left
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_is_told_to_all(pool, tiny_models, tmp_path, rank):
+    for told, left in pool.run(2, fail_to_save, tiny_models(), tmp_path, rank):
+        assert told.endswith(f".step_000001.partial: rank {rank}: No space left on device")
+        assert left == []
+    assert sharded.damage(tmp_path / "step_000002") == []

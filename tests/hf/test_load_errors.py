@@ -1,0 +1,220 @@
+"""A folder that does not hold the model's weights is refused before any weight is read, in one line that says
+what is needed, what was found, and where.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_align.errors import InputError
+from megatron_align.hf.load import load_weights
+from megatron_align.hf.safetensors import HFWeights
+from megatron_align.model.families import read_shape
+
+INDEX = "model.safetensors.index.json"
+SHARDS = "model.safetensors or shards with model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny Llama, sharded; each test spoils its own copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=131,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+@pytest.fixture
+def hf(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "hf")
+
+
+def shards(folder):
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def edit_tensors(folder, change):
+    """Rewrite the folder as one file, its tensors changed."""
+    tensors = {name: t for file in shards(folder) for name, t in load_file(file).items()}
+    change(tensors)
+    for file in (*shards(folder), folder / INDEX):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop_weights(folder):
+    for file in folder.glob("model*"):
+        file.unlink()
+
+
+def no_weights(folder):
+    drop_weights(folder)
+    return f"the weights must be {SHARDS}, found neither in {folder}"
+
+
+def only_pickles(folder):
+    drop_weights(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    return f"the weights must be safetensors: convert pytorch_model.bin to safetensors first, in {folder}"
+
+
+def no_index(folder):
+    (folder / INDEX).unlink()
+    return f"the weights must be {SHARDS}, found only {shards(folder)[0].name} in {folder}"
+
+
+def no_folder(folder):
+    shutil.rmtree(folder)
+    return f"a Hugging Face folder is needed, found none at {folder}"
+
+
+def missing_shard(folder):
+    file = shards(folder)[1]
+    file.unlink()
+    return f"the index names shards that are not there: {file.name} in {folder}"
+
+
+def tensor_in_another_shard(folder):
+    first, second, *_ = (file.name for file in shards(folder))
+    name = next(iter(load_file(folder / first)))
+    edit_index(folder, lambda where: where.update({name: second}))
+    return f"the index names tensors that their shards do not hold: {name} ({second}) in {folder}"
+
+
+def path_out_of_the_folder(folder):
+    shutil.copy(shards(folder)[0], folder.parent / "out.safetensors")
+    edit_index(folder, lambda where: where.update({"model.norm.weight": "../out.safetensors"}))
+    found = "'../out.safetensors' in"
+    return f"weight_map must name safetensors files beside it, found {found} {folder / INDEX}"
+
+
+def path_of_a_wrong_kind(folder):
+    edit_index(folder, lambda where: where.update({"model.norm.weight": ["x"]}))
+    return f"weight_map must name safetensors files beside it, found ['x'] in {folder / INDEX}"
+
+
+def index_without_map(folder):
+    (folder / INDEX).write_text("{}")
+    return f"weight_map must map tensors to files, found None in {folder / INDEX}"
+
+
+def index_that_is_not_json(folder):
+    (folder / INDEX).write_text("")
+    return f"{folder / INDEX} is not valid JSON: Expecting value: line 1 column 1 (char 0)"
+
+
+def truncated_shard(folder):
+    file = shards(folder)[-1]
+    file.write_bytes(file.read_bytes()[:-1])
+    return (
+        "a complete safetensors file is needed, found it damaged or cut short (Error while deserializing "
+        f"header: incomplete metadata, file not fully covered) at {file}"
+    )
+
+
+def pointer_file(folder):
+    file = shards(folder)[0]
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    return f"a complete safetensors file is needed, found a git-lfs pointer (run: git lfs pull) at {file}"
+
+
+def missing_and_unexpected(folder):
+    def rename(tensors):
+        del tensors["lm_head.weight"]
+        tensors["model.layers.0.self_attn.q_norm.weight"] = tensors.pop("model.norm.weight")
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(96, 64)
+
+    edit_tensors(folder, rename)
+    return (
+        "the weights must be those of LlamaForCausalLM: missing lm_head.weight, model.norm.weight; "
+        f"unexpected model.layers.0.self_attn.q_norm.weight, model.layers.1.mlp.up_proj.weight in {folder}"
+    )
+
+
+def index_that_forgets_a_tensor(folder):
+    forgotten = []
+    edit_index(folder, lambda where: forgotten.append(where.pop("model.norm.weight")))
+    return (
+        "the shards hold tensors that the index does not name: "
+        f"model.norm.weight ({forgotten[0]}) in {folder}"
+    )
+
+
+def wrong_shapes(folder):
+    edit_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {"model.norm.weight": torch.zeros(65), "model.embed_tokens.weight": torch.zeros(132, 64)}
+        ),
+    )
+    return (
+        "the tensors must have config.json's shapes: model.embed_tokens.weight must be [131, 64], "
+        f"found [132, 64]; model.norm.weight must be [64], found [65] in {folder}"
+    )
+
+
+def wrong_dtype(folder):
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
+    )
+    return f"the tensors must be one of ['F32', 'F16', 'BF16', 'F64']: model.norm.weight is I8 in {folder}"
+
+
+FAULTS = [
+    no_folder,
+    no_weights,
+    only_pickles,
+    no_index,
+    missing_shard,
+    tensor_in_another_shard,
+    path_out_of_the_folder,
+    path_of_a_wrong_kind,
+    index_without_map,
+    index_that_is_not_json,
+    truncated_shard,
+    pointer_file,
+    missing_and_unexpected,
+    index_that_forgets_a_tensor,
+    wrong_shapes,
+    wrong_dtype,
+]
+
+
+@pytest.mark.parametrize("spoil", FAULTS, ids=[fault.__name__ for fault in FAULTS])
+def test_fault_is_named_in_one_line_and_nothing_is_read(hf, monkeypatch, spoil):
+    def never(*args):
+        raise AssertionError("a weight was read")
+
+    shape = read_shape(hf)
+    line = spoil(hf)
+    monkeypatch.setattr(HFWeights, "read", never)
+    kept = {"decoder.final_layernorm.weight": torch.empty(64)}
+    with pytest.raises(InputError) as error:
+        load_weights(hf, shape, kept, 0, 1)
+    assert str(error.value) == line
+    assert "\n" not in line
+
+
+def test_links_into_another_folder_are_followed(hf):
+    """As the hub's cache lays its files out."""
+    for file in shards(hf):
+        blob = file.rename(hf.parent / file.name)
+        file.symlink_to(blob)
+    load_weights(hf, read_shape(hf), {"decoder.final_layernorm.weight": torch.empty(64)}, 0, 1)

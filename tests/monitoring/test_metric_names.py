@@ -1,0 +1,66 @@
+"""Every number that a run writes is documented, and every documented one is written, by whom the table says."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_align.config.objectives import OBJECTIVES
+from megatron_align.monitoring.metric_names import BY_NAME, METRICS, ROW_KEYS, to_markdown
+from tests.harness import ranks
+from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+OPTIONS = {"dpo": {"objective__rpo_alpha": 1.0}}  # with the likelihood term, which is off by default
+OF_TROUBLE = {"suspects", "mfu"}  # written where something is wrong, or a chip's peak is known
+
+
+def test_the_page_is_the_table():
+    assert DOCS.read_text(encoding="utf-8") == to_markdown()
+
+
+def test_no_metric_is_told_twice():
+    assert len(BY_NAME) == len(METRICS)
+    assert not BY_NAME.keys() & ROW_KEYS.keys()
+
+
+@pytest.fixture(scope="module")
+def written(pool, tiny_models, chat_file, tmp_path_factory):
+    """The names in each objective's rows, of one step on two ranks with validation and timing."""
+    folder = tmp_path_factory.mktemp("runs")
+    pairs = write_pairs(folder / "pairs.jsonl", samples=8)
+    labelled = write_labelled(folder / "labelled.jsonl", samples=8)
+    gold = {"reference": lambda draw: [{"role": "assistant", "content": f"It is {draw.randrange(10**6)}."}]}
+    triples = write_pairs(folder / "triples.jsonl", samples=8, **gold)
+    data = {"sft": chat_file, "tpo": triples, "kto": labelled, "bco": labelled}
+    names = {}
+    for objective in OBJECTIVES:
+        source = data.get(objective, pairs)
+        arguments = run_arguments(
+            tiny_models(),
+            source,
+            folder / objective,
+            objective__name=objective,
+            data__validation=source,
+            train__steps=1,
+            train__global_batch_size=4,
+            logging__timing_every=1,
+            **OPTIONS.get(objective, {}),
+        )
+        pool.run(2, ranks.train, arguments)
+        splits = (None, "validation", "timing", "save")
+        names[objective] = {
+            name for split in splits for row in metrics_of(folder / objective, split) for name in row
+        }
+    return names
+
+
+def test_what_is_written_is_documented(written):
+    unknown = {objective: names - BY_NAME.keys() - ROW_KEYS.keys() for objective, names in written.items()}
+    assert unknown == dict.fromkeys(OBJECTIVES, set())
+
+
+def test_what_is_documented_is_written_by_whom_it_says(written):
+    for metric in METRICS:
+        told = set(metric.written.split(", ")) & OBJECTIVES.keys() or OBJECTIVES.keys()
+        writers = {objective for objective, names in written.items() if metric.name in names}
+        assert metric.name in OF_TROUBLE or writers == told, metric.name

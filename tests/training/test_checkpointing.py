@@ -1,0 +1,107 @@
+"""Checkpoints while training goes on: an update waits for the copy, what is told of them, and a save that failed is
+tried again before the next is due.
+"""
+
+import os
+import threading
+import time
+from unittest import mock
+
+import pytest
+
+from megatron_align.checkpoint.folder import list_steps
+from megatron_align.checkpoint.optimizer_state import HostedOptimizer
+from megatron_align.checkpoint.saver import Saver
+from megatron_align.config import parse
+from megatron_align.faults import VARIABLE
+from megatron_align.storage.checksums import read_sums
+from megatron_align.training import checkpointing as saves
+from megatron_align.training.loop import run
+from tests.harness import ranks
+from tests.harness.tiny import metrics_of, run_arguments
+
+
+def train_impatiently(place, arguments, fault):
+    """In a process of the pool: run into a fault, and try again after the next step."""
+    before, saves.RETRY_SECONDS = saves.RETRY_SECONDS, 0.0
+    os.environ[VARIABLE] = fault
+    try:
+        return run(parse(arguments), place)
+    finally:
+        saves.RETRY_SECONDS = before
+        del os.environ[VARIABLE]
+
+
+def test_a_save_that_failed_is_tried_again_soon(pool, tiny_models, chat_file, tmp_path):
+    options = {"checkpoint__save_every": 2, "checkpoint__keep": 9, "checkpoint__async_save": False}
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path, **options)
+    assert pool.run(2, train_impatiently, arguments, "full@save.written:2") == [True, True]
+    assert [step for step, _ in list_steps(tmp_path)] == [3, 4, 5]
+
+
+def test_every_save_is_told_once(pool, tiny_models, chat_file, tmp_path):
+    options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
+    pool.run(2, ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
+    rows = metrics_of(tmp_path, "save")
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row in rows:
+        assert 0 < row["save_pause_seconds"] <= row["save_seconds"]
+        folder = tmp_path / f"step_{row['step']:06d}"
+        assert row["save_bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+LATE = 0.5  # seconds
+
+
+def train_with_late_copies(place, arguments):
+    """In a process of the pool: what a save holds is copied a while after somebody begins to wait for it."""
+    asked = threading.Event()
+    copy_state, wait, finish = HostedOptimizer.copy_state, Saver.wait_until_copied, Saver.finish
+
+    def copy_late(self):
+        assert asked.wait(60), "nobody waits for the copy"
+        asked.clear()
+        time.sleep(LATE)
+        copy_state(self)
+
+    with (
+        mock.patch.object(HostedOptimizer, "copy_state", copy_late),
+        mock.patch.object(Saver, "wait_until_copied", lambda self: (asked.set(), wait(self))[1]),
+        mock.patch.object(Saver, "finish", lambda self: (asked.set(), finish(self), asked.clear())[1]),
+    ):
+        return run(parse(arguments), place)
+
+
+def state_files(run_folder):
+    """Return the hash of every file with tensors, by step and name."""
+    return {
+        (step, name): digest
+        for step, folder in list_steps(run_folder)
+        for name, digest in read_sums(folder).items()
+        if name.endswith(".distcp")
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, world):
+    options = {"checkpoint__save_every": 1, "checkpoint__keep": 9, "train__steps": 3}
+    for name, train, background in (("late", train_with_late_copies, True), ("at_once", ranks.train, False)):
+        settings = {**options, "checkpoint__async_save": background}
+        pool.run(world, train, run_arguments(tiny_models(), chat_file, tmp_path / name, **settings))
+    files = state_files(tmp_path / "late")
+    assert {step for step, _ in files} == {1, 2, 3}
+    assert files == state_files(tmp_path / "at_once")
+    rows = metrics_of(tmp_path / "late", "save")
+    assert all(row["save_pause_seconds"] >= LATE for row in rows)  # waiting is the save's time
+
+
+def train_waiting_for_long(place, arguments):
+    """In a process of the pool: every step is told that it has waited 1,000 s for a save."""
+    with mock.patch.object(saves.Saves, "before_update", return_value=1000.0):
+        return run(parse(arguments), place)
+
+
+def test_waiting_for_a_save_is_no_part_of_the_step(pool, tiny_models, chat_file, tmp_path):
+    pool.run(1, train_waiting_for_long, run_arguments(tiny_models(), chat_file, tmp_path, train__steps=1))
+    [row] = metrics_of(tmp_path)
+    assert -1000 < row["step_seconds"] < -800
