@@ -219,7 +219,7 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
         touch_memory()
         note("read", timed(lambda: read(folder / "plain" / "file")))
         touch_memory()
-        note("verify", timed(lambda: sharded.need_intact(folder / "save")))
+        note("verify", timed(lambda: sharded.require_intact(folder / "save")))
         forget(folder)
         touch_memory()
         note("load", timed(lambda: sharded.load(folder / "save", model, optimizer)))

@@ -13,7 +13,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 
-def need_gpu(parser: argparse.ArgumentParser) -> None:
+def require_gpu(parser: argparse.ArgumentParser) -> None:
     """Exit with one line unless a CUDA GPU is visible."""
     import torch
 

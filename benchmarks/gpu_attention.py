@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import append, interleaved, need_gpu, place, quantiles, yardstick
+from benchmarks.gpu import append, interleaved, place, quantiles, require_gpu, yardstick
 from megatron_align.data.batching.context_split import attention_work
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 
@@ -96,7 +96,7 @@ def passes(function: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor)
     }
 
 
-def need_correct(head_dim: int) -> None:
+def require_correct(head_dim: int) -> None:
     """Exit unless a small pack is right, forward and backward: a figure of a wrong kernel is worth nothing."""
     layout = PackedLayout.from_groups([(300, [200, 77]), (0, [500])], total=1100).to("cuda")
     tensors = inputs(layout.tokens, head_dim)
@@ -222,12 +222,12 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="64 in a run of its own")
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
-    need_gpu(parser)
+    require_gpu(parser)
     where, gemm = place(), yardstick()
     where["gemm_tflops"] = f"{gemm:.0f}"
     print(f"{where['gpu']}, cuBLAS bf16 {gemm:.0f} TFLOP/s")
     for head_dim in args.head_dim:
-        need_correct(head_dim)
+        require_correct(head_dim)
         for case in args.case:
             append("gpu_attention", measure(case, head_dim, args.rounds, gemm, where))
     append("gpu_attention_sharing", shared_against_copies(args.rounds, where))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import append, interleaved, need_gpu, place, quantiles
+from benchmarks.gpu import append, interleaved, place, quantiles, require_gpu
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs
 
 BETA = 0.1
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--samples", type=int, default=30)
     options = parser.parse_args()
-    need_gpu(parser)
+    require_gpu(parser)
     gate()
     rows = measure(options)
     columns = dict.fromkeys(name for row in rows for name in row)  # not every row has every figure

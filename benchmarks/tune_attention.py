@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import interleaved, need_gpu, place, quantiles
+from benchmarks.gpu import interleaved, place, quantiles, require_gpu
 from benchmarks.gpu_attention import MIXED, inputs
 from megatron_align.kernels import PackedLayout
 from megatron_align.kernels.packed_attention import configs
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     args = parser.parse_args()
-    need_gpu(parser)
+    require_gpu(parser)
     chip, where, table = configs.chip_of(torch.device("cuda")), place(), dict(TABLE)
     for head_dim in args.head_dim:
         found = configs.SAFE_16_BIT

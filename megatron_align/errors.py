@@ -20,7 +20,7 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-def need(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     """Raise InputError unless the condition holds."""
     if not condition:
         raise InputError(message)

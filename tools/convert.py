@@ -149,10 +149,10 @@ def _tolerance(text: str) -> float:
 def _verify(options: argparse.Namespace) -> int:
     _quiet_transformers()
     from megatron_align.convert.verify import verify
-    from megatron_align.storage.atomic_write import need_writable
+    from megatron_align.storage.atomic_write import require_writable
 
     if options.json:
-        need_writable(Path(options.json))
+        require_writable(Path(options.json))
     findings = verify(options.hf, options.checkpoint, options.data, options.tolerance, options.deep)
     if options.json:
         text = json.dumps(findings.to_json(), indent=2, ensure_ascii=False, allow_nan=False)

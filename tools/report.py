@@ -25,16 +25,16 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", default="report", metavar="DIR", help="folder to write (default: report)")
     parser.add_argument("--title", help="of the page (default: names of the runs)")
     options = parser.parse(arguments)
-    from megatron_align.errors import need
-    from megatron_align.storage.atomic_write import need_writable
+    from megatron_align.errors import require
+    from megatron_align.storage.atomic_write import require_writable
     from megatron_align.tools.report_charts import charts_of
     from megatron_align.tools.report_page import write_page
     from megatron_align.tools.report_png import write_pngs
     from megatron_align.tools.report_runs import read_runs
 
     out = Path(options.out)
-    need(not out.exists() or out.is_dir(), f"--out must be a folder, found a file at {out}")
-    need_writable(out / "report.html")
+    require(not out.exists() or out.is_dir(), f"--out must be a folder, found a file at {out}")
+    require_writable(out / "report.html")
     runs = read_runs(options.runs)
     charts = charts_of(runs)
     out.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ class SlabLoss(torch.autograd.Function):
             raise RuntimeError(
                 "slab_loss hands its gradients out once; a second backward needs a second call"
             )
-        _need_one(upstream)
+        _require_one(upstream)
         gradients, ctx.gradients = ctx.gradients, None
         return gradients.hidden_NH, gradients.weight(), None
 
@@ -153,7 +153,7 @@ def _evaluate(job: Job, i: int, found: list[RowStatistics], training: bool) -> t
     return value.detach(), grad_n
 
 
-def _need_one(upstream: Tensor) -> None:
+def _require_one(upstream: Tensor) -> None:
     """The gradients were made for an upstream gradient of 1, and the weight's may stand in main_grad already."""
     if upstream.is_cuda:
         torch._assert_async(upstream == 1, "slab_loss needs an upstream gradient of 1: scale by row weights")

@@ -147,13 +147,13 @@ def damage(folder: Path, *, small: bool = False) -> list[str]:
     return sorted(set(chain.from_iterable(everyone)))
 
 
-def need_intact(folder: Path) -> None:
+def require_intact(folder: Path) -> None:
     """Check that a checkpoint's files are what was written; see :func:`damage` for who calls it.
 
     Raises:
         InputError: naming the files that are not.
     """
-    _need_none(damage(folder))
+    _require_none(damage(folder))
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def checked_meanwhile(folder: Path, passing: Iterable[Path] = ()) -> Iterator[di
     try:
         known = sums.read_sums(folder)
     except sums.Damaged as error:
-        _need_none([str(error)])
+        _require_none([str(error)])
     files = {path: sums.PassingFile(path) for path in passing if str(path.relative_to(folder)) in known}
     with sums.checking(folder, sorted(known), known, files) as found:
         try:
@@ -179,12 +179,12 @@ def checked_meanwhile(folder: Path, passing: Iterable[Path] = ()) -> Iterator[di
         except OSError:  # a full disk must not wait for the hashes
             raise
         except Exception:  # a damaged pickle can raise anything
-            _need_none(found())
+            _require_none(found())
             raise
-        _need_none(found())
+        _require_none(found())
 
 
-def _need_none(damaged: list[str]) -> None:
+def _require_none(damaged: list[str]) -> None:
     if damaged:
         raise InputError(f"an undamaged checkpoint is needed: {'; '.join(damaged)}")
 

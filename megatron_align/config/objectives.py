@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megatron_align.errors import nearest, need
+from megatron_align.errors import nearest, require
 
 Kinds = tuple[str, ...]
 
@@ -51,35 +51,35 @@ TPO_OPTIONS: dict[str, tuple[str, ...]] = {
 COUPLED = ("aot", "aot_unpaired")  # loss types that sort over the step's global batch
 
 
-def _need_types(loss_types: Sequence[str], known: Mapping[str, tuple[str, ...]]) -> None:
-    need(len(loss_types) > 0, "objective.loss_type must name at least one loss type, got none")
+def _require_types(loss_types: Sequence[str], known: Mapping[str, tuple[str, ...]]) -> None:
+    require(len(loss_types) > 0, "objective.loss_type must name at least one loss type, got none")
     for name in loss_types:
-        need(
+        require(
             name in known,
             f"objective.loss_type must be of {', '.join(known)}; got '{name}'{nearest(name, list(known))}",
         )
 
 
-def _need_used(
+def _require_used(
     given: Mapping[str, object], loss_types: Sequence[str], known: Mapping[str, tuple[str, ...]]
 ) -> None:
     """Check that every option that was given belongs to one of the loss types."""
     for option, value in given.items():
         users = [name for name, options in known.items() if option in options]
-        need(
+        require(
             value is None or any(name in users for name in loss_types),
             f"objective.{option} belongs to loss_type {', '.join(users)}; "
             f"got {value} with loss_type {', '.join(loss_types)}",
         )
 
 
-def _need_positive(**values: float) -> None:
+def _require_positive(**values: float) -> None:
     for name, value in values.items():
-        need(value > 0, f"objective.{name} must be positive, got {value}")
+        require(value > 0, f"objective.{name} must be positive, got {value}")
 
 
-def _need_smoothing(value: float | None) -> None:
-    need(value is None or 0 <= value < 0.5, f"objective.label_smoothing must lie in [0, 0.5), got {value}")
+def _require_smoothing(value: float | None) -> None:
+    require(value is None or 0 <= value < 0.5, f"objective.label_smoothing must lie in [0, 0.5), got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +138,16 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         types = self.loss_types
-        _need_types(types, DPO_OPTIONS)
+        _require_types(types, DPO_OPTIONS)
         names = ("label_smoothing", "f_divergence_type", "discopop_tau", "margin_scale")
-        _need_used({name: getattr(self, name) for name in names}, types, DPO_OPTIONS)
-        _need_positive(beta=self.beta)
-        _need_smoothing(self.label_smoothing)
-        need(
+        _require_used({name: getattr(self, name) for name in names}, types, DPO_OPTIONS)
+        _require_positive(beta=self.beta)
+        _require_smoothing(self.label_smoothing)
+        require(
             self.loss_weights is None or len(self.loss_weights) == len(types),
             f"objective.loss_weights must be one for each of {len(types)} loss types, got {self.loss_weights}",
         )
-        need(
+        require(
             self.f_alpha_divergence_coef is None or self.f_divergence_type == "alpha_divergence",
             f"objective.f_alpha_divergence_coef belongs to f_divergence_type alpha_divergence, "
             f"got {self.f_alpha_divergence_coef} with {self.f_divergence_type}",
@@ -156,20 +156,20 @@ class DPOConfig:
             others = [
                 name for name in types if name != "sft" and "f_divergence_type" not in DPO_OPTIONS[name]
             ]
-            need(
+            require(
                 not others,
                 f"objective.f_divergence_type {self.f_divergence_type} must suit every loss type, "
                 f"and {', '.join(others)} takes none",
             )
-        need(
+        require(
             self.discopop_tau is None or self.discopop_tau > 0,
             f"objective.discopop_tau must be positive, got {self.discopop_tau}",
         )
-        need(
+        require(
             self.ld_alpha is None or 0 <= self.ld_alpha <= 1,
             f"objective.ld_alpha must lie in [0, 1], got {self.ld_alpha}",
         )
-        need(
+        require(
             self.rpo_alpha is None or (self.rpo_alpha > 0 and "sft" not in types),
             f"objective.rpo_alpha must be positive, and stands for loss_type sft; got {self.rpo_alpha} with "
             f"loss_type {', '.join(types)}",
@@ -181,7 +181,7 @@ class DPOConfig:
                 [name for name, options in DPO_OPTIONS.items() if "margin_scale" in options],
             )
         )
-        need(
+        require(
             not (coupled and scaled),
             f"objective.loss_type {', '.join(scaled)} reads a margin for each pair, and {', '.join(coupled)} mixes "
             "the step's pairs: not both",
@@ -189,7 +189,7 @@ class DPOConfig:
         mixing = [name for name in types if name in (*COUPLED, "sft")] + ["rpo_alpha"] * (
             self.rpo_alpha is not None
         )
-        need(
+        require(
             not (mixing and self.use_weighting),
             f"objective.use_weighting weighs pairs, and {', '.join(mixing)} mixes the step's pairs: not both",
         )
@@ -227,10 +227,10 @@ class CPOConfig:
 
     def __post_init__(self) -> None:
         names = ("label_smoothing", "simpo_gamma", "alpha")
-        _need_used({name: getattr(self, name) for name in names}, (self.loss_type,), CPO_OPTIONS)
-        _need_positive(beta=self.beta)
-        _need_smoothing(self.label_smoothing)
-        need(
+        _require_used({name: getattr(self, name) for name in names}, (self.loss_type,), CPO_OPTIONS)
+        _require_positive(beta=self.beta)
+        _require_smoothing(self.label_smoothing)
+        require(
             self.cpo_alpha is None or (self.cpo_alpha >= 0 and self.loss_type != "alphapo"),
             f"objective.cpo_alpha must not be negative, and alphapo has no likelihood term; "
             f"got {self.cpo_alpha} with loss_type {self.loss_type}",
@@ -257,8 +257,8 @@ class SimPOConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _need_positive(beta=self.beta)
-        _need_smoothing(self.label_smoothing)
+        _require_positive(beta=self.beta)
+        _require_smoothing(self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,10 +286,10 @@ class TPOConfig:
 
     def __post_init__(self) -> None:
         names = ("label_smoothing", "tpo_l_gamma")
-        _need_used({name: getattr(self, name) for name in names}, (self.loss_type,), TPO_OPTIONS)
-        _need_positive(beta=self.beta)
-        _need_smoothing(self.label_smoothing)
-        need(
+        _require_used({name: getattr(self, name) for name in names}, (self.loss_type,), TPO_OPTIONS)
+        _require_positive(beta=self.beta)
+        _require_smoothing(self.label_smoothing)
+        require(
             self.tpo_alpha > 0,
             f"objective.tpo_alpha must be positive (without the gold answer it is objective cpo), got {self.tpo_alpha}",
         )
@@ -313,7 +313,7 @@ class ORPOConfig:
     nll_over: Literal["prompt_and_chosen", "chosen"] = "prompt_and_chosen"
 
     def __post_init__(self) -> None:
-        _need_positive(beta=self.beta)
+        _require_positive(beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +338,7 @@ class KTOConfig:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _need_positive(
+        _require_positive(
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
@@ -361,7 +361,7 @@ class BCOConfig:
     beta: float = 0.1
 
     def __post_init__(self) -> None:
-        _need_positive(beta=self.beta)
+        _require_positive(beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,12 +387,12 @@ class RewardConfig:
     ranked_loss: Literal["plackett_luce", "all_pairs"] | None = None
 
     def __post_init__(self) -> None:
-        need(self.alpha >= 0, f"objective.alpha must not be negative, got {self.alpha}")
-        need(
+        require(self.alpha >= 0, f"objective.alpha must not be negative, got {self.alpha}")
+        require(
             self.center_rewards_coefficient >= 0,
             f"objective.center_rewards_coefficient must not be negative, got {self.center_rewards_coefficient}",
         )
-        need(
+        require(
             self.score_normalization is None or self.alpha > 0,
             f"objective.score_normalization is of the scores that alpha > 0 reads, got {self.score_normalization} "
             f"with alpha {self.alpha}",

@@ -26,7 +26,7 @@ from megatron_align.config.sections import (
     ReferenceConfig,
     TrainConfig,
 )
-from megatron_align.errors import InputError, nearest, need
+from megatron_align.errors import InputError, nearest, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
-        need(
+        require(
             steps is None or warmup <= steps,
             f"optimizer.warmup_steps must not pass train.steps = {steps}, got {warmup}",
         )
-        need(
+        require(
             self.objective.compares or self.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
             f"objective {self.objective.name} compares with no reference: the options reference.* do not apply",
         )
@@ -80,7 +80,7 @@ def parse(arguments: list[str]) -> RunConfig:
     """
     arguments = [argument for argument in arguments if argument.partition("=")[0] != DRY_RUN]
     name = _objective_name(arguments)
-    need(
+    require(
         name in OBJECTIVES,
         f"objective.name must be one of {sorted(OBJECTIVES)}, got '{name}'{nearest(name, list(OBJECTIVES))}",
     )
@@ -99,7 +99,7 @@ def parse(arguments: list[str]) -> RunConfig:
     except ArgumentError as error:
         raise InputError(_one_line(str(error), sections)) from error
     for section in sections:
-        need(parsed[section] is not None, f"{section} must be a mapping of options, got null")
+        require(parsed[section] is not None, f"{section} must be a mapping of options, got null")
     made = {section: kind(**_plain(parsed[section])) for section, kind in sections.items()}
     return RunConfig(**made)
 
@@ -138,7 +138,7 @@ def _objective_name(arguments: list[str]) -> str:
             name = value
         else:
             section = _read_yaml(value).get("objective") or {}
-            need(
+            require(
                 isinstance(section, dict),
                 f"objective must be a mapping like {{name: sft}}, got {section!r} in {value}",
             )
@@ -163,12 +163,14 @@ def _with_objective(arguments: list[str], name: str) -> list[str]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     file = Path(path)
-    need(file.is_file(), f"--config needs a YAML file, found none at '{path}'")
+    require(file.is_file(), f"--config needs a YAML file, found none at '{path}'")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    need(isinstance(content, dict), f"{path} must hold a mapping of sections, got {type(content).__name__}")
+    require(
+        isinstance(content, dict), f"{path} must hold a mapping of sections, got {type(content).__name__}"
+    )
     return content
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_align.errors import nearest, need
+from megatron_align.errors import nearest, require
 
 RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
 
@@ -37,7 +37,9 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        need(self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}")
+        require(
+            self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,7 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        need(
+        require(
             self.sequence_length > 1,
             f"data.sequence_length must be at least 2 tokens, got {self.sequence_length}",
         )
@@ -95,20 +97,20 @@ class ReferenceConfig:
     mixup_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        need(
+        require(
             self.sync_steps is None or self.mode == "live",
             f"reference.sync_steps needs reference.mode live, got mode {self.mode}",
         )
-        need(
+        require(
             self.sync_steps is None or self.sync_steps >= 1,
             f"reference.sync_steps must be at least 1, got {self.sync_steps}",
         )
-        need(
+        require(
             self.mixup_alpha is None or (self.sync_steps is not None and 0 < self.mixup_alpha <= 1),
             f"reference.mixup_alpha needs reference.sync_steps and lies in (0, 1], got {self.mixup_alpha} "
             f"with sync_steps {self.sync_steps}",
         )
-        need(
+        require(
             self.path is None or self.mode != "none",
             f"reference.path is not read with reference.mode none, got {self.path}",
         )
@@ -155,28 +157,30 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):
-            need(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
-        need(
+            require(
+                getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}"
+            )
+        require(
             self.context > 1 or self.context_kind == "auto",
             f"parallel.context_kind needs parallel.context of at least 2, got {self.context_kind} with context "
             f"{self.context}",
         )
-        need(
+        require(
             self.timeout_seconds > 0, f"parallel.timeout_seconds must be positive, got {self.timeout_seconds}"
         )
         if self.virtual_pipeline is not None:
-            need(
+            require(
                 self.virtual_pipeline >= 2 and self.pipeline >= 2,
                 "parallel.virtual_pipeline needs at least 2 chunks on at least 2 pipeline stages, "
                 f"got virtual_pipeline {self.virtual_pipeline} with pipeline {self.pipeline}",
             )
 
         self._check_split()
-        need(
+        require(
             self.overlap_grad_reduce or not self.overlap_param_gather,
             "parallel.overlap_param_gather needs parallel.overlap_grad_reduce, as megatron-core has it; got false",
         )
-        need(
+        require(
             self.virtual_pipeline is not None or not self.overlap_p2p,
             "parallel.overlap_p2p needs parallel.virtual_pipeline: only the interleaved schedule overlaps; got null",
         )
@@ -185,13 +189,13 @@ class ParallelConfig:
         sizes = {name: getattr(self, name) for name in ("first_stage_layers", "last_stage_layers")}
         counted = {name: getattr(self, name) for name in ("count_embedding", "count_loss")}
         for name, value in {**sizes, **counted}.items():
-            need(
+            require(
                 value in (None, False) or self.pipeline >= 2,
                 f"parallel.{name} needs at least 2 stages of parallel.pipeline, got {self.pipeline}",
             )
         for name, value in sizes.items():
-            need(value is None or value >= 1, f"parallel.{name} must be at least 1, got {value}")
-        need(
+            require(value is None or value >= 1, f"parallel.{name} must be at least 1, got {value}")
+        require(
             not (any(counted.values()) and any(sizes.values())),
             f"give parallel.first_stage_layers and last_stage_layers, or count_embedding and count_loss; got {sizes} "
             f"and {counted}",
@@ -205,13 +209,13 @@ class ParallelConfig:
     def data_parallel(self, world_size: int) -> int:
         """Return the data-parallel size, or raise InputError if the ranks do not divide."""
         model = self.tensor * self.pipeline * self.context
-        need(
+        require(
             world_size % model == 0,
             f"world size must be a multiple of tensor x pipeline x context = "
             f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}",
         )
         ranks = world_size // model
-        need(
+        require(
             ranks > 1 or not self.overlap_grad_reduce,
             "parallel.overlap_grad_reduce needs at least 2 data-parallel ranks, got 1: there is nothing to reduce",
         )
@@ -241,14 +245,18 @@ class OptimizerConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
-        need(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
-        need(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}")
-        need(
+        require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
+        require(
+            self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}"
+        )
+        require(
             all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), got {list(self.betas)}"
         )
-        need(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
-        need(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}")
-        need(self.clip_grad >= 0, f"optimizer.clip_grad must not be negative, got {self.clip_grad}")
+        require(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
+        require(
+            self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}"
+        )
+        require(self.clip_grad >= 0, f"optimizer.clip_grad must not be negative, got {self.clip_grad}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,34 +296,34 @@ class TrainConfig:
     self_check: bool = True
 
     def __post_init__(self) -> None:
-        need(
+        require(
             self.global_batch_size is None or self.global_batch_tokens is None,
             f"give train.global_batch_size or train.global_batch_tokens, got {self.global_batch_size} and "
             f"{self.global_batch_tokens}",
         )
         if self.global_batch_size is None and self.global_batch_tokens is None:
             object.__setattr__(self, "global_batch_size", 16)
-        need(
+        require(
             (self.steps is None) != (self.epochs is None),
             f"give either train.steps or train.epochs, got steps {self.steps} and epochs {self.epochs}",
         )
         for name in ("global_batch_size", "global_batch_tokens", "steps", "epochs", "validate_every"):
             value = getattr(self, name)
-            need(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
-        need(
+            require(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
+        require(
             self.recompute_layers >= 0,
             f"train.recompute_layers must not be negative, got {self.recompute_layers}",
         )
-        need(
+        require(
             not (self.recompute_layers and self.recompute_modules),
             f"give train.recompute_layers or train.recompute_modules, got {self.recompute_layers} and "
             f"{', '.join(self.recompute_modules)}",
         )
-        need(
+        require(
             len(set(self.recompute_modules)) == len(self.recompute_modules),
             f"train.recompute_modules must name each part once, got {', '.join(self.recompute_modules)}",
         )
-        need(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
+        require(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,23 +354,23 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("save_every", "keep", "keep_every"):
             value = getattr(self, name)
-            need(value is None or value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
-        need(
+            require(value is None or value >= 1, f"checkpoint.{name} must be at least 1, got {value}")
+        require(
             self.keep_every is None or self.save_every is not None,
             f"checkpoint.keep_every needs checkpoint.save_every, got keep_every {self.keep_every} without it",
         )
-        need(
+        require(
             self.keep_every is None or self.keep_every % self.save_every == 0,
             f"checkpoint.keep_every must be a multiple of save_every = {self.save_every}, "
             f"got {self.keep_every}",
         )
         for name in self.resume_allow:
-            need(
+            require(
                 name in RESUME_GROUPS,
                 f"checkpoint.resume_allow takes {', '.join(RESUME_GROUPS)}, got '{name}'"
                 f"{nearest(name, list(RESUME_GROUPS))}",
             )
-        need(
+        require(
             self.resume == "auto" or not self.resume_allow,
             f"checkpoint.resume_allow needs checkpoint.resume auto, got {self.resume_allow} with {self.resume}",
         )
@@ -387,12 +395,12 @@ class LoggingConfig:
     profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        need(
+        require(
             self.timing_every is None or self.timing_every >= 1,
             f"logging.timing_every must be at least 1, got {self.timing_every}",
         )
         steps = self.profile_steps
-        need(
+        require(
             steps is None or 1 <= steps[0] <= steps[1],
             f"logging.profile_steps must be a first and a last step, counted from 1, got {steps and list(steps)}",
         )

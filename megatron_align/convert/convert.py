@@ -25,7 +25,7 @@ from megatron_align.config import ParallelConfig
 from megatron_align.convert.state_reader import StateReader, Stretch
 from megatron_align.convert.state_writer import StateWriter
 from megatron_align.errors import InputError
-from megatron_align.hf.load import need_tied_head, open_hf
+from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import DTYPES, STRETCH, HFWeights
 from megatron_align.hf.writer import ShardWriter, copy_assets, hf_specs, write_config_dtype
 from megatron_align.model import parallel
@@ -33,16 +33,16 @@ from megatron_align.model.families import ModelShape, Row, Slice, local_shape, r
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.storage.atomic_write import (
     files_below,
-    need_new,
-    need_one_process,
-    need_space,
     put_in_place,
+    require_new,
+    require_one_process,
+    require_space,
 )
-from megatron_align.storage.background_worker import Behind
+from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.checksums import PassingFile, hash_files, without_checksums_of_zip, write_sums
 from megatron_align.storage.journal import Journal, fingerprint
 from megatron_align.storage.progress import Progress
-from megatron_align.storage.tensor_digest import Facts, count_nonfinite, need_finite
+from megatron_align.storage.tensor_digest import Facts, count_nonfinite, require_finite
 
 CHUNK_BYTES = 64 << 20  # largest piece of a tensor on the way in
 
@@ -79,20 +79,20 @@ def import_hf(
         InputError: the folder does not hold a model that we know, holds numbers that are not finite, or
             ``out`` is in the way.
     """
-    need_one_process()
+    require_one_process()
     weights, shape = open_hf(hf)
-    need_tied_head(weights, shape)
+    require_tied_head(weights, shape)
     kept = getattr(torch, dtype) if dtype else _one_dtype(weights, shape)
-    target = need_new(out)
+    target = require_new(out)
     found = Checkpoint(target, shape, kept)
-    need_space(target, found.parameters * kept.itemsize)
+    require_space(target, found.parameters * kept.itemsize)
     key = {"import": fingerprint(hf), "format": sharded.FORMAT, "dtype": dtype}
     key |= {"file_bytes": file_bytes, "chunk_bytes": CHUNK_BYTES}
     journal = Journal(target, key)
     try:
         state = StateWriter(journal, sharded.STATE, shape, kept, file_bytes)
         _import_tensors(weights, state)
-        _need_finite(state.notes(), weights.folder)
+        _require_finite(state.notes(), weights.folder)
         state.finish()
         (journal.partial / sharded.ASSETS).mkdir(exist_ok=True)
         copy_assets(hf, journal.partial / sharded.ASSETS)
@@ -127,14 +127,14 @@ def export_hf(
         InputError: there is no complete checkpoint, it holds numbers that are not finite, or ``out`` is in
             the way.
     """
-    need_one_process()
+    require_one_process()
     found = open_checkpoint(checkpoint)
     state = open_state(found)
     kept = getattr(torch, dtype) if dtype else found.dtype
     specs = hf_specs(found.shape, kept)
-    target = need_new(out)
+    target = require_new(out)
     size = sum(spec.nbytes for spec in specs.values())
-    need_space(target, size)
+    require_space(target, size)
     key = {"export": fingerprint(found.folder), "dtype": dtype, "shard_bytes": shard_bytes}
     with (
         ShardWriter(target, specs, shard_bytes, key=key) as writer,
@@ -142,8 +142,8 @@ def export_hf(
         sharded.checked_meanwhile(found.folder, passing=state.files()) as passing,
         Progress("exporting", size) as progress,
         _single_threaded(),
-        Behind() as hashing,
-        Behind() as behind,
+        BackgroundWorker() as hashing,
+        BackgroundWorker() as behind,
     ):
         exporter, buffers = _Exporter(writer, kept, passing, hashing), _two_buffers(state)
         for row in rows(found.shape):
@@ -153,7 +153,7 @@ def export_hf(
                 behind.run(partial(exporter.finish, row.hf))
             progress.add(sum(specs[name].nbytes for name in row.hf))
         behind.wait()
-        need_finite({name: Facts("", *writer.facts(name)) for name in specs}, found.folder)
+        require_finite({name: Facts("", *writer.facts(name)) for name in specs}, found.folder)
         copy_assets(found.folder / sharded.ASSETS, writer.partial)
         write_config_dtype(writer.partial, kept)
     return Checkpoint(found.folder, found.shape, kept)
@@ -189,7 +189,11 @@ class _Exporter:
     """
 
     def __init__(
-        self, writer: ShardWriter, dtype: torch.dtype, passing: Mapping[Path, PassingFile], hashing: Behind
+        self,
+        writer: ShardWriter,
+        dtype: torch.dtype,
+        passing: Mapping[Path, PassingFile],
+        hashing: BackgroundWorker,
     ) -> None:
         self.writer, self.dtype, self.passing, self.hashing = writer, dtype, passing, hashing
         self._counts: dict[str, tuple[int, int]] = {}
@@ -272,7 +276,7 @@ def _import_tensors(weights: HFWeights, state: StateWriter) -> None:
         Progress("importing", size) as progress,
         without_checksums_of_zip(),
         _single_threaded(),
-        Behind() as behind,
+        BackgroundWorker() as behind,
     ):
         for row in rows(shape):
             rows_in_all, *tail = local_shape(row, shape, 1)
@@ -301,12 +305,12 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _need_finite(notes: Iterable[dict[str, list[int]]], place: Path) -> None:
+def _require_finite(notes: Iterable[dict[str, list[int]]], place: Path) -> None:
     spoilt: dict[str, list[int]] = {}
     for note in notes:
         for name, counts in note.items():
             spoilt[name] = [a + b for a, b in zip(spoilt.get(name, (0, 0)), counts, strict=True)]
-    need_finite({name: Facts("", *counts) for name, counts in spoilt.items()}, place)
+    require_finite({name: Facts("", *counts) for name, counts in spoilt.items()}, place)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -347,7 +351,7 @@ def one_process() -> Iterator[ProcessGroupCollection]:
     Raises:
         InputError: a launcher started several.
     """
-    need_one_process()
+    require_one_process()
     # Its watchdog never starts: nobody waits, and this may take an hour.
     parallel.join(parallel.Place.from_environment(), ParallelConfig())
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.checkpoint.folder import need_intact, shape_differences
+from megatron_align.checkpoint.folder import require_intact, shape_differences
 from megatron_align.convert.convert import one_process, open_checkpoint, open_state
 from megatron_align.convert.verify_logits import (
     LogitsFinding,
@@ -135,7 +135,7 @@ def verify(
     weights, hf_shape = open_hf(hf)
     found = open_checkpoint(checkpoint)
     state = open_state(found)
-    need_intact(found.folder)
+    require_intact(found.folder)
     texts, notes = choose_texts(hf, data, hf_shape)
     comparable = _tensor_sizes(hf_shape) == _tensor_sizes(found.shape)
     tensors: list[TensorFinding] = []

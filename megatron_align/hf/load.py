@@ -87,7 +87,7 @@ def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
     return None if equal else apart
 
 
-def need_tied_head(weights: HFWeights, shape: ModelShape) -> None:
+def require_tied_head(weights: HFWeights, shape: ModelShape) -> None:
     """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
 
     Raises:

@@ -15,7 +15,7 @@ FAST, PIECES, BPE = "tokenizer.json", "tokenizer.model", "vocab.json"
 _FAST_PARTS = ("normalizer", "pre_tokenizer", "decoder")
 
 
-def need_same_tokenizer(folders: list[Path]) -> None:
+def require_same_tokenizer(folders: list[Path]) -> None:
     """Check that all folders have one tokenizer, or none has any.
 
     They are compared by the first kind of file that all of them have: ``tokenizer.json`` (vocabulary, merges,

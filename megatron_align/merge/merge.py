@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from megatron_align.errors import InputError
-from megatron_align.hf.load import need_tied_head, open_hf
+from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import DTYPES, HFWeights
-from megatron_align.hf.tokenizer import need_same_tokenizer
+from megatron_align.hf.tokenizer import require_same_tokenizer
 from megatron_align.hf.writer import ShardWriter, TensorSpec, copy_assets, hf_specs, write_config_dtype
 from megatron_align.merge.methods import Block, Method
 from megatron_align.merge.model_card import Input, write_card
 from megatron_align.model.families import ModelShape
-from megatron_align.storage.atomic_write import need_new, need_one_process, need_space
-from megatron_align.storage.background_worker import Behind
+from megatron_align.storage.atomic_write import require_new, require_one_process, require_space
+from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.progress import Progress
-from megatron_align.storage.tensor_digest import Digest, Facts, need_finite
+from megatron_align.storage.tensor_digest import Digest, Facts, require_finite
 
 READ_ELEMENTS = 1 << 22  # at once, of each input
 BLOCK_ELEMENTS = 1 << 18  # merged at once: what a core's cache holds
@@ -59,7 +59,7 @@ def merge(
         InputError: the folders do not fit each other or the method, hold numbers that are not finite, or
             ``out`` is in the way.
     """
-    need_one_process()
+    require_one_process()
     given = [("base", Path(base))] if base is not None else []
     entries = [(f"model {number}", Path(folder)) for number, folder in enumerate(models, start=1)]
     if method.starts_at_base and len(entries) == 1:
@@ -72,8 +72,8 @@ def merge(
     opened, shape = _open(list(dict.fromkeys(folder for _, folder in given + entries)))
     weights = [opened[folder] for _, folder in entries]
     specs = _specs(weights, shape, dtype)
-    target = need_new(out)
-    need_space(target, sum(spec.nbytes for spec in specs.values()))
+    target = require_new(out)
+    require_space(target, sum(spec.nbytes for spec in specs.values()))
     key = {
         "merge": type(method).__name__,
         "options": asdict(method),
@@ -88,7 +88,7 @@ def merge(
             for number, (role, folder) in enumerate(entries)
         ]
         for each in inputs:
-            need_finite(each.tensors, each.folder)
+            require_finite(each.tensors, each.folder)
         copy_assets(models[0], writer.partial)
         if dtype:
             write_config_dtype(writer.partial, getattr(torch, dtype))
@@ -108,8 +108,8 @@ def _open(folders: list[Path]) -> tuple[dict[Path, HFWeights], ModelShape]:
         ]
         if apart:
             raise InputError(f"the models must be alike: {folder} has {', '.join(apart)} of {folders[0]}")
-        need_tied_head(weights, shape)
-    need_same_tokenizer(folders)
+        require_tied_head(weights, shape)
+    require_same_tokenizer(folders)
     return {folder: weights for folder, (weights, _) in opened.items()}, opened[folders[0]][1]
 
 
@@ -134,7 +134,7 @@ def _merge_tensors(
     with (
         Progress("merging", method.passes * once) as progress,
         ThreadPoolExecutor(len(weights)) as pool,
-        Behind() as behind,
+        BackgroundWorker() as behind,
     ):
         buffers, output = _Buffers(weights, pool, progress), _Output(writer, behind)
         for name, spec in specs.items():
@@ -151,7 +151,7 @@ def _merge_tensors(
 class _Output:
     """Memory for two stretches of the result: while one is written, the next gathers its blocks."""
 
-    def __init__(self, writer: ShardWriter, behind: Behind) -> None:
+    def __init__(self, writer: ShardWriter, behind: BackgroundWorker) -> None:
         self._writer, self._behind = writer, behind
         self._halves = list(torch.empty(2, READ_ELEMENTS * torch.float64.itemsize, dtype=torch.uint8))
 

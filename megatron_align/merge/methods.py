@@ -194,7 +194,7 @@ class Ties(Weighted):
     def check(self, models: int) -> None:
         """Check the options."""
         super().check(models)
-        _need_density(self.density)
+        _require_density(self.density)
         if self.weights is not None and min(self.weights) <= 0:
             raise InputError(f"--weights must be positive, as ties divides by their sum; got {self.weights}")
 
@@ -231,7 +231,7 @@ class Dare(Weighted):
     def check(self, models: int) -> None:
         """Check the options."""
         super().check(models)
-        _need_density(self.density)
+        _require_density(self.density)
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         draws: list[torch.Generator] = []
@@ -322,6 +322,6 @@ def _stock_ratio(gram_NN: Tensor) -> float:
     return models * cosine / (1 + (models - 1) * cosine)
 
 
-def _need_density(density: float) -> None:
+def _require_density(density: float) -> None:
     if not 0 < density <= 1:
         raise InputError(f"--density must be over 0 and at most 1, got {density}")

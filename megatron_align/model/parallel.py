@@ -107,7 +107,7 @@ def groups() -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def speaks_for_its_packs(groups: ProcessGroupCollection) -> bool:
+def is_metric_rank(groups: ProcessGroupCollection) -> bool:
     """Return whether this rank is the one to count, of a stage's ranks that computed the same packs."""
     return groups.tp.rank() == 0 and groups.cp.rank() == 0
 
@@ -296,7 +296,7 @@ class Watchdog:
         return silent
 
 
-def need_agreement(facts: dict[str, Any], why: str) -> None:
+def require_agreement(facts: dict[str, Any], why: str) -> None:
     """Check that every rank found the same; each calls this.
 
     Raises:

@@ -120,27 +120,27 @@ def transformer_config(
 
 
 def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers: int) -> None:
-    def need(condition: bool, line: str) -> None:
+    def require(condition: bool, line: str) -> None:
         if not condition:
             raise InputError(line)
 
     tensor = parallel.tensor
-    need(
+    require(
         shape.num_heads % tensor == 0,
         f"parallel.tensor must divide the model's {shape.num_heads} attention heads, got {tensor}",
     )
-    need(
+    require(
         shape.num_query_groups % tensor == 0 or tensor % shape.num_query_groups == 0,
         f"parallel.tensor must divide the model's {shape.num_query_groups} key/value heads or be a multiple "
         f"of them, got {tensor}",
     )
-    need(
+    require(
         shape.ffn_size % tensor == 0,
         f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}",
     )
     kind_of(shape, parallel)
     layers = max(layers_of_chunks(shape.num_layers, parallel))
-    need(
+    require(
         recompute_layers <= layers,
         f"train.recompute_layers must be at most the {layers} layers of a model chunk, got {recompute_layers}",
     )

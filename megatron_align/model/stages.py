@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_align.config import ParallelConfig
-from megatron_align.errors import need
+from megatron_align.errors import require
 
 
 def layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
@@ -28,9 +28,11 @@ def layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
     left = layers - (first or 0) - (last or 0)
     given = f"parallel.first_stage_layers {first} and last_stage_layers {last}"
     if others == 0:
-        need(left == 0, f"{given} must add up to the model's {layers} layers on 2 stages, they leave {left}")
+        require(
+            left == 0, f"{given} must add up to the model's {layers} layers on 2 stages, they leave {left}"
+        )
     else:
-        need(
+        require(
             left > 0 and left % others == 0,
             f"{given} must leave the other {others} stages of parallel.pipeline equal layers, at least one each; "
             f"they leave {left} of {layers}",
@@ -38,7 +40,7 @@ def layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
     of_stages = [left // others if others else 0] * stages
     of_stages[0] = of_stages[0] if first is None else first
     of_stages[-1] = of_stages[-1] if last is None else last
-    need(
+    require(
         all(count % chunks == 0 for count in of_stages),
         f"parallel.virtual_pipeline must divide the layers of every stage, got {chunks} for {of_stages}",
     )
@@ -50,7 +52,7 @@ def _even(layers: int, parallel: ParallelConfig) -> list[int]:
     counted = layers + parallel.count_embedding + parallel.count_loss
     chunks = parallel.pipeline * parallel.chunks
     extra = f" and {counted - layers} counted beside them" if counted > layers else ""
-    need(
+    require(
         counted % chunks == 0,
         f"parallel.pipeline x virtual_pipeline must divide the model's {layers} layers{extra}, "
         f"got {parallel.pipeline} x {parallel.chunks} = {chunks}",
@@ -58,7 +60,7 @@ def _even(layers: int, parallel: ParallelConfig) -> list[int]:
     found = [counted // chunks] * chunks
     found[0] -= parallel.count_embedding
     found[-1] -= parallel.count_loss
-    need(
+    require(
         min(found) > 0,
         f"parallel.count_embedding and count_loss must leave every chunk a layer, got {found} of {layers} layers",
     )

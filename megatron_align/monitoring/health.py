@@ -62,7 +62,7 @@ class Health:
                 history.append(value)
         return troubles
 
-    def need_going_on(self, step: int, troubles: list[str], suspects: str) -> None:
+    def require_going_on(self, step: int, troubles: list[str], suspects: str) -> None:
         """Stop the run if its policy, or too many skipped steps in a row, ask for it.
 
         Raises:

@@ -52,14 +52,14 @@ def build_objective(config: Any, store: TokenStore) -> Objective:
     return _BUILDERS[type(config)](config)
 
 
-def need_facts(config: Any, store: TokenStore, name: str) -> None:
+def require_facts(config: Any, store: TokenStore, name: str) -> None:
     """Check that the data say what an objective's options ask for.
 
     Raises:
         InputError: naming ``name`` (the data) and what is missing.
     """
     if isinstance(config, RewardConfig):
-        _need_reward_facts(config, store, name)
+        _require_reward_facts(config, store, name)
     if not isinstance(config, DPOConfig):
         return
     if any("margin_scale" in DPO_OPTIONS[loss_type] for loss_type in config.loss_types):
@@ -78,7 +78,7 @@ def need_facts(config: Any, store: TokenStore, name: str) -> None:
         )
 
 
-def _need_reward_facts(config: RewardConfig, store: TokenStore, name: str) -> None:
+def _require_reward_facts(config: RewardConfig, store: TokenStore, name: str) -> None:
     if config.alpha and np.isnan(store.scores).all():
         raise InputError(f"{name}: objective.alpha {config.alpha:g} reads absolute scores; no sample has one")
     if config.ranked_loss is not None and store.kind != "ranked":

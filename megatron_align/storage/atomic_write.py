@@ -83,7 +83,7 @@ def files_below(folder: Path, *parts: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
 
 
-def need_one_process() -> None:
+def require_one_process() -> None:
     """Check that no launcher started several processes, which would all write the same folder.
 
     Raises:
@@ -93,7 +93,7 @@ def need_one_process() -> None:
         raise InputError(f"this needs one process, without torchrun; got {ranks} ranks")
 
 
-def need_new(out: str | Path) -> Path:
+def require_new(out: str | Path) -> Path:
     """Return ``out`` without links or dots, a folder that can be created or is empty.
 
     Raises:
@@ -102,13 +102,13 @@ def need_new(out: str | Path) -> Path:
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
         raise InputError(f"a new or empty folder is needed, found a file at {path}")
-    need_writable(path)
+    require_writable(path)
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"a new or empty folder is needed, found files in {path}")
     return path
 
 
-def need_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Check, without a trace, that ``path`` can be created.
 
     Raises:
@@ -121,7 +121,7 @@ def need_writable(path: Path) -> None:
         raise InputError(f"{path} cannot be created: {parent} may not be written")
 
 
-def need_space(path: Path, size: int) -> None:
+def require_space(path: Path, size: int) -> None:
     """Check that ``size`` bytes fit where ``path`` will be created, beside what a killed run has left of it.
 
     Raises:

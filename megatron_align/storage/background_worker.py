@@ -9,14 +9,14 @@ from types import TracebackType
 from typing import Any
 
 
-class Behind:
+class BackgroundWorker:
     """Runs calls in order, at most one behind the caller. A failed call raises at the next one, or at the end."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future[Any] | None = None
 
-    def __enter__(self) -> Behind:
+    def __enter__(self) -> BackgroundWorker:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from megatron_align.storage.background_worker import Behind
+from megatron_align.storage.background_worker import BackgroundWorker
 
 BUFFER_BYTES = 16 << 20  # twice per file: one is filled while the other goes to the disk
 ALIGNMENT = 4096  # of memory and places in the file; no disk in use wants a larger one
@@ -30,7 +30,7 @@ class DirectFile:
         self._buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]
         self._origin = 0  # the place of the buffer's first byte, a multiple of ALIGNMENT
         self._start = self._stop = 0  # what of the buffer is filled
-        self._behind = Behind()
+        self._behind = BackgroundWorker()
 
     def write(self, place: int, data: memoryview) -> None:
         """Take bytes; ``data`` may change when this returns.

@@ -63,7 +63,7 @@ def model_sha256(tensors: Mapping[str, Facts]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def need_finite(tensors: Mapping[str, Facts], place: object) -> None:
+def require_finite(tensors: Mapping[str, Facts], place: object) -> None:
     """Refuse weights that are not finite.
 
     Raises:

@@ -42,10 +42,10 @@ from megatron_align.training.optimizer import (
     set_updates,
     wrap_data_parallel,
 )
-from megatron_align.training.prepass import Ahead, Live, Nobody, Reference, Scorer
+from megatron_align.training.prepass import Live, PrePass, Reference, Scorer, ZeroReference
 from megatron_align.training.reference_cache import ReferenceColumns, hash_of_rank_0
 from megatron_align.training.resume import ResumePoint, settle
-from megatron_align.training.resume_compatibility import need_same_reference
+from megatron_align.training.resume_compatibility import require_same_reference
 from megatron_align.training.schedule import learning_rate
 from megatron_align.training.setup import Plan, locate, one_epoch, prepare
 from megatron_align.training.step import Stepper, StepResult
@@ -88,7 +88,7 @@ class _Run:
     def __init__(self, plan: Plan, watchdog: parallel.Watchdog):
         self.plan, self.config, self.watchdog = plan, plan.config, watchdog
         self.groups = parallel.groups()
-        parallel.need_agreement(
+        parallel.require_agreement(
             {"the newest step": plan.resume and plan.resume.step, **_data_keys(plan.train, plan.validation)},
             "checkpoint.dir and the data must be the same for all ranks",
         )
@@ -136,7 +136,7 @@ class _Run:
             held = {name: p for name, p in local.items() if name not in absent}
             load_weights(weights, start, held, self.groups.tp.rank(), self.groups.tp.size())
         else:
-            sharded.need_intact(weights)
+            sharded.require_intact(weights)
             sharded.load(weights, chunks, without=absent)
         if absent and chunks[-1].post_process:
             chunks[-1].reward_head.initialise(REWARD_DEVIATION, self.config.train.seed)
@@ -175,7 +175,7 @@ class _Run:
         with self.watchdog.patient("hashing the reference"):
             found = hash_of_rank_0(locate(self.config.reference.path or self.config.model.path)[0])
         if self.resume is not None:
-            need_same_reference(found, self.config, self.resume.card, self.resume.folder)
+            require_same_reference(found, self.config, self.resume.card, self.resume.folder)
         return found
 
     def _live_reference(self) -> Live | None:
@@ -191,13 +191,13 @@ class _Run:
         """Return the reference's chunks where training moves them: a checkpoint holds them too."""
         return self.live.scorer.chunks if self.live and self.config.reference.sync_steps else None
 
-    def _ahead(self, split: str) -> Ahead:
+    def _ahead(self, split: str) -> PrePass:
         reference: Reference | None = self.live
         if split in self.references:
             reference = self.references[split].reference()
         elif self._reference_mode() == "none":
-            reference = Nobody()
-        return Ahead(Scorer(self.model, self.objective), self.objective, self.groups, reference)
+            reference = ZeroReference()
+        return PrePass(Scorer(self.model, self.objective), self.objective, self.groups, reference)
 
     def _batches(self, split: str, train: TrainConfig) -> StepBatches:
         parallel_config = self.config.parallel
@@ -280,7 +280,7 @@ class _Run:
                     return False
         return True
 
-    def _step(self, step: int, steps: Prefetcher[Step], ahead: Ahead, sinks: Sinks | NoSinks) -> None:
+    def _step(self, step: int, steps: Prefetcher[Step], ahead: PrePass, sinks: Sinks | NoSinks) -> None:
         started = time.perf_counter()
         self.watchdog.report(f"step {step}")
         lr = learning_rate(self.config.optimizer, step, self.steps)
@@ -352,7 +352,7 @@ class _Run:
             with self.watchdog.patient(f"looking for what is not finite in step {step}"):
                 samples = self.suspects.of_nonfinite(data, batches, result)
             where = f"what is not finite comes from {self.suspects.named(samples)}"
-        self.health.need_going_on(step, troubles, where)
+        self.health.require_going_on(step, troubles, where)
         skipped = "" if result.updated else "skipped, no update: "
         for trouble in troubles:
             sinks.say(f"step {step}: {skipped}{trouble}; {where}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_align.data.batching.step_batches import Packs, Step
 from megatron_align.model import cpu
-from megatron_align.model.parallel import speaks_for_its_packs
+from megatron_align.model.parallel import is_metric_rank
 from megatron_align.objectives.base import Objective, StepSums
 from megatron_align.objectives.preference import completion_sums
 from megatron_align.records import LossRows, PackedBatch
@@ -79,7 +79,7 @@ class Reference(Protocol):
         ...
 
 
-class Ahead:
+class PrePass:
     """Completes the packs of a step with what its loss needs.
 
     Args:
@@ -130,7 +130,7 @@ class Ahead:
 def whole_step(found: Sequence[Tensor], packs: Packs, step: Step, groups: ProcessGroupCollection) -> Tensor:
     """Put the packs' values ``[C]`` of all ranks in their places; return ``[S]`` fp64 on the host of every rank."""
     values_S = torch.zeros(len(step.stored_C), dtype=torch.float64, device=cpu.device())
-    if speaks_for_its_packs(groups):
+    if is_metric_rank(groups):
         for values_C, places in zip(found, packs.places, strict=bool(found)):
             values_S[torch.from_numpy(places).to(values_S.device)] = values_C.to(
                 values_S.device, torch.float64
@@ -144,7 +144,7 @@ def _knowing(batch: PackedBatch, **columns: Tensor) -> PackedBatch:
     return replace(batch, rows=replace(rows, completions=replace(rows.completions, **columns)))
 
 
-class Nobody:
+class ZeroReference:
     """A reference whose log-probs are all 0: ``reference.mode: none``."""
 
     def own(self, step: Step) -> list[Tensor]:

@@ -12,7 +12,7 @@ from megatron_align.checkpoint import folder as sharded
 from megatron_align.config import RunConfig
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape
-from megatron_align.training.resume_compatibility import need_same_run
+from megatron_align.training.resume_compatibility import require_same_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ def find_resume_point(
     return None
 
 
-def need_resumable(point: ResumePoint, config: RunConfig, data_key: str, assets: Path) -> None:
-    """Check that the run is the one that the checkpoint is of; see :func:`need_same_run`."""
-    need_same_run(config, data_key, point.card, point.folder, assets)
+def require_resumable(point: ResumePoint, config: RunConfig, data_key: str, assets: Path) -> None:
+    """Check that the run is the one that the checkpoint is of; see :func:`require_same_run`."""
+    require_same_run(config, data_key, point.card, point.folder, assets)
 
 
 def settle(
@@ -81,7 +81,7 @@ def settle(
     while point is not None and (faults := sharded.damage(point.folder)):
         damaged = (*point.damaged, (point.folder, "; ".join(faults)))
         point = find_resume_point(config, point.folder.parent, shape, damaged)
-        need_resumable(point, config, data_key, assets)
+        require_resumable(point, config, data_key, assets)
     if point is not None:
         dist.barrier()  # nobody looks any more at what is moved
         if dist.get_rank() == 0:

@@ -9,13 +9,15 @@ from megatron_align.checkpoint.folder import ASSETS
 from megatron_align.config import RunConfig, to_dict
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.errors import InputError
-from megatron_align.hf.tokenizer import need_same_tokenizer
+from megatron_align.hf.tokenizer import require_same_tokenizer
 
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens")
 _NEVER = "precision"  # a group that resume_allow does not take
 
 
-def need_same_run(config: RunConfig, data_key: str, card: dict[str, Any], folder: Path, assets: Path) -> None:
+def require_same_run(
+    config: RunConfig, data_key: str, card: dict[str, Any], folder: Path, assets: Path
+) -> None:
     """Refuse to go on with other data, order of samples, tokenizer, loss, reference or precision.
 
     Args:
@@ -32,7 +34,7 @@ def need_same_run(config: RunConfig, data_key: str, card: dict[str, Any], folder
         raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {folder}")
     apart = differences(config, data_key, card)
     try:
-        need_same_tokenizer([folder / ASSETS, assets])
+        require_same_tokenizer([folder / ASSETS, assets])
     except InputError as error:
         apart["tokenizer"] = [str(error)]
     refused = {group: facts for group, facts in apart.items() if group not in config.checkpoint.resume_allow}
@@ -47,7 +49,7 @@ def need_same_run(config: RunConfig, data_key: str, card: dict[str, Any], folder
     )
 
 
-def need_same_reference(weights: str, config: RunConfig, card: dict[str, Any], folder: Path) -> None:
+def require_same_reference(weights: str, config: RunConfig, card: dict[str, Any], folder: Path) -> None:
     """Refuse to go on with a reference whose weights were changed where they lie.
 
     Args:

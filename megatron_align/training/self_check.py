@@ -60,9 +60,9 @@ def before_first_step(
     Raises:
         TrainingFault: on every rank, naming the first rank and tensor where something differs.
     """
-    _need_none(_plan_faults(batches, step))
-    _need_none(_replica_faults(model, groups))
-    _need_none(_packing_faults(model, batches, step, groups))
+    _require_none(_plan_faults(batches, step))
+    _require_none(_replica_faults(model, groups))
+    _require_none(_packing_faults(model, batches, step, groups))
 
 
 def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: torch.dtype) -> None:
@@ -102,7 +102,7 @@ def _is_plain_dpo(objective: Any) -> bool:
     return not weighted and objective.loss_weights in (None, [1.0])
 
 
-def _need_none(faults: list[str]) -> None:
+def _require_none(faults: list[str]) -> None:
     """Raise on every rank if any rank found a fault; each calls this."""
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, faults)

@@ -17,19 +17,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint import folder as sharded
 from megatron_align.config import RunConfig, TrainConfig
-from megatron_align.data.batching.step_batches import need_room, step_order
+from megatron_align.data.batching.step_batches import require_room, step_order
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
 from megatron_align.data.tokenize.chunks import read_shapes
 from megatron_align.data.tokenize.prepare import prepare_or_wait
 from megatron_align.errors import InputError
-from megatron_align.hf.load import need_tied_head, open_hf
+from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
-from megatron_align.objectives.registry import need_facts
-from megatron_align.training.resume import ResumePoint, find_resume_point, need_resumable
+from megatron_align.objectives.registry import require_facts
+from megatron_align.training.resume import ResumePoint, find_resume_point, require_resumable
 from megatron_align.training.stop import clear_marker
 
 _KINDS = {
@@ -74,8 +74,8 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
         config.train.recompute_modules,
     )
     if weights == assets:
-        need_tied_head(open_hf(assets)[0], start)
-    _need_same_shape(config.reference.path, shape)
+        require_tied_head(open_hf(assets)[0], start)
+    _require_same_shape(config.reference.path, shape)
     if config.data.sequence_length > shape.max_positions:
         raise InputError(
             f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
@@ -83,16 +83,16 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
         )
     folder = Path(config.checkpoint.dir)
     with _leave_nothing_after_bad_input(folder):
-        _need_writable(folder)
+        _require_writable(folder)
         if place.rank == 0:
             sharded.tidy(folder)
             clear_marker(folder)
         resume = find_resume_point(config, folder, shape)
         stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
-        _need_vocabulary(stores, shape)
-        _need_steps_left(config, stores, resume)
+        _require_vocabulary(stores, shape)
+        _require_steps_left(config, stores, resume)
         if resume is not None:
-            need_resumable(resume, config, stores["train"].path.name, assets)
+            require_resumable(resume, config, stores["train"].path.name, assets)
     return Plan(
         config=config,
         start=start,
@@ -125,7 +125,7 @@ def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelSh
     return start
 
 
-def _need_same_shape(reference: str | None, shape: ModelShape) -> None:
+def _require_same_shape(reference: str | None, shape: ModelShape) -> None:
     if reference is None:
         return
     weights, assets = locate(reference)
@@ -135,7 +135,7 @@ def _need_same_shape(reference: str | None, shape: ModelShape) -> None:
         facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
         raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")
     if weights == assets:
-        need_tied_head(open_hf(assets)[0], shape)
+        require_tied_head(open_hf(assets)[0], shape)
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
         raise
 
 
-def _need_writable(folder: Path) -> None:
+def _require_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -166,13 +166,13 @@ def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Pla
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
         return None
-    _need_kind(read_shapes(spec)[0], config, split, spec)
+    _require_kind(read_shapes(spec)[0], config, split, spec)
     store = TokenStore(prepare_or_wait(spec, place.local_rank, waited_for=place.world_size > 1))
-    need_facts(config.objective, store, f"data.{split}")
+    require_facts(config.objective, store, f"data.{split}")
     return store
 
 
-def _need_kind(kind: str, config: RunConfig, split: str, spec: StoreSpec) -> None:
+def _require_kind(kind: str, config: RunConfig, split: str, spec: StoreSpec) -> None:
     """Refuse data of another kind before they are tokenised."""
     kinds = config.objective.kinds
     if kind not in kinds:
@@ -182,7 +182,7 @@ def _need_kind(kind: str, config: RunConfig, split: str, spec: StoreSpec) -> Non
         )
 
 
-def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
+def _require_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
     for split, store in stores.items():
         highest = store.manifest["largest_token"] if store else 0
         if highest >= shape.vocab_size:
@@ -191,12 +191,12 @@ def _need_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) ->
             )
 
 
-def _need_steps_left(
+def _require_steps_left(
     config: RunConfig, stores: dict[str, TokenStore | None], resume: ResumePoint | None
 ) -> None:
     for store in stores.values():
         if store is not None:
-            need_room(store, config.data)
+            require_room(store, config.data)
     order = step_order(stores["train"], config.data, config.train, config.data.train)
     steps = config.train.steps or order.steps
     if config.optimizer.warmup_steps > steps:

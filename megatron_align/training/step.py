@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_align.kernels import RECOMPUTED
 from megatron_align.model import cpu
 from megatron_align.model.head import PackLoss
-from megatron_align.model.parallel import all_reduce_sum, speaks_for_its_packs
+from megatron_align.model.parallel import all_reduce_sum, is_metric_rank
 from megatron_align.monitoring.timing import StepClock
 from megatron_align.objectives.base import Objective
 from megatron_align.records import PackedBatch
@@ -196,7 +196,7 @@ class Stepper:
         """Sum over micro-batches and ranks; of those that computed the same packs one counts, on the last stage."""
         names = ("loss", *self.objective.metrics, *((RECOMPUTED,) if self.objective.whole_samples else ()))
         totals = [0.0] * len(names)
-        if partial_sums and speaks_for_its_packs(self.groups):
+        if partial_sums and is_metric_rank(self.groups):
             totals = [
                 torch.stack([sums[name].double() for sums in partial_sums]).sum().item() for name in names
             ]

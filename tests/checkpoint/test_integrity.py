@@ -61,7 +61,7 @@ def test_the_damaged_file_is_named(run, whole, kind):
         [line] = sharded.damage(path.parents[name.count("/")])
         assert str(path) in line
         with pytest.raises(InputError, match="an undamaged checkpoint is needed"):
-            sharded.need_intact(run / "step_000002")
+            sharded.require_intact(run / "step_000002")
         shutil.copyfile(whole / name, path)
     assert sharded.damage(run / "step_000002") == []
 

@@ -79,7 +79,7 @@ def example():
     return module
 
 
-def need(path: Path) -> Path:
+def require(path: Path) -> Path:
     if not path.is_file():
         pytest.skip(f"{path} is absent: see docs/real_data.md")
     return path
@@ -87,7 +87,7 @@ def need(path: Path) -> Path:
 
 @pytest.fixture(scope="module", params=["qwen2", "llama3"])
 def family(request):
-    need(VOCAB[request.param])
+    require(VOCAB[request.param])
     return request.param
 
 
@@ -158,7 +158,7 @@ def test_tokens_equal_tiktoken_on_random_text(family, tokenizer, original):
 
 @pytest.mark.parametrize("file", FILES)
 def test_tokens_equal_tiktoken_on_real_text(file, family, tokenizer, original):
-    records = json.loads(need(DATA / file).read_text(encoding="utf-8"))
+    records = json.loads(require(DATA / file).read_text(encoding="utf-8"))
     assert_same_tokens(list(strings(records)), family, tokenizer, original)
 
 
@@ -193,7 +193,7 @@ def plain(turn, family):
 
 @pytest.mark.parametrize("file", FILES)
 def test_trained_text_is_what_the_assistant_said(file, family, tokenizer):
-    records = json.loads(need(DATA / file).read_text(encoding="utf-8"))
+    records = json.loads(require(DATA / file).read_text(encoding="utf-8"))
     template = Template(tokenizer)
     conversations = list(read_file(str(DATA / file))[1])
     assert len(conversations) == len(records) > 0
@@ -214,7 +214,7 @@ def test_trained_text_is_what_the_assistant_said(file, family, tokenizer):
 
 @pytest.mark.slow
 def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder, pool, tmp_path):
-    files = [str(need(DATA / file)) for file in FILES]
+    files = [str(require(DATA / file)) for file in FILES]
     losses, norms = {}, {}
     for layout in ("tensor", "pipeline"):
         run = tmp_path / layout
@@ -254,10 +254,10 @@ PREFERENCES = {  # file, what the first step must cost
 def test_preferences_are_learnt(stage, pool, tmp_path):
     """Twenty steps of the recipe: the loss falls, the margin grows, from where the objective must start."""
     file, first = PREFERENCES[stage]
-    example().make_model("qwen2", str(need(VOCAB["qwen2"])), str(tmp_path / "model"))
+    example().make_model("qwen2", str(require(VOCAB["qwen2"])), str(tmp_path / "model"))
     run = tmp_path / "run"
     arguments = ["--config", str(ROOT / "examples" / "real_data" / f"{stage}.yaml")]
-    arguments += ["--model.path", str(tmp_path / "model"), "--data.train", str(need(DATA / file))]
+    arguments += ["--model.path", str(tmp_path / "model"), "--data.train", str(require(DATA / file))]
     arguments += ["--checkpoint.dir", str(run), "--parallel.tensor", "2"]
     pool.run(2, ranks.train, arguments, timeout=900)
     rows = metrics_of(run)

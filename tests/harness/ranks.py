@@ -110,11 +110,11 @@ def disagree(place: parallel.Place) -> str:
     """Return what a rank is told when one of them found something else."""
     with parallel.join(place, ParallelConfig()).watching():
         try:
-            parallel.need_agreement({"step": 5 if place.rank == 1 else 2}, "one folder")
+            parallel.require_agreement({"step": 5 if place.rank == 1 else 2}, "one folder")
             answer = "agreed"
         except InputError as error:
             answer = str(error)
-        parallel.need_agreement({"step": 5}, "one folder")
+        parallel.require_agreement({"step": 5}, "one folder")
     parallel.leave()
     return answer
 

@@ -68,23 +68,23 @@ def test_what_is_not_finite_stops_or_is_skipped(numbers):
         troubles = health.judge(*numbers)
         assert health.counts["skipped_steps"] == skipped
         if policy == "skip":
-            health.need_going_on(7, troubles, "sample 3")
+            health.require_going_on(7, troubles, "sample 3")
             continue
         with pytest.raises(
             TrainingFault, match="got loss .* at step 7; sample 3. Weights and optimizer are as"
         ):
-            health.need_going_on(7, troubles, "sample 3")
+            health.require_going_on(7, troubles, "sample 3")
 
 
 def test_skipping_for_ever_is_no_training():
     health = Health("skip")
     for _ in range(IN_A_ROW - 1):
-        health.need_going_on(1, health.judge(NAN, NAN), "")
-    health.need_going_on(1, health.judge(*FINE), "")  # which starts the count again
+        health.require_going_on(1, health.judge(NAN, NAN), "")
+    health.require_going_on(1, health.judge(*FINE), "")  # which starts the count again
     for _ in range(IN_A_ROW - 1):
-        health.need_going_on(1, health.judge(NAN, NAN), "")
+        health.require_going_on(1, health.judge(NAN, NAN), "")
     with pytest.raises(TrainingFault, match="10 steps in a row without finite numbers, the last is step 30"):
-        health.need_going_on(30, health.judge(NAN, NAN), "sample 1")
+        health.require_going_on(30, health.judge(NAN, NAN), "sample 1")
 
 
 def test_a_loaded_state_judges_as_the_saved_one():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_align.storage import direct_io as direct
-from megatron_align.storage.background_worker import Behind
+from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.checksums import HashingFile, PassingFile, without_checksums_of_zip
 
 
@@ -79,7 +79,7 @@ def test_the_zips_have_their_checksums_again_afterwards():
         assert saved() != usual
         assert torch.load(io.BytesIO(saved()), weights_only=True).equal(torch.ones(3))
         found = []
-        with Behind() as behind:
+        with BackgroundWorker() as behind:
             behind.run(lambda: found.append(saved()))
         assert found == [saved()]
     assert saved() == usual

@@ -140,7 +140,7 @@ class SampleSteps:
         Raises:
             ValueError: if the step lies outside of the run.
         """
-        _need_step(step, self.steps)
+        _require_step(step, self.steps)
         end = (step + 1) * self.batch
         return self.order.between(step * self.batch, end if self._end is None else min(end, self._end))
 
@@ -170,7 +170,7 @@ class TokenSteps:
 
     def samples(self, step: int) -> np.ndarray:
         """As :meth:`SampleSteps.samples`."""
-        _need_step(step, self.steps)
+        _require_step(step, self.steps)
         while self.steps is None and len(self._starts) <= step + 1:
             self._read_epoch()
         last = self._epochs is not None and step == self.steps - 1
@@ -194,6 +194,6 @@ class TokenSteps:
         self._read += 1
 
 
-def _need_step(step: int, steps: int | None) -> None:
+def _require_step(step: int, steps: int | None) -> None:
     if step < 0 or (steps is not None and step >= steps):
         raise ValueError(f"a step must be of the run, 0 to {steps} (not included), got {step}")

@@ -72,7 +72,7 @@ def step_order(
     return SampleSteps(order, train.global_batch_size, train.epochs)
 
 
-def need_room(store: TokenStore, data: DataConfig) -> None:
+def require_room(store: TokenStore, data: DataConfig) -> None:
     """Check that every sample fits into a pack.
 
     Raises:

@@ -77,7 +77,7 @@ def _pair(
     answers: list[Turns] | list[str],
     tools: Tools = None,
 ) -> Preference:
-    _need_apart(*answers, where)
+    _require_apart(*answers, where)
     margin = record.get("margin")
     return Preference(
         kind="pair",
@@ -91,7 +91,7 @@ def _pair(
     )
 
 
-def _need_apart(chosen: Turns | str, rejected: Turns | str, where: str) -> None:
+def _require_apart(chosen: Turns | str, rejected: Turns | str, where: str) -> None:
     if _key(chosen) == _key(rejected):
         raise InputError(f"{where}: field 'rejected' must differ from 'chosen', got the same")
 
@@ -110,7 +110,7 @@ def triple(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``chosen``, ``rejected``, ``reference``: text, or messages where the prompt is messages."""
     prompt = _prompt(record, where)
     chosen, rejected, gold = (_completion(record[name], where, name, prompt) for name in (*PAIR, GOLD))
-    _need_apart(chosen, rejected, where)
+    _require_apart(chosen, rejected, where)
     return Preference(
         kind="triple",
         prompt=prompt,

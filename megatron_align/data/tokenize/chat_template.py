@@ -116,8 +116,8 @@ class Template:
         if isinstance(record, Completion):
             tokens, scored_L = self._text(record)
         else:
-            self._need_chat_template(record)
-            self._need_tools_written(record)
+            self._require_chat_template(record)
+            self._require_tools_written(record)
             if record.prompt_messages is not None:
                 tokens, scored_L = self._completion_turns(record)
             elif _MARK.search(self._template_text(record)):
@@ -140,7 +140,7 @@ class Template:
             prompt_ids, pieces, left_out = self._judged_turns(record)
         start = min(common(prompt_ids, ids) for ids in pieces)
         self._tell_divergence(prompt_ids, start, record.where)
-        self._need_difference(record, start, pieces)
+        self._require_difference(record, start, pieces)
         scored = [
             np.ones(len(ids), dtype=bool) if out is None else ~out
             for ids, out in zip(pieces, left_out, strict=True)
@@ -171,15 +171,15 @@ class Template:
         for j, turns in enumerate(record.completions):
             whole = Conversation((*record.prompt, *turns), record.where, record.tools, len(record.prompt))
             if j == 0:
-                self._need_chat_template(whole)
+                self._require_chat_template(whole)
                 prompt_ids = self._pieces.ids(self._render(whole, len(record.prompt), prompt=True))
-            self._need_tools_written(whole)
+            self._require_tools_written(whole)
             rendering = self._whole(whole)
             pieces.append(rendering.ids)
             left_out.append(self._untrained(whole, rendering))
         return prompt_ids, pieces, left_out
 
-    def _need_difference(self, record: Preference, start: int, pieces: list[list[int]]) -> None:
+    def _require_difference(self, record: Preference, start: int, pieces: list[list[int]]) -> None:
         if start == 0:
             raise InputError(
                 f"{record.where}: must have a token of the prompt before its completions, got none"
@@ -323,14 +323,14 @@ class Template:
             )
 
     # The tokenizer's own functions, with their errors put into one line.
-    def _need_chat_template(self, record: Conversation) -> None:
+    def _require_chat_template(self, record: Conversation) -> None:
         if not (self.chat_template or self.tokenizer.chat_template):
             raise InputError(
                 f"{record.where}: a conversation needs a tokenizer with a chat template, "
                 f"got none in '{self.tokenizer.name_or_path}'; data.chat_template can name one"
             )
 
-    def _need_tools_written(self, record: Conversation) -> None:
+    def _require_tools_written(self, record: Conversation) -> None:
         """Refuse a template without tools for data with tools: calls would become empty turns, and be trained."""
         without = {
             "tools": replace(record, tools=None),

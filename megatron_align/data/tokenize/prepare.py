@@ -129,7 +129,7 @@ def _make(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, str], path:
             raise InputError(
                 f"{', '.join(spec.sources)}: must stay as they are while being tokenised, got changed files"
             )
-        _need_samples(total, spec)
+        _require_samples(total, spec)
         _join(work, parts, spec, {**inputs, "kind": kind, "shapes": shapes})
         _publish(work.store, path)
     except (InputError, OSError):
@@ -150,7 +150,7 @@ def _publish(unfinished: Path, path: Path) -> None:
             raise
 
 
-def _need_samples(total: Counts, spec: StoreSpec) -> None:
+def _require_samples(total: Counts, spec: StoreSpec) -> None:
     if total.samples:
         return
     reasons = [

@@ -15,7 +15,7 @@ from megatron_align.data.batching.packing import visible_keys
 from megatron_align.data.batching.step_batches import (
     Share,
     StepBatches,
-    need_room,
+    require_room,
     row_weights,
     seen_in_samples,
     step_order,
@@ -450,10 +450,10 @@ def edges(batch):
 
 def test_repeated_prompts_that_do_not_fit_are_refused():
     store = memory_store([group(0, 10, [5, 5])])
-    need_room(store, DataConfig(train="x", sequence_length=20))
-    need_room(store, DataConfig(train="x", sequence_length=30, share_prefix=False))
+    require_room(store, DataConfig(train="x", sequence_length=20))
+    require_room(store, DataConfig(train="x", sequence_length=30, share_prefix=False))
     with pytest.raises(InputError, match="share_prefix: false needs .* = 29 tokens .* got 30"):
-        need_room(store, DataConfig(train="x", sequence_length=29, share_prefix=False))
+        require_room(store, DataConfig(train="x", sequence_length=29, share_prefix=False))
 
 
 def test_steps_of_tokens_do_not_look_at_how_prompts_lie():
