@@ -31,11 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         dry, ranks = _dry_run(arguments)
         config = parse(arguments)
-        from megatron_align.model.parallel import AlreadyReported, Place, RankLost
+        from megatron_align.model.parallel import Place
         from megatron_align.monitoring.memory import OutOfMemory
         from megatron_align.training.dry_run import dry_run
         from megatron_align.training.loop import run
         from megatron_align.training.stop import EXIT_REQUEUE
+        from megatron_align.training.watchdog import AlreadyReported, RankLost
 
         try:
             if dry:

@@ -352,7 +352,6 @@ def one_process() -> Iterator[ProcessGroupCollection]:
         InputError: a launcher started several.
     """
     require_one_process()
-    # Its watchdog never starts: nobody waits, and this may take an hour.
     parallel.join(parallel.Place.from_environment(), ParallelConfig())
     try:
         yield parallel.groups()

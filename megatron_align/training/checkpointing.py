@@ -13,6 +13,7 @@ from megatron_align.checkpoint.saver import Saved, SaveFailed, Saver
 from megatron_align.config import CheckpointConfig
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import NoSinks, Sinks
+from megatron_align.training.watchdog import Watchdog
 
 RETRY_SECONDS = 60.0  # after a save that failed, besides the next one that is due
 
@@ -37,7 +38,7 @@ class Saves:
         config: CheckpointConfig,
         begin: Callable[[Saver, int], None],
         sinks: Sinks | NoSinks,
-        watchdog: parallel.Watchdog,
+        watchdog: Watchdog,
     ) -> None:
         self.run, self.config = run, config
         self._begin, self._sinks, self._watchdog = begin, sinks, watchdog

@@ -52,6 +52,7 @@ from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import StopRequests, leave_marker
 from megatron_align.training.summary import facts_of_run
 from megatron_align.training.suspects import Suspects
+from megatron_align.training.watchdog import Watchdog, join_watched
 
 REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with
@@ -67,7 +68,7 @@ def run(config: RunConfig, place: parallel.Place) -> bool:
     plan = prepare(config, place)
     if torch.cuda.is_available():
         flight_recorder.switch_on(plan.folder)
-    watchdog = parallel.join(place, config.parallel)
+    watchdog = join_watched(place, config.parallel)
     if torch.cuda.is_available():
         watchdog.before_end = partial(flight_recorder.write, plan.folder, place)
     explaining = explaining_out_of_memory(config, plan.folder, place.rank, lambda: watchdog.doing)
@@ -85,7 +86,7 @@ def _data_keys(train: TokenStore, validation: TokenStore | None) -> dict[str, st
 class _Run:
     """The run on this rank, once the ranks have met."""
 
-    def __init__(self, plan: Plan, watchdog: parallel.Watchdog):
+    def __init__(self, plan: Plan, watchdog: Watchdog):
         self.plan, self.config, self.watchdog = plan, plan.config, watchdog
         self.groups = parallel.groups()
         parallel.require_agreement(

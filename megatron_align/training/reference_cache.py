@@ -34,10 +34,10 @@ from megatron_align.data.store import TokenStore, sha256
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
-from megatron_align.model.parallel import Watchdog
 from megatron_align.objectives.base import Objective
 from megatron_align.training.prepass import Cached, Scorer, whole_step
 from megatron_align.training.setup import Plan, one_epoch
+from megatron_align.training.watchdog import Watchdog
 
 SAVE_SECONDS = 60.0
 VERSION = 1

@@ -15,12 +15,13 @@ from megatron_align.model import parallel
 from megatron_align.training import self_check
 from megatron_align.training.loop import _Run
 from megatron_align.training.setup import prepare
+from megatron_align.training.watchdog import join_watched
 
 
 def train_broken(place: parallel.Place, arguments: list[str], what: str) -> str:
     """Train with ``what`` broken, on the last rank alone where ranks can differ; return the fault that ends it."""
     plan = prepare(parse(arguments), place)
-    with parallel.join(place, plan.config.parallel).watching() as watchdog:
+    with join_watched(place, plan.config.parallel).watching() as watchdog:
         run = _Run(plan, watchdog)
         last = dist.get_rank() == dist.get_world_size() - 1
         parameters = {n: p for chunk in run.model for n, p in chunk.module.global_parameters().items()}

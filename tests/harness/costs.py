@@ -24,6 +24,7 @@ from megatron_align.objectives.base import SFT
 from megatron_align.records import PackedBatch, Sample
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_align.training.setup import DTYPES
+from megatron_align.training.watchdog import join_watched
 
 
 def _shape(model: Path, reward: bool) -> ModelShape:
@@ -35,7 +36,7 @@ def state(
     place: parallel.Place, model: Path, config: ParallelConfig, precision: str, reward: bool = False
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients and optimizer of this rank, and its pipeline stage."""
-    with parallel.join(place, config).watching():
+    with join_watched(place, config).watching():
         groups, shape = parallel.groups(), _shape(model, reward)
         chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
         plain = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
@@ -83,7 +84,7 @@ def saved(
     batch: PackedBatch,
 ) -> int:
     """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
-    with parallel.join(place, config).watching():
+    with join_watched(place, config).watching():
         [policy] = _policy(model, config, precision, recompute)
         batch = deal(batch, _context_share(policy.shape, config))
         with SavedBytes(policy.parameters()).watching() as seen:
@@ -122,7 +123,7 @@ def counted_flops(
 
     Attention on the CPU is dense within a document: its products count as squares, not triangles.
     """
-    with parallel.join(place, config).watching():
+    with join_watched(place, config).watching():
         [policy] = _policy(model, config, "fp32", recompute)
         counts = []
         for train in (False, True):
@@ -179,7 +180,7 @@ def sent_bytes(
 
         return call
 
-    with parallel.join(place, config).watching(), ExitStack() as stack:
+    with join_watched(place, config).watching(), ExitStack() as stack:
         [policy] = _policy(model, config, "fp32", recompute)
         for module in (layers, mappings):
             for name, times in shares.items():

@@ -19,6 +19,7 @@ from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.records import PackedBatch
 from megatron_align.training.loop import run
+from megatron_align.training.watchdog import join_watched
 
 
 def train(place: parallel.Place, arguments: list[str]) -> None:
@@ -27,7 +28,7 @@ def train(place: parallel.Place, arguments: list[str]) -> None:
 
 def logits(place: parallel.Place, model: Path, config: ParallelConfig, batch: PackedBatch) -> torch.Tensor:
     """Return the packed logits of an HF folder on this layout."""
-    with parallel.join(place, config).watching():
+    with join_watched(place, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
         [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
         load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
@@ -48,7 +49,7 @@ def logprobs(
     """Return log-probs and both gradients, the vocabulary split over all ranks."""
     from megatron_align.kernels import token_logprobs
 
-    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
         group = parallel.groups().tp
         mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
         hidden = hidden.clone().requires_grad_()
@@ -60,7 +61,7 @@ def logprobs(
 
 def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, batches: list[PackedBatch]):
     """Return the policy's log-probs of the scored rows of each batch."""
-    with parallel.join(place, config).watching():
+    with join_watched(place, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
         [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
         load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
@@ -75,7 +76,7 @@ def decay_groups(place: parallel.Place, model: Path) -> tuple[list[str], list[st
     from megatron_align.config import OptimizerConfig
     from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 
-    with parallel.join(place, ParallelConfig()).watching():
+    with join_watched(place, ParallelConfig()).watching():
         groups, shape = parallel.groups(), read_shape(model)
         chunks = build_policy(transformer_config(shape, ParallelConfig(), torch.bfloat16), shape, groups)
         load_weights(model, shape, chunks[0].global_parameters(), 0, 1)
@@ -108,7 +109,7 @@ def train_with_extras(place: parallel.Place, arguments: list[str]) -> None:
 
 def disagree(place: parallel.Place) -> str:
     """Return what a rank is told when one of them found something else."""
-    with parallel.join(place, ParallelConfig()).watching():
+    with join_watched(place, ParallelConfig()).watching():
         try:
             parallel.require_agreement({"step": 5 if place.rank == 1 else 2}, "one folder")
             answer = "agreed"
@@ -123,7 +124,7 @@ def norm_of(place: parallel.Place, grads: list[torch.Tensor]) -> float:
     """Return the global norm of gradients dealt out over the ranks."""
     from megatron_align.training.optimizer import global_norm
 
-    with parallel.join(place, ParallelConfig()).watching():
+    with join_watched(place, ParallelConfig()).watching():
         norm = global_norm(grads[place.rank :: place.world_size], parallel.groups().dp)
     parallel.leave()
     return norm
@@ -131,7 +132,7 @@ def norm_of(place: parallel.Place, grads: list[torch.Tensor]) -> float:
 
 def stall(place: parallel.Place, late: int, timeout: float) -> None:
     """Rank ``late`` sleeps while the others wait for it in an all-reduce: the watchdog must end them."""
-    with parallel.join(place, ParallelConfig(timeout_seconds=timeout)).watching() as watchdog:
+    with join_watched(place, ParallelConfig(timeout_seconds=timeout)).watching() as watchdog:
         watchdog.report("step 1")
         if place.rank == late:
             time.sleep(600)
@@ -152,7 +153,7 @@ def slab_loss_grads(
     from megatron_align.kernels import slab_loss
     from tests.harness.logprobs import StatisticsLoss, gradients
 
-    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
         options = {"group": parallel.groups().tp, "vocab_size": vocab_size, "statistics": True, **options}
         mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
         tensors = (hidden.clone().requires_grad_(), mine, targets)
@@ -172,7 +173,7 @@ def scores(
     """Return token_scores with the whole vocabulary as top k, split over all ranks."""
     from megatron_align.kernels import token_scores
 
-    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
         group, mine = parallel.groups().tp, weight.chunk(place.world_size)[place.rank]
         answer = token_scores(hidden, mine, targets, top_k=vocab_size, group=group, vocab_size=vocab_size)
     parallel.leave()
@@ -183,7 +184,7 @@ def checked_logprobs(place: parallel.Place, rows: list[int]) -> str:
     """Return what token_logprobs says to this many vocabulary rows on each rank, values checked."""
     from megatron_align.kernels import token_logprobs
 
-    with parallel.join(place, ParallelConfig(tensor=place.world_size)).watching():
+    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
         weight, targets = torch.zeros(rows[place.rank], 4), torch.zeros(2, dtype=torch.int64)
         os.environ["MEGATRON_ALIGN_CHECKS"] = "1"
         try:
@@ -214,7 +215,7 @@ def head_gradients(
     from megatron_align.objectives.registry import build_objective
 
     overlap = {name: True for name in options if name.startswith("overlap")}
-    with parallel.join(place, config).watching():
+    with join_watched(place, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
         megatron = transformer_config(shape, config, torch.float32)
         [policy] = build_policy(megatron, shape, groups)
@@ -286,7 +287,7 @@ def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None
 
     config = parse(arguments)
     plan = prepare(config, place)
-    watchdog = parallel.join(place, config.parallel)
+    watchdog = join_watched(place, config.parallel)
     with watchdog.watching():
         started = _Run(plan, watchdog)
         started.stepper.optimizer = _GradientsAsWeights(started.model)
