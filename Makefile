@@ -1,17 +1,17 @@
-# Every target works alone on a fresh machine with Python >= 3.10; the virtual environment is made when needed.
+# Every target works alone on a fresh machine with Python >= 3.10; the virtual environment is created when needed.
 PYTHON ?= python3
-# The exact version the tests pin. On a machine where only a CPU build is wanted, hand in another requirement.
+# The exact version that the tests pin. For a CPU build, pass another requirement.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
-# Two files of tests at once; each starts up to four ranks.
+# Two test files at once; each starts up to four ranks.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: help install check format test test-all soak gpu-test gpu-bench quickstart clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): setup.py tests/constraints.txt
@@ -22,35 +22,35 @@ $(STAMP): setup.py tests/constraints.txt
 	$(BIN)/python -m pip install -q -e ".[test,dev]" -c tests/constraints.txt
 	@touch $(STAMP)
 
-install: $(STAMP)  ## make .venv and install into it
+install: $(STAMP)  ## create .venv and install into it
 
 check: $(STAMP)  ## lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
 
-format: $(STAMP)  ## mend what check finds, where that can be done by itself
+format: $(STAMP)  ## fix what ruff can fix automatically
 	$(BIN)/ruff check --fix -q .
 	$(BIN)/ruff format -q .
 
-test: $(STAMP) check  ## everything that CI runs: all laws, on CPU
+test: $(STAMP) check  ## lint and run the tests that CI runs: all laws, on CPU
 	$(BIN)/python -m pytest -m "not slow" --durations=10 $(SIDE_BY_SIDE)
 
-test-all: $(STAMP) check  ## also the tests that take minutes each
+test-all: $(STAMP) check  ## also run the slow tests, minutes each
 	$(BIN)/python -m pytest --durations=20
 
-soak: $(STAMP)  ## a run killed thirty times at random (SOAK_SEED, SOAK_KILLS); -s shows each
+soak: $(STAMP)  ## kill one run thirty times at random and resume it (SOAK_SEED, SOAK_KILLS)
 	$(BIN)/python -m pytest tests/soak -s
 
-gpu-test: $(STAMP)  ## on a GPU: the kernels' tests there, bf16 too
+gpu-test: $(STAMP)  ## run the kernel tests on a GPU, bf16 included
 	$(BIN)/python -m pytest tests/ops tests/harness --durations=10
 
-gpu-bench: $(STAMP)  ## on a GPU: every benchmarks/gpu_*.py; rows go into benchmarks/results/
+gpu-bench: $(STAMP)  ## run every benchmarks/gpu_*.py on a GPU; rows go into benchmarks/results/
 	@set -e; for script in benchmarks/gpu_*.py; do \
 	    $(BIN)/python -m benchmarks.$$(basename $$script .py); \
 	done
 
-quickstart: $(STAMP)  ## tiny Qwen2 -> SFT on two processes -> HF export -> report, in minutes, without a GPU
+quickstart: $(STAMP)  ## tiny Qwen2 -> SFT -> DPO -> HF export -> report on two CPU processes, in minutes
 	$(BIN)/python -m examples.quickstart.run --out runs/quickstart
 
-clean:  ## remove what the targets made, the virtual environment too
+clean:  ## remove everything the targets created, including .venv
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -13,6 +13,16 @@ setup(
     description="Alignment training on megatron-core: packed SFT and preference optimisation, HF in, HF out",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    # An SPDX expression; setuptools refuses a licence classifier next to it.
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     # `megatron_align/kernels` and `megatron_align/tools` are links to the top-level folders, so this
     # one pattern finds them too, and a wheel holds real files.
@@ -37,7 +47,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
-            "setuptools>=68",
+            "setuptools>=77",
             "wheel>=0.43",
             "hypothesis>=6",
             "trl==1.16.0",
