@@ -17,6 +17,7 @@ import yaml
 from megatron_align.config import parse
 from megatron_align.config.objectives import OBJECTIVES
 from megatron_align.config.run import _SECTIONS
+from megatron_align.kernels import PackedLayout
 from megatron_align.tools import command, main
 
 ROOT = Path(__file__).parents[1]
@@ -193,3 +194,20 @@ def test_quoted_errors_are_those_of_the_code():
         if part.strip("' ") and part.strip() not in code
     ]
     assert missing == []
+
+
+def test_the_picture_of_a_pack_is_that_of_the_code():
+    """docs/concepts.md draws an attention layout: its keys and intervals are those of ``PackedLayout``."""
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^ *(\d+) (\w+) +((?:[x.] )+) *\[(\d+), (\d+)\) +\[(\d+), (\d+)\)$", page, re.MULTILINE
+    )
+    layout = PackedLayout.from_groups([(4, [3, 2]), (0, [2])], total=12)
+    names = ["prompt"] * 4 + ["chosen"] * 3 + ["rejected"] * 2 + ["document"] * 2 + ["padding"]
+    intervals = zip(
+        layout.prefix_start_Q, layout.prefix_end_Q, layout.own_start_Q, layout.own_end_Q, strict=True
+    )
+    assert rows == [
+        (str(q), names[q], "".join("x " if seen else ". " for seen in keys), *(str(int(i)) for i in ends))
+        for q, (keys, ends) in enumerate(zip(layout.mask_QT(), intervals, strict=True))
+    ]
