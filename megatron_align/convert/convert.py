@@ -29,7 +29,7 @@ from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import DTYPES, STRETCH, HFWeights
 from megatron_align.hf.writer import ShardWriter, copy_assets, hf_specs, write_config_dtype
 from megatron_align.model import parallel
-from megatron_align.model.families import ModelShape, Row, Slice, local_shape, rows, segments
+from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape, rows
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.storage.atomic_write import (
     files_below,
@@ -240,22 +240,18 @@ class _ChunkReader:
     def read(self, row: Row, start: int, count: int) -> tuple[Tensor, dict[str, list[int]]]:
         """Return the rows, and of each HF tensor that has NaN or infinite numbers among them how many."""
         tail = local_shape(row, self.shape, 1)[1:]
-        width, position = math.prod(tail), 0
+        width = math.prod(tail)
         # Not a slice of a tensor: saving one saves all that it is a slice of.
         self._chunks.reverse()
         chunk = torch.frombuffer(self._chunks[0], dtype=self.dtype, count=count * width)
         spoilt: dict[str, list[int]] = {}
-        # A tensor that is cut along columns, or not at all, is one HF tensor: its rows lie in order as well.
-        pieces = segments(row, self.shape, 0, 1) if row.split == 0 else [Slice(0, 0, start + count)]
-        for part, first, last in pieces:
-            low, high = max(start, position), min(start + count, position + last - first)
-            if low < high:
-                target = chunk[(low - start) * width : (high - start) * width]
-                if part is None:
-                    target.zero_()
-                else:
-                    self._fill(target, row.hf[part], (first + low - position) * width, spoilt)
-            position += last - first
+        for segment in copy_segments(row, self.shape, dim=0, within=(start, start + count)):
+            first = (segment.start - start) * width
+            target = chunk[first : first + segment.size * width]
+            if segment.name is None:
+                target.zero_()
+            else:
+                self._fill(target, segment.name, segment.hf_start * width, spoilt)
         return chunk.view(count, *tail), spoilt
 
     def _fill(self, target: Tensor, name: str, start: int, spoilt: dict[str, list[int]]) -> None:

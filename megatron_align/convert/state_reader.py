@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from megatron_align.checkpoint.chunk_reader import ChunkReader, Source
 from megatron_align.checkpoint.metadata import Chunk, Stored, read_stored
 from megatron_align.errors import InputError
-from megatron_align.model.families import ModelShape, Row, Slice, local_shape, rows, segments
+from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape, rows
 from megatron_align.storage.atomic_write import advise
 
 _LAYERS = "decoder.layers."
@@ -72,9 +71,9 @@ class StateReader:
     def streams(self, row: Row) -> bool:
         """Tell whether a row is whole HF tensors, one after the other, and its chunks are whole rows of it."""
         stored, sizes = self._stored[row.megatron], row.hf_shapes(self.shape)
-        wanted = [Slice(number, 0, size[row.split or 0]) for number, size in enumerate(sizes)]
-        found = segments(row, self.shape, 0, 1)[: len(wanted)]  # behind them, padding at most
-        in_order = found == wanted and (row.split == 0 or len(wanted) == 1)
+        complete = [(name, 0, size[0]) for name, size in zip(row.hf, sizes, strict=True)]
+        segments = [segment for segment in copy_segments(row, self.shape, dim=0) if segment.name is not None]
+        in_order = [(segment.name, segment.hf_start, segment.size) for segment in segments] == complete
         return in_order and all(chunk.sizes[1:] == stored.shape[1:] for chunk in stored.chunks)
 
     def files(self) -> list[Path]:
@@ -106,17 +105,16 @@ class StateReader:
         stored = self._stored[row.megatron]
         reader = ChunkReader(self.state, row.megatron, stored.dtype)
         width = math.prod(stored.shape[1:])
-        edges = [0, *accumulate(map(math.prod, row.hf_shapes(self.shape)))]
         for chunk in self._chunks(row):
             self._expect_next(chunk)
-            begin = start = chunk.offsets[0] * width
-            stop = min(begin + math.prod(chunk.sizes), edges[-1])  # the rest is padding
-            while start < stop:
-                number = bisect_right(edges, start) - 1
-                part = next(buffers).view(stored.dtype)[: min(stop, edges[number + 1]) - start]
-                sources = [reader.read(chunk, start - begin, part)]
-                yield Stretch(row.hf[number], start - edges[number], part, sources)
-                start += len(part)
+            low = chunk.offsets[0]
+            for segment in copy_segments(row, self.shape, dim=0, within=(low, low + chunk.sizes[0])):
+                done, size = 0, segment.size * width
+                while segment.name is not None and done < size:
+                    part = next(buffers).view(stored.dtype)[: size - done]
+                    sources = [reader.read(chunk, (segment.start - low) * width + done, part)]
+                    yield Stretch(segment.name, segment.hf_start * width + done, part, sources)
+                    done += len(part)
 
     def read(self, row: Row, buffer: Tensor | None = None) -> dict[str, Tensor]:
         """Return a row's HF tensors. Memory: they, and of a tensor that is cut along columns one chunk.
@@ -144,8 +142,8 @@ class StateReader:
         """Return a row's HF tensors, and which of their parts lie in them as in the files."""
         stored = self._stored[row.megatron]
         reader, sources = ChunkReader(self.state, row.megatron, stored.dtype), []
-        parts = _parts(row.hf_shapes(self.shape), stored.dtype, buffer)
-        pieces, dim = segments(row, self.shape, 0, 1), row.split or 0
+        parts = dict(zip(row.hf, _parts(row.hf_shapes(self.shape), stored.dtype, buffer), strict=True))
+        dim = row.split or 0
         for chunk in self._chunks(row):
             self._expect_next(chunk)
             whole_rows = dim == 0 and chunk.sizes[1:] == stored.shape[1:]
@@ -154,20 +152,18 @@ class StateReader:
             if data is not None:
                 reader.read(chunk, 0, data)
             low = chunk.offsets[dim]
-            high, position = low + chunk.sizes[dim], 0
-            for part, start, stop in pieces:
-                first, last = max(low, position), min(high, position + stop - start)
-                if part is not None and first < last:
-                    target = parts[part].narrow(dim, start + first - position, last - first)
-                    if data is None:
-                        sources.append(reader.read(chunk, (first - low) * width, target))
-                    else:
-                        for other, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                            if other != dim:
-                                target = target.narrow(other, offset, size)
-                        target.copy_(data.narrow(dim, first - low, last - first))
-                position += stop - start
-        return dict(zip(row.hf, parts, strict=True)), sources
+            for segment in copy_segments(row, self.shape, within=(low, low + chunk.sizes[dim])):
+                if segment.name is None:
+                    continue
+                target = segment.of_hf(parts[segment.name])
+                if data is None:
+                    sources.append(reader.read(chunk, (segment.start - low) * width, target))
+                    continue
+                for other, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                    if other != dim:
+                        target = target.narrow(other, offset, size)
+                target.copy_(data.narrow(dim, segment.start - low, segment.size))
+        return parts, sources
 
     def _check_names(self) -> None:
         wanted = {row.megatron for row in rows(self.shape)}

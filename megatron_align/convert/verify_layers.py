@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from megatron_align.config import ParallelConfig
 from megatron_align.convert.hf_model import Judge
 from megatron_align.convert.state_reader import StateReader
-from megatron_align.hf.writer import to_megatron
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackParams, rope_tables
-from megatron_align.model.families import ModelShape, inv_freq, rows
+from megatron_align.model.families import ModelShape, inv_freq, rows, to_megatron
 from megatron_align.model.layer import RMSNorm, layer_spec
 from megatron_align.model.policy import transformer_config
 

@@ -13,11 +13,10 @@ from megatron_align.hf.writer import (
     ShardWriter,
     copy_assets,
     hf_specs,
-    to_hf,
     write_config_architecture,
     write_config_dtype,
 )
-from megatron_align.model.families import Row, rows
+from megatron_align.model.families import Row, rows, to_hf
 from megatron_align.model.policy import Policy
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_align.errors import InputError
 from megatron_align.hf.safetensors import DTYPES, HFWeights
-from megatron_align.model.families import ModelShape, local_shape, read_shape, rows, segments
+from megatron_align.model.families import ModelShape, copy_segments, local_shape, read_shape, rows
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -138,11 +138,9 @@ def load_weights(
             raise ValueError(
                 f"{name} must be {list(size)} on each of {tensor_ranks} ranks, is {list(parameter.shape)}"
             )
-        offset, dim = 0, row.split or 0
-        for part, start, stop in segments(row, shape, tensor_rank, tensor_ranks):
-            target = parameter.narrow(dim, offset, stop - start)
-            if part is None:
+        for segment in copy_segments(row, shape, tensor_rank, tensor_ranks):
+            target = segment.of_megatron(parameter)
+            if segment.name is None:
                 target.zero_()
             else:
-                target.copy_(weights.read(row.hf[part], dim, start, stop))
-            offset += stop - start
+                target.copy_(weights.read(segment))

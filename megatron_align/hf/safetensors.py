@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_align.errors import InputError
-from megatron_align.model.families import read_json
+from megatron_align.model.families import Segment, read_json
 from megatron_align.storage.atomic_write import advise, fill
 
 SINGLE = "model.safetensors"
@@ -85,9 +85,10 @@ class HFWeights:
         """Return a tensor's number of elements."""
         return math.prod(self.shape(name))
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Return ``[start, stop)`` along ``dim``, in the stored dtype, on the CPU."""
-        return self._slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+    def read(self, segment: Segment) -> Tensor:
+        """Return a segment of its HF tensor, in the stored dtype, on the CPU."""
+        stop = segment.hf_start + segment.size
+        return self._slice(segment.name)[(slice(None),) * segment.dim + (slice(segment.hf_start, stop),)]
 
     def read_flat(self, name: str, start: int, out: Tensor) -> None:
         """Fill the one-dimensional ``out``, of the tensor's dtype, with its elements from ``start`` on.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_align.data.tokenize.chat_template import load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.hf.safetensors import DTYPES, INDEX, SINGLE
-from megatron_align.model.families import ModelShape, Row, read_json, rows, segments
+from megatron_align.model.families import ModelShape, read_json, rows
 from megatron_align.storage.atomic_write import put_in_place
 from megatron_align.storage.direct_io import DirectFile
 from megatron_align.storage.journal import Journal
@@ -46,33 +46,6 @@ _ASSETS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-
-
-def to_hf(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Join the tensors of all tensor ranks, in order, into new HF tensors; vocabulary padding is dropped."""
-    dim = row.split or 0
-    like = shards[0]
-    parts = [torch.empty(s, dtype=like.dtype, device=like.device) for s in row.hf_shapes(shape)]
-    for rank, shard in enumerate(shards if row.split is not None else shards[:1]):
-        offset = 0
-        for part, start, stop in segments(row, shape, rank, len(shards)):
-            if part is not None:
-                source = shard.detach().narrow(dim, offset, stop - start)
-                parts[part].narrow(dim, start, stop - start).copy_(source)
-            offset += stop - start
-    return dict(zip(row.hf, parts, strict=True))
-
-
-def to_megatron(row: Row, parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
-    """Invert :func:`to_hf` for one tensor rank."""
-    dim, tensors = row.split or 0, [parts[name] for name in row.hf]
-    pieces = []
-    for part, start, stop in segments(row, shape, 0, 1):
-        size = list(tensors[0].shape)
-        size[dim] = stop - start
-        zeros = tensors[0].new_zeros(size) if part is None else None
-        pieces.append(zeros if part is None else tensors[part].narrow(dim, start, stop - start))
-    return torch.cat(pieces, dim)
 
 
 class TensorSpec(NamedTuple):

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_align.convert.state_writer import StateWriter
 from megatron_align.hf.load import open_hf
-from megatron_align.hf.writer import to_megatron
-from megatron_align.model.families import rows
+from megatron_align.model.families import rows, to_megatron
 from megatron_align.storage.journal import Journal
 from tests.harness import cli
 from tests.harness.damage import flip, sign

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from megatron_align.hf.load import load_weights
 from megatron_align.hf.safetensors import HFWeights
-from megatron_align.hf.writer import ShardWriter, copy_assets, hf_specs, to_hf, write_config_dtype
-from megatron_align.model.families import local_shape, padded_vocab, read_shape, rows
+from megatron_align.hf.writer import ShardWriter, copy_assets, hf_specs, write_config_dtype
+from megatron_align.model.families import local_shape, padded_vocab, read_shape, rows, to_hf
 
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -141,9 +141,9 @@ def test_one_stage_reads_only_its_rows_and_only_its_slices(tmp_path, monkeypatch
     read = []
     whole = HFWeights.read
 
-    def spy(self, name, dim, start, stop):
-        tensor = whole(self, name, dim, start, stop)
-        read.append((name, tuple(tensor.shape)))
+    def spy(self, segment):
+        tensor = whole(self, segment)
+        read.append((segment.name, tuple(tensor.shape)))
         return tensor
 
     monkeypatch.setattr(HFWeights, "read", spy)

@@ -14,12 +14,14 @@ from megatron_align.errors import InputError
 from megatron_align.model.families import (
     TABLES,
     ModelShape,
+    copy_segments,
     inv_freq,
     local_shape,
     padded_vocab,
     read_shape,
     rows,
-    segments,
+    to_hf,
+    to_megatron,
 )
 
 SIZES = {
@@ -309,11 +311,11 @@ def tiny(architecture="Qwen2ForCausalLM", **changes):
 def shard(row, shape, parts, rank, ranks):
     """Build one rank's tensor from whole HF tensors, by the segments."""
     dim = row.split or 0
-    pieces = []
-    for part, start, stop in segments(row, shape, rank, ranks):
+    tensors, pieces = dict(zip(row.hf, parts, strict=True)), []
+    for name, hf_start, _, count, _ in copy_segments(row, shape, rank, ranks):
         size = list(parts[0].shape)
-        size[dim] = stop - start
-        pieces.append(torch.zeros(size) if part is None else parts[part].narrow(dim, start, stop - start))
+        size[dim] = count
+        pieces.append(torch.zeros(size) if name is None else tensors[name].narrow(dim, hf_start, count))
     return torch.cat(pieces, dim)
 
 
@@ -328,20 +330,40 @@ def test_every_element_lies_in_exactly_one_place(architecture, groups, ranks):
     shape = tiny(architecture, num_query_groups=groups)
     for row in rows(shape):
         sizes = [s[row.split or 0] for s in row.hf_shapes(shape)]
-        times = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+        times = {n: torch.zeros(size, dtype=torch.int64) for n, size in zip(row.hf, sizes, strict=True)}
         zeros = 0
         for rank in range(ranks):
-            pieces = segments(row, shape, rank, ranks)
-            assert sum(s.stop - s.start for s in pieces) == local_shape(row, shape, ranks)[row.split or 0]
-            for part, start, stop in pieces:
-                if part is None:
-                    zeros += stop - start
+            position = 0
+            for segment in copy_segments(row, shape, rank, ranks):
+                assert segment.start == position
+                position += segment.size
+                if segment.name is None:
+                    zeros += segment.size
                 else:
-                    times[part][start:stop] += 1
+                    times[segment.name][segment.hf_start : segment.hf_start + segment.size] += 1
+            assert position == local_shape(row, shape, ranks)[row.split or 0]
         copies = ranks if row.split is None else 1
-        assert all((t == copies).all() for t in times), row.megatron
+        assert all((t == copies).all() for t in times.values()), row.megatron
         is_vocab = row.dims[0][0] == "vocab"
         assert zeros == (padded_vocab(131, ranks) - 131 if is_vocab else 0), row.megatron
+
+
+@pytest.mark.parametrize("architecture", TABLES)
+def test_any_interval_of_rows_is_what_slicing_the_megatron_tensor_gives(architecture):
+    """Also of tensors that ranks cut along columns; and to_hf inverts to_megatron."""
+    shape = tiny(architecture)
+    for row in rows(shape):
+        tensors = {name: torch.randn(size) for name, size in zip(row.hf, row.hf_shapes(shape), strict=True)}
+        joined = to_megatron(row, tensors, shape)
+        back = to_hf(row, [joined], shape)
+        assert all(torch.equal(back[name], tensors[name]) for name in row.hf)
+        for start, stop in ((0, len(joined)), (0, 1), (len(joined) // 3, len(joined) // 3 + 7)):
+            rebuilt = torch.full_like(joined, torch.nan)
+            for segment in copy_segments(row, shape, dim=0, within=(start, min(stop, len(joined)))):
+                source = 0 if segment.name is None else segment.of_hf(tensors[segment.name])
+                segment.of_megatron(rebuilt).copy_(torch.as_tensor(source))
+            assert torch.equal(rebuilt[start:stop], joined[start:stop]), row.megatron
+            assert rebuilt.isnan().sum() == joined.numel() - joined[start:stop].numel()
 
 
 @pytest.mark.parametrize("tail", [(), (16,)], ids=["bias", "weight"])
@@ -427,6 +449,6 @@ def test_tied_embeddings_have_no_output_layer():
 def test_ranks_that_do_not_divide_are_named():
     shape = tiny()
     with pytest.raises(InputError) as error:
-        segments(named(shape, "decoder.layers.1.mlp.linear_fc1.weight"), shape, 0, 5)
+        list(copy_segments(named(shape, "decoder.layers.1.mlp.linear_fc1.weight"), shape, 0, 5))
     line = "parallel.tensor must divide the 24 of decoder.layers.1.mlp.linear_fc1.weight, got 5 ranks"
     assert str(error.value) == line

@@ -1,5 +1,6 @@
 """Model families: what a Hugging Face folder describes, and where each of its tensors lives in ours."""
 
+from megatron_align.model.families.mapping import Segment, copy_segments, to_hf, to_megatron
 from megatron_align.model.families.shape import (
     ModelShape,
     RopeScaling,
@@ -10,11 +11,9 @@ from megatron_align.model.families.shape import (
 from megatron_align.model.families.table import (
     TABLES,
     Row,
-    Slice,
     local_shape,
     padded_vocab,
     rows,
-    segments,
 )
 
 __all__ = [
@@ -22,12 +21,14 @@ __all__ = [
     "ModelShape",
     "RopeScaling",
     "Row",
-    "Slice",
+    "Segment",
+    "copy_segments",
     "inv_freq",
     "local_shape",
     "padded_vocab",
     "read_json",
     "read_shape",
     "rows",
-    "segments",
+    "to_hf",
+    "to_megatron",
 ]

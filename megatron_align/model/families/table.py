@@ -1,7 +1,7 @@
 """HF <-> Megatron weights, written as a table: one row per Megatron tensor, and how tensor ranks cut it.
 
 The table is the only place where a tensor's two names meet. A layout says once in which order the parts of
-the HF tensors follow one another; reading, sharding and exporting all walk the same :func:`segments`.
+the HF tensors follow one another; reading, sharding and exporting walk it through ``mapping.copy_segments``.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def padded_vocab(vocab_size: int, tensor_ranks: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def segments(row: Row, shape: ModelShape, tensor_rank: int, tensor_ranks: int) -> list[Slice]:
+def rank_slices(row: Row, shape: ModelShape, tensor_rank: int, tensor_ranks: int) -> list[Slice]:
     """Return the slices that, joined along ``row.split``, make this rank's tensor.
 
     Raises:
@@ -179,7 +179,7 @@ def segments(row: Row, shape: ModelShape, tensor_rank: int, tensor_ranks: int) -
 def local_shape(row: Row, shape: ModelShape, tensor_ranks: int) -> tuple[int, ...]:
     """Return the shape of one rank's tensor."""
     whole = list(row.hf_shapes(shape)[0])
-    whole[row.split or 0] = sum(s.stop - s.start for s in segments(row, shape, 0, tensor_ranks))
+    whole[row.split or 0] = sum(s.stop - s.start for s in rank_slices(row, shape, 0, tensor_ranks))
     return tuple(whole)
 
 
