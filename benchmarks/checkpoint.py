@@ -71,7 +71,7 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
     from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_align.training.step import Stepper
 
-    parallel.join(parallel.Place.from_environment(), ParallelConfig())
+    parallel.join(parallel.RankInfo.from_environment(), ParallelConfig())
     shape, dtype = read_shape(assets), torch.bfloat16
     chunks = build_policy(transformer_config(shape, ParallelConfig(), dtype), shape, parallel.groups())
     with torch.no_grad():

@@ -52,7 +52,7 @@ def make(folder: Path, pairs: int, prompt: int) -> None:
 def ours(folder: Path, steps: int, batch: int) -> dict[str, object]:
     """Train with this project, on one process."""
     from megatron_align.config import parse
-    from megatron_align.model.parallel import Place
+    from megatron_align.model.parallel import RankInfo
     from megatron_align.training.loop import run
     from tests.harness.tiny import metrics_of, run_arguments
 
@@ -67,7 +67,7 @@ def ours(folder: Path, steps: int, batch: int) -> dict[str, object]:
         optimizer__lr=LR,
         objective__name="dpo",
     )
-    run(parse(arguments), Place(rank=0, local_rank=0, world_size=1))
+    run(parse(arguments), RankInfo(rank=0, local_rank=0, world_size=1))
     rows = metrics_of(folder / "run")
     return {"losses": [row["loss"] for row in rows], "seconds": [row["step_seconds"] for row in rows]}
 

@@ -138,7 +138,7 @@ def step_ours(folder: Path) -> dict[str, float]:
         "data__shuffle": False,
     }
     arguments = run_arguments(model, data, folder / "run", **options)
-    loop.run(parse(arguments), parallel.Place(rank=0, local_rank=0, world_size=1))
+    loop.run(parse(arguments), parallel.RankInfo(rank=0, local_rank=0, world_size=1))
     return {**second.found, "loss": metrics_of(folder / "run")[-1]["loss"]}
 
 

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--precision", choices=DTYPES, nargs="+", default=list(DTYPES))
     arguments = parser.parse_args()
-    parallel.join(parallel.Place(0, 0, 1), ParallelConfig())
+    parallel.join(parallel.RankInfo(0, 0, 1), ParallelConfig())
     for precision in arguments.precision:
         for layers in arguments.layers:
             found = rows(layers, precision)

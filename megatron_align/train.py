@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         dry, ranks = _dry_run(arguments)
         config = parse(arguments)
-        from megatron_align.model.parallel import Place
+        from megatron_align.model.parallel import RankInfo
         from megatron_align.monitoring.memory import OutOfMemory
         from megatron_align.training.dry_run import dry_run
         from megatron_align.training.loop import run
@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         try:
             if dry:
-                dry_run(config, Place.from_environment(), ranks)
+                dry_run(config, RankInfo.from_environment(), ranks)
                 return 0
-            return 0 if run(config, Place.from_environment()) else EXIT_REQUEUE
+            return 0 if run(config, RankInfo.from_environment()) else EXIT_REQUEUE
         except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not come in time, ...
             return _fail(rank, error, 1)
         except (RankLost, OutOfMemory) as error:  # one rank only gets here: it speaks at once

@@ -348,7 +348,7 @@ def one_process() -> Iterator[ProcessGroupCollection]:
         InputError: a launcher started several.
     """
     require_one_process()
-    parallel.join(parallel.Place.from_environment(), ParallelConfig())
+    parallel.join(parallel.RankInfo.from_environment(), ParallelConfig())
     try:
         yield parallel.groups()
     finally:

@@ -22,7 +22,7 @@ PATIENCE = 12  # times the timeout: what reading and writing a whole model may t
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankInfo:
     """This process among the others, as the launcher's environment tells it (alone without a launcher)."""
 
     rank: int
@@ -30,7 +30,7 @@ class Place:
     world_size: int
 
     @classmethod
-    def from_environment(cls) -> Place:
+    def from_environment(cls) -> RankInfo:
         """Read RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         found = [name for name in names if name in os.environ]
@@ -45,7 +45,7 @@ class Place:
         return cls(*map(int, texts))
 
 
-def join(place: Place, config: ParallelConfig) -> dist.Store:
+def join(rank_info: RankInfo, config: ParallelConfig) -> dist.Store:
     """Meet the other ranks and build the process groups: nccl on GPUs, gloo on CPU.
 
     Returns:
@@ -55,25 +55,25 @@ def join(place: Place, config: ParallelConfig) -> dist.Store:
         InputError: if the world size does not fit the layout.
         TimeoutError: naming the ranks that did not come within ``config.timeout_seconds``.
     """
-    config.data_parallel(place.world_size)
+    config.data_parallel(rank_info.world_size)
     on_cpu = cpu.install()
     if not on_cpu:
-        if place.local_rank >= torch.cuda.device_count():
+        if rank_info.local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"each rank of a node needs a GPU of its own, local rank {place.local_rank} finds "
+                f"each rank of a node needs a GPU of its own, local rank {rank_info.local_rank} finds "
                 f"{torch.cuda.device_count()} visible"
             )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(rank_info.local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
-    store = _meet(place, timeout)
+    store = _meet(rank_info, timeout)
     # The watchdog speaks first, as it can name the rank; the backend's own timeout is the second net, and has
     # to outlast the time that one rank writes alone while the others wait.
     last_net = (PATIENCE + 1) * timeout
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         store=dist.PrefixStore("group", store),
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=rank_info.rank,
+        world_size=rank_info.world_size,
         timeout=last_net,
     )
     parallel_state.initialize_model_parallel(
@@ -104,30 +104,32 @@ def is_metric_rank(groups: ProcessGroupCollection) -> bool:
     return groups.tp.rank() == 0 and groups.cp.rank() == 0
 
 
-def _meet(place: Place, timeout: timedelta) -> dist.Store:
+def _meet(rank_info: RankInfo, timeout: timedelta) -> dist.Store:
     """Connect to the ranks' common store and call the roll, so that an absent rank is named."""
-    if place.world_size == 1:
+    if rank_info.world_size == 1:
         return dist.HashStore()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
         raise InputError(f"a launcher must set MASTER_ADDR and MASTER_PORT, got {address} and {port}")
     # torchrun's agent keeps the store, so it outlives any rank; without it rank 0 does.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_host = place.rank == 0 and not hosted
+    is_host = rank_info.rank == 0 and not hosted
     try:
-        store = dist.TCPStore(address, int(port), place.world_size, is_host, timeout, wait_for_workers=False)
+        store = dist.TCPStore(
+            address, int(port), rank_info.world_size, is_host, timeout, wait_for_workers=False
+        )
     except dist.DistError as error:
         raise TimeoutError(
-            f"rank {place.rank} needs the store at {address}:{port}: {' '.join(str(error).split())}"
+            f"rank {rank_info.rank} needs the store at {address}:{port}: {' '.join(str(error).split())}"
         ) from error
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    store.set(f"joined/{place.rank}", "")
+    store.set(f"joined/{rank_info.rank}", "")
     deadline = time.monotonic() + timeout.total_seconds()
-    absent = list(range(place.world_size))
+    absent = list(range(rank_info.world_size))
     while absent := [rank for rank in absent if not store.check([f"joined/{rank}"])]:
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"{place.world_size} ranks must join within {timeout.total_seconds():g} s, "
+                f"{rank_info.world_size} ranks must join within {timeout.total_seconds():g} s, "
                 f"missing: rank {list_ranks(absent)}"
             )
         time.sleep(0.05)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_align.model.parallel import Place
+from megatron_align.model.parallel import RankInfo
 
 FOLDER = "flight_recorder"
 COLLECTIVES = "2000"  # kept by each rank; some hundred bytes each
@@ -34,7 +34,7 @@ def switch_on(run: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def write(run: Path, place: Place) -> None:
+def write(run: Path, rank_info: RankInfo) -> None:
     """Write this rank's last collectives; for a thread that runs while the others hang."""
     trace = torch._C._distributed_c10d._dump_nccl_trace()  # what NCCL's own watchdog writes
-    (run / FOLDER / f"rank_{place.rank}").write_bytes(trace)
+    (run / FOLDER / f"rank_{rank_info.rank}").write_bytes(trace)

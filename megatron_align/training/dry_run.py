@@ -10,34 +10,34 @@ from megatron_align.cost.search import memory_of
 from megatron_align.cost.text import layout, memory_table, recomputation, step_text
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.step_batches import step_order
-from megatron_align.model.parallel import Place
+from megatron_align.model.parallel import RankInfo
 from megatron_align.training.setup import Plan, prepare
 
 
-def dry_run(config: RunConfig, place: Place, ranks: int | None) -> None:
+def dry_run(config: RunConfig, rank_info: RankInfo, ranks: int | None) -> None:
     """Check all that a run checks before its ranks meet, tokenise its data, and print what it would do; on rank 0.
 
     Args:
         config: of the run.
-        place: of this process.
+        rank_info: of this process.
         ranks: as if on so many; None: on the launcher's, or without a launcher on the fewest that the layout needs.
 
     Raises:
         InputError: for anything that would stop the run, too.
     """
-    if place.rank:
+    if rank_info.rank:
         return
     parallel = config.parallel
     if ranks is None:
         launched = "WORLD_SIZE" in os.environ
-        ranks = place.world_size if launched else parallel.tensor * parallel.pipeline * parallel.context
-    print(describe(prepare(config, Place(rank=0, local_rank=0, world_size=ranks))), flush=True)
+        ranks = rank_info.world_size if launched else parallel.tensor * parallel.pipeline * parallel.context
+    print(describe(prepare(config, RankInfo(rank=0, local_rank=0, world_size=ranks))), flush=True)
 
 
 def describe(plan: Plan) -> str:
     """Return what a checked plan would do."""
     config, shape, stored = plan.config, plan.shape, plan.train.manifest
-    placement = Placement.of_run(config, shape, plan.place.world_size)
+    placement = Placement.of_run(config, shape, plan.rank_info.world_size)
     work = mean(of_store(plan.train, config)(placement))
     flops = step_flops(placement, work, scoring_passes(config))
     order = step_order(plan.train, config.data, config.train, config.data.train)

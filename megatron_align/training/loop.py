@@ -58,20 +58,20 @@ REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a fresh reward head: what transformers draws one with
 
 
-def run(config: RunConfig, place: parallel.Place) -> bool:
+def run(config: RunConfig, rank_info: parallel.RankInfo) -> bool:
     """Train as configured, on this rank; return whether all is done, or the run was asked to stop and saved.
 
     Raises:
         InputError: for anything the user can mend.
         TrainingFault: if training itself fails.
     """
-    plan = prepare(config, place)
+    plan = prepare(config, rank_info)
     if torch.cuda.is_available():
         flight_recorder.switch_on(plan.folder)
-    watchdog = join_watched(place, config.parallel)
+    watchdog = join_watched(rank_info, config.parallel)
     if torch.cuda.is_available():
-        watchdog.before_end = partial(flight_recorder.write, plan.folder, place)
-    explaining = explaining_out_of_memory(config, plan.folder, place.rank, lambda: watchdog.doing)
+        watchdog.before_end = partial(flight_recorder.write, plan.folder, rank_info)
+    explaining = explaining_out_of_memory(config, plan.folder, rank_info.rank, lambda: watchdog.doing)
     with watchdog.watching(), explaining:
         done = _Run(plan, watchdog).go()
     parallel.leave()
@@ -97,7 +97,7 @@ class _Run:
             self.resume = settle(plan.resume, self.config, plan.shape, plan.train.path.name, plan.assets)
         self.objective = build_objective(self.config.objective, plan.train)
         self.reference_weights = self._resting_reference()
-        self.utilisation = Utilisation(self.config, plan.shape, plan.place.world_size)
+        self.utilisation = Utilisation(self.config, plan.shape, plan.rank_info.world_size)
         self.health = Health(self.config.train.on_nonfinite)
         self.done = self.resume.step if self.resume else 0
         chunks = build_policy(plan.megatron, plan.shape, self.groups)
@@ -255,7 +255,7 @@ class _Run:
     def _train(self, sinks: Sinks | NoSinks) -> bool:
         """Make the steps that are left, and their checkpoints; return False if asked to stop before the last."""
         ahead = self._ahead("train")
-        tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.place.rank)
+        tracer = Tracer(self.config.logging.profile_steps, self.plan.folder, self.plan.rank_info.rank)
         saves = Saves(self.plan.folder, self.config.checkpoint, self._begin_save, sinks, self.watchdog)
         self.stepper.before_update = saves.before_update
         if self.config.train.self_check and self.done < self.steps:
@@ -382,7 +382,7 @@ class _Run:
             step,
             self.plan.shape,
             self.plan.megatron.params_dtype,
-            world_size=self.plan.place.world_size,
+            world_size=self.plan.rank_info.world_size,
             config=to_dict(self.config),
             data={
                 "key": self.plan.train.path.name,

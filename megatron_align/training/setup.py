@@ -47,7 +47,7 @@ class Plan:
     """What a run will do, known and checked on every rank before the ranks meet."""
 
     config: RunConfig
-    place: parallel.Place
+    rank_info: parallel.RankInfo
     folder: Path
     start: ModelShape  # of the weights that training starts from
     shape: ModelShape  # of the model that is trained
@@ -59,9 +59,9 @@ class Plan:
     validation: TokenStore | None
 
 
-def prepare(config: RunConfig, place: parallel.Place) -> Plan:
+def prepare(config: RunConfig, rank_info: parallel.RankInfo) -> Plan:
     """Check everything and tokenise; no process group exists yet, so nothing can time out."""
-    config.parallel.data_parallel(place.world_size)
+    config.parallel.data_parallel(rank_info.world_size)
     check_logging(config.logging)
     weights, assets = locate(config.model.path)
     start = read_shape(assets)
@@ -84,11 +84,11 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     folder = Path(config.checkpoint.dir)
     with _leave_nothing_after_bad_input(folder):
         _require_writable(folder)
-        if place.rank == 0:
+        if rank_info.rank == 0:
             sharded.tidy(folder)
             clear_marker(folder)
         resume = find_resume_point(config, folder, shape)
-        stores = {split: _open_store(config, split, assets, place) for split in ("train", "validation")}
+        stores = {split: _open_store(config, split, assets, rank_info) for split in ("train", "validation")}
         _require_vocabulary(stores, shape)
         _require_steps_left(config, stores, resume)
         if resume is not None:
@@ -96,7 +96,7 @@ def prepare(config: RunConfig, place: parallel.Place) -> Plan:
     return Plan(
         config=config,
         start=start,
-        place=place,
+        rank_info=rank_info,
         folder=folder,
         shape=shape,
         assets=assets,
@@ -162,12 +162,14 @@ def _require_writable(folder: Path) -> None:
         ) from error
 
 
-def _open_store(config: RunConfig, split: str, assets: Path, place: parallel.Place) -> TokenStore | None:
+def _open_store(
+    config: RunConfig, split: str, assets: Path, rank_info: parallel.RankInfo
+) -> TokenStore | None:
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
         return None
     _require_kind(read_shapes(spec)[0], config, split, spec)
-    store = TokenStore(prepare_or_wait(spec, place.local_rank, waited_for=place.world_size > 1))
+    store = TokenStore(prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1))
     require_facts(config.objective, store, f"data.{split}")
     return store
 

@@ -40,7 +40,7 @@ def facts_of_run(
         ),
         (
             "layout",
-            f"{plan.place.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
+            f"{plan.rank_info.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
             f"context {layout.context}{f' ({kind})' if kind else ''} x data {data_parallel}, {place}",
         ),
         (

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError, TrainingFault
 from megatron_align.model import parallel
-from megatron_align.model.parallel import PATIENCE, Place, list_ranks
+from megatron_align.model.parallel import PATIENCE, RankInfo, list_ranks
 
 MISSED_BEATS = 10  # heartbeats that a rank must miss to count as stopped
 
@@ -42,13 +42,13 @@ class Watchdog:
 
     Args:
         store: the key-value store that all ranks share, as ``parallel.join`` returns it.
-        place: this process.
+        rank_info: this process.
         timeout_seconds: time without progress after which the run is aborted.
     """
 
-    def __init__(self, store: dist.Store, place: Place, timeout_seconds: float):
+    def __init__(self, store: dist.Store, rank_info: RankInfo, timeout_seconds: float):
         self._store = dist.PrefixStore("watchdog", store)
-        self._place = place
+        self._rank_info = rank_info
         self._timeout = timeout_seconds
         self._pause = min(1.0, timeout_seconds / 10)
         self._number = self._details = 0
@@ -73,10 +73,10 @@ class Watchdog:
         self._last = time.monotonic()
 
     def _publish(self) -> None:
-        self._store.set(f"rank/{self._place.rank}", f"{self._number}:{self._details}:{self._within}")
+        self._store.set(f"rank/{self._rank_info.rank}", f"{self._number}:{self._details}:{self._within}")
 
     def _beat(self) -> None:
-        self._store.add(f"beat/{self._place.rank}", 1)
+        self._store.add(f"beat/{self._rank_info.rank}", 1)
         self._publish()
 
     @property
@@ -116,7 +116,7 @@ class Watchdog:
                 raise AlreadyReported(str(error)) from error
             if _CONNECTION_LOST.search(str(error)):
                 raise RankLost(
-                    f"another rank died while rank {self._place.rank} was in '{self._within}': its connection "
+                    f"another rank died while rank {self._rank_info.rank} was in '{self._within}': its connection "
                     "closed; the launcher's report names it"
                 ) from error
             raise
@@ -152,7 +152,7 @@ class Watchdog:
         """Return one line that names the ranks that do not answer, or are least advanced, and their phases."""
         silent = self._silent()
         reports: dict[int, tuple[int, int, str]] = {}
-        for rank in range(self._place.world_size):
+        for rank in range(self._rank_info.world_size):
             number, details, within = self._store.get(f"rank/{rank}").decode().split(":", 2)
             reports[rank] = (int(number), int(details), within)
         wait = f"no progress for {self._limit:g} s"
@@ -169,7 +169,9 @@ class Watchdog:
 
     def _silent(self) -> list[int]:
         """Return the ranks without heartbeats; returns early once all have sent one."""
-        names = {rank: f"beat/{rank}" for rank in range(self._place.world_size) if rank != self._place.rank}
+        names = {
+            rank: f"beat/{rank}" for rank in range(self._rank_info.world_size) if rank != self._rank_info.rank
+        }
         before = {rank: self._store.add(name, 0) for rank, name in names.items()}
         deadline = time.monotonic() + min(30.0, max(MISSED_BEATS * self._pause, 8.0))
         silent = list(names)
@@ -180,6 +182,6 @@ class Watchdog:
         return silent
 
 
-def join_watched(place: Place, config: ParallelConfig) -> Watchdog:
+def join_watched(rank_info: RankInfo, config: ParallelConfig) -> Watchdog:
     """Join the other ranks (``parallel.join``) and return a watchdog over them, not started yet."""
-    return Watchdog(parallel.join(place, config), place, config.timeout_seconds)
+    return Watchdog(parallel.join(rank_info, config), rank_info, config.timeout_seconds)

@@ -44,8 +44,8 @@ def kept(pool):
     return found
 
 
-def measure_all(place):
-    parallel.join(place, ParallelConfig())
+def measure_all(rank_info):
+    parallel.join(rank_info, ParallelConfig())
     found = {"none": measure(LAYERS, torch.float32)}
     found |= {k: measure(LAYERS, torch.float32, merged=k) for k in (1, 2, 4, 6)}
     found |= {parts: measure(LAYERS, torch.float32, parts=parts) for parts in (*((p,) for p in PARTS), PARTS)}

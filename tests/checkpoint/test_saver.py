@@ -19,9 +19,9 @@ from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 
 
-def build(place, model, config, dtype):
+def build(rank_info, model, config, dtype):
     shape = read_shape(model)
-    parallel.join(place, config)
+    parallel.join(rank_info, config)
     groups = parallel.groups()
     chunks = build_policy(transformer_config(shape, config, dtype), shape, groups)
     local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
@@ -49,9 +49,9 @@ def late(call):
     return lambda: (time.sleep(0.1), call())
 
 
-def save_both_ways(place, model, folder, config, dtype):
+def save_both_ways(rank_info, model, folder, config, dtype):
     """In a process of the pool: three checkpoints, each written both ways; once by a saver that has no plan yet."""
-    ddp, optimizer, card = build(place, model, config, dtype)
+    ddp, optimizer, card = build(rank_info, model, config, dtype)
     optimizer.copy_state, optimizer.gather_state = late(optimizer.copy_state), late(optimizer.gather_state)
     behind = Saver(background=True)
     for number in range(3):
@@ -84,9 +84,9 @@ def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, conf
     assert len(seen) == 3  # the changes are in them
 
 
-def fail_to_save(place, model, folder, rank):
+def fail_to_save(rank_info, model, folder, rank):
     """In a process of the pool; return what this rank is told, and what is left of the attempt."""
-    ddp, optimizer, card = build(place, model, ParallelConfig(), torch.float32)
+    ddp, optimizer, card = build(rank_info, model, ParallelConfig(), torch.float32)
     saver = Saver(background=True)
     os.environ[VARIABLE] = f"full@save.written::{rank}"
     try:

@@ -26,7 +26,7 @@ from tests.harness.damage import sign
 VARIANTS = ["qwen2_tied", "qwen2_untied", "llama3", "qwen3"]
 
 
-def save_by_megatron_core(place, hf, folder):
+def save_by_megatron_core(rank_info, hf, folder):
     """In a process of the pool."""
     with convert.one_process() as groups:
         shape = read_shape(hf)

@@ -18,10 +18,10 @@ from megatron_align.training.setup import prepare
 from megatron_align.training.watchdog import join_watched
 
 
-def train_broken(place: parallel.Place, arguments: list[str], what: str) -> str:
+def train_broken(rank_info: parallel.RankInfo, arguments: list[str], what: str) -> str:
     """Train with ``what`` broken, on the last rank alone where ranks can differ; return the fault that ends it."""
-    plan = prepare(parse(arguments), place)
-    with join_watched(place, plan.config.parallel).watching() as watchdog:
+    plan = prepare(parse(arguments), rank_info)
+    with join_watched(rank_info, plan.config.parallel).watching() as watchdog:
         run = _Run(plan, watchdog)
         last = dist.get_rank() == dist.get_world_size() - 1
         parameters = {n: p for chunk in run.model for n, p in chunk.module.global_parameters().items()}

@@ -6,7 +6,7 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
-from megatron_align.model.parallel import Place
+from megatron_align.model.parallel import RankInfo
 
 
 class Answer(NamedTuple):
@@ -15,7 +15,7 @@ class Answer(NamedTuple):
     err: str
 
 
-def call(place: Place, arguments: list[str]) -> Answer:
+def call(rank_info: RankInfo, arguments: list[str]) -> Answer:
     """Run ``megatron-align ARGUMENTS`` in this process."""
     from megatron_align.tools.main import main
 

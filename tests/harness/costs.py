@@ -33,10 +33,10 @@ def _shape(model: Path, reward: bool) -> ModelShape:
 
 
 def state(
-    place: parallel.Place, model: Path, config: ParallelConfig, precision: str, reward: bool = False
+    rank_info: parallel.RankInfo, model: Path, config: ParallelConfig, precision: str, reward: bool = False
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients and optimizer of this rank, and its pipeline stage."""
-    with join_watched(place, config).watching():
+    with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), _shape(model, reward)
         chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
         plain = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
@@ -76,7 +76,7 @@ def one_pack(lengths: list[int], tokens: int, prompts: list[int] | None = None) 
 
 
 def saved(
-    place: parallel.Place,
+    rank_info: parallel.RankInfo,
     model: Path,
     config: ParallelConfig,
     precision: str,
@@ -84,7 +84,7 @@ def saved(
     batch: PackedBatch,
 ) -> int:
     """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
-    with join_watched(place, config).watching():
+    with join_watched(rank_info, config).watching():
         [policy] = _policy(model, config, precision, recompute)
         batch = deal(batch, _context_share(policy.shape, config))
         with SavedBytes(policy.parameters()).watching() as seen:
@@ -113,7 +113,7 @@ def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int)
 
 
 def counted_flops(
-    place: parallel.Place,
+    rank_info: parallel.RankInfo,
     model: Path,
     config: ParallelConfig,
     recompute: int | tuple[str, ...],
@@ -123,7 +123,7 @@ def counted_flops(
 
     Attention on the CPU is dense within a document: its products count as squares, not triangles.
     """
-    with join_watched(place, config).watching():
+    with join_watched(rank_info, config).watching():
         [policy] = _policy(model, config, "fp32", recompute)
         counts = []
         for train in (False, True):
@@ -158,7 +158,7 @@ _UNKNOWN_TO_TORCH = {
 
 
 def sent_bytes(
-    place: parallel.Place,
+    rank_info: parallel.RankInfo,
     model: Path,
     config: ParallelConfig,
     recompute: int | tuple[str, ...],
@@ -180,7 +180,7 @@ def sent_bytes(
 
         return call
 
-    with join_watched(place, config).watching(), ExitStack() as stack:
+    with join_watched(rank_info, config).watching(), ExitStack() as stack:
         [policy] = _policy(model, config, "fp32", recompute)
         for module in (layers, mappings):
             for name, times in shares.items():

@@ -57,7 +57,7 @@ def _serve(pipe: Connection) -> None:
             return
         os.environ.update(environment)
         try:
-            answer = (True, function(parallel.Place.from_environment(), *arguments))
+            answer = (True, function(parallel.RankInfo.from_environment(), *arguments))
         except BaseException as error:  # reported to the test, which raises it there
             answer = (False, (type(error).__name__, str(error), traceback.format_exc()))
         pipe.send(answer)
@@ -77,7 +77,7 @@ class Pool:
     def run(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120
     ) -> list[Any]:
-        """Call ``function(place, *arguments)`` on each rank and return the answers by rank.
+        """Call ``function(rank_info, *arguments)`` on each rank and return the answers by rank.
 
         Raises:
             RankFailed: with the first rank's error; the pool starts afresh at the next call.

@@ -1,4 +1,4 @@
-"""What the pool's processes are asked to do: functions of ``(place, ...)``, importable by name."""
+"""What the pool's processes are asked to do: functions of ``(rank_info, ...)``, importable by name."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from megatron_align.training.loop import run
 from megatron_align.training.watchdog import join_watched
 
 
-def train(place: parallel.Place, arguments: list[str]) -> None:
-    run(parse(arguments), place)
+def train(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
+    run(parse(arguments), rank_info)
 
 
-def logits(place: parallel.Place, model: Path, config: ParallelConfig, batch: PackedBatch) -> torch.Tensor:
+def logits(
+    rank_info: parallel.RankInfo, model: Path, config: ParallelConfig, batch: PackedBatch
+) -> torch.Tensor:
     """Return the packed logits of an HF folder on this layout."""
-    with join_watched(place, config).watching():
+    with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
         [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
         load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
@@ -44,14 +46,18 @@ def _dealt(batch: PackedBatch, shape: ModelShape, config: ParallelConfig) -> Pac
 
 
 def logprobs(
-    place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+    rank_info: parallel.RankInfo,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
 ):
     """Return log-probs and both gradients, the vocabulary split over all ranks."""
     from megatron_align.kernels import token_logprobs
 
-    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
+    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
         group = parallel.groups().tp
-        mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
+        mine = weight.chunk(rank_info.world_size)[rank_info.rank].clone().requires_grad_()
         hidden = hidden.clone().requires_grad_()
         values = token_logprobs(hidden, mine, targets, group=group, vocab_size=vocab_size)
         (values * torch.arange(1, len(targets) + 1)).sum().backward()
@@ -59,9 +65,11 @@ def logprobs(
     return values.detach(), hidden.grad, mine.grad
 
 
-def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, batches: list[PackedBatch]):
+def pack_logprobs(
+    rank_info: parallel.RankInfo, model: Path, config: ParallelConfig, batches: list[PackedBatch]
+):
     """Return the policy's log-probs of the scored rows of each batch."""
-    with join_watched(place, config).watching():
+    with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
         [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
         load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
@@ -71,12 +79,12 @@ def pack_logprobs(place: parallel.Place, model: Path, config: ParallelConfig, ba
     return answers
 
 
-def decay_groups(place: parallel.Place, model: Path) -> tuple[list[str], list[str], bool]:
+def decay_groups(rank_info: parallel.RankInfo, model: Path) -> tuple[list[str], list[str], bool]:
     """Return the parameters with and without decay, and whether the fp32 masters of bf16 weights equal them."""
     from megatron_align.config import OptimizerConfig
     from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 
-    with join_watched(place, ParallelConfig()).watching():
+    with join_watched(rank_info, ParallelConfig()).watching():
         groups, shape = parallel.groups(), read_shape(model)
         chunks = build_policy(transformer_config(shape, ParallelConfig(), torch.bfloat16), shape, groups)
         load_weights(model, shape, chunks[0].global_parameters(), 0, 1)
@@ -95,23 +103,23 @@ def decay_groups(place: parallel.Place, model: Path) -> tuple[list[str], list[st
     return decays[0.5], decays[0.0], equal
 
 
-def train_with_extras(place: parallel.Place, arguments: list[str]) -> None:
+def train_with_extras(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
     """Train with megatron-core believing that Transformer Engine is installed: it then keeps the step elsewhere."""
     from megatron.core.optimizer import distrib_optimizer
 
     before = distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
     try:
-        train(place, arguments)
+        train(rank_info, arguments)
     finally:
         distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER = before
 
 
-def disagree(place: parallel.Place) -> str:
+def disagree(rank_info: parallel.RankInfo) -> str:
     """Return what a rank is told when one of them found something else."""
-    with join_watched(place, ParallelConfig()).watching():
+    with join_watched(rank_info, ParallelConfig()).watching():
         try:
-            parallel.require_agreement({"step": 5 if place.rank == 1 else 2}, "one folder")
+            parallel.require_agreement({"step": 5 if rank_info.rank == 1 else 2}, "one folder")
             answer = "agreed"
         except InputError as error:
             answer = str(error)
@@ -120,28 +128,28 @@ def disagree(place: parallel.Place) -> str:
     return answer
 
 
-def norm_of(place: parallel.Place, grads: list[torch.Tensor]) -> float:
+def norm_of(rank_info: parallel.RankInfo, grads: list[torch.Tensor]) -> float:
     """Return the global norm of gradients dealt out over the ranks."""
     from megatron_align.training.optimizer import global_norm
 
-    with join_watched(place, ParallelConfig()).watching():
-        norm = global_norm(grads[place.rank :: place.world_size], parallel.groups().dp)
+    with join_watched(rank_info, ParallelConfig()).watching():
+        norm = global_norm(grads[rank_info.rank :: rank_info.world_size], parallel.groups().dp)
     parallel.leave()
     return norm
 
 
-def stall(place: parallel.Place, late: int, timeout: float) -> None:
+def stall(rank_info: parallel.RankInfo, late: int, timeout: float) -> None:
     """Rank ``late`` sleeps while the others wait for it in an all-reduce: the watchdog must end them."""
-    with join_watched(place, ParallelConfig(timeout_seconds=timeout)).watching() as watchdog:
+    with join_watched(rank_info, ParallelConfig(timeout_seconds=timeout)).watching() as watchdog:
         watchdog.report("step 1")
-        if place.rank == late:
+        if rank_info.rank == late:
             time.sleep(600)
         watchdog.report("step 2")
         parallel.all_reduce_sum([1.0])
 
 
 def slab_loss_grads(
-    place: parallel.Place,
+    rank_info: parallel.RankInfo,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
@@ -153,9 +161,9 @@ def slab_loss_grads(
     from megatron_align.kernels import slab_loss
     from tests.harness.logprobs import StatisticsLoss, gradients
 
-    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
+    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
         options = {"group": parallel.groups().tp, "vocab_size": vocab_size, "statistics": True, **options}
-        mine = weight.chunk(place.world_size)[place.rank].clone().requires_grad_()
+        mine = weight.chunk(rank_info.world_size)[rank_info.rank].clone().requires_grad_()
         tensors = (hidden.clone().requires_grad_(), mine, targets)
         (loss, whole, own_weight), sums = gradients(
             slab_loss, tensors, slabs, StatisticsLoss(slabs), **options
@@ -168,24 +176,28 @@ def slab_loss_grads(
 
 
 def scores(
-    place: parallel.Place, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int
+    rank_info: parallel.RankInfo,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
 ):
     """Return token_scores with the whole vocabulary as top k, split over all ranks."""
     from megatron_align.kernels import token_scores
 
-    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
-        group, mine = parallel.groups().tp, weight.chunk(place.world_size)[place.rank]
+    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
+        group, mine = parallel.groups().tp, weight.chunk(rank_info.world_size)[rank_info.rank]
         answer = token_scores(hidden, mine, targets, top_k=vocab_size, group=group, vocab_size=vocab_size)
     parallel.leave()
     return answer
 
 
-def checked_logprobs(place: parallel.Place, rows: list[int]) -> str:
+def checked_logprobs(rank_info: parallel.RankInfo, rows: list[int]) -> str:
     """Return what token_logprobs says to this many vocabulary rows on each rank, values checked."""
     from megatron_align.kernels import token_logprobs
 
-    with join_watched(place, ParallelConfig(tensor=place.world_size)).watching():
-        weight, targets = torch.zeros(rows[place.rank], 4), torch.zeros(2, dtype=torch.int64)
+    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
+        weight, targets = torch.zeros(rows[rank_info.rank], 4), torch.zeros(2, dtype=torch.int64)
         os.environ["MEGATRON_ALIGN_CHECKS"] = "1"
         try:
             token_logprobs(torch.zeros(2, 4), weight, targets, group=parallel.groups().tp)
@@ -199,7 +211,11 @@ def checked_logprobs(place: parallel.Place, rows: list[int]) -> str:
 
 
 def head_gradients(
-    place: parallel.Place, model: Path, config: ParallelConfig, batches: list[PackedBatch], options: dict
+    rank_info: parallel.RankInfo,
+    model: Path,
+    config: ParallelConfig,
+    batches: list[PackedBatch],
+    options: dict,
 ):
     """Return the loss of each pack and every parameter's whole main_grad after all of them.
 
@@ -215,7 +231,7 @@ def head_gradients(
     from megatron_align.objectives.registry import build_objective
 
     overlap = {name: True for name in options if name.startswith("overlap")}
-    with join_watched(place, config).watching():
+    with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
         megatron = transformer_config(shape, config, torch.float32)
         [policy] = build_policy(megatron, shape, groups)
@@ -279,15 +295,15 @@ class _GradientsAsWeights:
                     parameter.copy_(parameter.main_grad)
 
 
-def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None:
+def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) -> None:
     """Write the first step's gradients as a Hugging Face folder: whole, fused weights in HF's order."""
     from megatron_align.hf.export import export_model
     from megatron_align.training.loop import _Run
     from megatron_align.training.setup import prepare
 
     config = parse(arguments)
-    plan = prepare(config, place)
-    watchdog = join_watched(place, config.parallel)
+    plan = prepare(config, rank_info)
+    watchdog = join_watched(rank_info, config.parallel)
     with watchdog.watching():
         started = _Run(plan, watchdog)
         started.stepper.optimizer = _GradientsAsWeights(started.model)
@@ -299,7 +315,7 @@ def gradients(place: parallel.Place, arguments: list[str], folder: Path) -> None
     parallel.leave()
 
 
-def train_in_slabs(place: parallel.Place, arguments: list[str], rows: int | None) -> None:
+def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:
     """Train with slabs of at most ``rows`` rows of logits."""
     from megatron_align.kernels.token_logprobs import passes
 
@@ -309,17 +325,17 @@ def train_in_slabs(place: parallel.Place, arguments: list[str], rows: int | None
         columns = 128 * (3 if parse(arguments).parallel.tensor == 1 else 2)
         passes.SLAB_BYTES["cpu"] = rows * columns * 4
     try:
-        train(place, arguments)
+        train(rank_info, arguments)
     finally:
         passes.SLAB_BYTES["cpu"] = before
 
 
-def train_in_buckets(place: parallel.Place, arguments: list[str], elements: int) -> None:
+def train_in_buckets(rank_info: parallel.RankInfo, arguments: list[str], elements: int) -> None:
     """Train with gradients reduced and weights gathered in buckets of about so many elements."""
     from megatron_align.training import optimizer
 
     before, optimizer.BUCKET = optimizer.BUCKET, elements
     try:
-        train(place, arguments)
+        train(rank_info, arguments)
     finally:
         optimizer.BUCKET = before

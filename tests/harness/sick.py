@@ -1,4 +1,4 @@
-"""Runs that something is wrong with, and what was seen of them: functions of ``(place, ...)`` for the pool."""
+"""Runs that something is wrong with, and what was seen of them: functions of ``(rank_info, ...)`` for the pool."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_sick_chat(file: Path, *sick: int, in_answer: bool = False) -> Path:
     return file
 
 
-def train_watched(place: parallel.Place, arguments: list[str]) -> list[tuple[bool, bool]]:
+def train_watched(rank_info: parallel.RankInfo, arguments: list[str]) -> list[tuple[bool, bool]]:
     """Train; return of each step whether it was updated, and whether any bit of the state moved."""
     seen, train = [], Stepper.train
 
@@ -53,7 +53,7 @@ def train_watched(place: parallel.Place, arguments: list[str]) -> list[tuple[boo
         return result
 
     with mock.patch.object(Stepper, "train", watched):
-        ranks.train(place, arguments)
+        ranks.train(rank_info, arguments)
     return seen
 
 
@@ -70,7 +70,7 @@ def _digest(stepper: Stepper) -> bytes:
     return digest.digest()
 
 
-def train_with_sick_loss(place: parallel.Place, arguments: list[str], what: str) -> None:
+def train_with_sick_loss(rank_info: parallel.RankInfo, arguments: list[str], what: str) -> None:
     """Train with a loss that is sick where MARK is a target: its ``gradient`` is NaN, or its ``value`` ten times."""
     [token] = byte_tokenizer().encode(MARK)
     whole = SFT.loss
@@ -82,20 +82,20 @@ def train_with_sick_loss(place: parallel.Place, arguments: list[str], what: str)
         return value, sums
 
     with mock.patch.object(SFT, "loss", loss):
-        ranks.train(place, arguments)
+        ranks.train(rank_info, arguments)
 
 
-def train_to_the_fault(place: parallel.Place, arguments: list[str]) -> str:
+def train_to_the_fault(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
     """Train; return why training stopped."""
     try:
-        ranks.train(place, arguments)
+        ranks.train(rank_info, arguments)
     except TrainingFault as fault:
         parallel.leave()
         return str(fault)
     return "none"
 
 
-def train_out_of_memory(place: parallel.Place, arguments: list[str]) -> str:
+def train_out_of_memory(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
     """Train until the second step asks for too much; return what the run says."""
     train, steps = Stepper.train, iter(range(9))
 
@@ -106,7 +106,7 @@ def train_out_of_memory(place: parallel.Place, arguments: list[str]) -> str:
 
     try:
         with mock.patch.object(Stepper, "train", greedy):
-            ranks.train(place, arguments)
+            ranks.train(rank_info, arguments)
     except OutOfMemory as error:
         parallel.leave()
         return str(error)

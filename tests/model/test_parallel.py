@@ -6,11 +6,11 @@ from tests.harness.processes import finish, release, start
 
 JOIN = """
 from megatron_align.config import ParallelConfig
-from megatron_align.model.parallel import Place, join
+from megatron_align.model.parallel import RankInfo, join
 print("imported", flush=True)
 input()
 try:
-    join(Place.from_environment(), ParallelConfig(timeout_seconds=3))
+    join(RankInfo.from_environment(), ParallelConfig(timeout_seconds=3))
 except TimeoutError as error:
     print(error)
 """

@@ -17,17 +17,17 @@ from tests.harness.tiny import metrics_of, run_arguments
 LATE = 1.5  # seconds, several times what a step of the tiny model takes, also on a busy machine
 
 
-def train_with_a_late_rank(place, arguments, late):
+def train_with_a_late_rank(rank_info, arguments, late):
     """Train while a rank's data come late at every step."""
     make = Prefetcher.__next__
 
     def slow(self):
-        if place.rank == late:
+        if rank_info.rank == late:
             time.sleep(LATE)
         return make(self)
 
     with mock.patch.object(Prefetcher, "__next__", slow):
-        ranks.train(place, arguments)
+        ranks.train(rank_info, arguments)
 
 
 def test_the_straggler_is_named_and_no_number_moves(pool, tiny_models, chat_file, tmp_path):

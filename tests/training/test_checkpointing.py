@@ -21,12 +21,12 @@ from tests.harness import ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 
-def train_impatiently(place, arguments, fault):
+def train_impatiently(rank_info, arguments, fault):
     """In a process of the pool: run into a fault, and try again after the next step."""
     before, saves.RETRY_SECONDS = saves.RETRY_SECONDS, 0.0
     os.environ[VARIABLE] = fault
     try:
-        return run(parse(arguments), place)
+        return run(parse(arguments), rank_info)
     finally:
         saves.RETRY_SECONDS = before
         del os.environ[VARIABLE]
@@ -53,7 +53,7 @@ def test_every_save_is_told_once(pool, tiny_models, chat_file, tmp_path):
 LATE = 0.5  # seconds
 
 
-def train_with_late_copies(place, arguments):
+def train_with_late_copies(rank_info, arguments):
     """In a process of the pool: what a save holds is copied a while after somebody begins to wait for it."""
     asked = threading.Event()
     copy_state, wait, finish = HostedOptimizer.copy_state, Saver.wait_until_copied, Saver.finish
@@ -69,7 +69,7 @@ def train_with_late_copies(place, arguments):
         mock.patch.object(Saver, "wait_until_copied", lambda self: (asked.set(), wait(self))[1]),
         mock.patch.object(Saver, "finish", lambda self: (asked.set(), finish(self), asked.clear())[1]),
     ):
-        return run(parse(arguments), place)
+        return run(parse(arguments), rank_info)
 
 
 def state_files(run_folder):
@@ -95,10 +95,10 @@ def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, wo
     assert all(row["save_pause_seconds"] >= LATE for row in rows)  # waiting is the save's time
 
 
-def train_waiting_for_long(place, arguments):
+def train_waiting_for_long(rank_info, arguments):
     """In a process of the pool: every step is told that it has waited 1,000 s for a save."""
     with mock.patch.object(saves.Saves, "before_update", return_value=1000.0):
-        return run(parse(arguments), place)
+        return run(parse(arguments), rank_info)
 
 
 def test_waiting_for_a_save_is_no_part_of_the_step(pool, tiny_models, chat_file, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_align.model.parallel import Place
+from megatron_align.model.parallel import RankInfo
 from megatron_align.monitoring import flight_recorder
 from tests.harness.pool import free_port
 from tests.harness.tiny import run_arguments
@@ -116,5 +116,5 @@ def test_the_flight_recorder_is_told_where_to_write(tmp_path, monkeypatch):
     monkeypatch.setattr(
         flight_recorder.torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False
     )
-    flight_recorder.write(tmp_path, Place(3, 3, 4))
+    flight_recorder.write(tmp_path, RankInfo(3, 3, 4))
     assert (tmp_path / "flight_recorder" / "rank_3").read_bytes() == b"trace"

@@ -85,13 +85,13 @@ def test_a_gradient_is_reduced_in_several_buckets(pool, tiny_models):
     assert pool.run(2, count_buckets, tiny_models()) == [[False, True]] * 2
 
 
-def count_buckets(place, model):
+def count_buckets(rank_info, model):
     """Return whether there are several buckets without overlap, and with it."""
     from megatron_align.model.families import read_shape
     from megatron_align.model.policy import build_policy, transformer_config
 
     found, before = [], optimizer.BUCKET
-    parallel.join(place, ParallelConfig())
+    parallel.join(rank_info, ParallelConfig())
     for config in (ParallelConfig(), ParallelConfig(overlap_grad_reduce=True)):
         optimizer.BUCKET = BUCKET
         shape = read_shape(model)

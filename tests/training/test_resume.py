@@ -6,14 +6,14 @@ import pytest
 
 from megatron_align.config import parse
 from megatron_align.errors import InputError
-from megatron_align.model.parallel import Place
+from megatron_align.model.parallel import RankInfo
 from megatron_align.training.loop import prepare
 from megatron_align.training.resume import ResumePoint
 from tests.harness import ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import change_tensors, make_model, metrics_of, numbers, run_arguments, write_pairs
 
-ALONE = Place(rank=0, local_rank=0, world_size=1)
+ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
 
 
 def cut_after(run, copy, step):

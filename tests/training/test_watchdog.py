@@ -4,26 +4,26 @@ from tests.harness.pool import free_port
 from tests.harness.processes import finish, release, start
 
 STALL = """
-from megatron_align.model.parallel import Place
+from megatron_align.model.parallel import RankInfo
 from tests.harness.ranks import stall
 print("imported", flush=True)
 input()
-stall(Place.from_environment(), late=1, timeout=4)
+stall(RankInfo.from_environment(), late=1, timeout=4)
 """
 
 
 DIE = """
 import os, signal
 from megatron_align.config import ParallelConfig
-from megatron_align.model.parallel import Place, all_reduce_sum
+from megatron_align.model.parallel import RankInfo, all_reduce_sum
 from megatron_align.training.watchdog import AlreadyReported, RankLost, join_watched
-place = Place.from_environment()
+rank_info = RankInfo.from_environment()
 try:
-    with join_watched(place, ParallelConfig()).watching() as watchdog:
+    with join_watched(rank_info, ParallelConfig()).watching() as watchdog:
         watchdog.report("step 1")
         all_reduce_sum([1.0])
         watchdog.report("step 2")
-        if place.rank == 1:
+        if rank_info.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         all_reduce_sum([1.0])
 except (RankLost, AlreadyReported) as error:
