@@ -102,27 +102,37 @@ class Sample:
         return np.diff(before[np.cumsum([0, *lengths])])
 
 
+class Columns(dict[str, Tensor]):
+    """Tensors of one length by name; reading an absent one raises a LookupError that lists those present."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise LookupError(f"this pack must have a column '{name}', found {sorted(self) or 'none'}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
-    """What is known of each completion of a pack, sample after sample; a chat sample is one completion.
+    """Values of each completion of a pack, sample after sample; a chat sample is one completion.
 
     Weights hold the global normaliser: over all packs of all ranks ``weight_C``, taken once per sample, sums to 1,
     and so does ``token_weight_C`` over the scored tokens of all chosen (first) completions, of all second ones, ...
+
+    ``columns``, each ``[C]``, hold what only some objectives need. A pre-pass or a cache fills in:
+
+    - ``reference_logprobs``: float32, the reference's summed log-prob.
+    - ``loss_coefficients``: float32, d loss / d summed log-prob of a loss that couples the whole step.
     """
 
     sample_C: Tensor  # int64: 0, 1, ..., which sample of the pack it belongs to
     weight_C: Tensor  # float32: of its sample in a loss per sample
     token_weight_C: Tensor  # float32: of one of its scored tokens in a loss per token
     length_C: Tensor  # int64: scored tokens
-    rows_C: (
-        Tensor  # int64: its rows: length_C, and for a first completion those of a prompt that is scored too
-    )
+    # int64: its rows: length_C, and for a sample's first completion those of its prompt if that is scored too
+    rows_C: Tensor
     last_C: Tensor  # int64: hidden row of its last token
     score_C: Tensor  # float32, NaN where none was given
     margin_C: Tensor  # float32: by how much the chosen one of its pair is better, NaN where not given
     desirable_C: Tensor  # bool: the label of an unpaired completion
-    reference_C: Tensor  # float32: the reference's summed log-prob, NaN where the objective needs none
-    coefficient_C: Tensor  # float32: d loss / d summed log-prob where that takes the whole step, else NaN
+    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +141,7 @@ class LossRows:
 
     ``weight_N`` already holds the global normaliser, so the step's loss is a plain sum over every row of
     every pack of every rank. ``sequence_N`` is the completion that a row belongs to, ascending.
+    ``columns``, each ``[N]``, hold what only some objectives need (log-probs of an earlier policy, advantages, ...).
     """
 
     row_N: Tensor  # int64
@@ -140,6 +151,7 @@ class LossRows:
     prompt_N: Tensor  # bool: the target is of the prompt, whose rows stand before the first completion's
     completions: Completions
     ends: tuple[tuple[int, int], ...]  # on the host: rows and completions up to the end of each sample
+    columns: Columns = field(default_factory=Columns)
     host_row_N: np.ndarray | None = None  # of rows on a device: ``row_N`` as it was on the host
 
     def to(self, device: torch.device) -> LossRows:
@@ -149,7 +161,9 @@ class LossRows:
             self,
             **moved,
             host_row_N=self.rows_on_host(),
-            completions=Completions(**_each(self.completions, lambda t: t.to(device, non_blocking=True))),
+            completions=replace(
+                self.completions, **_each(self.completions, lambda t: t.to(device, non_blocking=True))
+            ),
         )
 
     def rows_on_host(self) -> np.ndarray:
@@ -200,10 +214,15 @@ class LossRows:
 
 def _each(
     record: LossRows | Completions | Held | ContextPart, change: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Return the record's tensors, changed, by name."""
-    tensors = {f.name: getattr(record, f.name) for f in fields(record)}
-    return {name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+) -> dict[str, Any]:
+    """Return the record's fields that are tensors or columns, each tensor changed, by name."""
+    changed: dict[str, Any] = {}
+    for name, value in ((f.name, getattr(record, f.name)) for f in fields(record)):
+        if isinstance(value, Tensor):
+            changed[name] = change(value)
+        elif isinstance(value, Columns):
+            changed[name] = Columns((column, change(tensor)) for column, tensor in value.items())
+    return changed
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,14 +142,14 @@ class Pairs(Objective):
 
     def _linear(self, policy_P2: Tensor, rows: LossRows) -> Tensor:
         """Return this share of the step's loss: its value as it was seen ahead, its gradient by the coefficients."""
-        moving = (policy_P2.flatten() * rows.completions.coefficient_C).sum()
+        moving = (policy_P2.flatten() * rows.completions.columns["loss_coefficients"]).sum()
         share = self._step_loss * rows.completions.weight_C[::2].sum()
         return moving - moving.detach() + share
 
     def _responses(self, policy_C: Tensor, rows: LossRows) -> tuple[Responses, Responses]:
         known = rows.completions
         length_C = known.length_C.to(policy_C.dtype)
-        reference_C = known.reference_C if self.compares else None
+        reference_C = known.columns["reference_logprobs"] if self.compares else None
         sides = (slice(k, None, self.width) for k in (0, 1))
         chosen, rejected = (
             Responses(policy_C[side], length_C[side], None if reference_C is None else reference_C[side])
@@ -300,7 +300,9 @@ class Unpaired(Objective):
         """See :class:`Objective`."""
         known = rows.completions
         responses = Responses(
-            completion_sums(logprobs_N, rows), known.length_C.to(logprobs_N.dtype), known.reference_C
+            completion_sums(logprobs_N, rows),
+            known.length_C.to(logprobs_N.dtype),
+            known.columns["reference_logprobs"],
         )
         loss = (known.weight_C * self.losses(responses, known.desirable_C, **self.facts)).sum()
         with torch.no_grad():

@@ -22,7 +22,7 @@ from megatron_align.model import cpu
 from megatron_align.model.parallel import is_metric_rank
 from megatron_align.objectives.base import Objective, StepSums
 from megatron_align.objectives.preference import completion_sums
-from megatron_align.records import LossRows, PackedBatch
+from megatron_align.records import Columns, LossRows, PackedBatch
 
 
 class Scorer:
@@ -102,7 +102,9 @@ class PrePass:
         """Return the step's micro-batches, ready for their loss."""
         batches = step.batches
         if self.reference is not None and (found := self.reference.own(step)):
-            batches = [_knowing(b, reference_C=sums) for b, sums in zip(batches, found, strict=True)]
+            batches = [
+                _with_column(b, "reference_logprobs", sums) for b, sums in zip(batches, found, strict=True)
+            ]
         if self.objective.looks_ahead == "mismatched":
             policy_S = whole_step(
                 self.policy.sums(step.mismatched.batches), step.mismatched, step, self.groups
@@ -116,13 +118,13 @@ class PrePass:
     def _look_at_own(self, batches: list[PackedBatch], step: Step, training: bool) -> list[PackedBatch]:
         sums = self.policy.sums(batches)
         known = [batch.rows.completions for batch in batches] if sums else []
-        columns = (sums, [of.reference_C for of in known], [of.length_C for of in known])
+        columns = (sums, [of.columns["reference_logprobs"] for of in known], [of.length_C for of in known])
         seen = StepSums(*(whole_step(column, step.packs, step, self.groups) for column in columns))
         coefficient_S = self.objective.look(seen, training=training)
         if coefficient_S is None:
             return batches
         return [
-            _knowing(batch, coefficient_C=coefficient_S[torch.from_numpy(places)].float())
+            _with_column(batch, "loss_coefficients", coefficient_S[torch.from_numpy(places)].float())
             for batch, places in zip(batches, step.packs.places, strict=True)
         ]
 
@@ -139,9 +141,10 @@ def whole_step(found: Sequence[Tensor], packs: Packs, step: Step, groups: Proces
     return values_S.cpu()
 
 
-def _knowing(batch: PackedBatch, **columns: Tensor) -> PackedBatch:
-    rows = batch.rows
-    return replace(batch, rows=replace(rows, completions=replace(rows.completions, **columns)))
+def _with_column(batch: PackedBatch, name: str, column_C: Tensor) -> PackedBatch:
+    completions = batch.rows.completions
+    completions = replace(completions, columns=Columns({**completions.columns, name: column_C}))
+    return replace(batch, rows=replace(batch.rows, completions=completions))
 
 
 class ZeroReference:

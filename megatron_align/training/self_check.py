@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_align.config import RunConfig
 from megatron_align.config.objectives import DPOConfig
-from megatron_align.data.batching.collate import Columns, pack
+from megatron_align.data.batching.collate import CompletionValues, pack
 from megatron_align.data.batching.context_parts import deal
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.errors import TrainingFault
@@ -218,8 +218,8 @@ def _lay(samples: Sequence[Sample], batches: StepBatches) -> tuple[list[PackedBa
     def lay(some: Sequence[Sample], sign: float) -> PackedBatch:
         weights = [sign / max(1, int(sample.scored_L.sum())) for sample in some]
         weight_C = [sign * (1 + i) for sample in some for i in range(max(1, len(sample.completion_lengths)))]
-        columns = replace(Columns.unknown(len(weight_C)), weight_C=np.array(weight_C, np.float64))
-        return deal(pack(some, weights, tokens, columns=columns, share_prefix=share_prefix), share.context)
+        values = replace(CompletionValues.unknown(len(weight_C)), weight_C=np.array(weight_C, np.float64))
+        return deal(pack(some, weights, tokens, values=values, share_prefix=share_prefix), share.context)
 
     def filled(packs: list[PackedBatch]) -> list[PackedBatch]:
         return packs + [lay([], 0.0)] * (-len(packs) % share.micro_batch_multiple)

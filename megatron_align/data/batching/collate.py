@@ -6,30 +6,36 @@ Shapes: T tokens, N scored rows and C completions of one pack, L tokens of one s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from megatron_align.kernels.packed_attention import PackedLayout
-from megatron_align.records import Completions, LossRows, PackedBatch, Sample
+from megatron_align.records import Columns, Completions, LossRows, PackedBatch, Sample
 
 PAD_ID = 0  # any id will do: padding is seen by nobody and never scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Columns:
-    """What a step knows of the completions of some samples, in their order; as ``records.Completions`` names it."""
+class CompletionValues:
+    """Values of some samples' completions, in their order, that the step decides; as ``records.Completions`` has them.
+
+    Args:
+        weight_C: weight of the completion's sample.
+        token_weight_C: weight of one of its scored tokens.
+        columns: further values by name, each ``[C]``.
+    """
 
     weight_C: np.ndarray
     token_weight_C: np.ndarray
-    reference_C: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def unknown(cls, completions: int) -> Columns:
-        """Return NaN for all: a loss that needs one of them will not pass unnoticed."""
-        return cls(*(np.full(completions, math.nan) for _ in range(3)))
+    def unknown(cls, completions: int) -> CompletionValues:
+        """Return NaN weights: a loss that reads them is NaN too, which does not go unnoticed."""
+        return cls(np.full(completions, math.nan), np.full(completions, math.nan))
 
 
 def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
@@ -37,7 +43,7 @@ def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
     weights: Sequence[float],
     tokens: int,
     *,
-    columns: Columns | None = None,
+    values: CompletionValues | None = None,
     share_prefix: bool = True,
     score_prompt: bool = False,
     pad_id: int = PAD_ID,
@@ -56,7 +62,7 @@ def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
         samples: perhaps none (a pack of padding).
         weights: weight of one scored token of each sample.
         tokens: T, at least the samples' tokens; the rest is padding.
-        columns: what the step knows of the completions. Default: nothing, NaN.
+        values: of the completions. Default: NaN weights and no columns.
         share_prefix: several completions share one prompt; False: each has its own copy.
         score_prompt: the prompt's tokens from the second on are scored too, once, with the first completion.
         pad_id: token id of the padding.
@@ -97,14 +103,16 @@ def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
         *(torch.from_numpy(np.concatenate(column)) for column in (row, target, sequence)),
         torch.from_numpy(np.concatenate(weight).astype(np.float32)),
         torch.from_numpy(np.concatenate(of_prompt)),
-        _completions(samples, np.concatenate(last), columns or Columns.unknown(completions), score_prompt),
+        _completions(
+            samples, np.concatenate(last), values or CompletionValues.unknown(completions), score_prompt
+        ),
         tuple(ends[1:]),
     )
     return PackedBatch(torch.from_numpy(tokens_T), torch.from_numpy(positions_T), layout, rows)
 
 
 def _completions(
-    samples: Sequence[Sample], last_C: np.ndarray, columns: Columns, score_prompt: bool
+    samples: Sequence[Sample], last_C: np.ndarray, values: CompletionValues, score_prompt: bool
 ) -> Completions:
     counts = [max(1, len(sample.completion_lengths)) for sample in samples]
 
@@ -120,18 +128,17 @@ def _completions(
     scores = [sample.scores or (math.nan,) * count for sample, count in zip(samples, counts, strict=True)]
     found = {
         "sample_C": np.repeat(np.arange(len(samples)), counts),
-        "weight_C": columns.weight_C.astype(np.float32),
-        "token_weight_C": columns.token_weight_C.astype(np.float32),
+        "weight_C": values.weight_C.astype(np.float32),
+        "token_weight_C": values.token_weight_C.astype(np.float32),
         "length_C": length_C,
         "rows_C": rows_C,
         "last_C": last_C,
         "score_C": np.array([score for some in scores for score in some], np.float32),
         "margin_C": of_samples([sample.margin for sample in samples]),
         "desirable_C": of_samples([bool(sample.label) for sample in samples]).astype(bool),
-        "reference_C": columns.reference_C.astype(np.float32),
-        "coefficient_C": np.full(len(last_C), math.nan, np.float32),
     }
-    return Completions(**{name: torch.from_numpy(values) for name, values in found.items()})
+    columns = Columns((name, torch.from_numpy(column)) for name, column in values.columns.items())
+    return Completions(**{name: torch.from_numpy(column) for name, column in found.items()}, columns=columns)
 
 
 def _last_tokens(prompt: int, lengths: tuple[int, ...]) -> np.ndarray:

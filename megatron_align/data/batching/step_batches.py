@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
-from megatron_align.data.batching.collate import Columns, pack
+from megatron_align.data.batching.collate import CompletionValues, pack
 from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.data.batching.packing import StepPlan, attention_cost, plan_step
 from megatron_align.data.batching.sampler import EpochOrder, SampleSteps, TokenSteps, passes_per_epoch
@@ -222,7 +222,7 @@ class StepBatches:
                 [store.sample(int(i)) for i in samples_B[positions]],
                 row_weights_B[positions],
                 plan.tokens,
-                columns=completions.columns(place),
+                values=completions.values(place),
                 share_prefix=self.data.share_prefix,
                 score_prompt=self._score_prompt,
             )
@@ -322,7 +322,7 @@ def _stored(store: TokenStore, samples_B: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 class _StepCompletions:
-    """Place, weights and reference of every completion of a step: known from the store's index alone."""
+    """Index, weights and reference of every completion of a step: known from the store's index alone."""
 
     def __init__(
         self, store: TokenStore, samples_B: np.ndarray, reference_C: np.ndarray | None, score_prompt: bool
@@ -336,17 +336,17 @@ class _StepCompletions:
         if score_prompt:
             rows_C[nth_C == 0] += np.maximum(store.prompt_lengths[samples_B] - 1, 0)
         tokens = np.bincount(nth_C, own_C * rows_C)
-        self._columns = (
-            own_C / weights_B.sum(),
-            own_C / tokens[nth_C],
-            np.full(len(nth_C), np.nan) if reference_C is None else reference_C[self.stored_C],
-        )
+        self._weight_C, self._token_weight_C = own_C / weights_B.sum(), own_C / tokens[nth_C]
+        self._columns: dict[str, np.ndarray] = {}
+        if reference_C is not None:
+            self._columns["reference_logprobs"] = reference_C[self.stored_C].astype(np.float32)
 
     def places(self, positions: np.ndarray) -> np.ndarray:
         """Return where the completions of these samples of the step stand among all of its completions."""
         mine = [np.arange(self._starts[i], self._starts[i + 1]) for i in positions]
         return np.concatenate([np.empty(0, np.int64), *mine])
 
-    def columns(self, places: np.ndarray) -> Columns:
-        """Return what is known of the completions at these places."""
-        return Columns(*(column[places] for column in self._columns))
+    def values(self, places: np.ndarray) -> CompletionValues:
+        """Return the values of the completions at these places."""
+        columns = {name: column[places] for name, column in self._columns.items()}
+        return CompletionValues(self._weight_C[places], self._token_weight_C[places], columns)

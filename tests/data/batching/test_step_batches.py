@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
-from megatron_align.data.batching.collate import Columns, pack
+from megatron_align.data.batching.collate import CompletionValues, pack
 from megatron_align.data.batching.packing import visible_keys
 from megatron_align.data.batching.step_batches import (
     Share,
@@ -137,9 +137,10 @@ def test_what_is_known_of_completions_by_hand():
         margin=0.5,
     )
     single = Sample(np.array([1, 2], np.int32), np.array([0, 1], bool), 1, (1,), label=True)
-    columns = Columns(np.array([0.5, 0.5, 0.25]), np.array([0.1, 0.2, 0.3]), np.array([-4.0, -2.0, -1.0]))
+    columns = {"reference_logprobs": np.array([-4.0, -2.0, -1.0])}
+    values = CompletionValues(np.array([0.5, 0.5, 0.25]), np.array([0.1, 0.2, 0.3]), columns)
     for share, last in ((True, [3, 4, 6]), (False, [3, 6, 8])):
-        known = pack([pair, single], [1, 1], 9, columns=columns, share_prefix=share).rows.completions
+        known = pack([pair, single], [1, 1], 9, values=values, share_prefix=share).rows.completions
         assert known.sample_C.tolist() == [0, 0, 1]
         assert known.length_C.tolist() == [2, 1, 1]
         assert known.last_C.tolist() == last
@@ -148,7 +149,7 @@ def test_what_is_known_of_completions_by_hand():
         assert known.margin_C.tolist()[:2] == [0.5, 0.5]
         assert known.desirable_C.tolist() == [False, False, True]
         assert known.weight_C.tolist() == [0.5, 0.5, 0.25]
-        assert known.reference_C.tolist() == [-4.0, -2.0, -1.0]
+        assert known.columns["reference_logprobs"].tolist() == [-4.0, -2.0, -1.0]
     assert pack([single], [1], 2).rows.completions.weight_C.isnan().all()  # not given, not 0
 
 
