@@ -1,4 +1,4 @@
-"""Ask a Hugging Face folder questions with plain ``transformers``, and how likely it finds given answers."""
+"""Generate answers, and score given answers, with plain ``transformers`` from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def ask(
     folder: Path, questions: Sequence[str], *, max_new_tokens: int = 8, batch_size: int = 128
 ) -> list[str]:
-    """Return the model's answer to each question, without special tokens: greedy, batched, padded on the left."""
+    """Generate an answer to each question: greedy, batched, padded on the left; special tokens are removed."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers: list[str] = []
@@ -28,13 +28,13 @@ def ask(
 
 
 @torch.inference_mode()
-def likelihoods(
+def answer_logprobs(
     folder: Path, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 128
 ) -> list[float]:
-    """Return the log-prob of each answer to its question, its end included, in nats."""
+    """Return the log-prob of each answer given its question, end token included, in nats."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found: list[float] = []
+    sums: list[float] = []
     for start in range(0, len(questions), batch_size):
         part = slice(start, start + batch_size)
         chats = [[{"role": "user", "content": question}] for question in questions[part]]
@@ -44,8 +44,8 @@ def likelihoods(
         lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
         logprobs_BLV = model(**batch).logits[:, :-1].log_softmax(-1)
         target_BL = batch["input_ids"][:, 1:]
-        place_L = torch.arange(1, batch["input_ids"].shape[1])
-        scored_BL = (place_L >= torch.tensor(lengths)[:, None]) & batch["attention_mask"][:, 1:].bool()
+        position_L = torch.arange(1, batch["input_ids"].shape[1])
+        scored_BL = (position_L >= torch.tensor(lengths)[:, None]) & batch["attention_mask"][:, 1:].bool()
         token_BL = logprobs_BLV.gather(2, target_BL[..., None])[..., 0]
-        found += (token_BL * scored_BL).sum(1).tolist()
-    return found
+        sums += (token_BL * scored_BL).sum(1).tolist()
+    return sums

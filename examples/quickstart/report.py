@@ -1,10 +1,11 @@
-"""What the quickstart says at the end: a table, ``report.json`` and a picture of the loss."""
+"""Report of the quickstart: a table, ``report.json`` and a plot of the losses."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +14,12 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """How one model answered the held-out questions."""
+    """Results of one model on the held-out questions."""
 
-    model: str  # "untrained", or the stage that made it
+    model: str  # "untrained", or the stage that trained it
     asked: int
     right: int
-    preferred: int  # how often the right answer is likelier than a mistake
+    preferred: int  # questions whose right answer is likelier than a mistake
     margin: float  # mean difference of their log-probs, in nats
     examples: dict[str, str]  # question -> answer, a few of them
 
@@ -35,12 +36,12 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What one training stage did, from its metrics.jsonl."""
+    """Losses, speed and duration of one training stage."""
 
     name: str
     losses: tuple[float, ...]  # of every step
     tokens_per_second: float  # over all steps; start-up, saving and export not counted
-    seconds: float  # whole command, start-up to export
+    seconds: float  # of the command, start-up and export included
 
     @classmethod
     def read(cls, name: str, metrics: Path, seconds: float) -> Stage:
@@ -57,15 +58,15 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything the run found out: the first exam is of the untrained model, then one per stage."""
+    """Results of the quickstart: an exam of the untrained model, then one per stage, in order."""
 
     exams: Sequence[Exam]
     stages: Sequence[Stage]
     parameters: int
-    seconds: float  # the whole quickstart
+    seconds: float  # of the complete quickstart
 
     def write(self, path: Path) -> None:
-        """Write all numbers as JSON, with shares beside counts and first and last loss beside the curve."""
+        """Write all numbers as JSON, with shares next to counts and the first and last loss next to the curve."""
         exams = [
             {
                 **asdict(exam),
@@ -87,7 +88,7 @@ class Report:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def table(self) -> Table:
-        """Return one row per model: before any training, and after each stage."""
+        """Return a table with one row per model: before training, and after each stage."""
         table = Table(
             title=f"{self.exams[0].asked} sums the model was never trained on", title_justify="left"
         )
@@ -105,33 +106,36 @@ class Report:
         return table
 
     def show(self, console: Console) -> None:
-        """Print the table; in a pipe or a file it is plain text."""
+        """Print the table, as plain text in a pipe or a file."""
         console.print()
         console.print(self.table())
-        console.print(f"all of it: {self.seconds:.0f} s")
+        console.print(f"total: {self.seconds:.0f} s")
+
+    def titles(self) -> list[str]:
+        """Return a line per stage: accuracy on unseen sums before it (after the stage before) and after it."""
+        return [
+            f"{stage.name.upper()}: unseen sums right {before.accuracy:.1%} before, {after.accuracy:.1%} after"
+            for stage, (before, after) in zip(self.stages, pairwise(self.exams), strict=True)
+        ]
 
     def draw(self, path: Path) -> None:
-        """Draw every stage's loss."""
+        """Plot the loss of every stage as PNG."""
         import matplotlib
 
         matplotlib.use("Agg")  # no display needed
         import matplotlib.pyplot as plt
 
-        accuracy = {exam.model: exam.accuracy for exam in self.exams}
         figure, axes = plt.subplots(1, len(self.stages), figsize=(6.4 * len(self.stages), 4), squeeze=False)
-        for ax, stage in zip(axes[0], self.stages, strict=True):
+        for ax, stage, title in zip(axes[0], self.stages, self.titles(), strict=True):
             steps = range(1, len(stage.losses) + 1)
             ax.plot(steps, stage.losses, color="tab:blue", linewidth=1.5)
             ax.set(
                 xlabel="optimiser step",
                 ylabel=f"training loss (nats per {'pair' if stage.name == 'dpo' else 'token'})",
-                yscale="log",
+                yscale="linear" if stage.name == "dpo" else "log",  # a DPO loss stays near ln 2
                 xlim=(1, steps[-1]),
             )
-            before, after = (f"{accuracy[name]:.1%}" for name in (self.exams[0].model, stage.name))
-            ax.set_title(
-                f"{stage.name.upper()}: unseen sums right {before} before, {after} after", fontsize=11
-            )
+            ax.set_title(title, fontsize=11)
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
             ax.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()

@@ -1,9 +1,9 @@
-"""The quickstart: a tiny Qwen2 learns to add, then to prefer right sums, by the same commands as a large model.
+"""The quickstart: a tiny Qwen2 learns to add, then to prefer right sums, with the commands of a large model.
 
     python -m examples.quickstart.run --out runs/quickstart
 
-Options it does not know go to every ``megatron_align.train`` (for example ``--train.steps 100``). Exit codes: 0 the
-model learnt; 1 a stage failed, or it did not learn; 2 bad input.
+Unknown options are passed to every ``megatron_align.train`` (for example ``--train.steps 100``). Exit codes: 0 the
+model learnt; 1 a stage failed or the model did not learn; 2 bad input.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from examples.quickstart import task, tiny_model
-from examples.quickstart.ask import ask, likelihoods
+from examples.quickstart.ask import answer_logprobs, ask
 from examples.quickstart.report import Exam, Report, Stage
 
 HERE = Path(__file__).resolve().parent
-MARK = ".quickstart"  # says that a folder is ours to empty
+MARK = ".quickstart"  # a folder with this file is an earlier quickstart's and may be emptied
 PROCESSES = 2
 
 
 class QuickstartError(Exception):
-    """The quickstart cannot go on; one line says why. ``code`` is the exit code."""
+    """The quickstart cannot continue; the message is one line and ``code`` the exit code."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -41,12 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart.run", allow_abbrev=False)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run, emptied first"
+        "--out", type=Path, default=Path("runs/quickstart"), help="output folder, emptied first"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the task and of the untrained model")
-    parser.add_argument(
-        "--need", type=float, default=0.5, help="accuracy below which the run counts as failed"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the task and of the untrained model")
+    parser.add_argument("--need", type=float, default=0.5, help="accuracy below which the run fails")
     options, for_training = parser.parse_known_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     transformers_logging.disable_progress_bar()
@@ -62,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(out: Path, seed: int, for_training: Sequence[str], console: Console) -> Report:
-    """Go through all stages and leave everything in ``out``."""
+    """Train and examine every stage; write all files into ``out``."""
     started = time.perf_counter()
     empty(out)
     splits = task.make_splits(seed)
@@ -87,7 +85,7 @@ def run(out: Path, seed: int, for_training: Sequence[str], console: Console) -> 
 
 
 def empty(out: Path) -> None:
-    """Make ``out`` an empty folder; refuse one whose content is not of an earlier quickstart."""
+    """Create or empty ``out``; refuse a folder with content that is not an earlier quickstart's."""
     if out.exists() and not (out / MARK).exists() and (not out.is_dir() or any(out.iterdir())):
         raise QuickstartError(
             f"--out must be a new or empty folder, or an earlier quickstart's; found '{out}'", 2
@@ -109,16 +107,16 @@ def train(name: str, model: Path, data: Path, out: Path, more: Sequence[str]) ->
     started = time.perf_counter()
     code = subprocess.run(command, env={**os.environ, **settings}, check=False).returncode
     if code != 0:
-        raise QuickstartError(f"stage {name} failed with exit code {code}; its own message is above")
+        raise QuickstartError(f"stage {name} failed with exit code {code}; see its message above")
     return Stage.read(name, out / "metrics.jsonl", time.perf_counter() - started)
 
 
 def examine(name: str, folder: Path, sums: Sequence[task.Sum]) -> Exam:
-    """Ask the model in ``folder`` every held-out sum, and whether it prefers the right answer to the mistake."""
+    """Score the model in ``folder`` on held-out sums: accuracy, and preference of the right answer to a mistake."""
     questions = [one.question for one in sums]
     answers = [answer.strip() for answer in ask(folder, questions)]
-    chosen = likelihoods(folder, questions, [one.answer for one in sums])
-    rejected = likelihoods(folder, questions, [one.mistake for one in sums])
+    chosen = answer_logprobs(folder, questions, [one.answer for one in sums])
+    rejected = answer_logprobs(folder, questions, [one.mistake for one in sums])
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     right = sum(answer == one.answer for answer, one in zip(answers, sums, strict=True))
     step = max(1, len(sums) // 8)
@@ -134,7 +132,7 @@ def examine(name: str, folder: Path, sums: Sequence[task.Sum]) -> Exam:
 
 
 def check(report: Report, need: float) -> None:
-    """Fail unless the last model answers at least a share ``need`` of the held-out sums rightly."""
+    """Raise unless the last model answers at least a share ``need`` of the held-out sums correctly."""
     last = report.exams[-1]
     if last.accuracy < need:
         raise QuickstartError(

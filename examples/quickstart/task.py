@@ -1,6 +1,6 @@
 """The quickstart's task: sums of two numbers below 100, as chats and as pairs, with sums the model never sees.
 
-A question and its mirror (27+45 and 45+27) always lie in the same split, so that a held-out sum cannot be
+A question and its mirror (27+45 and 45+27) are always in the same split, so that a held-out sum cannot be
 copied from training. Everything here is a pure function of the seed.
 """
 
@@ -25,17 +25,17 @@ class Sum:
 
     @property
     def question(self) -> str:
-        """What the user asks, for example ``27+45=``."""
+        """The user's question, for example ``27+45=``."""
         return f"{self.left}+{self.right}="
 
     @property
     def answer(self) -> str:
-        """What the assistant should say, for example ``72``."""
+        """The right answer, for example ``72``."""
         return str(self.left + self.right)
 
     @property
     def mistake(self) -> str:
-        """A wrong answer as people make it: a carry forgotten or one too many, a slip by one or two."""
+        """A typical wrong answer: off by one or two, or by a forgotten or superfluous carry."""
         slip = random.Random(f"{self.left} {self.right}").choice((-10, -2, -1, 1, 2, 10))
         wrong = self.left + self.right + slip
         return str(wrong if wrong >= 0 else -wrong + 1)
@@ -43,7 +43,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Sums to train on, and sums to ask afterwards; no sum or mirrored sum is in both."""
+    """Training and held-out sums; no sum or mirrored sum is in both."""
 
     train: tuple[Sum, ...]
     held_out: tuple[Sum, ...]

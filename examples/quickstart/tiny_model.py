@@ -1,4 +1,4 @@
-"""A tiny, untrained Qwen2 with a tokenizer of its own, saved as an ordinary Hugging Face folder.
+"""Create a tiny, untrained Qwen2 and its tokenizer as an ordinary Hugging Face folder.
 
 The tokenizer knows the 256 bytes and the six pieces of a ChatML frame: each digit is one token, no text is
 unknown, and nothing has to be downloaded.

@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from examples.quickstart import run, task, tiny_model
-from examples.quickstart.ask import ask, likelihoods
+from examples.quickstart.ask import answer_logprobs, ask
 from examples.quickstart.report import Exam, Report, Stage
 
 
@@ -91,12 +91,12 @@ def test_asking_in_batches_changes_no_answer(folder):
     assert ask(folder, questions) == ask(folder, questions, batch_size=1)
 
 
-def test_likelihoods_are_of_the_answer_and_its_end(folder):
+def test_logprobs_are_of_the_answer_and_its_end(folder):
     from transformers import AutoModelForCausalLM
 
     questions, answers = ["1+2=", "27+45=", "8+90="], ["3", "72", "98"]
-    found = likelihoods(folder, questions, answers)
-    assert found == pytest.approx(likelihoods(folder, questions, answers, batch_size=1), rel=1e-5)
+    found = answer_logprobs(folder, questions, answers)
+    assert found == pytest.approx(answer_logprobs(folder, questions, answers, batch_size=1), rel=1e-5)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     prompt = "<|im_start|>user\n27+45=<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt + "72<|im_end|>", return_tensors="pt")["input_ids"]
@@ -149,6 +149,18 @@ def test_stage_reads_the_training_rows_only(tmp_path):
     assert (stage.losses, stage.tokens_per_second) == ((2.0, 1.0), 10.0)
 
 
+def test_a_stage_is_compared_with_the_stage_before_it():
+    """ "Before" DPO is SFT's model, not the untrained one: law of the picture's titles."""
+    report = make_report()
+    dpo = Exam(model="dpo", asked=100, right=97, preferred=99, margin=9.0, examples={})
+    stages = [*report.stages, Stage(name="dpo", losses=(0.69, 0.65), tokens_per_second=1.0, seconds=9.0)]
+    report = Report(exams=[*report.exams, dpo], stages=stages, parameters=1000, seconds=90.0)
+    assert report.titles() == [
+        "SFT: unseen sums right 0.0% before, 98.0% after",
+        "DPO: unseen sums right 98.0% before, 97.0% after",
+    ]
+
+
 def test_picture_is_drawn(tmp_path):
     make_report().draw(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -174,6 +186,6 @@ def test_a_failing_stage_ends_it_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.sys, "executable", shutil.which("false"))
     assert run.main(["--out", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: stage sft failed with exit code 1; its own message is above"
+        "error: stage sft failed with exit code 1; see its message above"
     )
     assert not (tmp_path / "run" / "report.json").exists()
