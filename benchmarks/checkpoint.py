@@ -1,29 +1,26 @@
 """Saving and loading a training checkpoint against the disk's own speed, and the pause of a save in the background.
 
-``python -m benchmarks.checkpoint --folder /big/disk`` builds a model of Llama's kind with bf16 weights and its
+``python -m benchmarks.checkpoint --folder /big/disk`` builds a Llama-type model with bf16 weights and its
 optimizer (``--layers 8``: 81 M parameters, 1.14 GB), and in one process, the contestants in turn for ``--rounds``:
 
-- write, read: the same number of bytes in one file, sequentially, written with ``fsync``: what the disk can do
-- save: synchronously, as a run does: planned, hashed, forced onto the disk, renamed; the first one by itself
-- background: a save behind the back of training, which makes steps of ``--tokens`` meanwhile. The pause: training stood
-  still, its waiting for the copies included. What it takes of training in all: so much longer did those steps, with the
-  pause, last than the same number of steps alone, as processor and memory are shared. And until it had its name
-- torch: ``torch.distributed.checkpoint`` saves the same tensors, without hashes: at once, and asynchronously with a
-  stager that is kept and copies in a thread, its pause measured the same way
+- write, read: the same number of bytes in one file, sequentially, written with ``fsync``: the speed of the disk
+- save: synchronous, as in a run: planned, hashed, flushed to disk, renamed; the first save is a case of its own
+- background: a background save while training makes steps of ``--tokens``. Three figures: the pause of training,
+  including its wait for the copies; the slowdown, by how much those steps took longer, pause included, than the same
+  number of steps without a save, as processor and memory are shared; and the time until the checkpoint was complete
+- torch: ``torch.distributed.checkpoint`` saves the same tensors, without hashes: synchronously, and asynchronously
+  with a reused stager that copies in a thread; its pause is measured in the same way
 - verify, load: reading and hashing all files; then reading them into the model and its optimizer
 
-The page cache forgets what was written before anything is read, and a few gigabytes of memory are written once before
-each case but the pause, as a virtual machine has to fetch from its host what lay idle: whoever comes first would pay.
+The page cache is dropped before anything is read, and a few gigabytes of memory are written once before each case but
+the pause: a virtual machine fetches idle memory from its host, and the first case would pay for that.
 Prints a table and appends it to ``benchmarks/results/checkpoint.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -35,7 +32,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "checkpoint.csv"
+from benchmarks.rows import append, stamp
+
 BLOCK = 16 << 20
 HIDDEN, FFN, VOCAB = 768, 2048, 32000
 
@@ -58,7 +56,7 @@ def model_folder(folder: Path, layers: int) -> Path:
 
 
 def build(assets: Path) -> tuple[Any, dict[str, Any]]:
-    """Return what makes steps of a model, its optimizer with moments that are not zero, and a card."""
+    """Build a model, its stepper, an optimizer with nonzero moments, and checkpoint metadata."""
     import torch
 
     from megatron_align.checkpoint import folder as sharded
@@ -87,7 +85,7 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def one_pack(tokens: int) -> Any:
-    """Return a pack of one document, all of it trained on."""
+    """Return a pack of one document whose tokens are all trained."""
     import numpy as np
 
     from megatron_align.data.batching.collate import pack
@@ -115,13 +113,13 @@ class Torch:
         self.stager = DefaultStager(StagingOptions(False, False, True, False))
 
     def save(self, folder: Path) -> None:
-        """Save at once."""
+        """Save synchronously."""
         import torch.distributed.checkpoint as dcp
 
         dcp.save(self.state, checkpoint_id=folder)
 
     def pause(self, folder: Path, stepper: Any, batches: list[Any]) -> float:
-        """Save while a step is made; return for how long that stood still."""
+        """Save during a training step; return the seconds for which training was blocked."""
         import torch.distributed.checkpoint as dcp
 
         started = time.perf_counter()
@@ -138,14 +136,14 @@ class Torch:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Return how many seconds a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def forget(folder: Path) -> None:
-    """Make the page cache forget the files of a folder, all of them on the disk."""
+    """Flush the files of a folder to disk and drop them from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
@@ -153,12 +151,12 @@ def forget(folder: Path) -> None:
 
 
 def touch_memory() -> None:
-    """Let another process write and free some gigabytes."""
+    """Write and free some gigabytes of memory in another process."""
     subprocess.run([sys.executable, "-c", "b'1' * (4 << 30)"], check=True)
 
 
 def write(path: Path, size: int) -> None:
-    """Write a file of random bytes, as a loop over blocks does, and force it onto the disk."""
+    """Write a file of random bytes block by block and flush it to disk."""
     block = os.urandom(BLOCK)
     path.parent.mkdir(exist_ok=True)
     with open(path, "wb", buffering=0) as file:
@@ -183,12 +181,12 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
     assets = model_folder(folder / "model", layers)
     stepper, card = build(assets)
     model, optimizer, batches = stepper.model, stepper.optimizer, [one_pack(tokens)]
-    saver, behind = Saver(), Saver(background=True)
+    saver, background = Saver(), Saver(background=True)
     first = saver.save(folder / "save", model, optimizer, card, assets)
-    behind.save(folder / "background", model, optimizer, card, assets)  # takes its memory
-    stepper.before_update = behind.wait_until_copied
+    background.save(folder / "background", model, optimizer, card, assets)  # allocates its buffers
+    stepper.before_update = background.wait_until_copied
     torch = Torch(stepper)
-    torch.pause(folder / "torch", stepper, batches)  # takes its memory
+    torch.pause(folder / "torch", stepper, batches)  # allocates its buffers
     times: dict[str, list[float]] = {"save, the first": [first.seconds]}
 
     def note(case: str, seconds: float) -> None:
@@ -203,15 +201,15 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
         note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
         touch_memory()
         note("torch, save", timed(lambda: torch.save(folder / "torch" / "at_once")))
-        note("torch, pause", torch.pause(folder / "torch" / "behind", stepper, batches))
+        note("torch, pause", torch.pause(folder / "torch" / "async", stepper, batches))
         alone = timed(lambda: stepper.train(batches))
         note("step", alone)
         started, steps = time.perf_counter(), 0
-        behind.begin(folder / "background", model, optimizer, card, assets)
-        while not behind.written():
+        background.begin(folder / "background", model, optimizer, card, assets)
+        while not background.written():
             stepper.train(batches)
             steps += 1
-        saved = behind.finish()
+        saved = background.finish()
         note("background, pause", saved.pause_seconds)
         note("background, of training", time.perf_counter() - started - steps * alone)
         note("background, in all", saved.seconds)
@@ -228,10 +226,10 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--folder", type=Path, default=None, help="where there is room; default: a temporary one"
+        "--folder", type=Path, default=None, help="folder with enough free space (default: a temporary one)"
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
@@ -255,8 +253,8 @@ def main() -> None:
         )
         rows.append(
             {
-                "date": datetime.date.today().isoformat(),
-                "cpu": f"{platform.machine()} x {os.cpu_count()}",
+                **stamp(),
+                "cores": os.cpu_count(),
                 "torch": torch.__version__,
                 "load": round(load, 1),
                 "rounds": len(seconds),
@@ -270,12 +268,8 @@ def main() -> None:
                 "of_save": round(p50 / statistics.median(cases["save"][1]), 3),
             }
         )
-        print("  ".join(f"{name} {value}" for name, value in list(rows[-1].items())[5:]))
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+        print("  ".join(f"{name} {value}" for name, value in list(rows[-1].items())[6:]))
+    append("checkpoint", rows)
 
 
 if __name__ == "__main__":

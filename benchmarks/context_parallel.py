@@ -1,9 +1,9 @@
-"""How level context-parallel ranks are in attention work, and what they move: simulated, no rank computes anything.
+"""Balance of attention work over context-parallel ranks, and the bytes they exchange; simulated, nothing is computed.
 
-``python -m benchmarks.context_parallel`` prints the figures and adds rows to two files of ``benchmarks/results/``.
+``python -m benchmarks.context_parallel`` prints the figures and appends rows to two files of ``benchmarks/results/``.
 
 - ``context_parallel_balance.csv``: packs of a chat mix (lognormal lengths, packed as a step is), as documents and as
-  preference pairs (half of each sample its prompt), cut over the ranks in three ways: ``plain``, consecutive parts;
+  preference pairs (half of each sample its prompt), split over the ranks in three ways: ``plain``, consecutive parts;
   ``zigzag``, parts r and 2 R - 1 - r of 2 R, as for one causal document; ``ours``, ``balanced_shards``. Work is
   max / mean over the ranks of visible (query, key) pairs: quantiles over packs and the worst pack.
 - ``context_parallel_bytes.csv``: bytes that one rank moves per layer, forward and backward, by ``ulysses`` and by
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.gpu import append
-from benchmarks.packing import draw, place
+from benchmarks.packing import draw, environment
+from benchmarks.rows import record, stamp
 from megatron_align.data.batching.context_split import attention_work, balanced_shards, contiguous_shards
 from megatron_align.data.batching.packing import plan_step
 from megatron_align.model.context_kind import (
@@ -44,7 +44,7 @@ BF16 = 2
 
 
 def zigzag(tokens: int, ranks: int) -> np.ndarray:
-    """Return positions ``[R, Q]``: the usual cut for one causal document."""
+    """Return the positions ``[R, Q]`` of each rank in the usual zigzag split of one causal document."""
     parts = np.arange(tokens).reshape(2, ranks, -1)
     return np.concatenate([parts[0], parts[1, ::-1]], axis=1)
 
@@ -70,8 +70,8 @@ def pairs(lengths: np.ndarray) -> Groups:
 def balance(
     steps: np.ndarray, capacity: int, ranks: int, as_groups: Callable[[np.ndarray], Groups]
 ) -> dict[str, object]:
-    """Return the figures of one kind of samples on ``ranks`` ranks."""
-    found: dict[str, list[float]] = {"plain": [], "zigzag": [], "ours": []}
+    """Return the figures of one type of samples on ``ranks`` ranks."""
+    imbalance: dict[str, list[float]] = {"plain": [], "zigzag": [], "ours": []}
     milliseconds, pieces = [], []
     for lengths, tokens in packs(steps, capacity, 2 * ranks):
         groups = as_groups(lengths)
@@ -82,9 +82,9 @@ def balance(
         cuts = {"plain": contiguous_shards(tokens, ranks), "zigzag": zigzag(tokens, ranks), "ours": ours}
         for name, positions_RQ in cuts.items():
             work_R = attention_work(groups, tokens)[positions_RQ].sum(1)
-            found[name].append(work_R.max() / work_R.mean())
+            imbalance[name].append(work_R.max() / work_R.mean())
     row: dict[str, object] = {"samples": as_groups.__name__, "context": ranks, "packs": len(pieces)}
-    for name, values in found.items():
+    for name, values in imbalance.items():
         row |= {f"{name}_p{p}": f"{np.percentile(values, p):.3f}" for p in (20, 50, 80)}
         row[f"{name}_max"] = f"{max(values):.3f}"
     row |= {f"ours_ms_p{p}": f"{np.percentile(milliseconds, p):.2f}" for p in (20, 50, 80)}
@@ -108,31 +108,31 @@ def moved(model: str, tensor: int, context: int, tokens: int) -> dict[str, objec
 
 
 def main() -> None:
-    """Simulate, print, append."""
+    """Simulate, print and append to the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--samples", type=int, default=512, help="global batch")
-    parser.add_argument("--mean", type=float, default=815.0, help="tokens of a sample")
-    parser.add_argument("--sigma", type=float, default=1.0, help="of the log length")
+    parser.add_argument("--mean", type=float, default=815.0, help="mean tokens of a sample")
+    parser.add_argument("--sigma", type=float, default=1.0, help="standard deviation of the log length")
     parser.add_argument("--capacity", type=int, default=16384)
     args = parser.parse_args()
     steps = draw(args.steps, args.samples, args.mean, args.sigma, args.capacity)
-    where = {**place(), "mean": f"{steps.mean():.0f}", "sigma": args.sigma, "capacity": args.capacity}
+    where = {**environment(), "mean": f"{steps.mean():.0f}", "sigma": args.sigma, "capacity": args.capacity}
     rows = [
         {**where, **balance(steps, args.capacity, ranks, kind)}
         for kind in (documents, pairs)
         for ranks in CONTEXT
     ]
-    append("context_parallel_balance", rows)
+    record("context_parallel_balance", rows)
     bytes_moved = [
-        {"date": where["date"], **moved(model, tensor, context, args.capacity)}
+        {**stamp(), **moved(model, tensor, context, args.capacity)}
         for model in MODELS
         for tensor in TENSOR
         for context in CONTEXT
     ]
-    append("context_parallel_bytes", bytes_moved)
+    record("context_parallel_bytes", bytes_moved)
 
 
 if __name__ == "__main__":

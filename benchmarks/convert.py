@@ -1,28 +1,25 @@
 """Conversion and merging against the disk's own speed and against loading and saving with transformers, in one run.
 
-``python -m benchmarks.convert --folder /big/disk`` makes a model with Llama-3-8B's tensor names and shapes, cut in
-layers (``--layers 5``: 4.3 GB in bf16), and three more of its size, runs every case in a process of its own, the
+``python -m benchmarks.convert --folder /big/disk`` builds a model with Llama-3-8B's tensor names and shapes, fewer
+layers (``--layers 5``: 4.3 GB in bf16), and three more of its size, runs every case in a separate process, the
 contestants in turn for ``--rounds``, prints a table and appends it to ``benchmarks/results/convert.csv``.
 
-- copy: ``cp`` of the model and ``fsync``: what the disk can do. copy of 4 reads all four inputs of the merge and
+- copy: ``cp`` of the model and ``fsync``: the speed of the disk. copy of 4 reads all four inputs of the merge and
   writes one.
 - import, export, merge: ours. transformers: ``from_pretrained`` and ``save_pretrained`` in bf16.
 
-The page cache forgets the inputs before each measurement, and half the memory is written once, as a virtual machine
-has to fetch from its host what lay idle: whoever comes first would pay. Every contestant's output is on the disk when
-its clock stops. GB/s count bytes read and bytes written. User seconds include imports: what is left is the kernel's and
-the disk's. Peak memory is the resident size of the process; its bound is
-twice the largest tensor group and 512 MB.
+The page cache drops the inputs before each measurement, and half the memory is written once: a virtual machine fetches
+idle memory from its host, and the first case would pay for that. Every contestant's output is on the disk when its
+clock stops. GB/s count bytes read and bytes written. User seconds include imports; the rest of the time is the
+kernel's and the disk's. Peak memory is the resident size of the process; its bound is twice the largest tensor group
+and 512 MB.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -32,14 +29,15 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "convert.csv"
+from benchmarks.rows import append, stamp
+
 VOCAB, HIDDEN, FFN, HEADS, GROUPS = 128256, 4096, 14336, 32, 8
 GROUP_BYTES = VOCAB * HIDDEN * 2  # the embedding
 BOUND = 2 * GROUP_BYTES + 512 * 2**20
 
 
 def make_model(folder: Path, layers: int, seed: int) -> None:
-    """Write a model of random numbers; a tensor repeats a stretch of them."""
+    """Write a model of random numbers; each tensor repeats one block of them."""
     import torch
 
     from megatron_align.hf.writer import ShardWriter, hf_specs
@@ -79,7 +77,7 @@ def make_model(folder: Path, layers: int, seed: int) -> None:
 
 
 def forget(*folders: Path) -> None:
-    """Ask the page cache to drop a folder's files."""
+    """Drop a folder's files from the page cache."""
     for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -94,7 +92,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-# One measurement each, in a process of its own.
+# One measurement each, in a separate process.
 def by_copy(hf: Path, out: Path, *others: Path) -> None:
     for folder in others:
         subprocess.run(f"cat {folder}/*.safetensors > /dev/null", shell=True, check=True)
@@ -198,32 +196,32 @@ def report(work: Path, options: argparse.Namespace) -> None:
     for number, folder in enumerate(models):
         make_model(folder, options.layers, number)
     size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
-    found: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+    measurements: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
         for case in cases:
             source = work / "checkpoint" if case == "export" else models[0]
             out = work / "checkpoint" if case == "import" else work / "out"
             shutil.rmtree(out, ignore_errors=True)
             others = models[1:] if _merges(case) else []
-            found[case].append(measure(case, source, out, others))
+            measurements[case].append(measure(case, source, out, others))
             if out.name == "out":
                 shutil.rmtree(out)
-            print(case, found[case][-1], flush=True)
-    rows = [row_of(case, runs, found, size) for case, runs in found.items()]
+            print(case, measurements[case][-1], flush=True)
+    rows = [row_of(case, runs, measurements, size) for case, runs in measurements.items()]
     write(rows, options)
 
 
 def _merges(case: str) -> bool:
-    """Tell whether a case has four inputs."""
+    """Return whether a case has four inputs."""
     return case.startswith(("merge", "copy of"))
 
 
-def row_of(case: str, runs: list[dict], found: dict[str, list[dict]], size: int) -> dict[str, object]:
+def row_of(case: str, runs: list[dict], measurements: dict[str, list[dict]], size: int) -> dict[str, object]:
     seconds = sorted(run["seconds"] for run in runs)
     middle = statistics.median(seconds)
     judge = "copy of 4" if _merges(case) else "copy"
     moved = size * (5 if judge == "copy of 4" else 2)
-    theirs = statistics.median(run["seconds"] for run in found[judge])
+    theirs = statistics.median(run["seconds"] for run in measurements[judge])
     return {
         "case": case,
         "gigabytes": round(size / 1e9, 2),
@@ -241,20 +239,15 @@ def row_of(case: str, runs: list[dict], found: dict[str, list[dict]], size: int)
 def write(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
     import torch
 
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": f"{platform.machine()} x {os.cpu_count()}",
+    environment = {
+        **stamp(),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "layers": options.layers,
         "rounds": options.rounds,
         "load": round(os.getloadavg()[0], 1),
     }
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*facts, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**facts, **row} for row in rows)
+    append("convert", [{**environment, **row} for row in rows])
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
     for row in rows:

@@ -1,21 +1,20 @@
 """DPO on CPU, ours against TRL's DPOTrainer: seconds per step and peak memory, same model, pairs and threads, one run.
 
 ``python -m benchmarks.dpo`` trains a narrow Qwen2 with a vocabulary of 151,936 on pairs whose prompts are four times as
-long as their answers, each contestant in a process of its own, prints a table and appends it to
-``benchmarks/results/dpo.csv``. Ours: prompts shared, the reference a column of numbers. TRL: as it comes, and with
-``precompute_ref_log_probs``. Seconds are the median over the steps after the first; what comes before the first step
-(loading, the reference's pass of ours and of TRL's second way) is a column of its own. Nothing is printed unless the
-losses agree to 1e-4.
+long as their answers, each contestant in a separate process, prints a table and appends it to
+``benchmarks/results/dpo.csv``. Ours: shared prompts and a cached reference. TRL: with its defaults, and with
+``precompute_ref_log_probs``. Seconds are the median over the steps after the first; the time before the first step
+(loading, precomputed references) is a separate column. Nothing is printed unless the losses agree to 1e-4.
+
+The ratio is not that on a GPU: without Triton TRL's head also computes the prompt's rows, which is most of this narrow
+model's work, and glibc returns every large block to the kernel, which costs TRL more.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -26,7 +25,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "dpo.csv"
+from benchmarks.rows import append, stamp
+
 WAYS = ("ours", "trl", "trl precomputed")
 MODEL = {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
 LR = 1e-4
@@ -127,19 +127,21 @@ def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, obj
 
 
 def contestant(way: str, folder: Path, steps: int, batch: int) -> None:
-    """Run one contestant in this process; its figures are the last line of the output."""
+    """Run one contestant in this process; print its figures as the last line."""
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     started = time.perf_counter()
-    found = ours(folder, steps, batch) if way == "ours" else trl(folder, steps, batch, "precomputed" in way)
-    found["before"] = time.perf_counter() - started - sum(found["seconds"])
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps(found), flush=True)
+    measured = (
+        ours(folder, steps, batch) if way == "ours" else trl(folder, steps, batch, "precomputed" in way)
+    )
+    measured["before"] = time.perf_counter() - started - sum(measured["seconds"])
+    measured["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(measured), flush=True)
 
 
 def main() -> None:
-    """Measure, print, append."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,13 +170,14 @@ def main() -> None:
 def report(rows: list[tuple[str, dict]], options: argparse.Namespace) -> None:
     """Print the table and append it to the results, if the losses agree."""
     own = rows[0][1]
-    for way, found in rows:
-        apart = max(abs(a - b) / abs(a) for a, b in zip(own["losses"], found["losses"], strict=True))
-        if apart > 1e-4:
-            raise SystemExit(f"losses of {way} are {apart:.1e} from ours: {found['losses']}, {own['losses']}")
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
+    for way, measured in rows:
+        difference = max(abs(a - b) / abs(a) for a, b in zip(own["losses"], measured["losses"], strict=True))
+        if difference > 1e-4:
+            raise SystemExit(
+                f"losses of {way} differ from ours by {difference:.1e}: {measured['losses']}, {own['losses']}"
+            )
+    environment = {
+        **stamp(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "torch": version("torch"),
@@ -185,23 +188,17 @@ def report(rows: list[tuple[str, dict]], options: argparse.Namespace) -> None:
     }
     first = statistics.median(own["seconds"][1:])
     print(f"{'':16} {'s/step':>8} {'ratio':>7} {'peak MB':>8} {'ours / its':>10} {'before, s':>10}")
-    with RESULTS.open("a", newline="") as file:
-        writer = None
-        for way, found in rows:
-            seconds = statistics.median(found["seconds"][1:])
-            figures = {
-                "seconds_per_step": round(seconds, 3),
-                "times_ours": round(seconds / first, 2),
-                "peak_mb": round(found["peak_mb"]),
-                "ours_over_its_peak": round(own["peak_mb"] / found["peak_mb"], 3),
-                "seconds_before": round(found["before"], 1),
-            }
-            row = {**facts, "way": way, **figures}
-            writer = writer or csv.DictWriter(file, row)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
-            print("{:16} {:8.2f} {:6.1f}x {:8,} {:10.2f} {:10.1f}".format(way, *figures.values()))
+    for way, measured in rows:
+        seconds = statistics.median(measured["seconds"][1:])
+        figures = {
+            "seconds_per_step": round(seconds, 3),
+            "times_ours": round(seconds / first, 2),
+            "peak_mb": round(measured["peak_mb"]),
+            "ours_over_its_peak": round(own["peak_mb"] / measured["peak_mb"], 3),
+            "seconds_before": round(measured["before"], 1),
+        }
+        append("dpo", [{**environment, "way": way, **figures}])
+        print("{:16} {:8.2f} {:6.1f}x {:8,} {:10.2f} {:10.1f}".format(way, *figures.values()))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""What every GPU benchmark shares: the machine's description, interleaved timing, the cuBLAS yardstick, CSV rows."""
+"""Shared parts of the GPU benchmarks: description of the GPU, interleaved timing, the cuBLAS yardstick."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import statistics
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.rows import stamp
 
 
 def require_gpu(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +18,8 @@ def require_gpu(parser: argparse.ArgumentParser) -> None:
         parser.exit(2, f"{parser.prog}: needs a CUDA GPU; torch {torch.__version__} sees none here\n")
 
 
-def place() -> dict[str, str]:
-    """Return where and when this ran."""
+def environment() -> dict[str, str]:
+    """Return the columns that say when and on what a row was measured."""
     import torch
     import triton
 
@@ -34,8 +31,7 @@ def place() -> dict[str, str]:
         timeout=20,
     ).stdout
     return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
+        **stamp(torch.cuda.get_device_name()),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "sm_clock_and_power": clock.strip().splitlines()[0] if clock.strip() else "unknown",
@@ -43,7 +39,7 @@ def place() -> dict[str, str]:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, list[float]]:
-    """Return milliseconds of each run, A B A B ..., after warm-up, with the L2 cache flushed before each."""
+    """Time runs alternately (A B A B ...) after warm-up, in ms, with the L2 cache flushed before each."""
     import torch
 
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
@@ -70,24 +66,9 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def yardstick() -> float:
-    """Return TFLOP/s of a bf16 cuBLAS product of 8192 x 8192 x 8192: what this GPU does today."""
+    """Return the TFLOP/s of a bf16 cuBLAS product of 8192 x 8192 x 8192 on this GPU now."""
     import torch
 
     a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
     [times] = interleaved({"gemm": lambda: a @ b}, 10).values()
     return 2 * 8192**3 / quantiles(times)[1] / 1e9
-
-
-def append(name: str, rows: list[dict[str, object]]) -> None:
-    """Add the rows to ``results/NAME.csv`` and print them."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    shown = [key for key in rows[0] if key not in ("date", "gpu", "torch", "triton", "sm_clock_and_power")]
-    for row in rows:
-        print("  ".join(f"{key}={row[key]}" for key in shown))

@@ -1,6 +1,6 @@
 """Packed and prefix-shared attention on a GPU against compiled FlexAttention and cuDNN SDPA, in one interleaved run.
 
-``python -m benchmarks.gpu_attention`` prints each figure beside its target and adds rows to
+``python -m benchmarks.gpu_attention`` prints each figure next to its target and appends rows to
 ``benchmarks/results/gpu_attention.csv``. bf16; FLOPs are those of visible pairs, backward 2.5 x forward, never tiles.
 No figure is printed for a case whose error against float32 passes that of its peer by more than bf16's rounding.
 """
@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import append, interleaved, place, quantiles, require_gpu, yardstick
+from benchmarks.gpu import environment, interleaved, quantiles, require_gpu, yardstick
+from benchmarks.rows import record
 from megatron_align.data.batching.context_split import attention_work
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 
@@ -42,7 +43,7 @@ def flops(layout: PackedLayout, head_dim: int, part: str) -> float:
 
 
 def flex(layout: PackedLayout) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Return compiled FlexAttention over the layout: the mask made beforehand, and made in each call."""
+    """Return compiled FlexAttention over the layout: with the mask built once, and built in each call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     attention = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
@@ -97,7 +98,7 @@ def passes(function: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor)
 
 
 def require_correct(head_dim: int) -> None:
-    """Exit unless a small pack is right, forward and backward: a figure of a wrong kernel is worth nothing."""
+    """Exit unless forward and backward are right on a small pack: figures of a wrong kernel are worthless."""
     layout = PackedLayout.from_groups([(300, [200, 77]), (0, [500])], total=1100).to("cuda")
     tensors = inputs(layout.tokens, head_dim)
     grad = torch.randn_like(tensors[0])
@@ -154,7 +155,7 @@ def measure(case: str, head_dim: int, rounds: int, gemm: float, where: dict[str,
 
 
 def target(case: str, head_dim: int, part: str, who: str) -> str:
-    """Return what the figure should reach, in words; empty where none is set."""
+    """Return the target of a figure in words, empty where none is set."""
     if who == "ours" and case == "4x4k" and head_dim == 128 and part != "fwd+bwd":
         return f"useful_tflops >= {420 if part == 'fwd' else 280}"
     wanted = CASES[case][1].get(who)
@@ -162,7 +163,7 @@ def target(case: str, head_dim: int, part: str, who: str) -> str:
 
 
 def shared_against_copies(rounds: int, where: dict[str, str]) -> list[dict]:
-    """Return how much of the ratio of FLOPs between copied and shared prompts is won in time (target 0.9)."""
+    """Return the share of the FLOPs ratio of copied to shared prompts that is gained in time (target 0.9)."""
     prompt, completions = PAIR
     layouts = {
         "shared": PackedLayout.from_groups([PAIR] * 3).to("cuda"),
@@ -189,7 +190,7 @@ def shared_against_copies(rounds: int, where: dict[str, str]) -> list[dict]:
 
 
 def metadata(rounds: int, where: dict[str, str]) -> list[dict]:
-    """Return what a layout costs per batch: made on the host, then copied; block ranges take no kernel of their own."""
+    """Return the cost of a layout per batch: built on the host, then copied; block ranges need no extra kernel."""
     import time
 
     times = []
@@ -214,24 +215,26 @@ def metadata(rounds: int, where: dict[str, str]) -> list[dict]:
 
 
 def main() -> None:
-    """Measure, print, append."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(
         prog="gpu_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="64 in a run of its own")
+    parser.add_argument(
+        "--head-dim", type=int, nargs="+", default=[128], help="head dimensions; run 64 separately"
+    )
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     args = parser.parse_args()
     require_gpu(parser)
-    where, gemm = place(), yardstick()
+    where, gemm = environment(), yardstick()
     where["gemm_tflops"] = f"{gemm:.0f}"
-    print(f"{where['gpu']}, cuBLAS bf16 {gemm:.0f} TFLOP/s")
+    print(f"{where['machine']}, cuBLAS bf16 {gemm:.0f} TFLOP/s")
     for head_dim in args.head_dim:
         require_correct(head_dim)
         for case in args.case:
-            append("gpu_attention", measure(case, head_dim, args.rounds, gemm, where))
-    append("gpu_attention_sharing", shared_against_copies(args.rounds, where))
-    append("gpu_attention_metadata", metadata(args.rounds, where))
+            record("gpu_attention", measure(case, head_dim, args.rounds, gemm, where))
+    record("gpu_attention_sharing", shared_against_copies(args.rounds, where))
+    record("gpu_attention_metadata", metadata(args.rounds, where))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import append, interleaved, place, quantiles, require_gpu
+from benchmarks.gpu import environment, interleaved, quantiles, require_gpu
+from benchmarks.rows import record
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs
 
 BETA = 0.1
@@ -43,9 +44,9 @@ class Case:
         self.reference_weight = self.weight.detach() + 0.01 * torch.randn_like(self.weight)
         self.main_grad = torch.zeros(vocab, hidden, device="cuda")
 
-    def slabs(self, whole: int) -> list[tuple[int, int]]:
-        """Cut rows into slabs of whole runs of ``whole`` rows."""
-        most = max(whole, slab_rows(self.weight) // whole * whole)
+    def slabs(self, group: int) -> list[tuple[int, int]]:
+        """Cut rows into slabs of complete groups of ``group`` rows."""
+        most = max(group, slab_rows(self.weight) // group * group)
         return [(at, min(at + most, self.rows)) for at in range(0, self.rows, most)]
 
     def tokens(self, i: int, logprobs_n: Tensor, _: dict) -> tuple[Tensor, dict]:
@@ -71,7 +72,7 @@ class Case:
         return [value, self.take(self.hidden), self.main_grad]
 
     def dpo(self) -> list[Tensor]:
-        """Ours, the reference live."""
+        """Ours, with a live reference."""
         self.weight.main_grad = self.main_grad
         with torch.no_grad():
             reference_N = token_logprobs(self.hidden, self.reference_weight, self.targets)
@@ -86,7 +87,7 @@ class Case:
             return token_logprobs(self.hidden, self.weight, self.targets)
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Return a tensor's gradient and forget it (ours leaves a stand-in at the weight)."""
+        """Return a tensor's gradient and reset it (ours leaves a placeholder at the weight)."""
         self.weight.grad, grad = None, tensor.grad
         tensor.grad = None
         return grad
@@ -135,11 +136,11 @@ class Case:
         layer = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=True, compute_nll_loss=False)
         length = self.pair_rows // 2
 
-        def apart(tensor: Tensor) -> Tensor:
+        def chosen_first(tensor: Tensor) -> Tensor:
             pairs = tensor.unflatten(0, (-1, 2, length))
             return torch.cat([pairs[:, 0], pairs[:, 1]])
 
-        hidden, targets = apart(self.hidden.detach()).requires_grad_(), apart(self.targets)
+        hidden, targets = chosen_first(self.hidden.detach()).requires_grad_(), chosen_first(self.targets)
 
         def run() -> list[Tensor]:
             value, *_ = layer(
@@ -177,7 +178,7 @@ def gate(rows: int = 256, hidden: int = 512, vocab: int = 8192) -> None:
 
 
 def peak(call: Call, returned: int) -> float:
-    """Return GiB at the peak above what stood before and what the call returns, ``returned`` bytes."""
+    """Return the peak GiB above the memory allocated before and the ``returned`` bytes of the call's result."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -251,7 +252,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    """Measure, print, append."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(
         prog="gpu_logprobs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,9 +264,12 @@ def main() -> None:
     require_gpu(parser)
     gate()
     rows = measure(options)
-    columns = dict.fromkeys(name for row in rows for name in row)  # not every row has every figure
-    told = {**place(), "liger": _liger() or ""}
-    append("gpu_logprobs", [{**told, **{name: row.get(name, "") for name in columns}} for row in rows])
+    columns = dict.fromkeys(name for row in rows for name in row)  # rows have different figures
+    environment_columns = {**environment(), "liger": _liger() or ""}
+    record(
+        "gpu_logprobs",
+        [{**environment_columns, **{name: row.get(name, "") for name in columns}} for row in rows],
+    )
 
 
 if __name__ == "__main__":

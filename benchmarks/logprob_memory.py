@@ -1,21 +1,19 @@
 """Peak memory of a loss over a real vocabulary: ours against full logits, and a training step against TRL's. On CPU.
 
-``python -m benchmarks.logprob_memory`` runs every case in a process of its own, prints a table and appends it to
-``benchmarks/results/logprob_memory.csv``. Megabytes are of resident memory (Linux: the high-water mark is set back
-before what is measured).
+``python -m benchmarks.logprob_memory`` runs every case in a separate process, prints a table and appends it to
+``benchmarks/results/logprob_memory.csv``. Megabytes are resident memory (Linux: the high-water mark is reset before
+each measurement).
 
 - loss: loss and both gradients of N rows, above inputs and gradients. ``slab_loss`` (supervised, and pairs) against
   PyTorch on full logits, for N rows and twice as many: one slab, whatever N.
 - step: the second training step of a two-layer model whose vocabulary has 151,936 tokens, supervised, on the same
-  samples. ``total`` is the peak of the process, ``step`` what it is above the memory just before the step. Ours keeps
+  samples. ``total`` is the peak of the process, ``step`` the peak above the memory just before the step. Ours keeps
   its gradient buffer between steps, TRL frees its gradients: compare totals. TRL's loss is its default.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import platform
@@ -25,7 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "logprob_memory.csv"
+from benchmarks.rows import append, stamp
+
 VOCAB, HIDDEN = 151936, 256
 SAMPLES, LENGTH = 8, 512
 MEGA = 2**20
@@ -40,7 +39,7 @@ def _resident(field: str) -> float:
 
 
 def _reset_peak() -> float:
-    """Set the high-water mark back to what is resident now; return that."""
+    """Reset the high-water mark to the resident memory and return it."""
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
@@ -99,16 +98,16 @@ class _Second:
     """Measures the second step."""
 
     def __init__(self) -> None:
-        self.steps, self.found = 0, {}
+        self.steps, self.figures = 0, {}
 
     def around(self, step, *arguments):
-        """Do the step, measured if it is the second."""
+        """Run the step, and measure it if it is the second."""
         self.steps += 1
         before, started = _reset_peak(), time.perf_counter()
         answer = step(*arguments)
         if self.steps == 2:
             peak = _resident("VmHWM")
-            self.found = {
+            self.figures = {
                 "total_mb": peak,
                 "peak_mb": peak - before,
                 "seconds": time.perf_counter() - started,
@@ -139,7 +138,7 @@ def step_ours(folder: Path) -> dict[str, float]:
     }
     arguments = run_arguments(model, data, folder / "run", **options)
     loop.run(parse(arguments), parallel.RankInfo(rank=0, local_rank=0, world_size=1))
-    return {**second.found, "loss": metrics_of(folder / "run")[-1]["loss"]}
+    return {**second.figures, "loss": metrics_of(folder / "run")[-1]["loss"]}
 
 
 def step_trl(folder: Path) -> dict[str, float]:
@@ -178,7 +177,7 @@ def step_trl(folder: Path) -> dict[str, float]:
         train_dataset=load_dataset("json", data_files=str(data), split="train", cache_dir=str(folder)),
         processing_class=AutoTokenizer.from_pretrained(model),
     ).train()
-    return {**second.found, "loss": losses[-1]}
+    return {**second.figures, "loss": losses[-1]}
 
 
 CASES = [
@@ -196,8 +195,8 @@ def child(what: str, how: str, rows: int) -> dict[str, float]:
         return {"ours": step_ours, "trl": step_trl}[how](Path(folder))
 
 
-def apart(what: str, how: str, rows: int) -> dict[str, float]:
-    """Measure one case in a process of its own."""
+def in_child(what: str, how: str, rows: int) -> dict[str, float]:
+    """Measure one case in a separate process."""
     command = [sys.executable, "-m", "benchmarks.logprob_memory", "--child", what, how, str(rows)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
@@ -206,7 +205,7 @@ def apart(what: str, how: str, rows: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print, append."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,8 +218,8 @@ def main() -> None:
     import torch
     import trl
 
-    place = {
-        "date": datetime.date.today().isoformat(),
+    environment = {
+        **stamp(),
         "cores": str(os.cpu_count()),
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
@@ -229,27 +228,31 @@ def main() -> None:
     }
     rows = []
     for what, how, count in CASES:
-        found = apart(what, how, count)
+        measured = in_child(what, how, count)
         figures = {
-            name: f"{found[name]:.6g}" for name in ("peak_mb", "total_mb", "seconds", "loss") if name in found
+            name: f"{measured[name]:.6g}"
+            for name in ("peak_mb", "total_mb", "seconds", "loss")
+            if name in measured
         }
         rows.append(
-            {**place, "what": what, "how": how, "rows": count, "vocab": VOCAB, "hidden": HIDDEN, **figures}
+            {
+                **environment,
+                "what": what,
+                "how": how,
+                "rows": count,
+                "vocab": VOCAB,
+                "hidden": HIDDEN,
+                **figures,
+            }
         )
-        print({key: value for key, value in rows[-1].items() if key not in place}, flush=True)
+        print({key: value for key, value in rows[-1].items() if key not in environment}, flush=True)
     _append(rows)
 
 
 def _append(rows: list[dict[str, object]]) -> None:
     names = ["peak_mb", "total_mb", "seconds", "loss"]
     columns = [*(key for key in rows[0] if key not in names), *names]
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append("logprob_memory", [{name: row.get(name, "") for name in columns} for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,33 +1,30 @@
-"""How much of what is computed is text, and how level the ranks are: ours against padded rows, in one run.
+"""Share of useful tokens and balance over data-parallel ranks: our packs against padded rows, in one run.
 
-``python -m benchmarks.packing`` draws steps of a chat mix (lognormal lengths), plans each on every data-parallel
+``python -m benchmarks.packing`` draws steps of a chat mix (lognormal lengths), plans each for every data-parallel
 size, prints a table and appends it to ``benchmarks/results/packing.csv``.
 
 - share: tokens of samples / computed tokens. Ours: all packs of a step padded to one length. ``padded to the
-  step's longest`` and ``padded in batches of 8``: one sample per row, as a padding collator makes them.
+  step's longest`` and ``padded in batches of 8``: one sample per row, as a padding collator builds them.
 - tokens, cost: max / mean over the ranks of tokens and of attention cost (sum of length^2).
-- bound: no plan can do better. A pack is at least as long as the longest sample. However the k longest samples lie on
-  j <= k ranks, these cost at least as much as those samples and the shortest others that fill them up, where the
-  other ranks stay within 1.02 of the mean tokens; the worst k counts. ``reached``: steps that reach 0.98, 1.02 and
-  1.05, of those whose bound allows it.
+- bound: a limit that no step plan can beat. A pack is at least as long as the longest sample. However the k longest
+  samples are placed on j <= k ranks, these cost at least as much as those samples and the shortest others that fill
+  them up, where the other ranks stay within 1.02 of the mean tokens; the worst k counts. ``reached``: steps that
+  reach 0.98, 1.02 and 1.05, of those whose bound allows it.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
 import platform
 import time
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.rows import append, stamp
 from megatron_align.data.batching.packing import plan_step
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-RESULTS = Path(__file__).parent / "results" / "packing.csv"
 SHARE, TOKENS, COST = 0.98, 1.02, 1.05
 ROWS = 8  # of a padded batch
 
@@ -59,9 +56,9 @@ def measure(lengths_B: np.ndarray, ranks: int, capacity: int) -> dict[str, float
 
 
 def least_cost(lengths_B: np.ndarray, ranks: int) -> float:
-    """Return the least cost of the costliest rank, if no rank has over 1.02 of the mean tokens.
+    """Return a lower bound of the costliest rank's cost if no rank has over 1.02 of the mean tokens.
 
-    A sample that fills up may be cut here, so the bound can be a little below what whole samples reach.
+    The sample that fills a rank up may be cut here, so the bound can be a little below what complete samples reach.
     """
     shortest_first = np.sort(lengths_B).astype(float)
     tokens, cost = (np.concatenate([[0.0], np.cumsum(x)]) for x in (shortest_first, shortest_first**2))
@@ -69,7 +66,7 @@ def least_cost(lengths_B: np.ndarray, ranks: int) -> float:
     for k in range(1, min(ranks, len(lengths_B)) + 1):
         others = len(lengths_B) - k
         longest, spent = tokens[-1] - tokens[others], cost[-1] - cost[others]
-        on = np.arange(1, k + 1)  # so many ranks
+        on = np.arange(1, k + 1)  # number of ranks
         room = TOKENS * tokens[-1] / ranks * on
         missing = np.clip(
             tokens[-1] - TOKENS * tokens[-1] / ranks * (ranks - on) - longest, 0, tokens[others]
@@ -81,7 +78,7 @@ def least_cost(lengths_B: np.ndarray, ranks: int) -> float:
 
 
 def padded_share(lengths_B: np.ndarray, rows: int) -> float:
-    """Return the share of text in batches of ``rows`` samples, each padded to its own longest."""
+    """Return the share of useful tokens in batches of ``rows`` samples, each padded to its longest."""
     batches = np.split(lengths_B, np.arange(rows, len(lengths_B), rows))
     return lengths_B.sum() / sum(len(batch) * batch.max() for batch in batches)
 
@@ -112,20 +109,22 @@ def summarise(measured: list[dict[str, float]]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure, print, append."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=512, help="global batch")
-    parser.add_argument("--mean", type=float, default=815.0, help="tokens of a sample")
-    parser.add_argument("--sigma", type=float, nargs="+", default=[0.8, 1.0], help="of the log length")
+    parser.add_argument("--mean", type=float, default=815.0, help="mean tokens of a sample")
+    parser.add_argument(
+        "--sigma", type=float, nargs="+", default=[0.8, 1.0], help="standard deviation of the log length"
+    )
     parser.add_argument("--capacity", type=int, default=16384)
     args = parser.parse_args()
     rows = []
     for sigma in args.sigma:
         steps = draw(args.steps, args.samples, args.mean, sigma, args.capacity)
-        whole, by_8 = (
+        longest, by_8 = (
             float(np.median([padded_share(lengths_B, n) for lengths_B in steps]))
             for n in (args.samples, ROWS)
         )
@@ -134,14 +133,14 @@ def main() -> None:
             figures = summarise([measure(lengths_B, ranks, args.capacity) for lengths_B in steps])
             rows.append(
                 {
-                    **place(),
+                    **environment(),
                     "mean": f"{steps.mean():.0f}",
                     "sigma": sigma,
                     "capacity": args.capacity,
                     "samples": args.samples,
                     "steps": args.steps,
                     "data_parallel": ranks,
-                    "padded_to_longest_share": f"{whole:.4f}",
+                    "padded_to_longest_share": f"{longest:.4f}",
                     "padded_by_8_share": f"{by_8:.4f}",
                     **figures,
                 }
@@ -150,24 +149,17 @@ def main() -> None:
     for sigma in args.sigma:
         sizes = [row["data_parallel"] for row in rows if row["sigma"] == sigma and _allowed(row) == 0]
         print(f"sigma {sigma}: no step allows a cost of {COST} at data-parallel {sizes or 'none'}")
-    append(rows)
+    append("packing", rows)
 
 
 def _allowed(row: dict[str, object]) -> int:
     return int(str(row["cost_reached"]).partition("/")[2])
 
 
-def place() -> dict[str, str]:
-    """Return where and when this ran."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
+def environment() -> dict[str, str]:
+    """Return the columns that say when and on what a row was measured."""
     return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
+        **stamp(),
         "cores": str(os.cpu_count()),
         "load": f"{os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
@@ -182,17 +174,6 @@ def show(rows: list[dict[str, object]]) -> None:
     print("  ".join(name.rjust(widths[name]) for name in names))
     for row in rows:
         print("  ".join(str(row[name]).rjust(widths[name]) for name in names))
-
-
-def append(rows: list[dict[str, object]]) -> None:
-    """Add the rows to the results."""
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

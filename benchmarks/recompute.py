@@ -1,30 +1,28 @@
-"""Bytes of activations under each kind of recompute, against ``k * n + L / k``: counted, on CPU.
+"""Count the bytes of activations under each type of recompute against ``k * n + L / k``, on CPU.
 
 ``python -m benchmarks.recompute`` runs a deep, narrow model forward and backward over one pack, prints a table and
 appends it to ``benchmarks/results/recompute.csv``. Bytes are those that autograd keeps for backward (``saved_bytes``),
 of the transformer layers alone: no embedding, no final norm, no head.
 
-The unit is a boundary: the hidden states that one layer hands to the next, T x H elements. ``n`` is what a layer keeps
-without recompute, in boundaries: what a model of L layers keeps more than one of L / 2, over L / 2. With a checkpoint
+The unit is a boundary: the hidden states passed from one layer to the next, T x H elements. ``n`` is what a layer keeps
+without recompute, in boundaries: (bytes of L layers - bytes of L / 2 layers) / (L / 2). With a checkpoint
 per k merged layers L / k boundaries are kept, and k layers' activations live while they run again:
 ``k * n + L / k`` (arXiv:2410.14940), least at ``k = sqrt(L / n)``.
 
-- held: kept between forward and backward. peak: the most that is kept at any time. Both in boundaries.
+- held: kept between forward and backward. peak: the maximum kept at any time. Both in boundaries.
 - formula: ``k * n + ceil(L / k)``; without recompute ``L * n``. The parts of a layer have none.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import math
 import platform
-from pathlib import Path
 
 import torch
 
+from benchmarks.rows import append, stamp
 from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import ParallelConfig
 from megatron_align.kernels import PackedLayout
@@ -33,7 +31,6 @@ from megatron_align.model.attention import PackParams, rope_tables
 from megatron_align.model.families import ModelShape, inv_freq
 from megatron_align.model.policy import build_policy, transformer_config
 
-RESULTS = Path(__file__).parent / "results" / "recompute.csv"
 DOCUMENTS = [37, 91, 64, 64]  # tokens of each
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM",
@@ -59,7 +56,7 @@ PARTS = ("attention", "mlp", "norms")
 def measure(
     layers: int, dtype: torch.dtype, merged: int = 0, parts: tuple[str, ...] = ()
 ) -> tuple[float, float]:
-    """Return the most that is kept, and what is kept between forward and backward, in boundaries."""
+    """Return the peak of saved activations, and those held between forward and backward, in boundaries."""
     shape = dataclasses.replace(SHAPE, num_layers=layers)
     config = transformer_config(shape, ParallelConfig(), dtype, merged, parts)
     [policy] = build_policy(config, shape, parallel.groups())
@@ -74,9 +71,9 @@ def measure(
     cos_QD, sin_QD = rope_tables(positions_T, inv_freq(shape))
     pack = PackParams(layout=layout, cos_QD=cos_QD, sin_QD=sin_QD)
     hidden = torch.randn(layout.tokens, 1, shape.hidden_size, dtype=dtype, requires_grad=True)
-    # The rotary tables and the layout are one for all layers, and no activations.
-    beside = [*decoder.parameters(), cos_QD, sin_QD, *layout.intervals]
-    counter = SavedBytes(beside)
+    # The rotary tables and the layout are shared by all layers and are no activations.
+    excluded = [*decoder.parameters(), cos_QD, sin_QD, *layout.intervals]
+    counter = SavedBytes(excluded)
     with counter.watching():
         out = decoder(hidden, attention_mask=None, packed_seq_params=pack)
         held = counter.held
@@ -86,12 +83,12 @@ def measure(
 
 
 def rows(layers: int, precision: str) -> list[dict[str, object]]:
-    """Measure every kind on a model of ``layers``."""
+    """Measure every type of recompute on a model of ``layers``."""
     dtype = DTYPES[precision]
     peak, held = measure(layers, dtype)
     n = (held - measure(layers // 2, dtype)[1]) / (layers - layers // 2)
-    facts = {
-        "date": datetime.date.today().isoformat(),
+    environment = {
+        **stamp(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "precision": precision,
@@ -107,7 +104,7 @@ def rows(layers: int, precision: str) -> list[dict[str, object]]:
         found.append((" + ".join(parts), *measure(layers, dtype, parts=parts), None))
     return [
         {
-            **facts,
+            **environment,
             "kind": kind,
             "peak": round(most, 1),
             "held": round(between, 1),
@@ -118,7 +115,7 @@ def rows(layers: int, precision: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Measure, print, append to the results."""
+    """Measure, print and append to the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--precision", choices=DTYPES, nargs="+", default=list(DTYPES))
@@ -128,12 +125,12 @@ def main() -> None:
         for layers in arguments.layers:
             found = rows(layers, precision)
             show(found)
-            append(found)
+            append("recompute", found)
     parallel.leave()
 
 
 def show(found: list[dict[str, object]]) -> None:
-    """Print the figures of one model, and which k was best."""
+    """Print the figures of one model and the best k."""
     first = found[0]
     print(f"{first['layers']} layers, {first['precision']}: n = {first['n']}")
     for row in found:
@@ -143,16 +140,6 @@ def show(found: list[dict[str, object]]) -> None:
     merged = [row for row in found if str(row["kind"]).startswith("layers")]
     best = min(merged, key=lambda row: row["peak"])
     print(f"  least: {best['kind']}; sqrt(L / n) = {first['best_k_by_formula']}")
-
-
-def append(found: list[dict[str, object]]) -> None:
-    """Add the rows to the results."""
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(found[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps for backward, counted where it keeps them: exactly, on any device."""
+"""Count the bytes that autograd saves for backward, exactly, on any device."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, UntypedStorage
 
 
 class SavedBytes:
-    """Counts the storages of saved tensors, each once however many views of it are kept.
+    """Counts the storages of saved tensors, each once regardless of the number of saved views.
 
-    ``peak`` is the most that was held at once inside ``watching``, with what a checkpointed part saves while it runs
-    again in backward. Each tensor that is saved costs a pass over all that are held.
+    ``peak`` is the maximum held at once inside ``watching``, including what a checkpointed part saves while it is
+    recomputed in backward. Each saved tensor costs a pass over all that are held.
 
     Args:
-        parameters: tensors that do not count, as they are there anyway.
+        parameters: tensors that are not counted, as they exist anyway.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()):
@@ -26,12 +26,12 @@ class SavedBytes:
 
     @property
     def held(self) -> int:
-        """Bytes held now; a storage that its owner emptied counts for nothing."""
+        """Bytes held now; an emptied storage counts 0."""
         return sum(storage.nbytes() for storage, _ in self._held.values())
 
     @contextmanager
     def watching(self) -> Iterator[SavedBytes]:
-        """Count what is saved inside: forward and backward."""
+        """Count tensors saved inside the context, in forward and backward."""
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Saved(tensor, self), _Saved.unpack):
             yield self
 
@@ -44,7 +44,7 @@ class SavedBytes:
             self.peak = max(self.peak, self.held)
 
     def release(self, storage: UntypedStorage) -> None:
-        """Count it no more."""
+        """Stop counting a saved view."""
         key = _identity(storage)
         if key not in self._known:
             _, views = self._held.pop(key)
@@ -53,7 +53,7 @@ class SavedBytes:
 
 
 class _Saved:
-    """A tensor that autograd keeps; autograd drops this when it lets go of it."""
+    """A saved tensor; autograd deletes this object when it releases the tensor."""
 
     def __init__(self, tensor: Tensor, counter: SavedBytes):
         self._tensor, self._counter = tensor, counter
@@ -67,4 +67,4 @@ class _Saved:
 
 
 def _identity(storage: UntypedStorage) -> int:
-    return storage._cdata  # not its address, which an emptied storage gives up
+    return storage._cdata  # not its data address, which an emptied storage loses

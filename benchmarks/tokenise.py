@@ -1,24 +1,22 @@
 """Tokenising: ours against ``datasets.map(batched=True)`` with the same fast tokenizer, in one run; and memory.
 
-``python -m benchmarks.tokenise`` makes a corpus and trains a tokenizer on it, measures every case in a process of its
-own, the two contestants in turn, prints a table and appends it to ``benchmarks/results/tokenise.csv``.
+``python -m benchmarks.tokenise`` generates a corpus and trains a tokenizer on it, measures every case in a
+separate process, the two contestants in turn, prints a table and appends it to ``benchmarks/results/tokenise.csv``.
 
-- text: plain prompt + completion. The peer tokenises the whole only, without telling the completion apart.
-- marked: two-turn chats, a template with generation marks. The peer asks for the assistant mask, as TRL does.
-- chat: two-turn chats, a template without marks. The peer tokenises the whole only: it makes no mask at all.
+- text: plain prompt + completion. The peer tokenises the full text only and does not mark the completion.
+- marked: two-turn chats, a template with generation marks. The peer requests the assistant mask, as TRL does.
+- chat: two-turn chats, a template without marks. The peer tokenises the full text only, without a mask.
 
 Ours reads, checks, hashes, tokenises, masks and stores. Both use one core: rates are text bytes of the file over
 CPU seconds of the process, imports and the loading of the tokenizer left out. ``map``: the peer's map alone;
 ``all``: with its reading of the file. ``--processes`` adds the wall time of several processes. Memory is the peak
-resident size (VmHWM) while a file of ``--memory`` megabytes is prepared by ``--processes`` processes: of the one that
-reads and joins, of the largest of those that tokenise; and of a process that prepares one record.
+resident size (VmHWM) while ``--processes`` processes prepare a file of ``--memory`` megabytes: of the process that
+reads and joins, of the largest tokeniser process; and of a process that prepares one record.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import platform
@@ -34,7 +32,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "tokenise.csv"
+from benchmarks.rows import append, stamp
+
 CASES = ("text", "marked", "chat")
 TURN = "<|im_start|>' + m.role + '\\n' }}"
 TEMPLATES = {
@@ -64,15 +63,15 @@ class Corpus:
         return " ".join(w + "." if self._random.random() < 0.08 else w for w in words)
 
     def record(self, case: str) -> dict:
-        asked, told = self.text(60), self.text(300)
+        question, answer = self.text(60), self.text(300)
         if case == "text":
-            return {"prompt": asked, "completion": " " + told}
-        turns = [asked, told, self.text(20), self.text(150)]
+            return {"prompt": question, "completion": " " + answer}
+        turns = [question, answer, self.text(20), self.text(150)]
         roles = ("user", "assistant") * 2
         return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]}
 
     def write(self, file: Path, case: str, megabytes: float) -> None:
-        """Write a file of this size; a stretch of at most 20 MB is made and repeated."""
+        """Write a file of this size; at most 20 MB are generated and repeated."""
         with open(file, "w", encoding="utf-8") as out:
             stretch: list[str] = []
             size = 0
@@ -108,9 +107,9 @@ def make_tokenizer(folder: Path, case: str, texts: list[str]) -> None:
     ).save_pretrained(folder)
 
 
-# One measurement each, in a process of its own; the answer is one line of JSON.
+# One measurement each, in a separate process that prints one line of JSON.
 def ours(folder: Path, case: str, file: str, processes: int) -> dict[str, float]:
-    """Prepare a store, after one of a single record."""
+    """Prepare a store, after a warm-up with a single record."""
     from megatron_align.data.store import TokenStore
     from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.data.tokenize.prepare import prepare
@@ -135,7 +134,7 @@ def ours(folder: Path, case: str, file: str, processes: int) -> dict[str, float]
 
 
 def peer(folder: Path, case: str, file: str, processes: int) -> dict[str, float]:
-    """Read with ``datasets`` and map, after the same for a single record."""
+    """Read with ``datasets`` and map, after a warm-up with a single record."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -184,7 +183,7 @@ def _peak() -> float:
 
 @contextmanager
 def _children_watched() -> Iterator[dict[str, float]]:
-    """Yield the peak resident size in MB of every process below this one, as last seen."""
+    """Yield the last seen peak resident size (MB) of every descendant process."""
     peaks: dict[str, float] = {}
     done = threading.Event()
 
@@ -192,8 +191,8 @@ def _children_watched() -> Iterator[dict[str, float]]:
         while not done.wait(0.5):
             for process in _below(str(os.getpid())):
                 with suppress(OSError):  # it has just ended
-                    told = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-                    for kilobytes in re.findall(r"^VmHWM:\s*(\d+)", told, re.M):
+                    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+                    for kilobytes in re.findall(r"^VmHWM:\s*(\d+)", status, re.M):
                         peaks[process] = int(kilobytes) * 1024 / 1e6
 
     watcher = threading.Thread(target=watch)
@@ -221,8 +220,8 @@ def _elapsed(since: tuple[float, float]) -> dict[str, float]:
     return {"wall": time.perf_counter() - since[0], "cpu": time.process_time() - since[1]}
 
 
-def apart(what: str, folder: Path, case: str, file: str, processes: int) -> dict[str, float]:
-    """Measure in a fresh process with one thread for tokenising."""
+def in_child(what: str, folder: Path, case: str, file: str, processes: int) -> dict[str, float]:
+    """Measure in a new process with one thread for tokenising."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -247,7 +246,7 @@ def apart(what: str, folder: Path, case: str, file: str, processes: int) -> dict
 
 
 def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, object]:
-    """Measure one case; the contestants take turns, the median of each counts."""
+    """Measure one case; the contestants alternate, and the median of each is taken."""
     corpus = Corpus()
     corpus.write(folder / "one.jsonl", case, 1e-6)
     corpus.write(folder / "data.jsonl", case, options.megabytes)
@@ -255,7 +254,7 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
     make_tokenizer(folder / "tokenizer", case, texts)
     size = (folder / "data.jsonl").stat().st_size / 1e6
     turns = [
-        (apart("ours", folder, case, "data.jsonl", 1), apart("peer", folder, case, "data.jsonl", 1))
+        (in_child("ours", folder, case, "data.jsonl", 1), in_child("peer", folder, case, "data.jsonl", 1))
         for _ in range(options.repeats)
     ]
     mine, theirs = (sorted(turn[i]["cpu"] for turn in turns)[len(turns) // 2] for i in (0, 1))
@@ -282,11 +281,11 @@ def compare(folder: Path, case: str, options: argparse.Namespace) -> dict[str, o
     }
     if options.processes > 1:
         for what in ("ours", "peer"):
-            found = apart(what, folder, case, "data.jsonl", options.processes)
+            found = in_child(what, folder, case, "data.jsonl", options.processes)
             row[f"{what}_wall_s"] = round(found["wall"], 2)
     if options.memory:
         corpus.write(folder / "data.jsonl", case, options.memory)
-        found = apart("ours", folder, case, "data.jsonl", options.processes)
+        found = in_child("ours", folder, case, "data.jsonl", options.processes)
         row |= {
             "memory_megabytes": round((folder / "data.jsonl").stat().st_size / 1e6),
             "peak_mb": round(found["peak"]),
@@ -301,15 +300,8 @@ def _records(folder: Path) -> int:
         return sum(1 for _ in lines)
 
 
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
-
-
 def main() -> None:
-    """Measure, print and append."""
+    """Measure, print and append to the results."""
     if sys.argv[1:2] == ["--measure"]:
         what, folder, case, file, processes = sys.argv[2:]
         print(json.dumps({"ours": ours, "peer": peer}[what](Path(folder), case, file, int(processes))))
@@ -320,9 +312,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2, help="1: leave the wall times out")
     parser.add_argument(
-        "--memory", type=float, default=0, help="megabytes of the file whose memory is measured; 0: none"
+        "--processes", type=int, default=2, help="processes of the wall-time measurement; 1: none"
+    )
+    parser.add_argument(
+        "--memory", type=float, default=0, help="size in MB of the file of the memory measurement; 0: none"
     )
     options = parser.parse_args()
     import datasets
@@ -333,8 +327,7 @@ def main() -> None:
         load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as folder:
             row = {
-                "date": datetime.date.today().isoformat(),
-                "cpu": _processor(),
+                **stamp(),
                 "cores": os.cpu_count(),
                 "load": round(load, 1),
                 "python": platform.python_version(),
@@ -344,12 +337,7 @@ def main() -> None:
                 **compare(Path(folder), case, options),
             }
         print("\n".join(f"{name:24} {value}" for name, value in row.items()), end="\n\n", flush=True)
-        new = not RESULTS.exists()
-        with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append("tokenise", [row])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Find the fastest tiles of the attention kernels on this GPU, and write them into ``packed_attention/table.py``.
 
 ``python -m benchmarks.tune_attention`` tries the candidates below on the benchmark's mixed pack of 16k tokens, forward
-and backward apart, checks each against the safe tiles' result, and replaces this chip's rows. Run it on an idle GPU;
-commit the table with the output as the reason.
+and backward separately, checks each against the safe tiles' result, and replaces this chip's rows. Run it on an idle
+GPU; commit the table with the output as the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import interleaved, place, quantiles, require_gpu
+from benchmarks.gpu import environment, interleaved, quantiles, require_gpu
 from benchmarks.gpu_attention import MIXED, inputs
 from megatron_align.kernels import PackedLayout
 from megatron_align.kernels.packed_attention import configs
@@ -42,9 +42,9 @@ def render(table: dict, note: str) -> str:
     )
 
 
-def best(kind: str, found: Tiles, head_dim: int, rounds: int) -> Tile:
-    """Return the fastest right candidate for one kernel, the others as in ``found``."""
-    # Imported here: the table is read at import, also where no Triton is.
+def best(kind: str, tiles: Tiles, head_dim: int, rounds: int) -> Tile:
+    """Return the fastest correct candidate of one kernel; the other kernels use ``tiles``."""
+    # Imported here: this module is also imported without Triton.
     from triton.runtime.errors import OutOfResources
 
     from megatron_align.kernels.packed_attention.autograd import attend
@@ -54,10 +54,10 @@ def best(kind: str, found: Tiles, head_dim: int, rounds: int) -> Tile:
     grad = torch.randn_like(tensors[0])
 
     def run(tile: Tile):
-        out = attend(*tensors, layout, head_dim**-0.5, found._replace(**{kind: tile}))
+        out = attend(*tensors, layout, head_dim**-0.5, tiles._replace(**{kind: tile}))
         return [out] if kind == "forward" else [out, *torch.autograd.grad(out, tensors, grad)]
 
-    truth, runs = run(getattr(found, kind)), {}
+    truth, runs = run(getattr(tiles, kind)), {}
     for tile in CANDIDATES:
         try:
             got = run(tile)
@@ -68,7 +68,7 @@ def best(kind: str, found: Tiles, head_dim: int, rounds: int) -> Tile:
         if worst < 2 * torch.finfo(torch.bfloat16).eps:
             runs[tile] = lambda tile=tile: run(tile)
         else:
-            print(f"{kind} {tuple(tile)}: wrong by {worst:.1e}, left out")
+            print(f"{kind} {tuple(tile)}: wrong by {worst:.1e}, excluded")
     times = {tile: quantiles(each)[1] for tile, each in interleaved(runs, rounds).items()}
     for tile, ms in sorted(times.items(), key=lambda item: item[1]):
         print(f"{kind} {tuple(tile)}: {ms:.3f} ms")
@@ -84,14 +84,14 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     args = parser.parse_args()
     require_gpu(parser)
-    chip, where, table = configs.chip_of(torch.device("cuda")), place(), dict(TABLE)
+    chip, where, table = configs.chip_of(torch.device("cuda")), environment(), dict(TABLE)
     for head_dim in args.head_dim:
-        found = configs.SAFE_16_BIT
+        tiles = configs.SAFE_16_BIT
         for kind in KINDS:
-            found = found._replace(**{kind: best(kind, found, head_dim, args.rounds)})
+            tiles = tiles._replace(**{kind: best(kind, tiles, head_dim, args.rounds)})
         for dtype in ("bfloat16", "float16"):
-            table[chip, head_dim, dtype] = tuple(map(tuple, found))
-    note = f"{chip}: {where['gpu']}, {where['date']}, triton {where['triton']}."
+            table[chip, head_dim, dtype] = tuple(map(tuple, tiles))
+    note = f"{chip}: {where['machine']}, {where['date']}, triton {where['triton']}."
     FILE.write_text(render(table, note), encoding="utf-8")
     print(f"wrote {FILE}")
 
