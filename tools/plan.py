@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     from megatron_align.config import parse
     from megatron_align.cost.chips import chip
     from megatron_align.cost.memory import GIB
-    from megatron_align.cost.search import Ask, best
+    from megatron_align.cost.search import PlanRequest, best
     from megatron_align.errors import InputError
     from megatron_align.tools.plan_text import head, nothing_fits, own_layout, table
 
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     shape = _shape(config)
     with tempfile.TemporaryDirectory() as folder:
         work, told = _work(config, folder)
-        ask = Ask(
+        ask = PlanRequest(
             config=config,
             shape=shape,
             gpus=options.gpus,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_align.cost.memory import CONTEXT, FRAGMENTATION, GIB
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.search import Ask, Candidate, candidates, enough, evaluate
+from megatron_align.cost.search import Candidate, PlanRequest, candidates, evaluate, smallest_fitting
 from megatron_align.cost.state import parameter_count
 from megatron_align.cost.text import PARTS, columns, layout, memory_table, recomputation, step_text
 from megatron_align.cost.time import LINKS, mfu, one_pass_seconds
@@ -13,7 +13,7 @@ from megatron_align.cost.work import scoring_passes, step_flops
 from megatron_align.errors import InputError
 
 
-def head(ask: Ask, chip: str, told: str) -> str:
+def head(ask: PlanRequest, chip: str, told: str) -> str:
     """Return what is planned, and what is assumed."""
     shape, config = ask.shape, ask.config
     return "\n".join(
@@ -31,13 +31,13 @@ def head(ask: Ask, chip: str, told: str) -> str:
     )
 
 
-def _reference(ask: Ask) -> str:
+def _reference(ask: PlanRequest) -> str:
     if not ask.config.objective.compares:
         return ""
     return f", reference {ask.config.reference.mode or 'cached'}"
 
 
-def own_layout(ask: Ask) -> str:
+def own_layout(ask: PlanRequest) -> str:
     """Return the memory of the configuration's own layout, stage by stage, and what its step costs."""
     try:
         placement = Placement.of_run(ask.config, ask.shape, ask.gpus)
@@ -53,7 +53,7 @@ def own_layout(ask: Ask) -> str:
     return "\n".join(lines)
 
 
-def step_lines(ask: Ask, one: Candidate) -> list[str]:
+def step_lines(ask: PlanRequest, one: Candidate) -> list[str]:
     """Return operations, bytes of each collective and the estimated time of a step."""
     placement, work = one.placement, one.work
     passes = scoring_passes(ask.config)
@@ -73,7 +73,7 @@ def step_lines(ask: Ask, one: Candidate) -> list[str]:
     return lines
 
 
-def table(ask: Ask, found: list[Candidate]) -> str:
+def table(ask: PlanRequest, found: list[Candidate]) -> str:
     """Return the layouts that fit, with the reasons for each."""
     rows = [("", "tensor", "pipeline", "virtual", "context", "data", "recompute", "GiB", "s/step", "why")]
     for place, one in enumerate(found, 1):
@@ -95,15 +95,15 @@ def table(ask: Ask, found: list[Candidate]) -> str:
     return "\nlayouts that fit, quickest first\n" + columns(rows, last_is_text=True)
 
 
-def why(ask: Ask, one: Candidate) -> str:
+def why(ask: PlanRequest, one: Candidate) -> str:
     """Return the reasons for a layout: room, recomputation, and where its time goes."""
     reasons = [f"{(ask.bytes - one.peak) / GIB:.1f} GiB free"]
-    if one.kept is not None:
-        reasons.append(f"keeping all activations would need {one.kept / GIB:.1f}")
+    if one.peak_unless_recomputed is not None:
+        reasons.append(f"keeping all activations would need {one.peak_unless_recomputed / GIB:.1f}")
     return "; ".join((*reasons, _shares(one)))
 
 
-def nothing_fits(ask: Ask) -> str:
+def nothing_fits(ask: PlanRequest) -> str:
     """Return what is missing: the layout that needs least, what fills it, and how many GPUs would do."""
     every = candidates(ask)
     if not every:
@@ -118,7 +118,7 @@ def nothing_fits(ask: Ask) -> str:
         f"  with {layout(least.placement)}, {recomputation(least.placement)}; "
         f"most of it is {part}, {getattr(fullest, part) / GIB:.1f} GiB on stage {stage}",
     ]
-    if larger := enough(ask):
+    if larger := smallest_fitting(ask):
         placement = larger.placement
         lines.append(
             f"  {placement.world_size} GPUs would do: {layout(placement)}, "

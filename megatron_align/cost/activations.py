@@ -1,7 +1,7 @@
-"""Bytes of activations: what autograd keeps of a layer, and what a pipeline stage holds of them at once.
+"""Activation memory: bytes that autograd saves for one layer, and the peak that a pipeline stage holds.
 
-Counted tensor by tensor as the modules save them (no fused norms or SwiGLU); tests hold the counts against the
-storages that autograd really keeps. Units: bytes, of one rank.
+Counted tensor by tensor as the modules save them (no fused norms or SwiGLU); tests compare the counts with the
+storages that autograd really saves. All sizes are bytes on one rank.
 
 Letters: t tokens of this rank's part of a pack, s of them between the tensor-parallel regions (t / TP under sequence
 parallel), h hidden, q and kv columns of queries and of keys on this rank, f columns of the MLP on this rank.
@@ -22,7 +22,7 @@ Attention = Literal["triton", "per_document"]  # our kernels, or the CPU's path
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The letters above, and b bytes of an activation."""
+    """The letters above, and b, the bytes per element of an activation."""
 
     t: int
     s: int
@@ -35,7 +35,7 @@ class Sizes:
 
     @classmethod
     def of(cls, placement: Placement, tokens: int) -> Sizes:
-        """Return the sizes for a pack of ``tokens`` (padded)."""
+        """Compute the sizes for a pack of ``tokens`` tokens, padding included."""
         shape, parallel = placement.shape, placement.parallel
         t = tokens // parallel.context
         return cls(
@@ -43,7 +43,7 @@ class Sizes:
             s=t // placement.sequence_ranks,
             h=shape.hidden_size,
             q=shape.num_heads * shape.head_dim // parallel.tensor,
-            # with fewer key/value heads than ranks, each rank holds the whole one that it needs
+            # with fewer key/value heads than ranks, each rank holds all of the one it needs
             kv=max(shape.num_query_groups // parallel.tensor, 1) * shape.head_dim,
             f=shape.ffn_size // parallel.tensor,
             heads=shape.num_heads // parallel.tensor,
@@ -52,46 +52,48 @@ class Sizes:
 
 
 def boundary_bytes(placement: Placement, tokens: int) -> int:
-    """Return the hidden states between two layers: what a checkpoint keeps and what a stage sends."""
+    """Return the bytes of the hidden states between two layers: a recompute checkpoint, or what a stage sends."""
     x = Sizes.of(placement, tokens)
     return x.b * x.s * x.h
 
 
 def layer_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
-    """Return what one layer keeps for its backward; ``recompute_layers`` plays no part."""
+    """Return the bytes one layer saves for its backward pass, ignoring ``recompute_layers``."""
     x = Sizes.of(placement, tokens)
     again = placement.recompute_modules
-    # The norms' outputs, which the linears after them keep; or, made again from them, the norms' inputs.
+    # The norms' outputs, which the linears after them save; or the norms' inputs, where the outputs are recomputed.
     kept = 2 * x.b * x.s * x.h + (0 if "norms" in again else 2 * _norm(x))
     kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x, attention)
     return kept + (0 if "mlp" in again else _mlp(x))
 
 
 def _norm(x: Sizes) -> int:
-    """Keep the fp32 input (in fp32 as it came, in bf16 a copy), the normalised one, and the factor of each token."""
+    """Return the bytes of a norm: its fp32 input (a copy in bf16 runs), the normalised one, and a factor per token."""
     return (FP32 + x.b) * x.s * x.h + FP32 * x.s
 
 
 def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
-    """Keep the rotated q and k, v, the output, and the log-sum-exp of each query."""
+    """Return the bytes of attention: rotated q and k, v, the output, and the log-sum-exp of each query."""
     shape = placement.shape
     kind = kind_of(shape, placement.parallel)
     kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
     if attention == "per_document":
-        kept += 3 * x.b * x.t * x.q  # keys and values for each head, the documents' outputs before they join
+        kept += (
+            3 * x.b * x.t * x.q
+        )  # keys and values for each head, the documents' outputs before they are concatenated
     elif kind is None:
         kept += x.b * x.t * x.kv
     if kind == "ulysses":
         # One message brings q, k and v, which are views of it (on the CPU q alone). The output is kept twice: by
-        # attention, and as tokens again by the linear after it.
+        # attention, and regrouped by tokens by the linear after it.
         kept += x.b * x.t * (x.q + 2 * ulysses_groups(placement.split) * shape.head_dim)
         kept -= x.b * x.t * x.q if attention == "per_document" else 0
     elif kind == "allgather" and attention == "triton":
-        kept += 2 * x.b * x.t * placement.parallel.context * x.kv  # of the whole pack
+        kept += 2 * x.b * x.t * placement.parallel.context * x.kv  # of the complete pack
     keeps_projection = attention == "triton" and kind is None  # v is a view of it
     if shape.qk_norm:
-        # The norm of each head: its output is not kept, as rotation needs none of it. In fp32 its inputs are kept as
-        # they came: a copy of q, and k within the projection.
+        # The norm of each head: its output is not saved, as rotation does not need it. In fp32 its inputs are saved
+        # without a cast: a copy of q, and k within the projection.
         columns = x.q + x.kv
         keeps_projection |= placement.precision == "fp32"
         inputs = x.q if placement.precision == "fp32" else columns
@@ -102,7 +104,7 @@ def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
 
 
 def _attention_inputs(placement: Placement, x: Sizes) -> int:
-    """Keep q before its rotation, the projection that k and v are views of, the output, and a number for the mask."""
+    """Return the bytes of recomputed attention: unrotated q, the projection (k and v are views), output, a scalar."""
     kept = 2 * x.b * x.t * x.q + _qkv(placement, x) + 4
     if placement.shape.qk_norm:
         columns = x.q + x.kv
@@ -113,19 +115,19 @@ def _attention_inputs(placement: Placement, x: Sizes) -> int:
 
 
 def _qkv(placement: Placement, x: Sizes) -> int:
-    """Return the projection that v is a view of, and keeps whole; gathered where ranks share a key/value head."""
+    """Return the bytes of the projection that v, a view, keeps alive; gathered where ranks share a key/value head."""
     shape, tensor = placement.shape, placement.parallel.tensor
     columns = (shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim
     return x.b * x.t * (columns // tensor if shape.num_query_groups >= tensor else columns)
 
 
 def _mlp(x: Sizes) -> int:
-    """Keep gate and up projection, silu(gate), up once more (megatron-core adds its offset of 0), their product."""
+    """Return the bytes of the MLP: gate, up, silu(gate), up again (megatron-core adds 0), their product."""
     return 5 * x.b * x.t * x.f
 
 
 def layer_workspace(placement: Placement, tokens: int) -> int:
-    """Return what the backward of a layer holds for a moment, at its widest: within the MLP.
+    """Return the peak temporary bytes of a layer's backward pass, which is reached within the MLP.
 
     The gradients of silu(gate), up, gate, and of both joined; the gradient of the projection's weight before it is
     added to the buffer; and the gathered input under sequence parallel.
@@ -138,11 +140,11 @@ def layer_workspace(placement: Placement, tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ActivationBytes:
-    """Of one rank.
+    """Activation bytes of one rank.
 
     Args:
-        held: of all micro-batches that wait for their backward.
-        recomputed: of the layers that are made again at one time.
+        held: of all micro-batches that wait for their backward pass.
+        recomputed: of the layers that are recomputed together.
     """
 
     held: int
@@ -152,35 +154,34 @@ class ActivationBytes:
 def stage_bytes(
     placement: Placement, stage: int, tokens: int, micro_batches: int, attention: Attention = "triton"
 ) -> ActivationBytes:
-    """Return what a pipeline stage holds when it holds most.
+    """Return the activation bytes of a pipeline stage at its peak.
 
     Args:
-        placement: of the model.
-        stage: 0-based.
+        placement: model and layout.
+        stage: 0-based pipeline stage.
         tokens: padded length of a pack.
-        micro_batches: of a step, per data-parallel rank.
-        attention: which path attention takes.
+        micro_batches: per step and data-parallel rank.
+        attention: implementation of attention.
     """
     chunks = placement.chunks(stage)
     layer, boundary = layer_bytes(placement, tokens, attention), boundary_bytes(placement, tokens)
     in_flight = placement.in_flight(stage, micro_batches)
     k = placement.recompute_layers
     held = 0
-    for at in range(in_flight):
-        chunk = chunks[at * len(chunks) // in_flight]  # the schedule goes through all chunks in equal measure
+    for i in range(in_flight):
+        chunk = chunks[i * len(chunks) // in_flight]  # the schedule visits all chunks equally often
         held += tables_bytes(placement, tokens, attention)
         held += embedding_bytes(placement, tokens) if chunk.embeds else 0
         held += -(-chunk.layers // k) * boundary if k else chunk.layers * layer
         if not (chunk.embeds or k):
-            held += boundary if placement.precision == "bf16" else 0  # what was received; fp32 norms keep it
-        held += (
-            _norm(Sizes.of(placement, tokens)) if chunk.ends else boundary
-        )  # the final norm, or what was sent
+            held += boundary if placement.precision == "bf16" else 0  # received; fp32 norms save it
+        # The final norm, or the hidden states that were sent.
+        held += _norm(Sizes.of(placement, tokens)) if chunk.ends else boundary
     return ActivationBytes(held=held, recomputed=k * layer)
 
 
 def tables_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
-    """Return what all layers of a pack share: rotary tables, the kernels' intervals, which rank has which token."""
+    """Return the bytes all layers of a pack share: rotary tables, the kernels' intervals, token order over ranks."""
     parallel = placement.parallel
     own = tokens // parallel.context
     gathers = kind_of(placement.shape, parallel) == "allgather"
@@ -192,5 +193,5 @@ def tables_bytes(placement: Placement, tokens: int, attention: Attention = "trit
 
 
 def embedding_bytes(placement: Placement, tokens: int) -> int:
-    """Return the places that the embedding keeps, int64, and which of them are other ranks', a byte each."""
+    """Return the bytes the embedding saves: int64 indices, and a one-byte mask of those on other ranks."""
     return (8 + (placement.parallel.tensor > 1)) * tokens // placement.parallel.context

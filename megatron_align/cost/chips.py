@@ -1,4 +1,4 @@
-"""Named chips: peaks from the makers' data sheets. What of a peak is reached is assumed elsewhere, not here."""
+"""Peak rates of GPUs by name, from their data sheets. The share of a peak that is reached is assumed in time.py."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megatron_align.errors import InputError, nearest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
-    """A GPU.
+    """Peak rates of a GPU.
 
     Args:
         bf16: dense bf16 tensor-core peak, operations per second.
-        bandwidth: of memory, bytes per second.
-        link: to the GPUs of the same node, bytes per second in one direction.
-        network: to other nodes, bytes per second in one direction for each GPU: one network card a GPU.
-        source: of the first three.
+        bandwidth: memory bandwidth, bytes per second.
+        link: bandwidth to the GPUs of the same node, bytes per second in one direction.
+        network: bandwidth to other nodes, bytes per second in one direction and GPU, with one network card per GPU.
+        source: document that states the first three.
     """
 
     bf16: float
@@ -51,7 +51,11 @@ CHIPS = {
 
 
 def chip(name: str) -> Chip:
-    """Return a chip by name. Raises InputError for an unknown one, naming the nearest."""
+    """Look up a chip by name.
+
+    Raises:
+        InputError: the name is unknown; the message suggests the nearest.
+    """
     if name.lower() not in CHIPS:
         raise InputError(
             f"--chip must be one of {', '.join(CHIPS)}; got '{name}'{nearest(name.lower(), list(CHIPS))}"
@@ -60,9 +64,9 @@ def chip(name: str) -> Chip:
 
 
 def chip_of_device(name: str) -> Chip | None:
-    """Return the chip that a device's name tells, such as ``NVIDIA H100 80GB HBM3``; None: none that is known.
+    """Look up the chip of a CUDA device name such as ``NVIDIA H100 80GB HBM3``; return None if it is not listed.
 
-    Other boards and slices (``H100 PCIe``, ``H100 NVL``, ``MIG 1g.10gb``) are not known: most have lower peaks.
+    Other boards and slices (``H100 PCIe``, ``H100 NVL``, ``MIG 1g.10gb``) are not listed: most have lower peaks.
     """
     words = re.split(r"[\s-]+", name.lower())
     if {"pcie", "nvl", "mig"} & set(words):

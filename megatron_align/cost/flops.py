@@ -1,8 +1,8 @@
-"""Floating-point operations of a step: matrix products only, a multiply and an add being two.
+"""Floating-point operations (FLOPs) of a step: matrix products only, a multiply-add counts as two.
 
-Attention is counted by what its layout lets each token see, not by the square of the pack. Two numbers per step:
-``model``, what the mathematics needs (the usual numerator of MFU: forward and twice that backward, no padding, nothing
-twice), and ``executed``, what is run: padding, recomputation, attention's scores made again in backward.
+Attention is counted by the keys each token attends to, not by the square of the pack. There are two counts per step:
+``model``, what the mathematics requires (the usual numerator of MFU: forward, and twice that for backward, without
+padding or recomputation), and ``executed``, which adds padding, recomputation and the attention scores of backward.
 """
 
 from __future__ import annotations
@@ -13,54 +13,54 @@ from megatron_align.cost.placement import Placement
 from megatron_align.model.families import ModelShape, padded_vocab
 
 # Backward over forward. A product y = x w has two gradients of the same size; attention's forward has two products,
-# its backward makes the scores again and then has four (arXiv:2307.08691).
+# its backward recomputes the scores and then has four (arXiv:2307.08691).
 LINEAR_BACKWARD = 2.0
 ATTENTION_BACKWARD = 2.5
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Operations of one forward pass, over all ranks."""
+    """FLOPs of one forward pass, over all ranks."""
 
     layers: int  # linear products of the layers
-    mlp: int  # of them the MLPs'
+    mlp: int  # the part of ``layers`` in the MLPs
     attention: int
     head: int
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum over layers, attention and head."""
         return self.layers + self.attention + self.head
 
 
 def layer_flops(shape: ModelShape) -> int:
-    """Return the operations of one layer's linear products for one token."""
+    """Return the FLOPs of one layer's linear products per token."""
     heads = (2 * shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim  # q, output; k, v
     return 2 * shape.hidden_size * heads + mlp_flops(shape)
 
 
 def mlp_flops(shape: ModelShape) -> int:
-    """Return those of one layer's MLP."""
+    """Return the FLOPs of one layer's MLP per token."""
     return 2 * shape.hidden_size * 3 * shape.ffn_size
 
 
 def attention_flops(shape: ModelShape, visible_keys: int) -> int:
-    """Return the operations of one layer's attention, forward.
+    """Return the forward FLOPs of one layer's attention.
 
     Args:
-        shape: of the model.
-        visible_keys: pairs of a token and a token that it sees (itself among them).
+        shape: model dimensions.
+        visible_keys: number of (query, key) pairs that the mask allows, each token's pair with itself included.
     """
     return 4 * visible_keys * shape.num_heads * shape.head_dim
 
 
 def head_flops(shape: ModelShape, scored: int, vocabulary: int | None = None) -> int:
-    """Return the operations of the head, forward: only scored rows meet the vocabulary.
+    """Return the forward FLOPs of the head, which projects scored rows only.
 
     Args:
-        shape: of the model.
-        scored: rows; for a reward model completions.
-        vocabulary: columns, padding included. Default: without.
+        shape: model dimensions.
+        scored: number of scored rows; completions for a reward model.
+        vocabulary: number of columns, padding included. Default: the vocabulary without padding.
     """
     columns = 1 if shape.is_reward else vocabulary or shape.vocab_size
     return 2 * scored * shape.hidden_size * columns
@@ -69,7 +69,7 @@ def head_flops(shape: ModelShape, scored: int, vocabulary: int | None = None) ->
 def forward_flops(
     shape: ModelShape, tokens: int, visible_keys: int, scored: int, *, vocabulary: int | None = None
 ) -> Forward:
-    """Return the operations of a forward pass over ``tokens``."""
+    """Return the FLOPs of a forward pass over ``tokens`` tokens."""
     return Forward(
         layers=shape.num_layers * layer_flops(shape) * tokens,
         mlp=shape.num_layers * mlp_flops(shape) * tokens,
@@ -79,29 +79,29 @@ def forward_flops(
 
 
 def model_flops(forward: Forward) -> float:
-    """Return what a training step needs: forward, and twice that backward."""
+    """Return the FLOPs a training step requires: forward, and twice that for backward."""
     return 3.0 * forward.total
 
 
 def executed_flops(placement: Placement, forward: Forward) -> float:
-    """Return what a training step runs.
+    """Return the FLOPs a training step executes.
 
-    A pair or a sample with more scored rows than one slab of logits holds is projected once more; it is not counted.
+    A pair or sample with more scored rows than one slab of logits is projected once more, which is not counted.
 
     Args:
-        placement: says what is run again.
-        forward: over all tokens that are computed, padding included.
+        placement: model and layout, with its recomputation.
+        forward: FLOPs over all computed tokens, padding included.
     """
     return layers_executed(placement, forward) + (1 + LINEAR_BACKWARD) * forward.head
 
 
 def layers_executed(placement: Placement, forward: Forward) -> float:
-    """Return the layers' part of it."""
+    """Return the FLOPs a training step executes in the layers, without the head."""
     again = forward.layers if placement.recompute_layers else placement.runs_again("mlp") * forward.mlp
     attention = (1 + placement.runs_again("attention") + ATTENTION_BACKWARD) * forward.attention
     return (1 + LINEAR_BACKWARD) * forward.layers + again + attention
 
 
 def padded_vocabulary(placement: Placement) -> int:
-    """Return the vocabulary that is computed."""
+    """Return the vocabulary size with padding."""
     return padded_vocab(placement.shape.vocab_size, placement.parallel.tensor)

@@ -1,4 +1,4 @@
-"""Bytes of the head while a pack's loss is taken: one slab of logits, whatever the pack's length."""
+"""Memory of the output head during the loss: one slab of logits, independent of the pack's length."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from megatron_align.model.families import padded_vocab
 
 
 def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
-    """Return what the last stage holds for its loss, besides weights and gradients.
+    """Return the bytes the last stage holds for its loss, without weights and their gradients.
 
     Args:
-        placement: of the model.
+        placement: model and layout.
         tokens: padded length of a pack.
-        scored_rows: of the pack, over all ranks.
+        scored_rows: scored rows of the pack, over all ranks.
     """
     shape, b = placement.shape, placement.itemsize
     rows = -(-scored_rows // placement.parallel.context)
     gathered = tokens // placement.parallel.context if placement.sequence_ranks > 1 else 0
-    hidden = (
-        (2 * rows + gathered) * shape.hidden_size * b
-    )  # scored rows, their gradient, what they were picked from
+    # The scored rows, their gradient, and the gathered rows that they were selected from.
+    hidden = (2 * rows + gathered) * shape.hidden_size * b
     if shape.is_reward:
         return hidden
     return hidden + slab_bytes(placement, scored_rows)
@@ -34,6 +33,6 @@ def slab_bytes(placement: Placement, scored_rows: int) -> int:
 
 
 def _slab_rows(row_bytes: int) -> int:
-    """Return how many rows a slab has on a GPU, as :func:`megatron_align.kernels.slab_rows`, which needs a tensor."""
+    """Return the rows of a slab on a GPU, as :func:`megatron_align.kernels.slab_rows` does, which needs a tensor."""
     rows = max(1, SLAB_BYTES["cuda"] // row_bytes)
     return rows if rows < 128 else rows - rows % 128

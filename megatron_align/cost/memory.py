@@ -1,4 +1,4 @@
-"""The memory of a rank, stage by stage: what it holds from the first step to the last, and what a step adds."""
+"""Memory of one rank per pipeline stage: the training state, and the peak of a step."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, state_bytes
 
 GIB = 2**30
-# Ours to assume, as no run of ours measured it: CUDA context, cuBLAS and NCCL buffers; and what the caching allocator
-# cannot give out again because it lies in pieces, as a share of all that is in use.
+# Assumptions that we have not measured: CUDA context, cuBLAS and NCCL buffers; and the caching allocator's
+# fragmentation, as a share of all bytes in use.
 CONTEXT = 2 * GIB
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """Bytes of one rank of a pipeline stage at the peak of a step.
+    """Bytes on one rank of a pipeline stage at the peak of a step.
 
     Args:
         parameters: weights.
         gradients: fp32 main gradients.
-        optimizer: fp32 masters and moments, this rank's share.
-        reference: weights of a live reference.
-        activations: kept by the micro-batches in flight.
-        temporary: the wider of two moments: a layer's backward (and the layers made again for it), or the head's
-            slab of logits.
+        optimizer: this rank's shard of fp32 master weights and moments.
+        reference: weights of a live reference model.
+        activations: saved by the micro-batches in flight.
+        temporary: the larger of a layer's backward pass (with the layers recomputed for it) and the head's slab
+            of logits.
         communication: buffers that collectives gather into.
     """
 
@@ -41,32 +41,32 @@ class StageMemory:
 
     @property
     def tensors(self) -> int:
-        """All of it."""
+        """Sum of all fields."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     @property
     def total(self) -> int:
-        """What the GPU needs: all tensors, and what is assumed besides."""
+        """GPU memory required: all tensors, plus the assumed context and fragmentation."""
         return CONTEXT + round(self.tensors * (1 + FRAGMENTATION))
 
 
 def stage_memory(
     placement: Placement, stage: int, tokens: int, micro_batches: int, *, live_reference: bool = False
 ) -> StageMemory:
-    """Return the memory of each rank of a stage.
+    """Return the memory of each rank of a pipeline stage.
 
     Args:
-        placement: of the model.
+        placement: model and layout.
         stage: 0-based pipeline stage.
-        tokens: padded length of a pack; every token is taken as scored, which is never too little.
-        micro_batches: of a step, per data-parallel rank.
-        live_reference: ``reference.mode: live``.
+        tokens: padded length of a pack; every token is assumed to be scored, an upper bound.
+        micro_batches: per step and data-parallel rank.
+        live_reference: whether ``reference.mode`` is ``live``.
     """
     state = state_bytes(placement, stage)
     activations = stage_bytes(placement, stage, tokens, micro_batches)
-    of_layer = activations.recomputed + layer_workspace(placement, tokens)
+    layer = activations.recomputed + layer_workspace(placement, tokens)
     ends = placement.chunks(stage)[-1].ends
-    of_head = head_bytes(placement, tokens, tokens) if ends else 0
+    head = head_bytes(placement, tokens, tokens) if ends else 0
     gathered = placement.sequence_ranks > 1
     return StageMemory(
         parameters=state.parameters,
@@ -74,6 +74,6 @@ def stage_memory(
         optimizer=state.optimizer,
         reference=parameter_bytes(placement, stage) if live_reference else 0,
         activations=activations.held,
-        temporary=max(of_layer, of_head),
+        temporary=max(layer, head),
         communication=boundary_bytes(placement, tokens) * placement.sequence_ranks if gathered else 0,
     )

@@ -1,8 +1,8 @@
-"""A model on a layout: where its layers and tensors lie, which every count starts from."""
+"""A model on a parallel layout: how its layers and tensors are distributed, the input of every count."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_align.config import ParallelConfig, RunConfig
@@ -10,7 +10,7 @@ from megatron_align.model.context_kind import AttentionSplit
 from megatron_align.model.families import ModelShape
 from megatron_align.model.stages import layers_of_chunks
 
-BYTES = {"bf16": 2, "fp32": 4}  # of a weight or an activation
+BYTES = {"bf16": 2, "fp32": 4}  # per element of a weight or an activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,21 +18,21 @@ class Chunk:
     """One model chunk of a pipeline stage."""
 
     layers: int
-    embeds: bool  # it begins with the embedding
-    ends: bool  # it ends with the final norm and the head
+    embeds: bool  # starts with the embedding
+    ends: bool  # ends with the final norm and the head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A model on a layout.
+    """A model on a parallel layout.
 
     Args:
-        shape: of the model.
-        parallel: the layout.
-        data: data-parallel ranks.
-        precision: of weights and activations.
-        recompute_layers: 0: activations are kept; k: one checkpoint per k layers.
-        recompute_modules: parts of every layer that are made again.
+        shape: model dimensions.
+        parallel: the parallel layout.
+        data: number of data-parallel ranks.
+        precision: dtype of weights and activations.
+        recompute_layers: 0: activations are saved; k: one checkpoint per k layers.
+        recompute_modules: modules of every layer that are recomputed.
     """
 
     shape: ModelShape
@@ -44,15 +44,15 @@ class Placement:
 
     @classmethod
     def of_run(cls, config: RunConfig, shape: ModelShape, world_size: int) -> Placement:
-        """Return what a run places on ``world_size`` ranks.
+        """Create the placement of a run on ``world_size`` ranks.
 
         Args:
-            config: of the run; parallel and train are read.
-            shape: of the model that is trained: a reward model's, where the objective is ``reward``.
-            world_size: ranks.
+            config: configuration of the run; its sections parallel and train are read.
+            shape: dimensions of the trained model, with a reward head for the objective ``reward``.
+            world_size: number of ranks.
 
         Raises:
-            InputError: the ranks do not divide over the layout.
+            InputError: the layout does not divide the number of ranks.
         """
         return cls(
             shape=shape,
@@ -63,18 +63,14 @@ class Placement:
             recompute_modules=tuple(config.train.recompute_modules),
         )
 
-    def with_data(self, data: int) -> Placement:
-        """Return the same with another number of data-parallel ranks."""
-        return replace(self, data=data)
-
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight or an activation."""
+        """Bytes per element of a weight or an activation."""
         return BYTES[self.precision]
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Total number of ranks."""
         return self.model_ranks * self.data
 
     @property
@@ -94,21 +90,21 @@ class Placement:
 
     @property
     def token_multiple(self) -> int:
-        """What the padded length of a pack must be a multiple of."""
+        """The padded length of a pack is a multiple of this."""
         return self.parallel.context * self.sequence_ranks
 
     @property
     def micro_batch_multiple(self) -> int:
-        """What the micro-batches of a rank must be a multiple of: interleaved schedules go in rounds."""
+        """The micro-batches of a rank are a multiple of this: interleaved schedules run in rounds."""
         return self.parallel.pipeline if self.parallel.chunks > 1 else 1
 
     def runs_again(self, part: str) -> bool:
-        """Return whether ``attention`` or ``mlp`` of each layer is run again before its backward."""
+        """Return whether ``attention`` or ``mlp`` of each layer is recomputed in the backward pass."""
         return self.recompute_layers > 0 or part in self.recompute_modules
 
     @property
     def split(self) -> AttentionSplit:
-        """How ranks share an attention layer."""
+        """How an attention layer is split over ranks."""
         shape, parallel = self.shape, self.parallel
         return AttentionSplit(
             shape.num_heads, shape.num_query_groups, shape.head_dim, parallel.tensor, parallel.context
@@ -116,27 +112,27 @@ class Placement:
 
     @property
     def tied_copies(self) -> bool:
-        """Whether first and last stage each hold the tied embedding."""
+        """Whether first and last stage each hold a copy of the tied embedding."""
         return self.parallel.pipeline > 1 and self.shape.tied_embeddings and not self.shape.is_reward
 
     def chunks(self, stage: int) -> list[Chunk]:
         """Return the model chunks of a pipeline stage (0-based), in the order of the layers."""
         layers = layers_of_chunks(self.shape.num_layers, self.parallel)
-        numbers = range(stage, len(layers), self.parallel.pipeline)
-        return [Chunk(layers[number], number == 0, number == len(layers) - 1) for number in numbers]
+        indices = range(stage, len(layers), self.parallel.pipeline)
+        return [Chunk(layers[i], embeds=i == 0, ends=i == len(layers) - 1) for i in indices]
 
     def layers(self, stage: int) -> int:
-        """Return the layers of a pipeline stage."""
+        """Return the number of layers on a pipeline stage."""
         return sum(chunk.layers for chunk in self.chunks(stage))
 
     def in_flight(self, stage: int, micro_batches: int) -> int:
-        """Return how many forward passes of one chunk a stage has done at most before their backward.
+        """Return the peak number of chunk forward passes on a stage whose backward pass is still due.
 
-        megatron-core's schedules: 1F1B, and its interleaved form with virtual stages (arXiv:2104.04473).
+        Follows megatron-core's schedules: 1F1B, and its interleaved form with virtual stages (arXiv:2104.04473).
         """
         stages, chunks = self.parallel.pipeline, self.parallel.chunks
         if stages == 1:
             return 1
         waiting = stages - 1 - stage
-        ahead = waiting if chunks == 1 else 2 * waiting + (chunks - 1) * stages
-        return min(ahead + 1, micro_batches * chunks)
+        warm_up = waiting if chunks == 1 else 2 * waiting + (chunks - 1) * stages
+        return min(warm_up + 1, micro_batches * chunks)

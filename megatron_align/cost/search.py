@@ -1,4 +1,4 @@
-"""Layouts that fit, quickest first; and what is missing where none does."""
+"""Search the parallel layouts that fit into memory, fastest first."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import transformer_config
 
-MOST_GPUS = 4096  # looked at where nothing fits
+MAX_GPUS = 4096  # largest number tried when nothing fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A layout, what it holds and how long its step takes.
+    """A layout with its memory and the estimated time of its step.
 
     Args:
-        placement: of the model.
+        placement: model and layout.
         work: the mean step.
-        memory: of each pipeline stage.
-        time: of a step.
-        kept: peak bytes if nothing was recomputed; None: nothing is.
+        memory: memory of each pipeline stage.
+        time: estimated time of a step.
+        peak_unless_recomputed: peak bytes if all activations were saved; None if they are.
     """
 
     placement: Placement
     work: Work
     memory: tuple[StageMemory, ...]
     time: StepTime
-    kept: int | None
+    peak_unless_recomputed: int | None
 
     @property
     def peak(self) -> int:
-        """Bytes of the fullest stage."""
+        """Bytes on the stage that needs most."""
         return max(stage.total for stage in self.memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """What is planned for.
+class PlanRequest:
+    """What to plan: a run, and the GPUs it may use.
 
     Args:
-        config: of the run.
-        shape: of the model that is trained.
-        gpus: how many.
-        bytes: of each.
-        chip: what they are.
-        work: of a step on a placement.
+        config: configuration of the run.
+        shape: dimensions of the trained model.
+        gpus: number of GPUs.
+        bytes: memory of each GPU.
+        chip: peak rates of each GPU.
+        work: function that returns the work of steps on a placement.
         efficiency: see :func:`megatron_align.cost.time.step_time`.
     """
 
@@ -68,21 +68,21 @@ class Ask:
     efficiency: float = EFFICIENCY
 
 
-def evaluate(ask: Ask, placement: Placement) -> Candidate:
-    """Return what a placement costs, its recompute_layers as given."""
-    work = mean(ask.work(placement))
-    config = ask.config
+def evaluate(request: PlanRequest, placement: Placement) -> Candidate:
+    """Return the cost of a placement with its own ``recompute_layers``."""
+    work = mean(request.work(placement))
+    config = request.config
     return Candidate(
         placement=placement,
         work=work,
         memory=memory_of(config, placement, work.micro_batches),
-        time=step_time(placement, work, ask.chip, scoring_passes(config), ask.efficiency),
-        kept=None,
+        time=step_time(placement, work, request.chip, scoring_passes(config), request.efficiency),
+        peak_unless_recomputed=None,
     )
 
 
 def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tuple[StageMemory, ...]:
-    """Return the memory of each stage with packs as long as they may become."""
+    """Return the memory of each stage for packs of the maximum length."""
     multiple = placement.token_multiple
     tokens = -(-config.data.sequence_length // multiple) * multiple
     live = config.objective.compares and config.reference.mode == "live"
@@ -92,68 +92,70 @@ def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tu
     )
 
 
-def candidates(ask: Ask) -> list[Candidate]:
-    """Return every layout that the model divides over, with the recomputation it needs; quickest first."""
-    found = [_with_recompute(ask, placement) for placement in _placements(ask)]
-    return sorted(found, key=lambda one: (one.time.total, one.peak))
+def candidates(request: PlanRequest) -> list[Candidate]:
+    """Return every layout that divides the model, with the recomputation it needs, fastest first."""
+    every = [_with_recompute(request, placement) for placement in _placements(request)]
+    return sorted(every, key=lambda one: (one.time.total, one.peak))
 
 
-def best(ask: Ask, count: int) -> list[Candidate]:
-    """Return the quickest layouts that fit, one of each tensor x pipeline x context."""
-    found: dict[tuple[int, int, int], Candidate] = {}
-    for one in candidates(ask):
+def best(request: PlanRequest, count: int) -> list[Candidate]:
+    """Return the fastest layouts that fit, at most one per tensor x pipeline x context."""
+    fitting: dict[tuple[int, int, int], Candidate] = {}
+    for one in candidates(request):
         parallel = one.placement.parallel
         key = (parallel.tensor, parallel.pipeline, parallel.context)
-        if one.peak <= ask.bytes and key not in found:
-            found[key] = one
-    return list(found.values())[:count]
+        if one.peak <= request.bytes and key not in fitting:
+            fitting[key] = one
+    return list(fitting.values())[:count]
 
 
-def enough(ask: Ask) -> Candidate | None:
-    """Return the quickest layout on the fewest GPUs that suffice, doubling from ``ask.gpus``; None: none found."""
-    gpus = ask.gpus * 2
-    while gpus <= MOST_GPUS:
-        if fitting := best(replace(ask, gpus=gpus), 1):
+def smallest_fitting(request: PlanRequest) -> Candidate | None:
+    """Return the fastest layout on the fewest GPUs that suffice, doubling from ``request.gpus``; None if none does."""
+    gpus = request.gpus * 2
+    while gpus <= MAX_GPUS:
+        if fitting := best(replace(request, gpus=gpus), 1):
             return fitting[0]
         gpus *= 2
     return None
 
 
-def _with_recompute(ask: Ask, placement: Placement) -> Candidate:
-    """Keep activations where they fit; else checkpoint the number of layers that holds least."""
-    kept = evaluate(ask, placement)
-    if kept.peak <= ask.bytes:
-        return kept
+def _with_recompute(request: PlanRequest, placement: Placement) -> Candidate:
+    """Save all activations if they fit; otherwise choose the ``recompute_layers`` that needs least memory."""
+    saved = evaluate(request, placement)
+    if saved.peak <= request.bytes:
+        return saved
     per_chunk = placement.chunks(0)[0].layers
     choices = [replace(placement, recompute_layers=k) for k in _divisors(per_chunk)]
 
-    def held(one: Placement) -> int:
-        whole = stage_bytes(one, 0, ask.config.data.sequence_length, kept.work.micro_batches)
-        return whole.held + whole.recomputed
+    def activation_bytes(one: Placement) -> int:
+        stage = stage_bytes(one, 0, request.config.data.sequence_length, saved.work.micro_batches)
+        return stage.held + stage.recomputed
 
-    return replace(evaluate(ask, min(choices, key=held)), kept=kept.peak)
+    return replace(evaluate(request, min(choices, key=activation_bytes)), peak_unless_recomputed=saved.peak)
 
 
-def _placements(ask: Ask) -> Iterator[Placement]:
-    """Yield the layouts that the GPUs and the model divide over."""
-    layers, tokens = ask.shape.num_layers, ask.config.data.sequence_length
-    powers = [2**i for i in range(ask.gpus.bit_length())]
+def _placements(request: PlanRequest) -> Iterator[Placement]:
+    """Yield the layouts that divide the GPUs and the model."""
+    layers, tokens = request.shape.num_layers, request.config.data.sequence_length
+    powers = [2**i for i in range(request.gpus.bit_length())]
     for tensor in (n for n in powers if n <= NODE):
         for pipeline in _divisors(layers):
             for context in (n for n in powers if n * 1024 <= tokens or n == 1):
                 model_ranks = tensor * pipeline * context
-                if ask.gpus % model_ranks:
+                if request.gpus % model_ranks:
                     continue
                 for chunks in _chunks(layers, pipeline):
-                    placement = _placement(ask, tensor, pipeline, context, chunks)
+                    placement = _placement(request, tensor, pipeline, context, chunks)
                     if placement is not None:
                         yield placement
 
 
-def _placement(ask: Ask, tensor: int, pipeline: int, context: int, chunks: int | None) -> Placement | None:
-    """Return the placement, or None where a run would refuse it: by the run's own checks."""
-    config, given = ask.config, ask.config.parallel
-    several = ask.gpus > tensor * pipeline * context
+def _placement(
+    request: PlanRequest, tensor: int, pipeline: int, context: int, chunks: int | None
+) -> Placement | None:
+    """Return the placement, or None if the checks of a run refuse it."""
+    config, given = request.config, request.config.parallel
+    several = request.gpus > tensor * pipeline * context
     try:
         parallel = replace(
             given,
@@ -172,12 +174,14 @@ def _placement(ask: Ask, tensor: int, pipeline: int, context: int, chunks: int |
             overlap_p2p=given.overlap_p2p and chunks is not None,
         )
         placement = Placement(
-            shape=ask.shape,
+            shape=request.shape,
             parallel=parallel,
-            data=parallel.data_parallel(ask.gpus),
+            data=parallel.data_parallel(request.gpus),
             precision=config.train.precision,
         )
-        transformer_config(ask.shape, parallel, torch.bfloat16)  # what divides is the same in every precision
+        transformer_config(
+            request.shape, parallel, torch.bfloat16
+        )  # divisibility does not depend on the precision
     except InputError:
         return None
     return placement

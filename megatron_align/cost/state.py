@@ -1,7 +1,7 @@
-"""Bytes of weights, gradients and optimizer: what a rank holds from the first step to the last.
+"""Memory of the training state: weights, gradients and optimizer state of one rank.
 
-Weights and gradients lie in megatron-core's buffers, which its distributed optimizer pads: every tensor begins at a
-multiple of 64 elements, every bucket ends at one that data x context ranks share equally.
+Weights and gradients are stored in megatron-core's buffers, which its distributed optimizer pads: every tensor starts
+at a multiple of 64 elements, every bucket ends at one that divides evenly over data x context ranks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from megatron_align.cost.placement import Chunk, Placement
 from megatron_align.model.families import TABLES, ModelShape, Row, local_shape
 
 GRADIENT = 4  # bytes: gradients are summed in fp32
-MOMENTS = 8  # bytes: two of Adam's, fp32
-MASTER = 4  # bytes: the fp32 copy that a bf16 weight is updated through
+MOMENTS = 8  # bytes: Adam's two, fp32
+MASTER = 4  # bytes: the fp32 master copy of a bf16 weight
 _ALIGNED = 64
 _BUCKET = 128
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -24,7 +24,7 @@ _AT_END = ("decoder.final_layernorm.weight", HEAD, "reward_head.weight")
 
 @dataclass(frozen=True, slots=True)
 class StateBytes:
-    """Of one rank, in bytes."""
+    """Bytes of the training state on one rank."""
 
     parameters: int
     gradients: int
@@ -32,32 +32,33 @@ class StateBytes:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of weights, gradients and optimizer state."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def state_bytes(placement: Placement, stage: int) -> StateBytes:
-    """Return what each rank of a pipeline stage holds (the last few bytes of padding are no rank's optimizer's).
+    """Return the training state of each rank of a pipeline stage.
 
-    fp32 weights are their own masters; a frozen reference is not among this (see :func:`parameter_bytes`).
+    The optimizer's share of the buffers' padding is counted, although it may hold none of it: a few bytes too many.
+    fp32 weights are their own master copies. A frozen reference is not included (see :func:`parameter_bytes`).
     """
     elements = sum(_buffer_elements(placement, chunk) for chunk in placement.chunks(stage))
-    kept = MOMENTS + (MASTER if placement.precision == "bf16" else 0)
+    per_element = MOMENTS + (MASTER if placement.precision == "bf16" else 0)
     return StateBytes(
         parameters=elements * placement.itemsize,
         gradients=elements * GRADIENT,
-        optimizer=elements // placement.shard_ranks * kept,
+        optimizer=elements // placement.shard_ranks * per_element,
     )
 
 
 def parameter_bytes(placement: Placement, stage: int) -> int:
-    """Return the bytes of a stage's weights on each rank, outside of any buffer: what a live reference takes."""
+    """Return the bytes of a stage's weights on each rank without buffer padding, as a live reference holds them."""
     elements = sum(sum(tensors(placement, chunk)) for chunk in placement.chunks(stage))
     return elements * placement.itemsize
 
 
 def parameter_count(shape: ModelShape) -> int:
-    """Return the number of weights of a model, without vocabulary padding; a tied embedding counts once."""
+    """Return the number of parameters of a model, without vocabulary padding; a tied embedding counts once."""
     ends, layer = 0, 0
     for row in TABLES[shape.architecture]:
         count = sum(prod(size) for size in row.hf_shapes(shape))
@@ -69,21 +70,21 @@ def parameter_count(shape: ModelShape) -> int:
 
 
 def tensors(placement: Placement, chunk: Chunk) -> list[int]:
-    """Return the elements of every tensor of a chunk, on one tensor-parallel rank."""
+    """Return the number of elements of every tensor of a chunk on one tensor-parallel rank."""
     layer, first, last = _local_elements(placement.shape, placement.parallel.tensor)
-    found = list(layer) * chunk.layers
+    sizes = list(layer) * chunk.layers
     if chunk.embeds:
-        found += first
+        sizes += first
     if chunk.ends:
-        found += last
+        sizes += last
         if placement.tied_copies:
-            found += first
-    return found
+            sizes += first
+    return sizes
 
 
 @lru_cache(maxsize=64)
 def _local_elements(shape: ModelShape, tensor: int) -> tuple[tuple[int, ...], ...]:
-    """Return the elements on one rank of the tensors of a layer, of the embedding, and of what follows the layers."""
+    """Return the elements per tensor on one rank: of a layer, of the embedding, and of all after the layers."""
     rows = TABLES[shape.architecture]
 
     def sizes(wanted: list[Row]) -> tuple[int, ...]:
@@ -104,18 +105,18 @@ def _of_layer(row: Row) -> bool:
 
 
 def _buffer_elements(placement: Placement, chunk: Chunk) -> int:
-    """Return the elements of a chunk's buffer; a tied embedding that two stages hold has a bucket of its own."""
-    found = tensors(placement, chunk)
-    buckets = [found]
+    """Return the elements of a chunk's buffer; a tied embedding that two stages share has a separate bucket."""
+    sizes = tensors(placement, chunk)
+    buckets = [sizes]
     if placement.tied_copies and (chunk.embeds or chunk.ends):
         [shared] = _local_elements(placement.shape, placement.parallel.tensor)[1]
-        found.remove(shared)
+        sizes.remove(shared)
         buckets.append([shared])
     return sum(_bucket_elements(bucket, placement.shard_ranks) for bucket in buckets)
 
 
 def _bucket_elements(sizes: list[int], ranks: int) -> int:
-    """Return the padded length of a bucket; the order of its tensors does not matter."""
+    """Return the padded number of elements of a bucket, which does not depend on the order of its tensors."""
     aligned = sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
     multiple = lcm(_BUCKET, ranks)
     return -(-aligned // multiple) * multiple

@@ -1,7 +1,8 @@
-"""Layouts and memory in words and tables, for people."""
+"""Format layouts, memory and steps as text and tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_align.cost.memory import GIB, StageMemory
@@ -13,7 +14,7 @@ PARTS = tuple(f.name for f in fields(StageMemory))
 
 
 def layout(placement: Placement) -> str:
-    """Return a layout in words."""
+    """Describe a layout in one line."""
     parallel = placement.parallel
     parts = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}"]
     if parallel.virtual_pipeline:
@@ -24,16 +25,16 @@ def layout(placement: Placement) -> str:
 
 
 def recomputation(placement: Placement) -> str:
-    """Return what becomes of activations, in words."""
+    """Describe the recomputation of activations in one line."""
     k = placement.recompute_layers
     if placement.recompute_modules:
-        return f"{', '.join(placement.recompute_modules)} made again"
-    return f"one checkpoint per {k} layer{'s' * (k > 1)}" if k else "activations kept"
+        return f"{', '.join(placement.recompute_modules)} recomputed"
+    return f"one checkpoint per {k} layer{'s' * (k > 1)}" if k else "activations saved"
 
 
 def memory_table(memory: tuple[StageMemory, ...]) -> str:
-    """Return GiB of one rank of each pipeline stage; stages that are alike share a line."""
-    rows = [("stage", *PARTS, "needed")]
+    """Return a table of the GiB per rank of each pipeline stage; equal neighbouring stages share a line."""
+    rows = [("stage", *PARTS, "total")]
     first = 0
     for stage, one in enumerate(memory):
         if stage + 1 < len(memory) and memory[stage + 1] == one:
@@ -45,17 +46,17 @@ def memory_table(memory: tuple[StageMemory, ...]) -> str:
 
 
 def step_text(placement: Placement, work: Work, flops: StepFlops) -> str:
-    """Return what a step computes, in two lines."""
+    """Describe the work of a step in two lines."""
     return (
-        f"a step     {work.samples:,} samples, {work.tokens:,} tokens, {work.scored:,} scored, "
-        f"{work.micro_batches} micro-batches of {work.pack_tokens:,} tokens on each of {placement.data} data ranks, "
-        f"{1 - work.tokens / work.padded_tokens:.1%} padding\n"
-        f"operations {flops.model:.4g} that the model needs, {flops.executed:.4g} that are run"
+        f"step       {work.samples:,} samples, {work.tokens:,} tokens, {work.scored:,} scored, "
+        f"{work.micro_batches} micro-batches of {work.pack_tokens:,} tokens "
+        f"on each of {placement.data} data-parallel ranks, {1 - work.tokens / work.padded_tokens:.1%} padding\n"
+        f"FLOPs      {flops.model:.4g} required by the model, {flops.executed:.4g} executed"
     )
 
 
-def columns(rows: list[tuple[str, ...]], *, last_is_text: bool = False) -> str:
-    """Lay rows out in columns, all to the right; the last one to the left if it is text."""
+def columns(rows: Sequence[tuple[str, ...]], *, last_is_text: bool = False) -> str:
+    """Format rows as right-aligned columns; the last column is left-aligned if it is text."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

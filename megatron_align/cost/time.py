@@ -1,7 +1,7 @@
-"""How long a step takes, estimated: operations and bytes over a chip's peaks, each by a stated share of it.
+"""Estimate the time of a step: FLOPs and bytes over the stated share of a chip's peak rates that is reached.
 
-An estimate to compare layouts by. What is left out makes it too low: kernels that only move memory, the start of
-kernels, ranks that wait for a slower one. What is hidden behind computation makes it too high: nothing is taken to be.
+The estimate serves to compare layouts. It is too low by what it leaves out: memory-bound kernels, kernel launches,
+ranks that wait for a slower one. It is too high by communication that overlaps with computation: none is assumed to.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import StepFlops, Work, step_flops
 
 NODE = 8  # GPUs that share the fast links
-# Ours to assume; no run of ours measured them.
-EFFICIENCY = 0.45  # of the bf16 peak, over a whole layer
-LINKS = 0.7  # of a link's bandwidth
-UPDATE_BYTES = 2.5  # times the optimizer's bytes: read, written, gradients read
+# Assumptions that we have not measured.
+EFFICIENCY = 0.45  # share of the bf16 peak, averaged over a layer
+LINKS = 0.7  # share of a link's bandwidth
+UPDATE_BYTES = 2.5  # memory traffic per byte of optimizer state: read, written, gradients read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """Seconds of a step, by what they go to; and its operations.
+    """Seconds of a step by cause.
 
     Args:
-        compute: the busiest stage's matrix products.
-        bubble: a stage waits for its first and after its last micro-batch.
+        compute: matrix products of the busiest stage.
+        bubble: pipeline bubble, idle time before the first and after the last micro-batch.
         tensor: tensor-parallel collectives.
-        context: context-parallel ones.
+        context: context-parallel collectives.
         pipeline: hidden states sent between stages.
-        data: gradients summed, weights gathered.
-        update: the optimizer.
+        data: gradient reduction and weight all-gather.
+        update: optimizer update.
     """
 
     compute: float
@@ -51,24 +51,24 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Seconds of the step."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     def shares(self) -> dict[str, float]:
-        """Return what each part has of the whole."""
+        """Return the share of each cause in the total."""
         return {f.name: getattr(self, f.name) / self.total for f in fields(self)}
 
 
 def step_time(
     placement: Placement, work: Work, chip: Chip, passes: int = 0, efficiency: float = EFFICIENCY
 ) -> StepTime:
-    """Estimate a step.
+    """Estimate the time of a step.
 
     Args:
-        placement: of the model.
-        work: of the step.
-        chip: every rank is one.
-        passes: forward passes besides the training's.
+        placement: model and layout.
+        work: work of the step.
+        chip: peak rates of every rank's GPU.
+        passes: forward passes in addition to training's.
         efficiency: share of the chip's bf16 peak that computation reaches.
     """
     parallel = placement.parallel
@@ -96,7 +96,7 @@ def step_time(
 
 
 def _stage_flops(placement: Placement, work: Work, stage: int, passes: int) -> float:
-    """Return the operations of one micro-batch on one rank of a stage."""
+    """Return the FLOPs of one micro-batch on one rank of a stage."""
     parallel = placement.parallel
     run = forward_flops(
         placement.shape,
@@ -106,19 +106,19 @@ def _stage_flops(placement: Placement, work: Work, stage: int, passes: int) -> f
         vocabulary=padded_vocabulary(placement),
     )
     layers = layers_executed(placement, run) + passes * (run.layers + run.attention)
-    found = layers * placement.layers(stage) / placement.shape.num_layers
+    flops = layers * placement.layers(stage) / placement.shape.num_layers
     if placement.chunks(stage)[-1].ends:
-        found += (1 + passes + LINEAR_BACKWARD) * run.head
-    return found / (placement.data * work.micro_batches * parallel.tensor * parallel.context)
+        flops += (1 + passes + LINEAR_BACKWARD) * run.head
+    return flops / (placement.data * work.micro_batches * parallel.tensor * parallel.context)
 
 
 def mfu(placement: Placement, flops: StepFlops, seconds: float, chip: Chip) -> float:
-    """Return the model's operations per second over the peak of all ranks."""
+    """Return the model FLOPs utilisation: the model's FLOPs per second over the peak of all ranks."""
     return flops.model / (seconds * placement.world_size * chip.bf16)
 
 
 def one_pass_seconds(placement: Placement, work: Work, chip: Chip, efficiency: float = EFFICIENCY) -> float:
-    """Estimate one forward pass over a step's packs: what a cached reference costs for each step, once."""
+    """Estimate the seconds of one forward pass over a step's packs, a cached reference's one-time cost per step."""
     train = replace(placement, recompute_layers=0, recompute_modules=())
     scored = step_flops(train, work, 1).executed - step_flops(train, work, 0).executed
     return scored / (chip.bf16 * efficiency * placement.world_size)

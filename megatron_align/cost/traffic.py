@@ -1,4 +1,4 @@
-"""Bytes that collectives move: sent by each rank, as rings and direct exchanges send them.
+"""Communication volume: bytes each rank sends in collectives, by ring or direct exchange.
 
 Of m bytes on R ranks, all-gather and reduce-scatter send m (R - 1) / R from each rank, all-reduce twice that.
 """
@@ -18,10 +18,10 @@ class Traffic:
     """Bytes that each rank sends.
 
     Args:
-        tensor: of one layer and one micro-batch, forward and backward (with recomputation forward twice).
-        context: of one layer and one micro-batch, the same.
-        pipeline: of one micro-batch to the next stage, and the same back.
-        data: of one step: gradients summed and weights gathered over data x context parallel ranks.
+        tensor: per layer and micro-batch, forward and backward (with recomputation forward twice).
+        context: likewise for context-parallel collectives.
+        pipeline: per micro-batch to the next stage, and the same back.
+        data: per step: gradients reduced and weights gathered over data x context parallel ranks.
     """
 
     tensor: int
@@ -31,7 +31,7 @@ class Traffic:
 
 
 def traffic(placement: Placement, tokens: int) -> Traffic:
-    """Return what moves for packs of ``tokens`` (padded)."""
+    """Return the traffic for packs of ``tokens`` tokens, padding included."""
     parallel = placement.parallel
     state = [state_bytes(placement, stage) for stage in range(parallel.pipeline)]
     ranks = placement.shard_ranks
@@ -44,7 +44,10 @@ def traffic(placement: Placement, tokens: int) -> Traffic:
 
 
 def _tensor(placement: Placement, tokens: int) -> int:
-    """Two regions per layer. Sequence parallel: gather in, scatter out; gather again for the weight's gradient."""
+    """Return the bytes of a layer's two tensor-parallel regions.
+
+    Under sequence parallel: all-gather in, reduce-scatter out, all-gather again for the weight's gradient.
+    """
     parallel = placement.parallel
     if parallel.tensor == 1:
         return 0
@@ -55,11 +58,13 @@ def _tensor(placement: Placement, tokens: int) -> int:
         return placement.itemsize * t * columns * (parallel.tensor - 1) // parallel.tensor
 
     hidden = once(shape.hidden_size)
-    forward = 2 * 2 * hidden  # with or without sequence parallel: an all-reduce is a scatter and a gather
+    forward = (
+        2 * 2 * hidden
+    )  # with or without sequence parallel: an all-reduce is a reduce-scatter and an all-gather
     backward = forward + (2 * hidden if placement.sequence_ranks > 1 else 0)
     if (
         shape.num_query_groups < parallel.tensor
-    ):  # ranks that share a key/value head gather the whole projection
+    ):  # ranks that share a key/value head gather the full projection
         projection = once((shape.num_heads + 2 * shape.num_query_groups) * shape.head_dim)
         forward, backward = forward + projection, backward + projection
     again = 2 * hidden if "mlp" in placement.recompute_modules else 0  # the MLP's region
@@ -67,7 +72,7 @@ def _tensor(placement: Placement, tokens: int) -> int:
 
 
 def _context(placement: Placement, tokens: int) -> int:
-    """Return what :mod:`megatron_align.model.context_kind` counts; made again, forward moves it twice."""
+    """Return the bytes of :mod:`megatron_align.model.context_kind`; recomputation sends those of forward twice."""
     kind = kind_of(placement.shape, placement.parallel)
     if kind is None:
         return 0

@@ -8,7 +8,7 @@ import yaml
 from megatron_align.config import parse
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.memory import GIB
-from megatron_align.cost.search import Ask, best, candidates, enough
+from megatron_align.cost.search import PlanRequest, best, candidates, smallest_fitting
 from megatron_align.cost.work import full_packs
 from megatron_align.model.families import read_shape
 from megatron_align.tools.main import main
@@ -39,7 +39,7 @@ def write_run(folder, model, objective="sft", tensor=8, length=8192):
 
 def ask_for(folder, model, gpus, gib, **options):
     config = parse(["--config", str(write_run(folder, model, **options))])
-    return Ask(
+    return PlanRequest(
         config=config,
         shape=read_shape(model),
         gpus=gpus,
@@ -57,8 +57,8 @@ def test_what_is_shown_fits_and_the_quickest_stands_first(sizes, tmp_path):
     seconds = [one.time.total for one in found]
     assert seconds == sorted(seconds)
     for one in found:  # recomputed only where it must be
-        assert (one.placement.recompute_layers > 0) == (one.kept is not None)
-        assert one.kept is None or one.kept > ask.bytes
+        assert (one.placement.recompute_layers > 0) == (one.peak_unless_recomputed is not None)
+        assert one.peak_unless_recomputed is None or one.peak_unless_recomputed > ask.bytes
 
 
 def test_more_memory_is_never_slower(sizes, tmp_path):
@@ -76,7 +76,7 @@ def test_checkpoints_of_merged_layers_hold_least_near_the_square_root(sizes, tmp
     tight = [
         one
         for one in candidates(ask_for(tmp_path, sizes["qwen2_72b"], 64, 45, length=16384))
-        if one.kept is not None and one.placement.parallel.pipeline == 1
+        if one.peak_unless_recomputed is not None and one.placement.parallel.pipeline == 1
     ]
     assert tight
     for one in tight:
@@ -94,7 +94,7 @@ def test_nothing_fits(sizes, tmp_path, capsys):
     assert float(least[1]) - float(least[2]) == pytest.approx(80, abs=0.11)  # both are rounded
     assert "most of it is optimizer" in said
     gpus = int(re.search(r"(\d+) GPUs would do", said)[1])
-    larger = enough(ask_for(tmp_path, sizes["qwen2_72b"], 8, 80))
+    larger = smallest_fitting(ask_for(tmp_path, sizes["qwen2_72b"], 8, 80))
     assert larger.placement.world_size == gpus
     assert larger.peak <= 80 * GIB
     assert not best(ask_for(tmp_path, sizes["qwen2_72b"], gpus // 2, 80), 1)
