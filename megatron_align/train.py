@@ -1,11 +1,11 @@
 """Train a model: ``torchrun --nproc-per-node N -m megatron_align.train --config run.yaml [--section.key value]``.
 
-``--dry_run`` checks all of it, prints layout, batch, memory and steps, and stops; ``--dry_run=64``: as if on 64
-ranks. Without a launcher it takes the fewest ranks that the layout needs.
+``--dry_run`` checks the run, prints layout, batch, memory and steps, and writes nothing; ``--dry_run=64`` does so for
+64 ranks. Without a launcher it takes the fewest ranks that the layout needs.
 
-Exit codes: 0 done; 85 asked to stop by a signal, saved, wants to be started again; 2 bad input, one line says what;
-1 any other fault. torchrun turns each into 1: the file ``checkpoint.dir/requeue`` says the same as 85.
-Heavy imports wait until the arguments have been read.
+Exit codes: 0 completed; 85 stopped by a signal after saving, start it again to resume; 2 bad input, explained in one
+line; 1 any other failure. torchrun turns each of them into 1: the file ``checkpoint.dir/requeue`` stands for 85.
+Heavy imports are deferred until the arguments have been read.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ import warnings
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
-    # Apex and Transformer Engine are absent and not needed; torch warns of names that megatron-core uses.
+    # megatron-core warns that Apex and Transformer Engine are missing, which are not needed; torch of deprecated names.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     from megatron_align.config import parse
     from megatron_align.errors import InputError, TrainingFault
 
-    # megatron-core orders its tensor-parallel collectives and GEMMs by this; it must be set before CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     rank = os.environ.get("RANK", "0")
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
@@ -43,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
                 dry_run(config, RankInfo.from_environment(), ranks)
                 return 0
             return 0 if run(config, RankInfo.from_environment()) else EXIT_REQUEUE
-        except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not come in time, ...
+        except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not join in time, ...
             return _fail(rank, error, 1)
-        except (RankLost, OutOfMemory) as error:  # one rank only gets here: it speaks at once
+        except (RankLost, OutOfMemory) as error:  # raised on one rank only, which prints at once
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
         except AlreadyReported:
@@ -55,19 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _dry_run(arguments: list[str]) -> tuple[bool, int | None]:
-    """Return whether a dry run is asked for, and on how many ranks; None: not said."""
+    """Return whether this is a dry run, and for how many ranks; None: not given."""
     from megatron_align.config.run import DRY_RUN
     from megatron_align.errors import InputError
 
-    asked = [argument for argument in arguments if argument.partition("=")[0] == DRY_RUN]
-    ranks = asked[-1].partition("=")[2] if asked else ""
+    flags = [argument for argument in arguments if argument.partition("=")[0] == DRY_RUN]
+    ranks = flags[-1].partition("=")[2] if flags else ""
     if ranks and not (ranks.isdecimal() and int(ranks) >= 1):
         raise InputError(f"{DRY_RUN}=RANKS needs a positive whole number, got '{ranks}'")
-    return bool(asked), int(ranks) if ranks else None
+    return bool(flags), int(ranks) if ranks else None
 
 
 def _fail(rank: str, error: Exception, code: int) -> int:
-    """Say the reason once: most errors are found by every rank, and rank 0's end makes the launcher end the rest."""
+    """Print the error once: every rank raises it, and the launcher stops the others when rank 0 exits."""
     if rank != "0":
         time.sleep(5)
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""NCCL's flight recorder: the last collectives of each rank, written down when a run hangs. On GPUs only.
+"""NCCL's flight recorder: the last collectives of each rank, dumped when a run hangs. On GPUs only.
 
 ``checkpoint.dir/flight_recorder/rank_N`` are read together by ``torchfrtrace`` (torch's own tool), which finds the
 first collective that not every rank has joined.
@@ -21,8 +21,8 @@ FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 ON_TIMEOUT = "TORCH_NCCL_DUMP_ON_TIMEOUT"  # of NCCL's own watchdog: the second net
 
 
-def switch_on(run: Path) -> None:
-    """Set what NCCL reads when the first group is made; what the user has set stays."""
+def enable(run: Path) -> None:
+    """Set the variables that NCCL reads when the first group is created; the user's own values stay."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -34,7 +34,7 @@ def switch_on(run: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def write(run: Path, rank_info: RankInfo) -> None:
-    """Write this rank's last collectives; for a thread that runs while the others hang."""
+def dump(run: Path, rank_info: RankInfo) -> None:
+    """Write this rank's last collectives; called from a thread while the rank hangs."""
     trace = torch._C._distributed_c10d._dump_nccl_trace()  # what NCCL's own watchdog writes
     (run / FOLDER / f"rank_{rank_info.rank}").write_bytes(trace)

@@ -1,6 +1,7 @@
-"""Is the run healthy? Numbers that are not finite, losses and gradient norms far above those of the last steps.
+"""Health of a run: non-finite losses or gradient norms, and outliers far above those of recent steps.
 
-Every rank sees the same reduced numbers and keeps the same history, so all of them decide alike without asking.
+Every rank sees the same reduced numbers and keeps the same history, so all ranks decide identically without
+communication.
 """
 
 from __future__ import annotations
@@ -13,93 +14,95 @@ from typing import Any, Literal
 
 from megatron_align.errors import TrainingFault
 
-WINDOW = 64  # healthy steps that a new one is compared with
-AT_LEAST = 16  # of them before anything is called an outlier
-DEVIATIONS = 8.0  # above the median, in standard deviations estimated from the median absolute deviation
-LEAST_RISE = 0.05  # of the median: a curve without noise would make an outlier of any change
-IN_A_ROW = 10  # steps without finite numbers, after which skipping does not help
-_TO_DEVIATION = 1.4826  # times the median absolute deviation: the standard deviation of normal noise
+WINDOW = 64  # healthy steps that a new step is compared with
+MIN_HISTORY = 16  # healthy steps before anything is called an outlier
+OUTLIER_DEVIATIONS = (
+    8.0  # above the median; the standard deviation is estimated from the median absolute deviation
+)
+MIN_RELATIVE_RISE = 0.05  # above the median: on a curve without noise any change would be an outlier
+MAX_CONSECUTIVE_NONFINITE = 10  # steps after which skipping has not helped
+_DEVIATION_PER_MAD = 1.4826  # standard deviation over median absolute deviation, for normal noise
 
 COUNTS = ("skipped_steps", "loss_spikes", "grad_norm_outliers")
 
 
 class Health:
-    """Counts a run's troubles.
+    """Counts skipped steps and outliers of a run, and decides when it must stop.
 
     Args:
-        on_nonfinite: ``train.on_nonfinite``: stop, or go on without the step's update.
+        on_nonfinite: ``train.on_nonfinite``: stop the run, or skip the step's update.
     """
 
     def __init__(self, on_nonfinite: Literal["stop", "skip"]):
         self._skips = on_nonfinite == "skip"
         self._history = {name: deque[float](maxlen=WINDOW) for name in ("loss", "grad_norm")}
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._in_a_row = 0
+        self._consecutive = 0
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each trouble was met since the run began: metrics of every row."""
+        """Skipped steps and outliers since the run began; they are metrics of every row."""
         return dict(self._counts)
 
-    def judge(self, loss: float, grad_norm: float) -> list[str]:
-        """Take in a step's numbers; return what is wrong with them, in words, or nothing."""
+    def record(self, loss: float, grad_norm: float) -> list[str]:
+        """Record a step's loss and gradient norm; return one message for each problem, none for a healthy step."""
         seen = {"loss": loss, "grad_norm": grad_norm}
         if not all(map(math.isfinite, seen.values())):
-            self._in_a_row += 1
+            self._consecutive += 1
             self._counts["skipped_steps"] += self._skips
             return [f"loss {loss}, gradient norm {grad_norm}"]
-        self._in_a_row = 0
-        troubles = []
+        self._consecutive = 0
+        problems = []
         for (name, value), count in zip(seen.items(), COUNTS[1:], strict=True):
             history = self._history[name]
-            if len(history) >= AT_LEAST and value > (limit := outlier_limit(history)):
+            if len(history) >= MIN_HISTORY and value > (limit := outlier_limit(history)):
                 self._counts[count] += 1
-                troubles.append(
+                problems.append(
                     f"{name} {value:.4g} is far above the {median(history):.4g} of the last {len(history)} "
                     f"healthy steps (limit {limit:.4g})"
                 )
             else:
                 history.append(value)
-        return troubles
+        return problems
 
-    def require_going_on(self, step: int, troubles: list[str], suspects: str) -> None:
-        """Stop the run if its policy, or too many skipped steps in a row, ask for it.
+    def require_can_continue(self, step: int, problems: list[str], suspects: str) -> None:
+        """Stop the run at a non-finite step (``on_nonfinite: stop``), or after too many consecutive ones.
 
         Raises:
-            TrainingFault: saying what was found at ``step``, and in which samples.
+            TrainingFault: naming the problem at ``step`` and the samples that cause it.
         """
-        if self._in_a_row and not self._skips:
+        if self._consecutive and not self._skips:
             raise TrainingFault(
-                f"training needs finite numbers, got {troubles[0]} at step {step}; {suspects}. Weights and "
-                "optimizer are as before the step (train.on_nonfinite: skip would go on without it)"
+                f"non-finite numbers at step {step}: {problems[0]}; {suspects}. Weights and optimizer are as before "
+                "the step; train.on_nonfinite: skip would continue without it"
             )
-        if self._in_a_row >= IN_A_ROW:
+        if self._consecutive >= MAX_CONSECUTIVE_NONFINITE:
             raise TrainingFault(
-                f"skipping must help, got {IN_A_ROW} steps in a row without finite numbers, the last is step "
-                f"{step}: {troubles[0]}; {suspects}"
+                f"{MAX_CONSECUTIVE_NONFINITE} consecutive non-finite steps, stopping at step {step}: {problems[0]}; "
+                f"{suspects}"
             )
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on."""
+        """Return the state that a checkpoint stores."""
         return {
             "counts": self.counts,
-            "in_a_row": self._in_a_row,
+            "in_a_row": self._consecutive,
             "history": {name: list(values) for name, values in self._history.items()},
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
         self._counts.update(state["counts"])
-        self._in_a_row = state["in_a_row"]
+        self._consecutive = state["in_a_row"]
         for name, values in state["history"].items():
             self._history[name].extend(values)
 
 
 def outlier_limit(history: deque[float]) -> float:
-    """Return the value above which a number does not belong to those before it.
+    """Return the value above which a number is an outlier among ``history``.
 
     The median and the median absolute deviation, unlike mean and variance, are not moved by outliers.
     """
     middle = median(history)
-    deviation = _TO_DEVIATION * median(abs(value - middle) for value in history)
-    return middle + max(DEVIATIONS * deviation, LEAST_RISE * abs(middle))
+    deviation = _DEVIATION_PER_MAD * median(abs(value - middle) for value in history)
+    return middle + max(OUTLIER_DEVIATIONS * deviation, MIN_RELATIVE_RISE * abs(middle))

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a row for each step, each once, through resumed runs and full disks."""
+"""metrics.jsonl: exactly one row per step, across resumed runs and full disks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METRICS = "metrics.jsonl"
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop the rows after ``step``: a resumed run writes them again. The file is replaced whole."""
+    """Drop the rows after ``step``, which a resumed run writes again. The file is replaced atomically."""
     if not file.exists():
         return
     kept = []
@@ -23,7 +23,7 @@ def keep_until(file: Path, step: int) -> None:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # a kill in the middle of a write leaves half a line, always the last
+            break  # a kill during a write leaves an incomplete last line
         if row["step"] <= step:
             kept.append(line + "\n")
     replacement = file.with_name(f".{file.name}.partial")
@@ -31,17 +31,17 @@ def keep_until(file: Path, step: int) -> None:
     os.replace(replacement, file)
 
 
-class Rows:
-    """A file of rows that only grows. What a full disk refuses waits for the next row: no step is lost for it."""
+class MetricsFile:
+    """An append-only file of rows. Rows that a full disk refuses are kept and written with the next one."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
         self._size = path.stat().st_size
-        self._waiting = b""
+        self._unwritten = b""
 
     def add(self, row: Mapping[str, Any]) -> str | None:
-        """Write a row; return what the disk says if it is full."""
-        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        """Append a row; return the error text if the disk is full, None if it was written."""
+        self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
         try:
             self.flush(row["step"])
         except OSError as error:
@@ -51,25 +51,25 @@ class Rows:
         return None
 
     def flush(self, step: int | None = None) -> None:
-        """Write the rows that wait; ``step`` is for :mod:`faults`.
+        """Write the rows not yet written; ``step`` is for :mod:`faults`.
 
         Raises:
-            OSError: the disk refuses them. No half row is left of them.
+            OSError: the disk refuses them. No incomplete row is left in the file.
         """
-        if not self._waiting:
+        if not self._unwritten:
             return
         try:
             faults.at("row.write", step)
-            rest = self._waiting
+            rest = self._unwritten
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
             self._file.truncate(self._size)
             raise
-        self._size, self._waiting = self._size + len(self._waiting), b""
+        self._size, self._unwritten = self._size + len(self._unwritten), b""
 
     def sync(self) -> None:
-        """Force all rows onto the disk.
+        """Write all rows and flush them to the disk.
 
         Raises:
             OSError: some could not be written.
@@ -78,7 +78,7 @@ class Rows:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Write what waits and close.
+        """Write the remaining rows and close.
 
         Raises:
             OSError: it could not be written.

@@ -1,6 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl always; trackers on request; the terminal.
+"""The log of a run: metrics.jsonl always, trackers on request, the terminal. What the numbers mean: ``metric_names``.
 
-Only rank 0 has sinks that write; the others get one that does nothing. What the numbers mean: ``metric_names``.
+Only rank 0 writes. The other ranks hold a :class:`RunLog` without any output, so callers need not know their rank.
 """
 
 from __future__ import annotations
@@ -11,94 +11,104 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align.config import LoggingConfig
-from megatron_align.monitoring.console import Display
-from megatron_align.monitoring.jsonl import METRICS, Rows, keep_until
-from megatron_align.monitoring.trackers import open_trackers
+from megatron_align.monitoring.console import ConsoleDisplay
+from megatron_align.monitoring.jsonl import METRICS, MetricsFile, keep_until
+from megatron_align.monitoring.trackers import Tracker, open_trackers
 
 
-class Sinks:
-    """Rank 0's outputs, open for the length of a with-block."""
+class RunLog:
+    """Lines and rows of a run, written to every output until :meth:`close`.
+
+    Args:
+        rows: metrics.jsonl; None: not written.
+        console: the terminal; None: nothing is shown.
+        trackers: TensorBoard, Weights & Biases, MLflow.
+    """
 
     def __init__(
-        self, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int
+        self,
+        rows: MetricsFile | None = None,
+        console: ConsoleDisplay | None = None,
+        trackers: Sequence[Tracker] = (),
     ):
-        keep_until(folder / METRICS, done)
-        self._rows = Rows(folder / METRICS)
-        self._trackers = open_trackers(folder, config, settings, done)
-        self._display = Display(done, steps)
+        self._rows, self._console, self._trackers = rows, console, list(trackers)
 
-    def __enter__(self) -> Sinks:
-        self._display.start()
+    @classmethod
+    def open(
+        cls, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int
+    ) -> RunLog:
+        """Open rank 0's outputs.
+
+        Args:
+            folder: of the run.
+            config: which trackers are wanted.
+            settings: the run's resolved configuration, for the trackers.
+            done: steps already made; rows after them are dropped, as a resumed run writes them again.
+            steps: of the complete run.
+        """
+        keep_until(folder / METRICS, done)
+        rows = MetricsFile(folder / METRICS)
+        return cls(rows, ConsoleDisplay(done, steps), open_trackers(folder, config, settings, done))
+
+    def __enter__(self) -> RunLog:
+        if self._console:
+            self._console.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._display.stop()
-        self._rows.close()
+        if self._console:
+            self._console.stop()
+        if self._rows:
+            self._rows.close()
         for tracker in self._trackers:
             tracker.close(failed=error[0] is not None)
 
-    def say(self, line: str) -> None:
-        """Print a line for people."""
-        self._display.say(line)
+    def message(self, line: str) -> None:
+        """Print a line."""
+        if self._console:
+            self._console.message(line)
+
+    def summary(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
+        """Show what the run is: ``(name, value)`` of each property."""
+        if self._console:
+            self._console.summary(title, entries)
 
     def sync(self) -> None:
-        """Force the rows onto the disk: a checkpoint must not outlive the rows before it.
+        """Flush the rows to the disk: a checkpoint must not outlive the rows of its steps.
 
         Raises:
             OSError: the disk refuses them.
         """
-        self._rows.sync()
+        if self._rows:
+            self._rows.sync()
 
-    def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
-        """Show what the run is."""
-        self._display.card(title, facts)
-
-    def write(self, row: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> None:
+    def write(self, row: Mapping[str, Any], unrecorded: Mapping[str, float] | None = None) -> None:
         """Record one row: of a training step, or of a validation, a timing or a checkpoint (``split``).
 
         Args:
-            row: JSON values; a number that is not finite is recorded as null, which JSON has.
-            measured: shown beside it, and not recorded.
+            row: JSON values; a number that is not finite is recorded as null, as JSON has no NaN.
+            unrecorded: numbers that are only shown on the terminal.
         """
-        row = {name: _plain(value) for name, value in row.items()}
-        if refusal := self._rows.add(row):
-            self.say(f"warning: {METRICS}: {refusal}; its rows wait in memory")
+        row = {name: _finite_or_null(value) for name, value in row.items()}
+        if self._rows and (refusal := self._rows.add(row)):
+            self.message(f"warning: {METRICS}: {refusal}; its rows wait in memory")
         split = row.get("split", "train")
         numbers = {f"{split}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
         for tracker in list(self._trackers):
             try:
                 tracker.log(numbers, row["step"])
-            except OSError as error:  # a full disk, say: the rows have it all, so training goes on
-                self.say(f"warning: {type(tracker).__name__} ends here: {error.strerror or error}")
+            except (
+                OSError
+            ) as error:  # a full disk, for example: metrics.jsonl has the rows, so training continues
+                self.message(f"warning: {type(tracker).__name__} is closed: {error.strerror or error}")
                 self._trackers.remove(tracker)
-        self._display.row(row, measured or {})
+        if self._console:
+            self._console.row(row, unrecorded or {})
 
 
-def _plain(value: Any) -> Any:
+def _finite_or_null(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _finite_or_null(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_plain(part) for part in value]
+        return [_finite_or_null(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class NoSinks:
-    """What the other ranks write: nothing."""
-
-    def __enter__(self) -> NoSinks:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        """Do nothing."""
-
-    def sync(self) -> None:
-        """Do nothing."""
-
-    def card(self, title: str, facts: Sequence[tuple[str, str]]) -> None:
-        """Do nothing."""
-
-    def write(self, row: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> None:
-        """Do nothing."""

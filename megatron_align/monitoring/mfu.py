@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the operations that a step's model needs, over what its chips could have done meanwhile."""
+"""Model FLOPs utilisation (MFU): operations that a step needs over the peak of its GPUs in the same time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_align.model.families import ModelShape
 
 
 class Utilisation:
-    """Of a run, on chips whose peak is known.
+    """Computes the MFU of each step of a run, on GPUs whose peak is known.
 
-    Operations are counted exactly for each step: attention by what its tokens see, the vocabulary by the rows that
-    are scored, neither padding nor what is computed again.
+    Operations are counted exactly for each step: attention by the keys that each token sees, the head by the scored
+    rows; padding and recomputation do not count.
 
     Args:
         config: of the run.
         shape: of the model that it trains.
-        world_size: ranks, one chip each.
-        peak: of one chip, operations per second; None: the bf16 peak of this rank's GPU, if it is known.
+        world_size: ranks, one GPU each.
+        peak: operations per second of one GPU; None: the bf16 peak of this rank's GPU, if it is known.
     """
 
     def __init__(self, config: RunConfig, shape: ModelShape, world_size: int, peak: float | None = None):
@@ -31,7 +31,7 @@ class Utilisation:
         self._peak = world_size * (_peak_of_this_gpu(config) if peak is None else peak)
 
     def of_step(self, counts: StepCounts, seconds: float) -> float | None:
-        """Return the share of the peak that a step used; None: the peak is not known."""
+        """Return a step's MFU in [0, 1]; None: the peak is unknown."""
         if not self._peak:
             return None
         placement = self._placement
@@ -40,7 +40,7 @@ class Utilisation:
 
 
 def _peak_of_this_gpu(config: RunConfig) -> float:
-    """Return 0 where none is known: no GPU, another one, or precision fp32."""
+    """Return the bf16 peak of this GPU; 0 if unknown: no GPU, an unlisted one, or precision fp32."""
     if config.train.precision != "bf16" or not torch.cuda.is_available():
         return 0.0
     found = chip_of_device(torch.cuda.get_device_name())

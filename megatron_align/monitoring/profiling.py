@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ class Tracer:
     """Traces steps ``first`` to ``last`` of this rank into ``checkpoint.dir/profile/rank_NNNNN.json.gz``.
 
     Args:
-        steps: first and last one; None: no step.
+        steps: first and last traced step; None: nothing is traced.
         folder: of the run.
         rank: of this process.
     """
@@ -26,16 +24,17 @@ class Tracer:
         self._file = folder / TRACES / f"rank_{rank:05d}.json.gz"
         self._profile: profile | None = None
 
-    @contextmanager
-    def step(self, step: int) -> Iterator[None]:
-        """Trace a step, if it is one of them; the trace is written when the last one ends."""
+    def begin(self, step: int) -> None:
+        """Start tracing, if ``step`` is the first step of the trace."""
         if self._first <= step <= self._last and self._profile is None:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities)
             self._profile.start()
-        yield
+
+    def end(self, step: int) -> None:
+        """Write the trace, if ``step`` is its last step."""
         if step == self._last and self._profile is not None:
             self._profile.stop()
             self._file.parent.mkdir(exist_ok=True)

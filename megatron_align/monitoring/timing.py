@@ -1,4 +1,4 @@
-"""Where the time of a step goes, on every rank, and which rank the others wait for.
+"""Phases of a step timed on every rank, and the straggler that the others wait for.
 
 Shapes: R ranks, P phases.
 """
@@ -14,14 +14,14 @@ import torch.distributed as dist
 from megatron_align.model import cpu
 from megatron_align.monitoring.memory import peak_memory_gb
 
-# data: until the step's packs are there. forward_backward: all micro-batches, and what is scored ahead of them; with
-# pipeline stages their idle time too. wait: for the slowest rank, before gradients are summed. optimizer: sums of
-# gradients, clipping, update, new weights gathered.
+# data: waiting for the step's packs. forward_backward: the pre-pass and all micro-batches, pipeline bubbles included.
+# wait: for the slowest rank, before gradients are reduced. optimizer: gradient reduction, clipping, update, weight
+# gathering.
 PHASES = ("data", "forward_backward", "wait", "optimizer")
 
 
 class StepClock:
-    """Measures the phases of a step on this rank; costs nothing on steps that are not measured."""
+    """Times the phases of a step on this rank; steps that are not timed cost nothing."""
 
     def __init__(self) -> None:
         self.running = False
@@ -30,8 +30,8 @@ class StepClock:
     def start(self, measuring: bool) -> None:
         """Begin a step; ``measuring`` must be the same on every rank.
 
-        A measured step begins on all ranks together: what one of them did before it (rank 0 writes rows, say) is not
-        waited for in it.
+        A timed step starts with a barrier, so that work of one rank before it (rank 0 writing rows, for example) does
+        not count as waiting.
         """
         self.running = measuring
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -40,7 +40,7 @@ class StepClock:
             self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
-        """Say that a phase has ended: the time since the last mark was its."""
+        """End a phase: it gets the time since the last mark."""
         if not self.running:
             return
         if torch.cuda.is_available():
@@ -49,33 +49,33 @@ class StepClock:
         self.seconds[phase] += now - self._last
         self._last = now
 
-    def leave_out(self) -> None:
-        """Count the time since the last mark nowhere."""
+    def discard(self) -> None:
+        """Discard the time since the last mark."""
         if self.running:
             self._last = time.perf_counter()
 
 
 def timing_row(step: int, clock: StepClock, mfu: float | None) -> dict[str, Any]:
-    """Return the row of a measured step, from all ranks: mean and largest seconds of each phase, and the straggler.
+    """Return the row of a timed step over all ranks: mean and maximum seconds of each phase, and the straggler.
 
     Args:
         step: of the row.
         clock: of this rank.
-        mfu: share of the chips' peak that the step used; None: not known.
+        mfu: model FLOPs utilisation of the step; None: unknown.
     """
-    own = [*(clock.seconds[phase] for phase in PHASES), peak_memory_gb()]
-    own_P = torch.tensor(own, dtype=torch.float64, device=cpu.device())
-    of_ranks = [torch.empty_like(own_P) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, own_P)
-    seconds_RP = torch.stack(of_ranks).cpu()
+    local = [*(clock.seconds[phase] for phase in PHASES), peak_memory_gb()]
+    local_P = torch.tensor(local, dtype=torch.float64, device=cpu.device())
+    gathered = [torch.empty_like(local_P) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, local_P)
+    seconds_RP = torch.stack(gathered).cpu()
     row: dict[str, Any] = {"step": step, "split": "timing"}
     for phase, seconds_R in zip(PHASES, seconds_RP.T, strict=False):
         row[f"{phase}_seconds"] = seconds_R.mean().item()
         row[f"{phase}_seconds_max"] = seconds_R.max().item()
-    if len(of_ranks) > 1:
+    if len(gathered) > 1:
         wait_R = seconds_RP[:, PHASES.index("wait")]
-        straggler = int(wait_R.argmin())  # who comes last waits least
+        straggler = int(wait_R.argmin())  # the last rank to arrive waits least
         row["straggler_rank"] = straggler
-        row["straggler_seconds"] = ((wait_R.sum() - wait_R[straggler]) / (len(of_ranks) - 1)).item()
+        row["straggler_seconds"] = ((wait_R.sum() - wait_R[straggler]) / (len(gathered) - 1)).item()
     row["peak_memory_gb"] = seconds_RP[:, -1].max().item()
     return row if mfu is None else {**row, "mfu": mfu}

@@ -1,4 +1,4 @@
-"""Where numbers go besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow. Each is asked for by name."""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow. Each is switched on by its own option."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
 
-MLFLOW_RUN = "mlflow_run.txt"  # in the run's folder: the id under which a resumed run goes on
+MLFLOW_RUN = "mlflow_run.txt"  # in the run's folder: the id that a resumed run continues
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # option -> package
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """Check, before anything starts, that what is asked for is installed.
+    """Check that the packages of the chosen trackers are installed.
 
     Raises:
         InputError: naming the package that is missing.
@@ -29,27 +29,27 @@ def check_logging(config: LoggingConfig) -> None:
 
 
 class Tracker(Protocol):
-    """Takes a row's numbers; on rank 0 only."""
+    """Records a row's numbers; on rank 0 only."""
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Record finite numbers, named ``split/metric``."""
         ...
 
     def close(self, failed: bool) -> None:
-        """End, whatever the run came to."""
+        """Close the tracker, whether the run succeeded or failed."""
         ...
 
 
 def open_trackers(
     folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int
 ) -> list[Tracker]:
-    """Return the trackers that are asked for.
+    """Open the trackers that the configuration names.
 
     Args:
         folder: of the run.
         config: which ones.
         settings: the run's resolved configuration.
-        done: steps that a resumed run stands on; what was recorded after them is written again.
+        done: steps already made; what was recorded after them is written again.
     """
     trackers: list[Tracker] = []
     if config.tensorboard:
@@ -80,7 +80,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One page per folder, so that a resumed run goes on in its own."""
+    """One W&B run per folder, so that a resumed run continues its own."""
 
     def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]):
         import wandb

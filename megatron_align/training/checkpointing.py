@@ -1,96 +1,120 @@
-"""When a run's checkpoints are written, what is said about them, and what happens when they cannot be."""
+"""Periodic checkpoints of a run, in the background; failed saves are retried, and stop signals save before leaving."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_align.checkpoint import folder as sharded
-from megatron_align.checkpoint.saver import Saved, SaveFailed, Saver
+from megatron_align.checkpoint.saver import SaveFailed, Saver
 from megatron_align.config import CheckpointConfig
 from megatron_align.model import parallel
-from megatron_align.monitoring.logger import NoSinks, Sinks
-from megatron_align.training.watchdog import Watchdog
+from megatron_align.monitoring.logger import RunLog
+from megatron_align.training.hooks import Hook
+from megatron_align.training.stop import StopRequests, write_requeue_marker
+from megatron_align.training.trainer import Trainer
 
-RETRY_SECONDS = 60.0  # after a save that failed, besides the next one that is due
+RETRY_SECONDS = 60.0  # after a failed save, unless the next regular one is due earlier
 
 
-class Saves:
-    """The checkpoints of a run, on this rank; every rank calls it alike, between steps and before each update.
+class Checkpointing(Hook):
+    """Saves checkpoints when they are due, when the run ends, and when a signal asks the run to stop.
 
-    A save that fails costs no step and no older checkpoint: the run says so, goes on, and tries again. Only the
-    last one must succeed.
+    A failed save costs neither steps nor older checkpoints: the run warns, continues, and tries again. Only the last
+    save must succeed.
 
     Args:
-        run: folder of the run.
-        config: what is kept.
-        begin: hands the model of a step to the saver.
-        sinks: where it is told.
-        watchdog: that must know of waits.
+        config: intervals and retention.
+        log: of the run.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        config: CheckpointConfig,
-        begin: Callable[[Saver, int], None],
-        sinks: Sinks | NoSinks,
-        watchdog: Watchdog,
-    ) -> None:
-        self.run, self.config = run, config
-        self._begin, self._sinks, self._watchdog = begin, sinks, watchdog
-        self._saver = Saver(background=config.async_save, before=sinks.sync)
-        self._saved: int | None = None
-        self._failed: float | None = None
-        self._prune()  # a kill may have come between a save and this
+    def __init__(self, config: CheckpointConfig, log: RunLog):
+        self._config, self._log = config, log
+        self._saver = Saver(background=config.async_save, before=log.sync)
+        self._stop = StopRequests()
+        self._saved_step: int | None = None
+        self._failed_at: float | None = None
 
-    def between_steps(self, step: int, *, due: bool, stop: bool) -> bool:
-        """Finish what is written, save what is due after ``step``; return whether any rank was asked to stop."""
-        retry = self._failed is not None and time.monotonic() - self._failed > RETRY_SECONDS
+    def start(self, trainer: Trainer) -> None:
+        """Delete checkpoints beyond the retention limit (a kill may have come before that) and catch stop signals."""
+        super().start(trainer)
+        self._watchdog = trainer.watchdog
+        self._prune()
+        self._stop.__enter__()
+
+    def close(self, error: BaseException | None) -> None:
+        """Restore the signal handlers."""
+        self._stop.__exit__(None, None, None)
+
+    def before_update(self) -> None:
+        """Wait until the pending save has copied what the update changes."""
+        if self._saver.pending:
+            self._watchdog.detail("copying the state of the last checkpoint")
+        self._saver.wait_until_copied()
+
+    def end_step(self, step: int) -> bool:
+        """Finish a pending save, begin one that is due; return True if any rank was asked to stop."""
+        if step == self.trainer.steps:
+            self._save_last(step)
+            return False
+        if not self._save_between_steps(step):
+            return False
+        self._save_last(step)
+        if dist.get_rank() == 0:
+            write_requeue_marker(self.trainer.setup.folder, step)
+        self._log.message(
+            f"stop requested ({self._stop.signal_name or 'on another rank'}): saved after step {step}"
+        )
+        return True
+
+    def on_fault(self) -> None:
+        """Wait for a pending save."""
+        self._settle()
+
+    def _save_between_steps(self, step: int) -> bool:
+        """Finish what is written, save what is due; return whether any rank was asked to stop."""
+        every = self._config.save_every
+        due = every is not None and step % every == 0
+        retry = self._failed_at is not None and time.monotonic() - self._failed_at > RETRY_SECONDS
         writing = self._saver.pending and not self._saver.written()
-        stops, retries, writers = parallel.all_reduce_sum([float(stop), float(retry), float(writing)])
+        flags = [float(bool(self._stop.signal_name)), float(retry), float(writing)]
+        stops, retries, writers = parallel.all_reduce_sum(flags)
         if self._saver.pending and (due or stops or not writers):
-            self._try(self._finish)
+            self._warn_if_failed(self._finish)
         if (due or retries) and not stops:
-            self._try(lambda: self._start(step))
+            self._warn_if_failed(self._begin)
         return stops > 0
 
-    def before_update(self) -> float:
-        """Wait until the pending save has copied what an update changes; return for how many seconds."""
-        if self._saver.pending:
-            self._watchdog.detail("copying what the last checkpoint holds")
-        return self._saver.wait_until_copied()
-
-    def last(self, step: int) -> None:
-        """Save after the last step that this process makes, and wait until it is done.
+    def _save_last(self, step: int) -> None:
+        """Save after the last step of this process, and wait until it is complete.
 
         Raises:
             SaveFailed: it could not be written.
         """
-        self.settle()
-        if self._saved != step:
-            self._start(step)
+        self._settle()
+        if self._saved_step != step:
+            self._begin()
             if self._saver.pending:
                 self._finish()
 
-    def settle(self) -> None:
-        """Wait for what is being written."""
+    def _settle(self) -> None:
         if self._saver.pending:
-            self._try(self._finish)
+            self._warn_if_failed(self._finish)
 
-    def _try(self, save: Callable[[], None]) -> None:
+    def _warn_if_failed(self, save: Callable[[], None]) -> None:
         try:
             save()
         except SaveFailed as error:
-            self._failed = time.monotonic()
-            self._sinks.say(f"warning: {error}; training goes on, the next save is due or in a minute")
+            self._failed_at = time.monotonic()
+            self._log.message(
+                f"warning: {error}; training continues, retrying at the next save or in {RETRY_SECONDS:g} s"
+            )
 
-    def _start(self, step: int) -> None:
-        with self._watchdog.patient(f"saving step {step}"):
-            self._begin(self._saver, step)
+    def _begin(self) -> None:
+        with self._watchdog.patient(f"saving step {self.trainer.step}"):
+            self.trainer.begin_save(self._saver)
         if not self._saver.background:
             self._finish()
 
@@ -98,17 +122,10 @@ class Saves:
         with self._watchdog.patient("finishing a checkpoint"):
             saved = self._saver.finish()
             self._prune()
-        self._saved, self._failed = saved.step, None
-        self._tell(saved)
+        self._saved_step, self._failed_at = saved.step, None
+        seconds = {"save_pause_seconds": saved.pause_seconds, "save_seconds": saved.seconds}
+        self._log.write({"step": saved.step, "split": "save", **seconds, "save_bytes": saved.bytes})
 
     def _prune(self) -> None:
         if dist.get_rank() == 0:
-            sharded.prune(self.run, self.config.keep, self.config.keep_every)
-
-    def _tell(self, saved: Saved) -> None:
-        facts = {
-            "save_pause_seconds": saved.pause_seconds,
-            "save_seconds": saved.seconds,
-            "save_bytes": saved.bytes,
-        }
-        self._sinks.write({"step": saved.step, "split": "save", **facts})
+            sharded.prune(self.trainer.setup.folder, self._config.keep, self._config.keep_every)

@@ -1,8 +1,10 @@
-"""What a run would do, said before any rank is met: the layout, a step, memory, operations, the number of steps."""
+"""Dry run: check a run and print its layout, step, memory, operations and number of steps. Writes nothing."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 from megatron_align.config import RunConfig
 from megatron_align.cost.placement import Placement
@@ -11,19 +13,21 @@ from megatron_align.cost.text import layout, memory_table, recomputation, step_t
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.step_batches import step_order
 from megatron_align.model.parallel import RankInfo
-from megatron_align.training.setup import Plan, prepare
+from megatron_align.training.setup import RunSetup, prepare_run
 
 
 def dry_run(config: RunConfig, rank_info: RankInfo, ranks: int | None) -> None:
-    """Check all that a run checks before its ranks meet, tokenise its data, and print what it would do; on rank 0.
+    """Check all that a run checks before its ranks meet, and print what it would do; on rank 0 only.
+
+    Nothing is written or deleted: data that are not tokenised yet are tokenised into a temporary folder.
 
     Args:
         config: of the run.
         rank_info: of this process.
-        ranks: as if on so many; None: on the launcher's, or without a launcher on the fewest that the layout needs.
+        ranks: number of ranks; None: the launcher's, or without a launcher the fewest that the layout needs.
 
     Raises:
-        InputError: for anything that would stop the run, too.
+        InputError: for anything that the run itself would refuse.
     """
     if rank_info.rank:
         return
@@ -31,17 +35,19 @@ def dry_run(config: RunConfig, rank_info: RankInfo, ranks: int | None) -> None:
     if ranks is None:
         launched = "WORLD_SIZE" in os.environ
         ranks = rank_info.world_size if launched else parallel.tensor * parallel.pipeline * parallel.context
-    print(describe(prepare(config, RankInfo(rank=0, local_rank=0, world_size=ranks))), flush=True)
+    with tempfile.TemporaryDirectory(prefix="megatron_align_dry_run_") as cache:
+        setup = prepare_run(config, RankInfo(rank=0, local_rank=0, world_size=ranks), Path(cache))
+        print(describe(setup), flush=True)
 
 
-def describe(plan: Plan) -> str:
-    """Return what a checked plan would do."""
-    config, shape, stored = plan.config, plan.shape, plan.train.manifest
-    placement = Placement.of_run(config, shape, plan.rank_info.world_size)
-    work = mean(of_store(plan.train, config)(placement))
+def describe(setup: RunSetup) -> str:
+    """Return what a checked run would do, as text."""
+    config, shape, stored = setup.config, setup.shape, setup.train.manifest
+    placement = Placement.of_run(config, shape, setup.rank_info.world_size)
+    work = mean(of_store(setup.train, config)(placement))
     flops = step_flops(placement, work, scoring_passes(config))
-    order = step_order(plan.train, config.data, config.train, config.data.train)
-    done = plan.resume[0] if plan.resume else 0
+    order = step_order(setup.train, config.data, config.train, config.data.train)
+    done = setup.resume.step if setup.resume else 0
     compares = config.objective.compares
     return "\n".join(
         (

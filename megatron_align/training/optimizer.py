@@ -1,7 +1,7 @@
 """AdamW in megatron-core's distributed optimizer: fp32 masters and moments, sharded over data-parallel ranks.
 
-Needs neither Transformer Engine nor Apex. megatron-core's own factory has no place to hand in an optimizer,
-so the parts are put together here.
+Needs neither Transformer Engine nor Apex. megatron-core's own factory takes no optimizer of the caller,
+so the parts are assembled here.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
 
-BUCKET: int | None = (
-    None  # gradients that overlap are reduced so many elements at a time; None: megatron-core's choice
-)
+# Elements per bucket of overlapped gradient reductions; None: megatron-core's choice.
+BUCKET_ELEMENTS: int | None = None
 
 
 class Optimizer(HostedOptimizer):
-    """megatron-core's distributed optimizer over torch's AdamW, whose state has a step for each parameter."""
+    """megatron-core's distributed optimizer over torch's AdamW, which keeps a step count for each parameter."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return megatron-core's state dict with the step in every group, as it wants it without its extras."""
+        """Return megatron-core's state dict with the step in every group, as it expects without Apex or Transformer Engine."""
         state = super().state_dict()
         steps = {int(own["step"]) for own in self.optimizer.state.values()}
         for group in state["optimizer"]["param_groups"]:
@@ -47,12 +46,12 @@ class Optimizer(HostedOptimizer):
         return state
 
     def grad_norm(self) -> float:
-        """Take the gradients over; return their global norm, before clipping."""
+        """Copy the gradients to the optimizer's shards; return their global norm before clipping."""
         self.prepare_grads()
         return global_norm(self.get_main_grads_for_grad_norm(), self.get_grad_stats_parallel_group())
 
     def update(self, norm: float) -> None:
-        """Clip, step, gather the new weights. ``norm`` is what :meth:`grad_norm` returned."""
+        """Clip, update, gather the new weights. ``norm`` is what :meth:`grad_norm` returned."""
         if self.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.get_parameters(), self.config.clip_grad, norm)
         self.step_with_ready_grads()
@@ -61,8 +60,8 @@ class Optimizer(HostedOptimizer):
 def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
     """Return the 2-norm of all gradients of all ranks of ``group``, summed in fp64.
 
-    megatron-core sums squares in fp32. On CPU that is off by 1e-3 for some ten million elements, by another
-    amount on each layout, and clipping would follow it.
+    megatron-core sums squares in fp32. On CPU that is off by 1e-3 for some ten million elements, by a different
+    amount on each layout, and clipping would inherit the error.
     """
     device = cpu.device()
     squares = torch.zeros((), dtype=torch.float64, device=device)
@@ -74,7 +73,7 @@ def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
 
 
 def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Give each chunk its gradient buffer: fp32, summed (never averaged) over data-parallel ranks.
+    """Wrap each chunk with a gradient buffer: fp32, summed (never averaged) over data-parallel ranks.
 
     Args:
         chunks: this rank's.
@@ -85,7 +84,7 @@ def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[D
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        bucket_size=BUCKET,
+        bucket_size=BUCKET_ELEMENTS,
         average_in_collective=False,
     )
     model = [
@@ -95,7 +94,7 @@ def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[D
     for chunk in model:
         _count_padding(chunk)
     if parallel.overlap_grad_reduce:
-        # The schedules then hold the reduction back until a chunk's last micro-batch.
+        # The schedules then delay the reduction until a chunk's last micro-batch.
         no_sync = [chunk.no_sync for chunk in model]
         model[0].config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     return model
@@ -104,8 +103,8 @@ def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[D
 def _count_padding(chunk: DistributedDataParallel) -> None:
     """Count the padding of every bucket among its elements.
 
-    megatron-core saves the optimizer's state of all buckets without their padding, and then cuts it where the
-    parameters lie with it: after the first of several buckets every moment would be saved shifted.
+    megatron-core saves the optimizer's state of all buckets without their padding, but indexes it by positions that
+    include the padding: after the first of several buckets every moment would be saved shifted.
     """
     for buffer in chunk.buffers:
         buffer.numel_unpadded = buffer.numel
@@ -114,7 +113,7 @@ def _count_padding(chunk: DistributedDataParallel) -> None:
 
 
 def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
-    """Wait for the last update's weights: call it before they are read other than by the model's own forward."""
+    """Wait until the last update's weights are gathered; needed before anything but the model's own forward reads them."""
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
@@ -123,7 +122,7 @@ def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
 def build_optimizer(
     model: list[DistributedDataParallel], config: OptimizerConfig, groups: ProcessGroupCollection
 ) -> Optimizer:
-    """Build the optimizer after the model has its weights: the fp32 masters are copied here."""
+    """Build the optimizer; the model must have its weights, as the fp32 masters are copied from them here."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -156,7 +155,7 @@ def build_optimizer(
         model_chunks=model,
         per_model_buffers=buffers,
         data_parallel_group=groups.dp_cp,
-        # Saving gathers the state through this, on the host of one rank rather than on every rank's GPU, in a thread.
+        # A save gathers the state through this group: in a thread, into one rank's host memory instead of every GPU.
         data_parallel_group_gloo=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True),
         data_parallel_group_idx=groups.mp.rank(),
         distributed_optimizer_instance_id=0,
@@ -178,7 +177,7 @@ def _options(config: OptimizerConfig, wd_mult: float) -> dict[str, Any]:
 
 
 def _allocate_state(adamw: torch.optim.AdamW) -> None:
-    """Make the moments now: the distributed optimizer's state dict needs them even before the first step."""
+    """Allocate the moments: the distributed optimizer's state dict needs them even before the first step."""
     for group in adamw.param_groups:
         for shard in group["params"]:
             adamw.state[shard] = {
@@ -191,12 +190,12 @@ def _allocate_state(adamw: torch.optim.AdamW) -> None:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set the rate of the coming step."""
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def set_updates(optimizer: Optimizer, updates: int) -> None:
-    """Say how many updates the run has made: all else of a checkpoint's optimizer is masters and moments."""
+    """Set the number of updates made; a checkpoint stores only masters and moments of the optimizer."""
     for state in optimizer.optimizer.state.values():
         state["step"].fill_(updates)

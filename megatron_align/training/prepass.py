@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from megatron_align.model.parallel import is_metric_rank
 from megatron_align.objectives.base import Objective, StepSums
 from megatron_align.objectives.preference import completion_sums
 from megatron_align.records import Columns, LossRows, PackedBatch
+from megatron_align.training.pipeline import run_schedule
 
 
 class Scorer:
@@ -44,14 +44,11 @@ class Scorer:
         """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others."""
         for chunk in self.chunks:
             chunk.eval()
-        iterators = [iter(batches) for _ in self.chunks]
-        return get_forward_backward_func()(
-            forward_step_func=partial(self._forward, of_pack),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens_T.shape[0],
-            micro_batch_size=1,
+        return run_schedule(
+            self.chunks,
+            batches,
+            partial(self._forward, of_pack),
+            tokens=batches[0].tokens_T.shape[0],
             forward_only=True,
             collect_non_loss_data=True,
         )

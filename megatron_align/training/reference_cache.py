@@ -36,7 +36,7 @@ from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
 from megatron_align.training.prepass import Cached, Scorer, whole_step
-from megatron_align.training.setup import Plan, one_epoch
+from megatron_align.training.setup import RunSetup, one_epoch
 from megatron_align.training.watchdog import Watchdog
 
 SAVE_SECONDS = 60.0
@@ -124,7 +124,7 @@ class ReferenceColumns:
 
     @classmethod
     def open_all(
-        cls, plan: Plan, config: RunConfig, objective: Objective, weights: str
+        cls, plan: RunSetup, config: RunConfig, objective: Objective, weights: str
     ) -> dict[str, ReferenceColumns]:
         """Open the columns of training and validation data; rank 0's files count, for every rank.
 
@@ -213,7 +213,7 @@ def hash_of_rank_0(weights: Path) -> str:
     return found[0]
 
 
-def _order_facts(plan: Plan, split: str) -> tuple[dict[str, Any], int]:
+def _order_facts(plan: RunSetup, split: str) -> tuple[dict[str, Any], int]:
     """Return what decides which samples meet in each step, and how many steps there are."""
     data, sources = plan.config.data, getattr(plan.config.data, split)
     train = plan.config.train if split == "train" else one_epoch(plan.config.train)

@@ -1,4 +1,4 @@
-"""The checks of a run's first step (``train.self_check``): layout bugs that would otherwise train, silently wrong.
+"""Checks around a run's first step (``train.self_check``): layout bugs that would otherwise train silently wrong.
 
 Before the first step, resumed or not, over all ranks:
 
@@ -189,7 +189,7 @@ def _packing_faults(
     parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
     together, alone = _lay([cut(sample) for sample in batches.shortest(step, 2)], batches)
     # Whole, as context ranks hold other tokens of a pack than of its samples' own packs: only their sum is alike.
-    with stepper.whole_gradients():
+    with stepper.full_gradients():
         stepper.gradients(together)
         norms = _norms(parameters)
         stepper.gradients(together + alone)

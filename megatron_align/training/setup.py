@@ -1,4 +1,4 @@
-"""What a run will do, checked before the ranks meet: everything the user can get wrong is found here.
+"""Check everything that a user can get wrong, and tokenise the data, before the ranks meet.
 
 No process group exists yet, so a long preparation of data cannot time out a collective.
 """
@@ -6,6 +6,7 @@ No process group exists yet, so a long preparation of data cannot time out a col
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from megatron_align.data.batching.step_batches import require_room, step_order
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
 from megatron_align.data.tokenize.chunks import read_shapes
-from megatron_align.data.tokenize.prepare import prepare_or_wait
+from megatron_align.data.tokenize.prepare import prepare, prepare_or_wait
 from megatron_align.errors import InputError
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
@@ -29,8 +30,8 @@ from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.registry import require_facts
-from megatron_align.training.resume import ResumePoint, find_resume_point, require_resumable
-from megatron_align.training.stop import clear_marker
+from megatron_align.training.resume import ResumePoint, find_resume_point
+from megatron_align.training.resume_compatibility import require_same_run
 
 _KINDS = {
     "chat": "chat data (messages, prompt + completion, ...)",
@@ -43,24 +44,48 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a run will do, known and checked on every rank before the ranks meet."""
+class RunSetup:
+    """A checked run, the same on every rank, before the ranks meet.
+
+    Args:
+        config: of the run.
+        rank_info: this process among the ranks.
+        folder: ``checkpoint.dir``.
+        start_shape: of the weights that training starts from.
+        shape: of the model that is trained (a reward model may start from a language model).
+        assets: HF folder with config and tokenizer.
+        weights: HF folder or checkpoint that training starts from.
+        resume: newest checkpoint of the run; None: the run starts at step 1.
+        megatron: megatron-core's configuration of the model.
+        train: training data.
+        validation: validation data; None: the run has none.
+    """
 
     config: RunConfig
     rank_info: parallel.RankInfo
     folder: Path
-    start: ModelShape  # of the weights that training starts from
-    shape: ModelShape  # of the model that is trained
-    assets: Path  # HF folder with config and tokenizer
-    weights: Path  # HF folder or checkpoint that training starts from
+    start_shape: ModelShape
+    shape: ModelShape
+    assets: Path
+    weights: Path
     resume: ResumePoint | None
     megatron: TransformerConfig
     train: TokenStore
     validation: TokenStore | None
 
 
-def prepare(config: RunConfig, rank_info: parallel.RankInfo) -> Plan:
-    """Check everything and tokenise; no process group exists yet, so nothing can time out."""
+def prepare_run(config: RunConfig, rank_info: parallel.RankInfo, scratch_cache: Path | None = None) -> RunSetup:
+    """Check a run and tokenise its data.
+
+    Args:
+        config: of the run.
+        rank_info: this process among the ranks.
+        scratch_cache: for a dry run: nothing is written anywhere else, and data that are not tokenised yet are
+            tokenised into this folder.
+
+    Raises:
+        InputError: for anything that the user can correct.
+    """
     config.parallel.data_parallel(rank_info.world_size)
     check_logging(config.logging)
     weights, assets = locate(config.model.path)
@@ -82,20 +107,20 @@ def prepare(config: RunConfig, rank_info: parallel.RankInfo) -> Plan:
             f"got {config.data.sequence_length}"
         )
     folder = Path(config.checkpoint.dir)
-    with _leave_nothing_after_bad_input(folder):
-        _require_writable(folder)
-        if rank_info.rank == 0:
-            sharded.tidy(folder)
-            clear_marker(folder)
+    with _remove_empty_folders_after_bad_input(folder):
+        _require_writable(folder, create=scratch_cache is None)
         resume = find_resume_point(config, folder, shape)
-        stores = {split: _open_store(config, split, assets, rank_info) for split in ("train", "validation")}
+        stores = {
+            split: _open_store(config, split, assets, rank_info, scratch_cache)
+            for split in ("train", "validation")
+        }
         _require_vocabulary(stores, shape)
         _require_steps_left(config, stores, resume)
         if resume is not None:
-            require_resumable(resume, config, stores["train"].path.name, assets)
-    return Plan(
+            require_same_run(config, stores["train"].path.name, resume.card, resume.folder, assets)
+    return RunSetup(
         config=config,
-        start=start,
+        start_shape=start,
         rank_info=rank_info,
         folder=folder,
         shape=shape,
@@ -109,13 +134,13 @@ def prepare(config: RunConfig, rank_info: parallel.RankInfo) -> Plan:
 
 
 def locate(path: str) -> tuple[Path, Path]:
-    """Return where the weights of a model are (a Hugging Face folder or a checkpoint), and its small files."""
+    """Return the folder of a model's weights (Hugging Face folder or checkpoint), and of its config and tokenizer."""
     checkpoint = sharded.find(path)
     return (checkpoint, checkpoint / sharded.ASSETS) if checkpoint else (Path(path), Path(path))
 
 
 def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:
-    """Return the shape of what the objective trains: a reward model may start from a language model."""
+    """Return the shape of the model that the objective trains: a reward model may start from a language model."""
     if config.objective.name == "reward":
         return start.as_reward()
     if start.is_reward:
@@ -139,8 +164,8 @@ def _require_same_shape(reference: str | None, shape: ModelShape) -> None:
 
 
 @contextmanager
-def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
-    """Remove again the folders that this run made, where they are still empty."""
+def _remove_empty_folders_after_bad_input(folder: Path) -> Iterator[None]:
+    """Remove the folders that this run created, where they are still empty."""
     absent = [path for path in (folder / CACHE_IN_RUN, folder, *folder.parents) if not path.exists()]
     try:
         yield
@@ -151,31 +176,41 @@ def _leave_nothing_after_bad_input(folder: Path) -> Iterator[None]:
         raise
 
 
-def _require_writable(folder: Path) -> None:
+def _require_writable(folder: Path, create: bool) -> None:
+    """Check that ``checkpoint.dir`` is, or can become, a folder with write permission."""
+    if not create:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+            raise InputError(
+                f"checkpoint.dir cannot be created or written: '{folder}' (no permission in {existing})"
+            )
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"checkpoint.dir must be a folder that can be written: {error.strerror} at '{folder}'"
-        ) from error
+        raise InputError(f"checkpoint.dir cannot be written: {error.strerror} at '{folder}'") from error
 
 
 def _open_store(
-    config: RunConfig, split: str, assets: Path, rank_info: parallel.RankInfo
+    config: RunConfig, split: str, assets: Path, rank_info: parallel.RankInfo, scratch_cache: Path | None
 ) -> TokenStore | None:
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
         return None
     _require_kind(read_shapes(spec)[0], config, split, spec)
-    store = TokenStore(prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1))
+    if scratch_cache is None:
+        path = prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1)
+    elif not (path := spec.path(spec.inputs())).exists():
+        path = prepare(dataclasses.replace(spec, cache=str(scratch_cache)))
+    store = TokenStore(path)
     require_facts(config.objective, store, f"data.{split}")
     return store
 
 
 def _require_kind(kind: str, config: RunConfig, split: str, spec: StoreSpec) -> None:
-    """Refuse data of another kind before they are tokenised."""
+    """Refuse data of a kind that the objective does not take, before they are tokenised."""
     kinds = config.objective.kinds
     if kind not in kinds:
         raise InputError(
@@ -217,5 +252,5 @@ def _require_steps_left(
 
 
 def one_epoch(train: TrainConfig) -> TrainConfig:
-    """Return the settings of a pass over the validation data."""
+    """Return the training settings of one pass over the validation data."""
     return dataclasses.replace(train, steps=None, epochs=1)

@@ -1,6 +1,6 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 ask for a checkpoint at the end of the step, then for an end.
+"""Stop requests: SIGTERM or SIGUSR1 make the run save a checkpoint after the current step and exit.
 
-Slurm and torchrun send SIGTERM before they kill; SIGUSR1 is what ``#SBATCH --signal`` usually asks for.
+Slurm and torchrun send SIGTERM before they kill; ``#SBATCH --signal`` usually names SIGUSR1.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ REQUEUE = "requeue"  # file in the run's folder: torchrun turns every exit code 
 
 
 class StopRequests:
-    """Notes signals for the length of a with-block; ``asked`` is the name of the first one."""
+    """Catches stop signals inside a with-block; ``signal_name`` is that of the first one, None before."""
 
     def __init__(self) -> None:
-        self.asked: str | None = None
+        self.signal_name: str | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
@@ -34,14 +34,14 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or signal.Signals(number).name
+        self.signal_name = self.signal_name or signal.Signals(number).name
 
 
-def leave_marker(run: Path, step: int) -> None:
-    """Say in the run's folder that it wants to go on: the same command does it."""
+def write_requeue_marker(run: Path, step: int) -> None:
+    """Mark the run's folder: it stopped early, and the same command resumes it."""
     (run / REQUEUE).write_text(f"{step}\n", encoding="utf-8")
 
 
-def clear_marker(run: Path) -> None:
-    """Take back :func:`leave_marker`: the run goes on."""
+def remove_requeue_marker(run: Path) -> None:
+    """Remove the marker of :func:`write_requeue_marker`: the run has been started again."""
     (run / REQUEUE).unlink(missing_ok=True)

@@ -1,30 +1,19 @@
-"""The card that a run shows at its start: model, layout, data, objective, steps."""
+"""The summary that a run shows at its start: model, layout, data, objective, steps."""
 
 from __future__ import annotations
 
 import torch
 
 from megatron_align.model.context_kind import kind_of
-from megatron_align.objectives.base import Objective
-from megatron_align.training.resume import ResumePoint
-from megatron_align.training.setup import Plan
+from megatron_align.training.trainer import Trainer
 
 
-def facts_of_run(
-    plan: Plan, objective: Objective, data_parallel: int, steps: int, resume: ResumePoint | None
-) -> list[tuple[str, str]]:
-    """Return ``(name, fact)`` of what a run will do, for people.
-
-    Args:
-        plan: of the run.
-        objective: that it trains with.
-        data_parallel: ranks.
-        steps: of the whole run.
-        resume: where it goes on.
-    """
-    shape, config = plan.shape, plan.config
-    layout, train, data = config.parallel, config.train, plan.train.manifest
-    place = "on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"
+def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return ``(name, text)`` of a run's model, layout, data, objective and steps."""
+    setup, config, objective, resume = trainer.setup, trainer.config, trainer.objective, trainer.resumed
+    shape = setup.shape
+    layout, train, data = config.parallel, config.train, setup.train.manifest
+    device = "on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"
     kind = kind_of(shape, layout)
     size = (
         f"up to {train.global_batch_tokens:,} tokens a step"
@@ -40,8 +29,8 @@ def facts_of_run(
         ),
         (
             "layout",
-            f"{plan.rank_info.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-            f"context {layout.context}{f' ({kind})' if kind else ''} x data {data_parallel}, {place}",
+            f"{setup.rank_info.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "
+            f"context {layout.context}{f' ({kind})' if kind else ''} x data {trainer.groups.dp.size()}, {device}",
         ),
         (
             "data",
@@ -50,5 +39,5 @@ def facts_of_run(
             f"{data['skipped']} skipped",
         ),
         ("objective", f"{config.objective.name}, every {objective.normalization} weighs the same; {size}"),
-        ("steps", f"{done} done of {steps}{resumed}"),
+        ("steps", f"{done} done of {trainer.steps}{resumed}"),
     ]

@@ -1,4 +1,4 @@
-"""Which samples are behind a step's bad numbers. Asked only when something went wrong, by all ranks together.
+"""Trace non-finite numbers or an outlier loss back to samples. Runs only after such a step; collective.
 
 Shapes: N scored rows and C completions of one pack.
 """
@@ -23,11 +23,11 @@ SHOWN = 8  # samples named in a message
 
 
 class Suspects:
-    """Finds samples of a step.
+    """Finds the samples that cause a step's problem.
 
     Args:
-        stepper: that ran it.
-        store: the samples are numbered as in it.
+        stepper: which ran the step.
+        store: training data; samples are numbered as in it.
     """
 
     def __init__(self, stepper: Stepper, store: TokenStore):
@@ -36,15 +36,15 @@ class Suspects:
     # Scores and losses are known on the last pipeline stage only: the lists are empty on the others.
 
     def of_nonfinite(self, step: Step, batches: Sequence[PackedBatch], result: StepResult) -> list[int]:
-        """Return the samples that make the loss or the gradients of a step NaN or infinite, in ascending order.
+        """Return the samples that make the loss or gradients of a step NaN or infinite, in ascending order.
 
-        Looks closely first: samples whose own scores are not finite; else the samples of packs whose loss is not;
-        else those of packs whose gradients, alone, are not. None: only all packs together are too much.
+        From the narrowest cause to the widest: samples whose own scores are not finite; else the samples of packs
+        whose loss is not; else those of packs whose gradients alone are not. Empty: only all packs together overflow.
 
         Args:
             step: the step.
             batches: its micro-batches, as they were trained on.
-            result: what came of it.
+            result: of the step.
         """
         samples = self._samples_of_packs(step)
         unscorable = self._unscorable(batches)
@@ -66,9 +66,9 @@ class Suspects:
         return max(((mean, pack) for of_rank in found for mean, pack in of_rank), default=(0.0, []))[1]
 
     def named(self, samples: Sequence[int]) -> str:
-        """Return the samples for people: their numbers in the store and the sources they came from."""
+        """Return the samples as text: their numbers in the store and the source files they came from."""
         if not len(samples):
-            return "no sample or pack alone is behind it"
+            return "no single sample or pack (only all of them together)"
         paths = [source["path"] for source in self.store.manifest["sources"]]
         by_source: dict[str, list[int]] = {}
         for sample in samples[:SHOWN]:
@@ -83,13 +83,13 @@ class Suspects:
         return [np.unique(np.searchsorted(ends, step.stored_C[at], side="right")) for at in step.packs.places]
 
     def _unscorable(self, batches: Sequence[PackedBatch]) -> list[np.ndarray]:
-        """Return which samples of each pack have a score that is not finite; nothing but on the last stage."""
+        """Return which samples of each pack have a non-finite score; an empty list except on the last stage."""
         flags = Scorer(self.stepper.model, self.stepper.objective).collect(batches, _bad_samples)
         return [np.flatnonzero(bad.cpu().numpy()) for bad in flags]
 
 
 def _bad_samples(values: Tensor, rows: LossRows) -> Tensor:
-    """Say of each sample of a pack whether some of its values, ``[N]`` log-probs or ``[C]`` rewards, are not finite."""
+    """Return for each sample of a pack whether any of its values, ``[N]`` log-probs or ``[C]`` rewards, is not finite."""
     known = rows.completions
     sample = known.sample_C if len(values) == len(known.sample_C) else known.sample_C[rows.sequence_N]
     bad = torch.zeros(len(rows.ends), dtype=torch.int64, device=values.device)

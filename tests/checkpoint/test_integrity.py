@@ -97,7 +97,7 @@ def test_a_run_goes_on_before_it(run, whole, kind):
         DAMAGES[kind](path)
         point = resume_point(run)
         assert (point.step, point.folder) == (1, run / "step_000001")
-        [(folder, line)] = point.damaged
+        [(folder, line)] = point.corrupt
         assert folder == run / "step_000002"
         assert str(path) in line
         shutil.copyfile(whole / name, path)
@@ -108,7 +108,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
     for step in (1, 2):
         (run / f"step_{step:06d}" / "card.json").unlink()
     config = parse(run_arguments("model", "chat.jsonl", run))
-    with pytest.raises(InputError, match="no checkpoint of .* is whole: .*step_000002.*step_000001"):
+    with pytest.raises(InputError, match="no intact checkpoint in .*: .*step_000002.*step_000001"):
         find_resume_point(config, run, shape=None)
 
 

@@ -13,18 +13,19 @@ from megatron_align.errors import TrainingFault
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import parallel
 from megatron_align.training import self_check
-from megatron_align.training.loop import _Run
-from megatron_align.training.setup import prepare
+from megatron_align.training.loop import run_trainer
+from megatron_align.training.setup import prepare_run
+from megatron_align.training.trainer import Trainer
 from megatron_align.training.watchdog import join_watched
 
 
 def train_broken(rank_info: parallel.RankInfo, arguments: list[str], what: str) -> str:
     """Train with ``what`` broken, on the last rank alone where ranks can differ; return the fault that ends it."""
-    plan = prepare(parse(arguments), rank_info)
-    with join_watched(rank_info, plan.config.parallel).watching() as watchdog:
-        run = _Run(plan, watchdog)
+    setup = prepare_run(parse(arguments), rank_info)
+    with join_watched(rank_info, setup.config.parallel).watching() as watchdog:
+        trainer = Trainer.build(setup, watchdog)
         last = dist.get_rank() == dist.get_world_size() - 1
-        parameters = {n: p for chunk in run.model for n, p in chunk.module.global_parameters().items()}
+        parameters = {n: p for chunk in trainer.model for n, p in chunk.module.global_parameters().items()}
         with torch.no_grad():
             if what == "parameter" and last:
                 parameters["decoder.layers.1.self_attention.linear_proj.weight"][0, 0] += 1e-3
@@ -33,14 +34,14 @@ def train_broken(rank_info: parallel.RankInfo, arguments: list[str], what: str) 
             if what == "tied" and last:
                 parameters["output_layer.weight"][1, 1] += 1e-3
         if what == "plan" and last:
-            run.batches = _Reordered(run.batches)
+            trainer.train_batches = _Reordered(trainer.train_batches)
         if what == "reference":
-            run.references["train"].own.values_K[:] -= 1.0
+            trainer.references.columns["train"].own.values_K[:] -= 1.0
         before = self_check.pack
         if what == "leak":
             self_check.pack = _leaking(before)
         try:
-            run.go()
+            run_trainer(trainer)
             fault = "none"
         except TrainingFault as error:
             fault = str(error)

@@ -298,21 +298,17 @@ class _GradientsAsWeights:
 def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) -> None:
     """Write the first step's gradients as a Hugging Face folder: whole, fused weights in HF's order."""
     from megatron_align.hf.export import export_model
-    from megatron_align.training.loop import _Run
-    from megatron_align.training.setup import prepare
+    from megatron_align.training.run_context import joined_ranks
+    from megatron_align.training.setup import prepare_run
+    from megatron_align.training.trainer import Trainer
 
-    config = parse(arguments)
-    plan = prepare(config, rank_info)
-    watchdog = join_watched(rank_info, config.parallel)
-    with watchdog.watching():
-        started = _Run(plan, watchdog)
-        started.stepper.optimizer = _GradientsAsWeights(started.model)
-        step = started.batches.step(0)
-        batches = started._ahead("train").batches(step, training=True)
-        with started.stepper.whole_gradients():
-            started.stepper.train(batches)
-        export_model([chunk.module for chunk in started.model], folder, plan.assets)
-    parallel.leave()
+    setup = prepare_run(parse(arguments), rank_info)
+    with joined_ranks(setup) as watchdog:
+        trainer = Trainer.build(setup, watchdog)
+        trainer.stepper.optimizer = _GradientsAsWeights(trainer.model)
+        with trainer.stepper.full_gradients():
+            trainer.train_step(trainer.train_batches.step(0))
+        export_model(trainer.chunks, folder, setup.assets)
 
 
 def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:
@@ -334,8 +330,8 @@ def train_in_buckets(rank_info: parallel.RankInfo, arguments: list[str], element
     """Train with gradients reduced and weights gathered in buckets of about so many elements."""
     from megatron_align.training import optimizer
 
-    before, optimizer.BUCKET = optimizer.BUCKET, elements
+    before, optimizer.BUCKET_ELEMENTS = optimizer.BUCKET_ELEMENTS, elements
     try:
         train(rank_info, arguments)
     finally:
-        optimizer.BUCKET = before
+        optimizer.BUCKET_ELEMENTS = before

@@ -46,9 +46,9 @@ def train_watched(rank_info: parallel.RankInfo, arguments: list[str]) -> list[tu
     """Train; return of each step whether it was updated, and whether any bit of the state moved."""
     seen, train = [], Stepper.train
 
-    def watched(self, batches):
+    def watched(self, batches, *hooks):
         before = _digest(self)
-        result = train(self, batches)
+        result = train(self, batches, *hooks)
         seen.append((result.updated, _digest(self) != before))
         return result
 
@@ -99,10 +99,10 @@ def train_out_of_memory(rank_info: parallel.RankInfo, arguments: list[str]) -> s
     """Train until the second step asks for too much; return what the run says."""
     train, steps = Stepper.train, iter(range(9))
 
-    def greedy(self, batches):
+    def greedy(self, batches, *hooks):
         if next(steps) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB. GPU 0 is full.")
-        return train(self, batches)
+        return train(self, batches, *hooks)
 
     try:
         with mock.patch.object(Stepper, "train", greedy):

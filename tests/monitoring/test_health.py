@@ -12,7 +12,7 @@ import shutil
 import pytest
 
 from megatron_align.errors import TrainingFault
-from megatron_align.monitoring.health import AT_LEAST, IN_A_ROW, WINDOW, Health
+from megatron_align.monitoring.health import MAX_CONSECUTIVE_NONFINITE, MIN_HISTORY, WINDOW, Health
 from tests.harness import ranks, sick
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled
 
@@ -24,7 +24,7 @@ def history(health, steps=WINDOW, seed=0):
     """Feed a noisy curve that falls from 3 to 2, with gradient norms of 1 or so."""
     draw = random.Random(seed)
     return [
-        health.judge(2 + 1 / (1 + 0.1 * step) + draw.gauss(0, 0.05), math.exp(draw.gauss(0, 0.3)))
+        health.record(2 + 1 / (1 + 0.1 * step) + draw.gauss(0, 0.05), math.exp(draw.gauss(0, 0.3)))
         for step in range(steps)
     ]
 
@@ -39,62 +39,62 @@ def test_outliers_are_counted_each_and_do_not_become_normal():
     health = Health("stop")
     history(health)
     for _ in range(WINDOW):
-        [trouble] = health.judge(4.0, 1.0)
+        [problem] = health.record(4.0, 1.0)
         assert trouble.startswith("loss 4 is far above the 2.")
-    [trouble] = health.judge(2.1, 100.0)
+    [problem] = health.record(2.1, 100.0)
     assert trouble.startswith("grad_norm 100 is far above")
     assert health.counts == {"skipped_steps": 0, "loss_spikes": WINDOW, "grad_norm_outliers": 1}
 
 
 def test_nothing_is_an_outlier_of_too_few_steps():
     health = Health("stop")
-    assert [health.judge(1.0, 1.0) for _ in range(AT_LEAST - 1)] == [[]] * (AT_LEAST - 1)
-    assert health.judge(99.0, 1.0) == []
-    assert health.judge(99.0, 1.0)  # the one before made them enough
+    assert [health.record(1.0, 1.0) for _ in range(MIN_HISTORY - 1)] == [[]] * (MIN_HISTORY - 1)
+    assert health.record(99.0, 1.0) == []
+    assert health.record(99.0, 1.0)  # the one before made them enough
 
 
 def test_a_curve_without_noise_may_move_a_little():
     health = Health("stop")
     for _ in range(WINDOW):
-        health.judge(1.0, 1.0)
-    assert health.judge(1.04, 1.0) == []
-    assert health.judge(1.06, 1.0)
+        health.record(1.0, 1.0)
+    assert health.record(1.04, 1.0) == []
+    assert health.record(1.06, 1.0)
 
 
 @pytest.mark.parametrize("numbers", [(NAN, 1.0), (math.inf, 1.0), (1.0, NAN), (1.0, -math.inf)])
 def test_what_is_not_finite_stops_or_is_skipped(numbers):
     for policy, skipped in (("stop", 0), ("skip", 1)):
         health = Health(policy)
-        troubles = health.judge(*numbers)
+        problems = health.record(*numbers)
         assert health.counts["skipped_steps"] == skipped
         if policy == "skip":
-            health.require_going_on(7, troubles, "sample 3")
+            health.require_can_continue(7, problems, "sample 3")
             continue
         with pytest.raises(
             TrainingFault, match="got loss .* at step 7; sample 3. Weights and optimizer are as"
         ):
-            health.require_going_on(7, troubles, "sample 3")
+            health.require_can_continue(7, problems, "sample 3")
 
 
 def test_skipping_for_ever_is_no_training():
     health = Health("skip")
-    for _ in range(IN_A_ROW - 1):
-        health.require_going_on(1, health.judge(NAN, NAN), "")
-    health.require_going_on(1, health.judge(*FINE), "")  # which starts the count again
-    for _ in range(IN_A_ROW - 1):
-        health.require_going_on(1, health.judge(NAN, NAN), "")
+    for _ in range(MAX_CONSECUTIVE_NONFINITE - 1):
+        health.require_can_continue(1, health.record(NAN, NAN), "")
+    health.require_can_continue(1, health.record(*FINE), "")  # which starts the count again
+    for _ in range(MAX_CONSECUTIVE_NONFINITE - 1):
+        health.require_can_continue(1, health.record(NAN, NAN), "")
     with pytest.raises(TrainingFault, match="10 steps in a row without finite numbers, the last is step 30"):
-        health.require_going_on(30, health.judge(NAN, NAN), "sample 1")
+        health.require_can_continue(30, health.record(NAN, NAN), "sample 1")
 
 
 def test_a_loaded_state_judges_as_the_saved_one():
     one, other = Health("skip"), Health("skip")
     history(one, 100)
-    one.judge(NAN, NAN)
+    one.record(NAN, NAN)
     other.load_state(json.loads(json.dumps(one.state())))
     assert other.state() == one.state()
-    assert [other.judge(*x) for x in ((2.2, 9.0), (NAN, 1.0))] == [
-        one.judge(*x) for x in ((2.2, 9.0), (NAN, 1.0))
+    assert [other.record(*x) for x in ((2.2, 9.0), (NAN, 1.0))] == [
+        one.record(*x) for x in ((2.2, 9.0), (NAN, 1.0))
     ]
     assert other.counts == one.counts
 
@@ -196,11 +196,11 @@ def test_an_objective_forgets_a_skipped_step(pool, sick_model, tmp_path):
 
 def test_a_spike_names_the_pack_behind_it(pool, arguments, tiny_models, tmp_path):
     """The step is taken, the spike counted; packs of one sample name it exactly, also from another rank."""
-    data, sample = tmp_path / "spike.jsonl", 2 * AT_LEAST + 1
+    data, sample = tmp_path / "spike.jsonl", 2 * MIN_HISTORY + 1
     sick.write_sick_chat(data, sample, in_answer=True)
-    options = {"train__global_batch_size": 2, "train__steps": AT_LEAST + 1, "optimizer__lr": 1e-9}
+    options = {"train__global_batch_size": 2, "train__steps": MIN_HISTORY + 1, "optimizer__lr": 1e-9}
     run = arguments(tmp_path / "run", model=tiny_models(), data=data, data__packing=False, **options)
     pool.run(2, sick.train_with_sick_loss, run, "value")
     last = metrics_of(tmp_path / "run")[-1]
-    assert (last["step"], last["loss_spikes"], last["grad_norm_outliers"]) == (AT_LEAST + 1, 1, 1)
+    assert (last["step"], last["loss_spikes"], last["grad_norm_outliers"]) == (MIN_HISTORY + 1, 1, 1)
     assert last["suspects"] == [sample]

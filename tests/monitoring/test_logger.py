@@ -11,14 +11,14 @@ import pytest
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
 from megatron_align.monitoring.jsonl import keep_until
-from megatron_align.monitoring.logger import Sinks
+from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.trackers import MLFLOW_RUN, check_logging
 
 QUIET = LoggingConfig(tensorboard=False)
 ROW = {"step": 1, "loss": 1.5, "grad_norm": 0.25, "lr": 1e-5, "tokens_per_second": 1234.5}
 TIMING = {"step": 1, "split": "timing", "data_seconds": 0.01, "forward_backward_seconds": 2.0, "wait_seconds": 0.5,
           "optimizer_seconds": 0.25, "straggler_rank": 3, "straggler_seconds": 0.75}  # fmt: skip
-FACTS = [("model", "Qwen2ForCausalLM, [4] layers"), ("steps", "0 done of 2")]
+ENTRIES = [("model", "Qwen2ForCausalLM, [4] layers"), ("steps", "0 done of 2")]
 
 
 def rows(folder):
@@ -27,12 +27,12 @@ def rows(folder):
 
 def test_rows_are_written_as_given_and_shown_plainly(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # some CI systems set it, for every program
-    with Sinks(tmp_path, QUIET, {}, done=0, steps=2) as sinks:
-        sinks.card("megatron_align", FACTS)
-        sinks.write(ROW, {"mfu": 0.4123, "peak_memory_gb": 61.23})
-        sinks.write({"step": 1, "split": "validation", "loss": 2.0})
-        sinks.write(TIMING)
-        sinks.write({"step": 2, "loss": math.nan, "grad_norm": math.inf, "histogram": {"counts": [math.nan]}})
+    with RunLog.open(tmp_path, QUIET, {}, done=0, steps=2) as log:
+        log.summary("megatron_align", ENTRIES)
+        log.write(ROW, {"mfu": 0.4123, "peak_memory_gb": 61.23})
+        log.write({"step": 1, "split": "validation", "loss": 2.0})
+        log.write(TIMING)
+        log.write({"step": 2, "loss": math.nan, "grad_norm": math.inf, "histogram": {"counts": [math.nan]}})
     assert rows(tmp_path) == [
         ROW,
         {"step": 1, "split": "validation", "loss": 2.0},
@@ -46,7 +46,7 @@ def test_rows_are_written_as_given_and_shown_plainly(tmp_path, capsys, monkeypat
         "step 1/2  loss 1.5000  grad_norm 0.250  lr 1.00e-05  1,234 tokens/s  MFU 41.2%  61.2 GB  ETA 0:00:00",
         "step 1/2  validation  loss 2.0000",
         "step 1/2  timing  data 0.010 s  forward-backward 2.000 s  wait 0.500 s  optimizer 0.250 s  "
-        "the others wait for rank 3  0.750 s",
+        "slowest rank 3  costs the others 0.750 s",
         "step 2/2  ETA 0:00:00",
     ]
     assert all(character.isprintable() for line in shown.splitlines() for character in line)
@@ -57,9 +57,9 @@ def test_a_terminal_gets_a_card_and_a_bar(tmp_path, capsys, monkeypatch, columns
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with Sinks(tmp_path, QUIET, {}, done=0, steps=2) as sinks:
-        sinks.card("megatron_align", FACTS)
-        sinks.write(ROW)
+    with RunLog.open(tmp_path, QUIET, {}, done=0, steps=2) as log:
+        log.summary("megatron_align", ENTRIES)
+        log.write(ROW)
     shown = capsys.readouterr().out
     assert "╭─ megatron_align" in shown
     assert "Qwen2ForCausalLM, [4] layers" in shown  # brackets are no markup
@@ -72,17 +72,17 @@ def test_a_terminal_gets_a_card_and_a_bar(tmp_path, capsys, monkeypatch, columns
 def test_the_remaining_time_is_that_of_this_start(tmp_path, capsys):
     """A resumed run stands on 60 steps that took no time of its own."""
     clock = mock.patch("megatron_align.monitoring.console.time.monotonic", side_effect=[0.0, 0.0, 30.0])
-    with clock, Sinks(tmp_path, QUIET, {}, done=60, steps=100) as sinks:
-        sinks.write({"step": 70})
+    with clock, RunLog.open(tmp_path, QUIET, {}, done=60, steps=100) as log:
+        log.write({"step": 70})
     assert capsys.readouterr().out == "step 70/100  ETA 0:01:30\n"
 
 
 def test_tensorboard_gets_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Sinks(tmp_path, LoggingConfig(tensorboard=True), {}, done=0, steps=1) as sinks:
-        sinks.write({**ROW, "nll": math.nan, "suspects": [3, 4]})
-        sinks.write({"step": 1, "split": "validation", "loss": 2.0})
+    with RunLog.open(tmp_path, LoggingConfig(tensorboard=True), {}, done=0, steps=1) as log:
+        log.write({**ROW, "nll": math.nan, "suspects": [3, 4]})
+        log.write({"step": 1, "split": "validation", "loss": 2.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     expected = {f"train/{key}" for key in ROW if key != "step"}
@@ -119,9 +119,9 @@ def test_mlflow_goes_on_in_its_own_run(tmp_path, monkeypatch):
     config = LoggingConfig(tensorboard=False, mlflow="alignment")
     folder = tmp_path / "dpo"
     folder.mkdir()
-    with Sinks(folder, config, {"optimizer": {"lr": 1e-5}}, done=0, steps=2) as sinks:
-        sinks.write({"step": 1, "loss": 1.5, "grad_norm": math.nan})
-    with pytest.raises(KeyError), Sinks(folder, config, {"optimizer": {"lr": 1e-5}}, done=1, steps=2):
+    with RunLog.open(folder, config, {"optimizer": {"lr": 1e-5}}, done=0, steps=2) as log:
+        log.write({"step": 1, "loss": 1.5, "grad_norm": math.nan})
+    with pytest.raises(KeyError), RunLog.open(folder, config, {"optimizer": {"lr": 1e-5}}, done=1, steps=2):
         raise KeyError
     assert (folder / MLFLOW_RUN).read_text() == "new-id\n"
     assert fake.calls == [
@@ -155,8 +155,8 @@ def test_wandb_has_one_page_per_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = LoggingConfig(tensorboard=False, wandb="alignment")
     for _ in range(2):
-        with Sinks(tmp_path, config, {"train": {"seed": 1}}, done=0, steps=2) as sinks:
-            sinks.write({"step": 1, "loss": 1.5})
+        with RunLog.open(tmp_path, config, {"train": {"seed": 1}}, done=0, steps=2) as log:
+            log.write({"step": 1, "loss": 1.5})
     first, logged, code, second = fake.calls[:4]
     assert (first["project"], first["config"], first["resume"]) == (
         "alignment",

@@ -110,11 +110,11 @@ def test_the_flight_recorder_is_told_where_to_write(tmp_path, monkeypatch):
     for name in (*flight_recorder.SIZE, *flight_recorder.FILE, flight_recorder.ON_TIMEOUT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
-    flight_recorder.switch_on(tmp_path)
+    flight_recorder.enable(tmp_path)
     assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"  # the user's own
     assert os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == str(tmp_path / "flight_recorder" / "rank_")
     monkeypatch.setattr(
         flight_recorder.torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False
     )
-    flight_recorder.write(tmp_path, RankInfo(3, 3, 4))
+    flight_recorder.dump(tmp_path, RankInfo(3, 3, 4))
     assert (tmp_path / "flight_recorder" / "rank_3").read_bytes() == b"trace"

@@ -90,14 +90,14 @@ def count_buckets(rank_info, model):
     from megatron_align.model.families import read_shape
     from megatron_align.model.policy import build_policy, transformer_config
 
-    found, before = [], optimizer.BUCKET
+    found, before = [], optimizer.BUCKET_ELEMENTS
     parallel.join(rank_info, ParallelConfig())
     for config in (ParallelConfig(), ParallelConfig(overlap_grad_reduce=True)):
-        optimizer.BUCKET = BUCKET
+        optimizer.BUCKET_ELEMENTS = BUCKET
         shape = read_shape(model)
         chunks = build_policy(transformer_config(shape, config, torch.float32), shape, parallel.groups())
         found.append(len(optimizer.wrap_data_parallel(chunks, config)[0].bucket_groups) > 2)
-        optimizer.BUCKET = before
+        optimizer.BUCKET_ELEMENTS = before
     parallel.leave()
     return found
 

@@ -7,8 +7,7 @@ import pytest
 from megatron_align.config import parse
 from megatron_align.errors import InputError
 from megatron_align.model.parallel import RankInfo
-from megatron_align.training.loop import prepare
-from megatron_align.training.resume import ResumePoint
+from megatron_align.training.setup import prepare_run
 from tests.harness import ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import change_tensors, make_model, metrics_of, numbers, run_arguments, write_pairs
@@ -164,7 +163,7 @@ def finished(pool, tiny_models, chat_file, tmp_path):
 def test_another_model_is_refused_with_what_differs(finished, chat_file, tmp_path):
     other = make_model(tmp_path / "other", "qwen2_tied", intermediate_size=128)
     with pytest.raises(InputError, match=r"ffn_size 96 for 128 in .*step_000005"):
-        prepare(parse(run_arguments(other, chat_file, finished)), ALONE)
+        prepare_run(parse(run_arguments(other, chat_file, finished)), ALONE)
 
 
 def test_another_run_is_refused_with_what_differs(finished, tiny_models, chat_file, tmp_path):
@@ -180,17 +179,26 @@ def test_another_run_is_refused_with_what_differs(finished, tiny_models, chat_fi
     }
     for message, options in changes.items():
         with pytest.raises(InputError, match=f"{message}.* give another checkpoint.dir"):
-            prepare(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
+            prepare_run(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
     with pytest.raises(InputError, match="the tokenised data was"):
-        prepare(parse(run_arguments(tiny_models(), other, finished)), ALONE)
+        prepare_run(parse(run_arguments(tiny_models(), other, finished)), ALONE)
 
 
-def test_what_a_kill_left_is_cleared_up(finished, tiny_models, chat_file):
+def test_what_a_killed_run_left_is_removed_when_the_run_starts_again(finished, tiny_models, chat_file, pool):
     shutil.copytree(finished / "step_000005", finished / ".step_000009.partial")
     shutil.copytree(finished / "step_000005", finished / ".step_000003.deleted")
     (finished / "step_000005").rename(finished / ".step_000005.replaced")
-    plan = prepare(parse(run_arguments(tiny_models(), chat_file, finished)), ALONE)
-    assert plan.resume == ResumePoint(5, finished / "step_000005")
+    (finished / "requeue").touch()
+    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, finished, train__steps=6))
+    assert [row["step"] for row in metrics_of(finished)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # the replaced checkpoint came back
+    assert not (finished / "requeue").exists()
     assert [path.name for path in finished.glob(".*")] == []
 
 
@@ -199,7 +207,7 @@ def test_a_wanted_change_is_gone_on_with(finished, tiny_models, chat_file, pool)
     options = {"train__steps": 7, "objective__normalization": "sample", "train__global_batch_size": 8}
     wanted = {"checkpoint__resume_allow": '["order", "objective"]'}
     with pytest.raises(InputError, match=r"resume_allow \[order, objective\]"):
-        prepare(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
+        prepare_run(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
     pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, finished, **options, **wanted))
     assert [row["samples"] for row in metrics_of(finished)] == [12] * 5 + [8] * 2
 
@@ -236,9 +244,11 @@ def test_a_reference_whose_weights_were_changed_where_they_lie_is_refused(mode, 
 
 def test_resume_never_refuses_a_used_folder(finished, tiny_models, chat_file):
     with pytest.raises(InputError, match="resume: never .*step_000005"):
-        prepare(parse(run_arguments(tiny_models(), chat_file, finished, checkpoint__resume="never")), ALONE)
+        prepare_run(
+            parse(run_arguments(tiny_models(), chat_file, finished, checkpoint__resume="never")), ALONE
+        )
 
 
 def test_fewer_steps_than_done_are_refused(finished, tiny_models, chat_file):
     with pytest.raises(InputError, match="5 steps already done .* got 3"):
-        prepare(parse(run_arguments(tiny_models(), chat_file, finished, train__steps=3)), ALONE)
+        prepare_run(parse(run_arguments(tiny_models(), chat_file, finished, train__steps=3)), ALONE)

@@ -1,0 +1,53 @@
+"""The steps of a run's data, as this rank sees them."""
+
+from __future__ import annotations
+
+import numpy as np
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.data.batching.context_parts import ContextShare
+from megatron_align.data.batching.step_batches import Share, StepBatches
+from megatron_align.model.context_kind import kind_of
+from megatron_align.objectives.base import Objective
+from megatron_align.training.setup import RunSetup, one_epoch
+
+
+def batches_of_split(
+    split: str,
+    setup: RunSetup,
+    objective: Objective,
+    groups: ProcessGroupCollection,
+    reference_C: np.ndarray | None = None,
+) -> StepBatches:
+    """Return the steps of ``train`` (all of the run) or ``validation`` (one pass over its data).
+
+    Args:
+        split: ``train`` or ``validation``.
+        setup: of the run.
+        objective: of the run.
+        groups: of this rank.
+        reference_C: the reference's summed log-prob of each completion of the split; None: not cached.
+    """
+    config = setup.config
+    layout = config.parallel
+    sequence_ranks = layout.tensor if setup.megatron.sequence_parallel else 1
+    kind = kind_of(setup.shape, layout)
+    share = Share(
+        ranks=groups.dp.size(),
+        rank=groups.dp.rank(),
+        multiple=layout.context * sequence_ranks,
+        # The interleaved schedule needs micro-batches in multiples of the pipeline's length.
+        micro_batch_multiple=layout.pipeline if layout.chunks > 1 else 1,
+        context=kind and ContextShare(ranks=groups.cp.size(), rank=groups.cp.rank(), kind=kind),
+    )
+    return StepBatches(
+        getattr(setup, split),
+        config.data,
+        config.train if split == "train" else one_epoch(config.train),
+        getattr(config.data, split),
+        objective.normalization,
+        share,
+        reference_C=reference_C,
+        mismatched=objective.looks_ahead == "mismatched",
+        score_prompt=objective.score_prompt,
+    )

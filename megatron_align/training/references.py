@@ -1,0 +1,140 @@
+"""The reference model of a run, however it is run: cached log-probs, a second model in memory, or zeros.
+
+Built in steps, as memory allows. *Before* the policy's weights are loaded, :meth:`ReferenceBuilder.cached_columns`
+borrows the policy's chunks to compute the cached log-probs. *After* the optimizer exists,
+:meth:`ReferenceBuilder.live_model` builds the second model of ``reference.mode: live``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.config import RunConfig
+from megatron_align.data.batching.step_batches import StepBatches
+from megatron_align.model.policy import Policy, build_policy
+from megatron_align.objectives.base import Objective
+from megatron_align.training.prepass import Live, Reference, Scorer, ZeroReference
+from megatron_align.training.reference_cache import ReferenceColumns, hash_of_rank_0
+from megatron_align.training.resume import ResumePoint
+from megatron_align.training.resume_compatibility import require_same_reference
+from megatron_align.training.setup import RunSetup, locate
+from megatron_align.training.watchdog import Watchdog
+from megatron_align.training.weights import load_reference_weights
+
+Mode = Literal["cached", "live", "none"]
+
+
+def reference_mode(config: RunConfig) -> Mode | None:
+    """Return how the objective's reference is run; None: the objective has none."""
+    return (config.reference.mode or "cached") if config.objective.compares else None
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """What the pre-pass compares the policy with.
+
+    Args:
+        mode: see :func:`reference_mode`.
+        columns: cached log-probs of each split.
+        live: the second model of ``reference.mode: live``.
+        sync_steps: every so many steps the live reference moves towards the policy; None: it is frozen.
+    """
+
+    mode: Mode | None
+    columns: Mapping[str, ReferenceColumns]
+    live: Live | None
+    sync_steps: int | None
+
+    def of_split(self, split: str) -> Reference | None:
+        """Return the reference for a split's samples; None: the objective compares with none."""
+        if split in self.columns:
+            return self.columns[split].reference()
+        return ZeroReference() if self.mode == "none" else self.live
+
+    def synced_chunks(self) -> list[Policy] | None:
+        """Return the reference's chunks if training moves them: checkpoints hold them too."""
+        return self.live.scorer.chunks if self.live and self.sync_steps else None
+
+    def is_synced_after(self, step: int) -> bool:
+        """Return whether the reference moves towards the policy after a step."""
+        return bool(self.live and self.sync_steps and step % self.sync_steps == 0)
+
+
+class ReferenceBuilder:
+    """Makes the parts of :class:`References`, each when the model it needs exists.
+
+    Args:
+        setup: of the run.
+        objective: of the run.
+        groups: of this rank.
+        watchdog: of this rank.
+    """
+
+    def __init__(
+        self, setup: RunSetup, objective: Objective, groups: ProcessGroupCollection, watchdog: Watchdog
+    ):
+        self.setup, self.objective, self.groups, self.watchdog = setup, objective, groups, watchdog
+        self.mode = reference_mode(setup.config)
+
+    def frozen_weights_hash(self, resume: ResumePoint | None) -> str | None:
+        """Hash the weights of a reference that training does not move; None: there is no such reference.
+
+        Raises:
+            InputError: the resumed run had a reference with other weights.
+        """
+        config = self.setup.config
+        if self.mode not in ("cached", "live") or config.reference.sync_steps:
+            return None
+        with self.watchdog.patient("hashing the reference"):
+            weights_hash = hash_of_rank_0(locate(config.reference.path or config.model.path)[0])
+        if resume is not None:
+            require_same_reference(weights_hash, config, resume.card, resume.folder)
+        return weights_hash
+
+    def cached_columns(
+        self,
+        chunks: Sequence[Policy],
+        batches_of: Callable[[str], StepBatches],
+        weights_hash: str | None,
+        first_step: int,
+    ) -> dict[str, ReferenceColumns]:
+        """Return the cached log-probs of each split, computing what is missing; empty for other modes.
+
+        Args:
+            chunks: the policy's, before its weights are loaded: if anything is missing, the reference's weights are
+                loaded into them.
+            batches_of: returns the steps of a split, without reference log-probs.
+            weights_hash: see :meth:`frozen_weights_hash`.
+            first_step: 0-based training step at which the run starts.
+        """
+        if self.mode != "cached" or weights_hash is None:
+            return {}
+        with self.watchdog.patient("opening the reference's log-probs"):
+            columns = ReferenceColumns.open_all(self.setup, self.setup.config, self.objective, weights_hash)
+        missing = {}
+        for split, column in columns.items():
+            batches = batches_of(split)
+            wanted = range(first_step if split == "train" else 0, batches.steps)
+            if steps := column.missing(batches, wanted):
+                missing[split] = (batches, steps)
+        if missing:
+            with self.watchdog.patient("loading the reference"):
+                load_reference_weights(chunks, self.setup, self.groups)
+            scorer = Scorer(chunks, self.objective)
+            for split, (batches, steps) in missing.items():
+                columns[split].fill(batches, steps, scorer, self.groups, self.watchdog)
+        return columns
+
+    def live_model(self) -> Live | None:
+        """Build and load the second model of ``reference.mode: live``; None for other modes."""
+        if self.mode != "live":
+            return None
+        chunks = build_policy(self.setup.megatron, self.setup.shape, self.groups)
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        load_reference_weights(chunks, self.setup, self.groups)
+        return Live(Scorer(chunks, self.objective), self.groups)

@@ -1,0 +1,38 @@
+"""Join the ranks of a run, and leave them; in between, hangs and out-of-memory errors end in one readable line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from megatron_align.model import parallel
+from megatron_align.monitoring import flight_recorder
+from megatron_align.monitoring.memory import explaining_out_of_memory
+from megatron_align.training.setup import RunSetup
+from megatron_align.training.watchdog import Watchdog, join_watched
+
+
+@contextmanager
+def joined_ranks(setup: RunSetup) -> Iterator[Watchdog]:
+    """Hold the process groups of a run, watched, inside a with-block.
+
+    Raises:
+        TimeoutError: naming the ranks that did not come in time.
+        OutOfMemory: in place of torch's error.
+    """
+    # megatron-core relies on this for the order of tensor-parallel collectives and GEMMs; CUDA reads it when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    config, rank_info = setup.config, setup.rank_info
+    if torch.cuda.is_available():
+        flight_recorder.enable(setup.folder)
+    watchdog = join_watched(rank_info, config.parallel)
+    if torch.cuda.is_available():
+        watchdog.before_end = partial(flight_recorder.dump, setup.folder, rank_info)
+    explaining = explaining_out_of_memory(config, setup.folder, rank_info.rank, lambda: watchdog.doing)
+    with watchdog.watching(), explaining:
+        yield watchdog
+    parallel.leave()

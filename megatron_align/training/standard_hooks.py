@@ -1,0 +1,205 @@
+"""The hooks of every run: log, health, self-check, timing, validation, profiling, export. Order matters: see the end."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+import yaml
+
+from megatron_align import faults
+from megatron_align.checkpoint import folder as sharded
+from megatron_align.config import to_dict
+from megatron_align.monitoring.logger import RunLog
+from megatron_align.monitoring.memory import peak_memory_gb
+from megatron_align.monitoring.mfu import Utilisation
+from megatron_align.monitoring.profiling import Tracer
+from megatron_align.monitoring.timing import timing_row
+from megatron_align.training import self_check
+from megatron_align.training.checkpointing import Checkpointing
+from megatron_align.training.hooks import Hook, Hooks
+from megatron_align.training.summary import run_summary
+from megatron_align.training.suspects import Suspects
+from megatron_align.training.trainer import StepReport, Trainer
+
+
+def open_log(trainer: Trainer) -> RunLog:
+    """Write config.yaml and open the log on rank 0; return a log without outputs on the other ranks."""
+    if dist.get_rank() != 0:
+        return RunLog()
+    folder, settings = trainer.setup.folder, to_dict(trainer.config)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    return RunLog.open(folder, trainer.config.logging, settings, trainer.step, trainer.steps)
+
+
+class Summary(Hook):
+    """Shows what the run is, and which corrupt checkpoints it passed over."""
+
+    def __init__(self, log: RunLog):
+        self._log = log
+
+    def start(self, trainer: Trainer) -> None:
+        """See :class:`Hook`."""
+        self._log.summary("megatron_align", run_summary(trainer))
+        for folder, reason in trainer.resumed.corrupt if trainer.resumed else ():
+            self._log.message(f"warning: {reason}; moved to {folder}{sharded.DAMAGED}")
+
+
+class Profiling(Hook):
+    """Traces the steps of ``logging.profile_steps``."""
+
+    def start(self, trainer: Trainer) -> None:
+        """See :class:`Hook`."""
+        steps, setup = trainer.config.logging.profile_steps, trainer.setup
+        self._tracer = Tracer(steps, setup.folder, setup.rank_info.rank)
+
+    def before_step(self, step: int) -> None:
+        """See :class:`Hook`."""
+        self._tracer.begin(step)
+
+    def end_step(self, step: int) -> bool:
+        """See :class:`Hook`."""
+        self._tracer.end(step)
+        return False
+
+
+class HealthCheck(Hook):
+    """Reports non-finite steps and outliers with the samples that cause them; stops the run when it must.
+
+    Adds the counts and, at a problem, ``suspects`` to the step's row.
+    """
+
+    def __init__(self, log: RunLog):
+        self._log = log
+
+    def start(self, trainer: Trainer) -> None:
+        """See :class:`Hook`."""
+        super().start(trainer)
+        self._suspects = Suspects(trainer.stepper, trainer.setup.train)
+
+    def after_step(self, report: StepReport) -> None:
+        """See :class:`Hook`."""
+        health, result, step = self.trainer.health, report.result, report.step
+        problems = health.record(result.sums["loss"], result.grad_norm)
+        report.columns |= health.counts
+        if not problems:
+            return
+        if result.updated:
+            samples = self._suspects.of_outlier(report.data, report.batches, result)
+            cause = f"the pack with the largest loss is {self._suspects.named(samples)}"
+        else:
+            with self.trainer.watchdog.patient(f"tracing the non-finite numbers of step {step}"):
+                samples = self._suspects.of_nonfinite(report.data, report.batches, result)
+            cause = f"the non-finite numbers come from {self._suspects.named(samples)}"
+        health.require_can_continue(step, problems, cause)
+        skipped = "" if result.updated else "skipped, no update: "
+        for problem in problems:
+            self._log.message(f"step {step}: {skipped}{problem}; {cause}")
+        report.columns["suspects"] = samples
+
+
+class SelfCheck(Hook):
+    """Checks layout, replicas and packing before the first step, and known values after step 1."""
+
+    def start(self, trainer: Trainer) -> None:
+        """See :class:`Hook`."""
+        super().start(trainer)
+        if trainer.config.train.self_check and trainer.step < trainer.steps:
+            with trainer.watchdog.patient("self-check"):
+                self_check.before_first_step(
+                    trainer.model, trainer.train_batches, trainer.step, trainer.groups
+                )
+
+    def after_step(self, report: StepReport) -> None:
+        """See :class:`Hook`."""
+        config = self.trainer.config
+        if config.train.self_check and report.step == 1 and report.result.updated:
+            self_check.after_first_step(config, report.metrics, self.trainer.setup.megatron.params_dtype)
+
+
+class MetricsLog(Hook):
+    """Writes the row of every step, and every ``logging.timing_every`` steps its phases on all ranks."""
+
+    def __init__(self, log: RunLog):
+        self._log = log
+
+    def start(self, trainer: Trainer) -> None:
+        """See :class:`Hook`."""
+        super().start(trainer)
+        setup = trainer.setup
+        self._utilisation = Utilisation(trainer.config, setup.shape, setup.rank_info.world_size)
+
+    def after_step(self, report: StepReport) -> None:
+        """See :class:`Hook`."""
+        counts, seconds = report.data.counts, report.seconds
+        row = {
+            "step": report.step,
+            **report.metrics,
+            "grad_norm": report.result.grad_norm,
+            **report.columns,
+            "lr": report.lr,
+            "tokens": counts.laid_tokens,
+            "tokens_saved": counts.duplicated_tokens - counts.laid_tokens,
+            "trained_tokens": counts.scored_tokens,
+            "padding": round(1 - counts.laid_tokens / counts.padded_tokens, 6),
+            "samples": counts.samples,
+            "tokens_per_second": counts.laid_tokens / seconds,
+            "step_seconds": seconds,
+        }
+        faults.at("step.trained", report.step)
+        mfu = self._utilisation.of_step(counts, seconds)
+        self._log.write(row, {"peak_memory_gb": peak_memory_gb()} | ({} if mfu is None else {"mfu": mfu}))
+        clock = self.trainer.stepper.clock
+        if clock.running:
+            self._log.write(timing_row(report.step, clock, mfu))
+
+
+class Validation(Hook):
+    """Evaluates the validation data every ``train.validate_every`` steps and after the last one.
+
+    It must come before checkpoints: a run killed between the two resumes from before the step and validates again.
+    """
+
+    def __init__(self, log: RunLog):
+        self._log = log
+
+    def end_step(self, step: int) -> bool:
+        """See :class:`Hook`."""
+        trainer, every = self.trainer, self.trainer.config.train.validate_every
+        due = step == trainer.steps or (every is not None and step % every == 0)
+        if trainer.setup.validation and due:
+            self._log.write({"step": step, "split": "validation", **trainer.evaluate()})
+        faults.at("step.logged", step)
+        return False
+
+
+class Export(Hook):
+    """Writes ``checkpoint.dir/hf`` at the end of the complete run."""
+
+    def __init__(self, log: RunLog):
+        self._log = log
+
+    def finish(self) -> None:
+        """See :class:`Hook`."""
+        if self.trainer.config.checkpoint.export_hf:
+            folder = self.trainer.setup.folder / "hf"
+            self.trainer.export(folder)
+            self._log.message(f"exported to {folder}")
+
+
+def standard_hooks(trainer: Trainer, log: RunLog) -> Hooks:
+    """Return the hooks of a run, in the order in which they are called.
+
+    Health comes before the rows, which hold its counts; validation before checkpoints, see :class:`Validation`.
+    """
+    return Hooks(
+        [
+            Summary(log),
+            Profiling(),
+            HealthCheck(log),
+            SelfCheck(),
+            MetricsLog(log),
+            Validation(log),
+            Checkpointing(trainer.config.checkpoint, log),
+            Export(log),
+        ]
+    )

@@ -1,0 +1,326 @@
+"""The trainer: a policy, its optimizer, its objective and its reference on this rank, and what can be done with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.saver import Saved, Saver
+from megatron_align.config import RunConfig, to_dict
+from megatron_align.data.batching.prefetch import Prefetcher
+from megatron_align.data.batching.sampler import passes_per_epoch
+from megatron_align.data.batching.step_batches import Step, StepBatches
+from megatron_align.hf.export import export_model
+from megatron_align.model import parallel
+from megatron_align.model.policy import Policy, build_policy
+from megatron_align.monitoring.health import Health
+from megatron_align.objectives.base import Objective
+from megatron_align.objectives.registry import build_objective
+from megatron_align.records import PackedBatch
+from megatron_align.training.batches import batches_of_split
+from megatron_align.training.optimizer import (
+    Optimizer,
+    build_optimizer,
+    gather_parameters,
+    set_learning_rate,
+    set_updates,
+    wrap_data_parallel,
+)
+from megatron_align.training.prepass import PrePass, Scorer
+from megatron_align.training.references import ReferenceBuilder, References
+from megatron_align.training.resume import ResumePoint, verified_resume_point
+from megatron_align.training.run_context import joined_ranks
+from megatron_align.training.schedule import learning_rate
+from megatron_align.training.setup import RunSetup, prepare_run
+from megatron_align.training.step import Stepper, StepResult
+from megatron_align.training.stop import remove_requeue_marker
+from megatron_align.training.watchdog import Watchdog
+from megatron_align.training.weights import load_model_weights, load_start_weights
+
+
+@dataclass(slots=True, kw_only=True)
+class StepReport:
+    """What a training step did.
+
+    Args:
+        step: 1-based.
+        data: the step's samples and packs.
+        batches: its micro-batches on this rank, as they were trained on.
+        result: global sums, gradient norm, and whether weights were updated.
+        metrics: the objective's metrics, ``loss`` first; global.
+        lr: learning rate of the update.
+        seconds: duration, from :meth:`Trainer.begin_step` on, without time spent in ``before_update``.
+        columns: further columns of the step's row, from hooks.
+    """
+
+    step: int
+    data: Step
+    batches: list[PackedBatch]
+    result: StepResult
+    metrics: dict[str, float]
+    lr: float
+    seconds: float
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains one model. ``Trainer.open(config)`` builds it; ``training.loop.fit`` runs all steps with hooks.
+
+    Every method is collective: all ranks call it, in the same order.
+
+    Args:
+        setup: the checked run.
+        groups: process groups of this rank.
+        watchdog: of this rank.
+        objective: what is optimised.
+        model: this rank's chunks.
+        optimizer: of the model.
+        references: what the objective compares the policy with.
+        reference_hash: of the frozen reference's weights, for checkpoints.
+
+    Attributes:
+        step: training steps made so far, over all starts of the run.
+        steps: training steps of the complete run.
+        resumed: the checkpoint that the run resumed from; None: it started at step 1.
+        health: non-finite steps and outliers; part of every checkpoint.
+    """
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        groups: ProcessGroupCollection,
+        watchdog: Watchdog,
+        objective: Objective,
+        model: list[DistributedDataParallel],
+        *,
+        optimizer: Optimizer,
+        references: References,
+        reference_hash: str | None,
+    ):
+        self.setup, self.config, self.groups, self.watchdog = setup, setup.config, groups, watchdog
+        self.objective, self.model, self.optimizer = objective, model, optimizer
+        self.references, self._reference_hash = references, reference_hash
+        self.health = Health(self.config.train.on_nonfinite)
+        self.stepper = Stepper(model, objective, groups, optimizer, watchdog.detail)
+        self.train_batches = self.batches_of("train")
+        self.step, self.steps = 0, self.train_batches.steps
+        self.resumed: ResumePoint | None = None
+        self._prepass = self._prepass_of("train")
+        self._began: float | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: RunConfig) -> Iterator[Trainer]:
+        """Check a run, tokenise its data, join the ranks and build the trainer; leave the ranks after the with-block.
+
+        Under ``torchrun`` every process calls this; alone, one process is the only rank.
+
+        Raises:
+            InputError: for anything that the user can correct.
+        """
+        setup = prepare_run(config, parallel.RankInfo.from_environment())
+        with joined_ranks(setup) as watchdog:
+            yield cls.build(setup, watchdog)
+
+    @classmethod
+    def build(cls, setup: RunSetup, watchdog: Watchdog) -> Trainer:
+        """Build and load everything, once the ranks have met; resume from the run's newest intact checkpoint."""
+        config, groups = setup.config, parallel.groups()
+        _clean_run_folder(setup.folder)
+        parallel.require_agreement(
+            {
+                "data.train": setup.train.path.name,
+                "data.validation": setup.validation and setup.validation.path.name,
+            },
+            "the data must be the same for all ranks",
+        )
+        with watchdog.patient("reading the checkpoint"):
+            resume = verified_resume_point(
+                config, setup.folder, setup.shape, setup.train.path.name, setup.assets
+            )
+        objective = build_objective(config.objective, setup.train)
+        reference = ReferenceBuilder(setup, objective, groups, watchdog)
+        reference_hash = reference.frozen_weights_hash(resume)
+        chunks = build_policy(setup.megatron, setup.shape, groups)
+        batches_of = partial(batches_of_split, setup=setup, objective=objective, groups=groups)
+        columns = reference.cached_columns(chunks, batches_of, reference_hash, resume.step if resume else 0)
+        with watchdog.patient("loading weights"):
+            if resume is None:
+                load_start_weights(chunks, setup, groups)
+            model = wrap_data_parallel(chunks, config.parallel)
+            optimizer = build_optimizer(model, config.optimizer, groups)
+            live = reference.live_model()
+            trainer = cls(
+                setup,
+                groups,
+                watchdog,
+                objective,
+                model,
+                optimizer=optimizer,
+                references=References(reference.mode, columns, live, config.reference.sync_steps),
+                reference_hash=reference_hash,
+            )
+            if resume is not None:
+                trainer.resume(resume)
+        return trainer
+
+    @property
+    def chunks(self) -> list[Policy]:
+        """This rank's model chunks, without their data-parallel wrappers."""
+        return [chunk.module for chunk in self.model]
+
+    def batches_of(self, split: str) -> StepBatches:
+        """Return the steps of ``train`` or ``validation``, with cached reference log-probs where there are any."""
+        column = self.references.columns.get(split)
+        cached_C = column and column.own.values_K
+        return batches_of_split(split, self.setup, self.objective, self.groups, cached_C)
+
+    @contextmanager
+    def prefetched(self) -> Iterator[Iterator[Step]]:
+        """Give the data of the remaining training steps, made in a background thread, inside a with-block."""
+        with Prefetcher(range(self.step, self.steps), self.train_batches.step) as steps:
+            yield steps
+
+    def begin_step(self, timed: bool = False) -> None:
+        """Start the next step's clock, before its data are waited for; ``timed`` measures its phases too."""
+        self._began = time.perf_counter()
+        self.watchdog.report(f"step {self.step + 1}")
+        self.stepper.clock.start(timed)
+        self.watchdog.detail("data")
+
+    def train_step(self, data: Step, before_update: Callable[[], None] = lambda: None) -> StepReport:
+        """Make one update with a step's data; an update with non-finite numbers is left out.
+
+        Args:
+            data: the step's samples, from :meth:`prefetched` or :attr:`train_batches`.
+            before_update: called when gradients are computed and nothing has been updated yet.
+        """
+        if self._began is None:
+            self.begin_step()
+        began, self._began = self._began, None
+        self.step += 1
+        lr = learning_rate(self.config.optimizer, self.step, self.steps)
+        set_learning_rate(self.optimizer, lr)
+        self.stepper.clock.mark("data")
+        state = self.objective.state()
+        self.watchdog.detail("reference and statistics")
+        batches = self._prepass.batches(data, training=True)
+        result = self.stepper.train(batches, before_update)
+        if not result.updated:
+            self.objective.load_state(state)
+        if self.references.is_synced_after(self.step):
+            gather_parameters(self.model)
+            self.references.live.move(self.chunks, self.config.reference.mixup_alpha)
+        return StepReport(
+            step=self.step,
+            data=data,
+            batches=batches,
+            result=result,
+            metrics=self.objective.finish(result.sums),
+            lr=lr,
+            seconds=time.perf_counter() - began - result.paused_seconds,
+        )
+
+    def evaluate(self, split: str = "validation") -> dict[str, float]:
+        """Return the objective's metrics over all samples of a split, weighted as in training."""
+        batches, prepass = self.batches_of(split), self._prepass_of(split)
+        totals: dict[str, float] = {}
+        weight_sum = 0.0
+        with Prefetcher(range(batches.steps), batches.step) as steps:
+            for data in steps:
+                self.watchdog.report(f"{split} batch {data.number + 1}")
+                weight_sum += data.counts.weight
+                result = self.stepper.evaluate(prepass.batches(data, training=False))
+                for name, value in result.sums.items():
+                    totals[name] = totals.get(name, 0.0) + value * data.counts.weight
+        return self.objective.finish({name: value / weight_sum for name, value in totals.items()})
+
+    def load(self, path: str) -> None:
+        """Load the weights of a Hugging Face folder or a checkpoint into the policy, and into the fp32 masters.
+
+        Raises:
+            InputError: the weights are incomplete, corrupt, or of another shape.
+        """
+        with self.watchdog.patient(f"loading {path}"):
+            gather_parameters(self.model)
+            load_model_weights(self.chunks, path, self.setup, self.groups)
+            self.optimizer.reload_model_params()
+
+    def resume(self, point: ResumePoint) -> None:
+        """Load weights, optimizer, reference and the states of objective and health from a checkpoint of this run.
+
+        The state of another objective or reference, which ``checkpoint.resume_allow`` accepted, is left out.
+        """
+        saved = point.card["config"]
+        reference = self.references.synced_chunks() if saved["reference"].get("sync_steps") else None
+        sharded.load(point.folder, self.model, self.optimizer, reference)
+        if "health_state" in point.card:  # older checkpoints have none
+            self.health.load_state(point.card["health_state"])
+        if saved["objective"]["name"] == self.config.objective.name:
+            self.objective.load_state(point.card["objective_state"])
+        self.step, self.resumed = point.step, point
+        set_updates(self.optimizer, self.step - self.health.counts["skipped_steps"])
+
+    def save(self) -> Saved:
+        """Write ``checkpoint.dir/step_NNNNNN`` and wait until it is complete.
+
+        Raises:
+            SaveFailed: on every rank, if any of them could not write its part.
+        """
+        saver = Saver()
+        with self.watchdog.patient(f"saving step {self.step}"):
+            self.begin_save(saver)
+            return saver.finish()
+
+    def begin_save(self, saver: Saver) -> None:
+        """Hand the state after the current step to ``saver``, which may write it in the background."""
+        card = sharded.make_card(
+            self.step,
+            self.setup.shape,
+            self.setup.megatron.params_dtype,
+            world_size=self.setup.rank_info.world_size,
+            config=to_dict(self.config),
+            data=self._data_card(),
+            reference_weights=self._reference_hash,
+            objective_state=self.objective.state(),
+            health_state=self.health.state(),
+        )
+        target = sharded.step_folder(self.setup.folder, self.step)
+        gather_parameters(self.model)
+        reference = self.references.synced_chunks()
+        saver.begin(target, self.model, self.optimizer, card, self.setup.assets, reference)
+
+    def export(self, folder: Path | str) -> None:
+        """Write the model as a Hugging Face folder; one that exists is replaced when the new one is complete."""
+        with self.watchdog.patient("export"):
+            gather_parameters(self.model)
+            export_model(self.chunks, Path(folder), self.setup.assets, overwrite=True)
+
+    def _prepass_of(self, split: str) -> PrePass:
+        reference = self.references.of_split(split)
+        return PrePass(Scorer(self.model, self.objective), self.objective, self.groups, reference)
+
+    def _data_card(self) -> Mapping[str, Any]:
+        return {
+            "key": self.setup.train.path.name,
+            "passes_per_epoch": list(passes_per_epoch(self.config.data.train)),
+            **self.setup.train.manifest,
+        }
+
+
+def _clean_run_folder(folder: Path) -> None:
+    """Remove what a killed run left unfinished, and its requeue marker: this run continues it."""
+    if dist.get_rank() == 0:
+        sharded.tidy(folder)
+        remove_requeue_marker(folder)
+    dist.barrier()

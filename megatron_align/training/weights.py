@@ -1,0 +1,53 @@
+"""Load the weights that training starts from, or that a reference model has, into this rank's model chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.checkpoint import folder as sharded
+from megatron_align.hf.load import load_weights
+from megatron_align.model.policy import Policy
+from megatron_align.training.setup import RunSetup, locate
+
+REWARD_WEIGHT = "reward_head.weight"
+REWARD_DEVIATION = 0.02  # of a new reward head's initial values, as in transformers
+
+
+def load_start_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
+    """Load the weights of ``model.path``."""
+    load_model_weights(chunks, setup.config.model.path, setup, groups)
+
+
+def load_reference_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
+    """Load the weights of the reference: ``reference.path``, or the model that training starts from."""
+    load_model_weights(chunks, setup.config.reference.path or setup.config.model.path, setup, groups)
+
+
+def load_model_weights(
+    chunks: Sequence[Policy], path: str, setup: RunSetup, groups: ProcessGroupCollection
+) -> None:
+    """Load a Hugging Face folder or a checkpoint; a reward head that it lacks is initialised from the seed.
+
+    Args:
+        chunks: this rank's.
+        path: Hugging Face folder, checkpoint, or run folder (its newest checkpoint).
+        setup: of the run.
+        groups: of this rank.
+
+    Raises:
+        InputError: the weights are incomplete, corrupt, or of another shape.
+    """
+    weights, assets = locate(path)
+    starts_reward_head = setup.shape.is_reward and not setup.start_shape.is_reward
+    absent = frozenset({REWARD_WEIGHT} if starts_reward_head else ())
+    if weights == assets:
+        parameters = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
+        stored = {name: parameter for name, parameter in parameters.items() if name not in absent}
+        load_weights(weights, setup.start_shape, stored, groups.tp.rank(), groups.tp.size())
+    else:
+        sharded.require_intact(weights)
+        sharded.load(weights, list(chunks), without=absent)
+    if starts_reward_head and chunks[-1].post_process:
+        chunks[-1].reward_head.initialise(REWARD_DEVIATION, setup.config.train.seed)
