@@ -84,7 +84,8 @@ class Hooks:
 
     def end_step(self, step: int) -> bool:
         """Call all hooks; return whether any of them stops the run."""
-        return any([hook.end_step(step) for hook in self._hooks])
+        stops = [hook.end_step(step) for hook in self._hooks]  # a list: every hook is called on every rank
+        return any(stops)
 
     def finish(self) -> None:
         """See :class:`Hook`."""

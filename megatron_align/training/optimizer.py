@@ -38,7 +38,7 @@ class Optimizer(HostedOptimizer):
     """megatron-core's distributed optimizer over torch's AdamW, which keeps a step count for each parameter."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return megatron-core's state dict with the step in every group, as it expects without Apex or Transformer Engine."""
+        """Return megatron-core's state dict with the step in every group, as needed without Transformer Engine."""
         state = super().state_dict()
         steps = {int(own["step"]) for own in self.optimizer.state.values()}
         for group in state["optimizer"]["param_groups"]:
@@ -113,7 +113,7 @@ def _count_padding(chunk: DistributedDataParallel) -> None:
 
 
 def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
-    """Wait until the last update's weights are gathered; needed before anything but the model's own forward reads them."""
+    """Wait until the last update's weights are gathered; call it before anything but the model's forward reads them."""
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

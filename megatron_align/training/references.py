@@ -33,7 +33,7 @@ def reference_mode(config: RunConfig) -> Mode | None:
     return (config.reference.mode or "cached") if config.objective.compares else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class References:
     """What the pre-pass compares the policy with.
 
@@ -41,13 +41,15 @@ class References:
         mode: see :func:`reference_mode`.
         columns: cached log-probs of each split.
         live: the second model of ``reference.mode: live``.
-        sync_steps: every so many steps the live reference moves towards the policy; None: it is frozen.
+        sync_steps: interval in steps at which the live reference moves towards the policy; None: it is frozen.
+        weights_hash: of a frozen reference's weights; None: training moves it, or there is none.
     """
 
     mode: Mode | None
     columns: Mapping[str, ReferenceColumns]
     live: Live | None
     sync_steps: int | None
+    weights_hash: str | None
 
     def of_split(self, split: str) -> Reference | None:
         """Return the reference for a split's samples; None: the objective compares with none."""

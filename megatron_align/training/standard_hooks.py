@@ -1,4 +1,4 @@
-"""The hooks of every run: log, health, self-check, timing, validation, profiling, export. Order matters: see the end."""
+"""The hooks of every run: summary, profiling, health, self-check, rows, validation, checkpoints, export."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Suspects:
 
 
 def _bad_samples(values: Tensor, rows: LossRows) -> Tensor:
-    """Return for each sample of a pack whether any of its values, ``[N]`` log-probs or ``[C]`` rewards, is not finite."""
+    """Return for each sample of a pack whether any of its ``[N]`` log-probs or ``[C]`` rewards is not finite."""
     known = rows.completions
     sample = known.sample_C if len(values) == len(known.sample_C) else known.sample_C[rows.sequence_N]
     bad = torch.zeros(len(rows.ends), dtype=torch.int64, device=values.device)

@@ -1,4 +1,4 @@
-"""The trainer: a policy, its optimizer, its objective and its reference on this rank, and what can be done with them."""
+"""The trainer: policy, optimizer, objective and reference of a run on this rank, and the operations on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.checkpoint import folder as sharded
 from megatron_align.checkpoint.saver import Saved, Saver
@@ -80,15 +79,15 @@ class Trainer:
 
     Args:
         setup: the checked run.
-        groups: process groups of this rank.
         watchdog: of this rank.
         objective: what is optimised.
         model: this rank's chunks.
         optimizer: of the model.
         references: what the objective compares the policy with.
-        reference_hash: of the frozen reference's weights, for checkpoints.
 
     Attributes:
+        groups: process groups of this rank.
+        train_batches: the steps of the training data.
         step: training steps made so far, over all starts of the run.
         steps: training steps of the complete run.
         resumed: the checkpoint that the run resumed from; None: it started at step 1.
@@ -98,18 +97,16 @@ class Trainer:
     def __init__(
         self,
         setup: RunSetup,
-        groups: ProcessGroupCollection,
         watchdog: Watchdog,
         objective: Objective,
         model: list[DistributedDataParallel],
-        *,
         optimizer: Optimizer,
         references: References,
-        reference_hash: str | None,
     ):
-        self.setup, self.config, self.groups, self.watchdog = setup, setup.config, groups, watchdog
+        self.setup, self.config, self.watchdog = setup, setup.config, watchdog
+        self.groups = groups = parallel.groups()
         self.objective, self.model, self.optimizer = objective, model, optimizer
-        self.references, self._reference_hash = references, reference_hash
+        self.references = references
         self.health = Health(self.config.train.on_nonfinite)
         self.stepper = Stepper(model, objective, groups, optimizer, watchdog.detail)
         self.train_batches = self.batches_of("train")
@@ -160,16 +157,14 @@ class Trainer:
             model = wrap_data_parallel(chunks, config.parallel)
             optimizer = build_optimizer(model, config.optimizer, groups)
             live = reference.live_model()
-            trainer = cls(
-                setup,
-                groups,
-                watchdog,
-                objective,
-                model,
-                optimizer=optimizer,
-                references=References(reference.mode, columns, live, config.reference.sync_steps),
-                reference_hash=reference_hash,
+            references = References(
+                mode=reference.mode,
+                columns=columns,
+                live=live,
+                sync_steps=config.reference.sync_steps,
+                weights_hash=reference_hash,
             )
+            trainer = cls(setup, watchdog, objective, model, optimizer, references)
             if resume is not None:
                 trainer.resume(resume)
         return trainer
@@ -291,7 +286,7 @@ class Trainer:
             world_size=self.setup.rank_info.world_size,
             config=to_dict(self.config),
             data=self._data_card(),
-            reference_weights=self._reference_hash,
+            reference_weights=self.references.weights_hash,
             objective_state=self.objective.state(),
             health_state=self.health.state(),
         )

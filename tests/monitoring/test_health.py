@@ -40,9 +40,9 @@ def test_outliers_are_counted_each_and_do_not_become_normal():
     history(health)
     for _ in range(WINDOW):
         [problem] = health.record(4.0, 1.0)
-        assert trouble.startswith("loss 4 is far above the 2.")
+        assert problem.startswith("loss 4 is far above the 2.")
     [problem] = health.record(2.1, 100.0)
-    assert trouble.startswith("grad_norm 100 is far above")
+    assert problem.startswith("grad_norm 100 is far above")
     assert health.counts == {"skipped_steps": 0, "loss_spikes": WINDOW, "grad_norm_outliers": 1}
 
 

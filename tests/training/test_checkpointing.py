@@ -100,7 +100,9 @@ WAIT = 5.0  # seconds, far more than a step of the tiny model takes on a busy ma
 
 def train_waiting_for_long(rank_info, arguments):
     """In a process of the pool: every update waits WAIT seconds for a save."""
-    with mock.patch.object(checkpointing.Checkpointing, "before_update", lambda self: time.sleep(WAIT)):
+    with mock.patch.object(
+        checkpointing.Checkpointing, "before_update", side_effect=lambda: time.sleep(WAIT)
+    ):
         return run(parse(arguments), rank_info)
 
 
