@@ -52,7 +52,7 @@ class Checkpointing(Hook):
         """Wait until the pending save has copied what the update changes."""
         if self._saver.pending:
             self._watchdog.detail("copying the state of the last checkpoint")
-        self._saver.wait_until_copied()
+            self._saver.wait_until_copied()
 
     def end_step(self, step: int) -> bool:
         """Finish a pending save, begin one that is due; return True if any rank was asked to stop."""
