@@ -74,7 +74,9 @@ class RunSetup:
     validation: TokenStore | None
 
 
-def prepare_run(config: RunConfig, rank_info: parallel.RankInfo, scratch_cache: Path | None = None) -> RunSetup:
+def prepare_run(
+    config: RunConfig, rank_info: parallel.RankInfo, scratch_cache: Path | None = None
+) -> RunSetup:
     """Check a run and tokenise its data.
 
     Args:
