@@ -1,11 +1,12 @@
 """Package metadata. The build system and the tools' settings are in pyproject.toml."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = "0.1.0"
+VERSION = runpy.run_path(str(HERE / "megatron_align" / "version.py"))["__version__"]
 
 setup(
     name="megatron-align",

@@ -125,12 +125,7 @@ class Torch:
         started = time.perf_counter()
         response = dcp.async_save(self.state, checkpoint_id=folder, async_stager=self.stager)
         pause = time.perf_counter() - started
-        before, stepper.before_update = (
-            stepper.before_update,
-            lambda: timed(response.staging_completion.result),
-        )
-        pause += stepper.train(batches).paused_seconds
-        stepper.before_update = before
+        pause += stepper.train(batches, response.staging_completion.result).paused_seconds
         response.upload_completion.result()
         return pause
 
@@ -184,7 +179,6 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
     saver, background = Saver(), Saver(background=True)
     first = saver.save(folder / "save", model, optimizer, card, assets)
     background.save(folder / "background", model, optimizer, card, assets)  # allocates its buffers
-    stepper.before_update = background.wait_until_copied
     torch = Torch(stepper)
     torch.pause(folder / "torch", stepper, batches)  # allocates its buffers
     times: dict[str, list[float]] = {"save, the first": [first.seconds]}
@@ -207,7 +201,7 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
         started, steps = time.perf_counter(), 0
         background.begin(folder / "background", model, optimizer, card, assets)
         while not background.written():
-            stepper.train(batches)
+            stepper.train(batches, background.wait_until_copied)
             steps += 1
         saved = background.finish()
         note("background, pause", saved.pause_seconds)

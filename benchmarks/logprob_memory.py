@@ -118,18 +118,12 @@ class _Second:
 def step_ours(folder: Path) -> dict[str, float]:
     """Measure our training step."""
     from megatron_align.config import parse
-    from megatron_align.model import parallel
-    from megatron_align.training import loop
-    from tests.harness.tiny import metrics_of, run_arguments
+    from megatron_align.training.trainer import Trainer
+    from tests.harness.tiny import run_arguments
 
     model, data = _model_and_data(folder)
     second = _Second()
 
-    class Stepper(loop.Stepper):
-        def train(self, batches):
-            return second.around(super().train, batches)
-
-    loop.Stepper = Stepper
     options = {
         "data__sequence_length": 2048,
         "train__steps": 2,
@@ -137,8 +131,10 @@ def step_ours(folder: Path) -> dict[str, float]:
         "data__shuffle": False,
     }
     arguments = run_arguments(model, data, folder / "run", **options)
-    loop.run(parse(arguments), parallel.RankInfo(rank=0, local_rank=0, world_size=1))
-    return {**second.figures, "loss": metrics_of(folder / "run")[-1]["loss"]}
+    with Trainer.open(parse(arguments)) as trainer, trainer.prefetched() as steps:
+        for data in steps:
+            report = second.around(trainer.train_step, data)
+    return {**second.figures, "loss": report.metrics["loss"]}
 
 
 def step_trl(folder: Path) -> dict[str, float]:

@@ -1,3 +1,28 @@
-"""Alignment training on megatron-core: HF checkpoint in, HF checkpoint out."""
+"""Alignment training on megatron-core: HF checkpoint in, HF checkpoint out.
 
-__version__ = "0.1.0"
+The library's entry points, which the commands call too::
+
+    from megatron_align import Trainer, load_config
+
+    with Trainer.open(load_config("run.yaml", {"optimizer.lr": 2e-5})) as trainer: ...
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from megatron_align.version import __version__
+
+# Imported at first use: they need torch and megatron-core, which errors or versions do not.
+_ENTRY_POINTS = {
+    "Trainer": "megatron_align.training.trainer",
+    "load_config": "megatron_align.objectives.configuration",
+}
+__all__ = ["Trainer", "__version__", "load_config"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ENTRY_POINTS:
+        return getattr(importlib.import_module(_ENTRY_POINTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

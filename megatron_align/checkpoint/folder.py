@@ -28,13 +28,14 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_align import __version__, faults
+from megatron_align import faults
 from megatron_align.checkpoint.load import model_pieces, optimizer_pieces, read_pieces
 from megatron_align.checkpoint.save_plan import model_state, reference_state, unwrap
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
 from megatron_align.model.policy import Policy
 from megatron_align.storage import checksums as sums
+from megatron_align.version import __version__
 
 CARD, ASSETS, STATE = "card.json", "hf_assets", "state"
 FORMAT = 2  # 1 had no hashes

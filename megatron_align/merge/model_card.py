@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import megatron_align
 from megatron_align.merge.methods import METHODS, Method
 from megatron_align.storage.tensor_digest import Facts, model_sha256
+from megatron_align.version import __version__
 
 CARD, RECORD = "README.md", "merge.json"
 
@@ -28,7 +28,7 @@ def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
     record = {
         "method": name,
         "options": asdict(method),
-        "megatron_align": megatron_align.__version__,
+        "megatron_align": __version__,
         "inputs": [
             {
                 "role": each.role,

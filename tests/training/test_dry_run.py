@@ -1,6 +1,8 @@
-"""A dry run refuses what a run refuses, says what the run then does, and trains nothing."""
+"""A dry run refuses what a run refuses, prints what the run then does, and writes and deletes nothing."""
 
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,44 @@ def test_it_says_what_the_run_does(pool, arguments, tmp_path, capsys):
     tokens, scored = (int(step[i].replace(",", "")) for i in (1, 2))
     assert (tokens, scored) == (row["tokens"], row["trained_tokens"])
     assert float(step[3]) == pytest.approx(100 * row["padding"], abs=0.051)  # printed with one digit
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """Return every path below a folder with what would show that it was written."""
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size, p.is_dir()) for p in sorted(folder.rglob("*"))}
+
+
+def test_nothing_is_written_where_the_run_would_write(arguments, tmp_path, capsys):
+    before = tree(tmp_path)
+    assert train.main([*arguments, "--dry_run=2"]) == 0
+    assert "0 done of 1" in capsys.readouterr().out
+    assert tree(tmp_path) == before  # not even checkpoint.dir, or the tokenised data
+
+
+def test_beside_a_live_run_nothing_is_deleted_and_its_checkpoint_is_found(pool, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    pool.run(2, train_ranks, arguments)
+    (run / ".step_000009.partial").mkdir()
+    (run / ".step_000009.partial" / "card.json").write_text("{}")
+    (run / ".step_000008.deleted").mkdir()
+    (run / "requeue").write_text("1\n")
+    before = tree(tmp_path)
+    assert train.main([*arguments, "--train.steps", "4", "--dry_run=2"]) == 0
+    assert "steps      1 done of 4" in capsys.readouterr().out
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_created_is_refused(arguments, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert train.main([*arguments, "--dry_run=2"]) == 2
+    assert "no permission in" in capsys.readouterr().err
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "run").write_text("not a folder")
+    assert train.main([*arguments, "--dry_run=2"]) == 2
+    assert "checkpoint.dir cannot be created or written" in capsys.readouterr().err
 
 
 def test_without_a_launcher_it_takes_the_ranks_that_the_layout_needs(arguments, monkeypatch, capsys):
