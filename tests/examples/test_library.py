@@ -1,4 +1,4 @@
-"""The library example runs as a user would run it: it trains, prints each step, saves, and exports a model that loads."""
+"""The library example, run as a user would: it trains, prints each step, saves, and exports a model that loads."""
 
 import os
 import re
