@@ -1,4 +1,4 @@
-"""Find the fastest tiles of the attention kernels on this GPU, and write them into ``packed_attention/table.py``.
+"""Find the fastest tiles of the attention kernels on this GPU, and write them into ``packed_attention/tuned_tiles.py``.
 
 ``python -m benchmarks.tune_attention`` tries the candidates below on the benchmark's mixed pack of 16k tokens, forward
 and backward separately, checks each against the safe tiles' result, and replaces this chip's rows. Run it on an idle
@@ -16,11 +16,11 @@ import torch
 from benchmarks.gpu import environment, interleaved, quantiles, require_gpu
 from benchmarks.gpu_attention import MIXED, inputs
 from megatron_align.kernels import PackedLayout
-from megatron_align.kernels.packed_attention import configs
-from megatron_align.kernels.packed_attention.configs import Tile, Tiles
-from megatron_align.kernels.packed_attention.table import TABLE
+from megatron_align.kernels.packed_attention import tiles as tile_sizes
+from megatron_align.kernels.packed_attention.tiles import Tile, Tiles
+from megatron_align.kernels.packed_attention.tuned_tiles import TABLE
 
-FILE = Path(configs.__file__).with_name("table.py")
+FILE = Path(tile_sizes.__file__).with_name("tuned_tiles.py")
 CANDIDATES = [
     Tile(*sizes)
     for sizes in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
@@ -30,7 +30,7 @@ KINDS = ("forward", "dq", "dkdv")
 
 
 def render(table: dict, note: str) -> str:
-    """Return the source of ``table.py``."""
+    """Return the source of ``tuned_tiles.py``."""
     rows = "".join(
         f'    ("{chip}", {head_dim}, "{dtype}"): {tiles},\n'
         for (chip, head_dim, dtype), tiles in sorted(table.items())
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
     args = parser.parse_args()
     require_gpu(parser)
-    chip, where, table = configs.chip_of(torch.device("cuda")), environment(), dict(TABLE)
+    chip, where, table = tile_sizes.chip_of(torch.device("cuda")), environment(), dict(TABLE)
     for head_dim in args.head_dim:
-        tiles = configs.SAFE_16_BIT
+        tiles = tile_sizes.SAFE_16_BIT
         for kind in KINDS:
             tiles = tiles._replace(**{kind: best(kind, tiles, head_dim, args.rounds)})
         for dtype in ("bfloat16", "float16"):

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megatron_align.kernels.packed_attention import PackedLayout
-from megatron_align.kernels.packed_attention.reference import block_map_reference
+from megatron_align.kernels.packed_attention.reference import visible_tiles_reference
 
 COLOURS = ["#f4f4f2", "#f0b75a", "#2f6c8f"]  # not visited, visited with a mask, visited without
 WORDS = ["not visited", "visited, masked", "visited, no mask needed"]
@@ -22,7 +22,7 @@ def draw(layout: PackedLayout, block: int, out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    visited, full = block_map_reference(layout, block, block)
+    visited, full = visible_tiles_reference(layout, block, block)
     figure = Figure(figsize=(11, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(layout.mask_QT(), cmap=ListedColormap([COLOURS[0], "#333333"]), interpolation="nearest")

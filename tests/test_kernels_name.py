@@ -28,4 +28,4 @@ def test_without_one_the_name_is_empty_and_light():
 
 def test_ours_is_found_under_its_own_name():
     code = "from megatron_align.kernels import packed_attention; print(packed_attention.__module__)"
-    assert python(code, "") == "megatron_align.kernels.packed_attention"
+    assert python(code, "") == "megatron_align.kernels.packed_attention.public"

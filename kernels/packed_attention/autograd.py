@@ -1,4 +1,4 @@
-"""Allocate, launch, save: the kernels as one differentiable function.
+"""The Triton kernels as one differentiable function: allocation, launches, saved tensors.
 
 Shapes: T tokens of a pack, Q queries, H query heads, G key/value heads, D head dim. Saved for backward: the inputs,
 out, and the log-sum-exp ``[H, Q]``.
@@ -7,44 +7,51 @@ out, and the log-sum-exp ``[H, Q]``.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_align.kernels.packed_attention.backward import dkdv_kernel, dq_kernel
-from megatron_align.kernels.packed_attention.configs import Tile, Tiles, padded
-from megatron_align.kernels.packed_attention.forward import forward_kernel
+from megatron_align.kernels.packed_attention.backward_kernels import dkdv_kernel, dq_kernel
+from megatron_align.kernels.packed_attention.forward_kernel import forward_kernel
 from megatron_align.kernels.packed_attention.layout import PackedLayout
+from megatron_align.kernels.packed_attention.tiles import Tile, Tiles, padded_head_dim
 
 
-def _place(x: Tensor):
-    """Triton launches on the current device: make the tensor's own current."""
+class _Call(NamedTuple):
+    """Everything but the tensors of one call."""
+
+    layout: PackedLayout
+    scale: float
+    tiles: Tiles
+
+
+def _on_device(x: Tensor) -> AbstractContextManager:
+    """Make the tensor's device current, as Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _options(tile: Tile, head_dim: int) -> dict[str, int]:
-    sizes = {"BLOCK_Q": tile.queries, "BLOCK_K": tile.keys, "D": head_dim, "D_PADDED": padded(head_dim)}
+    sizes = {
+        "BLOCK_Q": tile.queries,
+        "BLOCK_K": tile.keys,
+        "D": head_dim,
+        "D_PADDED": padded_head_dim(head_dim),
+    }
     return {**sizes, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913  # apply() takes no keywords
-        ctx: FunctionCtx,
-        q_QHD: Tensor,
-        k_TGD: Tensor,
-        v_TGD: Tensor,
-        layout: PackedLayout,
-        scale: float,
-        tiles: Tiles,
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, call: _Call) -> Tensor:
+        layout, scale, tiles = call
         queries, heads, head_dim = q_QHD.shape
         out_QHD = torch.empty_like(q_QHD, memory_format=torch.contiguous_format)
         lse2_HQ = torch.empty(heads, queries, dtype=torch.float32, device=q_QHD.device)
-        with _place(q_QHD):
+        with _on_device(q_QHD):
             forward_kernel[(triton.cdiv(queries, tiles.forward.queries), heads)](
                 q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *layout.by_query,
                 *_strides(q_QHD, k_TGD, v_TGD, out_QHD), queries, k_TGD.shape[0], scale * math.log2(math.e),
@@ -58,7 +65,7 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dout_QHD: Tensor) -> tuple[Tensor | None, ...]:
         q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *intervals = ctx.saved_tensors
-        if dout_QHD.stride(-1) != 1:  # for example the gradient of a sum: one number, expanded
+        if dout_QHD.stride(-1) != 1:  # for example the gradient of a sum: one expanded number
             dout_QHD = dout_QHD.contiguous()
         queries, heads, head_dim = q_QHD.shape
         tokens, groups, _ = k_TGD.shape
@@ -66,7 +73,7 @@ class _PackedAttention(torch.autograd.Function):
         dk_TGD, dv_TGD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_TGD, v_TGD))
         delta_HQ = torch.empty_like(lse2_HQ)
         numbers = (queries, tokens, ctx.scale, ctx.scale * math.log2(math.e), heads // groups)
-        with _place(q_QHD):
+        with _on_device(q_QHD):
             dq_kernel[(triton.cdiv(queries, ctx.tiles.dq.queries), heads)](
                 q_QHD, k_TGD, v_TGD, out_QHD, dout_QHD, lse2_HQ, delta_HQ, dq_QHD, *intervals[:4],
                 *_strides(q_QHD, k_TGD, v_TGD, out_QHD, dout_QHD), *numbers, **_options(ctx.tiles.dq, head_dim),
@@ -75,16 +82,16 @@ class _PackedAttention(torch.autograd.Function):
                 q_QHD, k_TGD, v_TGD, dout_QHD, lse2_HQ, delta_HQ, dk_TGD, dv_TGD, *intervals[4:],
                 *_strides(q_QHD, k_TGD, v_TGD, dout_QHD, dk_TGD), *numbers, **_options(ctx.tiles.dkdv, head_dim),
             )  # fmt: skip
-        return dq_QHD, dk_TGD, dv_TGD, None, None, None
+        return dq_QHD, dk_TGD, dv_TGD, None
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Return the strides of tokens and heads, tensor after tensor."""
+    """Return the token and head strides of each tensor."""
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def attend(  # noqa: PLR0913  # the public arguments and the tiles
+def attend(
     q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float, tiles: Tiles
 ) -> Tensor:
-    """Run the kernels with these tiles. Arguments as :func:`packed_attention`, already checked."""
-    return _PackedAttention.apply(q_QHD, k_TGD, v_TGD, layout, scale, tiles)
+    """Run the kernels with these tiles. Arguments as :func:`packed_attention`, already validated."""
+    return _PackedAttention.apply(q_QHD, k_TGD, v_TGD, _Call(layout, scale, tiles))

@@ -1,6 +1,6 @@
-"""Who attends to whom in a pack: two intervals of keys per query, one interval of queries per key.
+"""The attention layout of a pack: two intervals of keys per query, and one interval of queries per key.
 
-Shapes: T tokens of a pack, Q queries: all T, or those that one rank of a context-parallel group holds.
+Shapes: T tokens of a pack; Q queries: all T, or those of one context-parallel rank.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLayout:
-    """Query ``q`` attends to ``[prefix_start_q, prefix_end_q)`` and ``[own_start_q, own_end_q)``.
+    """Intervals of a pack: query ``q`` attends to ``[prefix_start_q, prefix_end_q)`` and ``[own_start_q, own_end_q)``.
 
-    Its own interval ends with its own token, so its position is ``own_end_q - 1``. ``seen`` says the same from the
-    key's side: the queries that see token ``t`` are the rows ``[seen_start_t, seen_end_t)``. All are int32.
-    ``groups`` is the same on the host: ``(prompt length, completion lengths)`` in order of position; a
-    plain document is ``(0, (length,))``. Tokens after the last group are padding: each sees only itself.
-    Make layouts with :meth:`from_lengths` or :meth:`from_groups`, and from these a rank's share with
-    :meth:`for_queries`: they keep the seven in step.
+    The own interval ends with the query's token, so its position is ``own_end_q - 1``. The same from the keys' side:
+    token ``t`` is seen by query rows ``[seen_start_t, seen_end_t)``. All are int32. ``groups`` describes it on the
+    host: ``(prompt length, completion lengths)`` in order of position; a plain document is ``(0, (length,))``. Tokens
+    after the last group are padding: each sees only itself.
+
+    Create layouts by :meth:`from_lengths` or :meth:`from_groups`, a rank's share of one by :meth:`for_queries`. They
+    keep the seven fields consistent.
     """
 
-    prefix_start_Q: Tensor  # none of the first four ever falls from one query to the next
+    prefix_start_Q: Tensor  # the first four never decrease from one query to the next
     prefix_end_Q: Tensor
     own_start_Q: Tensor
     own_end_Q: Tensor
@@ -38,7 +39,7 @@ class PackedLayout:
 
         Args:
             lengths: tokens of each document.
-            total: T; what the documents leave of it is padding. Default: their sum.
+            total: T; tokens after the documents are padding. Default: the sum of lengths.
 
         Raises:
             ValueError: on a negative length, or documents longer than ``total``.
@@ -58,18 +59,20 @@ class PackedLayout:
         Raises:
             ValueError: as :meth:`from_lengths`.
         """
-        kept = tuple((int(prompt), tuple(int(c) for c in completions)) for prompt, completions in groups)
-        negative = [length for prompt, completions in kept for length in (prompt, *completions) if length < 0]
+        groups = tuple((int(prompt), tuple(int(c) for c in completions)) for prompt, completions in groups)
+        negative = [
+            length for prompt, completions in groups for length in (prompt, *completions) if length < 0
+        ]
         if negative:
             raise ValueError(f"PackedLayout needs lengths >= 0; got {negative[0]}")
-        used = sum(prompt + sum(completions) for prompt, completions in kept)
+        used = sum(prompt + sum(completions) for prompt, completions in groups)
         total = used if total is None else total
         if used > total:
             raise ValueError(f"PackedLayout needs total >= the sum of lengths; got total {total}, sum {used}")
-        # One run of tokens shares these: length, prefix_start, prefix_end, own_start, seen_end.
+        # Runs of tokens with equal intervals: length, prefix_start, prefix_end, own_start, seen_end.
         runs: list[tuple[int, int, int, int, int]] = []
         start = 0
-        for prompt, completions in kept:
+        for prompt, completions in groups:
             own = start + prompt
             runs.append((prompt, start, start, start, own + sum(completions)))
             for length in completions:
@@ -84,7 +87,7 @@ class PackedLayout:
             for column, padding in zip(columns, tails, strict=True)
         )
         token = torch.arange(total, dtype=torch.int32)
-        return cls(prefix_start, prefix_end, own_start, token + 1, token, seen_end, groups=kept)
+        return cls(prefix_start, prefix_end, own_start, token + 1, token, seen_end, groups=groups)
 
     def for_queries(self, positions_Q: Tensor) -> PackedLayout:
         """Return the layout of some of the queries over the keys of all T tokens: a context-parallel rank's share.
@@ -94,11 +97,11 @@ class PackedLayout:
                 ``positions_Q[q]``. On the layout's device.
 
         Raises:
-            ValueError: if positions do not ascend within ``[0, T)``, or the layout is of some queries already.
+            ValueError: if positions do not ascend within ``[0, T)``, or the layout is a share already.
         """
-        if not self.is_whole:
+        if not self.covers_all_queries:
             raise ValueError(
-                f"for_queries needs a whole pack's layout; got one for {self.queries} queries of {self.tokens} tokens"
+                f"for_queries needs the layout of an entire pack; got one for {self.queries} of {self.tokens} queries"
             )
         before, after = (positions_Q.new_tensor([x]) for x in (-1, self.tokens))
         wrong = torch.cat([before, positions_Q, after]).diff().le(0).nonzero()
@@ -109,7 +112,7 @@ class PackedLayout:
                 f"got {positions_Q[row]} in row {row}"
             )
         rows = (x[positions_Q] for x in self.by_query)
-        # The queries that see a key are neighbours in the pack, and stay neighbours among ascending positions.
+        # Queries that see a key are neighbours in the pack, and remain neighbours among ascending positions.
         seen = (torch.searchsorted(positions_Q, x.to(positions_Q.dtype)).to(torch.int32) for x in self.by_key)
         return PackedLayout(*rows, *seen, groups=self.groups)
 
@@ -120,22 +123,22 @@ class PackedLayout:
 
     @property
     def queries(self) -> int:
-        """Q: queries the layout is for; T unless it was made by :meth:`for_queries`."""
+        """Q: number of queries; T unless the layout comes from :meth:`for_queries`."""
         return self.own_end_Q.shape[0]
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every token is a query: then row and position are one."""
+    def covers_all_queries(self) -> bool:
+        """Whether every token is a query; then a query's row is its position."""
         return self.queries == self.tokens
 
     @property
     def by_query(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What each query sees, four tensors ``[Q]`` in the order of the fields."""
+        """The intervals of keys that each query sees: four tensors ``[Q]`` in the order of the fields."""
         return self.prefix_start_Q, self.prefix_end_Q, self.own_start_Q, self.own_end_Q
 
     @property
     def by_key(self) -> tuple[Tensor, Tensor]:
-        """Who sees each key, two tensors ``[T]`` in the order of the fields."""
+        """The interval of queries that see each key: two tensors ``[T]`` in the order of the fields."""
         return self.seen_start_T, self.seen_end_T
 
     @property
@@ -148,7 +151,7 @@ class PackedLayout:
         return PackedLayout(*(x.to(device, non_blocking=True) for x in self.intervals), groups=self.groups)
 
     def mask_QT(self) -> Tensor:
-        """Return the dense boolean mask ``[Q query, T key]``: for references and pictures only."""
+        """Return the dense boolean mask ``[Q query, T key]``, for references and pictures only."""
         key = torch.arange(self.tokens, device=self.seen_end_T.device)
         prefix = (self.prefix_start_Q[:, None] <= key) & (key < self.prefix_end_Q[:, None])
         own = (self.own_start_Q[:, None] <= key) & (key < self.own_end_Q[:, None])

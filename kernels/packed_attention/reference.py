@@ -1,4 +1,4 @@
-"""What packed attention means: softmax over the scores that a dense mask leaves. Every test compares against it.
+"""Reference implementation: softmax over scores under a dense mask. Every test compares against it.
 
 Shapes: T tokens of a pack, Q queries, H query heads, G key/value heads, D head dim.
 """
@@ -15,7 +15,7 @@ from megatron_align.kernels.packed_attention.layout import PackedLayout
 def packed_attention_reference(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, *, scale: float | None = None
 ) -> Tensor:
-    """Dense-mask attention, differentiable, Q x T memory. Arguments as :func:`packed_attention`."""
+    """Compute dense-mask attention, differentiable, in Q x T memory. Arguments as :func:`packed_attention`."""
     heads_per_group = q_THD.shape[1] // k_TGD.shape[1]
     exact = torch.promote_types(q_THD.dtype, torch.float32)
     q_HQD, k_HTD, v_HTD = (
@@ -27,13 +27,13 @@ def packed_attention_reference(
     return (weights_HQT @ v_HTD).transpose(0, 1).to(q_THD.dtype)
 
 
-def block_map_reference(layout: PackedLayout, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Return which tiles hold a visible pair, and which of them need no mask: for tests and pictures, Q x T memory.
+def visible_tiles_reference(layout: PackedLayout, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Return which tiles have a visible pair, and which of them need no mask. For tests and pictures: Q x T memory.
 
     Args:
-        layout: who attends to whom.
+        layout: the intervals of the pack.
         queries: rows of a tile.
-        keys: columns of a tile. What is past Q or T does not count.
+        keys: columns of a tile. Rows past Q and columns past T are ignored.
 
     Returns:
         Two bool tensors ``[query blocks, key blocks]``.

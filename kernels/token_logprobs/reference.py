@@ -1,28 +1,35 @@
-"""What the operations mean: plain PyTorch on full logits, one rank, any dtype. Every test compares against it."""
+"""Reference implementation: plain PyTorch on full logits, one rank, any dtype. Every test compares against it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-# (number of the slab, its log-probs [n], its statistics by name) -> (its share of the loss, its sums to add up)
+from megatron_align.kernels.token_logprobs.options import LogitOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# (index of the slab, its log-probs [n], its statistics by name) -> (its share of the loss, scalars to be summed)
 SlabFunction = Callable[[int, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TokenScores(NamedTuple):
-    """What :func:`token_scores` tells of each row, fp32, in nats."""
+    """The result of :func:`token_scores`, per row, fp32, in nats."""
 
     logprobs_N: Tensor  # of the target
     entropy_N: Tensor  # of the row's distribution
     log_sum_square_N: Tensor  # log of the sum of squared probabilities
-    top_logprobs_NK: Tensor | None  # the K largest, descending; None unless asked for
-    top_tokens_NK: Tensor | None  # int64, their tokens
+    top_logprobs_NK: Tensor | None  # the K largest, descending; None for top_k 0
+    top_tokens_NK: Tensor | None  # their tokens, int64
 
 
-def _log_softmax(hidden_NH: Tensor, weight_VH: Tensor, temperature: float, softcap: float | None) -> Tensor:
+def _log_softmax(
+    hidden_NH: Tensor, weight_VH: Tensor, temperature: float = 1.0, softcap: float | None = None
+) -> Tensor:
     exact = torch.promote_types(hidden_NH.dtype, torch.float32)
     logits_NV = (hidden_NH @ weight_VH.T).to(exact)
     if softcap is not None:
@@ -34,12 +41,10 @@ def token_logprobs_reference(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     targets_N: Tensor,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    **options: Unpack[LogitOptions],
 ) -> Tensor:
-    """Full-logits log-softmax, differentiable. Arguments as :func:`token_logprobs`."""
-    logprobs_NV = _log_softmax(hidden_NH, weight_VH, temperature, softcap)
+    """Return log-probs from full logits, differentiable by autograd. Arguments as :func:`token_logprobs`."""
+    logprobs_NV = _log_softmax(hidden_NH, weight_VH, **options)
     return logprobs_NV.gather(1, targets_N[:, None])[:, 0]
 
 
@@ -49,11 +54,10 @@ def token_scores_reference(
     targets_N: Tensor,
     *,
     top_k: int = 0,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    **options: Unpack[LogitOptions],
 ) -> TokenScores:
-    """Everything :func:`token_scores` gives, from full logits. Arguments as there."""
-    logprobs_NV = _log_softmax(hidden_NH, weight_VH, temperature, softcap)
+    """Return log-probs, entropy, log sum p^2 and top k from full logits. Arguments as :func:`token_scores`."""
+    logprobs_NV = _log_softmax(hidden_NH, weight_VH, **options)
     return TokenScores(
         logprobs_NV.gather(1, targets_N[:, None])[:, 0],
         -(logprobs_NV.exp() * logprobs_NV).sum(1),
@@ -62,18 +66,16 @@ def token_scores_reference(
     )
 
 
-def slab_loss_reference(  # noqa: PLR0913  # as slab_loss
+def slab_loss_reference(
     hidden_NH: Tensor,
     weight_VH: Tensor,
     targets_N: Tensor,
     slabs: Sequence[tuple[int, int]],
     loss: SlabFunction,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    **options: Unpack[LogitOptions],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum the loss of every slab, differentiable by autograd. Arguments as :func:`slab_loss`."""
-    scores = token_scores_reference(hidden_NH, weight_VH, targets_N, temperature=temperature, softcap=softcap)
+    """Return the summed loss of all slabs from full logits, differentiable. Arguments as :func:`slab_loss`."""
+    scores = token_scores_reference(hidden_NH, weight_VH, targets_N, **options)
     total, totals = scores.logprobs_N.new_zeros(()), {}
     for i, (start, stop) in enumerate(slabs):
         rows = slice(start, stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_align.cost.placement import Placement
-from megatron_align.kernels.token_logprobs.passes import SLAB_BYTES
+from megatron_align.kernels.token_logprobs.slab import SLAB_BYTES
 from megatron_align.model.families import padded_vocab
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu_attention import CASES, useful_pairs
 from benchmarks.tune_attention import FILE, render
 from megatron_align.kernels import PackedLayout
-from megatron_align.kernels.packed_attention.table import TABLE
+from megatron_align.kernels.packed_attention.tuned_tiles import TABLE
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted(path.stem for path in (ROOT / "benchmarks").glob("gpu_*.py")), "tune_attention"]

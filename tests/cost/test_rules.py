@@ -28,7 +28,7 @@ from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import StoreSpec
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.kernels import slab_rows
-from megatron_align.kernels.token_logprobs import passes
+from megatron_align.kernels.token_logprobs import slab
 from megatron_align.model.families import read_shape
 from megatron_align.objectives.registry import build_objective
 from tests.harness import costs
@@ -73,7 +73,7 @@ def test_in_flight_is_what_megatron_core_schedules(seven, stages, chunks, micro_
 @pytest.mark.parametrize("tensor, precision", [(1, "bf16"), (4, "fp32")])
 def test_a_slab_is_as_long_as_the_engine_makes_it(seven, monkeypatch, tensor, precision, rows):
     placement = placed(seven, tensor=tensor, precision=precision)
-    monkeypatch.setitem(passes.SLAB_BYTES, "cpu", passes.SLAB_BYTES["cuda"])
+    monkeypatch.setitem(slab.SLAB_BYTES, "cpu", slab.SLAB_BYTES["cuda"])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     weight_VH = torch.empty(152064 // tensor, 1, dtype=dtype)
     expected = min(slab_rows(weight_VH), rows) * weight_VH.shape[0] * dtype.itemsize

@@ -313,17 +313,17 @@ def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) 
 
 def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:
     """Train with slabs of at most ``rows`` rows of logits."""
-    from megatron_align.kernels.token_logprobs import passes
+    from megatron_align.kernels.token_logprobs import slab
 
-    before = passes.SLAB_BYTES["cpu"]
+    before = slab.SLAB_BYTES["cpu"]
     if rows is not None:
         # 259 tokens, padded to a multiple of 128 on each rank
         columns = 128 * (3 if parse(arguments).parallel.tensor == 1 else 2)
-        passes.SLAB_BYTES["cpu"] = rows * columns * 4
+        slab.SLAB_BYTES["cpu"] = rows * columns * 4
     try:
         train(rank_info, arguments)
     finally:
-        passes.SLAB_BYTES["cpu"] = before
+        slab.SLAB_BYTES["cpu"] = before
 
 
 def train_in_buckets(rank_info: parallel.RankInfo, arguments: list[str], elements: int) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_align.kernels import PackedLayout
-from megatron_align.kernels.packed_attention import configs
+from megatron_align.kernels.packed_attention import tiles as tile_sizes
 from megatron_align.kernels.packed_attention.autograd import attend
-from megatron_align.kernels.packed_attention.table import TABLE
+from megatron_align.kernels.packed_attention.tuned_tiles import TABLE
 from tests.harness.compiled import compiling_for
 
 WHOLE = PackedLayout.from_lengths([256])
@@ -37,7 +37,7 @@ def faults(built, **needs):
 def test_rows_of_16_bit(row, layout):
     chip, head_dim, name = row
     dtype = getattr(torch, name)
-    built = compiled(chip, head_dim, dtype, configs.choose(chip, head_dim, dtype), layout)
+    built = compiled(chip, head_dim, dtype, tile_sizes.choose_tiles(chip, head_dim, dtype), layout)
     assert not faults(built)
     assert all(kernel.warpgroup for kernel in built) == (chip == "sm_90")
 
@@ -46,7 +46,9 @@ def test_rows_of_16_bit(row, layout):
 def test_rows_of_fp32_run_outside_the_tensor_cores(row):
     """TF32 would show here as tensor-core instructions."""
     chip, head_dim, name = row
-    built = compiled(chip, head_dim, getattr(torch, name), configs.choose(*row[:2], getattr(torch, name)))
+    built = compiled(
+        chip, head_dim, getattr(torch, name), tile_sizes.choose_tiles(*row[:2], getattr(torch, name))
+    )
     assert not faults(built, tensor_core=False)
     assert not any(kernel.tensor_core for kernel in built)
 
@@ -56,7 +58,7 @@ def test_rows_of_fp32_run_outside_the_tensor_cores(row):
     [("sm_80", 64), ("sm_86", 128), ("sm_90", 80), ("sm_100", 128), ("sm_86", 256), ("sm_90", 256)],
 )
 def test_safe_tiles_of_16_bit(chip, head_dim):
-    tiles = configs.SAFE_16_BIT if head_dim <= 128 else configs.SAFE_16_BIT_WIDE
+    tiles = tile_sizes.SAFE_16_BIT if head_dim <= 128 else tile_sizes.SAFE_16_BIT_WIDE
     assert not faults(compiled(chip, head_dim, torch.bfloat16, tiles))
 
 
@@ -65,11 +67,11 @@ def test_fp16_has_the_tiles_of_bf16():
 
 
 def test_a_chip_that_is_not_in_the_table_gets_the_safe_tiles_and_a_line_in_the_log(caplog):
-    configs.choose.cache_clear()
+    tile_sizes.choose_tiles.cache_clear()
     for _ in range(2):
-        assert configs.choose("sm_77", 64, torch.bfloat16) == configs.SAFE_16_BIT
-    assert configs.choose("sm_90", 80, torch.float16) == configs.SAFE_16_BIT
-    assert configs.choose("sm_90", 256, torch.float32) == configs.SAFE_32_BIT_WIDE
+        assert tile_sizes.choose_tiles("sm_77", 64, torch.bfloat16) == tile_sizes.SAFE_16_BIT
+    assert tile_sizes.choose_tiles("sm_90", 80, torch.float16) == tile_sizes.SAFE_16_BIT
+    assert tile_sizes.choose_tiles("sm_90", 256, torch.float32) == tile_sizes.SAFE_32_BIT_WIDE
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(";")[0] for line in lines] == [
         "packed_attention: no tuned tiles for sm_77, head dim 64, bfloat16",

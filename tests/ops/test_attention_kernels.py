@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 from megatron_align.kernels.packed_attention.autograd import attend
-from megatron_align.kernels.packed_attention.configs import Tile, Tiles
+from megatron_align.kernels.packed_attention.tiles import Tile, Tiles
 from tests.harness.interpreter import DEVICE, DTYPES, GPU
 
 pytestmark = pytest.mark.triton

@@ -162,7 +162,7 @@ def test_positions_that_do_not_ascend_in_the_pack_are_refused(positions, message
 
 def test_a_share_of_a_share_is_refused():
     share = PackedLayout.from_lengths([6]).for_queries(torch.arange(3))
-    with pytest.raises(ValueError, match="whole pack's layout; got one for 3 queries of 6 tokens"):
+    with pytest.raises(ValueError, match="layout of an entire pack; got one for 3 of 6 queries"):
         share.for_queries(torch.arange(2))
 
 

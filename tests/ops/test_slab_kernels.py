@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from megatron_align.kernels import slab_loss, slab_loss_reference, token_scores, token_scores_reference
-from megatron_align.kernels.token_logprobs import kernels, passes
-from megatron_align.kernels.token_logprobs.head import Head
+from megatron_align.kernels.token_logprobs import slab, vocab_parallel_softmax
+from megatron_align.kernels.token_logprobs.softmax_kernels import triton_overwrite, triton_statistics
+from megatron_align.kernels.token_logprobs.vocab_parallel_softmax import (
+    row_statistics,
+    torch_overwrite,
+    torch_statistics,
+)
+from megatron_align.kernels.token_logprobs.vocab_shard import VocabShard
 from tests.harness.compiled import compiling_for
 from tests.harness.interpreter import DEVICE, DTYPES, GPU
 from tests.harness.logprobs import PairLoss, StatisticsLoss, assert_within, cut, draw, exactly, gradients
@@ -18,16 +24,16 @@ OPTIONS = {"plain": {}, "softcap": {"softcap": 2.0, "temperature": 0.7}}
 COLUMNS = [(31, 31), (5000, 4096), (9000, 8200), (40, 0)]
 
 
-def slab(columns, real, dtype, scale, **options):
-    """Return logits in the middle of NaN, targets (some on other ranks), and the head."""
+def random_slab(columns, real, dtype, scale, **options):
+    """Return logits in the middle of NaN, targets (some on other ranks), and the shard."""
     generator = torch.Generator().manual_seed(columns)
     logits = torch.full((7, columns), float("nan"), dtype=dtype)
     logits[1:6] = torch.randn(5, columns, generator=generator) * scale
     local = torch.tensor([0, max(real - 1, 0), -3, real, real // 2])
-    head = Head(weight_VH=torch.empty(columns, 1, device=DEVICE), vocab_size=max(real, 1), **options)
+    shard = VocabShard(weight_VH=torch.empty(columns, 1, device=DEVICE), vocab_size=max(real, 1), **options)
     if not real:
-        head = replace(head, weight_VH=torch.empty(columns, 1, device=DEVICE), vocab_size=0)
-    return logits.to(DEVICE), local.to(DEVICE), head
+        shard = replace(shard, weight_VH=torch.empty(columns, 1, device=DEVICE), vocab_size=0)
+    return logits.to(DEVICE), local.to(DEVICE), shard
 
 
 @pytest.mark.triton
@@ -36,10 +42,10 @@ def slab(columns, real, dtype, scale, **options):
 @pytest.mark.parametrize("columns, real", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics(dtype, columns, real, options, scale):
-    logits, local, head = slab(columns, real, dtype, scale, **options)
-    want = passes._statistics(logits[1:6].double(), local, head, more=True)
+    logits, local, shard = random_slab(columns, real, dtype, scale, **options)
+    want = torch_statistics(logits[1:6].double(), local, shard, more=True)
     for more in (False, True):
-        got = kernels.statistics(logits[1:6], local, head, more=more)
+        got = triton_statistics(logits[1:6], local, shard, more=more)
         # Sums of up to 9,000 terms in fp32, each exp off by 2e-7 per unit of its argument.
         torch.testing.assert_close(got.double(), want[: len(got)], rtol=2e-5, atol=2e-5)
 
@@ -50,13 +56,13 @@ def test_statistics(dtype, columns, real, options, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_overwrite(dtype, columns, real, options):
     """In place; padding columns become 0; rows around the slab stay; a row without gradient is 0 whatever it holds."""
-    logits, local, head = slab(columns, real, dtype, 3.0, **options)
-    found = passes.row_statistics(logits[1:6].double(), local, head)
+    logits, local, shard = random_slab(columns, real, dtype, 3.0, **options)
+    found = row_statistics(logits[1:6].double(), local, shard)
     grad = torch.tensor([0.5, -2.0, 1.0, 0.3, 0.0], device=DEVICE)
     want = logits[1:6].double()
-    passes._overwrite(want, local, grad.double(), found.max_2n, head)
+    torch_overwrite(want, local, grad.double(), found.max_2n, shard)
     logits[5, : max(real, 1)] = float("inf")
-    kernels.overwrite(logits[1:6], local, grad, found.max_2n.float(), head)
+    triton_overwrite(logits[1:6], local, grad, found.max_2n.float(), shard)
     assert logits[[0, 6]].isnan().all()
     torch.testing.assert_close(logits[1:6].double(), want, rtol=SLACK[dtype], atol=1e-6)
     assert (logits[1:6, real:] == 0).all()
@@ -70,12 +76,14 @@ def test_overwrite(dtype, columns, real, options):
 def test_slab_loss_runs_on_them(dtype, kind, options, monkeypatch):
     """The whole engine: 21 rows in slabs of up to 8, a limit of 5, so that some are projected twice."""
     tensors = draw(21, 24, 4200, dtype, device=DEVICE)
-    monkeypatch.setitem(passes.SLAB_BYTES, DEVICE, 5 * 4200 * tensors[1].element_size())
+    monkeypatch.setitem(slab.SLAB_BYTES, DEVICE, 5 * 4200 * tensors[1].element_size())
     slabs = cut(21, [3, 8, 1])
     flags = {"statistics": True} if kind is StatisticsLoss else {}
     launched = []
-    run = kernels.overwrite
-    monkeypatch.setattr(kernels, "overwrite", lambda *args: (launched.append(1), run(*args)))
+    run = triton_overwrite
+    monkeypatch.setattr(
+        vocab_parallel_softmax, "triton_overwrite", lambda *args: (launched.append(1), run(*args))
+    )
     got, _ = gradients(slab_loss, tensors, slabs, kind(slabs), **flags, **options)
     assert launched
     same, truth = (
@@ -110,10 +118,10 @@ def test_bf16_is_refused_in_the_interpreter():
 def test_compiles_without_spills(dtype, options, chip):
     """Half of the registers at most: two blocks of eight warps fit a multiprocessor and hide each other's waits."""
     logits, local = torch.empty(4, 152064, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-    head = Head(weight_VH=torch.empty(152064, 1), vocab_size=151936, **options)
+    shard = VocabShard(weight_VH=torch.empty(152064, 1), vocab_size=151936, **options)
     with compiling_for(chip) as built:
-        kernels.statistics(logits, local, head, more=False)
-        kernels.statistics(logits, local, head, more=True)
-        kernels.overwrite(logits, local, torch.empty(4), torch.empty(2, 4), head)
+        triton_statistics(logits, local, shard, more=False)
+        triton_statistics(logits, local, shard, more=True)
+        triton_overwrite(logits, local, torch.empty(4), torch.empty(2, 4), shard)
     assert len(built) == 3
     assert not [fault for kernel in built if (fault := kernel.fault(tensor_core=False, registers=128))]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs, token_scores
-from megatron_align.kernels.token_logprobs import passes
+from megatron_align.kernels.token_logprobs import slab
 from tests.harness import ranks
 from tests.harness.logprobs import (
     Costs,
@@ -25,7 +25,7 @@ def slab_of(monkeypatch):
     """``slab_of(weight, rows)``: let a slab hold this many rows."""
 
     def set_limit(weight, rows):
-        monkeypatch.setitem(passes.SLAB_BYTES, "cpu", rows * weight.shape[0] * weight.element_size())
+        monkeypatch.setitem(slab.SLAB_BYTES, "cpu", rows * weight.shape[0] * weight.element_size())
         assert slab_rows(weight) == rows
 
     return set_limit
@@ -273,7 +273,7 @@ def test_a_loss_that_looks_at_nothing():
 
 
 BAD_SLABS = {
-    "gap": ([(0, 2), (3, 6)], "slab 1 needs to start at row 2.*got 3 to 6"),
+    "gap": ([(0, 2), (3, 6)], "slab 1 must start at row 2.*got 3 to 6"),
     "backwards": ([(0, 4), (4, 3)], "slab 1 .*got 4 to 3"),
     "short": ([(0, 5)], "cover N = 6 rows; they cover 5"),
     "long": ([(0, 7)], "cover N = 6 rows; they cover 7"),

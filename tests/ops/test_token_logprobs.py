@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_align.kernels import token_logprobs, token_logprobs_reference
-from megatron_align.kernels.token_logprobs import passes
+from megatron_align.kernels.token_logprobs import slab
 from tests.harness import ranks
 
 SHAPES = [(252, 507, 123), (3, 47, 31), (1, 8, 1), (0, 16, 33)]
@@ -27,7 +27,7 @@ def run(function, hidden, weight, targets, **options):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference_in_float64(shape, temperature, monkeypatch):
-    monkeypatch.setitem(passes.SLAB_BYTES, "cpu", 8000)  # many chunks
+    monkeypatch.setitem(slab.SLAB_BYTES, "cpu", 8000)  # many chunks
     tensors = inputs(*shape)
     got, want = (
         run(f, *tensors, temperature=temperature) for f in (token_logprobs, token_logprobs_reference)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_align.kernels import token_scores, token_scores_reference
-from megatron_align.kernels.token_logprobs import passes
+from megatron_align.kernels.token_logprobs import slab
 from tests.harness import ranks
 from tests.harness.logprobs import Costs, draw
 
@@ -15,7 +15,7 @@ from tests.harness.logprobs import Costs, draw
 @pytest.mark.parametrize("shape", [(252, 507, 123), (3, 47, 31), (1, 8, 1), (0, 16, 33)])
 def test_equals_full_logits(shape, options, monkeypatch):
     tensors = draw(*shape)
-    monkeypatch.setitem(passes.SLAB_BYTES, "cpu", 8 * 20 * shape[2])  # 20 rows
+    monkeypatch.setitem(slab.SLAB_BYTES, "cpu", 8 * 20 * shape[2])  # 20 rows
     for top_k in (0, min(5, shape[2]), shape[2]):
         got = token_scores(*tensors, top_k=top_k, **options)
         want = token_scores_reference(*tensors, top_k=top_k, **options)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.data.batching.context_split import balanced_shards
-from megatron_align.kernels.packed_attention.blocks import key_tile, key_tiles, query_tiles
 from megatron_align.kernels.packed_attention.layout import PackedLayout
-from megatron_align.kernels.packed_attention.reference import block_map_reference
+from megatron_align.kernels.packed_attention.reference import visible_tiles_reference
+from megatron_align.kernels.packed_attention.tile_ranges import key_tile, key_tiles, query_tiles
 from tests.harness.interpreter import DEVICE
 
 pytestmark = pytest.mark.triton
@@ -60,7 +60,7 @@ def _count(ps_ptr, pe_ptr, os_ptr, oe_ptr, visits_ptr, masked_ptr, queries, Q: t
 
 def assert_exact(layout, queries, keys):
     layout = layout.to(DEVICE)
-    visible, full = block_map_reference(layout, queries, keys)
+    visible, full = visible_tiles_reference(layout, queries, keys)
     needed = visible & ~full
     inside = (slice(layout.queries // queries), slice(layout.tokens // keys))  # tiles that Q and T do not cut
     first = torch.arange(0, layout.queries, queries)

@@ -1,20 +1,24 @@
-"""Forward kernel: online softmax over the tiles that a block of queries sees.
+"""Forward kernel: online softmax over the key tiles that a block of queries sees.
 
-Each program makes one block of queries of one head. Scores and statistics in fp32, products on tensor cores in the
-input dtype (fp32: exact products, no TF32). The log-sum-exp is kept to base 2, as ``exp2`` is what the chip has.
-Source of the method: Dao 2023, arXiv:2307.08691; the tiles: ``blocks.py``.
+Each program computes one block of queries of one head. Scores and statistics in fp32, products on tensor cores in the
+input dtype (fp32: exact products, no TF32). The log-sum-exp is to base 2, as the chip computes ``exp2``.
+Source: Dao 2023, arXiv:2307.08691; the tiles visited: ``tile_ranges.py``.
 """
-
-# ruff: noqa: PLR0913  # Triton kernels take pointers and sizes one by one
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from megatron_align.kernels.packed_attention.blocks import key_tile, key_tiles, load_rows, store_rows, visible
+from megatron_align.kernels.packed_attention.tile_ranges import (
+    key_tile,
+    key_tiles,
+    load_rows,
+    store_rows,
+    visible,
+)
 
-# The highest score before there is one: finite, so that a row whose first tile shows it nothing makes no NaN.
+# Initial maximum: finite, so that a row that sees no key of its first tile makes no NaN.
 LOWEST = tl.constexpr(-1.0e30)
 
 
@@ -27,7 +31,7 @@ def forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, query heads). Writes out ``[Q, H, D]`` and the base-2 log-sum-exp ``[H, Q]``."""
-    # Causal work grows towards the end of a document: the last blocks go first, so that the grid's tail is light.
+    # Causal work grows towards the end of a document: the last blocks go first, so that the grid ends with light ones.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
     last = tl.minimum(first + BLOCK_Q, queries) - 1
     head = tl.program_id(1).to(tl.int64)
@@ -66,7 +70,7 @@ def forward_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         highest = new_highest
 
-    # At least 1 where a row saw anything; rows past the last query did not.
+    # At least 1 for rows that saw a key; rows past the last query saw none.
     total = tl.maximum(total, 0.5)
     out = acc / total[:, None]
     store_rows(out_ptr + head * out_head_stride, out, first, out_stride, queries, BLOCK_Q, D, D_PADDED)

@@ -1,6 +1,6 @@
-"""Which tile sizes a launch gets: a small table per (chip, head dim, dtype), and a safe row for everything else.
+"""Tile sizes of a launch: a table per (chip, head dim, dtype), and safe sizes for everything else. No autotuning.
 
-``table.py`` holds the table; ``benchmarks/tune_attention.py`` writes it. Nothing is tried out at start.
+``tuned_tiles.py`` is the table; ``benchmarks/tune_attention.py`` writes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_align.kernels.packed_attention.table import TABLE
+from megatron_align.kernels.packed_attention.tuned_tiles import TABLE
 
 _LOG = logging.getLogger(__name__)
 LARGEST_HEAD_DIM = 256
@@ -23,11 +23,11 @@ class Tile(NamedTuple):
     queries: int
     keys: int
     warps: int
-    stages: int  # of the software pipeline that loads tiles ahead
+    stages: int  # of the software pipeline that prefetches tiles
 
 
 class Tiles(NamedTuple):
-    """The three kernels' tiles."""
+    """The tiles of the three kernels."""
 
     forward: Tile
     dq: Tile
@@ -44,20 +44,20 @@ SAFE_32_BIT_WIDE = Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 16, 1), Tile(16, 16, 8
 INTERPRETER = Tiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
 
 
-def padded(head_dim: int) -> int:
-    """Return the power of two, at least 16, that holds ``head_dim``: what the kernels compute with."""
+def padded_head_dim(head_dim: int) -> int:
+    """Return ``head_dim`` rounded up to a power of two, at least 16: the width that the kernels compute with."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @cache
-def choose(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Return the tiles for ``chip`` (``sm_90``); says so once where only the safe ones are known."""
+def choose_tiles(chip: str, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Return the tiles for ``chip`` (``sm_90``); logs one warning if only safe ones are available."""
     name = str(dtype).removeprefix("torch.")
     row = TABLE.get((chip, head_dim, name))
     if row is not None:
         return Tiles(*(Tile(*tile) for tile in row))
     _LOG.warning(
-        "packed_attention: no tuned tiles for %s, head dim %d, %s; the safe ones are used "
+        "packed_attention: no tuned tiles for %s, head dim %d, %s; using safe ones "
         "(benchmarks/tune_attention.py finds better)",
         chip,
         head_dim,

@@ -1,4 +1,4 @@
-"""Written by benchmarks/tune_attention.py (docs/kernels.md). Not tuned yet: chosen by what compiles without spills.
+"""Tile sizes, written by benchmarks/tune_attention.py. Not tuned yet: chosen among those that compile without spills.
 
 (chip, head dim, dtype): (queries, keys, warps, stages) of the forward, dq and dkdv kernels.
 """

@@ -1,4 +1,4 @@
-"""The CPU's path: PyTorch's own attention on each causal document, prefixes concatenated.
+"""CPU implementation: PyTorch's attention on each causal document, its prefix concatenated to its keys and values.
 
 Shapes: T tokens of a pack, Q queries, H query heads, G key/value heads, D head dim; R queries of one document, S keys
 that they see.
@@ -15,7 +15,9 @@ from torch import Tensor
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 
 
-def per_document(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+def attend_per_document(
+    q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout, scale: float
+) -> Tensor:
     """Return the attention of all documents, any dtype. Arguments as :func:`packed_attention`."""
     heads_per_group = q_QHD.shape[1] // k_TGD.shape[1]
     k_THD, v_THD = (x.repeat_interleave(heads_per_group, dim=1) for x in (k_TGD, v_TGD))
@@ -28,20 +30,20 @@ def per_document(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayo
     row = 0
     for (prompt, own), end in zip(documents, ends.tolist(), strict=True):
         if end > row:
-            own = slice(own.start, int(positions_Q[end - 1]) + 1)  # nobody here sees what comes later
+            own = slice(own.start, int(positions_Q[end - 1]) + 1)  # no query here sees later keys
             mask_RS = _mask(prompt, own, positions_Q[row:end])
             k_SHD, v_SHD = (
                 torch.cat([x[prompt], x[own]]) if _length(prompt) else x[own] for x in (k_THD, v_THD)
             )
             outputs.append(_attend(q_QHD[row:end], k_SHD, v_SHD, scale, mask_RS))
         row = end
-    # Padding: softmax over the token alone is 1. Autograd keeps the places, a copy of these alone.
+    # Padding sees only itself: its output is its value. Indexing makes autograd keep a copy of these rows only.
     outputs.append(v_THD[positions_Q[row:].long()])
     return torch.cat(outputs)
 
 
 def _documents(groups: tuple[tuple[int, tuple[int, ...]], ...]) -> Iterator[tuple[slice, slice]]:
-    """Yield the prompt that each causal document shares, and its own tokens, in order of position."""
+    """Yield each causal document as (prompt that it shares, its own tokens), in order of position."""
     start = 0
     for prompt, completions in groups:
         # The prompt and its first completion are one causal document.
@@ -58,7 +60,7 @@ def _length(tokens: slice) -> int:
 
 
 def _mask(prompt: slice, own: slice, positions_R: Tensor) -> Tensor | None:
-    """Return who sees what of prompt and own tokens, ``[R, S]``; None: plainly causal."""
+    """Return the mask ``[R, S]`` over prompt and own tokens; None: plain causal."""
     if not _length(prompt) and _length(own) == len(positions_R):
         return None
     own_positions = torch.arange(own.start, own.stop)

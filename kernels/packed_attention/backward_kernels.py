@@ -1,19 +1,17 @@
-"""Backward kernels: scores are made again from q, k and the saved log-sum-exp. No atomics: the same bits each time.
+"""Backward kernels: scores are recomputed from q, k and the saved log-sum-exp. No atomics: deterministic.
 
-Two passes, each the sole writer of what it makes: queries collect dq over key tiles, then keys collect dk and dv over
-query tiles and over the query heads that share them. Seven products per tile instead of five with atomics on dq.
+Two passes, each the only writer of its outputs: queries accumulate dq over key tiles, then keys accumulate dk and dv
+over query tiles and over the query heads that share them. Seven products per tile instead of five with atomics on dq.
 With p = softmax, dp = dout v^T and delta = sum(out * dout):  ds = p * (dp - delta),  dq = scale ds k,
-dk = scale ds^T q,  dv = p^T dout. Source: Dao 2023, arXiv:2307.08691; the tiles: ``blocks.py``.
+dk = scale ds^T q,  dv = p^T dout. Source: Dao 2023, arXiv:2307.08691; the tiles visited: ``tile_ranges.py``.
 """
-
-# ruff: noqa: PLR0913  # Triton kernels take pointers and sizes one by one
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from megatron_align.kernels.packed_attention.blocks import (
+from megatron_align.kernels.packed_attention.tile_ranges import (
     key_tile,
     key_tiles,
     load_numbers,
@@ -83,11 +81,11 @@ def dkdv_kernel(
     queries, tokens, scale, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, key heads). Writes dk and dv, both laid out alike.
+    """Grid (key blocks, key heads). Writes dk and dv, both with the same strides.
 
-    Works on the transpose, keys by queries, so that p and ds are left operands straight from registers.
+    Computes the transpose, keys by queries, so that p and ds are left operands straight from registers.
     """
-    first = tl.program_id(0) * BLOCK_K  # the first keys of a document have the most queries: they go first
+    first = tl.program_id(0) * BLOCK_K  # a document's first keys have the most queries: they go first
     group = tl.program_id(1).to(tl.int64)
     k = load_rows(k_ptr + group * k_head_stride, first, k_stride, tokens, BLOCK_K, D, D_PADDED)
     v = load_rows(v_ptr + group * v_head_stride, first, v_stride, tokens, BLOCK_K, D, D_PADDED)
@@ -96,7 +94,7 @@ def dkdv_kernel(
 
     a, b, c, d = query_tiles(seen_start_ptr, seen_end_ptr, first, tokens, BLOCK_K, BLOCK_Q)
     count = d - a
-    # One loop over (head, tile): the next head's tiles are loaded while the last ones of this head are computed.
+    # One loop over (head, tile), so that the next head's tiles are prefetched during the last ones of this head.
     for step in range(count * heads_per_group):
         head = group * heads_per_group + step // count
         tile = a + step % count
@@ -108,7 +106,7 @@ def dkdv_kernel(
         delta = load_numbers(delta_ptr + head * queries, tile * BLOCK_Q, queries, BLOCK_Q)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse2[None, :])
         if (tile < b) | (tile >= c):
-            # Told by key: two numbers a row, where the queries' intervals would cost each thread dozens.
+            # Masked by key: two numbers a row, where the queries' intervals would cost each thread dozens.
             seen_start = load_numbers(seen_start_ptr, first, tokens, BLOCK_K)
             seen_end = load_numbers(seen_end_ptr, first, tokens, BLOCK_K)
             query = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)

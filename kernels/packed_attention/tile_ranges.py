@@ -1,22 +1,20 @@
-"""The block map: which tiles of the score matrix hold something, and which need no mask. Read off the intervals.
+"""Block sparsity: which tiles of the score matrix have a visible pair, and which need no mask.
 
-A tile is a block of queries (rows) times a block of keys, on grids that start at row 0 and token 0. No map is ever
-built: each program reads the few intervals that decide about its own block. What makes this enough, for any pack and
-any ascending choice of queries:
+A tile is a block of queries (rows) times a block of keys, on grids that start at row 0 and token 0. No block map is
+built: each program derives its ranges of tiles from a few intervals. This is exact for any pack and any ascending
+choice of queries, because:
 
 - Key ``k`` is seen by the rows ``[seen_start_k, seen_end_k)`` without a gap.
 - Hence if the first query of a block and the last one both see ``k``, all between do: **what the last query sees up
   to the first query's position is seen by the whole block**, and needs no mask.
 - Queries of a block that belong to later groups than the first query see only keys from the first query's position
   on. Hence **what the first query sees, and the keys from there to the last query's position, is all that the block
-  can see**; where first and last query are of one group, the last one's prefix takes the place of the first one's.
+  can see**; if first and last query are of one group, the last one's prefix replaces the first one's.
 
-``tests/ops/test_attention_blocks.py`` proves that the tiles run without a mask are exactly those that are visible
-throughout, and that the tiles visited are exactly those with a visible pair, each once; only where a block's
-queries are not neighbours in the pack can it visit keys of the gap that none of them sees.
+``tests/ops/test_attention_tiles.py`` proves that the unmasked tiles are exactly the fully visible ones, and that the
+tiles visited are exactly those with a visible pair, each once. Only a block whose queries are not neighbours in the
+pack can also visit keys of the gap, which none of them sees.
 """
-
-# ruff: noqa: PLR0913  # Triton kernels take pointers and sizes one by one
 
 from __future__ import annotations
 
@@ -28,10 +26,10 @@ import triton.language as tl
 def key_tiles(
     prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K: tl.constexpr
 ):
-    """The key tiles that rows ``first`` to ``last`` (both included) visit: their borders, and how many they are.
+    """Return the range of key tiles that rows ``first`` to ``last`` (both included) visit, and their number.
 
-    The borders are ``a <= b <= c <= d`` of the prefix and then of the own part: tiles ``[a, d)`` are visited, and
-    ``[b, c)`` of them need no mask.
+    The range is ``a <= b <= c <= d`` of the prefix and then of the own interval: tiles ``[a, d)`` are visited, of which
+    ``[b, c)`` need no mask.
     """
     prefix_start = tl.load(prefix_start_ptr + first)
     prefix_end = tl.load(prefix_end_ptr + first)
@@ -41,7 +39,7 @@ def key_tiles(
     last_prefix_end = tl.load(prefix_end_ptr + last)
     last_own_start = tl.load(own_start_ptr + last)
     last_own_end = tl.load(own_end_ptr + last)
-    # A prompt and its first completion are one causal document: prefix and own part are one.
+    # A prompt and its first completion are one causal document: join prefix and own interval.
     joined = prefix_end == own_start
     own_start = tl.where(joined, prefix_start, own_start)
     prefix_end = tl.where(joined, prefix_start, prefix_end)
@@ -61,7 +59,7 @@ def key_tiles(
     b = tl.cdiv(prefix_start, BLOCK_K)
     c = tl.where(one_group, tl.minimum(prefix_end, own_end) // BLOCK_K, b)
     c = tl.maximum(b, c)
-    # A tile that holds the end of the prefix and the start of the own part is visited once, with the prefix.
+    # A tile with the end of the prefix and the start of the own interval is visited once, with the prefix.
     own_a = tl.maximum(own_start // BLOCK_K, d)
     own_d = tl.cdiv(last_own_end, BLOCK_K)
     own_b = tl.minimum(tl.maximum(tl.cdiv(last_own_start, BLOCK_K), own_a), own_d)
@@ -71,7 +69,7 @@ def key_tiles(
 
 @triton.jit
 def key_tile(tiles, step):
-    """The ``step``-th tile of ``key_tiles``, and whether it needs no mask."""
+    """Return the ``step``-th tile of ``key_tiles``, and whether it is fully visible and needs no mask."""
     a, b, c, d, own_a, own_b, own_c, own_d = tiles
     tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
     full = ((b <= tile) & (tile < c)) | ((own_b <= tile) & (tile < own_c))
@@ -82,7 +80,7 @@ def key_tile(tiles, step):
 def query_tiles(
     seen_start_ptr, seen_end_ptr, first, tokens, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
-    """The query tiles that see keys ``[first, first + BLOCK_K)``: ``[a, d)``, those in ``[b, c)`` without a mask."""
+    """Return the query tiles ``[a, d)`` that see keys ``[first, first + BLOCK_K)``; ``[b, c)`` need no mask."""
     key = first + tl.arange(0, BLOCK_K)
     last = tl.minimum(first + BLOCK_K, tokens) - 1
     some_end = tl.max(tl.load(seen_end_ptr + key, mask=key < tokens, other=0), 0)
@@ -100,8 +98,8 @@ def visible(
     prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first_query, first_key, queries,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Whether each query of a tile sees each key, ``[query, key]``: the definition of the layout."""
-    # Loaded where needed: most tiles do without, and would rather have the registers.
+    """Return the mask ``[query, key]`` of a tile: whether each query sees each key."""
+    # Loaded only here: most tiles need no mask, and registers are scarce.
     prefix_start = load_numbers(prefix_start_ptr, first_query, queries, BLOCK_Q)[:, None]
     prefix_end = load_numbers(prefix_end_ptr, first_query, queries, BLOCK_Q)[:, None]
     own_start = load_numbers(own_start_ptr, first_query, queries, BLOCK_Q)[:, None]
@@ -112,24 +110,24 @@ def visible(
 
 @triton.jit
 def load_numbers(ptr, first, count, ROWS: tl.constexpr):
-    """Numbers ``[first, first + ROWS)`` of a vector of ``count``; zeros past its end."""
+    """Load elements ``[first, first + ROWS)`` of a vector of ``count``; zeros past its end."""
     at = first + tl.arange(0, ROWS)
     return tl.load(ptr + at, mask=at < count, other=0)
 
 
 @triton.jit
 def load_rows(ptr, first, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Rows ``[first, first + ROWS)`` of a matrix ``[count, D]``; zeros past its edges."""
+    """Load rows ``[first, first + ROWS)`` of a matrix ``[count, D]``; zeros past its edges."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
-    # int64 for the tile's place (T * H * D passes 2**31), int32 within the tile.
+    # int64 for the tile's offset (T * H * D exceeds 2**31), int32 within the tile.
     at = ptr + first.to(tl.int64) * stride + (row * stride + column)
     return tl.load(at, mask=(first + row < count) & (column < D), other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, tile, first, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Store what ``load_rows`` loads, in the dtype of the memory."""
+    """Store a tile where ``load_rows`` loads it, in the dtype of the memory."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
     at = ptr + first.to(tl.int64) * stride + (row * stride + column)

@@ -1,24 +1,19 @@
-"""Triton: two passes over a slab of logits. One reads it and leaves a few numbers per row; one overwrites it.
+"""Triton kernels: two passes over a slab of logits. One reduces it to statistics per row, one overwrites it by dlogits.
 
-Both work on what the projection left in the slab's own dtype and compute in fp32. ``logit(x)`` below is the value
-after soft-cap and temperature.
+Both read the projection in the slab's dtype and compute in fp32. A logit ``l`` is the projected value ``x`` after
+soft-cap and temperature. Shapes: n rows of the slab, V vocabulary rows of this rank (``real`` of them no padding).
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_align.kernels.token_logprobs.head import Head
-
-# Kernels take pointers and sizes one by one.
-# ruff: noqa: PLR0913
+from megatron_align.kernels.token_logprobs.vocab_shard import VocabShard
 
 BLOCK = 4096  # vocabulary columns of one program at a time
 WARPS = 8
@@ -26,17 +21,19 @@ EMPTY = -1e30  # the maximum of no columns: finite, so that EMPTY - EMPTY is 0 a
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def runs_triton(logits_nV: Tensor) -> bool:
-    """Whether the kernels run here: on GPUs, and in Triton's interpreter; fp64 is left to PyTorch.
+def uses_triton(logits_nV: Tensor) -> bool:
+    """Return whether the Triton kernels handle these logits: on GPUs and in Triton's interpreter, but not fp64.
 
     Raises:
-        ValueError: for bf16 in the interpreter, which computes on its raw bit patterns.
+        ValueError: for bf16 in the interpreter, which would multiply raw bit patterns.
     """
     if logits_nV.is_cuda:
         return logits_nV.dtype in _DTYPES
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted and logits_nV.dtype == torch.bfloat16:
-        raise ValueError("TRITON_INTERPRET=1 needs fp32 or fp16: Triton's interpreter gets bf16 wrong")
+        raise ValueError(
+            "TRITON_INTERPRET=1 needs fp32 or fp16, got bf16, which Triton's interpreter computes wrongly"
+        )
     return interpreted and logits_nV.dtype in _DTYPES
 
 
@@ -50,12 +47,12 @@ def _tanh(x):
 
 @triton.jit
 def _logit(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
-    """Return (logit, what its derivative by ``x`` is besides the inverse temperature)."""
+    """Return the logit and its derivative by ``x``, the latter without the inverse temperature."""
     slope = 1.0
     if SOFTCAP:
-        bent = _tanh(x / softcap)
-        x = softcap * bent
-        slope = 1.0 - bent * bent
+        capped = _tanh(x / softcap)
+        x = softcap * capped
+        slope = 1.0 - capped * capped
     return x * inverse_temperature, slope
 
 
@@ -73,8 +70,9 @@ def _statistics_kernel(
     MORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row per program: ``out[:, row]`` = max, sum exp(l - max), target's l (0 if not here); with MORE also
-    sum exp(2 (l - max)) and sum exp(l - max) (l - max). Each lane keeps its own maximum until the end.
+    """Reduce one row per program: ``out[:, row]`` = max, sum exp(l - max), target's l (0 if on another rank).
+
+    With MORE also sum exp(2 (l - max)) and sum exp(l - max) (l - max). Each lane has its own maximum until the end.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -88,7 +86,7 @@ def _statistics_kernel(
         x = tl.load(logits_ptr + start + lane, mask=live, other=0.0).to(tl.float32)
         x, _ = _logit(x, inverse_temperature, softcap, SOFTCAP)
         x = tl.where(live, x, most)
-        # One exp serves both cases: a new maximum shrinks what was summed, anything else adds to it.
+        # One exp serves both cases: a new maximum rescales the sums, any other value is added to them.
         gap = x - most
         higher = gap > 0
         e = tl.where(live, tl.exp(-tl.abs(gap)), 0.0)
@@ -97,7 +95,7 @@ def _statistics_kernel(
             squares = tl.where(higher, e * e * squares + 1.0, squares + e * e)
         total = tl.where(higher, e * total + 1.0, total + e)
         most = tl.where(higher, x, most)
-    # A lane that saw nothing has -1e30 and sums 0: any scale is harmless to it.
+    # A lane without columns has maximum -1e30 and sums 0: any scale leaves them 0.
     row_max = tl.max(most, 0)
     gap = most - row_max
     scale = tl.exp(gap)
@@ -138,19 +136,19 @@ def _dlogits_kernel(
     softmax = tl.exp((logit - tl.load(max_ptr + row)) - tl.load(log_sum_ptr + row))
     onehot = tl.where(column == tl.load(target_ptr + row), 1.0, 0.0)
     change = grad * inverse_temperature * slope * (onehot - softmax)
-    # A row without gradient changes nothing, whatever its logits are: 0 * inf would be NaN.
+    # A row with zero gradient contributes nothing, whatever its logits are: 0 * inf would be NaN.
     change = tl.where(grad == 0.0, 0.0, tl.where(column < real, change, 0.0))
     tl.store(at, change.to(x.dtype), mask=column < rows_here)
 
 
-def statistics(logits_nV: Tensor, local_n: Tensor, head: Head, *, more: bool) -> Tensor:
-    """Return ``[S, n]`` fp32: this rank's part of the statistics. Reads the slab once.
+def triton_statistics(logits_nV: Tensor, local_n: Tensor, shard: VocabShard, *, more: bool) -> Tensor:
+    """Return this rank's statistics of each row, ``[S, n]`` fp32, reading the slab once.
 
     Args:
         logits_nV: the projection, contiguous.
-        local_n: int64, each target's column on this rank; outside ``[0, head.real)`` where another rank has it.
-        head: how logits come from the projection.
-        more: 5 statistics rather than 3.
+        local_n: int64, column of each target on this rank; outside ``[0, shard.real_rows)`` if another rank holds it.
+        shard: holds soft-cap, temperature and the number of real rows.
+        more: S = 5 statistics instead of 3.
     """
     n = logits_nV.shape[0]
     out_Sn = torch.empty(5 if more else 3, n, dtype=torch.float32, device=logits_nV.device)
@@ -161,10 +159,10 @@ def statistics(logits_nV: Tensor, local_n: Tensor, head: Head, *, more: bool) ->
             out_Sn,
             n,
             logits_nV.stride(0),
-            head.real,
-            1.0 / head.temperature,
-            head.softcap or 1.0,
-            SOFTCAP=head.softcap is not None,
+            shard.real_rows,
+            1.0 / shard.temperature,
+            shard.softcap or 1.0,
+            SOFTCAP=shard.softcap is not None,
             MORE=more,
             BLOCK=BLOCK,
             num_warps=WARPS,
@@ -172,15 +170,17 @@ def statistics(logits_nV: Tensor, local_n: Tensor, head: Head, *, more: bool) ->
     return out_Sn
 
 
-def overwrite(logits_nV: Tensor, local_n: Tensor, grad_n: Tensor, max_2n: Tensor, head: Head) -> None:
-    """Replace the logits by the loss's gradient with respect to the projection, in one pass.
+def triton_overwrite(
+    logits_nV: Tensor, local_n: Tensor, grad_n: Tensor, max_2n: Tensor, shard: VocabShard
+) -> None:
+    """Overwrite the projection by the loss's gradient with respect to it, in one pass.
 
     Args:
         logits_nV: the projection, contiguous; overwritten.
-        local_n: as in :func:`statistics`.
+        local_n: as in :func:`triton_statistics`.
         grad_n: fp32, the gradient with respect to each log-prob.
-        max_2n: fp32, maximum and log of the sum, over all ranks.
-        head: as in :func:`statistics`.
+        max_2n: fp32, maximum, and log of the sum of exponentials, over all ranks.
+        shard: as in :func:`triton_statistics`.
     """
     n, rows_here = logits_nV.shape
     if n:
@@ -191,11 +191,11 @@ def overwrite(logits_nV: Tensor, local_n: Tensor, grad_n: Tensor, max_2n: Tensor
             max_2n[0],
             max_2n[1],
             logits_nV.stride(0),
-            head.real,
+            shard.real_rows,
             rows_here,
-            1.0 / head.temperature,
-            head.softcap or 1.0,
-            SOFTCAP=head.softcap is not None,
+            1.0 / shard.temperature,
+            shard.softcap or 1.0,
+            SOFTCAP=shard.softcap is not None,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
