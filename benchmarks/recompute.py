@@ -27,9 +27,10 @@ from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import ParallelConfig
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import parallel
-from megatron_align.model.attention import PackParams, rope_tables
-from megatron_align.model.families import ModelShape, inv_freq
+from megatron_align.model.attention import PackParams
+from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.model.rope import rope_tables
 
 DOCUMENTS = [37, 91, 64, 64]  # tokens of each
 SHAPE = ModelShape(
@@ -68,7 +69,7 @@ def measure(
             parameter.normal_(std=0.02)
     layout = PackedLayout.from_lengths(DOCUMENTS)
     positions_T = torch.cat([torch.arange(length) for length in DOCUMENTS])
-    cos_QD, sin_QD = rope_tables(positions_T, inv_freq(shape))
+    cos_QD, sin_QD = rope_tables(positions_T, shape.rope_frequencies())
     pack = PackParams(layout=layout, cos_QD=cos_QD, sin_QD=sin_QD)
     hidden = torch.randn(layout.tokens, 1, shape.hidden_size, dtype=dtype, requires_grad=True)
     # The rotary tables and the layout are shared by all layers and are no activations.

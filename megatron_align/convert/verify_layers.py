@@ -24,10 +24,11 @@ from megatron_align.convert.hf_model import Judge
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import cpu
-from megatron_align.model.attention import PackParams, rope_tables
-from megatron_align.model.families import ModelShape, inv_freq, rows, to_megatron
+from megatron_align.model.attention import PackParams
+from megatron_align.model.families import ModelShape, rows, to_megatron
 from megatron_align.model.layer import RMSNorm, layer_spec
 from megatron_align.model.policy import transformer_config
+from megatron_align.model.rope import rope_tables
 
 # transformers' name of a layer's module: ours
 MODULES = {
@@ -81,7 +82,7 @@ class OurLayers:
             parameter.data = self.weight(f"decoder.layers.{number}.{name}")
         length = len(hidden_LH)
         positions_L = torch.arange(length, device=hidden_LH.device)
-        cos_LD, sin_LD = rope_tables(positions_L, inv_freq(self.shape).to(hidden_LH.device))
+        cos_LD, sin_LD = rope_tables(positions_L, self.shape.rope_frequencies().to(hidden_LH.device))
         layout = PackedLayout.from_lengths([length]).to(hidden_LH.device)
         pack = PackParams(layout=layout, cos_QD=cos_LD, sin_QD=sin_LD)
         hidden, _ = self._layer(hidden_LH[:, None], attention_mask=None, packed_seq_params=pack)

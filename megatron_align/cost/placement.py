@@ -9,6 +9,7 @@ from megatron_align.config import ParallelConfig, RunConfig
 from megatron_align.model.context_kind import AttentionSplit
 from megatron_align.model.families import ModelShape
 from megatron_align.model.stages import layers_of_chunks
+from megatron_align.model.tied_embedding import has_two_copies
 
 BYTES = {"bf16": 2, "fp32": 4}  # per element of a weight or an activation
 
@@ -113,7 +114,7 @@ class Placement:
     @property
     def tied_copies(self) -> bool:
         """Whether first and last stage each hold a copy of the tied embedding."""
-        return self.parallel.pipeline > 1 and self.shape.tied_embeddings and not self.shape.is_reward
+        return has_two_copies(self.shape, self.parallel.pipeline)
 
     def chunks(self, stage: int) -> list[Chunk]:
         """Return the model chunks of a pipeline stage (0-based), in the order of the layers."""

@@ -12,13 +12,13 @@ from math import lcm, prod
 
 from megatron_align.cost.placement import Chunk, Placement
 from megatron_align.model.families import TABLES, ModelShape, Row, local_shape
+from megatron_align.model.tied_embedding import EMBEDDING, HEAD, has_row
 
 GRADIENT = 4  # bytes: gradients are summed in fp32
 MOMENTS = 8  # bytes: Adam's two, fp32
 MASTER = 4  # bytes: the fp32 master copy of a bf16 weight
 _ALIGNED = 64
 _BUCKET = 128
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _AT_END = ("decoder.final_layernorm.weight", HEAD, "reward_head.weight")
 
 
@@ -64,7 +64,7 @@ def parameter_count(shape: ModelShape) -> int:
         count = sum(prod(size) for size in row.hf_shapes(shape))
         if _of_layer(row):
             layer += count
-        elif not (row.megatron == HEAD and shape.tied_embeddings):
+        elif has_row(row.megatron, shape):
             ends += count
     return ends + layer * shape.num_layers
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_align.kernels import PackedLayout, packed_attention
 from megatron_align.model.context import attend_over_ranks
+from megatron_align.model.rope import apply_rope
 from megatron_align.records import ContextPart
 
 
@@ -31,19 +31,6 @@ class PackParams(PackedSeqParams):
     cos_QD: Tensor = field(kw_only=True)
     sin_QD: Tensor = field(kw_only=True)
     part: ContextPart | None = field(default=None, kw_only=True)  # as in PackedBatch
-
-
-def rope_tables(positions_Q: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp32 ``cos_QD, sin_QD`` of explicit positions; ``inv_freq`` is ``[D / 2]`` fp32, beside them."""
-    angles_QD = torch.outer(positions_Q.float(), inv_freq).repeat(1, 2)
-    return angles_QD.cos(), angles_QD.sin()
-
-
-def apply_rope(x_QHD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> Tensor:
-    """Rotate the two halves of each head (the layout of HF Llama weights) in fp32; keeps the dtype."""
-    first, second = x_QHD.float().chunk(2, dim=-1)
-    rotated_QHD = torch.cat([-second, first], dim=-1)
-    return (x_QHD * cos_QD[:, None] + rotated_QHD * sin_QD[:, None]).to(x_QHD.dtype)
 
 
 class PackedCoreAttention(nn.Module):

@@ -36,13 +36,15 @@ from torch import Tensor, nn
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
-from megatron_align.model.attention import PackParams, rope_tables
+from megatron_align.model.attention import PackParams
 from megatron_align.model.context import from_all_ranks
 from megatron_align.model.context_kind import kind_of
-from megatron_align.model.families import ModelShape, inv_freq, padded_vocab
+from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTED, Block, RMSNorm, layer_spec
+from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options
+from megatron_align.model.tied_embedding import head_weight, is_tied
 from megatron_align.records import PackedBatch
 
 
@@ -167,8 +169,8 @@ class Policy(LanguageModule):
         chunks = config.virtual_pipeline_model_parallel_size
         self.pre_process = is_pp_first_stage(groups.pp) and is_vp_first_stage(chunk, chunks)
         self.post_process = is_pp_last_stage(groups.pp) and is_vp_last_stage(chunk, chunks)
-        self.share_embeddings_and_output_weights = shape.tied_embeddings and not shape.is_reward
-        self.inv_freq = inv_freq(shape).to(cpu.device())
+        self.share_embeddings_and_output_weights = is_tied(shape)
+        self.rope_frequencies = shape.rope_frequencies().to(cpu.device())
         vocab = padded_vocab(shape.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -186,7 +188,7 @@ class Policy(LanguageModule):
         if self.post_process and shape.is_reward:
             self.reward_head = RewardHead(config)
         elif self.post_process:
-            tied = self.pre_process and shape.tied_embeddings
+            tied = self.pre_process and is_tied(shape)
             self.output_layer = VocabularyHead(config, shape, groups, tied=tied)
         if not shape.is_reward:
             self.setup_embeddings_and_output_layer()
@@ -240,15 +242,12 @@ class Policy(LanguageModule):
         tokens_Q, positions_Q = batch.held()
         if self.pre_process:
             embedded = self.embedding(tokens_Q[None], positions_Q[None])
-        cos_QD, sin_QD = rope_tables(positions_Q, self.inv_freq)
+        cos_QD, sin_QD = rope_tables(positions_Q, self.rope_frequencies)
         pack = PackParams(layout=batch.layout, part=batch.part, cos_QD=cos_QD, sin_QD=sin_QD)
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
 
     def _head(self) -> Tensor:
-        weight_VH = self.output_layer.weight
-        if weight_VH is None:
-            weight_VH = self.embedding.word_embeddings.weight
-        return weight_VH
+        return head_weight(self.output_layer, self.embedding if self.pre_process else None)
 
 
 def build_policy(

@@ -15,7 +15,6 @@ from megatron_align.model.families import (
     TABLES,
     ModelShape,
     copy_segments,
-    inv_freq,
     local_shape,
     padded_vocab,
     read_shape,
@@ -146,7 +145,7 @@ def test_shape_is_what_transformers_reads(both):
 def test_rotary_frequencies_are_bitwise_those_of_transformers(both):
     shape, hf = both
     rotary = LlamaRotaryEmbedding if isinstance(hf, (LlamaConfig, MistralConfig)) else Qwen2RotaryEmbedding
-    ours = inv_freq(shape)
+    ours = shape.rope_frequencies()
     assert ours.dtype == torch.float32
     assert torch.equal(ours, rotary(hf).inv_freq)
 

@@ -3,8 +3,6 @@
 from megatron_align.model.families.mapping import Segment, copy_segments, to_hf, to_megatron
 from megatron_align.model.families.shape import (
     ModelShape,
-    RopeScaling,
-    inv_freq,
     read_json,
     read_shape,
 )
@@ -19,11 +17,9 @@ from megatron_align.model.families.table import (
 __all__ = [
     "TABLES",
     "ModelShape",
-    "RopeScaling",
     "Row",
     "Segment",
     "copy_segments",
-    "inv_freq",
     "local_shape",
     "padded_vocab",
     "read_json",

@@ -1,4 +1,4 @@
-"""The shape of a model, read from a Hugging Face folder's config.json, and its rotary frequencies.
+"""The shape of a model, read from a Hugging Face folder's config.json.
 
 The JSON is read directly: what it leaves out takes the default that ``transformers`` gives the class, and
 what we would compute differently from ``transformers`` is refused, never approximated.
@@ -13,20 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_align.errors import InputError, nearest
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama-3.1's frequency scaling: low frequencies divided by ``factor``, high ones kept, ramp between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+from megatron_align.model.rope import RopeScaling, rope_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +44,10 @@ class ModelShape:
     def is_reward(self) -> bool:
         """Whether the model ends in one number per token instead of a vocabulary."""
         return self.architecture.endswith("ForSequenceClassification")
+
+    def rope_frequencies(self) -> Tensor:
+        """Return the rotary frequencies ``[head_dim / 2]`` in fp32 (``model/rope.py``)."""
+        return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def as_reward(self) -> ModelShape:
         """Return the shape of the reward model that training makes of this one.
@@ -203,21 +197,6 @@ def read_shape(folder: str | Path) -> ModelShape:
         rope_scaling=rope_scaling,
         max_positions=keys.count("max_position_embeddings"),
     )
-
-
-def inv_freq(shape: ModelShape) -> Tensor:
-    """Return the rotary frequencies ``[head_dim / 2]`` in float32, bit-identical to transformers'."""
-    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    frequency = 1.0 / (shape.rope_theta**exponent)
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return frequency
-    old, low, high = scaling.original_max_positions, scaling.low_freq_factor, scaling.high_freq_factor
-    wavelength = 2 * math.pi / frequency
-    slowed = torch.where(wavelength > old / low, frequency / scaling.factor, frequency)
-    ramp = (old / wavelength - low) / (high - low)
-    between = (wavelength >= old / high) & (wavelength <= old / low)
-    return torch.where(between, (1 - ramp) * slowed / scaling.factor + ramp * slowed, slowed)
 
 
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from megatron_align.errors import InputError
 from megatron_align.model.families.shape import ModelShape
+from megatron_align.model.tied_embedding import EMBEDDING, HEAD, has_row
 
 
 class Slice(NamedTuple):
@@ -99,7 +100,7 @@ _QKV = tuple(_H + f"self_attn.{x}_proj." for x in "qkv")
 _GATE_UP = tuple(_H + f"mlp.{x}_proj.weight" for x in ("gate", "up"))
 
 LLAMA: tuple[Row, ...] = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, vocab),
+    Row(EMBEDDING, ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, vocab),
     Row(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",), (("hidden",),)),
     Row(
         _L + "self_attention.linear_qkv.weight",
@@ -113,7 +114,7 @@ LLAMA: tuple[Row, ...] = (
     Row(_L + "mlp.linear_fc1.weight", _GATE_UP, (("ffn", "hidden"), ("ffn", "hidden")), 0),
     Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), (("hidden", "ffn"),), 1),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),)),
-    Row("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0, vocab),
+    Row(HEAD, ("lm_head.weight",), (("vocab", "hidden"),), 0, vocab),
 )
 _QKV_BIAS = Row(
     _L + "self_attention.linear_qkv.bias",
@@ -145,7 +146,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 def rows(shape: ModelShape) -> Iterator[Row]:
     """Yield every row of the model, layer rows once per layer; tied embeddings have no output layer."""
     for row in TABLES[shape.architecture]:
-        if row.megatron == "output_layer.weight" and shape.tied_embeddings:
+        if not has_row(row.megatron, shape):
             continue
         if "{i}" in row.megatron:
             yield from (row.at(i) for i in range(shape.num_layers))
