@@ -61,11 +61,11 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
 
     from megatron_align.checkpoint import folder as sharded
     from megatron_align.config import OptimizerConfig, ParallelConfig
-    from megatron_align.config.objectives import SFTConfig
     from megatron_align.model import parallel
     from megatron_align.model.families import read_shape
     from megatron_align.model.policy import build_policy, transformer_config
     from megatron_align.objectives.registry import build_objective
+    from megatron_align.objectives.sft import SFTOptions
     from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
     from megatron_align.training.step import Stepper
 
@@ -80,7 +80,7 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
     for state in optimizer.optimizer.state.values():
         for moment in (state["exp_avg"], state["exp_avg_sq"]):
             moment.uniform_()
-    stepper = Stepper(model, build_objective(SFTConfig(), None), parallel.groups(), optimizer)
+    stepper = Stepper(model, build_objective(SFTOptions(), None), parallel.groups(), optimizer)
     return stepper, sharded.make_card(1, shape, dtype)
 
 

@@ -51,8 +51,8 @@ def make(folder: Path, pairs: int, prompt: int) -> None:
 
 def ours(folder: Path, steps: int, batch: int) -> dict[str, object]:
     """Train with this project, on one process."""
-    from megatron_align.config import parse
     from megatron_align.model.parallel import RankInfo
+    from megatron_align.objectives.configuration import parse
     from megatron_align.training.loop import run
     from tests.harness.tiny import metrics_of, run_arguments
 

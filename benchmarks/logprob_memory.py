@@ -117,7 +117,7 @@ class _Second:
 
 def step_ours(folder: Path) -> dict[str, float]:
     """Measure our training step."""
-    from megatron_align.config import parse
+    from megatron_align.objectives.configuration import parse
     from megatron_align.training.trainer import Trainer
     from tests.harness.tiny import run_arguments
 

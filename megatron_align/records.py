@@ -6,7 +6,7 @@ Shapes: T tokens, N scored rows and C completions of one pack, L tokens of one s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -153,6 +153,9 @@ class LossRows:
     ends: tuple[tuple[int, int], ...]  # on the host: rows and completions up to the end of each sample
     columns: Columns = field(default_factory=Columns)
     host_row_N: np.ndarray | None = None  # of rows on a device: ``row_N`` as it was on the host
+    step_statistics: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the pre-pass, the same for all packs
 
     def to(self, device: torch.device) -> LossRows:
         """Return the rows on ``device``."""

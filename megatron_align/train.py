@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     # megatron-core warns that Apex and Transformer Engine are missing, which are not needed; torch of deprecated names.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    from megatron_align.config import parse
     from megatron_align.errors import InputError, TrainingFault
+    from megatron_align.objectives.configuration import parse
 
     rank = os.environ.get("RANK", "0")
     try:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_align.config import parse
-from megatron_align.config.objectives import OBJECTIVES
-from megatron_align.config.run import _SECTIONS
+from megatron_align.config.run import SECTIONS
 from megatron_align.kernels import PackedLayout
+from megatron_align.objectives.configuration import parse
+from megatron_align.objectives.registry import OBJECTIVES
 from megatron_align.tools import command, main
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,10 @@ def test_links_and_named_files_exist(page):
 
 KEYS = {
     f"{section}.{option.name}"
-    for section, kinds in {**{s: [k] for s, k in _SECTIONS.items()}, "objective": OBJECTIVES.values()}.items()
+    for section, kinds in {
+        **{s: [k] for s, k in SECTIONS.items()},
+        "objective": [o.Options for o in OBJECTIVES.values()],
+    }.items()
     for kind in kinds
     for option in fields(kind)
 }
@@ -176,7 +179,7 @@ _FILES = ("py", "json", "jsonl", "yaml", "md", "safetensors", "gz", "index")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_configuration_keys_exist(page):
     spans = re.findall(r"`([^`\n]+)`", without_blocks(page))
-    pattern = rf"(?<![\w./*])((?:{'|'.join((*_SECTIONS, 'objective'))})\.(\w+))"
+    pattern = rf"(?<![\w./*])((?:{'|'.join((*SECTIONS, 'objective'))})\.(\w+))"
     named = {key for span in spans for key, last in re.findall(pattern, span) if last not in _FILES}
     assert named - KEYS == set()
 

@@ -41,11 +41,11 @@ def run(arguments: list[str]) -> int:
     options = parser.parse(own)
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # others may be training on them
-    from megatron_align.config import parse
     from megatron_align.cost.chips import chip
     from megatron_align.cost.memory import GIB
     from megatron_align.cost.search import PlanRequest, best
     from megatron_align.errors import InputError
+    from megatron_align.objectives.configuration import parse
     from megatron_align.tools.plan_text import head, nothing_fits, own_layout, table
 
     config = parse(["--config", options.config, *changes])

@@ -11,6 +11,7 @@ from megatron_align.cost.time import LINKS, mfu, one_pass_seconds
 from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import scoring_passes, step_flops
 from megatron_align.errors import InputError
+from megatron_align.objectives.registry import reference_mode
 
 
 def head(ask: PlanRequest, chip: str, told: str) -> str:
@@ -32,9 +33,8 @@ def head(ask: PlanRequest, chip: str, told: str) -> str:
 
 
 def _reference(ask: PlanRequest) -> str:
-    if not ask.config.objective.compares:
-        return ""
-    return f", reference {ask.config.reference.mode or 'cached'}"
+    mode = reference_mode(ask.config)
+    return f", reference {mode}" if mode else ""
 
 
 def own_layout(ask: PlanRequest) -> str:
@@ -67,7 +67,7 @@ def step_lines(ask: PlanRequest, one: Candidate) -> list[str]:
         f"estimated  {seconds:.3g} s a step, {work.tokens / seconds:,.0f} tokens/s, "
         f"MFU {mfu(placement, flops, seconds, ask.chip):.0%}: {_shares(one)}",
     ]
-    if ask.config.objective.compares and (ask.config.reference.mode or "cached") == "cached":
+    if reference_mode(ask.config) == "cached":
         once = one_pass_seconds(placement, work, ask.chip, ask.efficiency)
         lines.append(f"reference  once before training, about {once:.3g} s for the samples of each step")
     return lines

@@ -128,10 +128,10 @@ def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
     import dataclasses
 
     from megatron_align.checkpoint import folder as sharded
-    from megatron_align.config import parse
     from megatron_align.data.batching.sampler import passes_per_epoch
     from megatron_align.data.report import Layout
     from megatron_align.data.tokenize.cache_key import StoreSpec
+    from megatron_align.objectives.configuration import parse
 
     config = parse(["--config", options.config])
     source = sharded.find(config.model.path)

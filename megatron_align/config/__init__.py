@@ -1,6 +1,6 @@
-"""The configuration of a run: sections, the objective's options, and how both are read."""
+"""The configuration of a run: its sections, and how they are read. ``objectives/configuration.py`` parses it."""
 
-from megatron_align.config.run import RunConfig, parse, to_dict
+from megatron_align.config.run import RunConfig, to_dict
 from megatron_align.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -24,6 +24,5 @@ __all__ = [
     "ReferenceConfig",
     "RunConfig",
     "TrainConfig",
-    "parse",
     "to_dict",
 ]

@@ -1,20 +1,20 @@
-"""A run's configuration: its sections and objective, read from YAML and the command line.
+"""A run's configuration: its sections and its objective's options, read from YAML, mappings and the command line.
 
 An objective's options are those of its own class, chosen by ``objective.name``: an option that the objective does not
-have is an unknown key, never ignored.
+have is an unknown key, never ignored. The objectives themselves are on a floor above; callers pass their options.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from megatron_align.config.objectives import OBJECTIVES
 from megatron_align.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -28,14 +28,18 @@ from megatron_align.config.sections import (
 )
 from megatron_align.errors import InputError, nearest, require
 
+OptionsClass = Callable[[str], type]  # from objective.name to the dataclass of its options
+# A part of a command line: the content of a configuration file, or one argument.
+Part = dict[str, Any] | str
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. Each section checks itself; what needs the model or the data is checked once they are known."""
+    """One run. Each section checks itself; what needs the model or the data is checked once they are read."""
 
     model: ModelConfig
     data: DataConfig
-    objective: Any  # one of OBJECTIVES
+    objective: Any  # an objectives.options.ObjectiveOptions
     checkpoint: CheckpointConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -47,17 +51,13 @@ class RunConfig:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         require(
             steps is None or warmup <= steps,
-            f"optimizer.warmup_steps must not pass train.steps = {steps}, got {warmup}",
-        )
-        require(
-            self.objective.compares or self.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
-            f"objective {self.objective.name} compares with no reference: the options reference.* do not apply",
+            f"optimizer.warmup_steps must not exceed train.steps = {steps}, got {warmup}",
         )
 
 
-DRY_RUN = "--dry_run"  # or --dry_run=RANKS: of a launch, so no part of a run's configuration
+DRY_RUN = "--dry_run"  # or --dry_run=RANKS: an option of a launch, not of a run's configuration
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "reference": ReferenceConfig,
@@ -69,39 +69,29 @@ _SECTIONS: dict[str, type] = {
 }
 
 
-def parse(arguments: list[str]) -> RunConfig:
-    """Build a RunConfig from ``--config FILE`` and ``--section.key value`` arguments (later ones win).
+def parse(arguments: Sequence[str], options_class: OptionsClass) -> RunConfig:
+    """Build a RunConfig from command-line arguments; see :func:`.objectives.configuration.parse`."""
+    given = [argument for argument in arguments if argument.partition("=")[0] != DRY_RUN]
+    return _build(_parts(given), options_class)
 
-    ``--dry_run`` is passed over: the training command reads it.
 
-    Raises:
-        InputError: naming the key and, for a misspelt one, the nearest key that exists.
-        SystemExit: after ``--help`` or ``--print_config`` has printed.
-    """
-    arguments = [argument for argument in arguments if argument.partition("=")[0] != DRY_RUN]
-    name = _objective_name(arguments)
-    require(
-        name in OBJECTIVES,
-        f"objective.name must be one of {sorted(OBJECTIVES)}, got '{name}'{nearest(name, list(OBJECTIVES))}",
-    )
-    sections = {**_SECTIONS, "objective": OBJECTIVES[name]}
-    parser = ArgumentParser(
-        prog="python -m megatron_align.train",
-        description="Train a model: torchrun --nproc-per-node N -m megatron_align.train --config run.yaml. With "
-        "--dry_run[=RANKS] nothing is trained: all is checked, and layout, batch, memory and steps are printed.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with the sections below")
-    for section, kind in sections.items():
-        parser.add_class_arguments(kind, section)
-    try:
-        parsed = parser.parse_args(_with_objective(arguments, name))
-    except ArgumentError as error:
-        raise InputError(_one_line(str(error), sections)) from error
-    for section in sections:
-        require(parsed[section] is not None, f"{section} must be a mapping of options, got null")
-    made = {section: kind(**_plain(parsed[section])) for section, kind in sections.items()}
-    return RunConfig(**made)
+def load(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | Sequence[str],
+    options_class: OptionsClass,
+) -> RunConfig:
+    """Build a RunConfig from a file or a mapping; see :func:`.objectives.configuration.load_config`."""
+    content = _plain_mapping(config) if isinstance(config, Mapping) else _read_yaml(str(config))
+    if not isinstance(overrides, Mapping):
+        for override in overrides:
+            require("=" in override, f"an override must be 'section.key=value', got '{override}'")
+        return _build([content, *(f"--{override}" for override in overrides)], options_class)
+    nested: dict[str, Any] = {}
+    for key, value in overrides.items():
+        section, _, option = key.partition(".")
+        require(bool(option), f"an override must be named section.key, got '{key}'")
+        nested.setdefault(section, {})[option] = value
+    return _build([content, _plain_mapping(nested)], options_class)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -115,50 +105,67 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return plain(config)
 
 
-def _plain(section: Namespace) -> dict[str, Any]:
-    def plain(key: str, value: Any) -> Any:
-        if key in ("betas", "profile_steps") and value is not None:
-            return tuple(value)
-        if isinstance(value, list):
-            return [DataSource(**vars(item)) if isinstance(item, Namespace) else item for item in value]
-        return value
+def _build(parts: list[Part], options_class: OptionsClass) -> RunConfig:
+    name = _objective_name(parts)
+    sections = {**SECTIONS, "objective": options_class(name)}
+    parser = ArgumentParser(
+        prog="python -m megatron_align.train",
+        description="Train a model: torchrun --nproc-per-node N -m megatron_align.train --config run.yaml. With "
+        "--dry_run[=RANKS] nothing is trained: all is checked, and layout, batch, memory and steps are printed.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the sections below")
+    for section, kind in sections.items():
+        parser.add_class_arguments(kind, section)
+    try:
+        parsed = parser.parse_args([_argument(part, name) for part in parts])
+    except ArgumentError as error:
+        raise InputError(_one_line(str(error), sections)) from error
+    for section in sections:
+        require(parsed[section] is not None, f"{section} must be a mapping of options, got null")
+    built = {section: kind(**_options(parsed[section])) for section, kind in sections.items()}
+    return RunConfig(**built)
 
-    return {key: plain(key, value) for key, value in vars(section).items()}
 
-
-def _objective_name(arguments: list[str]) -> str:
-    """Find objective.name before the real parse, as it decides which options exist."""
-    name = "sft"
-    for i, argument in enumerate(arguments):
-        key, _, value = argument.partition("=")
-        if key not in ("--config", "--objective.name"):
-            continue
-        value = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-        if key == "--objective.name":
-            name = value
+def _parts(arguments: Sequence[str]) -> list[Part]:
+    """Replace ``--config FILE`` by the file's content; each file is read once."""
+    parts: list[Part] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        key, joined, value = argument.partition("=")
+        if key != "--config":
+            parts.append(argument)
+        elif joined or (value := next(remaining, "")):
+            parts.append(_read_yaml(value))
         else:
-            section = _read_yaml(value).get("objective") or {}
+            raise InputError("--config needs a YAML file, got none")
+    return parts
+
+
+def _objective_name(parts: list[Part]) -> str:
+    """Return objective.name before the real parse, as it decides which options exist; the last one given wins."""
+    name = "sft"
+    for i, part in enumerate(parts):
+        if isinstance(part, dict):
+            section = part.get("objective") or {}
             require(
-                isinstance(section, dict),
-                f"objective must be a mapping like {{name: sft}}, got {section!r} in {value}",
+                isinstance(section, dict), f"objective must be a mapping like {{name: sft}}, got {section!r}"
             )
             name = str(section.get("name", name))
+        else:
+            key, joined, value = part.partition("=")
+            if key == "--objective.name":
+                name = value if joined else str(parts[i + 1] if i + 1 < len(parts) else "")
     return name
 
 
-def _with_objective(arguments: list[str], name: str) -> list[str]:
-    """Put the objective of the command line into the files that name another one, as their text."""
-    changed = list(arguments)
-    for i, argument in enumerate(arguments):
-        key, joined, value = argument.partition("=")
-        if key != "--config":
-            continue
-        content = _read_yaml(value or arguments[i + 1])
-        if (content.get("objective") or {}).get("name", name) == name:
-            continue
-        text = yaml.safe_dump({**content, "objective": {**content["objective"], "name": name}})
-        changed[i if joined else i + 1] = f"--config={text}" if joined else text
-    return changed
+def _argument(part: Part, name: str) -> str:
+    """Return an argument for the parser; a configuration is passed as its text, with the objective that was chosen."""
+    if isinstance(part, str):
+        return part
+    if part.get("objective"):
+        part = {**part, "objective": {**part["objective"], "name": name}}
+    return f"--config={yaml.safe_dump(part, allow_unicode=True, sort_keys=False)}"
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -174,6 +181,36 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
+def _plain_mapping(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping as YAML can hold it: paths as strings, tuples as lists, data sources as mappings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        require(
+            value is None or isinstance(value, (str, int, float, PurePath)),
+            f"a configuration holds strings, numbers, lists and mappings, got {type(value).__name__}: {value!r}",
+        )
+        return str(value) if isinstance(value, PurePath) else value
+
+    return plain(sections)
+
+
+def _options(section: Namespace) -> dict[str, Any]:
+    def plain(key: str, value: Any) -> Any:
+        if key in ("betas", "profile_steps") and value is not None:
+            return tuple(value)
+        if isinstance(value, list):
+            return [DataSource(**vars(item)) if isinstance(item, Namespace) else item for item in value]
+        return value
+
+    return {key: plain(key, value) for key, value in vars(section).items()}
+
+
 def _one_line(message: str, sections: dict[str, type]) -> str:
     """Turn jsonargparse's message into one line, with the nearest key for an unknown one."""
     line = " ".join(message.split())
@@ -183,6 +220,7 @@ def _one_line(message: str, sections: dict[str, type]) -> str:
         r"[Kk]ey '?([\w.]+)'? is not expected",
         r"Group '(\w+)' does not accept option '(\w+)'",
         r"does not accept option '([\w.]+)'",
+        r"Option '([\w.]+)' is not accepted",
     ):
         found = re.search(pattern, line)
         if found:

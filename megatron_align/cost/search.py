@@ -17,6 +17,7 @@ from megatron_align.cost.work import Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import transformer_config
+from megatron_align.objectives.registry import reference_mode
 
 MAX_GPUS = 4096  # largest number tried when nothing fits
 
@@ -85,7 +86,7 @@ def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tu
     """Return the memory of each stage for packs of the maximum length."""
     multiple = placement.token_multiple
     tokens = -(-config.data.sequence_length // multiple) * multiple
-    live = config.objective.compares and config.reference.mode == "live"
+    live = reference_mode(config) == "live"
     return tuple(
         stage_memory(placement, stage, tokens, micro_batches, live_reference=live)
         for stage in range(placement.parallel.pipeline)

@@ -1,4 +1,4 @@
-"""What a step computes: packs, tokens, what each token sees, what is scored. From real data, or taken as full.
+"""The work of a step: packs, tokens, visible keys, scored rows, pre-pass. From tokenised data, or of full packs.
 
 Shapes: B samples of one step.
 """
@@ -12,7 +12,6 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_align.config import RunConfig
-from megatron_align.config.objectives import COUPLED, BCOConfig, DPOConfig, KTOConfig, ORPOConfig
 from megatron_align.cost.flops import (
     executed_flops,
     forward_flops,
@@ -23,8 +22,10 @@ from megatron_align.cost.placement import Placement
 from megatron_align.data.batching.packing import attention_cost, plan_step, visible_keys
 from megatron_align.data.batching.step_batches import StepCounts, scored_rows, seen_in_samples, step_order
 from megatron_align.data.store import TokenStore
+from megatron_align.objectives.base import SCORED_BY
+from megatron_align.objectives.registry import build_objective, objective_class, reference_mode
 
-SAMPLED_STEPS = 8  # looked at, spread over the run
+SAMPLED_STEPS = 8  # of a run, evenly spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +36,10 @@ class Work:
         samples: of the step.
         micro_batches: per rank.
         pack_tokens: padded length of every pack.
-        tokens: of samples, as they are laid.
-        visible_keys: pairs of a token and a token it sees, within samples.
-        scored: rows that meet the vocabulary; for a reward model completions.
-        padded_tokens: computed, over all packs.
+        tokens: of samples, as packs hold them.
+        visible_keys: pairs of a token and a token that it attends to, within samples.
+        scored: rows that are projected onto the vocabulary; for a reward model completions.
+        padded_tokens: computed tokens of all packs, padding included.
     """
 
     samples: int
@@ -51,7 +52,7 @@ class Work:
 
     @classmethod
     def of_counts(cls, counts: StepCounts, ranks: int, *, reward: bool) -> Work:
-        """Return the work of a step that is trained, from what its packs were counted to hold."""
+        """Return the work of a step that was trained, from the counts of its packs."""
         return cls(
             samples=counts.samples,
             micro_batches=counts.micro_batches,
@@ -69,7 +70,7 @@ WorkOf = Callable[[Placement], list[Work]]
 def full_packs(config: RunConfig) -> WorkOf:
     """Return steps whose every pack is one document of data.sequence_length tokens, all of them scored."""
     length = config.data.sequence_length
-    reward = config.objective.name == "reward"
+    reward = objective_class(config.objective.name).trains_reward_model
 
     def work(placement: Placement) -> list[Work]:
         samples = config.train.global_batch_size or max(1, config.train.global_batch_tokens // length)
@@ -92,41 +93,52 @@ def full_packs(config: RunConfig) -> WorkOf:
 
 
 def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
-    """Return some steps of a run over tokenised data, spread evenly, as they would lie on a layout."""
+    """Return some steps of a run over tokenised data, spread evenly, as any layout would pack them."""
     data, train = config.data, config.train
     order = step_order(store, data, train, data.train)
     steps = train.steps or order.steps
     picked = np.unique(np.linspace(0, steps - 1, min(SAMPLED_STEPS, steps)).astype(int)).tolist()
-    samples = [order.samples(step) for step in picked]
     lengths_S = store.lengths if data.share_prefix else store.duplicated_lengths
     seen_S = seen_in_samples(store, data.share_prefix)
-    seen = [int(seen_S[samples_B].sum()) for samples_B in samples]
+    objective = build_objective(config.objective)
+
+    def held(samples_B: np.ndarray) -> _StepSamples:
+        scored = (
+            int(store.completion_counts[samples_B].sum())
+            if objective.trains_reward_model
+            else scored_rows(store, samples_B, objective.score_prompt)
+        )
+        return _StepSamples(samples_B, lengths_S[samples_B], int(seen_S[samples_B].sum()), scored)
+
+    sampled = [held(order.samples(step)) for step in picked]
 
     @lru_cache(maxsize=256)
-    def lie(ranks: int, multiple: int, rounds: int) -> list[Work]:
-        return [
-            _lie(store, config, samples_B, lengths_S, (ranks, multiple, rounds), keys)
-            for samples_B, keys in zip(samples, seen, strict=True)
-        ]
+    def packed(ranks: int, multiple: int, rounds: int) -> list[Work]:
+        return [_packed(store, config, step, (ranks, multiple, rounds)) for step in sampled]
 
-    return lambda placement: lie(placement.data, placement.token_multiple, placement.micro_batch_multiple)
+    return lambda placement: packed(placement.data, placement.token_multiple, placement.micro_batch_multiple)
 
 
-def _lie(  # noqa: PLR0913 - one call, of what is known of one step
-    store: TokenStore,
-    config: RunConfig,
-    samples_B: np.ndarray,
-    lengths_S: np.ndarray,
-    share: tuple[int, int, int],
-    seen: int,
-) -> Work:
+@dataclass(frozen=True, slots=True)
+class _StepSamples:
+    """What a step holds on any layout."""
+
+    samples_B: np.ndarray
+    lengths_B: np.ndarray
+    visible_keys: int
+    scored: int
+
+
+def _packed(store: TokenStore, config: RunConfig, step: _StepSamples, share: tuple[int, int, int]) -> Work:
     ranks, multiple, rounds = share
-    lengths_B, counts_B = lengths_S[samples_B], store.completion_counts[samples_B]
     costs_B = attention_cost(
-        store.lengths[samples_B], store.prompt_lengths[samples_B], counts_B, config.data.share_prefix
+        store.lengths[step.samples_B],
+        store.prompt_lengths[step.samples_B],
+        store.completion_counts[step.samples_B],
+        config.data.share_prefix,
     )
     plan = plan_step(
-        lengths_B,
+        step.lengths_B,
         ranks,
         config.data.sequence_length,
         multiple,
@@ -134,33 +146,23 @@ def _lie(  # noqa: PLR0913 - one call, of what is known of one step
         rounds,
         costs_B=costs_B,
     )
-    reward = config.objective.name == "reward"
     micro_batches = len(plan.packs[0])
     return Work(
-        samples=len(samples_B),
+        samples=len(step.samples_B),
         micro_batches=micro_batches,
         pack_tokens=plan.tokens,
-        tokens=int(lengths_B.sum()),
-        visible_keys=seen,
-        scored=int(counts_B.sum()) if reward else scored_rows(store, samples_B, scores_prompt(config)),
+        tokens=int(step.lengths_B.sum()),
+        visible_keys=step.visible_keys,
+        scored=step.scored,
         padded_tokens=ranks * micro_batches * plan.tokens,
     )
 
 
-def scores_prompt(config: RunConfig) -> bool:
-    """Return whether prompts are scored too: ORPO's likelihood may be of them."""
-    return isinstance(config.objective, ORPOConfig) and config.objective.nll_over == "prompt_and_chosen"
-
-
 def scoring_passes(config: RunConfig) -> int:
-    """Return the forward passes of a step besides the training: of a live reference, and of what is looked at ahead."""
-    objective = config.objective
-    mismatched = isinstance(objective, KTOConfig) and objective.loss_type == "kto"
-    coupled = isinstance(objective, DPOConfig) and any(name in COUPLED for name in objective.loss_types)
-    ahead = int(mismatched or coupled or isinstance(objective, BCOConfig))
-    if objective.compares and config.reference.mode == "live":
-        return ahead + 1 + mismatched
-    return ahead
+    """Return the forward passes of a step besides training: those of its pre-pass (policy, live reference)."""
+    models = ["policy", *(["reference"] if reference_mode(config) == "live" else [])]
+    needs = build_objective(config.objective).needs
+    return sum(model in models for need in needs for model in SCORED_BY[need])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""f-DPO: what becomes of a log-ratio when another f-divergence than the reverse KL holds the policy to its reference.
+"""f-DPO: the log-ratio under another f-divergence than the reverse KL.
 
 Wang et al. 2023, arXiv:2309.16240. With ``t = policy / reference``, the implicit reward is ``beta f'(t)`` up to a term
-of the prompt alone; so only losses of the difference of two rewards may use it. Every function here maps log t to
+of the prompt alone; so only losses of the difference of two rewards can use it. Every function here maps log t to
 f'(t), elementwise; reverse KL is the identity, plain DPO.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Divergence = Callable[[Tensor], Tensor]
 
-# Past this, exp leaves fp32. TRL clamps its alpha divergence at the same place; beyond it the gradient is 0.
+# Past this, exp overflows fp32. TRL clamps its alpha divergence at the same place; beyond it the gradient is 0.
 LARGEST_EXPONENT = 80.0
 
 

@@ -1,25 +1,23 @@
 """Preference losses of the DPO family: the policy against a reference, on pairs. Names are TRL's ``loss_type``.
 
 Shapes: N preference pairs. Every loss returns ``[N]`` fp32, not reduced, and differentiable in the policy's sums: the
-caller divides the sum by the step's global pair count. No loss mixes pairs but those in ``BATCH_COUPLED``.
+caller divides the sum by the step's global pair count. Only the batch-coupled losses of ``DPO_LOSSES`` mix pairs.
 
 In the formulas, w and l are the log-ratios ``log policy - log reference`` of the chosen and the rejected response, s is
-the sigmoid, and ``beta > 0`` (0.1 in TRL) is the strength of the pull to the reference. A loss with ``divergence``
-applies it to w and l first (losses/divergences.py). Options that a loss does not use are not among its parameters.
+the sigmoid, and ``beta > 0`` (0.1 in TRL) is the KL coefficient. A loss with ``divergence`` applies it to w and l first
+(losses/divergences.py). A loss has no parameters but the options that it uses; ``DPO_LOSSES`` lists them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_align.errors import InputError
-from megatron_align.losses.combine import WeightedLosses, parameters, weighted_losses
 from megatron_align.losses.divergences import Divergence, reverse_kl
 from megatron_align.losses.links import hinge_loss, logistic, squared_loss
+from megatron_align.losses.pair_loss import PairLoss
 from megatron_align.losses.responses import Responses
 
 
@@ -120,17 +118,12 @@ def nca_pair(chosen: Responses, rejected: Responses, *, beta: float = 0.1) -> Te
     return -F.logsigmoid(chosen_N) - 0.5 * (F.logsigmoid(-chosen_N) + F.logsigmoid(-rejected_N))
 
 
-def bco_pair(
-    chosen: Responses, rejected: Responses, *, beta: float = 0.1, delta: float | Tensor = 0.0
-) -> Tensor:
-    """BCO on pairs: ``-log s(beta w - delta) - log s(delta - beta l)``. Jung et al. 2024, arXiv:2404.04656.
+def bco_pair(chosen: Responses, rejected: Responses, *, beta: float = 0.1) -> Tensor:
+    """BCO on pairs: ``-log s(beta w) - log s(-beta l)``. Jung et al. 2024, arXiv:2404.04656.
 
-    ``delta`` is a statistic, not an option: the running mean of all rewards (``losses/unpaired.py: RunningMean``).
-    TRL 1.16 leaves it out of this loss: 0.
+    Without the paper's reward shift delta, as in TRL 1.16; ``losses/unpaired.py: bco`` has it.
     """
-    return -F.logsigmoid(beta * chosen.log_ratio_N - delta) - F.logsigmoid(
-        delta - beta * rejected.log_ratio_N
-    )
+    return -F.logsigmoid(beta * chosen.log_ratio_N) - F.logsigmoid(-(beta * rejected.log_ratio_N))
 
 
 def sppo_hard(chosen: Responses, rejected: Responses, *, beta: float = 0.1) -> Tensor:
@@ -139,10 +132,10 @@ def sppo_hard(chosen: Responses, rejected: Responses, *, beta: float = 0.1) -> T
 
 
 def aot(chosen: Responses, rejected: Responses, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """AOT, paired: the policy's margins shall exceed the reference's in distribution.
+    """AOT, paired: pushes the distribution of the policy's margins above that of the reference's.
 
-    Both are sorted over the whole batch, then compared rank by rank with the logistic loss. Element i of the result
-    belongs to rank i, not to pair i; the gradient finds its way back to the pairs. Melnyk et al., arXiv:2406.05882.
+    Both are sorted over the batch, then compared rank by rank with the logistic loss. Element i of the result belongs
+    to rank i, not to pair i; autograd takes the gradient back to the pairs. Melnyk et al., arXiv:2406.05882.
     """
     policy_N = torch.sort(chosen.policy_N - rejected.policy_N).values
     reference_N = torch.sort(chosen.reference_N - rejected.reference_N).values
@@ -152,9 +145,9 @@ def aot(chosen: Responses, rejected: Responses, *, beta: float = 0.1, label_smoo
 def aot_unpaired(
     chosen: Responses, rejected: Responses, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Tensor:
-    """AOT, unpaired: the chosen log-ratios shall exceed the rejected ones in distribution. arXiv:2406.05882.
+    """AOT, unpaired: pushes the distribution of chosen log-ratios above that of rejected ones. arXiv:2406.05882.
 
-    Sorted over the whole batch, as in ``aot``.
+    Sorted over the batch, as in ``aot``.
     """
     margin_N = torch.sort(chosen.log_ratio_N).values - torch.sort(rejected.log_ratio_N).values
     return logistic(beta * margin_N, label_smoothing)
@@ -187,22 +180,12 @@ def discopop(
 ) -> Tensor:
     """DiscoPOP: ``(1 - g) (-log s(m)) + g exp(-m)``, ``m = beta (w - l)``, ``g = s(m / tau)``.
 
-    A found blend of the logistic and the exponential loss. Lu et al. 2024, arXiv:2406.08414, eq. 5.
+    A blend, found by search, of the logistic and the exponential loss. Lu et al. 2024, arXiv:2406.08414, eq. 5.
     """
     margin_N = beta * _margin(chosen, rejected, divergence)
-    # g exp(-m) in one exponential: apart, 0 times infinity is NaN at very negative margins
+    # g exp(-m) in one exponential: as a product, 0 times infinity is NaN at very negative margins
     exponential_N = torch.exp(F.logsigmoid(margin_N / discopop_tau) - margin_N)
     return torch.sigmoid(-margin_N / discopop_tau) * -F.logsigmoid(margin_N) + exponential_N
-
-
-def sft(chosen: Responses, rejected: Responses, *, mean_length: float | Tensor) -> Tensor:
-    """Negative log-likelihood of the chosen response: ``-log policy / mean_length``. The side term of RPO, CPO, MPO.
-
-    ``mean_length`` is a statistic, not an option: chosen tokens per pair over the step's global batch. With it the mean
-    over pairs is the mean over tokens, as TRL has it; Pang et al. 2024 (RPO, arXiv:2404.19733) average each response on
-    its own.
-    """
-    return -chosen.policy_N / mean_length
 
 
 def margin(
@@ -215,7 +198,7 @@ def margin(
 ) -> Tensor:
     """DPO with an offset: ``-log s(beta (w - l) - margin)``. Amini et al. 2024, arXiv:2402.10571.
 
-    ``margin_N`` says by how much the chosen response is better, in units of reward. Not in TRL.
+    ``margin_N`` is by how much the chosen response is better, in units of reward. Not in TRL.
     """
     return logistic(beta * _margin(chosen, rejected, divergence) - margin_N)
 
@@ -230,48 +213,30 @@ def reward_aware(
 ) -> Tensor:
     """Reward-aware preference optimisation: ``KL(p || q)``, ``p = s(margin)``, ``q = s(beta (w - l))``, Bernoulli.
 
-    The implicit margin shall equal the given one rather than grow without end. Adler et al. 2024 (Nemotron-4),
-    arXiv:2406.11704, with its eta taken into the margin. Not in TRL.
+    Regresses the implicit margin to the given one, so that it does not grow without bound. Adler et al. 2024
+    (Nemotron-4), arXiv:2406.11704, with its eta absorbed into the margin. Not in TRL.
     """
     implicit_N = beta * _margin(chosen, rejected, divergence)
     win_N = torch.sigmoid(margin_N) * (F.logsigmoid(margin_N) - F.logsigmoid(implicit_N))
     return win_N + torch.sigmoid(-margin_N) * (F.logsigmoid(-margin_N) - F.logsigmoid(-implicit_N))
 
 
-DPO_LOSSES: dict[str, Callable[..., Tensor]] = {
-    loss.__name__: loss
-    for loss in (
-        sigmoid,
-        sigmoid_norm,
-        robust,
-        hinge,
-        ipo,
-        exo_pair,
-        nca_pair,
-        bco_pair,
-        sppo_hard,
-        aot,
-        aot_unpaired,
-        apo_zero,
-        apo_down,
-        discopop,
-        sft,
-        margin,
-        reward_aware,
-    )
+# All take beta as well. Losses without ``divergence`` have no form for another f-divergence than the reverse KL.
+DPO_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": PairLoss(sigmoid, ("label_smoothing", "divergence")),
+    "sigmoid_norm": PairLoss(sigmoid_norm, ("divergence",)),
+    "robust": PairLoss(robust, ("label_smoothing", "divergence")),
+    "hinge": PairLoss(hinge, ("divergence",)),
+    "ipo": PairLoss(ipo, ("divergence",)),
+    "exo_pair": PairLoss(exo_pair, ("label_smoothing", "divergence")),
+    "nca_pair": PairLoss(nca_pair),
+    "bco_pair": PairLoss(bco_pair),
+    "sppo_hard": PairLoss(sppo_hard),
+    "aot": PairLoss(aot, ("label_smoothing",), batch_coupled=True),
+    "aot_unpaired": PairLoss(aot_unpaired, ("label_smoothing",), batch_coupled=True),
+    "apo_zero": PairLoss(apo_zero),
+    "apo_down": PairLoss(apo_down),
+    "discopop": PairLoss(discopop, ("discopop_tau", "divergence")),
+    "margin": PairLoss(margin, ("divergence",), reads_margin=True),
+    "reward_aware": PairLoss(reward_aware, ("divergence",), reads_margin=True),
 }
-# These sort over the step's global batch: they need all its pairs in one call, and no per-pair weights (WPO).
-BATCH_COUPLED = frozenset({"aot", "aot_unpaired"})
-
-
-def dpo_losses(
-    loss_types: Sequence[str],
-    loss_weights: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> WeightedLosses:
-    """Bind options to losses of this family (``weighted_losses``); a divergence must be one that all of them follow."""
-    if "divergence" in (options or {}):
-        for name in loss_types:
-            if name != "sft" and "divergence" not in parameters(DPO_LOSSES[name]):
-                raise InputError(f"loss_type {name} has no form for another f-divergence than reverse_kl")
-    return weighted_losses(DPO_LOSSES, loss_types, loss_weights, options)

@@ -1,4 +1,4 @@
-"""From a margin to a loss: the functions that the losses on pairs share.
+"""Functions from a margin to a loss that the losses on pairs share.
 
 Shapes: N pairs.
 """
@@ -13,7 +13,7 @@ from megatron_align.errors import InputError
 def logistic(margin_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return ``-(1 - e) log sigmoid(margin) - e log sigmoid(-margin)``, ``[N]``.
 
-    ``e``, the label smoothing in [0, 0.5), is the share of pairs believed to be labelled the wrong way round.
+    ``e``, the label smoothing in [0, 0.5), is the assumed probability that a preference label is flipped.
     """
     if not 0 <= label_smoothing < 0.5:
         raise InputError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")

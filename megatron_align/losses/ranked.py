@@ -16,8 +16,8 @@ def plackett_luce(reward_NK: Tensor, score_NK: Tensor) -> Tensor:
     """Return minus the log-probability of the ranking when places are filled from the best down by softmax, ``[N]``.
 
     ``sum over k of (logsumexp of the rewards ranked at or below k) - reward_k``. Plackett 1975; for DPO Rafailov et al.
-    2023, arXiv:2305.18290, appendix A.3. Equal scores each face their whole group and what is below (Breslow's rule):
-    their order is of no matter, and they are drawn together.
+    2023, arXiv:2305.18290, appendix A.3. Tied scores each compete with their entire group and all
+    below it (Breslow's rule), so their order does not matter.
     """
     present_NK = ~score_NK.isnan()
     reward_NK = torch.where(present_NK, reward_NK, 0.0)

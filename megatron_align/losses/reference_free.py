@@ -1,21 +1,19 @@
 """Preference losses on pairs without a reference model: CPO, SimPO, AlphaPO, TPO, ORPO. Names are TRL's ``loss_type``.
 
 Shapes: N preference pairs. Every loss returns ``[N]`` fp32, not reduced, differentiable in the policy's sums, pairs
-never mixed. The likelihood term that CPO, TPO and ORPO add (times ``cpo_alpha``, ``tpo_alpha``, 1) is ``sft`` of
-losses/dpo.py.
+never mixed. The likelihood term that CPO, TPO and ORPO add (times ``cpo_alpha``, ``tpo_alpha``, 1) is ``NLLTerm`` of
+objectives/preference.py.
 
 In the formulas, w and l are the policy's log-probabilities of the chosen and the rejected response, summed or averaged
-over tokens as said, and s is the sigmoid.
+over tokens as each loss states, and s is the sigmoid.
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_align.losses.links import hinge_loss, logistic, squared_loss
+from megatron_align.losses.pair_loss import PairLoss
 from megatron_align.losses.responses import Responses
 
 
@@ -70,12 +68,12 @@ def simpo(
 
 
 # alphapo is simpo with its likelihood term off; TRL resolves the name the same way
-CPO_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "simpo": simpo,
-    "alphapo": simpo,
+CPO_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": PairLoss(sigmoid, ("label_smoothing", "alpha")),
+    "hinge": PairLoss(hinge, ("alpha",)),
+    "ipo": PairLoss(ipo, ("alpha",)),
+    "simpo": PairLoss(simpo, ("simpo_gamma", "label_smoothing", "alpha")),
+    "alphapo": PairLoss(simpo, ("simpo_gamma", "label_smoothing", "alpha")),
 }
 
 
@@ -89,24 +87,24 @@ def tpo_l(
 ) -> Tensor:
     """TPO-L: ``-log s(beta (w - l) - gamma)`` of means. Saeidi et al. 2024, arXiv:2405.16681.
 
-    SimPO beside a likelihood term on a third, gold response.
+    SimPO's loss; TPO adds a likelihood term on a third, gold response.
     """
     return simpo(chosen, rejected, beta=beta, simpo_gamma=tpo_l_gamma, label_smoothing=label_smoothing)
 
 
-# CPO's losses with TRL's default of beta for TPO; the likelihood term goes on the gold response of each triple
-TPO_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": partial(sigmoid, beta=0.01),
-    "hinge": partial(hinge, beta=0.01),
-    "ipo": partial(ipo, beta=0.01),
-    "tpo-l": tpo_l,
+# CPO's functions without AlphaPO's reward
+TPO_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": PairLoss(sigmoid, ("label_smoothing",)),
+    "hinge": PairLoss(hinge),
+    "ipo": PairLoss(ipo),
+    "tpo-l": PairLoss(tpo_l, ("tpo_l_gamma", "label_smoothing")),
 }
 
 
 def log1mexp(x_N: Tensor) -> Tensor:
     """Return ``log(1 - exp(x))`` for ``x < 0``, ``[N]``, exact at both ends, gradient too.
 
-    Each branch is given only what it can take: a branch not chosen would still put NaN into the gradient.
+    Each branch sees only values in its own range: the branch not selected would still put NaN into the gradient.
     """
     near_N = x_N > -0.6931471805599453  # -ln 2
     return torch.where(

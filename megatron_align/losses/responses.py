@@ -1,4 +1,4 @@
-"""What the preference losses are given: log-probability sums per response, and what is made of them beforehand.
+"""Inputs of the preference losses: log-probability sums per response, and WPO's weights from them.
 
 Shapes: N responses; in a loss on pairs, ``chosen`` and ``rejected`` hold one response of each of N pairs.
 """
@@ -13,7 +13,7 @@ from megatron_align.errors import InputError
 
 @dataclass(frozen=True)
 class Responses:
-    """N responses as the model scored them. All tensors are ``[N]`` fp32.
+    """N scored responses. All tensors are ``[N]`` fp32.
 
     Args:
         policy_N: sum of the scored tokens' log-probabilities under the policy, in nats; carries the gradient
@@ -38,20 +38,8 @@ class Responses:
         return self.policy_N / self.length_N
 
 
-def length_desensitised(shared_N: Tensor, rest_N: Tensor, *, ld_alpha: float) -> Tensor:
-    """Return the sums that LD-DPO puts in place of a response's, ``[N]``. Liu et al. 2024, arXiv:2409.06411.
-
-    ``shared_N`` sums the first ``min(chosen length, rejected length)`` tokens' log-probabilities of a response, and
-    ``rest_N`` the others'; the rest counts ``ld_alpha`` in [0, 1] times. Policy and reference are treated alike. 1 is
-    plain DPO; 0 drops the longer response's tail. TRL: ``ld_alpha`` (default None: off).
-    """
-    if not 0 <= ld_alpha <= 1:
-        raise InputError(f"ld_alpha must lie in [0, 1], got {ld_alpha}")
-    return shared_N + ld_alpha * rest_N
-
-
 def wpo_weights(policy_N: Tensor, log_square_sum_N: Tensor, length_N: Tensor) -> Tensor:
-    """Return how likely the policy itself is to write each response, ``[N]``, without gradient.
+    """Return WPO's weight of each response: how likely the policy itself is to write it, ``[N]``, without gradient.
 
     ``exp(mean over tokens of (log p(token) - log sum_v p(v)^2))``: 1 where a token is as likely as the policy's own
     samples are on average. ``log_square_sum_N`` sums ``log sum_v p(v)^2`` over the response's tokens. A pair's loss is

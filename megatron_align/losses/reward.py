@@ -1,4 +1,4 @@
-"""Reward model: pairs of rewards, with absolute scores where people gave them.
+"""Reward-model losses: pairs of rewards, with absolute scores where annotators gave them.
 
 Shapes: N pairs.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rewards:
-    """What the model says of N responses and what people said. Tensors are ``[N]`` fp32.
+    """The model's rewards of N responses and the annotators' scores. Tensors are ``[N]`` fp32.
 
     Args:
         reward_N: the model's rewards; carry the gradient
-        score_N: people's absolute scores on the scale the reward shall have; NaN: none was given
+        score_N: absolute scores, on the scale that the reward is trained to have; NaN: none was given
     """
 
     reward_N: Tensor
@@ -34,7 +34,7 @@ def bradley_terry(chosen_N: Tensor, rejected_N: Tensor, margin_N: Tensor | None 
 
 def score_error(rewards: Rewards) -> Tensor:
     """Return ``(reward - score)^2``, ``[N]``; 0 with gradient 0 where there is no score."""
-    # The score is replaced before it is subtracted: NaN times 0 would still be NaN in the gradient
+    # Replace NaN before subtracting: NaN times 0 would still be NaN in the gradient
     score_N = torch.where(rewards.score_N.isnan(), rewards.reward_N.detach(), rewards.score_N)
     return (rewards.reward_N - score_N) ** 2
 

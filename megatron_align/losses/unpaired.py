@@ -1,8 +1,8 @@
 """Preference losses on single responses marked good or bad: KTO, APO-zero unpaired, BCO. Names are TRL's ``loss_type``.
 
 Shapes: N responses. Every loss returns ``[N]`` fp32, not reduced, differentiable in the policy's sums. KTO and BCO
-compare with a statistic of the step's global batch, a number without gradient that the caller takes first; given it,
-responses are not mixed.
+compare with a statistic of the step's global batch, a number without gradient that the caller computes first; given
+it, responses are not mixed.
 
 In the formulas, r is the log-ratio ``log policy - log reference`` and s is the sigmoid.
 """
@@ -18,7 +18,7 @@ from megatron_align.losses.responses import Responses
 
 
 def _signed(margin_N: Tensor, desirable_N: Tensor) -> Tensor:
-    """Return what each response's loss pushes up: the margin of a desirable one, minus it of another."""
+    """Return the margin of each desirable response and minus the margin of each other one."""
     return torch.where(desirable_N, margin_N, -margin_N)
 
 
@@ -44,7 +44,7 @@ def kto(
 def kto_baseline(mismatched: Responses) -> Tensor:
     """Return KTO's z: the mean log-ratio of mismatched responses, at least 0; a scalar without gradient, in nats.
 
-    Mismatched: each prompt with another prompt's response. Give it all of the step's global batch in one call; TRL
+    Mismatched: each prompt with another prompt's response. Pass all of the step's global batch in one call; TRL
     takes one mean per micro-batch, averaged over ranks.
     """
     return mismatched.log_ratio_N.detach().mean().clamp(min=0)
@@ -67,7 +67,7 @@ def apo_zero_unpaired(
 def bco(responses: Responses, desirable_N: Tensor, *, delta: float | Tensor, beta: float = 0.1) -> Tensor:
     """BCO: ``-log s(beta r - delta)`` of a desirable response, ``-log s(delta - beta r)`` of another.
 
-    ``delta`` is the running mean of the rewards ``beta r`` (``RunningMean``), this step's among them. Jung et al. 2024,
+    ``delta`` is the running mean of the rewards ``beta r`` (``RunningMean``), including this step's. Jung et al. 2024,
     arXiv:2404.04656, without its weights for a shift between the two sets' prompts. Not in TRL 1.16.
     """
     return -F.logsigmoid(_signed(beta * responses.log_ratio_N - delta, desirable_N))
@@ -75,11 +75,11 @@ def bco(responses: Responses, desirable_N: Tensor, *, delta: float | Tensor, bet
 
 @dataclass(frozen=True)
 class RunningMean:
-    """Mean of all values ever seen, each weighing the same. State in, state out: a checkpoint holds the two numbers.
+    """Mean of all values so far, each weighing the same. A checkpoint holds its two numbers.
 
     Args:
-        mean: so far
-        count: values so far
+        mean: of the values so far
+        count: number of values so far
     """
 
     mean: float = 0.0

@@ -33,13 +33,13 @@ class PackLoss(NamedTuple):
 
 
 class RowObjective(Protocol):
-    """What the head needs of an objective (``training.objective`` has the whole of it)."""
+    """What the head needs of an objective (``objectives.base.Objective`` is the full class)."""
 
     whole_samples: bool
-    statistics: bool
+    row_statistics: bool
 
     def loss(
-        self, logprobs_N: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]
+        self, logprobs_N: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return these rows' share of the loss and their metric sums."""
         ...
@@ -121,7 +121,7 @@ class VocabularyHead(ColumnParallelLinear):
             return objective.loss(spread.whole(i, logprobs_n), slabs[i], known)
 
         value, sums = slab_loss(
-            hidden_nH, weight, target_n, spread.ranges, loss, statistics=objective.statistics, **options
+            hidden_nH, weight, target_n, spread.ranges, loss, statistics=objective.row_statistics, **options
         )
         if part is not None:
             # Ranks differ by what they hold of a sample: the one that recomputed most is told.

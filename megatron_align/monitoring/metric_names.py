@@ -5,34 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
-Section = Literal["Learning", "Preferences", "Speed", "Data", "Health", "Timing", "Saving"]
-_OF_PAIRS = "dpo, cpo, simpo, tpo, orpo, reward"
-_OF_JUDGED = f"{_OF_PAIRS}, kto, bco"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metric:
-    """One number of a row.
-
-    Args:
-        name: its key.
-        section: where a report shows it.
-        unit: of the number.
-        meaning: for people.
-        written: by which objectives, or in which rows.
-        curve: it makes a curve over the steps.
-    """
-
-    name: str
-    section: Section
-    unit: str
-    meaning: str
-    written: str = "all"
-    curve: bool = True
-
+from megatron_align.objectives.metrics import Metric
+from megatron_align.objectives.registry import OBJECTIVES
 
 ROW_KEYS = {
     "step": "optimiser step, from 1",
@@ -40,19 +16,23 @@ ROW_KEYS = {
     "save: a checkpoint that is complete",
 }
 
+
+def _of_objectives() -> tuple[Metric, ...]:
+    """Return the metrics of the built-in objectives, each with the objectives that write it."""
+    writers: dict[Metric, list[str]] = {}
+    for name, objective in OBJECTIVES.items():
+        for metric in objective.metrics:
+            writers.setdefault(metric, []).append(name)
+    return tuple(replace(metric, written=", ".join(names)) for metric, names in writers.items())
+
+
+_WHOLE_SAMPLES = [name for name, objective in OBJECTIVES.items() if objective.whole_samples]
 METRICS = (
     Metric(
         name="loss",
         section="Learning",
         unit="nats",
         meaning="the objective's loss, over the whole global batch and all ranks",
-    ),
-    Metric(
-        name="nll",
-        section="Learning",
-        unit="nats per token",
-        meaning="the likelihood term on chosen responses, where the loss has one",
-        written="dpo, cpo, tpo, orpo",
     ),
     Metric(
         name="grad_norm",
@@ -68,78 +48,7 @@ METRICS = (
         meaning="learning rate of the step",
         written="training",
     ),
-    Metric(
-        name="reward_margin",
-        section="Preferences",
-        unit="reward",
-        meaning="mean reward of chosen less that of rejected responses; should rise from 0",
-        written=_OF_JUDGED,
-    ),
-    Metric(
-        name="accuracy",
-        section="Preferences",
-        unit="share",
-        meaning="pairs whose chosen response has the higher reward; 0.5 is chance; of a ranked list its best and worst",
-        written=_OF_PAIRS,
-    ),
-    Metric(
-        name="chosen_reward",
-        section="Preferences",
-        unit="reward",
-        meaning="mean reward of chosen (desirable) responses: beta times the log-ratio to the reference; without a "
-        "reference beta times the log-prob, per token for simpo, orpo, ipo and tpo-l; of a reward model its output",
-        written=_OF_JUDGED,
-    ),
-    Metric(
-        name="rejected_reward",
-        section="Preferences",
-        unit="reward",
-        meaning="the same of rejected (other) responses; with dpo both often fall, this one faster",
-        written=_OF_JUDGED,
-    ),
-    Metric(
-        name="chosen_logps",
-        section="Preferences",
-        unit="nats",
-        meaning="mean summed log-prob of chosen (desirable) responses under the policy",
-        written="dpo, cpo, simpo, tpo, orpo, kto, bco",
-    ),
-    Metric(
-        name="rejected_logps",
-        section="Preferences",
-        unit="nats",
-        meaning="the same of rejected (other) responses",
-        written="dpo, cpo, simpo, tpo, orpo, kto, bco",
-    ),
-    Metric(
-        name="desirable",
-        section="Preferences",
-        unit="share",
-        meaning="examples of the step labelled desirable",
-        written="kto, bco",
-    ),
-    Metric(
-        name="baseline",
-        section="Preferences",
-        unit="nats",
-        meaning="KTO's z: mean log-ratio of mismatched prompts and responses, at least 0",
-        written="kto",
-    ),
-    Metric(
-        name="delta",
-        section="Preferences",
-        unit="reward",
-        meaning="BCO's reward shift: running mean of all rewards so far",
-        written="bco",
-    ),
-    Metric(
-        name="reward_histogram",
-        section="Preferences",
-        unit="counts",
-        meaning="responses by reward, between edges from -8 to 8 and beyond on both sides",
-        written="reward",
-        curve=False,
-    ),
+    *_of_objectives(),
     Metric(
         name="tokens_per_second",
         section="Speed",
@@ -208,7 +117,7 @@ METRICS = (
         section="Data",
         unit="samples",
         meaning="longer than a slab of the log-prob engine: projected onto the vocabulary twice",
-        written="dpo, cpo, simpo, tpo, orpo, kto, bco",
+        written=", ".join(_WHOLE_SAMPLES),
     ),
     Metric(
         name="skipped_steps",

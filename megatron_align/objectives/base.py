@@ -1,82 +1,160 @@
-"""Objectives: from the log-probs of scored rows, or from rewards, to their share of the step's loss.
+"""What an objective is: one class with its options, data, needs, loss and metrics, which everything else reads.
 
-Shapes: N scored rows of some whole samples of a pack; S completions of a whole step, over all ranks.
+Shapes: N scored rows and C completions of some complete samples of a pack; S completions of a step, over all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from megatron_align.config.objectives import SFTConfig
 from megatron_align.data.batching.step_batches import Normalization
-from megatron_align.losses.sft import sft_loss
+from megatron_align.data.store import TokenStore
+from megatron_align.errors import require
+from megatron_align.objectives.metrics import Metric
+from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.records import LossRows
 
 Sums = dict[str, Tensor]
+DataKind = Literal["chat", "triple", "pair", "ranked", "unpaired"]
+DATA_KINDS: dict[DataKind, str] = {
+    "chat": "chat data (messages, prompt + completion, ...)",
+    "triple": "triples (prompt, chosen, rejected, reference)",
+    "pair": "pairs (prompt, chosen, rejected)",
+    "ranked": "ranked data (prompt, completions with scores)",
+    "unpaired": "labelled completions (prompt, completion, label)",
+}
+Need = Literal["reference_logprobs", "batch_statistics", "mismatched_logprobs"]
+
+# The models that score a step without gradients, once each, before its loss can be computed. The pre-pass does it;
+# operations are counted from here. A reference is run only in mode live: cached numbers come with the packs.
+SCORED_BY: dict[Need, tuple[Literal["policy", "reference"], ...]] = {
+    "reference_logprobs": ("reference",),  # the column of this name
+    "batch_statistics": ("policy",),  # Objective.observe_batch sees the step's own completions
+    "mismatched_logprobs": ("policy", "reference"),  # ... each prompt with its neighbour's completion
+}
 
 
 @dataclass(frozen=True, slots=True)
 class StepSums:
-    """What a whole step's completions came to, before its loss is taken. All ``[S]`` fp64, without gradient."""
+    """Summed log-probs of all completions of a step. All ``[S]`` fp64, without gradient, the same on every rank."""
 
     policy_S: Tensor
     reference_S: Tensor
-    length_S: Tensor
+    length_S: Tensor  # scored tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepStatistics:
+    """Results of a step's pre-pass; the loss reads them from the rows, so no objective keeps them between calls.
+
+    Args:
+        values: numbers of the step, for ``LossRows.step_statistics`` and the step's metrics.
+        columns: values of each completion of the step, ``[S]``, for ``Completions.columns`` as fp32.
+    """
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:
-    """What a training step needs of an objective; the simplest answers are given here."""
+    """An objective on log-probs of scored rows, or on rewards of completions. Subclasses override what differs.
 
-    normalization: Normalization  # how the global batch is weighted; the data side turns it into weights
-    metrics: tuple[str, ...] = ()  # names of the sums that ``loss`` returns besides the loss
-    whole_samples = True  # the loss needs whole samples; False: it is a sum over rows
-    statistics = False  # the loss wants the rows' entropy and log sum p^2 too
-    score_prompt = False  # prompts are scored, see ``data.pack``
-    ld_alpha: float | None = None  # how :meth:`weighted` weighs, for the key of a cached reference
-    looks_ahead: Literal["own", "mismatched"] | None = (
-        None  # what must be scored before a step's loss is known
+    Args:
+        options: of this objective, an ``Options``.
+        store: the training data; None: nothing is trained, only the attributes below are read.
+    """
+
+    Options: ClassVar[type[ObjectiveOptions]]
+    data: ClassVar[tuple[DataKind, ...]]  # the kinds of data that it trains on
+    metrics: ClassVar[tuple[Metric, ...]] = ()  # that its rows have besides those of every run
+    trains_reward_model: ClassVar[bool] = (
+        False  # its loss is given a scalar head's rewards ``[C]``, not log-probs
     )
 
+    needs: frozenset[Need] = frozenset()  # what must be computed before its loss
+    normalization: Normalization  # what weighs the same in the global batch; the rows' weights follow from it
+    whole_samples: bool = True  # the loss needs complete samples; False: it is a sum over rows
+    row_statistics: bool = False  # the loss needs each row's entropy and log sum p^2
+    score_prompt: bool = False  # prompts are scored too, see ``data.batching.collate.pack``
+    beta: float | None = (
+        None  # factor from log-ratios to the rewards among its metrics; None: it reports none
+    )
+    loss_at_reference: float | None = None  # loss of a policy that equals its reference; None: not a constant
+
+    def __init__(self, options: ObjectiveOptions, store: TokenStore | None = None):
+        self.options = options
+        self.sum_names = tuple(
+            metric.name for metric in self.metrics
+        )  # what ``loss`` returns besides the loss
+        self.scoring_options: dict[str, Any] = {
+            "ld_alpha": None
+        }  # of ``weighted``; part of a cached reference's key
+
+    @property
+    def compares(self) -> bool:
+        """Whether the policy is compared with a reference model."""
+        return "reference_logprobs" in self.needs
+
     def loss(
-        self, logprobs_N: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]
+        self, logprobs_N: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]
     ) -> tuple[Tensor, Sums]:
-        """Return these samples' share of the global loss (a scalar to sum) and their metric sums, detached."""
+        """Return these samples' share of the step's loss (a scalar to sum) and their metric sums, detached."""
         raise NotImplementedError
 
     def weighted(self, logprobs_N: Tensor, rows: LossRows) -> Tensor:
         """Return the log-probs as they enter a completion's sum, of the policy and of the reference."""
         return logprobs_N
 
-    def look(self, sums: StepSums, *, training: bool) -> Tensor | None:
-        """Take in what was scored ahead; return d loss / d summed log-prob where the loss mixes samples."""
-        return None
+    def observe_batch(self, seen: Mapping[Need, StepSums], *, training: bool) -> StepStatistics:
+        """Return the step's statistics from what was scored before its loss.
+
+        Args:
+            seen: of ``batch_statistics`` and ``mismatched_logprobs`` those that the objective needs.
+            training: False in validation, which must not move :meth:`state`.
+        """
+        raise NotImplementedError
 
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Return a step's metrics from ``loss`` and the metric sums over all ranks."""
+        """Return a step's metrics from the loss and the metric sums over all ranks, and the step's statistics."""
         return dict(totals)
 
+    def require_data_kind(self, kind: DataKind, name: str, sources: Sequence[str]) -> None:
+        """Check the kind of the records in ``sources``, of split ``name``.
+
+        Raises:
+            InputError: it is none of :attr:`data`.
+        """
+        accepted = " or ".join(DATA_KINDS[each] for each in self.data)
+        require(
+            kind in self.data,
+            f"{name}: objective {self.options.name} needs {accepted}, got {kind} data in {', '.join(sources)}",
+        )
+
+    def require_data(self, store: TokenStore, name: str) -> None:
+        """Check that the data hold what the options need.
+
+        Raises:
+            InputError: naming ``name`` (the split) and what is missing.
+        """
+
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on."""
+        """Return what a checkpoint must hold for the objective to resume."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
 
-class SFT(Objective):
-    """Supervised fine-tuning."""
+def completion_sums(values_N: Tensor, rows: LossRows, *, with_prompt: bool = False) -> Tensor:
+    """Sum ``[N]`` over each completion, ``[C]``; rows of a scored prompt count only ``with_prompt``.
 
-    whole_samples = False
-
-    def __init__(self, config: SFTConfig):
-        self.normalization = config.normalization
-
-    def loss(
-        self, logprobs_N: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Sums]:
-        """See :class:`Objective`."""
-        return sft_loss(logprobs_N, rows.weight_N).sum(), {}
+    Adds row after row, so the result does not depend on what else is in the pack.
+    """
+    if not with_prompt:
+        values_N = values_N.masked_fill(rows.prompt_N, 0.0)
+    return torch.segment_reduce(values_N, "sum", lengths=rows.completions.rows_C, unsafe=True, initial=0)

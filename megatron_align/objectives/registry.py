@@ -1,92 +1,48 @@
-"""From a configuration's objective to the one that trains, and what it asks of the data."""
+"""The objectives by name, and a run's objective and reference from its configuration."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
-import numpy as np
-
-from megatron_align.config.objectives import (
-    COUPLED,
-    DPO_OPTIONS,
-    BCOConfig,
-    CPOConfig,
-    DPOConfig,
-    KTOConfig,
-    ORPOConfig,
-    RewardConfig,
-    SFTConfig,
-    SimPOConfig,
-    TPOConfig,
-)
+from megatron_align.config.run import RunConfig
 from megatron_align.data.store import TokenStore
-from megatron_align.errors import InputError
-from megatron_align.objectives.base import SFT, Objective
-from megatron_align.objectives.preference import (
-    build_bco,
-    build_cpo,
-    build_dpo,
-    build_kto,
-    build_orpo,
-    build_simpo,
-    build_tpo,
-)
-from megatron_align.objectives.reward import build_reward
+from megatron_align.errors import nearest, require
+from megatron_align.objectives import user_file
+from megatron_align.objectives.base import Objective
+from megatron_align.objectives.dpo import DPO
+from megatron_align.objectives.options import ObjectiveOptions
+from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
+from megatron_align.objectives.reward import RewardModel
+from megatron_align.objectives.sft import SFT
+from megatron_align.objectives.unpaired import BCO, KTO
 
-_BUILDERS = {
-    SFTConfig: SFT,
-    DPOConfig: build_dpo,
-    KTOConfig: build_kto,
-    BCOConfig: build_bco,
-    CPOConfig: build_cpo,
-    SimPOConfig: build_simpo,
-    TPOConfig: build_tpo,
-    ORPOConfig: build_orpo,
+ReferenceMode = Literal["cached", "live", "none"]
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.Options.name: kind for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel)
 }
 
 
-def build_objective(config: Any, store: TokenStore) -> Objective:
-    """Return the objective of a configuration section (one of ``config.OBJECTIVES``) for some training data."""
-    if isinstance(config, RewardConfig):
-        return build_reward(config, store)
-    return _BUILDERS[type(config)](config)
-
-
-def require_facts(config: Any, store: TokenStore, name: str) -> None:
-    """Check that the data say what an objective's options ask for.
+def objective_class(name: str) -> type[Objective]:
+    """Return the objective of ``objective.name``: a built-in one, or ``FILE.py:CLASS`` of the user's own.
 
     Raises:
-        InputError: naming ``name`` (the data) and what is missing.
+        InputError: there is none of this name.
     """
-    if isinstance(config, RewardConfig):
-        _require_reward_facts(config, store, name)
-    if not isinstance(config, DPOConfig):
-        return
-    if any("margin_scale" in DPO_OPTIONS[loss_type] for loss_type in config.loss_types):
-        scores = np.asarray(store.scores).reshape(-1, 2)
-        bare = np.flatnonzero(np.isnan(store.margins) & np.isnan(scores).any(1))
-        if len(bare):
-            raise InputError(
-                f"{name}: loss_type {', '.join(config.loss_types)} needs a margin, or both scores, in every pair; "
-                f"{len(bare)} of {len(scores)} have none, the first is sample {bare[0]}"
-            )
-    coupled = [loss_type for loss_type in config.loss_types if loss_type in COUPLED]
-    if coupled and np.ptp(store.weights):
-        raise InputError(
-            f"{name}: loss_type {', '.join(coupled)} mixes the pairs of a step, so that they must weigh the same; "
-            f"got weights from {store.weights.min():g} to {store.weights.max():g}"
-        )
+    if ":" in name:
+        return user_file.load(name)
+    require(
+        name in OBJECTIVES,
+        f"objective.name must be one of {sorted(OBJECTIVES)}, or FILE.py:CLASS, "
+        f"got '{name}'{nearest(name, list(OBJECTIVES))}",
+    )
+    return OBJECTIVES[name]
 
 
-def _require_reward_facts(config: RewardConfig, store: TokenStore, name: str) -> None:
-    if config.alpha and np.isnan(store.scores).all():
-        raise InputError(f"{name}: objective.alpha {config.alpha:g} reads absolute scores; no sample has one")
-    if config.ranked_loss is not None and store.kind != "ranked":
-        raise InputError(f"{name}: objective.ranked_loss is of ranked data, got {store.kind} data")
-    if store.kind == "ranked":
-        lists = np.split(np.asarray(store.scores), store.completion_offsets[1:-1])
-        ranks = np.array([len(set(scores)) for scores in lists])
-        if (level := np.flatnonzero(ranks < 2)).size:
-            raise InputError(f"{name}: a ranked list needs two different scores, sample {level[0]} has one")
-        if config.center_rewards_coefficient:
-            raise InputError(f"{name}: objective.center_rewards_coefficient is of pairs, got ranked data")
+def build_objective(options: ObjectiveOptions, store: TokenStore | None = None) -> Objective:
+    """Return the objective of a run's options; ``store``: its training data, None if nothing is trained."""
+    return objective_class(options.name)(options, store)
+
+
+def reference_mode(config: RunConfig) -> ReferenceMode | None:
+    """Return how a run's reference is computed; None: its objective compares with none."""
+    return (config.reference.mode or "cached") if build_objective(config.objective).compares else None

@@ -48,6 +48,6 @@ def batches_of_split(
         objective.normalization,
         share,
         reference_C=reference_C,
-        mismatched=objective.looks_ahead == "mismatched",
+        mismatched="mismatched_logprobs" in objective.needs,
         score_prompt=objective.score_prompt,
     )

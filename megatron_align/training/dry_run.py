@@ -13,6 +13,7 @@ from megatron_align.cost.text import layout, memory_table, recomputation, step_t
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.step_batches import step_order
 from megatron_align.model.parallel import RankInfo
+from megatron_align.objectives.registry import reference_mode
 from megatron_align.training.setup import RunSetup, prepare_run
 
 
@@ -48,7 +49,7 @@ def describe(setup: RunSetup) -> str:
     flops = step_flops(placement, work, scoring_passes(config))
     order = step_order(setup.train, config.data, config.train, config.data.train)
     done = setup.resume.step if setup.resume else 0
-    compares = config.objective.compares
+    reference = reference_mode(config)
     return "\n".join(
         (
             f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
@@ -56,8 +57,7 @@ def describe(setup: RunSetup) -> str:
             f"layout     {placement.world_size} ranks = {layout(placement)}, {recomputation(placement)}",
             f"data       {', '.join(stored['shapes'])}: {stored['samples']:,} samples, {stored['tokens']:,} tokens, "
             f"{stored['scored_tokens']:,} trained",
-            f"objective  {config.objective.name}"
-            + (f", reference {config.reference.mode or 'cached'}" if compares else ""),
+            f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
             step_text(placement, work, flops),
             f"steps      {done} done of {config.train.steps or order.steps}",
             memory_table(memory_of(config, placement, work.micro_batches)),

@@ -35,7 +35,8 @@ from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
-from megatron_align.training.prepass import Cached, Scorer, whole_step
+from megatron_align.training.reference_model import CachedReference
+from megatron_align.training.scoring import Scorer, gather_step
 from megatron_align.training.setup import RunSetup, one_epoch
 from megatron_align.training.watchdog import Watchdog
 
@@ -115,11 +116,11 @@ class ReferenceColumns:
     """What one split of a run needs of its reference.
 
     Args:
-        own: summed log-prob of each completion of the store.
+        completions: summed log-prob of each completion of the store.
         mismatched: of each step, the mean over prompts with other samples' completions (KTO); None: not needed.
     """
 
-    own: Column
+    completions: Column
     mismatched: Column | None
 
     @classmethod
@@ -137,7 +138,7 @@ class ReferenceColumns:
         facts = {
             "weights": weights,
             "precision": config.train.precision,
-            "ld_alpha": objective.ld_alpha,
+            **objective.scoring_options,
         }
         folder = Path(config.data.cache or Path(config.checkpoint.dir) / CACHE_IN_RUN)
         found = {}
@@ -147,7 +148,7 @@ class ReferenceColumns:
                 continue
             of_split = {**facts, "data": store.path.name}
             columns = [Column.open(folder, of_split, int(store.completion_offsets[-1]))]
-            if objective.looks_ahead == "mismatched":
+            if "mismatched_logprobs" in objective.needs:
                 order, steps = _order_facts(plan, split)
                 columns.append(Column.open(folder, {**of_split, **order}, steps))
             for column in columns:
@@ -155,13 +156,13 @@ class ReferenceColumns:
             found[split] = cls(columns[0], columns[1] if len(columns) > 1 else None)
         return found
 
-    def reference(self) -> Cached:
+    def reference(self) -> CachedReference:
         """Return them as what a step compares with."""
-        return Cached(self.mismatched and self.mismatched.values_K)
+        return CachedReference(self.mismatched and self.mismatched.values_K)
 
     def missing(self, steps: StepBatches, wanted: range) -> list[int]:
         """Return the steps of ``wanted`` that need numbers which neither the columns nor earlier ones have."""
-        known_K = ~np.isnan(self.own.values_K)
+        known_K = ~np.isnan(self.completions.values_K)
         found = []
         for step in wanted:
             stored = steps.stored(step)
@@ -189,10 +190,12 @@ class ReferenceColumns:
             for step in ahead:
                 watchdog.report(f"reference step {step.number + 1}")
                 found = scorer.sums(step.batches)
-                self.own.values_K[step.stored_C] = whole_step(found, step.packs, step, groups).numpy()
+                self.completions.values_K[step.stored_C] = gather_step(
+                    found, step.packs, step, groups
+                ).numpy()
                 if self.mismatched is not None:
                     found = scorer.sums(step.mismatched.batches)
-                    values_S = whole_step(found, step.mismatched, step, groups)
+                    values_S = gather_step(found, step.mismatched, step, groups)
                     self.mismatched.values_K[step.number] = values_S.mean().item()
                 say()
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -202,7 +205,7 @@ class ReferenceColumns:
 
     def _save(self) -> None:
         if dist.get_rank() == 0:
-            for column in filter(None, (self.own, self.mismatched)):
+            for column in filter(None, (self.completions, self.mismatched)):
                 column.save()
 
 

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_align.config import RunConfig
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.objectives.base import Objective
-from megatron_align.training.prepass import Live, Reference, Scorer, ZeroReference
+from megatron_align.objectives.registry import ReferenceMode, reference_mode
 from megatron_align.training.reference_cache import ReferenceColumns, hash_of_rank_0
+from megatron_align.training.reference_model import LiveReference, Reference, ZeroReference
 from megatron_align.training.resume import ResumePoint
 from megatron_align.training.resume_compatibility import require_same_reference
+from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import RunSetup, locate
 from megatron_align.training.watchdog import Watchdog
 from megatron_align.training.weights import load_reference_weights
-
-Mode = Literal["cached", "live", "none"]
-
-
-def reference_mode(config: RunConfig) -> Mode | None:
-    """Return how the objective's reference is run; None: the objective has none."""
-    return (config.reference.mode or "cached") if config.objective.compares else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +31,16 @@ class References:
     """What the pre-pass compares the policy with.
 
     Args:
-        mode: see :func:`reference_mode`.
+        mode: how it is run; None: the objective compares with none.
         columns: cached log-probs of each split.
         live: the second model of ``reference.mode: live``.
         sync_steps: interval in steps at which the live reference moves towards the policy; None: it is frozen.
         weights_hash: of a frozen reference's weights; None: training moves it, or there is none.
     """
 
-    mode: Mode | None
+    mode: ReferenceMode | None
     columns: Mapping[str, ReferenceColumns]
-    live: Live | None
+    live: LiveReference | None
     sync_steps: int | None
     weights_hash: str | None
 
@@ -131,7 +124,7 @@ class ReferenceBuilder:
                 columns[split].fill(batches, steps, scorer, self.groups, self.watchdog)
         return columns
 
-    def live_model(self) -> Live | None:
+    def live_model(self) -> LiveReference | None:
         """Build and load the second model of ``reference.mode: live``; None for other modes."""
         if self.mode != "live":
             return None
@@ -139,4 +132,4 @@ class ReferenceBuilder:
         for chunk in chunks:
             chunk.requires_grad_(False)
         load_reference_weights(chunks, self.setup, self.groups)
-        return Live(Scorer(chunks, self.objective), self.groups)
+        return LiveReference(Scorer(chunks, self.objective), self.groups)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.config import RunConfig
-from megatron_align.config.objectives import DPOConfig
 from megatron_align.data.batching.collate import CompletionValues, pack
 from megatron_align.data.batching.context_parts import deal
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.errors import TrainingFault
 from megatron_align.objectives.base import Objective, Sums
+from megatron_align.objectives.registry import build_objective, reference_mode
 from megatron_align.records import LossRows, PackedBatch, Sample
 from megatron_align.training.step import Stepper
 
@@ -71,10 +70,10 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
     Raises:
         TrainingFault: on every rank, as metrics are global.
     """
-    objective, reference = config.objective, config.reference
-    if not objective.compares or reference.mode == "none":
+    objective = build_objective(config.objective)
+    if reference_mode(config) in (None, "none") or objective.beta is None:
         return
-    if reference.path not in (None, config.model.path):
+    if config.reference.path not in (None, config.model.path):
         return
     bounds = {
         side: IDENTITY[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
@@ -88,18 +87,12 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
                 f"{bound:.2g}, got {reward:.6g}"
             )
     # A margin m moves -log sigmoid(m) by m / 2 at 0.
-    if _is_plain_dpo(objective) and not abs(metrics["loss"] - math.log(2)) <= sum(bounds.values()) / 2:
+    expected = objective.loss_at_reference
+    if expected is not None and not abs(metrics["loss"] - expected) <= sum(bounds.values()) / 2:
         raise TrainingFault(
-            f"self-check: the policy starts as its reference, so that the loss of step 1 must be ln 2 = "
-            f"{math.log(2):.6f}, got {metrics['loss']:.6f}"
+            f"self-check: the policy starts as its reference, so that the loss of step 1 must be {expected:.6f}, "
+            f"got {metrics['loss']:.6f}"
         )
-
-
-def _is_plain_dpo(objective: Any) -> bool:
-    if not isinstance(objective, DPOConfig) or objective.loss_types != ("sigmoid",):
-        return False
-    weighted = objective.use_weighting or objective.rpo_alpha is not None
-    return not weighted and objective.loss_weights in (None, [1.0])
 
 
 def _require_none(faults: list[str]) -> None:
@@ -170,9 +163,11 @@ class _Probe(Objective):
     whole_samples = False
 
     def __init__(self, of_rewards: bool):
-        self.of_rewards = of_rewards
+        self.of_rewards, self.sum_names = of_rewards, ()
 
-    def loss(self, values: Tensor, rows: LossRows, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+    def loss(
+        self, values: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Sums]:
         """See :class:`Objective`."""
         weights = rows.completions.weight_C if self.of_rewards else rows.weight_N
         return (values * weights).sum(), {}

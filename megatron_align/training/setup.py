@@ -29,17 +29,10 @@ from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
-from megatron_align.objectives.registry import require_facts
+from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 
-_KINDS = {
-    "chat": "chat data (messages, prompt + completion, ...)",
-    "triple": "triples (prompt, chosen, rejected, reference)",
-    "pair": "pairs (prompt, chosen, rejected)",
-    "ranked": "ranked data (prompt, completions with scores)",
-    "unpaired": "labelled completions (prompt, completion, label)",
-}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -143,7 +136,7 @@ def locate(path: str) -> tuple[Path, Path]:
 
 def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:
     """Return the shape of the model that the objective trains: a reward model may start from a language model."""
-    if config.objective.name == "reward":
+    if objective_class(config.objective.name).trains_reward_model:
         return start.as_reward()
     if start.is_reward:
         raise InputError(
@@ -201,24 +194,16 @@ def _open_store(
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
         return None
-    _require_kind(read_shapes(spec)[0], config, split, spec)
+    objective = build_objective(config.objective)
+    # Data of a kind that the objective does not take are refused before they are tokenised.
+    objective.require_data_kind(read_shapes(spec)[0], f"data.{split}", spec.sources)
     if scratch_cache is None:
         path = prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1)
     elif not (path := spec.path(spec.inputs())).exists():
         path = prepare(dataclasses.replace(spec, cache=str(scratch_cache)))
     store = TokenStore(path)
-    require_facts(config.objective, store, f"data.{split}")
+    objective.require_data(store, f"data.{split}")
     return store
-
-
-def _require_kind(kind: str, config: RunConfig, split: str, spec: StoreSpec) -> None:
-    """Refuse data of a kind that the objective does not take, before they are tokenised."""
-    kinds = config.objective.kinds
-    if kind not in kinds:
-        raise InputError(
-            f"data.{split}: objective {config.objective.name} needs {' or '.join(_KINDS[k] for k in kinds)}, "
-            f"got {kind} data in {', '.join(spec.sources)}"
-        )
 
 
 def _require_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:

@@ -166,7 +166,7 @@ class Stepper:
     def _schedule(
         self, batches: Sequence[PackedBatch], forward_only: bool
     ) -> tuple[dict[str, float], list[float]]:
-        """Return the sums over all packs of all ranks, and the loss of each of this rank's packs."""
+        """Return sums over all packs of all ranks with the step's statistics, and the loss of each of this rank's packs."""
         config = self.model[0].config
         config.finalize_model_grads_func = self._finalize if self._reduces_gradients else None
         numbered = [(f"micro-batch {i + 1} of {len(batches)}", batch) for i, batch in enumerate(batches)]
@@ -181,7 +181,7 @@ class Stepper:
         config.finalize_model_grads_func = None
         self._detail("sums over ranks")
         losses = torch.stack([sums["loss"] for sums in partial_sums]).tolist() if partial_sums else []
-        return self._reduce(partial_sums), losses
+        return {**self._reduce(partial_sums), **batches[0].rows.step_statistics}, losses
 
     def _forward(
         self, batches: Iterator[tuple[str, PackedBatch]], model: torch.nn.Module, *_: Any
@@ -203,7 +203,7 @@ class Stepper:
 
     def _reduce(self, partial_sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and ranks; of ranks that computed the same packs, one on the last stage counts."""
-        names = ("loss", *self.objective.metrics, *((RECOMPUTED,) if self.objective.whole_samples else ()))
+        names = ("loss", *self.objective.sum_names, *((RECOMPUTED,) if self.objective.whole_samples else ()))
         totals = [0.0] * len(names)
         if partial_sums and is_metric_rank(self.groups):
             totals = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_align.data.batching.step_batches import Step
 from megatron_align.data.store import TokenStore
 from megatron_align.records import LossRows, PackedBatch
-from megatron_align.training.prepass import Scorer
+from megatron_align.training.scoring import Scorer
 from megatron_align.training.step import Stepper, StepResult
 
 SHOWN = 8  # samples named in a message

@@ -35,11 +35,12 @@ from megatron_align.training.optimizer import (
     set_updates,
     wrap_data_parallel,
 )
-from megatron_align.training.prepass import PrePass, Scorer
+from megatron_align.training.prepass import PrePass
 from megatron_align.training.references import ReferenceBuilder, References
 from megatron_align.training.resume import ResumePoint, verified_resume_point
 from megatron_align.training.run_context import joined_ranks
 from megatron_align.training.schedule import learning_rate
+from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import RunSetup, prepare_run
 from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import remove_requeue_marker
@@ -177,7 +178,7 @@ class Trainer:
     def batches_of(self, split: str) -> StepBatches:
         """Return the steps of ``train`` or ``validation``, with cached reference log-probs where there are any."""
         column = self.references.columns.get(split)
-        cached_C = column and column.own.values_K
+        cached_C = column and column.completions.values_K
         return batches_of_split(split, self.setup, self.objective, self.groups, cached_C)
 
     @contextmanager

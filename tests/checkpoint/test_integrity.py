@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from megatron_align.checkpoint import folder as sharded
-from megatron_align.config import parse
 from megatron_align.convert.convert import export_hf, import_hf
 from megatron_align.errors import InputError
+from megatron_align.objectives.configuration import parse
 from megatron_align.storage import checksums as sums
 from megatron_align.storage.atomic_write import files_below
 from megatron_align.training.resume import ResumePoint, find_resume_point

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import yaml
 
-from megatron_align.config import DataSource, parse, to_dict
-from megatron_align.config.objectives import OBJECTIVES
-from megatron_align.config.run import _SECTIONS
+from megatron_align.config import DataSource, to_dict
+from megatron_align.config.run import SECTIONS
 from megatron_align.errors import InputError
+from megatron_align.objectives.configuration import parse
+from megatron_align.objectives.registry import OBJECTIVES
 
 RUN = {
     "model": {"path": "/models/m"},
@@ -85,7 +86,7 @@ def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for section, kind in {**_SECTIONS, "objective": OBJECTIVES["sft"]}.items():
+    for section, kind in {**SECTIONS, "objective": OBJECTIVES["sft"].Options}.items():
         for option in dataclasses.fields(kind):
             assert f"--{section}.{option.name}" in text
             explained = [

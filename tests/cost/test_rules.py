@@ -14,15 +14,13 @@ from megatron_align.config import (
     ReferenceConfig,
     RunConfig,
     TrainConfig,
-    parse,
 )
-from megatron_align.config.objectives import OBJECTIVES, BCOConfig, DPOConfig, KTOConfig, RewardConfig
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.head import slab_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import step_time
 from megatron_align.cost.traffic import traffic
-from megatron_align.cost.work import Work, full_packs, of_store, scores_prompt, scoring_passes, step_flops
+from megatron_align.cost.work import Work, full_packs, of_store, step_flops
 from megatron_align.data.batching.step_batches import Share, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import StoreSpec
@@ -30,7 +28,8 @@ from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.kernels import slab_rows
 from megatron_align.kernels.token_logprobs import slab
 from megatron_align.model.families import read_shape
-from megatron_align.objectives.registry import build_objective
+from megatron_align.objectives.configuration import parse
+from megatron_align.objectives.sft import SFTOptions
 from tests.harness import costs
 from tests.harness.sizes import write_config
 from tests.harness.tiny import make_model, run_arguments, write_chat, write_pairs
@@ -91,23 +90,6 @@ def run_of(objective, reference=None):
     )
 
 
-def test_passes_ahead_are_those_of_the_objectives():
-    configs = [kind() for kind in OBJECTIVES.values() if kind is not RewardConfig]
-    configs += [DPOConfig(loss_type="aot"), KTOConfig(loss_type="apo_zero_unpaired")]
-    ahead = {}
-    for config in configs:
-        expected = build_objective(config, None).looks_ahead is not None
-        assert scoring_passes(run_of(config)) == expected
-        assert scores_prompt(run_of(config)) == build_objective(config, None).score_prompt
-        ahead[type(config)] = expected
-    assert ahead[BCOConfig]
-    live = ReferenceConfig(mode="live")
-    assert scoring_passes(run_of(DPOConfig(), live)) == 1
-    assert (
-        scoring_passes(run_of(KTOConfig(), live)) == 3
-    )  # the policy ahead, and the reference on both kinds of packs
-
-
 @pytest.mark.parametrize(
     "options, recompute",
     [
@@ -130,7 +112,7 @@ def test_bytes_of_tensor_parallel_collectives(pool, tmp_path, options, recompute
 
 
 def test_time_follows_from_operations_and_bytes(seven):
-    config = run_of(OBJECTIVES["sft"]())
+    config = run_of(SFTOptions())
     placement = placed(seven, data=2, tensor=4)
     [work] = full_packs(config)(placement)
     chip = CHIPS["h100"]

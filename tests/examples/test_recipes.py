@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_align import train
-from megatron_align.config import parse
 from megatron_align.cost.memory import GIB
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.work import full_packs, mean
 from megatron_align.model.families import read_shape
+from megatron_align.objectives.configuration import parse
 from megatron_align.training.setup import trained_shape
 from tests.harness.sizes import CONFIGS, write_config
 from tests.harness.tiny import make_model, write_chat, write_pairs

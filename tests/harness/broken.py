@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_align.config import parse
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.errors import TrainingFault
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import parallel
+from megatron_align.objectives.configuration import parse
 from megatron_align.training import self_check
 from megatron_align.training.loop import run_trainer
 from megatron_align.training.setup import prepare_run
@@ -36,7 +36,7 @@ def train_broken(rank_info: parallel.RankInfo, arguments: list[str], what: str) 
         if what == "plan" and last:
             trainer.train_batches = _Reordered(trainer.train_batches)
         if what == "reference":
-            trainer.references.columns["train"].own.values_K[:] -= 1.0
+            trainer.references.columns["train"].completions.values_K[:] -= 1.0
         before = self_check.pack
         if what == "leak":
             self_check.pack = _leaking(before)

@@ -13,14 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import OptimizerConfig, ParallelConfig
-from megatron_align.config.objectives import SFTConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.model import parallel
 from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import Policy, build_policy, transformer_config
-from megatron_align.objectives.base import SFT
+from megatron_align.objectives.sft import SFT, SFTOptions
 from megatron_align.records import PackedBatch, Sample
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_align.training.setup import DTYPES
@@ -129,7 +128,7 @@ def counted_flops(
         for train in (False, True):
             counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
             with counter, torch.set_grad_enabled(train):
-                loss = policy(batch, SFT(SFTConfig()) if train else None)
+                loss = policy(batch, SFT(SFTOptions()) if train else None)
                 if train:
                     loss.loss.backward()
             counts.append(counter.get_total_flops())

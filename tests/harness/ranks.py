@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_align.config import ParallelConfig, parse
+from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.errors import InputError
 from megatron_align.hf.load import load_weights
@@ -17,6 +17,7 @@ from megatron_align.model import parallel
 from megatron_align.model.context_kind import kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.objectives.configuration import parse
 from megatron_align.records import PackedBatch
 from megatron_align.training.loop import run
 from megatron_align.training.watchdog import join_watched
@@ -227,8 +228,8 @@ def head_gradients(
         finalize_model_grads,
     )
 
-    from megatron_align.config.objectives import SFTConfig
     from megatron_align.objectives.registry import build_objective
+    from megatron_align.objectives.sft import SFTOptions
 
     overlap = {name: True for name in options if name.startswith("overlap")}
     with join_watched(rank_info, config).watching():
@@ -244,7 +245,7 @@ def head_gradients(
         )
         ddp = DistributedDataParallel(megatron, settings, policy)
         ddp.zero_grad_buffer()
-        objective = build_objective(SFTConfig(), None)
+        objective = build_objective(SFTOptions(), None)
         losses = []
         for i, batch in enumerate(batches):
             if "overlap_param_gather" in options:

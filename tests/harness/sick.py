@@ -12,7 +12,7 @@ import torch
 from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.monitoring.memory import OutOfMemory
-from megatron_align.objectives.base import SFT
+from megatron_align.objectives.sft import SFT
 from megatron_align.training.step import Stepper
 from tests.harness import ranks
 from tests.harness.tiny import byte_tokenizer, change_tensors, make_model, write_chat

@@ -12,35 +12,31 @@ import torch
 from torch.testing import assert_close
 
 from megatron_align.errors import InputError
-from megatron_align.losses.combine import parameters
 from megatron_align.losses.divergences import DIVERGENCES, alpha_divergence, forward_kl, reverse_kl
 from megatron_align.losses.dpo import (
-    BATCH_COUPLED,
     DPO_LOSSES,
     aot,
     discopop,
-    dpo_losses,
     exo_pair,
+    hinge,
     ipo,
     reward_aware,
     robust,
-    sft,
     sigmoid,
     sigmoid_norm,
 )
 from megatron_align.losses.dpo import margin as margin_loss
-from megatron_align.losses.responses import Responses, length_desensitised, wpo_weights
+from megatron_align.losses.pair_loss import WeightedLosses
+from megatron_align.losses.responses import Responses, wpo_weights
 from tests.losses.draw import at_reference, pair, shifted, taken
 
 BETA = 0.3
 MARGIN = torch.linspace(-1, 2, 6, dtype=torch.float64)
-NEEDED = {"sft": {"mean_length": 7.5}, "margin": {"margin_N": MARGIN}, "reward_aware": {"margin_N": MARGIN}}
+NEEDED = {name: {"margin_N": MARGIN} for name, loss in DPO_LOSSES.items() if loss.reads_margin}
 EVERY = sorted(DPO_LOSSES)
-OF_THE_MARGIN = sorted(
-    name
-    for name in EVERY
-    if "divergence" in parameters(DPO_LOSSES[name]) and name not in ("ipo", "sigmoid_norm")
-)
+BATCH_COUPLED = {name for name, loss in DPO_LOSSES.items() if loss.batch_coupled}
+FOLLOWING = [name for name in EVERY if "divergence" in DPO_LOSSES[name].options]
+OF_THE_MARGIN = [name for name in FOLLOWING if name not in ("ipo", "sigmoid_norm")]
 
 
 def bound(name, **options):
@@ -77,7 +73,7 @@ def test_policy_equal_to_reference_costs_a_constant(name):
 
 
 def test_the_constants_cover_all_but_what_depends_on_data():
-    assert set(EVERY) - set(AT_REFERENCE) == {"sft", "margin", "reward_aware"}
+    assert set(EVERY) - set(AT_REFERENCE) == {"margin", "reward_aware"}
 
 
 @pytest.mark.parametrize("name", [*OF_THE_MARGIN, "aot"])
@@ -150,11 +146,11 @@ def test_ipo_and_sigmoid_norm_average_over_tokens():
     assert_close(sigmoid_norm(chosen, rejected, beta=BETA), torch.log1p(torch.exp(-BETA * per_token)))
 
 
-def test_bco_pair_sees_rewards_less_delta():
+def test_bco_pair_is_a_sum_of_logistic_losses():
     chosen, rejected = pair()
-    delta = BETA * 1.7
-    same = DPO_LOSSES["bco_pair"](shifted(chosen, -1.7), shifted(rejected, -1.7), beta=BETA)
-    assert_close(DPO_LOSSES["bco_pair"](chosen, rejected, beta=BETA, delta=delta), same)
+    w, l = (BETA * r.log_ratio_N for r in (chosen, rejected))  # noqa: E741
+    want = torch.log1p(torch.exp(-w)) + torch.log1p(torch.exp(l))
+    assert_close(DPO_LOSSES["bco_pair"](chosen, rejected, beta=BETA), want)
 
 
 def test_apo_is_a_sum_of_sigmoids():
@@ -242,12 +238,6 @@ def test_finite_in_fp32_at_log_ratios_of_thousands(name, sign):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_sft_over_the_batch_is_the_mean_over_tokens():
-    chosen, rejected = pair()
-    loss = sft(chosen, rejected, mean_length=chosen.length_N.mean())
-    assert_close(loss.mean(), -chosen.policy_N.sum() / chosen.length_N.sum())
-
-
 def test_margin_loss_asks_for_so_much_more():
     chosen, rejected = pair()
     assert_close(
@@ -299,19 +289,11 @@ def test_reverse_kl_is_plain(name):
     assert_close(bound(name, divergence=reverse_kl)(*pair()), bound(name)(*pair()))
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if "divergence" in parameters(DPO_LOSSES[n])])
+@pytest.mark.parametrize("name", FOLLOWING)
 def test_a_divergence_stands_for_other_log_ratios(name):
     chosen, rejected = pair()
     other = [Responses(forward_kl(r.log_ratio_N), r.length_N, torch.zeros(6)) for r in (chosen, rejected)]
     assert_close(bound(name, divergence=forward_kl)(chosen, rejected), bound(name)(*other))
-
-
-def test_length_desensitised_ends():
-    shared, rest = -torch.rand(2, 5, dtype=torch.float64)
-    assert_close(length_desensitised(shared, rest, ld_alpha=1.0), shared + rest)
-    assert_close(length_desensitised(shared, rest, ld_alpha=0.0), shared)
-    with pytest.raises(InputError, match="ld_alpha"):
-        length_desensitised(shared, rest, ld_alpha=1.1)
 
 
 def test_wpo_weight_is_one_under_a_uniform_policy():
@@ -326,33 +308,15 @@ def test_wpo_weight_is_one_under_a_uniform_policy():
 
 
 def test_weighted_sum_of_losses():
+    """Each option goes to the losses that take it, margins to those that read them."""
     chosen, rejected = pair()
-    options = {"beta": BETA, "discopop_tau": 0.2}
-    loss = dpo_losses(["discopop", "sft", "hinge"], [0.5, 2.0, 1.0], options)
-    got = loss(chosen, rejected, mean_length=7.5)
-    want = 0.5 * discopop(chosen, rejected, beta=BETA, discopop_tau=0.2) + 2 * sft(
-        chosen, rejected, mean_length=7.5
-    )
-    assert_close(got, want + DPO_LOSSES["hinge"](chosen, rejected, beta=BETA))
-    assert_close(dpo_losses(["sigmoid"])(chosen, rejected), sigmoid(chosen, rejected))
-
-
-def test_a_divergence_must_suit_every_loss_but_sft():
-    with pytest.raises(InputError, match="loss_type bco_pair has no form"):
-        dpo_losses(["sigmoid", "bco_pair"], options={"divergence": forward_kl})
-    dpo_losses(["sigmoid", "sft"], options={"divergence": forward_kl})
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((["hinge"], None, {"label_smoothing": 0.1}), "label_smoothing is no option of loss_type hinge"),
-        ((["sigmoid", "sft"], [1.0], {}), "loss_weights must be as many as loss_type, 2, got 1"),
-    ],
-)
-def test_nothing_is_ignored(arguments, message):
-    with pytest.raises(InputError, match=message):
-        dpo_losses(*arguments)
+    losses = tuple(DPO_LOSSES[name] for name in ("discopop", "hinge", "margin"))
+    weighted = WeightedLosses(losses, (0.5, 1.0, 2.0), {"beta": BETA, "discopop_tau": 0.2})
+    want = 0.5 * discopop(chosen, rejected, beta=BETA, discopop_tau=0.2) + hinge(chosen, rejected, beta=BETA)
+    want = want + 2 * margin_loss(chosen, rejected, beta=BETA, margin_N=MARGIN)
+    assert_close(weighted(chosen, rejected, MARGIN), want)
+    alone = WeightedLosses((DPO_LOSSES["sigmoid"],), (1.0,), {"beta": BETA})
+    assert_close(alone(chosen, rejected), sigmoid(chosen, rejected, beta=BETA))
 
 
 def test_a_missing_reference_is_named():

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_align.config.objectives import OBJECTIVES
 from megatron_align.monitoring.metric_names import BY_NAME, METRICS, ROW_KEYS, to_markdown
+from megatron_align.objectives.registry import OBJECTIVES
 from tests.harness import ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 

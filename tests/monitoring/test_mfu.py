@@ -2,12 +2,12 @@
 
 import pytest
 
-from megatron_align.config import parse
 from megatron_align.cost.chips import CHIPS, chip_of_device
 from megatron_align.cost.flops import forward_flops, model_flops
 from megatron_align.data.batching.step_batches import StepCounts
 from megatron_align.model.families import read_shape
 from megatron_align.monitoring.mfu import Utilisation
+from megatron_align.objectives.configuration import parse
 from tests.harness.tiny import run_arguments
 
 COUNTS = StepCounts(

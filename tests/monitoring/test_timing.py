@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 
-from megatron_align.config import parse
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.monitoring.memory import needs_less
 from megatron_align.monitoring.timing import PHASES, StepClock
+from megatron_align.objectives.configuration import parse
 from tests.harness import ranks, sick
 from tests.harness.tiny import metrics_of, run_arguments
 

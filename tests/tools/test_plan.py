@@ -5,12 +5,12 @@ import re
 import pytest
 import yaml
 
-from megatron_align.config import parse
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.memory import GIB
 from megatron_align.cost.search import PlanRequest, best, candidates, smallest_fitting
 from megatron_align.cost.work import full_packs
 from megatron_align.model.families import read_shape
+from megatron_align.objectives.configuration import parse
 from megatron_align.tools.main import main
 from tests.harness.sizes import write_config
 from tests.harness.tiny import run_arguments

@@ -6,9 +6,9 @@ import re
 import pytest
 import yaml
 
-from megatron_align.config import parse
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import StoreSpec
+from megatron_align.objectives.configuration import parse
 from megatron_align.tools.main import main
 from tests.harness import cli
 from tests.harness.tiny import byte_tokenizer

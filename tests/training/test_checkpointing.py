@@ -12,8 +12,8 @@ import pytest
 from megatron_align.checkpoint.folder import list_steps
 from megatron_align.checkpoint.optimizer_state import HostedOptimizer
 from megatron_align.checkpoint.saver import Saver
-from megatron_align.config import parse
 from megatron_align.faults import VARIABLE
+from megatron_align.objectives.configuration import parse
 from megatron_align.storage.checksums import read_sums
 from megatron_align.training import checkpointing
 from megatron_align.training.loop import run

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from megatron_align.config import parse
 from megatron_align.errors import InputError
 from megatron_align.model.parallel import RankInfo
+from megatron_align.objectives.configuration import parse
 from megatron_align.training.setup import prepare_run
 from tests.harness import ranks
 from tests.harness.pool import RankFailed

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from megatron_align.config import parse, to_dict
+from megatron_align.config import to_dict
 from megatron_align.errors import InputError
+from megatron_align.objectives.configuration import parse
 from megatron_align.training.resume_compatibility import require_same_run
 from tests.harness.tiny import byte_tokenizer, run_arguments
 

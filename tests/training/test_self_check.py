@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from megatron_align.config import parse
 from megatron_align.errors import TrainingFault
+from megatron_align.objectives.configuration import parse
 from megatron_align.training import self_check
 from tests.harness import ranks
 from tests.harness.broken import train_broken

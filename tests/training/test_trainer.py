@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_align.config import parse
+from megatron_align.objectives.configuration import parse
 from megatron_align.training.hooks import Hook, Hooks
 from megatron_align.training.loop import fit
 from megatron_align.training.run_context import joined_ranks

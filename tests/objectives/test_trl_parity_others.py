@@ -15,31 +15,21 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from megatron_align.losses.divergences import alpha_divergence
-from megatron_align.losses.dpo import DPO_LOSSES, sft
+from megatron_align.losses.dpo import DPO_LOSSES
+from megatron_align.losses.pair_loss import PairLoss
 from megatron_align.losses.reference_free import CPO_LOSSES, TPO_LOSSES, orpo
-from megatron_align.losses.responses import Responses
 from megatron_align.losses.reward import Rewards, reward_loss
-from megatron_align.losses.unpaired import UNPAIRED_LOSSES, apo_zero_unpaired, kto, kto_baseline
-from tests.losses.trl_judge import PAIRS, Bigram, bare, scored, sequences
+from megatron_align.losses.unpaired import UNPAIRED_LOSSES
+from megatron_align.objectives.dpo import DPOOptions
+from megatron_align.objectives.reference_free import CPOOptions, ORPOOptions, TPOOptions
+from megatron_align.objectives.unpaired import KTOOptions
+from tests.objectives.trl_judge import PAIRS, Bigram, bare, cat, our_loss, same_prompts
 
 
 def assert_equal(ours, theirs, parameter, rtol=1e-12):
     grads = [torch.autograd.grad(loss, parameter)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol)
     torch.testing.assert_close(*grads, rtol=rtol, atol=rtol)
-
-
-def summed(model, batch, reference=None):
-    tokens, mask = scored(model, batch)
-    reference_N = None if reference is None else scored(reference, batch)[0].sum(1).detach()
-    return Responses(tokens.sum(1), mask.sum(1), reference_N)
-
-
-def likelihood(model, batch, prompt=False):
-    """Return the loss of one or more responses, averaged over their tokens, by our per-response term."""
-    tokens, mask = scored(model, batch, prompt)
-    responses = Responses(tokens.sum(1), mask.sum(1))
-    return sft(responses, responses, mean_length=mask.sum().item() / len(mask)).mean()
 
 
 def kto_judged(policy, reference, batch, mismatched, **options):
@@ -62,27 +52,26 @@ def kto_judged(policy, reference, batch, mismatched, **options):
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
 def test_kto_equals_trl(name, seeds, labels):
     policy, reference = (Bigram(seed) for seed in seeds)
-    batch, mismatched = sequences(PAIRS, 3), sequences(PAIRS, 4)
+    batch, mismatched = same_prompts(3, 4)
     desirable = torch.tensor(labels, dtype=torch.bool)
-    options = {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7}
-    want = kto_judged(policy, reference, batch | {"label": desirable}, mismatched, loss_type=name, **options)
-    responses = summed(policy, batch, reference)
-    if name == "kto":
-        baseline = kto_baseline(summed(policy, mismatched, reference))
-        got = kto(responses, desirable, baseline=baseline, **options)
-    else:
-        got = apo_zero_unpaired(responses, desirable, **options)
-    assert_equal(got.mean(), want, policy.table_VV)
+    options = {"loss_type": name, "beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+    want = kto_judged(policy, reference, batch | {"label": desirable}, mismatched, **options)
+    got = our_loss(KTOOptions(**options), [batch], policy, reference, mismatched, labels)
+    assert_equal(got, want, policy.table_VV)
 
 
 def test_both_signs_of_the_baseline_are_met_above():
-    models, mismatched = [Bigram(1), Bigram(2)], sequences(PAIRS, 4)
-    baselines = [kto_baseline(summed(p, mismatched, r)).item() for p, r in (models, models[::-1])]
-    assert min(baselines) == 0 < max(baselines)
-
-
-def cat(chosen, rejected):
-    return {key: torch.cat([chosen[key], rejected[key]]) for key in chosen}
+    """With the models exchanged the baseline is 0 in one case and not in the other: else nothing above proves it."""
+    batch, mismatched = same_prompts(3, 4)
+    differ = []
+    for seeds in ((1, 2), (2, 1)):
+        models, labels = [Bigram(seed) for seed in seeds], [1, 0, 0, 1, 0]
+        kto, without = (
+            our_loss(KTOOptions(loss_type=name), [batch], *models, mismatched, labels).item()
+            for name in ("kto", "apo_zero_unpaired")
+        )
+        differ.append(kto != without)
+    assert sorted(differ) == [False, True]
 
 
 def old_style(chosen, rejected):
@@ -109,47 +98,47 @@ CPO_OPTIONS = {
 @pytest.mark.parametrize("cpo_alpha", [0.0, 0.7])
 @pytest.mark.parametrize("name", sorted(CPO_OPTIONS))
 def test_cpo_equals_trl(name, cpo_alpha, alpha):
-    policy, chosen, rejected = Bigram(1), sequences(PAIRS, 3), sequences(PAIRS, 4)
+    policy, (chosen, rejected) = Bigram(1), same_prompts(3, 4)
     options = {"beta": 0.4, "alpha": alpha} | CPO_OPTIONS[name]
     settings = {"label_smoothing": 0.0, "simpo_gamma": 0.5} | options
     trainer = bare(CPOTrainer, loss_type=name, cpo_alpha=cpo_alpha, pad_token_id=0, **settings)
     want, _ = trainer.get_batch_loss_metrics(policy, old_style(chosen, rejected))
-    got = CPO_LOSSES[name](summed(policy, chosen), summed(policy, rejected), **options).mean()
-    assert_equal(got + cpo_alpha * likelihood(policy, chosen), want, policy.table_VV)
+    given = CPOOptions(loss_type=name, cpo_alpha=cpo_alpha, **options)
+    assert_equal(our_loss(given, [chosen, rejected], policy), want, policy.table_VV)
 
 
 def test_we_have_every_loss_type_of_trls_cpo_and_tpo():
     assert set(CPO_LOSSES) == set(CPOConfig.__dataclass_fields__["loss_type"].metadata["choices"])
     with pytest.raises(ValueError, match="Unknown loss type") as caught:
-        tpo_judged("nonsense", 0.0)
+        tpo_judged("nonsense", 1.0)
     assert set(TPO_LOSSES) == set(str(caught.value).split("'")[1::2])
 
 
 def test_alphapo_is_simpo_as_in_trl(tmp_path):
     config = CPOConfig(output_dir=str(tmp_path), loss_type="alphapo", bf16=False, use_cpu=True)
     assert (config.loss_type, config.cpo_alpha) == ("simpo", 0.0)
-    assert CPO_LOSSES["alphapo"] is CPO_LOSSES["simpo"]
+    sides, policy = same_prompts(3, 4), Bigram(1)
+    alphapo, simpo = CPOOptions(loss_type="alphapo"), CPOOptions(loss_type="simpo", cpo_alpha=0.0)
+    assert our_loss(alphapo, sides, policy).item() == our_loss(simpo, sides, policy).item()
 
 
 def test_orpo_equals_trl():
-    policy, chosen, rejected = Bigram(1), sequences(PAIRS, 3), sequences(PAIRS, 4)
+    policy, (chosen, rejected) = Bigram(1), same_prompts(3, 4)
     trainer = bare(ORPOTrainer, beta=0.4, padding_value=0)
     want, _ = trainer.get_batch_loss_metrics(policy, old_style(chosen, rejected))
-    got = orpo(summed(policy, chosen), summed(policy, rejected), beta=0.4).mean()
+    got = our_loss(ORPOOptions(beta=0.4), [chosen, rejected], policy)
     # TRL takes the log-odds in fp32, and the likelihood of the prompt too
-    assert_equal(got + likelihood(policy, chosen, prompt=True), want, policy.table_VV, rtol=1e-6)
+    assert_equal(got, want, policy.table_VV, rtol=1e-6)
 
 
 def tpo_judged(name, tpo_alpha, policy=None, **options):
     settings = {"beta": 0.4, "label_smoothing": 0.0, "tpo_l_gamma": 0.5} | options
     policy = policy or Bigram(1)
     trainer = bare(TPOTrainer, model=policy, loss_type=name, tpo_alpha=tpo_alpha, **settings)
-    sides = [sequences(PAIRS, seed) for seed in (3, 4, 5)[: 3 if tpo_alpha else 2]]
-    whole = {key: torch.cat([side[key] for side in sides]) for key in sides[0]}
-    return trainer._compute_loss(policy, whole, return_outputs=False)
+    return trainer._compute_loss(policy, cat(*same_prompts(3, 4, 5)), return_outputs=False)
 
 
-@pytest.mark.parametrize("tpo_alpha", [0.0, 0.7])
+@pytest.mark.parametrize("tpo_alpha", [0.2, 0.7])
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -160,10 +149,10 @@ def tpo_judged(name, tpo_alpha, policy=None, **options):
     ],
 )
 def test_tpo_equals_trl(name, options, tpo_alpha):
-    policy, (chosen, rejected, gold) = Bigram(1), (sequences(PAIRS, seed) for seed in (3, 4, 5))
-    got = TPO_LOSSES[name](summed(policy, chosen), summed(policy, rejected), beta=0.4, **options).mean()
+    policy = Bigram(1)
+    given = TPOOptions(loss_type=name, beta=0.4, tpo_alpha=tpo_alpha, **options)
     want = tpo_judged(name, tpo_alpha, policy, **options)
-    assert_equal(got + tpo_alpha * likelihood(policy, gold), want, policy.table_VV)
+    assert_equal(our_loss(given, same_prompts(3, 4, 5), policy), want, policy.table_VV)
 
 
 @pytest.mark.parametrize("center", [None, 0.01])
@@ -191,26 +180,33 @@ def test_reward_equals_trl(with_margin, center):
 
 
 @pytest.mark.parametrize(
-    "losses, config",
+    "losses, options, config",
     [
-        (DPO_LOSSES, trl.DPOConfig),
-        (UNPAIRED_LOSSES, trl.KTOConfig),
-        (CPO_LOSSES, CPOConfig),
-        (TPO_LOSSES, TPOConfig),
-        ({"orpo": orpo}, ORPOConfig),
+        (DPO_LOSSES, DPOOptions, trl.DPOConfig),
+        (UNPAIRED_LOSSES, KTOOptions, trl.KTOConfig),
+        (CPO_LOSSES, CPOOptions, CPOConfig),
+        (TPO_LOSSES, TPOOptions, TPOConfig),
+        ({"orpo": orpo}, ORPOOptions, ORPOConfig),
     ],
     ids=["dpo", "kto", "cpo", "tpo", "orpo"],
 )
-def test_defaults_are_trls(losses, config):
-    compared = 0
+def test_defaults_are_trls(losses, options, config):
+    """Of the options, and where an option is null by default of the losses."""
+    theirs = {name: field.default for name, field in config.__dataclass_fields__.items()}
+    ours = {
+        name: field.default
+        for name, field in options.__dataclass_fields__.items()
+        if field.default is not None and name in theirs and name != "loss_type"  # TRL: a list of it
+    }
+    assert ours == {name: theirs[name] for name in ours}
+    assert "beta" in ours
     for name, loss in losses.items():
-        for option in inspect.signature(loss).parameters.values():
-            field = config.__dataclass_fields__.get(option.name)
-            if field is None or (name, option.name) == ("exo_pair", "label_smoothing"):  # TRL refuses its own
+        function = loss.function if isinstance(loss, PairLoss) else loss
+        for option in inspect.signature(function).parameters.values():
+            # beta is always given; TRL refuses its own default of exo_pair's smoothing
+            if option.name == "beta" or (name, option.name) == ("exo_pair", "label_smoothing"):
                 continue
-            assert option.default == field.default, (name, option.name)
-            compared += 1
-    assert compared >= len(losses) - 1  # sft has no option
+            assert option.name not in theirs or option.default == theirs[option.name], (name, option.name)
 
 
 def test_default_of_the_alpha_divergence_is_trls():

@@ -1,0 +1,78 @@
+"""Score completions under a model, forward only, and gather a step's scores over all ranks.
+
+Shapes: C completions of one pack, S completions of a step, over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_align.data.batching.step_batches import Packs, Step
+from megatron_align.model import cpu
+from megatron_align.model.parallel import is_metric_rank
+from megatron_align.objectives.base import Objective, completion_sums
+from megatron_align.records import LossRows, PackedBatch
+from megatron_align.training.pipeline import run_schedule
+
+
+class Scorer:
+    """Sums log-probs over completions under a model, forward only."""
+
+    def __init__(self, chunks: Sequence[nn.Module], objective: Objective):
+        self.chunks, self.objective = list(chunks), objective
+
+    def sums(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
+        return self.collect(
+            batches, lambda logprobs_N, rows: completion_sums(self.objective.weighted(logprobs_N, rows), rows)
+        )
+
+    @torch.no_grad()
+    def collect(
+        self, batches: Sequence[PackedBatch], of_pack: Callable[[Tensor, LossRows], Tensor]
+    ) -> list[Tensor]:
+        """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return run_schedule(
+            self.chunks,
+            batches,
+            partial(self._forward, of_pack),
+            tokens=batches[0].tokens_T.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+    def _forward(
+        self,
+        of_pack: Callable[[Tensor, LossRows], Tensor],
+        batches: Iterator[PackedBatch],
+        model: nn.Module,
+        *_: Any,
+    ) -> tuple[Tensor, Any]:
+        batch = next(batches).to(cpu.device())
+        return model(batch), lambda values, non_loss_data: of_pack(values, batch.rows)
+
+
+def gather_step(
+    of_packs: Sequence[Tensor], packs: Packs, step: Step, groups: ProcessGroupCollection
+) -> Tensor:
+    """Gather the packs' values ``[C]`` of all ranks in the step's order: ``[S]`` fp64 on the host of every rank.
+
+    Collective. ``of_packs`` is empty on pipeline stages that have no values.
+    """
+    values_S = torch.zeros(len(step.stored_C), dtype=torch.float64, device=cpu.device())
+    if is_metric_rank(groups):
+        for values_C, places in zip(of_packs, packs.places, strict=bool(of_packs)):
+            values_S[torch.from_numpy(places).to(values_S.device)] = values_C.to(
+                values_S.device, torch.float64
+            )
+    dist.all_reduce(values_S)
+    return values_S.cpu()
