@@ -1,4 +1,4 @@
-"""Every number that a run writes into metrics.jsonl, and what it means: the one table behind the docs and the report.
+"""Every number that a run writes into metrics.jsonl, with unit and meaning: the table behind the docs and the report.
 
 ``python -m megatron_align.monitoring.metric_names`` prints ``docs/metrics.md``.
 """
@@ -12,8 +12,8 @@ from megatron_align.objectives.registry import OBJECTIVES
 
 ROW_KEYS = {
     "step": "optimiser step, from 1",
-    "split": "absent: a training step; validation: over the whole validation data; timing: where a step's time went; "
-    "save: a checkpoint that is complete",
+    "split": "absent: a training step; validation: over all validation data; timing: where a step's time went; "
+    "save: a checkpoint was completed",
 }
 
 
@@ -32,13 +32,15 @@ METRICS = (
         name="loss",
         section="Learning",
         unit="nats",
-        meaning="the objective's loss, over the whole global batch and all ranks",
+        meaning="the objective's loss over the global batch, all ranks",
     ),
+    *_of_objectives(),
     Metric(
         name="grad_norm",
         section="Learning",
         unit="norm",
         meaning="2-norm of all gradients, before clipping to optimizer.clip_grad",
+        trl="grad_norm",
         written="training",
     ),
     Metric(
@@ -46,108 +48,108 @@ METRICS = (
         section="Learning",
         unit="per step",
         meaning="learning rate of the step",
+        trl="learning_rate",
         written="training",
     ),
-    *_of_objectives(),
     Metric(
         name="tokens_per_second",
         section="Speed",
         unit="tokens/s",
-        meaning="tokens over step_seconds, of all ranks together; padding not counted",
+        meaning="tokens divided by step_seconds, all ranks together; padding not counted",
         written="training",
     ),
     Metric(
         name="step_seconds",
         section="Speed",
         unit="s",
-        meaning="time of the step on rank 0, from asking for data to the new weights; without validation and saving",
+        meaning="time of the step on rank 0, from requesting data to updated weights; without validation and saving",
         written="training",
     ),
     Metric(
         name="mfu",
         section="Speed",
         unit="share",
-        meaning="floating-point operations that the model needs, over what the chips could do in the step's time",
+        meaning="model FLOPs utilisation: operations the model needs, divided by the chips' peak over the step's time",
         written="timing, where the chip's peak is known",
     ),
     Metric(
         name="peak_memory_gb",
         section="Speed",
         unit="GB",
-        meaning="most memory that any rank has held so far: tensors on a GPU, the whole process on CPU",
+        meaning="peak memory of any rank so far: of tensors on a GPU, of the process on CPU",
         written="timing",
     ),
     Metric(
         name="tokens",
         section="Data",
         unit="tokens",
-        meaning="computed in the step, padding not counted; a shared prompt once",
+        meaning="tokens computed in the step, padding not counted; a shared prompt counts once",
         written="training",
     ),
     Metric(
         name="trained_tokens",
         section="Data",
         unit="tokens",
-        meaning="of them those the loss is taken on",
+        meaning="tokens of the step that enter the loss",
         written="training",
     ),
     Metric(
         name="tokens_saved",
         section="Data",
         unit="tokens",
-        meaning="that sharing prompts did not compute again",
+        meaning="tokens of repeated prompts that sharing did not compute again",
         written="training",
     ),
     Metric(
         name="padding",
         section="Data",
         unit="share",
-        meaning="computed tokens that belong to no sample",
+        meaning="share of computed tokens that belong to no sample",
         written="training",
     ),
     Metric(
         name="samples",
         section="Data",
         unit="samples",
-        meaning="(pairs, lists) of the step",
+        meaning="samples (pairs, lists) of the step",
         written="training",
     ),
     Metric(
         name="recomputed_samples",
         section="Data",
         unit="samples",
-        meaning="longer than a slab of the log-prob engine: projected onto the vocabulary twice",
+        meaning="samples longer than a slab of the log-prob engine, which are projected onto the vocabulary twice",
         written=", ".join(_WHOLE_SAMPLES),
     ),
     Metric(
         name="skipped_steps",
         section="Health",
         unit="steps",
-        meaning="so far, left out as loss or gradients were NaN or infinite (train.on_nonfinite: skip)",
+        meaning="steps skipped so far, as loss or gradients were NaN or infinite (train.on_nonfinite: skip)",
         written="training",
     ),
     Metric(
         name="loss_spikes",
         section="Health",
         unit="steps",
-        meaning="so far, with a loss above the median of the last 64 healthy steps by more than 8 deviations "
-        "(from the median absolute deviation), and by 5 % of the median at least",
+        meaning="steps so far whose loss exceeded the median of the last 64 healthy steps by more than 8 deviations "
+        "(from the median absolute deviation) and by at least 5 % of the median",
         written="training",
     ),
     Metric(
         name="grad_norm_outliers",
         section="Health",
         unit="steps",
-        meaning="so far, with a gradient norm above its last ones in the same sense",
+        meaning="steps so far whose gradient norm exceeded its recent ones in the same sense",
         written="training",
     ),
     Metric(
         name="suspects",
         section="Health",
         unit="samples",
-        meaning="numbers, in the token store, of the samples behind this step's trouble: those not finite, or the pack "
-        "with the largest mean loss; `megatron-align prepare --sample N` shows one",
-        written="training, steps with trouble",
+        meaning="numbers, in the token store, of the samples that a bad step is traced to: those not finite, or "
+        "those of the pack with the largest mean loss; `megatron-align prepare --sample N` shows one",
+        written="training, bad steps only",
         curve=False,
     ),
     *(
@@ -160,13 +162,13 @@ METRICS = (
             curve=not suffix,
         )
         for phase, meaning in (
-            ("data", "until the step's packs are there"),
+            ("data", "waiting for the step's packs"),
             (
                 "forward_backward",
-                "all micro-batches, what is scored ahead of them, and idle time of pipeline stages",
+                "the pre-pass and all micro-batches, with the idle time of pipeline stages",
             ),
-            ("wait", "for the slowest rank, before gradients are summed"),
-            ("optimizer", "sums of gradients, clipping, update, gathering of new weights"),
+            ("wait", "waiting for the slowest rank, before gradients are summed"),
+            ("optimizer", "gradient reduction, clipping, update, gathering the updated weights"),
         )
         for suffix in ("", "_max")
     ),
@@ -174,7 +176,7 @@ METRICS = (
         name="straggler_rank",
         section="Timing",
         unit="rank",
-        meaning="the one that the others wait for",
+        meaning="the slowest rank",
         written="timing, several ranks",
         curve=False,
     ),
@@ -182,21 +184,21 @@ METRICS = (
         name="straggler_seconds",
         section="Timing",
         unit="s",
-        meaning="how long the others wait for it, in the mean",
+        meaning="mean time that the other ranks wait for the slowest",
         written="timing, several ranks",
     ),
     Metric(
         name="save_pause_seconds",
         section="Saving",
         unit="s",
-        meaning="how long training stood still for the checkpoint",
+        meaning="how long the save blocked training",
         written="save",
     ),
     Metric(
         name="save_seconds",
         section="Saving",
         unit="s",
-        meaning="until the checkpoint was complete",
+        meaning="time until the checkpoint was complete",
         written="save",
         curve=False,
     ),
@@ -204,7 +206,7 @@ METRICS = (
         name="save_bytes",
         section="Saving",
         unit="bytes",
-        meaning="of the whole checkpoint",
+        meaning="size of the checkpoint",
         written="save",
         curve=False,
     ),
@@ -213,17 +215,18 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 
 _HEAD = """# Metrics
 
-`checkpoint.dir/metrics.jsonl` has one JSON object a line: of each training step, of each validation, of each checkpoint
-that is complete, and every `logging.timing_every` steps of where a step's time went. TensorBoard, Weights & Biases and
+`checkpoint.dir/metrics.jsonl` has one JSON object per line: for each training step, each validation, each completed
+checkpoint, and every `logging.timing_every` steps for where a step's time went. TensorBoard, Weights & Biases and
 MLflow get the same numbers, named `train/loss`, `validation/loss`, `timing/wait_seconds`. A number that is not finite
 is `null`. A resumed run drops the rows after its checkpoint and writes them again. `megatron-align report DIR` draws
-them.
+them. TRL logs some of them, to Weights & Biases too, under other names: column TRL.
 
-Steps whose loss or gradients are not finite end the run or, with `train.on_nonfinite: skip`, are left out: weights,
-moments and the objective's own state stay as they were, bit by bit, on every rank; the learning rate goes by the step's
-number. Ten in a row end the run. Spikes and outliers are counted and reported, nothing else: the step is taken.
+Steps whose loss or gradients are not finite end the run or, with `train.on_nonfinite: skip`, are skipped: weights,
+moments and the objective's own state stay as they were, bit for bit, on every rank; the learning rate follows the
+step's number. Ten in a row end the run. Spikes and outliers are only counted and reported: the step is taken.
 
-This page is printed by `python -m megatron_align.monitoring.metric_names`; a test holds the two equal, and runs to it.
+This page is printed by `python -m megatron_align.monitoring.metric_names`; a test holds the two equal, and compares
+them with real runs.
 """
 
 
@@ -232,12 +235,14 @@ def to_markdown() -> str:
     lines = [_HEAD, "| key | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in ROW_KEYS.items()]
     for section in dict.fromkeys(metric.section for metric in METRICS):
-        lines += ["", f"## {section}", "", "| metric | unit | written by | meaning |", "|---|---|---|---|"]
-        lines += [
-            f"| `{metric.name}` | {metric.unit} | {metric.written} | {metric.meaning} |"
-            for metric in METRICS
-            if metric.section == section
-        ]
+        metrics = [metric for metric in METRICS if metric.section == section]
+        trl = any(metric.trl for metric in metrics)
+        columns = ["metric", *(["TRL"] if trl else []), "unit", "written by", "meaning"]
+        lines += ["", f"## {section}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for metric in metrics:
+            alias = [f"`{metric.trl}`" if metric.trl else ""] if trl else []
+            cells = [f"`{metric.name}`", *alias, metric.unit, metric.written, metric.meaning]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

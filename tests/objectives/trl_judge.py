@@ -116,7 +116,8 @@ class _Scored:
         rows_C = self.batch.rows.completions.rows_C.double()
         tokens_K = torch.zeros(len(sides), dtype=torch.float64).index_add_(0, nth_C, rows_C)
         weight_C = torch.full((len(nth_C),), 1 / len(samples), dtype=torch.float64)
-        self.rows = self.with_columns(self.batch.rows, weight_C=weight_C, token_weight_C=1 / tokens_K[nth_C])
+        weights = {"weight_C": weight_C, "token_weight_C": 1 / tokens_K[nth_C]}
+        self.rows = replace(self.batch.rows, completions=replace(self.batch.rows.completions, **weights))
 
     @staticmethod
     def _sample(sides, i, labels) -> Sample:
