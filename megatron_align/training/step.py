@@ -166,7 +166,7 @@ class Stepper:
     def _schedule(
         self, batches: Sequence[PackedBatch], forward_only: bool
     ) -> tuple[dict[str, float], list[float]]:
-        """Return sums over all packs of all ranks with the step's statistics, and the loss of each of this rank's packs."""
+        """Return sums over all packs of all ranks with the step's statistics, and the loss of each own pack."""
         config = self.model[0].config
         config.finalize_model_grads_func = self._finalize if self._reduces_gradients else None
         numbered = [(f"micro-batch {i + 1} of {len(batches)}", batch) for i, batch in enumerate(batches)]
