@@ -24,9 +24,10 @@ $(STAMP): setup.py tests/constraints.txt
 
 install: $(STAMP)  ## create .venv and install into it
 
-check: $(STAMP)  ## lint and formatting
+check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
+	$(BIN)/mypy
 
 format: $(STAMP)  ## fix what ruff can fix automatically
 	$(BIN)/ruff check --fix -q .

@@ -54,7 +54,7 @@ setup(
             "trl==1.16.0",
             "datasets>=3",
         ],
-        "dev": ["ruff>=0.9", "pre-commit>=3"],
+        "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},
 )

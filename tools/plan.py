@@ -151,6 +151,7 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
 
     _, assets = locate(config.model.path)
     spec = StoreSpec.of_run(config, "train", str(assets))
+    assert spec is not None, "data.train has no default"
     full = f"every pack taken as one document of {config.data.sequence_length:,} tokens, all scored"
     try:
         size = sum(os.path.getsize(file) for source in spec.sources for file in expand(source))
@@ -174,8 +175,9 @@ def _write(file: str, config: RunConfig, chosen: Candidate) -> None:
     from megatron_align.config import to_dict
 
     placement = chosen.placement
-    again = {"recompute_layers": placement.recompute_layers, "recompute_modules": []}
-    train = dataclasses.replace(config.train, **again)
+    train = dataclasses.replace(
+        config.train, recompute_layers=placement.recompute_layers, recompute_modules=[]
+    )
     settled = dataclasses.replace(config, parallel=placement.parallel, train=train)
     text = yaml.safe_dump(to_dict(settled), sort_keys=False, allow_unicode=True)
     Path(file).write_text(text, encoding="utf-8")

@@ -38,7 +38,7 @@ class Line:
     """One curve of a run."""
 
     run: int  # which one
-    points: list[Point]
+    points: Sequence[Point]
     validation: bool = False
 
     @property
@@ -110,7 +110,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
-def thinned(points: list[Point], most: int = MOST_POINTS) -> list[Point]:
+def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]:
     """Return at most so many points, keeping each stretch's lowest and highest: spikes stay to be seen."""
     if len(points) <= most:
         return points
@@ -212,7 +212,7 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     return [text if text == "0" else text.replace("e-0", "e-") + letter for text in texts]
 
 
-def _path(points: list[Point], across: Scale, up: Scale, classes: str) -> str:
+def _path(points: Sequence[Point], across: Scale, up: Scale, classes: str) -> str:
     if len(points) < 2:
         return ""
     places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)

@@ -100,8 +100,8 @@ def _summary(runs: Sequence[Run]) -> str:
         cards = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in known)
         return f'<dl class="figures">{cards}</dl>'
     rows = [[_text(name), *(_text(of[i][1]) for of in found)] for i, (name, _) in enumerate(found[0])]
-    known = [row for row in rows if any(cell.strip("– ·") for cell in row[1:])]
-    return f"<h2>Summary</h2>{_table(known, _heads(runs))}"
+    filled = [row for row in rows if any(cell.strip("– ·") for cell in row[1:])]
+    return f"<h2>Summary</h2>{_table(filled, _heads(runs))}"
 
 
 def _differences(runs: Sequence[Run]) -> str:

@@ -183,7 +183,9 @@ class _Buffers:
         """Begin to read the same stretch of every input, into the half that was not used last."""
         half = start // READ_ELEMENTS % 2
         return [
-            self._pool.submit(self._read, number, (name, start, count), half, digests and digests[number])
+            self._pool.submit(
+                self._read, number, (name, start, count), half, digests[number] if digests else None
+            )
             for number in range(len(self.weights))
         ]
 

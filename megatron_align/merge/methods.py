@@ -9,6 +9,7 @@ walk, and its memory is used again for the next one. A merged block may lie in i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,11 @@ class Block(NamedTuple):
 
     base_E: Tensor | None
     models_NE: Tensor
+
+    def tasks(self) -> tuple[Tensor, Tensor]:
+        """Return ``base_E`` and the task vectors ``[N, E]``, in the memory of ``models_NE``."""
+        assert self.base_E is not None, "this method needs a base"
+        return self.base_E, self.models_NE.sub_(self.base_E)
 
 
 Blocks = Iterable[Block]
@@ -111,8 +117,9 @@ class TaskArithmetic(Weighted):
     scale: float = 1.0
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
-        for base_E, models_NE in blocks:
-            yield _add_tasks(base_E, models_NE.sub_(base_E), self._weights(models_NE), self.scale)
+        for block in blocks:
+            base_E, task_NE = block.tasks()
+            yield _add_tasks(base_E, task_NE, self._weights(task_NE), self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +140,11 @@ class ModelStock(Method):
             raise InputError(f"model_stock needs two models or more, got {models}")
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
-        ratio = _stock_ratio(_gram(models_NE.sub_(base_E) for base_E, models_NE in blocks))
-        for base_E, models_NE in blocks:
-            mean_N = models_NE.new_full((len(models_NE),), 1 / len(models_NE))
-            yield _add_tasks(base_E, models_NE.sub_(base_E), mean_N, ratio)
+        ratio = _stock_ratio(_gram(block.tasks()[1] for block in blocks))
+        for block in blocks:
+            base_E, task_NE = block.tasks()
+            mean_N = task_NE.new_full((len(task_NE),), 1 / len(task_NE))
+            yield _add_tasks(base_E, task_NE, mean_N, ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +174,10 @@ class Slerp(Method):
         gram_NN = _gram(models_NE for _, models_NE in blocks)
         lengths = math.sqrt(gram_NN[0, 0] * gram_NN[1, 1])
         cosine = gram_NN[0, 1].item() / lengths if lengths else 1.0
-        shares = (1 - self.t, self.t)
+        shares = [1 - self.t, self.t]
         if abs(cosine) <= self.PARALLEL:
             angle = math.acos(cosine)
-            shares = tuple(math.sin(share * angle) / math.sin(angle) for share in shares)
+            shares = [math.sin(share * angle) / math.sin(angle) for share in shares]
         for _, models_NE in blocks:
             yield _weighted_sum(models_NE.new_tensor(shares), models_NE)
 
@@ -200,8 +208,8 @@ class Ties(Weighted):
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         least_N = kept_magnitudes(blocks, self.density)
-        for base_E, models_NE in blocks:
-            task_NE = models_NE.sub_(base_E)
+        for block in blocks:
+            base_E, task_NE = block.tasks()
             task_NE.masked_fill_(task_NE.abs().float() < least_N[:, None], 0)
             weights_N1 = self._weights(task_NE)[:, None]
             weighted_NE = task_NE * weights_N1
@@ -235,9 +243,9 @@ class Dare(Weighted):
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         draws: list[torch.Generator] = []
-        for base_E, models_NE in blocks:
-            draws = draws or [self._draw(name, number) for number in range(len(models_NE))]
-            task_NE = models_NE.sub_(base_E)
+        for block in blocks:
+            base_E, task_NE = block.tasks()
+            draws = draws or [self._draw(name, number) for number in range(len(task_NE))]
             for task_E, draw in zip(task_NE, draws, strict=True):
                 task_E.mul_(torch.rand(task_E.shape, generator=draw) < self.density)
             yield _add_tasks(base_E, task_NE, self._weights(task_NE), self.scale / self.density)
@@ -275,8 +283,9 @@ def _count_bits(blocks: Blocks, upper_N: Tensor | None) -> tuple[Tensor, int]:
     """Count magnitudes by their upper bits, or by the lower of those with ``upper_N``; ``[N, 65536]``."""
     total: Tensor | None = None
     elements = 0
-    for base_E, models_NE in blocks:
-        bits_NE = models_NE.sub_(base_E).abs_().float().view(torch.int32)
+    for block in blocks:
+        _, task_NE = block.tasks()
+        bits_NE = task_NE.abs_().float().view(torch.int32)
         counts = []
         for number, bits_E in enumerate(bits_NE):
             bins = (
@@ -287,6 +296,7 @@ def _count_bits(blocks: Blocks, upper_N: Tensor | None) -> tuple[Tensor, int]:
             counts.append(torch.bincount(bins, minlength=1 << 16))
         total = torch.stack(counts) if total is None else total.add_(torch.stack(counts))
         elements += bits_NE.shape[1]
+    assert total is not None, "a tensor has at least one block"
     return total, elements
 
 
@@ -310,7 +320,7 @@ def _weighted_sum(weights_N: Tensor, models_NE: Tensor) -> Tensor:
 
 def _gram(blocks: Iterable[Tensor]) -> Tensor:
     """Return all inner products ``[N, N]`` over the whole tensor, summed in float64 over blocks."""
-    return sum((x_NE @ x_NE.T).double() for x_NE in blocks)
+    return functools.reduce(torch.add, ((x_NE @ x_NE.T).double() for x_NE in blocks))
 
 
 def _stock_ratio(gram_NN: Tensor) -> float:

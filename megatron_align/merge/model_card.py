@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_align.merge.methods import METHODS, Method
 from megatron_align.storage.tensor_digest import Facts, model_sha256
@@ -25,7 +26,7 @@ class Input:
 def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
     """Write the card for people and the same for programs, with a hash of every input tensor."""
     name = next(name for name, kind in METHODS.items() if kind is type(method))
-    record = {
+    record: dict[str, Any] = {
         "method": name,
         "options": asdict(method),
         "megatron_align": __version__,
@@ -42,7 +43,7 @@ def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
     (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     options = ", ".join(f"{key} = {value}" for key, value in record["options"].items()) or "none"
     table = [f"| {each['role']} | `{each['folder']}` | `{each['sha256']}` |" for each in record["inputs"]]
-    summary = " ".join(type(method).__doc__.split("\n")[0].split())
+    summary = " ".join((type(method).__doc__ or "").partition("\n")[0].split())
     lines = [
         "---",
         "tags: [merge, megatron-align]",

@@ -36,5 +36,6 @@ def enable(run: Path) -> None:
 
 def dump(run: Path, rank_info: RankInfo) -> None:
     """Write this rank's last collectives; called from a thread while the rank hangs."""
-    trace = torch._C._distributed_c10d._dump_nccl_trace()  # what NCCL's own watchdog writes
+    # What NCCL's own watchdog writes; builds of torch without NCCL have no such function.
+    trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
     (run / FOLDER / f"rank_{rank_info.rank}").write_bytes(trace)
