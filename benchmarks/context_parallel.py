@@ -25,7 +25,7 @@ from megatron_align.data.batching.packing import plan_step
 from megatron_align.model.context_kind import (
     AttentionSplit,
     allgather_bytes,
-    choose_kind,
+    auto_context_kind,
     ulysses_bytes,
     ulysses_fits,
 )
@@ -103,7 +103,7 @@ def moved(model: str, tensor: int, context: int, tokens: int) -> dict[str, objec
         "context": context,
         "ulysses_mib": by_heads,
         "allgather_mib": f"{allgather_bytes(split, tokens, BF16) / 2**20:.1f}",
-        "auto": choose_kind(*split),
+        "auto": auto_context_kind(*split),
     }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_align.cost.placement import Placement
-from megatron_align.model.context_kind import kind_of, ulysses_groups
+from megatron_align.model.context_kind import context_kind_of, ulysses_groups
 
 FP32 = 4
 OF_QUERY, OF_KEY = 4 * 4, 2 * 4  # bytes: the int32 tensors of kernels.packed_attention.PackedLayout
@@ -75,7 +75,7 @@ def _norm(x: Sizes) -> int:
 def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
     """Return the bytes of attention: rotated q and k, v, the output, and the log-sum-exp of each query."""
     shape = placement.shape
-    kind = kind_of(shape, placement.parallel)
+    kind = context_kind_of(shape, placement.parallel)
     kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
     if attention == "per_document":
         kept += (
@@ -184,7 +184,7 @@ def tables_bytes(placement: Placement, tokens: int, attention: Attention = "trit
     """Return the bytes all layers of a pack share: rotary tables, the kernels' intervals, token order over ranks."""
     parallel = placement.parallel
     own = tokens // parallel.context
-    gathers = kind_of(placement.shape, parallel) == "allgather"
+    gathers = context_kind_of(placement.shape, parallel) == "allgather"
     rotary = 2 * FP32 * own * placement.shape.head_dim
     order = 8 * tokens if gathers else 0
     if attention == "per_document":

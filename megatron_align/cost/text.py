@@ -8,7 +8,7 @@ from dataclasses import fields
 from megatron_align.cost.memory import GIB, StageMemory
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.work import StepFlops, Work
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context_kind import context_kind_of
 
 PARTS = tuple(f.name for f in fields(StageMemory))
 
@@ -20,7 +20,7 @@ def layout(placement: Placement) -> str:
     if parallel.virtual_pipeline:
         parts.append(f"virtual pipeline {parallel.virtual_pipeline}")
     if parallel.context > 1:
-        parts.append(f"context {parallel.context} ({kind_of(placement.shape, parallel)})")
+        parts.append(f"context {parallel.context} ({context_kind_of(placement.shape, parallel)})")
     return " x ".join((*parts, f"data {placement.data}"))
 
 

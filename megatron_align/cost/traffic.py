@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_align.cost.activations import boundary_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import state_bytes
-from megatron_align.model.context_kind import allgather_bytes, kind_of, ulysses_bytes
+from megatron_align.model.context_kind import allgather_bytes, context_kind_of, ulysses_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ def _tensor(placement: Placement, tokens: int) -> int:
 
 def _context(placement: Placement, tokens: int) -> int:
     """Return the bytes of :mod:`megatron_align.model.context_kind`; recomputation sends those of forward twice."""
-    kind = kind_of(placement.shape, placement.parallel)
+    kind = context_kind_of(placement.shape, placement.parallel)
     if kind is None:
         return 0
     count = ulysses_bytes if kind == "ulysses" else allgather_bytes

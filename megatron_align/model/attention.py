@@ -1,6 +1,6 @@
-"""Attention inside a transformer layer: rotary positions, then attention over the pack's layout.
+"""The core attention of a transformer layer: rotary embedding, then attention over the layout of the pack.
 
-Shapes: Q tokens of this context-parallel rank (all T of the pack where no other shares it), H query heads and G
+Shapes: Q tokens of this context-parallel rank (all T of the pack without context parallelism), H query heads and G
 key/value heads of this tensor-parallel rank, D head dim.
 """
 
@@ -21,9 +21,9 @@ from megatron_align.records import ContextPart
 
 @dataclass
 class PackParams(PackedSeqParams):
-    """What every layer needs to know of the pack; travels through megatron-core as ``packed_seq_params``.
+    """The layout and rotary tables of a pack for every layer; megatron-core passes it as ``packed_seq_params``.
 
-    ``qkv_format`` stays ``sbhd``: megatron-core then leaves shapes alone.
+    ``qkv_format`` stays ``sbhd``: megatron-core then keeps shapes as they are.
     """
 
     qkv_format: str = "sbhd"
@@ -44,7 +44,7 @@ class PackedCoreAttention(nn.Module):
         pg_collection: ProcessGroupCollection,
         **unused: object,
     ):
-        # Unused: layer_number, mask and attention type, cp_comm_type. The layout says it all.
+        # Unused: layer_number, mask and attention type, cp_comm_type. The layout replaces them.
         super().__init__()
         self.scale = softmax_scale
         self.context = pg_collection.cp
@@ -59,7 +59,7 @@ class PackedCoreAttention(nn.Module):
         packed_seq_params: PackParams,
         **unused: object,
     ) -> Tensor:
-        """Attend. query ``[Q, 1, H, D]``, key and value ``[Q, 1, G, D]`` -> ``[Q, 1, H * D]``."""
+        """Return attention ``[Q, 1, H * D]`` of query ``[Q, 1, H, D]`` over key and value ``[Q, 1, G, D]``."""
         pack = packed_seq_params
         q_QHD = apply_rope(query.squeeze(1), pack.cos_QD, pack.sin_QD)
         k_QGD = apply_rope(key.squeeze(1), pack.cos_QD, pack.sin_QD)

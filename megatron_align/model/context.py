@@ -1,13 +1,13 @@
-"""What context-parallel ranks exchange: heads or keys inside attention, log-probs (or rewards) before the loss.
+"""Communication of context-parallel ranks: heads or keys inside attention, log-probs (or rewards) before the loss.
 
-A pack's tokens are dealt out over the ranks (``data.context``). ``ulysses`` (Jacobs et al. 2023, arXiv:2309.14509)
-swaps them for heads before attention and back after it: each rank attends over the whole pack with its share of the
-heads. ``allgather`` (Llama 3, arXiv:2407.21783, section 3.3.2) leaves queries where they are and gathers keys and
-values.
+The tokens of a pack are sharded over the ranks (``data/batching/context_parts.py``). ``ulysses`` (Jacobs et al. 2023,
+arXiv:2309.14509) exchanges tokens for heads by all-to-all before attention and back after it: each rank attends over
+the entire pack with its share of the heads. ``allgather`` (Llama 3, arXiv:2407.21783, section 3.3.2) keeps queries
+where they are and gathers keys and values.
 
-A loss needs whole samples, whose rows lie on several ranks. A log-prob is one number, so all are gathered: every rank
-computes the whole loss, from the same numbers in the same order as one rank would, and takes the gradient of its own
-rows. No objective knows of it.
+A loss needs complete samples, whose rows are on several ranks. A log-prob is one number, so all are gathered: every
+rank computes the complete loss, from the same numbers in the same order as one rank would, and takes the gradient of
+the rows it holds. Objectives need no code for it.
 
 Shapes: T tokens of a pack, Q = T / R of them on each of R context-parallel ranks; H query heads, G key/value heads and
 X of both on this tensor-parallel rank, D head dim; N rows (or completions), n of them here.
@@ -38,12 +38,12 @@ def attend_over_ranks(
     group: Group,
     scale: float | None,
 ) -> Tensor:
-    """Attend with tokens that lie on several ranks.
+    """Attend over a pack whose tokens are sharded over several ranks.
 
     Args:
-        qkv: of this rank's tokens: ``q_QHD``, ``k_QGD``, ``v_QGD``.
-        layout: of the whole pack.
-        part: this rank's, of the same pack.
+        qkv: ``q_QHD``, ``k_QGD``, ``v_QGD`` of this rank's tokens.
+        layout: of the entire pack.
+        part: this rank's part of the pack.
         group: context-parallel ranks.
         scale: as in ``packed_attention``.
 
@@ -51,20 +51,21 @@ def attend_over_ranks(
         ``out_QHD``.
     """
     if part.kind == "ulysses":
-        return _over_heads(*qkv, layout, group, scale)
+        return _ulysses(qkv, layout, group, scale)
     q_QHD, k_QGD, v_QGD = qkv
     kv_TXD = _GatherTokens.apply(torch.cat([k_QGD, v_QGD], 1), part.order_T, group)
     return packed_attention(q_QHD, *kv_TXD.chunk(2, dim=1), part.queries, scale=scale)
 
 
-def _over_heads(  # noqa: PLR0913 - an attention's arguments and who shares it
-    q_QHD: Tensor, k_QGD: Tensor, v_QGD: Tensor, layout: PackedLayout, group: Group, scale: float | None
+def _ulysses(
+    qkv: tuple[Tensor, Tensor, Tensor], layout: PackedLayout, group: Group, scale: float | None
 ) -> Tensor:
+    q_QHD, k_QGD, v_QGD = qkv
     ranks = group.size()
-    # Key/value heads that the ranks do not divide are sent to each rank that has queries for them.
+    # Key/value heads that the ranks do not divide are replicated: each rank with queries for them gets a copy.
     copies = math.lcm(k_QGD.shape[1], ranks) // k_QGD.shape[1]
     k_QGD, v_QGD = (x.repeat_interleave(copies, dim=1) for x in (k_QGD, v_QGD))
-    # One message for all three: rank r gets the r-th share of the heads of each.
+    # One all-to-all for all three: rank r gets the r-th share of the heads of each.
     shares = [x.unflatten(1, (ranks, -1)) for x in (q_QHD, k_QGD, v_QGD)]
     heads = [share.shape[2] for share in shares]
     x_TXD = _SwapTokensForHeads.apply(torch.cat(shares, 2).flatten(1, 2), group)
@@ -73,7 +74,7 @@ def _over_heads(  # noqa: PLR0913 - an attention's arguments and who shares it
 
 
 def _swap_tokens_for_heads(x_QXD: Tensor, group: Group) -> Tensor:
-    """Return ``[T, X / R, D]``: all ranks' tokens, one rank after the other, with this rank's heads."""
+    """Return ``[T, X / R, D]``: the tokens of all ranks, in order of rank, with this rank's heads."""
     sent = x_QXD.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -81,7 +82,7 @@ def _swap_tokens_for_heads(x_QXD: Tensor, group: Group) -> Tensor:
 
 
 def _swap_heads_for_tokens(x_TXD: Tensor, group: Group) -> Tensor:
-    """Return ``[Q, X R, D]``: undo :func:`_swap_tokens_for_heads`."""
+    """Invert :func:`_swap_tokens_for_heads`: return ``[Q, X R, D]``."""
     sent = x_TXD.unflatten(0, (group.size(), -1)).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
@@ -111,7 +112,7 @@ class _SwapHeadsForTokens(torch.autograd.Function):
 
 
 class _GatherTokens(torch.autograd.Function):
-    """All ranks' tokens in the pack's order; their gradients are summed over the ranks that used them."""
+    """Gather the tokens of all ranks in the order of the pack; backward reduce-scatters their gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_QXD: Tensor, order_T: Tensor, group: Group) -> Tensor:
@@ -129,57 +130,57 @@ class _GatherTokens(torch.autograd.Function):
         return grad_QXD, None, None
 
 
-class _FromAllRanks(torch.autograd.Function):
-    """Each of N numbers from the one rank that has it, on every rank.
+class _GatherRows(torch.autograd.Function):
+    """Gather N rows, each held by one rank, on every rank.
 
-    Every rank then computes the same loss, so the gradient of its own numbers is complete where it is.
+    Every rank then computes the same loss, so the gradient of the rows it holds is complete without communication.
     """
 
     @staticmethod
-    def forward(ctx: Any, values_n: Tensor, number_n: Tensor, size: int, group: Group) -> Tensor:
-        ctx.save_for_backward(number_n)
+    def forward(ctx: Any, values_n: Tensor, index_n: Tensor, size: int, group: Group) -> Tensor:
+        ctx.save_for_backward(index_n)
         values_N = values_n.new_zeros(size, *values_n.shape[1:])
-        values_N[number_n] = values_n
+        values_N[index_n] = values_n
         dist.all_reduce(values_N, group=group)
         return values_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
-        [number_n] = ctx.saved_tensors
-        return grad_N[number_n], None, None, None
+        [index_n] = ctx.saved_tensors
+        return grad_N[index_n], None, None, None
 
 
-def from_all_ranks(values_n: Tensor, number_n: Tensor, size: int, group: Group) -> Tensor:
-    """Return ``[N, ...]`` on every rank, bit by bit as each was.
+def gather_rows(values_n: Tensor, index_n: Tensor, size: int, group: Group) -> Tensor:
+    """Gather the rows of all ranks: ``[N, ...]`` on every rank, bit-identical.
 
     Args:
         values_n: ``[n, ...]`` of this rank.
-        number_n: which of the N they are; every number is on exactly one rank.
+        index_n: index of each among the N; every index is on exactly one rank.
         size: N.
         group: context-parallel ranks.
     """
-    return _FromAllRanks.apply(values_n, number_n, size, group)
+    return _GatherRows.apply(values_n, index_n, size, group)
 
 
-class SpreadSlabs:
-    """Slabs of a pack's rows, whose values this rank has all, or only its own.
+class ContextSlabs:
+    """The slabs of a pack's rows, sharded over context-parallel ranks.
 
     Args:
-        sizes: rows of each slab, in order.
-        held: which rows are this rank's; None: all.
+        sizes: number of rows of each slab, in order.
+        held: the rows that this rank holds; None: all (no context parallelism).
         group: context-parallel ranks.
     """
 
     def __init__(self, sizes: Sequence[int], held: Held | None, group: Group):
         self._held, self._group = held, group
         self._bounds = np.cumsum([0, *sizes])
-        own = self._bounds if held is None else np.searchsorted(held.host_number_n, self._bounds)
-        self.ranges = list(pairwise(own.tolist()))  # of each slab's rows among this rank's
+        local = self._bounds if held is None else np.searchsorted(held.host_number_n, self._bounds)
+        self.ranges = list(pairwise(local.tolist()))  # [start, stop) of each slab among this rank's rows
 
-    def whole(self, i: int, values_n: Tensor) -> Tensor:
-        """Return the values of all of slab ``i``'s rows."""
+    def gather(self, i: int, values_n: Tensor) -> Tensor:
+        """Return the values of all rows of slab ``i``, given those of this rank's rows."""
         if self._held is None:
             return values_n
         start, stop = self._bounds[i : i + 2].tolist()
-        number_n = self._held.number_n[slice(*self.ranges[i])] - start
-        return from_all_ranks(values_n, number_n, stop - start, self._group)
+        index_n = self._held.number_n[slice(*self.ranges[i])] - start
+        return gather_rows(values_n, index_n, stop - start, self._group)

@@ -1,13 +1,13 @@
-"""What context parallelism moves: bytes of ``ulysses`` and of ``allgather``, and the rule by which ``auto`` picks.
+"""Communication volume of the two context-parallel kinds, and the rule by which ``auto`` chooses one.
 
-Both hold T / CP tokens of a pack on each rank. ``ulysses`` turns tokens into heads by all-to-all before attention (q,
-k, v) and back after it (out); ``allgather`` gathers k and v and leaves q where it is. Backward moves the gradients of
-the same tensors the other way, as many bytes again.
+Both hold T / CP tokens of a pack on each rank. ``ulysses`` exchanges tokens for heads by all-to-all before attention
+(q, k, v) and back after it (out); ``allgather`` gathers k and v and keeps q in place. Backward moves the gradients of
+the same tensors the other way, the same number of bytes again.
 
 **The rule of auto**: ``ulysses`` where its heads divide (H a multiple of TP * CP) and it moves no more than
-``allgather``, that is H / TP + KV heads sent <= CP * KV heads held; else ``allgather``. So ranks few for their query
-heads per KV head gather (Qwen2-7B, 28 : 4, always), many ranks or plain multi-head attention turn. A tie goes to
-``ulysses``: its ranks share the work evenly whatever the pack, and none holds the keys of all tokens.
+``allgather``, that is H / TP + KV heads sent <= CP * KV heads held; else ``allgather``. So grouped-query attention over
+few ranks uses ``allgather`` (Qwen2-7B, 28 : 4, always), many ranks or multi-head attention use ``ulysses``. A tie goes
+to ``ulysses``: its ranks share the work evenly for every pack, and none holds the keys of all tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_align.records import ContextKind
 
 
 class AttentionSplit(NamedTuple):
-    """An attention layer and the ranks that share it."""
+    """The sizes of an attention layer and the ranks that share it."""
 
     heads: int  # H, query heads of the model
     groups: int  # G, KV heads of the model
@@ -42,12 +42,12 @@ class AttentionSplit(NamedTuple):
 
 
 def ulysses_fits(split: AttentionSplit) -> bool:
-    """Whether every rank gets as many query heads."""
+    """Return whether every rank gets the same number of query heads."""
     return split.heads % (split.tensor * split.context) == 0
 
 
 def ulysses_groups(split: AttentionSplit) -> int:
-    """Return the KV heads of a tensor-parallel rank that are sent: repeated until the context ranks divide them."""
+    """Return the KV heads that a tensor-parallel rank sends: replicated until the context ranks divide them."""
     return math.lcm(split.local_groups, split.context)
 
 
@@ -70,8 +70,8 @@ def allgather_bytes(split: AttentionSplit, tokens: int, itemsize: int) -> int:
     return 2 * tokens // split.context * (split.context - 1) * of_token * itemsize
 
 
-def choose_kind(heads: int, groups: int, head_dim: int, tensor: int, context: int) -> ContextKind:
-    """Return what ``context_kind: auto`` means for this layer; the rule is atop this file."""
+def auto_context_kind(heads: int, groups: int, head_dim: int, tensor: int, context: int) -> ContextKind:
+    """Return the kind that ``context_kind: auto`` chooses for this layer; the rule is in this file's docstring."""
     split = AttentionSplit(heads, groups, head_dim, tensor, context)
     tokens = context * context  # any multiple: both grow with the tokens
     if ulysses_fits(split) and ulysses_bytes(split, tokens, 1) <= allgather_bytes(split, tokens, 1):
@@ -79,20 +79,20 @@ def choose_kind(heads: int, groups: int, head_dim: int, tensor: int, context: in
     return "allgather"
 
 
-def kind_of(shape: ModelShape, parallel: ParallelConfig) -> ContextKind | None:
-    """Return how this run's context-parallel ranks attend together; None: a pack has one rank.
+def context_kind_of(shape: ModelShape, parallel: ParallelConfig) -> ContextKind | None:
+    """Return the kind of context parallelism of a run; None without context parallelism.
 
     Raises:
-        InputError: if ``ulysses`` is asked for and the heads do not divide.
+        InputError: if ``ulysses`` is requested and the heads do not divide.
     """
     if parallel.context == 1:
         return None
     layer = (shape.num_heads, shape.num_query_groups, shape.head_dim, parallel.tensor, parallel.context)
     if parallel.context_kind == "auto":
-        return choose_kind(*layer)
+        return auto_context_kind(*layer)
     if parallel.context_kind == "ulysses" and not ulysses_fits(AttentionSplit(*layer)):
         raise InputError(
             f"parallel.context_kind: ulysses needs attention heads that tensor x context divide, got {shape.num_heads} "
-            f"heads for {parallel.tensor} x {parallel.context}; allgather has no such rule"
+            f"heads for {parallel.tensor} x {parallel.context}; use allgather, which has no such rule"
         )
     return parallel.context_kind

@@ -1,8 +1,8 @@
 """The CPU seam: where no GPU is visible, megatron-core's CUDA calls are redirected to the CPU.
 
-megatron-core 0.16 names CUDA devices, streams and generators directly. Everything that has to be answered
-otherwise for it to run over gloo is in this file, installed once per process, and never where a GPU is
-visible. It exists so that every law is tested through the real megatron-core code, on any machine.
+megatron-core 0.16 uses CUDA devices, streams and generators directly. All patches that it needs to run over gloo are in
+this file. They are installed once per process, and never where a GPU is visible, so that every law is tested through
+the real megatron-core code on any machine.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def install() -> bool:
 def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
-    # torch lists the factories that `with torch.device(...)` redirects at its first use. It must list the real
-    # ones: transformers builds models under `torch.device("meta")`, and would leave buffers uninitialised.
+    # torch collects the factories that `with torch.device(...)` redirects at its first use. It must collect the
+    # original ones: transformers builds models under `torch.device("meta")`, and would leave buffers uninitialised.
     with torch.device("cpu"):
         torch.empty(0)
     for name in _FACTORIES:
@@ -75,7 +75,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _redirect_random_state() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent: known, and not needed
+        warnings.simplefilter("ignore")  # Apex and Transformer Engine are absent and not needed
         from megatron.core.tensor_parallel import random
 
     def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _redirect_tensor_methods() -> None:
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain_type(self, *args, **kwargs)
-        # The distributed optimizer sorts parameters by the names 'torch.cuda.FloatTensor' and the like.
+        # The distributed optimizer sorts parameters by names such as 'torch.cuda.FloatTensor'.
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.type = cuda_type  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The heads: scored rows of hidden states to log-probs, or straight to the loss; last tokens to rewards.
+"""The output heads: scored rows of hidden states to log-probs or to the loss; last tokens to rewards.
 
 Shapes: Q tokens of this context-parallel rank (Q / TP on each rank under sequence parallel), N scored rows of the pack,
 n of them on this context-parallel rank, H hidden, M rows that each tensor-parallel rank sends.
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs
 from megatron_align.model import cpu
-from megatron_align.model.context import SpreadSlabs, from_all_ranks
+from megatron_align.model.context import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.records import LossRows, PackedBatch
 
 
 class PackLoss(NamedTuple):
-    """A pack's share of the step's loss, its gradients already made, and its metric sums."""
+    """A pack's share of the step's loss, whose gradients exist already, and its metric sums."""
 
     loss: Tensor
     sums: dict[str, Tensor]
 
 
 class RowObjective(Protocol):
-    """What the head needs of an objective (``objectives.base.Objective`` is the full class)."""
+    """The part of an objective that the head uses (``objectives/base.py`` has the complete interface)."""
 
     whole_samples: bool
     row_statistics: bool
@@ -48,14 +48,14 @@ class RowObjective(Protocol):
 class VocabularyHead(ColumnParallelLinear):
     """megatron-core's output layer, whose forward is the log-prob engine.
 
-    As a module of its own it is where megatron-core's hooks wait for a weight that is still being gathered. With
-    ``main_grad`` the weight's gradient is added there in forward, before the backward that follows.
+    It is a separate module because megatron-core's forward hooks wait there for a weight that is still being gathered.
+    With ``main_grad`` the weight's gradient is added to it in forward, before the backward that follows.
 
     Args:
         config: megatron-core's.
         shape: of the model.
-        groups: the ranks; every context-parallel one gets the whole answer.
-        tied: the weight is the embedding's, which this rank holds too: none is made here.
+        groups: process groups; every context-parallel rank returns the complete result.
+        tied: use the embedding's weight, which this rank holds too; none is created here.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class VocabularyHead(ColumnParallelLinear):
 
         Args:
             hidden: ``[Q or Q / TP, 1, H]``.
-            batch: the pack, with what is scored.
-            objective: what is made of the log-probs, slab by slab.
-            weight: this module's own, or the embedding's where they are tied on this rank.
+            batch: the pack and its scored rows.
+            objective: evaluated on the log-probs, slab by slab; None: return log-probs.
+            weight: this module's, or the embedding's if tied on this rank.
         """
-        if self.unit_rows:  # done here, where the weight is known to be gathered
+        if self.unit_rows:  # here, as the weight is certainly gathered inside this module's forward
             weight = F.normalize(weight)
         rows, part = batch.rows, batch.part
         if part is None:
@@ -97,7 +97,7 @@ class VocabularyHead(ColumnParallelLinear):
         else:
             hidden_nH = self._scored(hidden, part.rows.row_n, part.rows.host_row_n)
             target_n = rows.target_N[part.rows.number_n]
-        # Under sequence parallel the gradient is summed over ranks while it is scattered.
+        # Under sequence parallelism the gradient is summed over ranks by the reduce-scatter.
         options = {
             "group": self.tp_group,
             "vocab_size": self.vocab_size,
@@ -106,37 +106,46 @@ class VocabularyHead(ColumnParallelLinear):
         whole_samples = objective is None or objective.whole_samples
         owner_N = part and part.owner_N
         slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples, owner_N=owner_N) or [rows]
-        spread = SpreadSlabs([slab.row_N.shape[0] for slab in slabs], part and part.rows, self.context)
+        context_slabs = ContextSlabs(
+            [slab.row_N.shape[0] for slab in slabs], part and part.rows, self.context
+        )
         if objective is None:
-            # Cut as a loss of whole samples is: the same products, so the same numbers bit by bit.
+            # Cut as for a loss of complete samples: the same GEMMs, so bit-identical log-probs.
             parts = [
-                token_logprobs(hidden_nH[a:b], weight, target_n[a:b], **options) for a, b in spread.ranges
+                token_logprobs(hidden_nH[a:b], weight, target_n[a:b], **options)
+                for a, b in context_slabs.ranges
             ]
-            return torch.cat([spread.whole(i, logprobs_n) for i, logprobs_n in enumerate(parts)])
+            return torch.cat([context_slabs.gather(i, logprobs_n) for i, logprobs_n in enumerate(parts)])
 
         def loss(
             i: int, logprobs_n: Tensor, statistics: dict[str, Tensor]
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            known = {name: spread.whole(i, values_n) for name, values_n in statistics.items()}
-            return objective.loss(spread.whole(i, logprobs_n), slabs[i], known)
+            gathered = {name: context_slabs.gather(i, values_n) for name, values_n in statistics.items()}
+            return objective.loss(context_slabs.gather(i, logprobs_n), slabs[i], gathered)
 
         value, sums = slab_loss(
-            hidden_nH, weight, target_n, spread.ranges, loss, statistics=objective.row_statistics, **options
+            hidden_nH,
+            weight,
+            target_n,
+            context_slabs.ranges,
+            loss,
+            statistics=objective.row_statistics,
+            **options,
         )
         if part is not None:
-            # Ranks differ by what they hold of a sample: the one that recomputed most is told.
+            # Ranks hold different rows of a sample: report the maximum over context ranks.
             dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=self.context)
         return PackLoss(value, sums)
 
     def _scored(self, hidden: Tensor, row_n: Tensor, host_row_n: np.ndarray) -> Tensor:
-        """Return ``[n, H]``: under sequence parallel gathered, the scored rows alone where that moves less."""
+        """Return the scored rows ``[n, H]``; gathered under sequence parallelism, alone if that moves less."""
         hidden = hidden.squeeze(1)
         if self.sequence_parallel:
             picked = pick_rows(host_row_n, hidden.shape[0], self.tp_group.size())
             if picked is not None:
                 own_M, row_n = (
-                    torch.from_numpy(places).to(hidden.device, non_blocking=True)
-                    for places in (picked.own_RM[self.tp_group.rank()], picked.place_N)
+                    torch.from_numpy(indices).to(hidden.device, non_blocking=True)
+                    for indices in (picked.own_RM[self.tp_group.rank()], picked.index_N)
                 )
                 hidden = hidden[own_M]
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
@@ -144,7 +153,7 @@ class VocabularyHead(ColumnParallelLinear):
 
 
 class RewardHead(nn.Module):
-    """A scalar on the last token of each completion; every tensor-parallel rank holds the whole weight ``[1, H]``."""
+    """A scalar reward on the last token of each completion; tensor-parallel ranks hold the full weight ``[1, H]``."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -164,53 +173,52 @@ class RewardHead(nn.Module):
 
         Args:
             hidden: ``[Q or Q / TP, 1, H]``.
-            batch: the pack, with its completions.
-            objective: what is made of the rewards.
+            batch: the pack and its completions.
+            objective: evaluated on the rewards; None: return rewards.
             groups: tensor- and context-parallel ranks.
         """
         if self.sequence_parallel:
-            # Every rank then computes the whole loss: its gradient is complete, and only to be split again.
+            # Every rank then computes the complete loss: its gradient is complete, and only needs to be split.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=groups.tp
             )
-        known, part = batch.rows.completions, batch.part
-        last_c = known.last_C if part is None else part.last.row_n
+        completions, part = batch.rows.completions, batch.part
+        last_c = completions.last_C if part is None else part.last.row_n
         rewards_C = (hidden.squeeze(1)[last_c].float() @ self.weight.float().T)[:, 0]
         if part is not None:
-            rewards_C = from_all_ranks(rewards_C, part.last.number_n, known.last_C.shape[0], groups.cp)
+            rewards_C = gather_rows(rewards_C, part.last.number_n, completions.last_C.shape[0], groups.cp)
         return rewards_C if objective is None else PackLoss(*objective.loss(rewards_C, batch.rows, {}))
 
     def initialise(self, deviation: float, seed: int) -> None:
-        """Draw the weight from a normal distribution, the same on every layout."""
-        draw = torch.Generator().manual_seed(seed)
+        """Draw the weight from a normal distribution, identical on every layout."""
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.weight.copy_(torch.randn(self.weight.shape, generator=draw) * deviation)
+            self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * deviation)
 
 
 class Picked(NamedTuple):
-    """Which of its rows each rank sends, and where the scored rows stand in what all receive. int64."""
+    """The rows that each rank sends, and the index of each scored row among the gathered rows. int64."""
 
     own_RM: np.ndarray
-    place_N: np.ndarray
+    index_N: np.ndarray
 
 
 def pick_rows(row_N: np.ndarray, tokens: int, ranks: int) -> Picked | None:
-    """Choose the scored rows of each rank, as many from all; None: whole shards are no more.
+    """Choose the rows that each rank sends, the same number from all; None if complete shards are no larger.
 
     Args:
-        row_N: the scored rows of the pack, some perhaps more than once (the last token of a shared prompt).
-        tokens: rows that each rank holds, one rank after the other.
+        row_N: the scored rows of the pack, possibly repeated (the last token of a shared prompt).
+        tokens: rows per rank, in order of rank.
         ranks: R.
     """
-    rows, place_N = np.unique(row_N, return_inverse=True)
+    rows, inverse_N = np.unique(row_N, return_inverse=True)
     owner = rows // tokens
     counts = np.bincount(owner, minlength=ranks)
     most = max(1, int(counts.max()))
     if most >= tokens:
         return None
     within = np.arange(len(rows)) - (counts.cumsum() - counts)[owner]
-    own_RM = np.zeros(
-        (ranks, most), np.int64
-    )  # a rank with fewer sends its first row again, and nobody looks
+    # A rank with fewer rows sends its first row again; nothing reads it.
+    own_RM = np.zeros((ranks, most), np.int64)
     own_RM[owner, within] = rows % tokens
-    return Picked(own_RM, (owner * most + within)[place_N.reshape(-1)])
+    return Picked(own_RM, (owner * most + within)[inverse_N.reshape(-1)])

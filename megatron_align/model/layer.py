@@ -1,13 +1,13 @@
-"""A transformer layer of megatron-core's parts and our norm, and which of its activations are made again in backward.
+"""A transformer layer of megatron-core's modules and our norm, and the recomputation of its activations.
 
 Shapes: T tokens of the pack (T / TP on each rank between layers under sequence parallel), H hidden.
 
-What is kept for backward (``train.recompute_layers``, ``train.recompute_modules``):
+Saved for backward, by ``train.recompute_layers`` (k) and ``train.recompute_modules``:
 
-- layers: the input of every k-th layer alone; the k layers run again, all of their activations live at once.
-- attention: query, key and value before their rotation, not what attention makes of them.
+- k layers: only the input of every k-th layer; the k layers run again, all of their activations in memory at once.
+- attention: query, key and value before their rotation, not the intermediate results of attention.
 - mlp: the input of the feed-forward network.
-- norms: the input of each layer's two norms, which nothing else keeps; their output is freed and made again.
+- norms: the input of each layer's two norms; their output is freed and recomputed.
 """
 
 from __future__ import annotations
@@ -32,36 +32,40 @@ from megatron_align.model import cpu
 from megatron_align.model.attention import PackedCoreAttention, PackParams
 from megatron_align.model.families import ModelShape
 
-RECOMPUTED = {"attention": "core_attn", "mlp": "mlp", "norms": "layernorm"}  # our names to megatron-core's
+RECOMPUTE_MODULES = {
+    "attention": "core_attn",
+    "mlp": "mlp",
+    "norms": "layernorm",
+}  # our names -> megatron-core's
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm in fp32, scaled in the input dtype as HF Llama does. Zhang and Sennrich 2019."""
 
-    recomputed = False  # the output may be freed until backward, see ``free_output``
+    recomputed = False  # whether the output is freed until backward, see ``free_output``
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
-        # Each rank sees its own tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
+        # Each rank normalises its tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; keeps shape and dtype."""
         if not (self.recomputed and torch.is_grad_enabled()):
             return self._normalise(x)
-        self._kept = CheckpointWithoutOutput(fp8=None)  # None: its False asks for Transformer Engine
-        return self._kept.checkpoint(self._normalise, x)
+        self._checkpoint = CheckpointWithoutOutput(fp8=None)  # None: False would need Transformer Engine
+        return self._checkpoint.checkpoint(self._normalise, x)
 
     def free_output(self, user: Tensor) -> None:
-        """Free the last output; it is made again when the gradient of ``user`` is known.
+        """Free the last output; backward recomputes it once the gradient of ``user`` is computed.
 
-        ``user`` must come of the output, and whatever kept the output must run in backward after it.
+        ``user`` must depend on the output, and every operation that saved the output must run in backward after it.
         """
         if self.recomputed and torch.is_grad_enabled():
-            self._kept.discard_output_and_register_recompute(user)
-            del self._kept
+            self._checkpoint.discard_output_and_register_recompute(user)
+            del self._checkpoint
 
     def _normalise(self, x: Tensor) -> Tensor:
         exact = x.float()
@@ -70,7 +74,7 @@ class RMSNorm(nn.Module):
 
 
 class Layer(TransformerLayer):
-    """megatron-core's layer; its norms are recomputed here, as megatron-core's way needs Transformer Engine."""
+    """megatron-core's layer; norms are recomputed here, as megatron-core's implementation needs Transformer Engine."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -89,7 +93,7 @@ class Layer(TransformerLayer):
 
 
 class Block(TransformerBlock):
-    """megatron-core's block; k merged layers need not divide its layers, as megatron-core's must."""
+    """megatron-core's block; the k layers that are recomputed together need not divide the number of layers."""
 
     def _checkpointed_forward(
         self, hidden_states: Tensor, packed_seq_params: PackParams, **unused: object
@@ -107,7 +111,7 @@ class Block(TransformerBlock):
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:
-    """Return the transformer layer: megatron-core's modules, our norm and core attention."""
+    """Return the spec of a transformer layer: megatron-core's modules, our norm and core attention."""
     head_norm = RMSNorm if shape.qk_norm else None
     return ModuleSpec(
         module=Layer,

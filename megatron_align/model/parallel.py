@@ -18,12 +18,12 @@ from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 
-PATIENCE = 12  # times the timeout: what reading and writing a whole model may take
+PATIENCE = 12  # times the timeout: the limit for reading or writing a complete model
 
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """This process among the others, as the launcher's environment tells it (alone without a launcher)."""
+    """Rank, local rank and world size of this process, as the launcher sets them; without a launcher one rank."""
 
     rank: int
     local_rank: int
@@ -33,9 +33,8 @@ class RankInfo:
     def from_environment(cls) -> RankInfo:
         """Read RANK, LOCAL_RANK and WORLD_SIZE as torchrun sets them."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        found = [name for name in names if name in os.environ]
-        if found and len(found) < len(names):
-            missing = sorted(set(names) - set(found))
+        missing = sorted(name for name in names if name not in os.environ)
+        if missing and len(missing) < len(names):
             raise InputError(
                 f"a launcher must set all of {', '.join(names)}; the environment lacks {', '.join(missing)}"
             )
@@ -49,47 +48,47 @@ def join(rank_info: RankInfo, config: ParallelConfig) -> dist.Store:
     """Meet the other ranks and build the process groups: nccl on GPUs, gloo on CPU.
 
     Returns:
-        The key-value store that all ranks share (what the watchdog of ``training`` publishes its progress in).
+        The key-value store that all ranks share (the watchdog of ``training`` publishes progress in it).
 
     Raises:
         InputError: if the world size does not fit the layout.
-        TimeoutError: naming the ranks that did not come within ``config.timeout_seconds``.
+        TimeoutError: naming the ranks that did not join within ``config.timeout_seconds``.
     """
     config.data_parallel(rank_info.world_size)
     on_cpu = cpu.install()
     if not on_cpu:
         if rank_info.local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"each rank of a node needs a GPU of its own, local rank {rank_info.local_rank} finds "
+                f"each rank of a node needs one GPU, local rank {rank_info.local_rank} finds "
                 f"{torch.cuda.device_count()} visible"
             )
         torch.cuda.set_device(rank_info.local_rank)
     timeout = timedelta(seconds=config.timeout_seconds)
     store = _meet(rank_info, timeout)
-    # The watchdog speaks first, as it can name the rank; the backend's own timeout is the second net, and has
-    # to outlast the time that one rank writes alone while the others wait.
-    last_net = (PATIENCE + 1) * timeout
+    # The watchdog acts first, as it can name the rank. The backend's timeout is the fallback, and must be longer than
+    # the time in which one rank writes while the others wait.
+    fallback = (PATIENCE + 1) * timeout
     dist.init_process_group(
         "gloo" if on_cpu else "nccl",
         store=dist.PrefixStore("group", store),
         rank=rank_info.rank,
         world_size=rank_info.world_size,
-        timeout=last_net,
+        timeout=fallback,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
-        distributed_timeout_minutes=last_net.total_seconds() / 60,
+        distributed_timeout_minutes=fallback.total_seconds() / 60,
     )
-    # Nothing here draws random numbers (dropout is 0), but megatron-core's layers ask for its generators.
+    # Nothing draws random numbers (dropout is 0), but megatron-core's layers require its generators.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return store
 
 
 def leave() -> None:
-    """Tear down the process groups."""
+    """Destroy the process groups."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -100,18 +99,18 @@ def groups() -> ProcessGroupCollection:
 
 
 def is_metric_rank(groups: ProcessGroupCollection) -> bool:
-    """Return whether this rank is the one to count, of a stage's ranks that computed the same packs."""
+    """Return whether this rank reports metrics: tensor rank 0 and context rank 0 of those that share a pack."""
     return groups.tp.rank() == 0 and groups.cp.rank() == 0
 
 
 def _meet(rank_info: RankInfo, timeout: timedelta) -> dist.Store:
-    """Connect to the ranks' common store and call the roll, so that an absent rank is named."""
+    """Connect to the store of all ranks and wait until each has joined; an absent rank is named."""
     if rank_info.world_size == 1:
         return dist.HashStore()
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
         raise InputError(f"a launcher must set MASTER_ADDR and MASTER_PORT, got {address} and {port}")
-    # torchrun's agent keeps the store, so it outlives any rank; without it rank 0 does.
+    # torchrun's agent hosts the store, which then outlives any rank; without torchrun rank 0 hosts it.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = rank_info.rank == 0 and not hosted
     try:
@@ -120,7 +119,7 @@ def _meet(rank_info: RankInfo, timeout: timedelta) -> dist.Store:
         )
     except dist.DistError as error:
         raise TimeoutError(
-            f"rank {rank_info.rank} needs the store at {address}:{port}: {' '.join(str(error).split())}"
+            f"rank {rank_info.rank} cannot reach the store at {address}:{port}: {' '.join(str(error).split())}"
         ) from error
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"joined/{rank_info.rank}", "")
@@ -141,22 +140,22 @@ def list_ranks(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
-def require_agreement(facts: dict[str, Any], why: str) -> None:
-    """Check that every rank found the same; each calls this.
+def require_agreement(values: dict[str, Any], why: str) -> None:
+    """Require that ``values`` are equal on all ranks. Collective.
 
     Raises:
-        InputError: on every rank, naming the first rank and the fact that differs from rank 0's.
+        InputError: on every rank, naming the first value and rank that differ from rank 0.
     """
-    found: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, facts)
-    for rank, theirs in enumerate(found):
-        for name, fact in found[0].items():
-            if theirs[name] != fact:
-                raise InputError(f"{why}: {name} is {fact} on rank 0 and {theirs[name]} on rank {rank}")
+    gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    for rank, others in enumerate(gathered):
+        for name, value in gathered[0].items():
+            if others[name] != value:
+                raise InputError(f"{why}: {name} is {value} on rank 0 and {others[name]} on rank {rank}")
 
 
 def all_reduce_sum(values: list[float], group: Any = None) -> list[float]:
-    """Sum a few host numbers over ``group`` in fp64 (fp32 would lose counts above 2**24)."""
+    """Sum host numbers over ``group`` in fp64 (fp32 would lose counts above 2**24)."""
     total = torch.tensor(values, dtype=torch.float64, device=cpu.device())
     dist.all_reduce(total, group=group)
     return total.tolist()

@@ -37,18 +37,18 @@ from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackParams
-from megatron_align.model.context import from_all_ranks
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context import gather_rows
+from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
-from megatron_align.model.layer import RECOMPUTED, Block, RMSNorm, layer_spec
+from megatron_align.model.layer import RECOMPUTE_MODULES, Block, RMSNorm, layer_spec
 from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options
 from megatron_align.model.tied_embedding import head_weight, is_tied
 from megatron_align.records import PackedBatch
 
 
-def _leave(weight: Tensor) -> Tensor:
+def _no_init(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -59,10 +59,10 @@ def transformer_config(
     recompute_layers: int = 0,
     recompute_modules: Sequence[str] = (),
 ) -> TransformerConfig:
-    """Return megatron-core's configuration of the model on this layout.
+    """Return megatron-core's configuration of a model on this layout.
 
     Raises:
-        InputError: if heads or layers do not divide over the layout, or more layers are merged than a chunk has.
+        InputError: if heads or layers do not divide over the layout, or ``recompute_layers`` exceeds a chunk's layers.
     """
     _check_layout(shape, parallel, recompute_layers)
     recompute: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def transformer_config(
     elif recompute_modules:
         recompute = {
             "recompute_granularity": "selective",
-            "recompute_modules": [RECOMPUTED[name] for name in recompute_modules],
+            "recompute_modules": [RECOMPUTE_MODULES[name] for name in recompute_modules],
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -93,16 +93,16 @@ def transformer_config(
         qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fused swiglu and bias-dropout go through torch.compile; off until they were measured on a GPU.
+        # Fused swiglu and bias-dropout use torch.compile; off until measured on a GPU.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        # Weights always come from a checkpoint. Switching initialisation off would also leave parameters
-        # unmarked as tensor-parallel, and the gradient norm would then count one rank's shards only.
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        # Weights are always loaded. But perform_initialization=False would leave parameters unmarked as
+        # tensor-parallel, and the gradient norm would then count one rank's shards only.
+        init_method=_no_init,
+        output_layer_init_method=_no_init,
+        embedding_init_method=_no_init,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -112,8 +112,8 @@ def transformer_config(
         **split_options(parallel),
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        calculate_per_token_loss=True,  # the loss arrives normalised: megatron-core must not average it
-        # Two messages between the same two ranks may swap when batched; seen on gloo with virtual stages.
+        calculate_per_token_loss=True,  # the loss is normalised already: megatron-core must not average it
+        # Batched, two messages between the same two ranks can be swapped; seen on gloo with virtual stages.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.overlap_p2p,
         variable_seq_lengths=False,
@@ -140,7 +140,7 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
         shape.ffn_size % tensor == 0,
         f"parallel.tensor must divide the model's ffn size {shape.ffn_size}, got {tensor}",
     )
-    kind_of(shape, parallel)
+    context_kind_of(shape, parallel)
     layers = max(layers_of_chunks(shape.num_layers, parallel))
     require(
         recompute_layers <= layers,
@@ -151,8 +151,8 @@ def _check_layout(shape: ModelShape, parallel: ParallelConfig, recompute_layers:
 class Policy(LanguageModule):
     """One pipeline chunk of the language model.
 
-    Call it with a :class:`PackedBatch`. The last stage returns the log-probs of the scored rows, or with an
-    objective the pack's loss; every other stage its hidden states for the next.
+    Called with a :class:`PackedBatch`. The last stage returns the log-probs of the scored rows, or with an objective
+    the pack's loss; every other stage returns hidden states for the next one.
     """
 
     def __init__(
@@ -194,11 +194,11 @@ class Policy(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the hidden states of the previous stage (megatron-core's schedules call this)."""
+        """Set the hidden states of the previous stage (called by megatron-core's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(self, batch: PackedBatch, objective: RowObjective | None = None) -> Tensor | PackLoss:
-        """Return hidden states before the last stage; on it what the head's ``forward`` returns."""
+        """Return hidden states ``[Q or Q / TP, 1, H]``; on the last stage the result of the head's ``forward``."""
         hidden = self._hidden(batch)
         if not self.post_process:
             return hidden
@@ -208,7 +208,7 @@ class Policy(LanguageModule):
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:
-        """Return full logits ``[T, vocab_size]``: for verification; one pipeline stage only."""
+        """Return full logits ``[T, vocab_size]``, for verification; one pipeline stage only."""
         hidden = self._hidden(batch)
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
@@ -218,16 +218,16 @@ class Policy(LanguageModule):
         logits_QV = logits_QV[:, : self.shape.vocab_size]
         if batch.part is None:
             return logits_QV
-        return from_all_ranks(logits_QV, batch.part.token_Q, batch.tokens_T.shape[0], self.cp_group)
+        return gather_rows(logits_QV, batch.part.token_Q, batch.tokens_T.shape[0], self.cp_group)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See megatron-core, whose language models always have an output layer: a reward model has none."""
+        """Return megatron-core's sharded state; a reward model skips its code for the output layer, which it lacks."""
         if self.shape.is_reward:
             return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)
         return super().sharded_state_dict(*args, **kwargs)
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters by name, layers numbered over the whole model."""
+        """Return the parameters by name, layers numbered over the entire model."""
         offset = get_transformer_layer_offset(self.config, self.vp_stage, self.pp_group.rank())
         named = {}
         for name, parameter in self.named_parameters():
@@ -253,7 +253,7 @@ class Policy(LanguageModule):
 def build_policy(
     config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection
 ) -> list[Policy]:
-    """Build this rank's chunks of the model, weights uninitialised."""
+    """Build this rank's chunks of the model with uninitialised weights."""
     chunks = config.virtual_pipeline_model_parallel_size
-    numbers = [None] if chunks is None else list(range(chunks))
-    return [Policy(config, shape, groups, number).to(cpu.device()) for number in numbers]
+    indices = [None] if chunks is None else list(range(chunks))
+    return [Policy(config, shape, groups, index).to(cpu.device()) for index in indices]

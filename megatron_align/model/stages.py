@@ -1,4 +1,4 @@
-"""How the layers of a model lie on pipeline stages and their chunks, even or not."""
+"""Distribution of a model's layers over pipeline stages and their chunks, even or uneven."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from megatron_align.errors import require
 
 
 def layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
-    """Return how many layers each model chunk has, in the order in which the model runs through them.
+    """Return the number of layers of each model chunk, in the order of execution.
 
-    With virtual stages a pipeline stage has every ``parallel.pipeline``-th of them.
+    With virtual stages a pipeline stage has every ``parallel.pipeline``-th chunk.
 
     Args:
-        layers: of the model.
+        layers: number of layers of the model.
         parallel: the layout.
 
     Raises:
-        InputError: if the layers do not divide over the chunks, or would leave one without any.
+        InputError: if the layers do not divide over the chunks, or a chunk would get none.
     """
     stages, chunks = parallel.pipeline, parallel.chunks
     first, last = parallel.first_stage_layers, parallel.last_stage_layers
@@ -37,41 +37,41 @@ def layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
             f"{given} must leave the other {others} stages of parallel.pipeline equal layers, at least one each; "
             f"they leave {left} of {layers}",
         )
-    of_stages = [left // others if others else 0] * stages
-    of_stages[0] = of_stages[0] if first is None else first
-    of_stages[-1] = of_stages[-1] if last is None else last
+    stage_layers = [left // others if others else 0] * stages
+    stage_layers[0] = stage_layers[0] if first is None else first
+    stage_layers[-1] = stage_layers[-1] if last is None else last
     require(
-        all(count % chunks == 0 for count in of_stages),
-        f"parallel.virtual_pipeline must divide the layers of every stage, got {chunks} for {of_stages}",
+        all(count % chunks == 0 for count in stage_layers),
+        f"parallel.virtual_pipeline must divide the layers of every stage, got {chunks} for {stage_layers}",
     )
-    return [count // chunks for count in of_stages] * chunks
+    return [count // chunks for count in stage_layers] * chunks
 
 
 def _even(layers: int, parallel: ParallelConfig) -> list[int]:
-    """Return equal chunks; embedding and loss count as a layer of the first and of the last one if asked for."""
+    """Return equal chunks; if configured, embedding and loss count as a layer of the first and the last one."""
     counted = layers + parallel.count_embedding + parallel.count_loss
     chunks = parallel.pipeline * parallel.chunks
-    extra = f" and {counted - layers} counted beside them" if counted > layers else ""
+    extra = f" and the {counted - layers} counted in addition" if counted > layers else ""
     require(
         counted % chunks == 0,
         f"parallel.pipeline x virtual_pipeline must divide the model's {layers} layers{extra}, "
         f"got {parallel.pipeline} x {parallel.chunks} = {chunks}",
     )
-    found = [counted // chunks] * chunks
-    found[0] -= parallel.count_embedding
-    found[-1] -= parallel.count_loss
+    sizes = [counted // chunks] * chunks
+    sizes[0] -= parallel.count_embedding
+    sizes[-1] -= parallel.count_loss
     require(
-        min(found) > 0,
-        f"parallel.count_embedding and count_loss must leave every chunk a layer, got {found} of {layers} layers",
+        min(sizes) > 0,
+        f"parallel.count_embedding and count_loss must leave every chunk a layer, got {sizes} of {layers} layers",
     )
-    return found
+    return sizes
 
 
 def split_options(parallel: ParallelConfig) -> dict[str, Any]:
-    """Return the split as options of megatron-core's TransformerConfig."""
+    """Return the distribution as options of megatron-core's TransformerConfig."""
     last = parallel.last_stage_layers
     if parallel.pipeline == 2 and parallel.first_stage_layers is not None:
-        last = None  # the first says it all; with both, megatron-core divides by the 0 stages in between
+        last = None  # implied by the first; given both, megatron-core divides by the 0 stages in between
     return {
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
         "num_layers_in_last_pipeline_stage": last,

@@ -7,7 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.data.batching.context_parts import ContextShare
 from megatron_align.data.batching.step_batches import Share, StepBatches
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context_kind import context_kind_of
 from megatron_align.objectives.base import Objective
 from megatron_align.training.setup import RunSetup, one_epoch
 
@@ -31,7 +31,7 @@ def batches_of_split(
     config = setup.config
     layout = config.parallel
     sequence_ranks = layout.tensor if setup.megatron.sequence_parallel else 1
-    kind = kind_of(setup.shape, layout)
+    kind = context_kind_of(setup.shape, layout)
     share = Share(
         ranks=groups.dp.size(),
         rank=groups.dp.rank(),

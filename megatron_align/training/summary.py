@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context_kind import context_kind_of
 from megatron_align.training.trainer import Trainer
 
 
@@ -14,7 +14,7 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
     shape = setup.shape
     layout, train, data = config.parallel, config.train, setup.train.manifest
     device = "on GPUs" if torch.cuda.is_available() else "on the CPU, as no GPU is visible"
-    kind = kind_of(shape, layout)
+    kind = context_kind_of(shape, layout)
     size = (
         f"up to {train.global_batch_tokens:,} tokens a step"
         if train.global_batch_tokens

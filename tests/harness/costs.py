@@ -16,7 +16,7 @@ from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.model import parallel
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.objectives.sft import SFT, SFTOptions
@@ -95,7 +95,7 @@ def saved(
 
 
 def _context_share(shape: ModelShape, config: ParallelConfig) -> ContextShare | None:
-    kind, ranks = kind_of(shape, config), parallel.groups().cp
+    kind, ranks = context_kind_of(shape, config), parallel.groups().cp
     return kind and ContextShare(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
 
 

@@ -14,7 +14,7 @@ from megatron_align.data.batching.context_parts import ContextShare, deal
 from megatron_align.errors import InputError
 from megatron_align.hf.load import load_weights
 from megatron_align.model import parallel
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.objectives.configuration import parse
@@ -42,7 +42,7 @@ def logits(
 
 def _dealt(batch: PackedBatch, shape: ModelShape, config: ParallelConfig) -> PackedBatch:
     """Return the pack as this rank computes it."""
-    kind, group = kind_of(shape, config), parallel.groups().cp
+    kind, group = context_kind_of(shape, config), parallel.groups().cp
     return deal(batch, kind and ContextShare(ranks=group.size(), rank=group.rank(), kind=kind))
 
 

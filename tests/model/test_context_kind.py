@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_align.model.context_kind import (
     AttentionSplit,
     allgather_bytes,
-    choose_kind,
+    auto_context_kind,
     ulysses_bytes,
     ulysses_fits,
     ulysses_groups,
@@ -50,7 +50,7 @@ def test_bytes_are_those_of_the_tensors(model, tensor, context, dtype):
 def test_the_choice_fits_and_moves_no_more_than_the_other(model, tensor, context):
     groups, each = model
     split = AttentionSplit(groups * each * tensor, groups * tensor, 128, tensor, context)
-    chosen = choose_kind(*split)
+    chosen = auto_context_kind(*split)
     sizes = {
         "ulysses": ulysses_bytes(split, 4096 * context**2, 2),
         "allgather": allgather_bytes(split, 4096 * context**2, 2),
@@ -75,4 +75,4 @@ def test_the_choice_fits_and_moves_no_more_than_the_other(model, tensor, context
     ],
 )
 def test_models_people_have(heads, groups, tensor, context, kind):
-    assert choose_kind(heads, groups, 128, tensor, context) == kind
+    assert auto_context_kind(heads, groups, 128, tensor, context) == kind

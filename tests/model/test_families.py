@@ -169,7 +169,7 @@ REFUSED = {
     ),
     "mistral with windows": (
         mistral(num_key_value_heads=2, max_position_embeddings=32768),
-        "sliding_window must be null or at least 32768: attention is full here, found 4096 in {path}",
+        "sliding_window must be null or at least 32768: sliding windows are not supported, found 4096 in {path}",
     ),
     "two labels": (reward(), "a reward model must have num_labels 1, found 2 in {path}"),
     "three labels": (
@@ -182,7 +182,7 @@ REFUSED = {
     ),
     "sliding window": (
         qwen2(use_sliding_window=True, max_window_layers=1),
-        "use_sliding_window must be false: attention is full here, windows start at layer 1, "
+        "use_sliding_window must be false: sliding windows are not supported, they start at layer 1, "
         "found true in {path}",
     ),
     "sliding layer": (
@@ -196,7 +196,7 @@ REFUSED = {
     ),
     "rope per layer type": (
         qwen2(rope_parameters={"full_attention": {"rope_theta": 1.0}}),
-        "rope_parameters must be one flat object that holds for every layer, "
+        "rope_parameters must be one flat object that is valid for every layer, "
         'found {{"full_attention": {{"rope_theta": 1.0}}}} in {path}',
     ),
     "partial rotary": (
@@ -268,7 +268,7 @@ def test_what_we_cannot_compute_is_refused_in_one_line(tmp_path, config, line):
 UNREADABLE = {
     "not JSON": (b"{", "is not valid JSON: Expecting property name enclosed in double quotes"),
     "not text": (b"\xff\xfe", "is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
-    "not an object": (b"[]", "must hold a JSON object, found a list"),
+    "not an object": (b"[]", "must contain a JSON object, found a list"),
 }
 
 

@@ -91,4 +91,4 @@ def test_every_scored_row_is_found_where_it_was_sent(rows, sent):
     assert (None if picked is None else picked.own_RM.shape) == (None if sent is None else (2, sent))
     if picked is not None:
         received = np.arange(8).reshape(2, 4)[np.arange(2)[:, None], picked.own_RM].reshape(-1)
-        assert (received[picked.place_N] == row_N).all()
+        assert (received[picked.index_N] == row_N).all()

@@ -5,7 +5,7 @@ import torch
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
-from megatron_align.model.context_kind import kind_of
+from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import transformer_config
 
@@ -41,10 +41,10 @@ def test_key_value_heads_and_ranks_must_nest(tmp_path):
 
 def test_auto_never_asks_for_heads_that_are_not_there(tiny_models):
     shape = read_shape(tiny_models())  # 8 heads, 2 key/value heads
-    assert kind_of(shape, ParallelConfig(tensor=2, context=8)) == "allgather"
-    assert kind_of(shape, ParallelConfig(context=8)) == "ulysses"
-    assert kind_of(shape, ParallelConfig(context=8, context_kind="allgather")) == "allgather"
-    assert kind_of(shape, ParallelConfig(tensor=8)) is None
+    assert context_kind_of(shape, ParallelConfig(tensor=2, context=8)) == "allgather"
+    assert context_kind_of(shape, ParallelConfig(context=8)) == "ulysses"
+    assert context_kind_of(shape, ParallelConfig(context=8, context_kind="allgather")) == "allgather"
+    assert context_kind_of(shape, ParallelConfig(tensor=8)) is None
 
 
 def test_world_size():

@@ -80,7 +80,7 @@ def test_as_megatron_core_builds_them(split, shape):
             {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 3},
             r"virtual_pipeline must divide the layers of every stage, got 2 for \[3, 3\]",
         ),
-        ({"pipeline": 2, "count_loss": True}, "6 layers and 1 counted beside them, got 2 x 1 = 2"),
+        ({"pipeline": 2, "count_loss": True}, "6 layers and the 1 counted in addition, got 2 x 1 = 2"),
         (
             {"pipeline": 4, "virtual_pipeline": 2, "count_embedding": True, "count_loss": True},
             r"must leave every chunk a layer, got \[0, 1, 1, 1, 1, 1, 1, 0\] of 6 layers",

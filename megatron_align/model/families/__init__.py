@@ -1,4 +1,4 @@
-"""Model families: what a Hugging Face folder describes, and where each of its tensors lives in ours."""
+"""Model families: shapes read from Hugging Face folders, and the table that maps their weights to Megatron's."""
 
 from megatron_align.model.families.mapping import Segment, copy_segments, to_hf, to_megatron
 from megatron_align.model.families.shape import (

@@ -1,7 +1,7 @@
 """The shape of a model, read from a Hugging Face folder's config.json.
 
-The JSON is read directly: what it leaves out takes the default that ``transformers`` gives the class, and
-what we would compute differently from ``transformers`` is refused, never approximated.
+The JSON is read directly: missing keys take the default that ``transformers`` gives the class. A model that we would
+compute differently from ``transformers`` is refused, never approximated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_align.model.rope import RopeScaling, rope_frequencies
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Everything about an architecture that the model and the weight tables need."""
+    """The sizes and options of an architecture that the model and the weight table need."""
 
     architecture: str  # Hugging Face class name
     num_layers: int
@@ -37,12 +37,12 @@ class ModelShape:
     rope_theta: float
     rope_scaling: RopeScaling | None
     max_positions: int
-    qk_norm: bool = False  # queries and keys are normalised per head
-    norm_head: bool = False  # logits come from the output head's rows at unit length
+    qk_norm: bool = False  # RMSNorm of queries and keys per head
+    norm_head: bool = False  # the output head's rows are normalised to unit length (Baichuan2)
 
     @property
     def is_reward(self) -> bool:
-        """Whether the model ends in one number per token instead of a vocabulary."""
+        """Whether the model has a scalar reward head instead of a vocabulary head."""
         return self.architecture.endswith("ForSequenceClassification")
 
     def rope_frequencies(self) -> Tensor:
@@ -50,24 +50,24 @@ class ModelShape:
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def as_reward(self) -> ModelShape:
-        """Return the shape of the reward model that training makes of this one.
+        """Return the shape of the reward model that training initialises from this model.
 
         Raises:
-            InputError: the family has none.
+            InputError: if the family has no reward model.
         """
         if self.is_reward:
             return self
         family = self.architecture.removesuffix("ForCausalLM")
         architecture = f"{family}ForSequenceClassification"
         if architecture not in _DEFAULTS:
-            known = [name for name in _DEFAULTS if name.endswith("ForSequenceClassification")]
+            families = [name for name in _DEFAULTS if name.endswith("ForSequenceClassification")]
             raise InputError(
-                f"a reward model must be one of {', '.join(known)}; model.path is of {self.architecture}"
+                f"a reward model must be one of {', '.join(families)}; model.path is of {self.architecture}"
             )
         return replace(self, architecture=architecture, tied_embeddings=False)
 
 
-# What transformers assumes where config.json is silent. Sizes have no default: a guess would be wrong.
+# The defaults of transformers for keys missing in config.json. Sizes have none: a guess would be wrong.
 _COMMON = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
@@ -111,37 +111,37 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _DEFAULTS |= {
     f"{name}ForSequenceClassification": _DEFAULTS[f"{name}ForCausalLM"] for name in ("Qwen2", "Llama")
 }
-_OF_MODEL_TYPE = {
+_ARCHITECTURE_OF_MODEL_TYPE = {
     name.removesuffix("ForCausalLM").lower(): name for name in _DEFAULTS if name.endswith("ForCausalLM")
 }
 
 
 class _Keys:
-    """Typed look-ups in one JSON object; ``place`` is what an error says after the key."""
+    """Typed look-ups in one JSON object; ``source`` names it in errors."""
 
-    def __init__(self, values: Mapping[str, Any], place: str) -> None:
-        self.values, self.place = values, place
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.values, self.source = values, source
 
-    def fail(self, key: str, need: str) -> InputError:
+    def error(self, key: str, expected: str) -> InputError:
         found = json.dumps(self.values[key]) if key in self.values else "nothing"
-        return InputError(f"{key} must be {need}, found {found} in {self.place}")
+        return InputError(f"{key} must be {expected}, found {found} in {self.source}")
 
     def count(self, key: str) -> int:
         value = self.values.get(key)
         if type(value) is not int or value < 1:
-            raise self.fail(key, "a positive whole number")
+            raise self.error(key, "a positive whole number")
         return value
 
     def number(self, key: str) -> float:
         value = self.values.get(key)
         if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-            raise self.fail(key, "a positive number")
+            raise self.error(key, "a positive number")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.values.get(key)
         if type(value) is not bool:
-            raise self.fail(key, "true or false")
+            raise self.error(key, "true or false")
         return value
 
 
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``.
 
     Raises:
-        InputError: there is no such file, or it holds anything but a JSON object.
+        InputError: if there is no such file, or it does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -158,15 +158,15 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, found a {type(content).__name__}")
+        raise InputError(f"{path} must contain a JSON object, found a {type(content).__name__}")
     return content
 
 
 def read_shape(folder: str | Path) -> ModelShape:
-    """Read ``config.json`` of a Hugging Face folder, of transformers 4 or 5.
+    """Read ``config.json`` of a Hugging Face folder, written by transformers 4 or 5.
 
     Raises:
-        InputError: naming the key and the file, for whatever is malformed or not supported.
+        InputError: naming the key and the file, if anything is malformed or not supported.
     """
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -177,7 +177,7 @@ def read_shape(folder: str | Path) -> ModelShape:
     given_groups = keys.values["num_key_value_heads"]
     groups = num_heads if given_groups is None else keys.count("num_key_value_heads")
     if num_heads % groups:
-        raise keys.fail("num_key_value_heads", f"a divisor of num_attention_heads = {num_heads}")
+        raise keys.error("num_key_value_heads", f"a divisor of num_attention_heads = {num_heads}")
     rope_theta, rope_scaling = _rope(keys)
     return ModelShape(
         architecture=architecture,
@@ -200,14 +200,14 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 
 def _architecture(raw: Mapping[str, Any], path: Path) -> str:
-    """Return the class name; like AutoModelForCausalLM, model_type decides when no architecture is named."""
-    named = raw.get("architectures") or [_OF_MODEL_TYPE.get(str(raw.get("model_type")), "")]
-    known = list(_DEFAULTS)
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in known:
+    """Return the HF class name; without ``architectures`` it follows from model_type, as in AutoModelForCausalLM."""
+    named = raw.get("architectures") or [_ARCHITECTURE_OF_MODEL_TYPE.get(str(raw.get("model_type")), "")]
+    supported = list(_DEFAULTS)
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in supported:
         given = raw.get("architectures") or raw.get("model_type") or "nothing"
         word = str(given[0] if isinstance(given, list) else given)
         raise InputError(
-            f"architectures must be one of {known}, found {given!r} in {path}{nearest(word, known)}"
+            f"architectures must be one of {supported}, found {given!r} in {path}{nearest(word, supported)}"
         )
     return named[0]
 
@@ -215,49 +215,51 @@ def _architecture(raw: Mapping[str, Any], path: Path) -> str:
 def _head_dim(keys: _Keys, num_heads: int) -> int:
     if keys.values["head_dim"] is not None:
         head_dim = keys.count("head_dim")
-        need = "an even number, as rotary embeddings turn pairs"
+        expected = "an even number, as rotary embeddings rotate pairs"
     else:
         head_dim, rest = divmod(keys.count("hidden_size"), num_heads)
-        need = f"an even multiple of num_attention_heads = {num_heads} where there is no head_dim"
+        expected = f"an even multiple of num_attention_heads = {num_heads} where there is no head_dim"
         if rest:
-            raise keys.fail("hidden_size", need)
+            raise keys.error("hidden_size", expected)
     if head_dim % 2:
-        raise keys.fail("head_dim" if keys.values["head_dim"] is not None else "hidden_size", need)
+        raise keys.error("head_dim" if keys.values["head_dim"] is not None else "hidden_size", expected)
     return head_dim
 
 
 def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
-    """Raise InputError for whatever transformers would compute and we would not."""
+    """Raise InputError for options that transformers supports and we do not."""
     values = keys.values
     if architecture == "BaichuanForCausalLM" and "max_position_embeddings" not in values:
-        raise keys.fail(
+        raise keys.error(
             "max_position_embeddings", "given: a Baichuan without it has ALiBi (13B), which is not supported"
         )
     if architecture == "MistralForCausalLM" and values["sliding_window"] is not None:
-        longest = keys.count("max_position_embeddings")
-        if keys.count("sliding_window") < longest:
-            raise keys.fail("sliding_window", f"null or at least {longest}: attention is full here")
+        maximum = keys.count("max_position_embeddings")
+        if keys.count("sliding_window") < maximum:
+            raise keys.error(
+                "sliding_window", f"null or at least {maximum}: sliding windows are not supported"
+            )
     if architecture.endswith("ForSequenceClassification"):
         labels = values.get("num_labels", len(values.get("id2label") or (0, 1)))
         if labels != 1:
-            raise InputError(f"a reward model must have num_labels 1, found {labels} in {keys.place}")
+            raise InputError(f"a reward model must have num_labels 1, found {labels} in {keys.source}")
     if values.get("quantization_config") is not None:
-        raise keys.fail("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
+        raise keys.error("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
     if values["hidden_act"] not in ("silu", "swish"):
-        raise keys.fail("hidden_act", '"silu"')
+        raise keys.error("hidden_act", '"silu"')
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
-            raise keys.fail(key, "false: this architecture is supported without biases")
+            raise keys.error(key, "false: this architecture is supported without biases")
     if values["attention_dropout"]:
-        raise keys.fail("attention_dropout", "0: results must not depend on the layout")
+        raise keys.error("attention_dropout", "0: results must not depend on the layout")
     layer_types = values.get("layer_types")
     if layer_types is not None and (type(layer_types) is not list or set(layer_types) - {"full_attention"}):
-        raise keys.fail("layer_types", '"full_attention" for every layer')
+        raise keys.error("layer_types", '"full_attention" for every layer')
     if layer_types is None and values["use_sliding_window"] and values.get("sliding_window") is not None:
         first = values.get("max_window_layers", 0)
         if type(first) is not int or first < keys.count("num_hidden_layers"):
-            raise keys.fail(
-                "use_sliding_window", f"false: attention is full here, windows start at layer {first}"
+            raise keys.error(
+                "use_sliding_window", f"false: sliding windows are not supported, they start at layer {first}"
             )
 
 
@@ -267,21 +269,26 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     given = values.get(name) or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise keys.fail(name, "one flat object that holds for every layer")
-    known = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "max_position_embeddings": None, **values}
+        raise keys.error(name, "one flat object that is valid for every layer")
+    defaults = {
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "max_position_embeddings": None,
+        **values,
+    }
     rope = _Keys(
-        {**{key: known[key] for key in ("rope_theta", "partial_rotary_factor")}, **given},
-        f"{name} of {keys.place}",
+        {**{key: defaults[key] for key in ("rope_theta", "partial_rotary_factor")}, **given},
+        f"{name} of {keys.source}",
     )
     if rope.values["partial_rotary_factor"] not in (None, 1.0):
-        raise rope.fail("partial_rotary_factor", "1.0")
+        raise rope.error("partial_rotary_factor", "1.0")
     theta = rope.number("rope_theta")
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise InputError(f"rope_type must be 'default' or 'llama3', found {kind!r} in {rope.place}")
-    # transformers lets the top-level key win over the one inside, and falls back to max_position_embeddings
+        raise InputError(f"rope_type must be 'default' or 'llama3', found {kind!r} in {rope.source}")
+    # In transformers the top-level key takes precedence over the inner one; the fallback is max_position_embeddings.
     outer = keys if "original_max_position_embeddings" in values else rope
     inside = "original_max_position_embeddings" in outer.values
     scaling = RopeScaling(
@@ -293,5 +300,5 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
         else keys.count("max_position_embeddings"),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise rope.fail("high_freq_factor", f"more than low_freq_factor = {scaling.low_freq_factor}")
+        raise rope.error("high_freq_factor", f"more than low_freq_factor = {scaling.low_freq_factor}")
     return theta, scaling

@@ -1,7 +1,7 @@
-"""HF <-> Megatron weights, written as a table: one row per Megatron tensor, and how tensor ranks cut it.
+"""The weight table HF <-> Megatron: one row per Megatron tensor, and how tensor-parallel ranks shard it.
 
-The table is the only place where a tensor's two names meet. A layout says once in which order the parts of
-the HF tensors follow one another; reading, sharding and exporting walk it through ``mapping.copy_segments``.
+Only this table relates the two names of a tensor. A layout function gives the order of the parts of the HF tensors in
+the Megatron tensor; reading, sharding and exporting walk it through ``mapping.copy_segments``.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Slice(NamedTuple):
 
 
 # (sizes of the parts along the split dimension, shape, tensor ranks) -> blocks. Each block is a list of
-# slices laid end to end and cut equally over the tensor ranks; a rank's tensor is its piece of every block.
+# concatenated slices, cut equally over the tensor ranks; a rank's tensor is its share of every block.
 Layout = Callable[[Sequence[int], ModelShape, int], list[list[Slice]]]
 
 
 def each(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
-    """Every part is cut by itself: one tensor as it is, or ``[gate shard | up shard]``."""
+    """Cut every part separately: a single tensor, or ``[gate shard | up shard]``."""
     return [[Slice(part, 0, size)] for part, size in enumerate(sizes)]
 
 
 def qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
-    """Query groups in turn, each ``q..q k v``; with fewer groups than ranks the cut goes through a group."""
+    """Interleave query groups, each ``q..q k v``; with fewer groups than ranks a group is cut."""
     groups = shape.num_query_groups
     q, k, v = (size // groups for size in sizes)
     return [
@@ -48,7 +48,7 @@ def qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list
 
 
 def packed_qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
-    """The same out of one HF tensor that holds all queries, then all keys, then all values."""
+    """Interleave as :func:`qkv`, from one HF tensor of all queries, then all keys, then all values."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     start = (0, q, q + kv)
     [block] = qkv((q, kv, kv), shape, tensor_ranks)
@@ -56,16 +56,16 @@ def packed_qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> li
 
 
 def vocab(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
-    """The vocabulary's rows, then zero rows up to :func:`padded_vocab`."""
+    """Pad the vocabulary's rows with zero rows up to :func:`padded_vocab`."""
     return [[Slice(0, 0, sizes[0]), Slice(None, 0, padded_vocab(sizes[0], tensor_ranks) - sizes[0])]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One Megatron tensor and the HF tensors it is made of. ``{i}`` stands for the (global) layer.
+    """One Megatron tensor and the HF tensors that it consists of. ``{i}`` is the (global) index of the layer.
 
     ``dims`` names the dimensions of each HF tensor (see :meth:`hf_shapes`); ``split`` is the dimension that
-    parts are joined and ranks are cut along, None for a tensor that every rank holds whole.
+    parts are concatenated and sharded along; None for a tensor that every rank holds in full.
     """
 
     megatron: str
@@ -155,37 +155,37 @@ def rows(shape: ModelShape) -> Iterator[Row]:
 
 
 def padded_vocab(vocab_size: int, tensor_ranks: int) -> int:
-    """Return the vocabulary rounded up to a multiple of 128 that the tensor ranks share equally."""
+    """Return the vocabulary size rounded up to a multiple of 128 and of the tensor ranks."""
     multiple = math.lcm(128, tensor_ranks)
     return -(-vocab_size // multiple) * multiple
 
 
 def rank_slices(row: Row, shape: ModelShape, tensor_rank: int, tensor_ranks: int) -> list[Slice]:
-    """Return the slices that, joined along ``row.split``, make this rank's tensor.
+    """Return the slices whose concatenation along ``row.split`` is this rank's tensor.
 
     Raises:
-        InputError: the tensor ranks do not divide a dimension that they share.
+        InputError: if the tensor ranks do not divide a dimension that they share.
     """
     sizes = [part[row.split or 0] for part in row.hf_shapes(shape)]
     rank, ranks = (0, 1) if row.split is None else (tensor_rank, tensor_ranks)
-    found = []
+    slices = []
     for block in row.layout(sizes, shape, ranks):
         total = sum(s.stop - s.start for s in block)
         if total % ranks:
             raise InputError(f"parallel.tensor must divide the {total} of {row.megatron}, got {ranks} ranks")
-        found += _cut(block, total // ranks * rank, total // ranks * (rank + 1))
-    return found
+        slices += _cut(block, total // ranks * rank, total // ranks * (rank + 1))
+    return slices
 
 
 def local_shape(row: Row, shape: ModelShape, tensor_ranks: int) -> tuple[int, ...]:
     """Return the shape of one rank's tensor."""
-    whole = list(row.hf_shapes(shape)[0])
-    whole[row.split or 0] = sum(s.stop - s.start for s in rank_slices(row, shape, 0, tensor_ranks))
-    return tuple(whole)
+    full = list(row.hf_shapes(shape)[0])
+    full[row.split or 0] = sum(s.stop - s.start for s in rank_slices(row, shape, 0, tensor_ranks))
+    return tuple(full)
 
 
 def _cut(block: Sequence[Slice], start: int, stop: int) -> Iterator[Slice]:
-    """Yield what of the slices, laid end to end, falls into ``[start, stop)``."""
+    """Yield the parts of the concatenated slices that lie in ``[start, stop)``."""
     offset = 0
     for part, first, last in block:
         low, high = max(start, offset), min(stop, offset + last - first)
