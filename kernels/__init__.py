@@ -1,8 +1,8 @@
-"""Our Triton kernels, each beside its plain-PyTorch reference. Import them as ``megatron_align.kernels``.
+"""Triton kernels, each with a plain-PyTorch reference. Import them as ``megatron_align.kernels``.
 
-The folder stands at the top level and ``megatron_align/kernels`` links to it. From the repository root
-``transformers`` may therefore import it as top-level ``kernels``, meaning Hugging Face's package of that
-name: under that name this file steps aside for the real one, and holds nothing if there is none.
+The folder is at the top level of the repository and ``megatron_align/kernels`` links to it. In the repository root
+``transformers`` can therefore import it as top-level ``kernels``, meaning Hugging Face's package of that name: under
+that name this file loads the real package instead, and is empty if that is not installed.
 """
 
 if __name__ == "kernels":

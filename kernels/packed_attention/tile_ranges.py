@@ -6,7 +6,7 @@ choice of queries, because:
 
 - Key ``k`` is seen by the rows ``[seen_start_k, seen_end_k)`` without a gap.
 - Hence if the first query of a block and the last one both see ``k``, all between do: **what the last query sees up
-  to the first query's position is seen by the whole block**, and needs no mask.
+  to the first query's position is seen by the entire block**, and needs no mask.
 - Queries of a block that belong to later groups than the first query see only keys from the first query's position
   on. Hence **what the first query sees, and the keys from there to the last query's position, is all that the block
   can see**; if first and last query are of one group, the last one's prefix replaces the first one's.

@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_logprobs(pool, tiny_models, reference, varia
         ([0, 1, 2, 3], None),  # one rank has to send all it has
     ],
 )
-def test_every_scored_row_is_found_where_it_was_sent(rows, sent):
+def test_every_scored_row_has_the_index_at_which_it_was_sent(rows, sent):
     row_N = np.array(rows, np.int64)
     picked = pick_rows(row_N, tokens=4, ranks=2)
     assert (None if picked is None else picked.own_RM.shape) == (None if sent is None else (2, sent))

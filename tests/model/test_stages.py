@@ -1,4 +1,4 @@
-"""Layers are dealt out as megatron-core deals them, every one once, or the layout is refused in words."""
+"""Layers are distributed as megatron-core distributes them, each once, or the layout is refused with one line."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ GROUPS = PackedLayout.from_groups(
     [(70, [5, 0, 33]), (0, [9]), (4, []), (3, [1, 1, 1]), (40, [30, 50]), (0, [0])], total=256
 )
 LONG = PackedLayout.from_lengths([1024])
-# What one of two context-parallel ranks holds, once in whole blocks of 32 and once in crumbs.
+# What one of two context-parallel ranks holds, once in complete blocks of 32 and once in single rows.
 STRETCHES = GROUPS.for_queries(torch.arange(256).view(-1, 2, 32)[:, 1].flatten())
 CRUMBS = DOCUMENTS.for_queries(torch.arange(330).view(-1, 2, 5)[:, 0].flatten())
 
@@ -111,7 +111,7 @@ def test_matches_float64_for_any_groups(groups, padding, blocks):
 
 
 def test_views_and_expanded_gradients():
-    """q, k and v as slices of one fused projection, and the gradient of a sum (stride 0) are read where they lie."""
+    """q, k and v as slices of one fused projection, and the gradient of a sum (stride 0), are read in place."""
     layout = PackedLayout.from_groups([(20, [9, 30])], total=61).to(DEVICE)
     fused = torch.randn(61, 8, 32, device=DEVICE)
     views = [fused[:, a:b].requires_grad_() for a, b in ((0, 4), (4, 6), (6, 8))]

@@ -169,7 +169,7 @@ def test_a_shared_prompt_costs_less_than_its_copies():
 
 
 def test_shards_cost_no_tile_more():
-    """Ranks that hold whole blocks visit together what one rank visits, and each its share of it."""
+    """Ranks that hold complete blocks visit together the tiles that one rank visits, each its share of them."""
     groups = [(0, [6000]), (1000, [2000, 2000]), (0, [3000]), (0, [384])]
     layout = PackedLayout.from_groups(groups, total=16384)
     shares = [tiles_of(layout.for_queries(torch.from_numpy(p)))[0] for p in balanced_shards(groups, 16384, 8)]

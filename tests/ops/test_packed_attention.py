@@ -83,7 +83,7 @@ def test_a_shared_prompt_equals_its_copies():
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_shares_of_the_queries_make_the_whole(ranks):
+def test_shares_of_the_queries_add_up_to_all(ranks):
     """Out and dq row by row, dk and dv as sums over the ranks; each share equals the reference."""
     tensors = inputs(GROUPS.tokens, 4, 2, 8, torch.float64)
     grad = torch.randn(tensors[0].shape, dtype=torch.float64)
@@ -229,7 +229,7 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
     st.integers(0, 3),
 )
 @settings(derandomize=True, deadline=None)
-def test_queries_and_keys_tell_the_same(groups, padding):
+def test_intervals_by_query_and_by_key_agree(groups, padding):
     """Token k is seen by the rows [seen_start_k, seen_end_k), without a gap: the block map stands on this."""
     used = sum(prompt + sum(completions) for prompt, completions in groups)
     layout = PackedLayout.from_groups(groups, total=used + padding)

@@ -1,4 +1,4 @@
-"""The Triton passes equal the PyTorch passes, write nothing else, and compile without spills for sm_80 and sm_90."""
+"""The Triton passes equal the PyTorch passes, write nowhere else, and compile without spills for sm_80 and sm_90."""
 
 from dataclasses import replace
 
@@ -55,7 +55,7 @@ def test_statistics(dtype, columns, real, options, scale):
 @pytest.mark.parametrize("columns, real", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_overwrite(dtype, columns, real, options):
-    """In place; padding columns become 0; rows around the slab stay; a row without gradient is 0 whatever it holds."""
+    """In place; padding columns become 0; rows around the slab stay; a row without gradient becomes 0."""
     logits, local, shard = random_slab(columns, real, dtype, 3.0, **options)
     found = row_statistics(logits[1:6].double(), local, shard)
     grad = torch.tensor([0.5, -2.0, 1.0, 0.3, 0.0], device=DEVICE)
@@ -74,7 +74,7 @@ def test_overwrite(dtype, columns, real, options):
 @pytest.mark.parametrize("kind", [PairLoss, StatisticsLoss])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slab_loss_runs_on_them(dtype, kind, options, monkeypatch):
-    """The whole engine: 21 rows in slabs of up to 8, a limit of 5, so that some are projected twice."""
+    """The complete engine: 21 rows in slabs of up to 8, a limit of 5, so that some are projected twice."""
     tensors = draw(21, 24, 4200, dtype, device=DEVICE)
     monkeypatch.setitem(slab.SLAB_BYTES, DEVICE, 5 * 4200 * tensors[1].element_size())
     slabs = cut(21, [3, 8, 1])

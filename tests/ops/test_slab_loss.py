@@ -61,7 +61,7 @@ FIELD = [(61, 112, 152064), (68, 28, 151936), (153, 256, 32256), (252, 507, 123)
 @pytest.mark.parametrize("shape", FIELD)
 @pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 def test_error_is_within_that_of_the_same_dtype_reference(shape, dtype, slack, scale):
-    """A fifth of the rows has weight 0, all lie in one sequence."""
+    """A fifth of the rows has weight 0, all are in one sequence."""
     tensors = draw(*shape, dtype, scale=scale)
     slabs = [(0, shape[0])]
     loss = TokenLoss(shape[0], slabs)
@@ -139,7 +139,7 @@ def test_known_bug_ignored_rows_poison_the_rest():
 
 
 def test_known_bug_a_large_common_offset():
-    """1e4 on every logit: the log of the sum is kept apart from the maximum, which would round it away.
+    """1e4 on every logit: the log of the sum is stored separately from the maximum, which would round it away.
 
     Judged from the same fp32 logits, which are spaced 1e-3 there.
     """
@@ -243,7 +243,7 @@ def test_upstream_gradient_must_be_one():
         (2 * loss).backward()
 
 
-def test_gradients_are_handed_out_once():
+def test_gradients_are_returned_once():
     tensors = draw(6, 8, 10)
     loss, _ = slab_loss(*tensors, [(0, 6)], PairLoss([0]))
     loss.backward(retain_graph=True)
@@ -264,7 +264,7 @@ def test_no_rows(slabs):
     assert sums.keys() == {*want_sums, "recomputed_samples"}
 
 
-def test_a_loss_that_looks_at_nothing():
+def test_a_loss_that_ignores_its_log_probs():
     """Its gradient is 0, not an error: a slab may hold samples that weigh nothing."""
     tensors = draw(6, 8, 10)
     got, _ = gradients(slab_loss, tensors, [(0, 6)], lambda i, logprobs_n, s: (torch.tensor(3.0), {}))
@@ -288,7 +288,7 @@ def test_slabs_must_cover_the_rows(slabs, message):
 
 @pytest.mark.parametrize("world, rows, vocab", [(2, 9, 31), (4, 9, 31), (4, 5, 7), (2, 0, 31)])
 def test_vocabulary_ranks_agree_with_one(pool, world, rows, vocab):
-    """Also where the last two of four ranks hold padding only. Hidden gradients: whole, or shares that add up."""
+    """Also where the last two of four ranks hold padding only. Hidden gradients: complete, or shares that add up."""
     hidden, weight, targets = draw(rows, 12, vocab, torch.float32)
     padding = 16 - vocab if vocab < 16 else 32 - vocab
     padded = torch.cat([weight.detach(), torch.full((padding, 12), 9.0)])

@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(tensors, options, message):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_hidden_states_that_are_not_finite_are_named_when_asked(value, monkeypatch):
+def test_hidden_states_that_are_not_finite_are_named_under_checks(value, monkeypatch):
     hidden, weight, targets = three()
     hidden[2, 3] = value
     token_logprobs(hidden, weight, targets)
@@ -120,7 +120,7 @@ def test_hidden_states_that_are_not_finite_are_named_when_asked(value, monkeypat
         token_logprobs(hidden, weight, targets)
 
 
-def test_a_vocabulary_that_the_ranks_do_not_divide_is_named_when_asked(pool):
+def test_a_vocabulary_that_the_ranks_do_not_divide_is_named_under_checks(pool):
     assert pool.run(2, ranks.checked_logprobs, [6, 6]) == ["agreed", "agreed"]
     for answer in pool.run(2, ranks.checked_logprobs, [6, 5]):
         assert "divides the padded vocabulary; got [6, 5]" in answer

@@ -1,4 +1,4 @@
-"""token_scores equals what full logits tell: log-prob, entropy, log sum p^2, the largest log-probs; on any ranks."""
+"""token_scores equals the scores of full logits: log-prob, entropy, log sum p^2, top k; on any ranks."""
 
 import math
 
