@@ -59,7 +59,7 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
     """Build a model, its stepper, an optimizer with nonzero moments, and checkpoint metadata."""
     import torch
 
-    from megatron_align.checkpoint import folder as sharded
+    from megatron_align.checkpoint.card import make_checkpoint_metadata
     from megatron_align.config import OptimizerConfig, ParallelConfig
     from megatron_align.model import parallel
     from megatron_align.model.families import read_shape
@@ -81,7 +81,7 @@ def build(assets: Path) -> tuple[Any, dict[str, Any]]:
         for moment in (state["exp_avg"], state["exp_avg_sq"]):
             moment.uniform_()
     stepper = Stepper(model, build_objective(SFTOptions(), None), parallel.groups(), optimizer)
-    return stepper, sharded.make_card(1, shape, dtype)
+    return stepper, make_checkpoint_metadata(1, shape, dtype)
 
 
 def one_pack(tokens: int) -> Any:
@@ -170,15 +170,17 @@ def read(path: Path) -> None:
 
 def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tuple[str, int, list[float]]]:
     """Yield the bytes and the seconds of each case."""
-    from megatron_align.checkpoint import folder as sharded
-    from megatron_align.checkpoint.saver import Saver
+    from megatron_align.checkpoint.integrity import require_intact
+    from megatron_align.checkpoint.load import load_checkpoint
+    from megatron_align.checkpoint.saver import CheckpointContent, Saver
 
     assets = model_folder(folder / "model", layers)
-    stepper, card = build(assets)
+    stepper, metadata = build(assets)
     model, optimizer, batches = stepper.model, stepper.optimizer, [one_pack(tokens)]
+    content = CheckpointContent(model=model, optimizer=optimizer, metadata=metadata, assets=assets)
     saver, background = Saver(), Saver(background=True)
-    first = saver.save(folder / "save", model, optimizer, card, assets)
-    background.save(folder / "background", model, optimizer, card, assets)  # allocates its buffers
+    first = saver.save(folder / "save", content)
+    background.save(folder / "background", content)  # allocates its buffers
     torch = Torch(stepper)
     torch.pause(folder / "torch", stepper, batches)  # allocates its buffers
     times: dict[str, list[float]] = {"save, the first": [first.seconds]}
@@ -192,14 +194,14 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
         touch_memory()
         note("write", timed(lambda: write(folder / "plain" / "file", first.bytes)))
         touch_memory()
-        note("save", saver.save(folder / "save", model, optimizer, card, assets).seconds)
+        note("save", saver.save(folder / "save", content).seconds)
         touch_memory()
         note("torch, save", timed(lambda: torch.save(folder / "torch" / "at_once")))
         note("torch, pause", torch.pause(folder / "torch" / "async", stepper, batches))
         alone = timed(lambda: stepper.train(batches))
         note("step", alone)
         started, steps = time.perf_counter(), 0
-        background.begin(folder / "background", model, optimizer, card, assets)
+        background.begin(folder / "background", content)
         while not background.written():
             stepper.train(batches, background.wait_until_copied)
             steps += 1
@@ -211,10 +213,10 @@ def measure(folder: Path, layers: int, rounds: int, tokens: int) -> Iterator[tup
         touch_memory()
         note("read", timed(lambda: read(folder / "plain" / "file")))
         touch_memory()
-        note("verify", timed(lambda: sharded.require_intact(folder / "save")))
+        note("verify", timed(lambda: require_intact(folder / "save")))
         forget(folder)
         touch_memory()
-        note("load", timed(lambda: sharded.load(folder / "save", model, optimizer)))
+        note("load", timed(lambda: load_checkpoint(folder / "save", model, optimizer)))
     for case, seconds in times.items():
         yield case, first.bytes, seconds
 

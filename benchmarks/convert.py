@@ -109,13 +109,13 @@ def by_transformers(hf: Path, out: Path) -> None:
 
 
 def by_import(hf: Path, out: Path) -> None:
-    from megatron_align.convert.convert import import_hf
+    from megatron_align.convert.import_hf import import_hf
 
     import_hf(hf, out)
 
 
 def by_export(checkpoint: Path, out: Path) -> None:
-    from megatron_align.convert.convert import export_hf
+    from megatron_align.convert.export_hf import export_hf
 
     export_hf(checkpoint, out)
 
@@ -160,7 +160,8 @@ def run_case(case: str, folders: list[Path]) -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
 
-        import megatron_align.convert.convert
+        import megatron_align.convert.export_hf
+        import megatron_align.convert.import_hf
         import megatron_align.merge.merge  # noqa: F401
     start = time.perf_counter()
     CASES[case](*folders)

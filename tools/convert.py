@@ -1,7 +1,7 @@
 """``megatron-align convert import | export | verify``; also ``python tools/convert.py``.
 
-One CPU process, no torchrun; memory does not grow with the model (of verify: with --deep). Exit code of verify:
-0 the same model, 1 a difference or a number that is not finite, 2 bad input.
+One CPU process, no torchrun, in constant memory (verify: with --deep). Exit code of verify: 0 the same model, 1 a
+difference or a non-finite number, 2 bad input.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ ABOUT = "Convert between Hugging Face folders and checkpoints, tensor by tensor,
 COMMANDS = {
     "import": "Hugging Face folder -> checkpoint (weights only, no optimizer state)",
     "export": "checkpoint -> Hugging Face folder (config, tokenizer, safetensors)",
-    "verify": "prove that a checkpoint and a Hugging Face folder hold the same model",
+    "verify": "check that a checkpoint and a Hugging Face folder hold the same model",
 }
-_MEMORY = "Needs no GPU and no torchrun. Memory, beside about 0.5 GB: {memory}."
+_MEMORY = "Needs no GPU and no torchrun. Memory: about 0.5 GB, plus {memory}."
 _VERIFY = """Three checks: the sizes and constants of config.json are equal; every tensor is equal byte for byte;
-and the logits of our model, on texts packed together, equal those of transformers on each text alone (both
-in fp32, on random tokens and on real text). Exit code 0: all equal; 1: anything differs or is not finite;
-2: bad input. If logits differ, the first module that does is named. A trained checkpoint differs from the
-model it started from: compare it with its own export."""
+and the logits of our model on packed texts equal those of transformers on each text alone (both in fp32, on
+random tokens and on real text). Exit code 0: everything is equal; 1: something differs or is not finite; 2: bad
+input. If logits differ, the first module that differs is named. A trained checkpoint differs from the model it
+started from: compare it with its own export."""
 
 
 def run(arguments: list[str]) -> int:
@@ -38,16 +38,16 @@ def run(arguments: list[str]) -> int:
 
     name, rest = choose(PROGRAM, ABOUT, COMMANDS, arguments)
     add_arguments, act, memory = {
-        "import": (_import_arguments, _import, "chunks of 64 MB, whatever the model's size"),
+        "import": (_import_arguments, _import, "three blocks of 64 MB, whatever the model's size"),
         "export": (
             _export_arguments,
             _export,
-            "twice the largest tensor, or pair or triple that belong together",
+            "twice the largest tensor, or group of tensors that form one of ours (query, key and value)",
         ),
         "verify": (
             _verify_arguments,
             _verify,
-            "8 bytes a parameter, ours and that of transformers in fp32; with --deep that of one layer",
+            "8 bytes per parameter (both models in fp32); with --deep, those of one layer",
         ),
     }[name]
     about = _VERIFY if name == "verify" else f"{COMMANDS[name]}."
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _stay_on_cpu() -> None:
-    """Hide the GPUs, which others may be training on; once torch is loaded it is too late for that."""
+    """Hide the GPUs, which other processes may use; it has no effect once torch is loaded."""
     if "torch" not in sys.modules:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -73,7 +73,7 @@ def _import_arguments(parser: Parser) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from megatron_align.convert.convert import import_hf
+    from megatron_align.convert.import_hf import import_hf
 
     done = import_hf(options.hf, options.out, options.dtype)
     print(f"imported {done}, to {options.out}")
@@ -84,7 +84,7 @@ def _add_dtype(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="cast the weights to this (default: as they are stored, so that the bytes stay the same)",
+        help="dtype to cast the weights to (default: as stored, so that no byte changes)",
     )
 
 
@@ -93,7 +93,7 @@ def _export_arguments(parser: Parser) -> None:
         "--checkpoint",
         required=True,
         metavar="CKPT",
-        help="a checkpoint, or a run's folder: its newest checkpoint",
+        help="a checkpoint, or a run's folder, meaning its newest checkpoint",
     )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="Hugging Face folder to write: new or empty"
@@ -102,7 +102,7 @@ def _export_arguments(parser: Parser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megatron_align.convert.convert import export_hf
+    from megatron_align.convert.export_hf import export_hf
 
     done = export_hf(options.checkpoint, options.out, options.dtype)
     print(f"exported {done}, from {done.folder} to {options.out}")
@@ -115,12 +115,12 @@ def _verify_arguments(parser: Parser) -> None:
         "--checkpoint",
         required=True,
         metavar="CKPT",
-        help="a checkpoint, or a run's folder: its newest checkpoint",
+        help="a checkpoint, or a run's folder, meaning its newest checkpoint",
     )
     parser.add_argument(
         "--data",
         metavar="FILE.jsonl",
-        help="real text, in the shapes of training data; its first 16 records (default: built-in sentences)",
+        help="real text in the formats of training data; the first 16 records are used (default: built-in sentences)",
     )
     parser.add_argument(
         "--tolerance",
@@ -131,9 +131,9 @@ def _verify_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--deep",
         action="store_true",
-        help="compare layer by layer, one layer in memory on each side: for models that do not fit twice",
+        help="compare layer by layer, with one layer of each model in memory: for models that do not fit twice",
     )
-    parser.add_argument("--json", metavar="REPORT", help="also write the findings to this file, as JSON")
+    parser.add_argument("--json", metavar="REPORT", help="also write the report to this file, as JSON")
 
 
 def _tolerance(text: str) -> float:
@@ -142,7 +142,7 @@ def _tolerance(text: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number that is not negative, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a non-negative number, got {text}")
     return value
 
 

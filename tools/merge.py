@@ -1,6 +1,6 @@
 """``megatron-align merge METHOD --base DIR --models DIR... --out DIR``; also ``python tools/merge.py``.
 
-One CPU process; memory does not grow with the model.
+One CPU process, in constant memory.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ ABOUT = "Merge Hugging Face folders of one architecture into a new one, tensor b
 METHODS = {
     "linear": "weighted mean of the models: sum(w_i x_i) / sum(w_i)",
     "task_arithmetic": "base + scale * sum(w_i (x_i - base))",
-    "model_stock": "from the base towards the models' mean, as far as their angle says, tensor by tensor",
+    "model_stock": "from the base towards the mean of the models, by the angle between task vectors, by tensor",
     "slerp": "spherical interpolation between two models, or from the base to one",
-    "ties": "task vectors trimmed to their largest elements, signs elected, what agrees averaged",
-    "dare": "task vectors thinned out at random and rescaled, added to the base",
+    "ties": "task vectors trimmed to their largest elements, signs elected, agreeing elements averaged",
+    "dare": "task vectors randomly sparsified and rescaled, added to the base",
 }
 _BASELESS = ("linear", "slerp")
 _MORE = """Needs no GPU and no torchrun. All folders must have the same sizes, constants and tokenizer, and finite
-weights. The result takes configuration and tokenizer from the first model, and gets a card (README.md, merge.json)
-that says what was merged, how, and hashes of all inputs. A merge that was killed or interrupted goes on where it
-stopped when the same command is given again. docs/merging.md has formulas and advice."""
+weights. The result has the first model's configuration and tokenizer, and a model card (README.md, merge.json)
+with the inputs, their hashes, the method and its options. A merge that was killed or interrupted resumes when the
+same command is run again. docs/merging.md has formulas and advice."""
 
 
 def run(arguments: list[str]) -> int:
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> int:
     _add_folders(parser, name)
     _add_options(parser, name)
     options = vars(parser.parse(rest))
-    if "torch" not in sys.modules:  # others may be training on the GPUs
+    if "torch" not in sys.modules:  # other processes may use the GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return _merge(name, options)
 
@@ -48,9 +48,9 @@ def _add_folders(parser: Parser, name: str) -> None:
     if name not in _BASELESS:
         about = "Hugging Face folder that the models were trained from"
     elif name == "slerp":
-        about = "where to start if there is one model; else only checked to be alike"
+        about = "start of the interpolation if one model is given; otherwise only checked to be compatible"
     else:
-        about = "not part of this formula: only checked to be alike"
+        about = "not part of this formula: only checked to be compatible"
     parser.add_argument("--base", required=name not in _BASELESS, metavar="DIR", help=about)
     parser.add_argument(
         "--models", required=True, nargs="+", metavar="DIR", help="Hugging Face folders to merge"
@@ -59,37 +59,39 @@ def _add_folders(parser: Parser, name: str) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="dtype of the result (default: as stored, which must be alike in all folders)",
+        help="dtype of the result (default: as stored, which must be equal in all folders)",
     )
 
 
 def _add_options(parser: Parser, name: str) -> None:
     """Add the options of the formula, and no others."""
     if name in ("linear", "task_arithmetic", "ties", "dare"):
-        about = "one number per model, in their order (default: 1 / number of models)"
+        about = "one number per model, in order (default: 1 / number of models)"
         parser.add_argument("--weights", nargs="+", type=float, metavar="W", help=about)
     if name in ("task_arithmetic", "ties", "dare"):
         about = "factor of the merged task vector (default: 1)"
         parser.add_argument("--scale", type=float, default=1.0, help=about)
     if name == "ties":
-        about = "share of elements of each task vector that stay, the largest (default: 0.2)"
+        about = "share of each task vector's elements that are kept, the largest ones (default: 0.2)"
         parser.add_argument("--density", type=float, default=0.2, help=about)
     if name == "dare":
-        about = "chance of an element of a task vector to stay (default: 0.1)"
+        about = "probability that an element of a task vector is kept (default: 0.1)"
         parser.add_argument("--density", type=float, default=0.1, help=about)
-        parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the random generator (default: 0)")
     if name == "slerp":
-        parser.add_argument("--t", type=float, default=0.5, help="0: the start, 1: the end (default: 0.5)")
+        parser.add_argument(
+            "--t", type=float, default=0.5, help="position between start (0) and end (1) (default: 0.5)"
+        )
 
 
 def _merge(name: str, options: dict) -> int:
     from megatron_align.merge.merge import merge
-    from megatron_align.merge.methods import METHODS as KINDS
+    from megatron_align.merge.methods import METHODS as METHOD_CLASSES
 
     folders = {key: options.pop(key) for key in ("base", "models", "out", "dtype")}
     if options.get("weights") is not None:
         options["weights"] = tuple(options["weights"])
-    inputs = merge(KINDS[name](**options), **folders)
+    inputs = merge(METHOD_CLASSES[name](**options), **folders)
     print(
         f"merged {len(folders['models'])} models by {name}: {len(inputs[0].tensors)} tensors, to {folders['out']}"
     )

@@ -127,15 +127,15 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
 def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
     import dataclasses
 
-    from megatron_align.checkpoint import folder as sharded
+    from megatron_align.checkpoint.folder import ASSETS, find_checkpoint
     from megatron_align.data.batching.sampler import passes_per_epoch
     from megatron_align.data.report import Layout
     from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.objectives.configuration import parse
 
     config = parse(["--config", options.config])
-    source = sharded.find(config.model.path)
-    tokenizer = str(source / sharded.ASSETS) if source else config.model.path
+    source = find_checkpoint(config.model.path)
+    tokenizer = str(source / ASSETS) if source else config.model.path
     wanted = []
     for split in ("train", "validation"):
         spec = StoreSpec.of_run(config, split, tokenizer)

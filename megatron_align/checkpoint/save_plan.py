@@ -1,4 +1,4 @@
-"""What each rank has to write of a model and its optimizer, as megatron-core plans it: nothing is written here."""
+"""Plan which tensors each rank writes of a model and its optimizer, with megatron-core; nothing is written here."""
 
 from __future__ import annotations
 
@@ -25,76 +25,76 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from megatron_align.checkpoint.optimizer_state import HostedOptimizer
+from megatron_align.checkpoint.optimizer_state import SaveableOptimizer
 from megatron_align.model.policy import Policy
 
-REFERENCE = "reference."  # before the names of a second model's tensors
-_FILES = 2  # of each rank, written side by side
+REFERENCE = "reference."  # prefix of the names of a reference model's tensors
+_FILES = 2  # per rank, written concurrently
 
-Item = tuple[WriteItem, Tensor | io.BytesIO]
+SaveItem = tuple[WriteItem, Tensor | io.BytesIO]
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """What this rank writes: ``buckets`` are files of about the same size. Rank 0 has the rest too."""
+class RankSavePlan:
+    """The part of a save that this rank writes; ``buckets`` are files of about equal size. Rank 0 has ``metadata``."""
 
-    buckets: list[list[Item]]
+    buckets: list[list[SaveItem]]
     metadata: Metadata | None
     common: dict[str, Any]
 
 
-class Planner:
-    """Plans saves. Where the same objects are saved again, the plan is kept."""
+class SavePlanCache:
+    """Plan saves, and keep the plan for the next save of the same objects."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
-        self._planned: Planned | None = None
+        self._plan: RankSavePlan | None = None
 
     def plan(
         self,
         model: Sequence[Policy | DistributedDataParallel],
-        optimizer: HostedOptimizer | None,
+        optimizer: SaveableOptimizer | None,
         reference: Sequence[Policy] | None,
-    ) -> Planned:
-        """Agree with the other ranks on who writes what; each calls this.
+    ) -> RankSavePlan:
+        """Agree with the other ranks on who writes what; every rank calls this.
 
-        Tensors of the model lie in the training's own memory, the optimizer's where it is yet to gather its state. What
-        else the optimizer has (steps, learning rate) is taken at once.
+        The model's tensors are those of training, the optimizer's the host memory that is filled later. Its other
+        entries (steps, learning rate) are read immediately.
         """
         objects = [*model, optimizer, *(reference or [])]
-        known = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
-        if not known:
-            self._objects, self._planned = objects, _plan(model, optimizer, reference)
+        is_same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
+        if not is_same:
+            self._objects, self._plan = objects, _plan(model, optimizer, reference)
         elif optimizer is not None:
-            self._planned.common["optimizer"] |= optimizer.state_dict()
-        return self._planned
+            self._plan.common["optimizer"] |= optimizer.state_dict()
+        return self._plan
 
 
 def _plan(
     model: Sequence[Policy | DistributedDataParallel],
-    optimizer: HostedOptimizer | None,
+    optimizer: SaveableOptimizer | None,
     reference: Sequence[Policy] | None,
-) -> Planned:
+) -> RankSavePlan:
     chunks, groups = unwrap(model)
-    with _collecting_nothing():
+    with _hidden_from_garbage_collector():
         state = sharded_state(chunks, optimizer, groups)
     state |= reference_state(reference, groups)
     sharded, common = save_preprocess(state)
     named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    storage = _Collect()
+    storage = _PlanOnlyStorage()
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     answer = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(named, is_loading=False), storage, None, 0, planner=planner
     )
     metadata = answer[0][1]
     if metadata is not None:
-        metadata.all_local_plans = None  # megatron-core's cache, as large as all the rest
-    return Planned(storage.buckets, metadata, common)
+        metadata.all_local_plans = None  # megatron-core's cache, as large as everything else
+    return RankSavePlan(storage.buckets, metadata, common)
 
 
 @contextmanager
-def _collecting_nothing() -> Iterator[None]:
-    """Hide all objects from the garbage collector: megatron-core calls it here, and it would walk the whole heap."""
+def _hidden_from_garbage_collector() -> Iterator[None]:
+    """Hide all objects from the garbage collector: megatron-core calls it here, and it would walk the entire heap."""
     gc.freeze()
     try:
         yield
@@ -102,30 +102,31 @@ def _collecting_nothing() -> Iterator[None]:
         gc.unfreeze()
 
 
-class _Collect:
-    """Stands where megatron-core wants a storage, and takes what each rank is to write.
+class _PlanOnlyStorage:
+    """A storage writer for megatron-core's planning that keeps the items to write and writes nothing.
 
-    Its own would copy every tensor that is a view, and write from forked processes, which outlive a killed rank.
+    megatron-core's storage would copy every tensor that is a view, and write from forked processes, which outlive a
+    killed rank.
     """
 
     can_run_decentralized_global_plan = True
 
     def __init__(self) -> None:
-        self.buckets: list[list[Item]] = []
+        self.buckets: list[list[SaveItem]] = []
 
     def set_up_storage_writer(self, is_coordinator: bool) -> None:
-        """Do nothing: no folder is touched here."""
+        """Do nothing: no folder is created here."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Change nothing."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
-        """Change nothing."""
+        """Return the plan unchanged."""
         return plan
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Keep the plan's items, dealt out to files of about one size."""
+        """Keep the plan's items, distributed over files of about equal size."""
         self.buckets = [
             [(item, planner.resolve_data(item)) for item in bucket]
             for bucket in _split_by_size_and_type(_FILES, plan.items)
@@ -136,34 +137,34 @@ class _Collect:
 def unwrap(
     model: Sequence[Policy | DistributedDataParallel],
 ) -> tuple[list[Policy], ProcessGroupCollection]:
-    """Return the chunks themselves and their process groups."""
+    """Return the chunks without their data-parallel wrappers, and their process groups."""
     chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
     return chunks, chunks[0].pg_collection
 
 
 def sharded_state(
     chunks: list[Policy],
-    optimizer: HostedOptimizer | None,
+    optimizer: SaveableOptimizer | None,
     groups: ProcessGroupCollection,
 ) -> dict[str, Any]:
     """Return megatron-core's sharded state dict of a model and its optimizer."""
     model = model_state(chunks, groups)
     state = dict(model)
     if optimizer is not None:
-        own = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata(groups))
-        # None on ranks that have nothing to write, which megatron-core itself then takes for a difference.
-        state["optimizer"] = {key: value for key, value in own.items() if value is not None}
+        entries = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata(groups))
+        # None on ranks that have nothing to write, which megatron-core would take for a difference between ranks.
+        state["optimizer"] = {key: value for key, value in entries.items() if value is not None}
     return state
 
 
 def model_state(chunks: list[Policy], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return that of a model alone, by chunk."""
+    """Return megatron-core's sharded state dict of a model alone, by chunk."""
     metadata = _metadata(groups)
     return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
 
 
 def reference_state(reference: Sequence[Policy] | None, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return that of a second model."""
+    """Return megatron-core's sharded state dict of a reference model."""
     return {
         f"reference{n}": chunk.sharded_state_dict(prefix=REFERENCE, metadata=_metadata(groups))
         for n, chunk in enumerate(reference or [])
@@ -178,7 +179,7 @@ def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
     }
 
 
-def exact(tensor: Tensor) -> Tensor:
-    """Return a contiguous CPU tensor with storage of just its size, without a copy: torch.save writes all storage."""
+def with_exact_storage(tensor: Tensor) -> Tensor:
+    """Return a contiguous CPU tensor as a view whose storage has its size: torch.save writes the entire storage."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return torch.from_numpy(flat.numpy()).view(tensor.dtype).view(tensor.shape)

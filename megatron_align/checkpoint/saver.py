@@ -1,10 +1,10 @@
-"""Writing a checkpoint from all ranks: at once, or behind training's back. It appears whole or not at all.
+"""Save a sharded checkpoint, synchronously or in the background. The write is atomic.
 
-Four stages. *Begin* (all ranks together): a hidden folder and megatron-core's plan. *Copy* (each rank alone, in a
-thread): what training will change; gradients may be computed meanwhile, the update waits. *Write* (in threads): the
-optimizer's state is gathered, and each rank writes its files, hashed on the way and forced onto the disk. *Finish*
-(together again): if every rank has written, rank 0 adds what describes the whole and gives the folder its name.
-Threads, not processes: a killed rank leaves nobody behind who still writes.
+Four stages. *Begin* (collective): rank 0 creates a hidden folder, all ranks plan with megatron-core. *Copy* (each rank
+on a thread): what training will change goes to host memory; gradients may be computed meanwhile, the update waits.
+*Write* (on threads): the optimizer's state is gathered, and each rank writes its files, hashed on the way and forced
+onto the disk. *Finish* (collective): if every rank has written, rank 0 adds the metadata and renames the folder.
+Threads, not processes: no writer outlives a killed rank.
 """
 
 from __future__ import annotations
@@ -30,18 +30,43 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_align import faults
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE
-from megatron_align.checkpoint.metadata import COMMON, FORMAT_FILE, FORMAT_OF_STATE, METADATA
-from megatron_align.checkpoint.optimizer_state import HostedOptimizer
-from megatron_align.checkpoint.save_plan import Item, Planned, Planner, exact, unwrap
-from megatron_align.hf.writer import copy_assets, write_config_architecture
+from megatron_align.checkpoint.optimizer_state import SaveableOptimizer
+from megatron_align.checkpoint.save_plan import (
+    RankSavePlan,
+    SaveItem,
+    SavePlanCache,
+    unwrap,
+    with_exact_storage,
+)
+from megatron_align.checkpoint.torch_metadata import COMMON, FORMAT_FILE, FORMAT_OF_STATE, METADATA
+from megatron_align.hf.assets import copy_assets, write_config_architecture
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
-from megatron_align.storage.atomic_write import files_below, partial_folder, put_in_place
-from megatron_align.storage.checksums import HashingFile, hash_files, without_checksums_of_zip, write_sums
+from megatron_align.storage.atomic_write import commit_folder, files_below, partial_folder
+from megatron_align.storage.checksums import HashingFile, hash_files, without_zip_checksums, write_checksums
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written, by any of the ranks; all of them get it, and nothing of it is left."""
+    """A rank could not write its part of a checkpoint; raised on all ranks, and the partial files are deleted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointContent:
+    """The content of a checkpoint to be saved, on this rank.
+
+    Args:
+        model: this rank's chunks.
+        optimizer: None: weights only.
+        metadata: see :func:`card.make_checkpoint_metadata`.
+        assets: HF folder whose config and tokenizer are copied.
+        reference: chunks of a reference model that training updates.
+    """
+
+    model: Sequence[Policy | DistributedDataParallel]
+    optimizer: SaveableOptimizer | None
+    metadata: dict[str, Any]
+    assets: Path
+    reference: Sequence[Policy] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,181 +76,169 @@ class Saved:
     step: int
     folder: Path
     bytes: int
-    pause_seconds: float  # training stood still
-    seconds: float  # from the beginning until it had its name
+    pause_seconds: float  # for which training was blocked
+    seconds: float  # from the beginning until the folder was renamed
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
-    """What one rank wrote: hashes by path, places by tensor."""
+class _WrittenFiles:
+    """The files that one rank wrote: checksums by path, byte ranges by tensor."""
 
-    sums: dict[str, str]
-    places: dict[MetadataIndex, _StorageInfo]
+    checksums: dict[str, str]
+    locations: dict[MetadataIndex, _StorageInfo]
 
 
 @dataclass(slots=True, kw_only=True)
-class _Job:
+class _PendingSave:
     """A save between its stages."""
 
     step: int
     folder: Path
     partial: Path
-    planned: Planned
-    copies: list[tuple[Tensor, Tensor]]  # where to, where from
-    optimizer: HostedOptimizer | None
-    small: dict[str, bytes]  # rank 0's small files, by path
+    plan: RankSavePlan
+    copies: list[tuple[Tensor, Tensor]]  # (host memory, original)
+    optimizer: SaveableOptimizer | None
+    small_files: dict[str, bytes]  # content by path; empty but on rank 0
     assets: Path
     shape: ModelShape
     started: float
     pause: float = 0.0
     copied: Future[None] | None = None
-    future: Future[_Written] | None = None
+    written: Future[_WrittenFiles] | None = None
 
 
 class Saver:
-    """Saves one checkpoint at a time; every rank has one and calls it alike.
+    """Save one checkpoint at a time; every rank has a saver and makes the same calls.
 
     Args:
-        background: write while training goes on. Costs host memory for a copy of this rank's part, kept for the next.
-        before: what rank 0 must have on the disk before a save; its OSError is one of the save.
+        background: write while training continues. Needs host memory for a copy of this rank's part, kept for the
+            next save.
+        before: called on rank 0 before each save, to force rows onto the disk; its OSError fails the save.
     """
 
     def __init__(self, background: bool = False, before: Callable[[], None] | None = None) -> None:
         self.background, self._before = background, before or (lambda: None)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._planner = Planner()
-        self._copies: dict[MetadataIndex, Tensor] = {}
-        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # copies beside training
-        self._job: _Job | None = None
+        self._plans = SavePlanCache()
+        self._host_copies: dict[MetadataIndex, Tensor] = {}
+        self._stream = (
+            torch.cuda.Stream() if torch.cuda.is_available() else None
+        )  # copies concurrently with training
+        self._pending: _PendingSave | None = None
 
     @property
     def pending(self) -> bool:
         """Whether a save has begun and is not finished."""
-        return self._job is not None
+        return self._pending is not None
 
     def written(self) -> bool:
-        """Tell whether this rank's files of the pending save are written, well or not."""
-        return self._job is not None and self._job.future.done()
+        """Return whether this rank's writer has finished the pending save (successfully or not)."""
+        return self._pending is not None and self._pending.written.done()
 
-    def begin(
-        self,
-        folder: Path,
-        model: Sequence[Policy | DistributedDataParallel],
-        optimizer: HostedOptimizer | None,
-        card: dict[str, Any],
-        assets: Path,
-        reference: Sequence[Policy] | None = None,
-    ) -> None:
-        """Begin to write a checkpoint: nothing that it holds may change before it is copied.
+    def begin(self, folder: Path, content: CheckpointContent) -> None:
+        """Begin to write a checkpoint; what it holds must not change until :meth:`wait_until_copied` returns.
 
-        That is when :meth:`wait_until_copied` returns; with ``background`` off, when :meth:`finish` does.
-
-        Args:
-            folder: of the checkpoint; one that exists is replaced by the new one.
-            model: this rank's chunks.
-            optimizer: None for weights only.
-            card: see :func:`sharded.make_card`.
-            assets: HF folder whose small files go with the weights.
-            reference: chunks of a second model that training moves too.
+        Without ``background``, not until :meth:`finish` returns. An existing ``folder`` is replaced.
 
         Raises:
-            SaveFailed: on every rank, if the folder cannot be made.
+            SaveFailed: on every rank, if the folder cannot be created.
         """
-        assert self._job is None, "one save at a time"
+        assert self._pending is None, "one save at a time"
         started = time.perf_counter()
-        partial = partial_folder(folder)
-        _on_rank_0(partial, lambda: (self._before(), _make(partial, card["step"])))
-        planned, copies = self._planner.plan(model, optimizer, reference), []
+        partial, step = partial_folder(folder), content.metadata["step"]
+        _on_rank_0(partial, lambda: (self._before(), _create(partial, step)))
+        plan, copies = self._plans.plan(content.model, content.optimizer, content.reference), []
         if self.background or torch.cuda.is_available():
-            planned, copies = self._detach(planned)
-        self._job = job = _Job(
-            step=card["step"],
+            plan, copies = self._with_host_copies(plan)
+        metadata = {**content.metadata, "optimizer": content.optimizer is not None}
+        self._pending = save = _PendingSave(
+            step=step,
             folder=folder,
             partial=partial,
-            planned=planned,
+            plan=plan,
             copies=copies,
-            optimizer=optimizer,
-            small=_small_files({**card, "optimizer": optimizer is not None}, planned.common),
-            assets=assets,
-            shape=unwrap(model)[0][0].shape,
+            optimizer=content.optimizer,
+            small_files=_small_files(metadata, plan.common),
+            assets=content.assets,
+            shape=unwrap(content.model)[0][0].shape,
             started=started,
         )
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
-        job.copied = self._pool.submit(_copy, job, self._stream)
-        job.future = self._pool.submit(_write, job, dist.get_rank())
-        job.pause = time.perf_counter() - started
+        save.copied = self._pool.submit(_copy, save, self._stream)
+        save.written = self._pool.submit(_write, save, dist.get_rank())
+        save.pause = time.perf_counter() - started
 
     def wait_until_copied(self) -> float:
-        """Wait until training may change what the pending save holds, if one is; return for how many seconds."""
-        if self._job is None:
+        """Wait until training may change what the pending save holds, if there is one; return the seconds waited."""
+        if self._pending is None:
             return 0.0
         started = time.perf_counter()
-        self._job.copied.result()
+        self._pending.copied.result()
         waited = time.perf_counter() - started
-        self._job.pause += waited
+        self._pending.pause += waited
         return waited
 
     def finish(self) -> Saved:
-        """Wait for all ranks' writers and give the checkpoint its name.
+        """Wait for all ranks' writers, complete the checkpoint and rename its folder.
 
         Raises:
-            SaveFailed: on every rank, if any of them could not write its part (a full disk).
+            SaveFailed: on every rank, if any of them could not write its part (a full disk, for example).
         """
-        job, self._job = self._job, None
-        assert job is not None, "no save has begun"
-        resumed = time.perf_counter() if self.background else job.started + job.pause
+        save, self._pending = self._pending, None
+        assert save is not None, "no save has begun"
+        resumed = time.perf_counter() if self.background else save.started + save.pause
         try:
-            answer: _Written | OSError = job.future.result()
+            result: _WrittenFiles | OSError = save.written.result()
         except OSError as error:
-            answer = error
-        answers: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(answer, answers if dist.get_rank() == 0 else None)
-        size = _on_rank_0(job.partial, lambda: _commit(job, answers))
+            result = error
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(result, results if dist.get_rank() == 0 else None)
+        size = _on_rank_0(save.partial, lambda: _complete(save, results))
         now = time.perf_counter()
-        return Saved(job.step, job.folder, size, job.pause + now - resumed, now - job.started)
+        return Saved(save.step, save.folder, size, save.pause + now - resumed, now - save.started)
 
-    def save(self, *arguments: Any, **options: Any) -> Saved:
-        """Begin and finish, see there."""
-        self.begin(*arguments, **options)
+    def save(self, folder: Path, content: CheckpointContent) -> Saved:
+        """Write a checkpoint and wait for it: :meth:`begin` and :meth:`finish`."""
+        self.begin(folder, content)
         return self.finish()
 
-    def _detach(self, planned: Planned) -> tuple[Planned, list[tuple[Tensor, Tensor]]]:
-        """Return the plan with host memory of this saver's own where training could change what is written.
+    def _with_host_copies(self, plan: RankSavePlan) -> tuple[RankSavePlan, list[tuple[Tensor, Tensor]]]:
+        """Return the plan with host memory in place of the tensors that training changes, and the copies to make.
 
-        Also returns what must be copied: pairs of such memory and the tensor that it stands for. The optimizer's state
-        is copied by the optimizer itself, into host memory that nobody else writes until the next save.
+        The optimizer's state is not among them: ``host_state`` copies it, into memory that nothing else writes until
+        the next save.
         """
         copies = []
 
-        def detached(item: Item) -> Item:
+        def in_host_memory(item: SaveItem) -> SaveItem:
             index, data = item[0].index, item[1]
-            if not _changes(index, data):
+            if not _is_changed_by_training(index, data):
                 return item
-            if index not in self._copies:
-                self._copies[index] = torch.empty(
+            if index not in self._host_copies:
+                self._host_copies[index] = torch.empty(
                     data.shape, dtype=data.dtype, device="cpu", pin_memory=data.is_cuda
                 )
-            copies.append((self._copies[index], data.detach()))
-            return item[0], self._copies[index]
+            copies.append((self._host_copies[index], data.detach()))
+            return item[0], self._host_copies[index]
 
-        buckets = [[detached(item) for item in bucket] for bucket in planned.buckets]
-        return Planned(buckets, planned.metadata, planned.common), copies
+        buckets = [[in_host_memory(item) for item in bucket] for bucket in plan.buckets]
+        return RankSavePlan(buckets, plan.metadata, plan.common), copies
 
 
-def _changes(index: MetadataIndex, data: Tensor | io.BytesIO) -> bool:
+def _is_changed_by_training(index: MetadataIndex, data: Tensor | io.BytesIO) -> bool:
     return isinstance(data, Tensor) and (data.is_cuda or not index.fqn.startswith("optimizer."))
 
 
-def _make(partial: Path, step: int) -> None:
-    """Make the hidden folder, empty."""
+def _create(partial: Path, step: int) -> None:
+    """Create the hidden folder, empty."""
     shutil.rmtree(partial, ignore_errors=True)
     (partial / STATE).mkdir(parents=True)
     faults.at("save.begun", step)
 
 
-def _small_files(card: dict[str, Any], common: dict[str, Any]) -> dict[str, bytes]:
-    """Return the content of the files that rank 0 writes at once, by path."""
+def _small_files(metadata: dict[str, Any], common: dict[str, Any]) -> dict[str, bytes]:
+    """Return the content of the small files that rank 0 writes, by path; empty on other ranks."""
     if dist.get_rank() != 0:
         return {}
     buffer = io.BytesIO()
@@ -233,98 +246,99 @@ def _small_files(card: dict[str, Any], common: dict[str, Any]) -> dict[str, byte
     return {
         f"{STATE}/{COMMON}": buffer.getvalue(),
         f"{STATE}/{FORMAT_FILE}": json.dumps(FORMAT_OF_STATE).encode(),
-        CARD: (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode(),
+        CARD: (json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode(),
     }
 
 
-def _copy(job: _Job, stream: torch.cuda.Stream | None) -> None:
-    """Copy what this rank writes, or hands to the rank that does, into host memory."""
-    faults.at("save.copying", job.step)
+def _copy(save: _PendingSave, stream: torch.cuda.Stream | None) -> None:
+    """Copy into host memory what this rank writes, or what it sends to the rank that writes it."""
+    faults.at("save.copying", save.step)
     if stream:
-        torch.cuda.set_device(stream.device)  # a thread starts on the first
+        torch.cuda.set_device(stream.device)  # a new thread starts on device 0
     with torch.cuda.stream(stream):
-        for copy, original in job.copies:
+        for copy, original in save.copies:
             copy.copy_(original, non_blocking=True)
-        if job.optimizer is not None:
-            job.optimizer.copy_state()
+        if save.optimizer is not None:
+            save.optimizer.host_state.copy()
     if stream:
         stream.synchronize()
 
 
-def _write(job: _Job, rank: int) -> _Written:
-    """Write this rank's files, and rank 0's small ones."""
-    job.copied.result()
-    if job.optimizer is not None:
-        job.optimizer.gather_state()
-    sums: dict[str, str] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    paths = [job.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(job.planned.buckets))]
-    with without_checksums_of_zip(), ThreadPoolExecutor(max(1, len(paths))) as pool:
-        found = [
-            pool.submit(copy_context().run, _write_bucket, path, bucket, job.step)
-            for path, bucket in zip(paths, job.planned.buckets, strict=True)
+def _write(save: _PendingSave, rank: int) -> _WrittenFiles:
+    """Write this rank's files; rank 0 also writes the small ones."""
+    save.copied.result()
+    if save.optimizer is not None:
+        save.optimizer.host_state.gather()
+    checksums: dict[str, str] = {}
+    locations: dict[MetadataIndex, _StorageInfo] = {}
+    paths = [save.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(save.plan.buckets))]
+    with without_zip_checksums(), ThreadPoolExecutor(max(1, len(paths))) as pool:
+        pending = [
+            pool.submit(copy_context().run, _write_bucket, path, bucket, save.step)
+            for path, bucket in zip(paths, save.plan.buckets, strict=True)
         ]
-        for path, future in zip(paths, found, strict=True):
-            sums[f"{STATE}/{path.name}"], of_file = future.result()
-            places |= of_file
+        for path, future in zip(paths, pending, strict=True):
+            checksums[f"{STATE}/{path.name}"], locations_in_file = future.result()
+            locations |= locations_in_file
     if rank == 0:
-        sums |= _write_small(job.partial, job.small)
-        (job.partial / ASSETS).mkdir()
-        copy_assets(job.assets, job.partial / ASSETS)
-        write_config_architecture(job.partial / ASSETS, job.shape)
-        sums |= hash_files(job.partial, files_below(job.partial, ASSETS))
-    faults.at("save.written", job.step)
-    return _Written(sums, places)
+        checksums |= _write_small_files(save.partial, save.small_files)
+        (save.partial / ASSETS).mkdir()
+        copy_assets(save.assets, save.partial / ASSETS)
+        write_config_architecture(save.partial / ASSETS, save.shape)
+        checksums |= hash_files(save.partial, files_below(save.partial, ASSETS))
+    faults.at("save.written", save.step)
+    return _WrittenFiles(checksums, locations)
 
 
-def _write_bucket(path: Path, bucket: list[Item], step: int) -> tuple[str, dict[MetadataIndex, _StorageInfo]]:
-    places = {}
+def _write_bucket(
+    path: Path, bucket: list[SaveItem], step: int
+) -> tuple[str, dict[MetadataIndex, _StorageInfo]]:
+    """Write one file; return its checksum, and the byte range of each item."""
+    locations = {}
     with HashingFile(path) as file:
-        try:
-            for item, data in bucket:
-                start = file.tell()
-                if isinstance(data, io.BytesIO):
-                    file.write(data.getbuffer())
-                else:
-                    torch.save(exact(data), file)
-                places[item.index] = _StorageInfo(path.name, start, file.tell() - start)
-                faults.at("save.file", step)
-        except RuntimeError as error:  # torch's own, about its writer, in place of the file's
-            raise file.error or error from error
-        return file.finish(), places
+        for item, data in bucket:
+            start = file.tell()
+            if isinstance(data, io.BytesIO):
+                file.write(data.getbuffer())
+            else:
+                file.save(with_exact_storage(data))
+            locations[item.index] = _StorageInfo(path.name, start, file.tell() - start)
+            faults.at("save.file", step)
+        return file.finish(), locations
 
 
-def _write_small(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
-    sums = {}
+def _write_small_files(folder: Path, contents: dict[str, bytes]) -> dict[str, str]:
+    """Write files; return their checksums by path."""
+    checksums = {}
     for name, content in contents.items():
         with HashingFile(folder / name) as file:
             file.write(content)
-            sums[name] = file.finish()
-    return sums
+            checksums[name] = file.finish()
+    return checksums
 
 
-def _commit(job: _Job, answers: list[_Written | OSError]) -> int:
-    """Describe what all ranks wrote and give it its name; return the bytes of it all. On rank 0."""
-    for rank, answer in enumerate(answers):
-        if isinstance(answer, OSError):
-            raise OSError(f"rank {rank}: {_reason(answer)}")
-    metadata = job.planned.metadata
-    metadata.storage_data = {index: info for answer in answers for index, info in answer.places.items()}
-    sums = {name: digest for answer in answers for name, digest in answer.sums.items()}
-    sums |= _write_small(job.partial, {f"{STATE}/{METADATA}": pickle.dumps(metadata)})
-    write_sums(job.partial, sums)
-    size = sum((job.partial / name).stat().st_size for name in files_below(job.partial))
-    put_in_place(job.partial, job.folder, job.step)
+def _complete(save: _PendingSave, results: list[_WrittenFiles | OSError]) -> int:
+    """Write the metadata of all ranks' files and rename the folder; return the checkpoint's bytes. On rank 0."""
+    for rank, result in enumerate(results):
+        if isinstance(result, OSError):
+            raise OSError(f"rank {rank}: {_reason(result)}")
+    metadata = save.plan.metadata
+    metadata.storage_data = {index: info for files in results for index, info in files.locations.items()}
+    checksums = {name: checksum for files in results for name, checksum in files.checksums.items()}
+    checksums |= _write_small_files(save.partial, {f"{STATE}/{METADATA}": pickle.dumps(metadata)})
+    write_checksums(save.partial, checksums)
+    size = sum((save.partial / name).stat().st_size for name in files_below(save.partial))
+    commit_folder(save.partial, save.folder, save.step)
     return size
 
 
 def _on_rank_0(partial: Path, call: Callable[[], Any]) -> Any:
-    """Let rank 0 do something with the disk; every rank gets what it returns.
+    """Make a call that uses the disk on rank 0; return its result on every rank.
 
     Raises:
-        SaveFailed: on every rank; what was written is removed, which gives a full disk its space back.
+        SaveFailed: on every rank; the partial folder is deleted, which frees the space on a full disk.
     """
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None, None]  # result, reason of a failure
     if dist.get_rank() == 0:
         try:
             answer[0] = call()

@@ -1,4 +1,4 @@
-"""transformers' model as the judge of ours, in fp32: whole, or with the weights of one module at a time."""
+"""transformers' model in fp32, to verify ours against: complete, or with the weights of one module at a time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.model.families import ModelShape
 
 
-class Judge:
-    """A model of transformers without memory for weights; :meth:`fill` and :meth:`empty` move modules.
+class HFModel:
+    """A transformers model whose weights are loaded module by module with :meth:`fill` and freed with :meth:`empty`.
 
-    transformers has no Baichuan of its own, and its remote code is not run: the judge is then the Llama that
-    computes the same (query, key and value rows taken apart, the output head's rows brought to unit length).
+    transformers has no Baichuan, and its remote code is not executed: the model is then the Llama that computes the
+    same (query, key and value rows separated, the output head's rows normalised to unit length).
 
     Args:
         hf: Hugging Face folder.
@@ -34,18 +34,18 @@ class Judge:
 
     def __init__(self, hf: str | Path, weights: HFWeights, shape: ModelShape) -> None:
         self.weights, self.shape = weights, shape
-        kind = AutoModelForSequenceClassification if shape.is_reward else AutoModelForCausalLM
+        model_class = AutoModelForSequenceClassification if shape.is_reward else AutoModelForCausalLM
         config = _llama_config(Path(hf)) if shape.norm_head else AutoConfig.from_pretrained(hf)
         with torch.device("meta"):
-            self.model: PreTrainedModel = kind.from_config(
+            self.model: PreTrainedModel = model_class.from_config(
                 config, dtype=torch.float32, attn_implementation="eager"
             )
         body = self.model.model
-        body.rotary_emb = type(body.rotary_emb)(config=config)  # its frequencies are no weights: compute them
+        body.rotary_emb = type(body.rotary_emb)(config=config)  # its frequencies are not among the weights
         self.model.eval()
 
     def fill(self, name: str) -> None:
-        """Give a module its weights."""
+        """Load a module's weights."""
         module = self.model.get_submodule(name)
         state = {key: self._tensor(f"{name}.{key}".lstrip(".")) for key, _ in module.named_parameters()}
         for key, tensor in state.items():
@@ -53,7 +53,7 @@ class Judge:
             setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
     def empty(self, name: str) -> None:
-        """Take a module's weights away."""
+        """Free a module's weights."""
         self.model.get_submodule(name).to_empty(device="meta")
 
     def _tensor(self, name: str) -> Tensor:
@@ -74,12 +74,12 @@ class Judge:
         return flat.view(self.weights.shape(name)).float()
 
 
-def whole_judge(hf: str | Path, weights: HFWeights, shape: ModelShape) -> PreTrainedModel:
-    """Return transformers' model with all weights, loaded by transformers itself where it knows the model."""
+def load_hf_model(hf: str | Path, weights: HFWeights, shape: ModelShape) -> PreTrainedModel:
+    """Return transformers' model with all weights, loaded by transformers itself where it supports the model."""
     if shape.norm_head:
-        judge = Judge(hf, weights, shape)
-        judge.fill("")
-        return judge.model
+        converted = HFModel(hf, weights, shape)
+        converted.fill("")
+        return converted.model
     return AutoModelForCausalLM.from_pretrained(
         hf, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()

@@ -1,7 +1,7 @@
-"""A checkpoint's weights as Hugging Face's tensors, read row by row of the weight table, without a model.
+"""Read a checkpoint's weights as Hugging Face tensors, row by row of the weight table, without a model.
 
-Tensors are those of one tensor rank: megatron-core writes every layout's shards as parts of them. Layers are
-stacked: ``decoder.layers.mlp.linear_fc2.weight`` is ``[layers, ...]``.
+Stored tensors are those of a single tensor rank: megatron-core writes every layout's shards as parts of them. Layers
+are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is ``[layers, ...]``.
 """
 
 from __future__ import annotations
@@ -17,195 +17,200 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.chunk_reader import ChunkReader, Source
-from megatron_align.checkpoint.metadata import Chunk, Stored, read_stored
+from megatron_align.checkpoint.tensor_reader import FileRange, StoredTensorReader
+from megatron_align.checkpoint.torch_metadata import StoredShard, StoredTensor, read_stored_tensors
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape, rows
-from megatron_align.storage.atomic_write import advise
+from megatron_align.storage.atomic_write import advise_page_cache
 
 _LAYERS = "decoder.layers."
-_TAIL = 64 << 10  # more than a zip's list of its files takes
+_TAIL_BYTES = 64 << 10  # more than the file list at the end of a zip
 
 
 def state_key(megatron: str) -> tuple[str, int | None]:
-    """Return the name under which a tensor is stored, and its place in the stack of layers."""
+    """Return the key that a tensor is stored under, and its index in the stack of layers."""
     if not megatron.startswith(_LAYERS):
         return megatron, None
     layer, rest = megatron.removeprefix(_LAYERS).split(".", 1)
     return _LAYERS + rest, int(layer)
 
 
-class Stretch(NamedTuple):
-    """A tensor's elements from ``start`` on, one-dimensional, and what was read since the stretch before."""
+class TensorBlock(NamedTuple):
+    """An HF tensor's elements from ``start`` on, one-dimensional, and the file ranges read for it."""
 
     name: str
     start: int
     elements: Tensor
-    sources: list[Source]
+    ranges: list[FileRange]
 
 
 class StateReader:
-    """The weights of a checkpoint, of any layout, by the rows of the weight table.
+    """Read the weights of a checkpoint of any layout, by the rows of the weight table.
 
     Raises:
-        InputError: the state is incomplete, or not that of the model: all its tensors at fault are named.
+        InputError: the state is incomplete or does not match the model; every wrong tensor is named.
     """
 
     def __init__(self, state: Path, shape: ModelShape) -> None:
         self.state, self.shape = state, shape
-        self._stored = dict(_by_layer(read_stored(state), state))
+        self._stored = dict(_by_layer(read_stored_tensors(state), state))
         self._check_names()
         self._check_shapes()
         self._check_files()
-        # Where in a chunk its numbers begin is told at its end, so that is fetched ahead.
-        self._next = dict(pairwise(chunk for row in rows(shape) for chunk in self._chunks(row)))
+        # Where in a shard its elements begin is recorded at its end, which is therefore prefetched.
+        self._next = dict(pairwise(shard for row in rows(shape) for shard in self._shards(row)))
 
     def dtype(self, row: Row) -> torch.dtype:
-        """Return the dtype that a row is stored in."""
+        """Return the stored dtype of a row."""
         return self._stored[row.megatron].dtype
 
     def group_bytes(self, row: Row) -> int:
-        """Return the bytes of a row's HF tensors."""
+        """Return the total bytes of a row's HF tensors."""
         return sum(math.prod(size) for size in row.hf_shapes(self.shape)) * self.dtype(row).itemsize
 
-    def streams(self, row: Row) -> bool:
-        """Tell whether a row is whole HF tensors, one after the other, and its chunks are whole rows of it."""
+    def can_stream(self, row: Row) -> bool:
+        """Return whether a row is its HF tensors one after another, and its shards are complete rows of it."""
         stored, sizes = self._stored[row.megatron], row.hf_shapes(self.shape)
-        complete = [(name, 0, size[0]) for name, size in zip(row.hf, sizes, strict=True)]
         segments = [segment for segment in copy_segments(row, self.shape, dim=0) if segment.name is not None]
-        in_order = [(segment.name, segment.hf_start, segment.size) for segment in segments] == complete
-        return in_order and all(chunk.sizes[1:] == stored.shape[1:] for chunk in stored.chunks)
+        in_order = [(name, 0, size[0]) for name, size in zip(row.hf, sizes, strict=True)]
+        return [(segment.name, segment.hf_start, segment.size) for segment in segments] == in_order and all(
+            shard.sizes[1:] == stored.shape[1:] for shard in stored.shards
+        )
 
-    def files(self) -> list[Path]:
-        """Return the files most of whose bytes are weights."""
-        held: Counter[str] = Counter()
+    def weight_files(self) -> list[Path]:
+        """Return the files that consist mostly of weights."""
+        weights: Counter[str] = Counter()
         for row in rows(self.shape):
-            for chunk in self._stored[row.megatron].chunks:
-                held[chunk.file] += chunk.length
-        paths = {self.state / name: size for name, size in held.items()}
+            for shard in self._stored[row.megatron].shards:
+                weights[shard.file] += shard.length
+        paths = {self.state / name: size for name, size in weights.items()}
         return [path for path, size in paths.items() if 2 * size > path.stat().st_size]
 
-    def stretches(self, row: Row, buffers: Iterator[Tensor]) -> Iterator[Stretch]:
-        """Yield all of a row's HF tensors.
+    def blocks(self, row: Row, buffers: Iterator[Tensor]) -> Iterator[TensorBlock]:
+        """Yield all of a row's HF tensors, in blocks.
 
         Args:
             row: of the weight table.
-            buffers: bytes; the next is taken for each stretch of a row that streams, and one for all of another,
+            buffers: bytes; one for each block of a row that can be streamed, one for all tensors of another row,
                 which must hold :meth:`group_bytes`.
 
         Raises:
-            InputError: a chunk cannot be read, or is not what the metadata says.
+            InputError: a shard cannot be read, or does not match the metadata.
         """
-        if not self.streams(row):
-            parts, sources = self._read(row, next(buffers))
-            for name, part in parts.items():
-                yield Stretch(name, 0, part.view(-1), sources)
-                sources = []
+        if not self.can_stream(row):
+            tensors, ranges = self._read(row, next(buffers))
+            for name, tensor in tensors.items():
+                yield TensorBlock(name, 0, tensor.view(-1), ranges)
+                ranges = []
             return
         stored = self._stored[row.megatron]
-        reader = ChunkReader(self.state, row.megatron, stored.dtype)
+        reader = StoredTensorReader(self.state, row.megatron, stored.dtype)
         width = math.prod(stored.shape[1:])
-        for chunk in self._chunks(row):
-            self._expect_next(chunk)
-            low = chunk.offsets[0]
-            for segment in copy_segments(row, self.shape, dim=0, within=(low, low + chunk.sizes[0])):
+        for shard in self._shards(row):
+            self._prefetch_next(shard)
+            low = shard.offsets[0]
+            for segment in copy_segments(row, self.shape, dim=0, within=(low, low + shard.sizes[0])):
                 done, size = 0, segment.size * width
                 while segment.name is not None and done < size:
-                    part = next(buffers).view(stored.dtype)[: size - done]
-                    sources = [reader.read(chunk, (segment.start - low) * width + done, part)]
-                    yield Stretch(segment.name, segment.hf_start * width + done, part, sources)
-                    done += len(part)
+                    block = next(buffers).view(stored.dtype)[: size - done]
+                    ranges = [reader.read(shard, (segment.start - low) * width + done, block)]
+                    yield TensorBlock(segment.name, segment.hf_start * width + done, block, ranges)
+                    done += len(block)
 
     def read(self, row: Row, buffer: Tensor | None = None) -> dict[str, Tensor]:
-        """Return a row's HF tensors. Memory: they, and of a tensor that is cut along columns one chunk.
+        """Return a row's HF tensors; a tensor that is cut along columns takes the memory of one more shard.
 
         Args:
             row: of the weight table.
-            buffer: bytes that the tensors may lie in, until it is used again.
+            buffer: bytes to hold the tensors, until it is used again.
 
         Raises:
-            InputError: a chunk cannot be read, or is not what the metadata says.
+            InputError: a shard cannot be read, or does not match the metadata.
         """
         return self._read(row, buffer)[0]
 
-    def _chunks(self, row: Row) -> list[Chunk]:
-        return sorted(self._stored[row.megatron].chunks, key=lambda chunk: chunk.offsets)
+    def _shards(self, row: Row) -> list[StoredShard]:
+        return sorted(self._stored[row.megatron].shards, key=lambda shard: shard.offsets)
 
-    def _expect_next(self, chunk: Chunk) -> None:
-        """Let the disk fetch the end of the chunk that will be read after this one."""
-        if (expected := self._next.get(chunk)) is not None:
-            size = min(_TAIL, expected.length)
-            end = expected.start + expected.length
-            advise(self.state / expected.file, end - size, size, os.POSIX_FADV_WILLNEED)
+    def _prefetch_next(self, shard: StoredShard) -> None:
+        """Prefetch the end of the shard that is read after this one."""
+        if (following := self._next.get(shard)) is not None:
+            size = min(_TAIL_BYTES, following.length)
+            end = following.start + following.length
+            advise_page_cache(self.state / following.file, end - size, size, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, row: Row, buffer: Tensor | None) -> tuple[dict[str, Tensor], list[Source]]:
-        """Return a row's HF tensors, and which of their parts lie in them as in the files."""
+    def _read(self, row: Row, buffer: Tensor | None) -> tuple[dict[str, Tensor], list[FileRange]]:
+        """Return a row's HF tensors, and the file ranges that were read directly into them."""
         stored = self._stored[row.megatron]
-        reader, sources = ChunkReader(self.state, row.megatron, stored.dtype), []
-        parts = dict(zip(row.hf, _parts(row.hf_shapes(self.shape), stored.dtype, buffer), strict=True))
+        reader, ranges = StoredTensorReader(self.state, row.megatron, stored.dtype), []
+        tensors = dict(zip(row.hf, _allocate(row.hf_shapes(self.shape), stored.dtype, buffer), strict=True))
         dim = row.split or 0
-        for chunk in self._chunks(row):
-            self._expect_next(chunk)
-            whole_rows = dim == 0 and chunk.sizes[1:] == stored.shape[1:]
-            width = math.prod(chunk.sizes[1:])
-            data = None if whole_rows else torch.empty(chunk.sizes, dtype=stored.dtype)
+        for shard in self._shards(row):
+            self._prefetch_next(shard)
+            is_direct = dim == 0 and shard.sizes[1:] == stored.shape[1:]  # complete rows
+            width = math.prod(shard.sizes[1:])
+            data = None if is_direct else torch.empty(shard.sizes, dtype=stored.dtype)
             if data is not None:
-                reader.read(chunk, 0, data)
-            low = chunk.offsets[dim]
-            for segment in copy_segments(row, self.shape, within=(low, low + chunk.sizes[dim])):
+                reader.read(shard, 0, data)
+            low = shard.offsets[dim]
+            for segment in copy_segments(row, self.shape, within=(low, low + shard.sizes[dim])):
                 if segment.name is None:
                     continue
-                target = segment.of_hf(parts[segment.name])
+                target = segment.of_hf(tensors[segment.name])
                 if data is None:
-                    sources.append(reader.read(chunk, (segment.start - low) * width, target))
+                    ranges.append(reader.read(shard, (segment.start - low) * width, target))
                     continue
-                for other, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                for other, (offset, size) in enumerate(zip(shard.offsets, shard.sizes, strict=True)):
                     if other != dim:
                         target = target.narrow(other, offset, size)
                 target.copy_(data.narrow(dim, segment.start - low, segment.size))
-        return parts, sources
+        return tensors, ranges
 
     def _check_names(self) -> None:
-        wanted = {row.megatron for row in rows(self.shape)}
-        missing, unexpected = sorted(wanted - self._stored.keys()), sorted(self._stored.keys() - wanted)
-        if missing or unexpected:
-            found = {"missing": missing, "unexpected": unexpected}
-            facts = [f"{what} {', '.join(names)}" for what, names in found.items() if names]
+        expected = {row.megatron for row in rows(self.shape)}
+        differences = {
+            "missing": sorted(expected - self._stored.keys()),
+            "unexpected": sorted(self._stored.keys() - expected),
+        }
+        listed = [f"{kind} {', '.join(names)}" for kind, names in differences.items() if names]
+        if listed:
             raise InputError(
-                f"the state must be that of {self.shape.architecture}: {'; '.join(facts)} in {self.state}"
+                f"checkpoint weights do not match {self.shape.architecture}: {'; '.join(listed)} in {self.state}"
             )
 
     def _check_shapes(self) -> None:
         wrong = []
         for row in rows(self.shape):
-            stored, want = self._stored[row.megatron], list(local_shape(row, self.shape, 1))
-            found = list(stored.shape)
-            if "vocab" in row.dims[0] and found[1:] == want[1:] and found[0] >= self.shape.vocab_size:
-                want = found  # padded for another number of tensor ranks
-            if found != want:
-                wrong.append(f"{row.megatron} must be {want}, found {found}")
-            elif sum(math.prod(chunk.sizes) for chunk in stored.chunks) != math.prod(found):
-                wrong.append(f"{row.megatron} must be {found}, its chunks are not")
+            stored, expected = self._stored[row.megatron], list(local_shape(row, self.shape, 1))
+            actual = list(stored.shape)
+            if "vocab" in row.dims[0] and actual[1:] == expected[1:] and actual[0] >= self.shape.vocab_size:
+                expected = actual  # padded for another number of tensor ranks
+            if actual != expected:
+                wrong.append(f"{row.megatron} must be {expected}, found {actual}")
+            elif sum(math.prod(shard.sizes) for shard in stored.shards) != math.prod(actual):
+                wrong.append(f"{row.megatron} must be {actual}, its shards do not cover it")
         if wrong:
-            raise InputError(f"the state must have config.json's shapes: {'; '.join(wrong)} in {self.state}")
+            raise InputError(
+                f"checkpoint tensor shapes do not match config.json: {'; '.join(wrong)} in {self.state}"
+            )
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
         for row in rows(self.shape):
-            for chunk in self._stored[row.megatron].chunks:
-                ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+            for shard in self._stored[row.megatron].shards:
+                ends[shard.file] = max(ends.get(shard.file, 0), shard.start + shard.length)
         for name, end in sorted(ends.items()):
             path = self.state / name
             if not path.is_file():
-                raise InputError(f"a complete checkpoint is needed, found no file {path}")
+                raise InputError(f"checkpoint is incomplete: no file {path}")
             if (size := path.stat().st_size) < end:
                 raise InputError(
-                    f"a complete checkpoint is needed, {path} was cut short at {size:,} of {end:,} bytes"
+                    f"checkpoint is incomplete: {path} was truncated to {size:,} of {end:,} bytes"
                 )
 
 
-def _parts(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, buffer: Tensor | None) -> list[Tensor]:
-    """Return empty tensors, side by side in ``buffer`` where there is one."""
+def _allocate(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, buffer: Tensor | None) -> list[Tensor]:
+    """Return uninitialised tensors, one after another in ``buffer`` if it is given."""
     if buffer is None:
         return [torch.empty(shape, dtype=dtype) for shape in shapes]
     flat = buffer.view(dtype)
@@ -213,20 +218,20 @@ def _parts(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, buffer: Tens
     return [part.view(shape) for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)]
 
 
-def _by_layer(stored: dict[str, Stored], state: Path) -> Iterator[tuple[str, Stored]]:
-    """Yield the model's tensors, layer by layer, leaving aside the optimizer's."""
+def _by_layer(stored: dict[str, StoredTensor], state: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the model's tensors layer by layer, without the optimizer's."""
     for key, tensor in stored.items():
         if key.startswith("optimizer."):
             continue
         if not key.startswith(_LAYERS):
             yield key, tensor
             continue
-        layers: list[list[Chunk]] = [[] for _ in range(tensor.shape[0])]
-        for chunk in tensor.chunks:
-            if chunk.sizes[0] != 1:
-                held = range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
-                raise InputError(f"a chunk of {key} must lie in one layer, found {list(held)} in {state}")
-            layers[chunk.offsets[0]].append(chunk._replace(offsets=chunk.offsets[1:], sizes=chunk.sizes[1:]))
-        for layer, chunks in enumerate(layers):
+        layers: list[list[StoredShard]] = [[] for _ in range(tensor.shape[0])]
+        for shard in tensor.shards:
+            if shard.sizes[0] != 1:
+                held = range(shard.offsets[0], shard.offsets[0] + shard.sizes[0])
+                raise InputError(f"a shard of {key} must hold one layer, found {list(held)} in {state}")
+            layers[shard.offsets[0]].append(shard._replace(offsets=shard.offsets[1:], sizes=shard.sizes[1:]))
+        for layer, shards in enumerate(layers):
             name = key.replace(_LAYERS, f"{_LAYERS}{layer}.", 1)
-            yield name, Stored(tensor.dtype, tensor.shape[1:], chunks)
+            yield name, StoredTensor(tensor.dtype, tensor.shape[1:], shards)

@@ -1,7 +1,7 @@
-"""Our model and transformers', module after module on the same text, with one layer's weights in memory on each side.
+"""Compare our model with transformers' module by module on one text, with one layer's weights of each in memory.
 
-transformers' own forward pass leads. When it comes to a module, the module gets its weights; when it leaves a layer,
-our layer computes the same from our own hidden states, and what both made of it is compared and thrown away.
+transformers' forward pass drives the comparison. Each module's weights are loaded when it is entered; when a layer is
+left, our layer computes the same from our hidden states, and both outputs are compared and freed.
 
 Shapes: L tokens of a text, H hidden, V vocabulary.
 """
@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megatron_align.config import ParallelConfig
-from megatron_align.convert.hf_model import Judge
+from megatron_align.convert.hf_model import HFModel
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import cpu
@@ -30,7 +30,7 @@ from megatron_align.model.layer import RMSNorm, layer_spec
 from megatron_align.model.policy import transformer_config
 from megatron_align.model.rope import rope_tables
 
-# transformers' name of a layer's module: ours
+# modules of a layer: transformers' name -> ours
 MODULES = {
     "input_layernorm": "input_layernorm",
     "self_attn": "self_attention",
@@ -41,19 +41,19 @@ MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class ModuleDifference:
-    """How far a module's output is from transformers', in absolute numbers; ``scale`` is the largest of theirs."""
+    """The largest absolute difference of a module's output from transformers'; ``scale`` is the largest of theirs."""
 
     module: str
     max_abs_difference: float
     scale: float
 
     def exceeds(self, tolerance: float) -> bool:
-        """Tell whether it is more than ``tolerance``, of the largest number where that is over 1. NaN is."""
+        """Return whether the difference exceeds ``tolerance * max(1, scale)``; NaN does."""
         return not self.max_abs_difference <= tolerance * max(1.0, self.scale)
 
 
 class OurLayers:
-    """Our modules, one at a time, in fp32, with weights from a checkpoint."""
+    """Compute our modules one at a time, in fp32, with weights from a checkpoint."""
 
     def __init__(self, state: StateReader, shape: ModelShape, groups: ProcessGroupCollection) -> None:
         self.state, self.shape = state, shape
@@ -77,7 +77,7 @@ class OurLayers:
         return self.weight("embedding.word_embeddings.weight")[tokens_L]
 
     def layer(self, number: int, hidden_LH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a layer's output ``[L, H]`` and that of its modules, by transformers' names."""
+        """Return a layer's output ``[L, H]`` and its modules' outputs, by transformers' names."""
         for name, parameter in self._layer.named_parameters():
             parameter.data = self.weight(f"decoder.layers.{number}.{name}")
         length = len(hidden_LH)
@@ -102,16 +102,16 @@ class OurLayers:
 
 
 @torch.no_grad()
-def compare_modules(judge: Judge, ours: OurLayers, tokens_L: Tensor) -> list[ModuleDifference]:
-    """Return the differences of all modules in the order of computation; the last is that of the head."""
-    found: list[ModuleDifference] = []
+def compare_modules(hf_model: HFModel, ours: OurLayers, tokens_L: Tensor) -> list[ModuleDifference]:
+    """Return the differences of all modules in order of computation; the head's is the last."""
+    differences: list[ModuleDifference] = []
     outputs: dict[str, Tensor] = {}
     hidden = torch.empty(0)
     vocab = ours.shape.vocab_size
 
     def compare(name: str, ours_LH: Tensor, theirs_LH: Tensor) -> None:
-        apart, scale = (ours_LH - theirs_LH).abs().max().item(), theirs_LH.abs().max().item()
-        found.append(ModuleDifference(name, apart, scale))
+        difference, scale = (ours_LH - theirs_LH).abs().max().item(), theirs_LH.abs().max().item()
+        differences.append(ModuleDifference(name, difference, scale))
 
     def step(name: str, compute: Callable[[Tensor], Tensor], theirs: Tensor) -> None:
         nonlocal hidden
@@ -125,7 +125,7 @@ def compare_modules(judge: Judge, ours: OurLayers, tokens_L: Tensor) -> list[Mod
             compare(f"{name}.{module}", modules[module], outputs[module])
         compare(name, hidden, theirs)
 
-    model = judge.model
+    model = hf_model.model
     head = "score" if ours.shape.is_reward else "lm_head"
     after: dict[str, Callable[[Tensor], None]] = {
         "model.embed_tokens": partial(step, "model.embed_tokens", lambda _: ours.embed(tokens_L)),
@@ -139,10 +139,10 @@ def compare_modules(judge: Judge, ours: OurLayers, tokens_L: Tensor) -> list[Mod
             module.get_submodule(part).register_forward_hook(partial(_keep, outputs, part))
     for name, then in after.items():
         module = model.get_submodule(name)
-        module.register_forward_pre_hook(lambda *_, name=name: judge.fill(name))
-        module.register_forward_hook(partial(_leave, judge, name, then))
+        module.register_forward_pre_hook(lambda *_, name=name: hf_model.fill(name))
+        module.register_forward_hook(partial(_leave, hf_model, name, then))
     model(tokens_L[None], use_cache=False)
-    return found
+    return differences
 
 
 def _first(output: Any) -> Tensor:
@@ -155,7 +155,7 @@ def _keep(outputs: dict[str, Tensor], name: str, module: nn.Module, inputs: Any,
 
 
 def _leave(
-    judge: Judge, name: str, then: Callable[[Tensor], None], module: nn.Module, inputs: Any, output: Any
+    hf_model: HFModel, name: str, then: Callable[[Tensor], None], module: nn.Module, inputs: Any, output: Any
 ) -> None:
-    judge.empty(name)
+    hf_model.empty(name)
     then(_first(output)[0])

@@ -1,4 +1,4 @@
-"""Logits of a checkpoint against transformers', in fp32: of whole models, or layer by layer.
+"""Compare a checkpoint's logits with transformers', in fp32: complete models, or layer by layer.
 
 Shapes: T tokens of a pack, V vocabulary.
 """
@@ -14,8 +14,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.convert.convert import Checkpoint, load_model
-from megatron_align.convert.hf_model import Judge, whole_judge
+from megatron_align.convert.hf_model import HFModel, load_hf_model
+from megatron_align.convert.open_checkpoint import Checkpoint
+from megatron_align.convert.our_model import load_model
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.convert.verify_layers import ModuleDifference, OurLayers, compare_modules
 from megatron_align.data.batching.collate import pack
@@ -30,7 +31,7 @@ PACK_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class LogitsFinding:
-    """Logits of one kind of text; ``where`` is the text and the token of the largest difference."""
+    """The comparison of logits on one kind of text; ``where`` is (text, token) of the largest difference."""
 
     kind: str
     texts: int
@@ -41,13 +42,13 @@ class LogitsFinding:
 
     @property
     def equal(self) -> bool:
-        """Whether they agree; NaN never does."""
+        """Whether they agree within the tolerance; NaN never does."""
         return self.max_abs_difference <= self.tolerance
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
-    """What is compared: a checkpoint and a Hugging Face folder."""
+class ComparedModels:
+    """A checkpoint and the Hugging Face folder that it is compared with."""
 
     checkpoint: Checkpoint
     state: StateReader
@@ -58,30 +59,30 @@ class Sides:
 
 @torch.no_grad()
 def compare_logits(
-    sides: Sides, texts: dict[str, list[Tensor]], tolerance: float, groups: ProcessGroupCollection
+    models: ComparedModels, texts: dict[str, list[Tensor]], tolerance: float, groups: ProcessGroupCollection
 ) -> Iterator[LogitsFinding]:
-    """Yield the differences of both whole models by kind of text, ours computed in packs."""
-    policy = load_model(sides.checkpoint, torch.float32, groups)[0].eval()
-    judge = whole_judge(sides.hf, sides.weights, sides.hf_shape).to(cpu.device())
+    """Yield the comparison of both complete models by kind of text; ours computes packed texts."""
+    policy = load_model(models.checkpoint, torch.float32, groups)[0].eval()
+    hf_model = load_hf_model(models.hf, models.weights, models.hf_shape).to(cpu.device())
     for kind, batch in texts.items():
-        apart = [
-            (judge(text[None].to(cpu.device())).logits[0] - ours).abs().amax(-1)
+        differences = [
+            (hf_model(text[None].to(cpu.device())).logits[0] - ours).abs().amax(-1)
             for text, ours in zip(batch, _packed_logits(policy, batch), strict=True)
         ]
-        worst = torch.stack([text_T.max() for text_T in apart])  # NaN wins, as it must
+        worst = torch.stack([text_T.max() for text_T in differences])  # NaN wins
         text = int(worst.argmax())
         yield LogitsFinding(
             kind=kind,
             texts=len(batch),
             tokens=sum(map(len, batch)),
             max_abs_difference=worst.max().item(),
-            where=(text + 1, int(apart[text].argmax()) + 1),
+            where=(text + 1, int(differences[text].argmax()) + 1),
             tolerance=tolerance,
         )
 
 
 def _packed_logits(policy: Policy, texts: list[Tensor]) -> Iterator[Tensor]:
-    """Yield our logits ``[tokens, V]`` of each text, computed several texts to a pack."""
+    """Yield our logits ``[T, V]`` of each text, computed for several texts per pack."""
     waiting = list(texts)
     while waiting:
         together = [waiting.pop(0)]
@@ -96,12 +97,12 @@ def _packed(texts: list[Tensor]) -> PackedBatch:
 
 
 def compare_layers(
-    sides: Sides, texts: dict[str, list[Tensor]], tolerance: float, groups: ProcessGroupCollection
+    models: ComparedModels, texts: dict[str, list[Tensor]], tolerance: float, groups: ProcessGroupCollection
 ) -> Iterator[tuple[LogitsFinding, str | None]]:
-    """Yield the same from a pass layer by layer, all texts of a kind one after another, and the first module apart."""
+    """Yield the comparison computed layer by layer, by kind of text, and the first module that differs."""
     for kind, batch in texts.items():
-        found = [differing_modules(sides, text, groups) for text in batch]
-        last = torch.tensor([modules[-1].max_abs_difference for modules in found])
+        by_text = [differing_modules(models, text, groups) for text in batch]
+        last = torch.tensor([modules[-1].max_abs_difference for modules in by_text])
         text = int(last.argmax())
         finding = LogitsFinding(
             kind=kind,
@@ -111,17 +112,19 @@ def compare_layers(
             where=(text + 1, 0),
             tolerance=tolerance,
         )
-        yield finding, first_apart((module for modules in found for module in modules), tolerance)
+        yield finding, first_difference((module for modules in by_text for module in modules), tolerance)
 
 
-def differing_modules(sides: Sides, text: Tensor, groups: ProcessGroupCollection) -> list[ModuleDifference]:
-    """Return how far each module is from transformers' on one text."""
-    ours = OurLayers(sides.state, sides.checkpoint.shape, groups)
-    return compare_modules(Judge(sides.hf, sides.weights, sides.hf_shape), ours, text)
+def differing_modules(
+    models: ComparedModels, text: Tensor, groups: ProcessGroupCollection
+) -> list[ModuleDifference]:
+    """Return each module's difference from transformers' on one text."""
+    ours = OurLayers(models.state, models.checkpoint.shape, groups)
+    return compare_modules(HFModel(models.hf, models.weights, models.hf_shape), ours, text)
 
 
-def first_apart(modules: Iterator[ModuleDifference], tolerance: float) -> str | None:
-    """Return the first module that differs by more than the tolerance, and by how much."""
+def first_difference(modules: Iterator[ModuleDifference], tolerance: float) -> str | None:
+    """Return the first module that differs by more than the tolerance, with the difference."""
     for module in modules:
         if module.exceeds(tolerance):
             return f"{module.module} (max abs difference {module.max_abs_difference:.3g})"

@@ -1,4 +1,4 @@
-"""The texts that two models are compared on: random tokens, and real text of many scripts or of one's own."""
+"""The texts that two models are compared on: random tokens, and real text (built-in or the user's)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_align.model.families import ModelShape
 RECORDS = 16  # of --data
 TEXT_TOKENS = 512  # of each text, from its start
 RANDOM_LENGTHS = (1, 7, 130, 38, 512)
-# Scripts, digits, code and symbols: what a tokenizer cuts in different ways.
+# Scripts, digits, code and symbols, which tokenizers split in different ways.
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog, and it does so 1,234 times a day.",
     "Der Wind blies über die Dächer der alten Stadt, während drüben die Glocken läuteten.",
@@ -36,7 +36,7 @@ SENTENCES = (
 def choose_texts(
     hf: str | Path, data: str | None, shape: ModelShape
 ) -> tuple[dict[str, list[Tensor]], list[str]]:
-    """Return the texts to compare by kind, as tokens, and what is to be said about them."""
+    """Return the texts to compare as tokens, by kind, and notes about them for the report."""
     longest = min(TEXT_TOKENS, shape.max_positions)
     draw = torch.Generator().manual_seed(0)
     texts = {
@@ -58,6 +58,6 @@ def choose_texts(
     highest = max((int(text.max()) for text in texts[kind]), default=0)
     if highest >= shape.vocab_size:
         raise InputError(
-            f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, it gives token {highest} in {hf}"
+            f"tokenizer does not fit the model's vocabulary of {shape.vocab_size}: it produces token {highest} in {hf}"
         )
     return texts, []

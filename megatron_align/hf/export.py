@@ -1,4 +1,4 @@
-"""A sharded model on all its ranks -> one Hugging Face folder, tensor by tensor."""
+"""Export the model that all ranks hold as one Hugging Face folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align.hf.writer import (
-    ShardWriter,
-    copy_assets,
-    hf_specs,
-    write_config_architecture,
-    write_config_dtype,
-)
+from megatron_align.hf.assets import copy_assets, write_config_architecture, write_config_dtype
+from megatron_align.hf.writer import ShardWriter, hf_specs
 from megatron_align.model.families import Row, rows, to_hf
 from megatron_align.model.policy import Policy
 
@@ -24,16 +19,17 @@ from megatron_align.model.policy import Policy
 def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bool = False) -> None:
     """Write the model as a Hugging Face folder; every rank calls this, rank 0 writes.
 
-    Tensors keep the model's dtype, and config.json is told. Rank 0 holds one HF tensor group at a time.
+    Tensors keep the model's dtype, which config.json then states. Rank 0 holds the HF tensors of one row of the
+    weight table at a time. The write is atomic.
 
     Args:
         chunks: this rank's chunks.
-        folder: appears whole or not at all.
-        assets: HF folder to take config, generation config and tokenizer from.
+        folder: to be written.
+        assets: HF folder to copy config, generation config and tokenizer from.
         overwrite: replace an existing folder.
 
     Raises:
-        InputError: if the folder exists and ``overwrite`` is not set.
+        InputError: the folder exists and ``overwrite`` is not set.
     """
     shape, groups = chunks[0].shape, chunks[0].pg_collection
     local = {name: parameter for chunk in chunks for name, parameter in chunk.global_parameters().items()}
@@ -62,7 +58,7 @@ def _owners(names: set[str], pipeline: dist.ProcessGroup) -> dict[str, int]:
 
 
 def _collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[str, Tensor]:
-    """Return the row's HF tensors on rank 0 (elsewhere what this rank had to do with them)."""
+    """Return the row's HF tensors on rank 0; other ranks send their shards and return nothing of use."""
     tensor, pipeline = chunk.pg_collection.tp, chunk.pg_collection.pp
     tensors: dict[str, Tensor] = {}
     if pipeline.rank() == owner:
@@ -75,8 +71,8 @@ def _collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[
         return tensors
     stages = dist.get_process_group_ranks(pipeline)
     if pipeline.rank() == owner:
-        for part in tensors.values():
-            dist.send(part, stages[0], group=pipeline)
+        for sent in tensors.values():
+            dist.send(sent, stages[0], group=pipeline)
     elif pipeline.rank() == 0:
         like = next(chunk.parameters())
         for name, size in zip(row.hf, row.hf_shapes(chunk.shape), strict=True):

@@ -1,7 +1,7 @@
-"""Hugging Face safetensors -> this rank's parameters, reading only the bytes that it holds.
+"""Load Hugging Face safetensors into this rank's parameters, reading only the bytes that it holds.
 
-The folder's names, dtypes and shapes are checked against the weight table before anything is read, so every
-rank of a job fails on the same line.
+The folder's names, dtypes and shapes are checked against the weight table before anything is read, so every rank of
+a job fails with the same error.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def open_hf(folder: str | Path) -> tuple[HFWeights, ModelShape]:
-    """Return a Hugging Face folder's weights and shape, having checked that they are of one model.
+    """Return a Hugging Face folder's weights and model shape, having checked that they match.
 
     Raises:
-        InputError: they are not, or something is missing.
+        InputError: they do not match, or something is missing.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"a Hugging Face folder is needed, found none at {folder}")
+        raise InputError(f"no Hugging Face folder at {folder}")
     shape = read_shape(folder)
     weights = HFWeights(folder)
     check_weights(weights, shape)
@@ -35,43 +35,45 @@ def open_hf(folder: str | Path) -> tuple[HFWeights, ModelShape]:
 
 
 def check_weights(weights: HFWeights, shape: ModelShape) -> None:
-    """Check that a folder holds the model's tensors and no others, each of a trainable dtype and its shape.
+    """Check that a folder holds the model's tensors and no others, with floating-point dtypes and correct shapes.
 
-    Two kinds of extra tensor mean nothing and are let through: rotary frequency buffers that old versions
-    saved, and ``lm_head.weight`` of tied embeddings.
+    Two redundant tensors are accepted: rotary frequency buffers that old versions saved, and ``lm_head.weight`` of
+    tied embeddings.
 
     Raises:
         InputError: naming every missing and unexpected tensor, or every one of a wrong dtype or shape.
     """
-    wanted = {n: s for row in rows(shape) for n, s in zip(row.hf, row.hf_shapes(shape), strict=True)}
-    found = set(weights.names)
-    spare = {name for name in found if name.endswith("rotary_emb.inv_freq")}
+    expected = {n: s for row in rows(shape) for n, s in zip(row.hf, row.hf_shapes(shape), strict=True)}
+    present = set(weights.names)
+    redundant = {name for name in present if name.endswith("rotary_emb.inv_freq")}
     if shape.tied_embeddings:
-        spare.add(HEAD)
-    missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys() - spare)
+        redundant.add(HEAD)
+    missing, unexpected = sorted(expected.keys() - present), sorted(present - expected.keys() - redundant)
     if missing or unexpected:
-        facts = [
-            f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n
+        differences = [
+            f"{kind} {', '.join(n)}" for kind, n in (("missing", missing), ("unexpected", unexpected)) if n
         ]
         raise InputError(
-            f"the weights must be those of {shape.architecture}: {'; '.join(facts)} in {weights.folder}"
+            f"weights do not match {shape.architecture}: {'; '.join(differences)} in {weights.folder}"
         )
     wrong = [
         f"{name} must be {list(size)}, found {list(weights.shape(name))}"
-        for name, size in wanted.items()
+        for name, size in expected.items()
         if weights.shape(name) != size
     ]
     if wrong:
+        raise InputError(f"tensor shapes do not match config.json: {'; '.join(wrong)} in {weights.folder}")
+    unsupported = [
+        f"{name} is {weights.dtype(name)}" for name in expected if weights.dtype(name) not in DTYPES
+    ]
+    if unsupported:
         raise InputError(
-            f"the tensors must have config.json's shapes: {'; '.join(wrong)} in {weights.folder}"
+            f"tensor dtypes must be one of {list(DTYPES)}: {'; '.join(unsupported)} in {weights.folder}"
         )
-    odd = [f"{name} is {weights.dtype(name)}" for name in wanted if weights.dtype(name) not in DTYPES]
-    if odd:
-        raise InputError(f"the tensors must be one of {list(DTYPES)}: {'; '.join(odd)} in {weights.folder}")
 
 
 def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
-    """Return by how much an output head beside tied embeddings differs from them; None if it does not.
+    """Return the largest difference between a stored output head and the embeddings it is tied to; None: no difference.
 
     transformers does not tie the two then, so the folder is not the model that its config.json describes.
     """
@@ -79,36 +81,36 @@ def untied_head(weights: HFWeights, shape: ModelShape) -> float | None:
         return None
     if weights.shape(HEAD) != weights.shape(EMBEDDING):
         return math.inf
-    apart, equal = 0.0, weights.dtype(HEAD) == weights.dtype(EMBEDDING)
-    for head, embedding in zip(weights.stretches(HEAD), weights.stretches(EMBEDDING), strict=True):
+    largest, equal = 0.0, weights.dtype(HEAD) == weights.dtype(EMBEDDING)
+    for head, embedding in zip(weights.blocks(HEAD), weights.blocks(EMBEDDING), strict=True):
         if not same_bytes(head, embedding):
             equal = False
-            apart = torch.tensor([apart, largest_difference(head, embedding)]).max().item()  # NaN wins
-    return None if equal else apart
+            largest = torch.tensor([largest, largest_difference(head, embedding)]).max().item()  # NaN wins
+    return None if equal else largest
 
 
 def require_tied_head(weights: HFWeights, shape: ModelShape) -> None:
     """Refuse a folder whose output head differs from the embeddings that its config.json ties it to.
 
     Raises:
-        InputError: saying by how much.
+        InputError: with the largest difference.
     """
-    if (apart := untied_head(weights, shape)) is not None:
+    if (difference := untied_head(weights, shape)) is not None:
         raise InputError(
             f"{HEAD} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, "
-            f"it differs by {apart:.3g} in {weights.folder}"
+            f"it differs by {difference:.3g} in {weights.folder}"
         )
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal in shape, dtype and every bit (NaN equals itself, 0 is not -0)."""
+    """Return whether two tensors are equal in shape, dtype and every bit (NaN equals itself, 0 is not -0)."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest absolute difference of two tensors of one shape; NaN if either holds one."""
+    """Return the largest absolute difference of two tensors of equal shape; NaN if either holds a NaN."""
     return (one.double() - other.double()).abs().max().item()
 
 
@@ -116,15 +118,15 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def load_weights(
     folder: str | Path, shape: ModelShape, local: Mapping[str, Tensor], tensor_rank: int, tensor_ranks: int
 ) -> None:
-    """Fill this rank's parameters in place, each cast to its own dtype.
+    """Fill this rank's parameters in place, casting each to its dtype.
 
     ``local`` maps Megatron names with GLOBAL layer numbers to parameters, of any pipeline stage. The last
     stage of a tied model may hold its own ``output_layer.weight``: it is filled from the embedding.
 
     Raises:
-        InputError: the whole folder does not match the model (the same on every rank), or the tensor ranks
-            do not divide it.
-        ValueError: ``local`` names what the model does not have, or a parameter has another shape.
+        InputError: the folder does not match the model (the same error on every rank), or the tensor ranks do not
+            divide a dimension.
+        ValueError: ``local`` names a parameter that the model does not have, or one has another shape.
     """
     weights = HFWeights(folder)
     check_weights(weights, shape)

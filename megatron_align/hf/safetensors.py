@@ -1,7 +1,7 @@
-"""The safetensors files of a Hugging Face folder, found and looked through before a weight is read.
+"""The safetensors files of a Hugging Face folder, checked before a weight is read.
 
-Nothing is loaded whole: training maps the files and copies its slices; passes over whole tensors read into a
-buffer of theirs, as mapped pages would count as memory until they are reclaimed.
+No file is loaded completely: training maps the files and copies its slices; passes over entire tensors read blocks
+into a buffer, because mapped pages would count as memory until they are reclaimed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from megatron_align.errors import InputError
 from megatron_align.model.families import Segment, read_json
-from megatron_align.storage.atomic_write import advise, fill
+from megatron_align.storage.atomic_write import advise_page_cache, read_into
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STRETCH = 1 << 22  # elements that are read at once in a pass over a whole tensor
-# safetensors' names of what weights may be stored in
+BLOCK_ELEMENTS = 1 << 22  # read at once in a pass over an entire tensor
+# supported dtypes, by safetensors' names
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
-class _File:
-    """One safetensors file: its header is checked, its tensors can be mapped or read by their place.
+class _SafetensorsFile:
+    """One safetensors file with a checked header; its tensors can be mapped, or read by their offsets.
 
     Raises:
-        InputError: it is damaged or cut short.
+        InputError: it is corrupt or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class _File:
 
     @cached_property
     def starts(self) -> dict[str, int]:
-        """Where in the file each tensor's bytes begin."""
+        """The file offset of each tensor's first byte."""
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -53,20 +53,20 @@ class HFWeights:
     """The tensors of one Hugging Face folder: ``model.safetensors``, or shards with an index.
 
     Raises:
-        InputError: there are none, or a file is missing, damaged, or does not hold what the index says.
+        InputError: there are none, or a file is missing, corrupt, or does not match the index.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise InputError(f"a Hugging Face folder is needed, found none at {self.folder}")
+            raise InputError(f"no Hugging Face folder at {self.folder}")
         if (self.folder / SINGLE).exists():
-            file = _File(self.folder / SINGLE)
+            file = _SafetensorsFile(self.folder / SINGLE)
             self._file = dict.fromkeys(file.handle.keys(), file)
         elif (self.folder / INDEX).exists():
             self._file = _open_shards(self.folder)
         else:
-            raise InputError(_no_weights(self.folder))
+            raise InputError(_no_weights_message(self.folder))
 
     @property
     def names(self) -> list[str]:
@@ -94,34 +94,32 @@ class HFWeights:
         """Fill the one-dimensional ``out``, of the tensor's dtype, with its elements from ``start`` on.
 
         Raises:
-            InputError: the file was cut short since it was opened.
+            InputError: the file was truncated since it was opened.
         """
         file = self._file[name]
         try:
-            fill(out, file.path, file.starts[name] + start * out.element_size())
+            read_into(out, file.path, file.starts[name] + start * out.element_size())
         except EOFError as error:
-            raise InputError(
-                f"a complete safetensors file is needed, it ends within {name} at {file.path}"
-            ) from error
+            raise InputError(f"safetensors file is truncated: {file.path} ends within {name}") from error
 
     def release(self, name: str) -> None:
-        """Give back the page cache's memory of a tensor that will not be read again.
+        """Drop a tensor that will not be read again from the page cache.
 
-        A walk through a model larger than the memory then takes the same pages again and again, which is faster
-        than fresh ones, and leaves what other programs keep there.
+        A pass over a model larger than memory then reuses the same pages, which is faster than fresh ones, and does
+        not evict other programs' pages.
         """
         file = self._file[name]
         size = self.numel(name) * DTYPES[self.dtype(name)].itemsize
-        advise(file.path, file.starts[name], size, os.POSIX_FADV_DONTNEED)
+        advise_page_cache(file.path, file.starts[name], size, os.POSIX_FADV_DONTNEED)
 
-    def stretches(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor's elements in order, one-dimensional; each stretch takes the memory of the last."""
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor's elements in order as one-dimensional blocks, each in the memory of the last."""
         dtype, left = DTYPES[self.dtype(name)], self.numel(name)
-        buffer = torch.empty(min(left, STRETCH), dtype=dtype)
-        for start in range(0, left, STRETCH):
-            part = buffer[: min(STRETCH, left - start)]
-            self.read_flat(name, start, part)
-            yield part
+        buffer = torch.empty(min(left, BLOCK_ELEMENTS), dtype=dtype)
+        for start in range(0, left, BLOCK_ELEMENTS):
+            block = buffer[: min(BLOCK_ELEMENTS, left - start)]
+            self.read_flat(name, start, block)
+            yield block
 
     def _slice(self, name: str) -> Any:
         return self._file[name].handle.get_slice(name)
@@ -133,42 +131,46 @@ def _open(path: Path) -> safe_open:
     except SafetensorError as error:
         with path.open("rb") as file:
             pointer = file.read(20) == b"version https://git-"
-        found = "a git-lfs pointer (run: git lfs pull)" if pointer else f"it damaged or cut short ({error})"
-        raise InputError(f"a complete safetensors file is needed, found {found} at {path}") from error
+        reason = (
+            "it is a git-lfs pointer (run: git lfs pull)" if pointer else f"corrupt or truncated: {error}"
+        )
+        raise InputError(f"cannot read safetensors file {path}: {reason}") from error
 
 
-def _open_shards(folder: Path) -> dict[str, _File]:
+def _open_shards(folder: Path) -> dict[str, _SafetensorsFile]:
     """Return each tensor's open shard, having checked the index against folder and shards."""
-    place = folder / INDEX
-    weight_map = read_json(place).get("weight_map")
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"weight_map must map tensors to files, found {weight_map!r} in {place}")
+        raise InputError(f"weight_map must map tensors to files, found {weight_map!r} in {path}")
     for file in weight_map.values():
         if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(".safetensors"):
-            raise InputError(f"weight_map must name safetensors files beside it, found {file!r} in {place}")
+            raise InputError(
+                f"weight_map must name safetensors files of its own folder, found {file!r} in {path}"
+            )
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"the index names shards that are not there: {', '.join(absent)} in {folder}")
-    files = {name: _File(folder / name) for name in names}
+        raise InputError(f"the index names shards that do not exist: {', '.join(absent)} in {folder}")
+    files = {name: _SafetensorsFile(folder / name) for name in names}
     held = {(tensor, name) for name, file in files.items() for tensor in file.handle.keys()}  # noqa: SIM118
-    said = set(weight_map.items())
-    if lost := sorted(f"{tensor} ({name})" for tensor, name in said - held):
+    indexed = set(weight_map.items())
+    if missing := sorted(f"{tensor} ({name})" for tensor, name in indexed - held):
         raise InputError(
-            f"the index names tensors that their shards do not hold: {', '.join(lost)} in {folder}"
+            f"the index names tensors that their shards do not hold: {', '.join(missing)} in {folder}"
         )
-    if silent := sorted(f"{tensor} ({name})" for tensor, name in held - said):
+    if unindexed := sorted(f"{tensor} ({name})" for tensor, name in held - indexed):
         raise InputError(
-            f"the shards hold tensors that the index does not name: {', '.join(silent)} in {folder}"
+            f"the shards hold tensors that the index does not name: {', '.join(unindexed)} in {folder}"
         )
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights_message(folder: Path) -> str:
     files = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
     if pickles:
-        return f"the weights must be safetensors: convert {pickles[0]} to safetensors first, in {folder}"
-    loose = [name for name in files if name.endswith(".safetensors")]
-    if loose:
-        return f"the weights must be {SINGLE} or shards with {INDEX}, found only {loose[0]} in {folder}"
-    return f"the weights must be {SINGLE} or shards with {INDEX}, found neither in {folder}"
+        return f"weights must be safetensors: convert {pickles[0]} to safetensors first, in {folder}"
+    unindexed = [name for name in files if name.endswith(".safetensors")]
+    if unindexed:
+        return f"weights must be {SINGLE} or shards with {INDEX}, found only {unindexed[0]} in {folder}"
+    return f"weights must be {SINGLE} or shards with {INDEX}, found neither in {folder}"

@@ -1,10 +1,10 @@
-"""Merging formulas. Each turns the blocks of one tensor, of a base and of N models, into the merged blocks.
+"""Merging formulas: from the blocks of one tensor, of a base and N models, to the merged blocks.
 
-Shapes: E elements of a block, N models. A tensor is a collection of blocks that can be walked several times,
-as some formulas need a sum over the whole tensor first. A block may be changed in place: it is made anew in each
-walk, and its memory is used again for the next one. A merged block may lie in it.
+Shapes: E elements of a block, N models. A tensor is an iterable of blocks that can be iterated several times, as some
+formulas first need a sum over the entire tensor. A block may be changed in place, and a merged block may share its
+memory: each iteration reads the block again, and the next block reuses the memory.
 
-``base_E`` is None for a formula that has no base. A task vector is a model minus the base.
+``base_E`` is None for a formula without a base. A task vector is a model minus the base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_align.errors import InputError
 
 
 class Block(NamedTuple):
-    """A stretch of one tensor, in the dtype of the computation."""
+    """A range of elements of one tensor, in the dtype of the computation."""
 
     base_E: Tensor | None
     models_NE: Tensor
@@ -41,13 +41,13 @@ Blocks = Iterable[Block]
 class Method:
     """A formula and its options.
 
-    ``needs_base``: the formula has one. Where it has none, a base is but compared with the models, or, with
-    ``starts_at_base``, takes the place of a first model that was not given.
+    ``needs_base``: the formula uses the base. Otherwise a base is only checked to be compatible or, with
+    ``starts_at_base``, used in place of a missing first model.
     """
 
     needs_base: ClassVar[bool] = True
     starts_at_base: ClassVar[bool] = False
-    passes: ClassVar[int] = 1  # over every tensor
+    passes: ClassVar[int] = 1  # iterations over every tensor
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         """Yield the merged blocks of the tensor ``name``."""
@@ -62,8 +62,8 @@ class Method:
         for option, value in asdict(self).items():
             many = isinstance(value, tuple)
             if value is not None and not all(map(math.isfinite, value if many else (value,))):
-                need = "finite numbers" if many else "a finite number"
-                raise InputError(f"--{option} must be {need}, got {value}")
+                expected = "finite numbers" if many else "a finite number"
+                raise InputError(f"--{option} must be {expected}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ class Weighted(Method):
         """Check the options."""
         super().check(models)
         if self.weights is not None and len(self.weights) != models:
-            raise InputError(f"--weights must be one for each of {models} models, got {len(self.weights)}")
+            raise InputError(
+                f"--weights must have one number for each of {models} models, got {len(self.weights)}"
+            )
 
     def _weights(self, models_NE: Tensor) -> Tensor:
         """Return weights ``[N]``."""
@@ -127,8 +129,8 @@ class ModelStock(Method):
     """``t mean(x_i) + (1 - t) base``, ``t = N c / (1 + (N - 1) c)``. Jang et al. 2024.
 
     ``c`` is the cosine between two task vectors of the tensor: the mean over all pairs where N > 2. It is
-    clamped to [0, 1]: below 0 the formula would run away from the mean, past the base. A model that did not
-    touch the tensor has no angle and counts as perpendicular.
+    clamped to [0, 1]: below 0 the formula would move away from the mean, beyond the base. A model that left the
+    tensor unchanged has no angle and counts as perpendicular.
     """
 
     passes: ClassVar[int] = 2
@@ -168,7 +170,7 @@ class Slerp(Method):
         """Check the options."""
         super().check(models)
         if models != 2:
-            raise InputError(f"slerp needs two models, or a base and one model; got {models} to go between")
+            raise InputError(f"slerp needs two models, or a base and one model; got {models} in all")
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         gram_NN = _gram(models_NE for _, models_NE in blocks)
@@ -184,13 +186,13 @@ class Slerp(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Ties(Weighted):
-    """Trim, elect sign, merge what agrees. Yadav et al. 2023.
+    """Trim, elect a sign, merge the elements that agree with it. Yadav et al. 2023.
 
-    Of each task vector the ``density`` largest magnitudes stay (all that equal the smallest of them, too);
-    an element's sign is that of the weighted sum; the weighted mean is over the models that have this sign.
+    Of each task vector the ``density`` largest magnitudes are kept (including ties with the smallest of them); an
+    element's sign is that of the weighted sum; the weighted mean is over the models that have this sign.
 
     Args:
-        density: share of elements that stay, over 0 and at most 1.
+        density: share of elements that are kept, over 0 and at most 1.
         scale: of the merged task vector.
     """
 
@@ -223,13 +225,13 @@ class Ties(Weighted):
 class Dare(Weighted):
     """Drop elements of the task vectors at random, rescale the rest, and add them up. Yu et al. 2024.
 
-    ``base + scale * sum(w_i keep_i task_i / density)``. What is kept depends on seed, tensor and the model's
-    number only.
+    ``base + scale * sum(w_i keep_i task_i / density)``. Which elements are kept depends only on the seed, the tensor's
+    name and the model's number.
 
     Args:
-        density: chance of an element to stay, over 0 and at most 1; the paper's 1 - p.
+        density: probability that an element is kept, over 0 and at most 1; the paper's 1 - p.
         scale: of the sum.
-        seed: of the draw.
+        seed: of the random generator.
     """
 
     density: float = 0.1
@@ -268,8 +270,8 @@ METHODS: dict[str, type[Method]] = {
 def kept_magnitudes(blocks: Blocks, density: float) -> Tensor:
     """Return the smallest magnitude ``[N]`` of each task vector's ``density`` largest ones, at least one.
 
-    Exact, in two passes and constant memory: magnitudes are counted by their upper 16 bits, then those that
-    share the upper bits of the one sought by their lower 16. Floats of one sign are ordered like their bits.
+    Exact, in two passes and constant memory: magnitudes are counted by their upper 16 bits, then those with the upper
+    bits of the result by their lower 16. Floats of one sign are ordered like their bits.
     """
     counts_NB, elements = _count_bits(blocks, None)
     wanted = max(1, int(density * elements))
@@ -301,15 +303,15 @@ def _count_bits(blocks: Blocks, upper_N: Tensor | None) -> tuple[Tensor, int]:
 
 
 def _find_largest(counts_NB: Tensor, wanted_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bin ``[N]`` in which the ``wanted``-th largest lies, and how many are in bins above it."""
+    """Return the bin ``[N]`` that contains the ``wanted``-th largest, and the number of elements in bins above it."""
     from_top_NB = counts_NB.flip(1).cumsum(1)
-    place_N = (from_top_NB < wanted_N[:, None]).sum(1)
-    above_N = (from_top_NB - counts_NB.flip(1)).gather(1, place_N[:, None])[:, 0]
-    return counts_NB.shape[1] - 1 - place_N, above_N
+    index_N = (from_top_NB < wanted_N[:, None]).sum(1)
+    above_N = (from_top_NB - counts_NB.flip(1)).gather(1, index_N[:, None])[:, 0]
+    return counts_NB.shape[1] - 1 - index_N, above_N
 
 
 def _add_tasks(base_E: Tensor, task_NE: Tensor, weights_N: Tensor, scale: float) -> Tensor:
-    """Return ``base + scale * sum(w_i task_i)`` in the base's memory: new memory costs more than the sum."""
+    """Return ``base + scale * sum(w_i task_i)`` in the base's memory: allocating would cost more than the sum."""
     return base_E.addmv_(task_NE.T, weights_N, alpha=scale)
 
 
@@ -319,7 +321,7 @@ def _weighted_sum(weights_N: Tensor, models_NE: Tensor) -> Tensor:
 
 
 def _gram(blocks: Iterable[Tensor]) -> Tensor:
-    """Return all inner products ``[N, N]`` over the whole tensor, summed in float64 over blocks."""
+    """Return all inner products ``[N, N]`` over the entire tensor, summed in float64 over blocks."""
     return functools.reduce(torch.add, ((x_NE @ x_NE.T).double() for x_NE in blocks))
 
 

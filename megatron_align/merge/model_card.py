@@ -1,4 +1,4 @@
-"""The card of a merged model: what was merged, how, and hashes that tell the inputs again."""
+"""The model card of a merged model: inputs, method, options, and hashes that identify the inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align.merge.methods import METHODS, Method
-from megatron_align.storage.tensor_digest import Facts, model_sha256
+from megatron_align.storage.tensor_digest import TensorDigest, model_sha256
 from megatron_align.version import __version__
 
 CARD, RECORD = "README.md", "merge.json"
@@ -16,16 +16,16 @@ CARD, RECORD = "README.md", "merge.json"
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A folder that was merged, and the hash and NaN/inf counts of each of its tensors."""
+    """A folder that was merged, and the digest of each of its tensors."""
 
     role: str
     folder: Path
-    tensors: dict[str, Facts]
+    tensors: dict[str, TensorDigest]
 
 
 def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
-    """Write the card for people and the same for programs, with a hash of every input tensor."""
-    name = next(name for name, kind in METHODS.items() if kind is type(method))
+    """Write README.md, and merge.json with a hash of every input tensor."""
+    name = next(name for name, method_class in METHODS.items() if method_class is type(method))
     record: dict[str, Any] = {
         "method": name,
         "options": asdict(method),
@@ -35,7 +35,7 @@ def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
                 "role": each.role,
                 "folder": str(each.folder),
                 "sha256": model_sha256(each.tensors),
-                "tensors": {tensor: facts.sha256 for tensor, facts in each.tensors.items()},
+                "tensors": {tensor: digest.sha256 for tensor, digest in each.tensors.items()},
             }
             for each in inputs
         ],

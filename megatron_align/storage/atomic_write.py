@@ -1,12 +1,14 @@
-"""Folders that appear whole or not at all: written beside their place, forced onto the disk, then renamed.
+"""Write a folder atomically: into a hidden folder next to it, forced onto the disk, then renamed.
 
-What may go wrong is looked for before the first byte is written: something in the way, no permission, no space.
+What can go wrong is checked before the first byte is written: a path that is taken, permissions, space.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from megatron_align import faults
 from megatron_align.errors import InputError
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a file or a folder's entries onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -25,11 +27,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def fill(out: Tensor, path: Path, start: int) -> None:
-    """Fill a contiguous tensor in CPU memory with a file's bytes from ``start`` on.
+def read_into(out: Tensor, path: Path, start: int) -> None:
+    """Fill a contiguous CPU tensor with a file's bytes from offset ``start`` on.
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: the file ends before the tensor is full.
     """
     view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
     with path.open("rb", buffering=0) as file:
@@ -40,97 +42,108 @@ def fill(out: Tensor, path: Path, start: int) -> None:
             view = view[count:]
 
 
-def advise(path: Path, start: int, count: int, advice: int) -> None:
-    """Tell the kernel that a stretch of a file will be read soon, or not again: ``os.POSIX_FADV_...``."""
+def advise_page_cache(path: Path, start: int, count: int, advice: int) -> None:
+    """Announce to the kernel that a range of a file will be read soon, or not again (``os.POSIX_FADV_...``)."""
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), start, count, advice)
 
 
-def put_in_place(partial: Path, folder: Path, step: int | None = None) -> None:
-    """Make ``partial`` durable and give it the name ``folder``, beside it; ``step`` is for :mod:`faults`.
+@contextmanager
+def naming_file(what: str, path: Path) -> Iterator[None]:
+    """Re-raise an OSError of the with-block (a full disk, for example) with what was being written, and where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"writing the {what} failed at {path}: {error}") from error
 
-    A folder in the way is moved aside first and removed last, so that no kill can lose both.
+
+def commit_folder(partial: Path, folder: Path, step: int | None = None) -> None:
+    """Force ``partial`` onto the disk and rename it to ``folder``, in the same parent; ``step`` is for :mod:`faults`.
+
+    An existing ``folder`` is first renamed and deleted last, so that a kill at any moment leaves one of the two.
     """
     for path in sorted(partial.rglob("*")):
-        sync(path)
-    sync(partial)
-    aside = folder.with_name(f".{folder.name}.replaced")
+        fsync(path)
+    fsync(partial)
+    replaced = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        folder.rename(aside)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        folder.rename(replaced)
     faults.at("save.named", step)
     try:
         partial.rename(folder)
     except OSError:
-        if aside.exists():
-            aside.rename(folder)
+        if replaced.exists():
+            replaced.rename(folder)
         raise
-    sync(folder.parent)
+    fsync(folder.parent)
     faults.at("save.done", step)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def partial_folder(folder: Path) -> Path:
-    """Return where a folder is written before it is whole."""
+    """Return the hidden folder in which ``folder`` is written until it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def files_below(folder: Path, *parts: str) -> list[str]:
-    """Return the paths, from ``folder``, of all files below it or a part of it."""
-    found = folder.joinpath(*parts).rglob("*")
-    return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
+    """Return the sorted paths, relative to ``folder``, of all files below it or below one of its subfolders."""
+    paths = folder.joinpath(*parts).rglob("*")
+    return sorted(str(path.relative_to(folder)) for path in paths if path.is_file())
 
 
 def require_one_process() -> None:
     """Check that no launcher started several processes, which would all write the same folder.
 
     Raises:
-        InputError: one did.
+        InputError: ``WORLD_SIZE`` is not 1.
     """
     if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(f"this needs one process, without torchrun; got {ranks} ranks")
+        raise InputError(f"run this as one process, without torchrun; got WORLD_SIZE={ranks}")
 
 
 def require_new(out: str | Path) -> Path:
-    """Return ``out`` without links or dots, a folder that can be created or is empty.
+    """Return the absolute path of ``out``, a folder that is empty or can be created.
 
     Raises:
-        InputError: something is in the way, or its parent cannot be written.
+        InputError: ``out`` is a file or holds files, or its parent is not writable.
     """
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
-        raise InputError(f"a new or empty folder is needed, found a file at {path}")
+        raise InputError(f"output must be a new or empty folder, found a file at {path}")
     require_writable(path)
     if path.is_dir() and any(path.iterdir()):
-        raise InputError(f"a new or empty folder is needed, found files in {path}")
+        raise InputError(f"output must be a new or empty folder, found files in {path}")
     return path
 
 
 def require_writable(path: Path) -> None:
-    """Check, without a trace, that ``path`` can be created.
+    """Check, without creating anything, that ``path`` can be created.
 
     Raises:
-        InputError: its nearest parent that exists is no folder, or may not be written.
+        InputError: its nearest existing parent is not a folder or not writable.
     """
     parent = _nearest_parent(path)
     if not parent.is_dir():
-        raise InputError(f"{path} cannot be created: {parent} is not a folder")
+        raise InputError(f"cannot create {path}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be created: {parent} may not be written")
+        raise InputError(f"cannot create {path}: no permission to write in {parent}")
 
 
 def require_space(path: Path, size: int) -> None:
-    """Check that ``size`` bytes fit where ``path`` will be created, beside what a killed run has left of it.
+    """Check that ``size`` bytes fit at ``path``; what a killed run has left of it counts as free.
 
     Raises:
-        InputError: they do not, saying how many there are.
+        InputError: the disk has less free space.
     """
     partial = partial_folder(path)
     left = sum(file.stat().st_blocks * 512 for file in partial.rglob("*")) if partial.is_dir() else 0
     if (free := shutil.disk_usage(_nearest_parent(path)).free + left) < size:
-        raise InputError(f"{size / 1e9:,.1f} GB must be free, found {free / 1e9:,.1f} GB for {path}")
+        raise InputError(
+            f"not enough disk space for {path}: {size / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free"
+        )
 
 
 def _nearest_parent(path: Path) -> Path:

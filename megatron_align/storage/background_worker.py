@@ -1,4 +1,4 @@
-"""One call at a time in another thread: what was read is written while the next is being read."""
+"""Run calls in order on one background thread, so that what was read is written while the next block is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class BackgroundWorker:
-    """Runs calls in order, at most one behind the caller. A failed call raises at the next one, or at the end."""
+    """Runs calls in order on one thread, at most one in flight; an error is raised at the next call or at the end."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -27,16 +27,16 @@ class BackgroundWorker:
             self.wait()
 
     def run(self, call: Callable[[], Any]) -> None:
-        """Wait for the last call and begin this one, in the caller's context: torch keeps options there."""
+        """Wait for the last call, then start this one in the caller's context, where torch keeps some options."""
         self.wait()
         self._pending = self._pool.submit(copy_context().run, call)
 
     def wait(self) -> None:
-        """Wait for the last call; raise what it raised."""
+        """Wait for the last call and raise its error, if any."""
         if self._pending:
             pending, self._pending = self._pending, None
             pending.result()
 
     def stop(self) -> None:
-        """Wait for the last call and end the thread; nothing is raised before :meth:`wait`."""
+        """Wait for the last call and end the thread; its error is raised by :meth:`wait` only."""
         self._pool.shutdown(wait=True)

@@ -1,6 +1,6 @@
-"""What the files of a checkpoint hash to: ``SHA256SUMS``, which ``sha256sum -c`` reads as well.
+"""SHA-256 checksums of a folder's files, in ``SHA256SUMS``, which ``sha256sum --check`` reads too.
 
-The file's own first line hashes the rest, so that a damaged list is not taken for damaged files.
+The first line of the list is its own checksum, so that a corrupt list is not mistaken for corrupt files.
 """
 
 from __future__ import annotations
@@ -17,71 +17,81 @@ from typing import Any
 
 import torch
 
-from megatron_align.storage.atomic_write import advise, sync
+from megatron_align.storage.atomic_write import advise_page_cache, fsync
 from megatron_align.storage.direct_io import DirectFile
 
-NAME = "SHA256SUMS"
-_THREADS = 2  # files read at once
-_BLOCK = 4 << 20
-_HEAD = re.compile(r"# sha256 of the lines below: ([0-9a-f]{64})")
+CHECKSUMS = "SHA256SUMS"
+_THREADS = 2  # files hashed concurrently
+_BLOCK_BYTES = 4 << 20
+_HEADER = re.compile(r"# sha256 of the lines below: ([0-9a-f]{64})")
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
-class Damaged(ValueError):
-    """A list of hashes that cannot be used; one line says why."""
+class CorruptChecksums(ValueError):
+    """The list of checksums is missing or corrupt; the message is one line."""
 
 
 class HashingFile(io.RawIOBase):
-    """A new file that is written once from start to end, hashed on the way."""
+    """Write a new file from start to end, around the page cache, and hash it on the way."""
 
     _file: DirectFile | None = None
 
     def __init__(self, path: Path) -> None:
-        self.error: OSError | None = None
         path.unlink(missing_ok=True)
         self._file = DirectFile(path)
         self._hash, self._size = hashlib.sha256(), 0
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of ``data``. What goes wrong is kept in ``error`` too: torch forgets it."""
+        """Write all of ``data``."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _BLOCK):  # the disk writes one block while the next is hashed
-            block = view[start : start + _BLOCK]
+        for start in range(0, len(view), _BLOCK_BYTES):  # one block is written while the next is hashed
+            block = view[start : start + _BLOCK_BYTES]
             self._hash.update(block)
             try:
                 self._file.write(self._size, block)
             except OSError as error:
-                self.error = error
+                self._error = error
                 raise
             self._size += len(block)
         return len(view)
 
+    def save(self, content: Any) -> None:
+        """Append ``content`` with ``torch.save``.
+
+        Raises:
+            OSError: the disk's own error, where torch would raise a RuntimeError about its writer.
+        """
+        try:
+            torch.save(content, self)
+        except RuntimeError as error:
+            raise self._error or error from error
+
     def tell(self) -> int:
-        """Return how many bytes are written."""
+        """Return the number of bytes written."""
         return self._size
 
     def writable(self) -> bool:
-        """Say yes."""
         return True
 
     def finish(self) -> str:
-        """Force the file onto the disk, close it and return its hash."""
+        """Force the file onto the disk, close it and return its checksum."""
         self._file.finish()
         super().close()
         return self._hash.hexdigest()
 
     def close(self) -> None:
-        """Close the file; unless it is finished, some of it is lost."""
+        """Close the file; without :meth:`finish`, buffered data are lost."""
         if self._file:
             self._file.close()
         super().close()
 
 
 @contextmanager
-def without_checksums_of_zip() -> Iterator[None]:
-    """Let torch.save leave them out in a with-block: its zips are hashed here anyhow, and torch.load reads none.
+def without_zip_checksums() -> Iterator[None]:
+    """Let torch.save omit CRC32 checksums in a with-block: its files are hashed here, and torch.load checks none.
 
-    Another thread has to be given the block's context.
+    Other threads must run in the block's context (:class:`BackgroundWorker` does that).
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -91,36 +101,36 @@ def without_checksums_of_zip() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write the list, on the disk when this returns; ``sums`` are by the files' paths in the folder."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-    head = f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n"
-    (folder / NAME).write_text(head + lines, encoding="utf-8")
-    sync(folder / NAME)
+def write_checksums(folder: Path, checksums: Mapping[str, str]) -> None:
+    """Write the list of checksums, given by the files' paths in the folder, and force it onto the disk."""
+    lines = "".join(f"{checksum}  {name}\n" for name, checksum in sorted(checksums.items()))
+    header = f"# sha256 of the lines below: {hashlib.sha256(lines.encode()).hexdigest()}\n"
+    (folder / CHECKSUMS).write_text(header + lines, encoding="utf-8")
+    fsync(folder / CHECKSUMS)
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """Return the hashes by the files' paths.
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Return the checksums by the files' paths in the folder.
 
     Raises:
-        Damaged: there is no list, or it is not what was written.
+        CorruptChecksums: the list is missing, or its own checksum does not match.
     """
-    path = folder / NAME
+    path = folder / CHECKSUMS
     try:
-        head, _, lines = path.read_bytes().partition(b"\n")
+        header, _, lines = path.read_bytes().partition(b"\n")
     except OSError as error:
-        raise Damaged(f"{path} cannot be read: {error.strerror}") from error
-    found = _HEAD.fullmatch(head.decode(errors="replace"))
-    if found is None or found[1] != hashlib.sha256(lines).hexdigest():
-        raise Damaged(f"{path} is not what was written")
+        raise CorruptChecksums(f"{path} cannot be read: {error.strerror}") from error
+    match = _HEADER.fullmatch(header.decode(errors="replace"))
+    if match is None or match[1] != hashlib.sha256(lines).hexdigest():
+        raise CorruptChecksums(f"{path}: SHA-256 mismatch of the list itself")
     entries = [_LINE.fullmatch(line) for line in lines.decode().splitlines()]
     if not all(entries):
-        raise Damaged(f"{path} is no list of hashes")
+        raise CorruptChecksums(f"{path} is not a list of checksums")
     return {entry[2]: entry[1] for entry in entries}
 
 
 def hash_file(path: Path) -> str:
-    """Return the hash of a file's content."""
+    """Return the SHA-256 checksum of a file."""
     digest = hashlib.sha256()
     for block in _blocks(path):
         digest.update(block)
@@ -128,20 +138,20 @@ def hash_file(path: Path) -> str:
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:
-    """Yield a file's bytes; meanwhile the next are read."""
-    halves = [memoryview(bytearray(_BLOCK)) for _ in range(2)]
+    """Yield a file's bytes block by block, reading one block ahead."""
+    halves = [memoryview(bytearray(_BLOCK_BYTES)) for _ in range(2)]
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(file.readinto, halves[0])
-        while count := ahead.result():
+        pending = pool.submit(file.readinto, halves[0])
+        while count := pending.result():
             halves.reverse()
-            ahead = pool.submit(file.readinto, halves[0])
+            pending = pool.submit(file.readinto, halves[0])
             yield halves[1][:count]
 
 
-class PassingFile:
-    """Hashes a file that is being read for other reasons too: what was just read need not be read again.
+class HashWhileReading:
+    """Hash a file whose content somebody else reads, so that it is read from the disk only once.
 
-    Every byte is hashed once, from start to end, in whatever order stretches come by: what one leaves out is read.
+    Every byte is hashed once, from start to end, in whatever order blocks are added; gaps are read here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,71 +159,73 @@ class PassingFile:
         self._hash, self._size = hashlib.sha256(), 0
 
     def add(self, start: int, data: memoryview) -> None:
-        """Take what the file holds from ``start`` on; the page cache need not keep it any longer."""
+        """Hash what the file holds from offset ``start`` on, and drop it from the page cache."""
         if start < self._size:
-            return  # hashed on the way to one that lay behind it
+            return  # already hashed, as a gap before a later block
         self._read(start - self._size)
         self._hash.update(data)
         self._size += len(data)
-        advise(self.path, start, len(data), os.POSIX_FADV_DONTNEED)
+        advise_page_cache(self.path, start, len(data), os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> str:
-        """Read what is left and return the hash of all."""
+        """Read the rest and return the checksum of the entire file."""
         self._read(max(0, self.path.stat().st_size - self._size))
         return self._hash.hexdigest()
 
     def _read(self, count: int) -> None:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._size)
-            while count and (block := file.read(min(count, _BLOCK))):
+            while count and (block := file.read(min(count, _BLOCK_BYTES))):
                 self._hash.update(block)
                 self._size, count = self._size + len(block), count - len(block)
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the hashes of files below a folder."""
+    """Return the checksums of files, by their paths in the folder."""
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: hash_file(folder / name), names), strict=True))
 
 
 @contextmanager
-def checking(
+def verifying_checksums(
     folder: Path,
     names: Iterable[str],
-    sums: Mapping[str, str],
-    passing: Mapping[Path, PassingFile] | None = None,
+    checksums: Mapping[str, str],
+    hashed_by_block: Mapping[Path, HashWhileReading] | None = None,
 ) -> Iterator[Callable[[], list[str]]]:
-    """Let threads read and hash files while a with-block does something else.
+    """Hash files on threads during a with-block.
 
-    The block gets a function that waits for them and returns one line about each file that is missing or not what
-    was written. Those in ``passing`` are hashed by the block itself, as far as it reads them.
+    The block gets a function that waits for the threads and returns one line for each file that is missing or does
+    not match its checksum. Files in ``hashed_by_block`` are hashed by the block itself as it reads them.
     """
-    pool, passing = ThreadPoolExecutor(_THREADS), passing or {}
-    paths = {folder / name: sums[name] for name in names}
-    found = [pool.submit(_fault, path, paths[path]) for path in paths if path not in passing]
+    pool, hashed_by_block = ThreadPoolExecutor(_THREADS), hashed_by_block or {}
+    paths = {folder / name: checksums[name] for name in names}
+    pending = [pool.submit(_mismatch, path, paths[path]) for path in paths if path not in hashed_by_block]
+
+    def wait() -> list[str]:
+        own = [_mismatch(path, paths[path], file.finish) for path, file in hashed_by_block.items()]
+        return [line for line in (*(future.result() for future in pending), *own) if line]
+
     try:
-        yield lambda: [
-            *(line for future in found if (line := future.result())),
-            *(line for path, file in passing.items() if (line := _fault(path, paths[path], file.finish))),
-        ]
+        yield wait
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def damage(folder: Path, names: Iterable[str], sums: Mapping[str, str]) -> list[str]:
-    """Return one line about each of these files that is missing or not what was written."""
-    with checking(folder, names, sums) as found:
-        return found()
+def find_mismatches(folder: Path, names: Iterable[str], checksums: Mapping[str, str]) -> list[str]:
+    """Return one line for each of the files that is missing or does not match its checksum."""
+    with verifying_checksums(folder, names, checksums) as wait:
+        return wait()
 
 
-def _fault(path: Path, wanted: str, hashed: Callable[[], str] | None = None) -> str | None:
+def _mismatch(path: Path, expected: str, hashed: Callable[[], str] | None = None) -> str | None:
     try:
-        found = hashed() if hashed else hash_file(path)
+        actual = hashed() if hashed else hash_file(path)
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    return (
-        None if found == wanted else f"{path} is not what was written: sha256 {found[:16]}, not {wanted[:16]}"
-    )
+    if actual == expected:
+        return None
+    return f"{path}: SHA-256 mismatch: {actual[:16]}..., expected {expected[:16]}..."

@@ -1,4 +1,4 @@
-"""What of a folder that is being written is complete, so that a restart after a kill need not write it again."""
+"""Record which files of a partial folder are complete, so that a restart after a kill need not write them again."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_align.errors import InputError
-from megatron_align.storage.atomic_write import partial_folder, sync
+from megatron_align.storage.atomic_write import fsync, partial_folder
 
-NAME = "journal.jsonl"
+JOURNAL = "journal.jsonl"
+_VERSION = 2  # of the entries; a partial folder of another version is discarded
 
 
 class Journal:
-    """The list of complete files in ``partial``, where a folder is written before it is whole.
+    """List the complete files of the partial folder in which ``folder`` is being written.
 
-    The first line is the key: what decides the folder's content. What a partial folder of another key, or with
-    ``key`` None any partial folder, holds is removed. A half-written last line counts as none. The file is locked
-    until :meth:`close` or :meth:`leave`, or the end of the process, however it comes.
+    The first line is the key: what determines the folder's content. A partial folder with another key is emptied,
+    and any partial folder if ``key`` is None. An incomplete last line is ignored. The list is locked until
+    :meth:`close`, :meth:`abandon` or the end of the process.
 
     Args:
-        folder: that will appear.
-        key: JSON object; None: nothing is taken over, and nothing kept for a restart.
+        folder: to be written.
+        key: JSON object; None: nothing is taken over from a killed process, and nothing is kept for a restart.
 
     Raises:
-        InputError: another process writes the same folder.
+        InputError: another process is writing the same folder.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any] | None):
         self.partial, self.key = partial_folder(folder), key
-        self.path = self.partial / NAME
-        self.done: dict[str, Any] = {}
+        self.path = self.partial / JOURNAL
+        self.done: dict[str, Any] = {}  # notes by complete file
         self._file: IO[str] | None = None
         if key is None:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -41,29 +42,30 @@ class Journal:
             return
         self.partial.mkdir(parents=True, exist_ok=True)
         self._file = self._locked(folder)
+        header = {"version": _VERSION, **key}
         entries = _read(self.path)
-        if entries and entries[0] == json.loads(json.dumps(key)):
-            self.done = {entry["file"]: entry["facts"] for entry in entries[1:]}
-            self._drop_half_a_line()
+        if entries and entries[0] == json.loads(json.dumps(header)):
+            self.done = {entry["file"]: entry["notes"] for entry in entries[1:]}
+            self._drop_incomplete_line()
             return
         self._clear()
-        self._append(key)
+        self._append(header)
 
-    def add(self, file: Path, facts: Any = None) -> None:
-        """Note a complete file below the folder, once it is on the disk; ``facts`` are found in ``done``."""
+    def add(self, file: Path, notes: Any = None) -> None:
+        """Record a file of the partial folder as complete once it is on the disk; ``notes`` (JSON) go to ``done``."""
         if self.key is None:
             return
-        sync(file)
-        self.done[name := str(file.relative_to(self.partial))] = facts
-        self._append({"file": name, "facts": facts})
+        fsync(file)
+        self.done[name := str(file.relative_to(self.partial))] = notes
+        self._append({"file": name, "notes": notes})
 
     def close(self) -> None:
-        """Remove the list: the folder is whole."""
+        """Delete the list: the folder is complete."""
         self.path.unlink(missing_ok=True)
         self._unlock()
 
-    def leave(self, kind: type[BaseException] | None) -> None:
-        """Clear up after a with-block that ``kind`` ended: an interrupt keeps what a restart can use."""
+    def abandon(self, kind: type[BaseException] | None) -> None:
+        """Clean up after an exception of type ``kind``: an interrupt keeps what a restart can use."""
         if self.key is None or kind is not KeyboardInterrupt:
             shutil.rmtree(self.partial, ignore_errors=True)
         self._unlock()
@@ -74,7 +76,7 @@ class Journal:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise InputError(f"one process at a time can write {folder}, another one does") from error
+            raise InputError(f"another process is already writing {folder}") from error
         return file
 
     def _unlock(self) -> None:
@@ -83,7 +85,7 @@ class Journal:
             self._file = None
 
     def _clear(self) -> None:
-        """Remove all but the list, which stays locked, and empty it."""
+        """Delete everything but the list, which stays locked, and empty it."""
         for path in self.partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -91,9 +93,9 @@ class Journal:
                 path.unlink()
         self._file.truncate(0)
 
-    def _drop_half_a_line(self) -> None:
-        whole = self.path.read_bytes().rpartition(b"\n")[0]
-        self._file.truncate(len(whole) + 1)
+    def _drop_incomplete_line(self) -> None:
+        complete = self.path.read_bytes().rpartition(b"\n")[0]
+        self._file.truncate(len(complete) + 1)
 
     def _append(self, entry: Any) -> None:
         self._file.write(json.dumps(entry) + "\n")
@@ -102,7 +104,7 @@ class Journal:
 
 
 def fingerprint(folder: str | Path) -> list[list[Any]]:
-    """Return what tells whether a folder's files were changed: their names, sizes and times."""
+    """Return names, sizes and modification times of a folder's files: they change whenever a file does."""
     files = sorted(path for path in Path(folder).resolve().rglob("*") if path.is_file())
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 

@@ -1,4 +1,4 @@
-"""How far a long pass over weights has come: a bar with GB/s on a terminal, now and then a line elsewhere."""
+"""Progress of a long pass over weights: a bar with GB/s on a terminal, a line every half minute elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SECONDS_PER_LINE = 30
 
 
 class Progress:
-    """Counts bytes. A context manager; writes to stderr, nothing at all if it ends within half a minute.
+    """Count bytes within a with-block and report to stderr; without a terminal, nothing in the first half minute.
 
     Args:
-        title: what is being done.
-        total: bytes to come.
+        title: of the operation, for example "importing".
+        total: number of bytes expected.
     """
 
     def __init__(self, title: str, total: int):
@@ -36,7 +36,7 @@ class Progress:
             columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), speed, left
             self._bar = Bar(*columns, console=console, transient=True)
         self._task: TaskID | None = None
-        self._started = self._said = time.monotonic()
+        self._started = self._reported = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -55,8 +55,8 @@ class Progress:
         self.done += size
         if self._bar:
             self._bar.update(self._task, completed=self.done)
-        elif (now := time.monotonic()) - self._said >= SECONDS_PER_LINE:
-            self._said = now
+        elif (now := time.monotonic()) - self._reported >= SECONDS_PER_LINE:
+            self._reported = now
             speed = self.done / (now - self._started)
             Console(stderr=True).print(
                 f"{self.title}: {self.done / 1e9:,.1f} of {self.total / 1e9:,.1f} GB, {speed / 1e9:.2f} GB/s",

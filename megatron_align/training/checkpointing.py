@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.folder import prune
 from megatron_align.checkpoint.saver import SaveFailed, Saver
 from megatron_align.config import CheckpointConfig
 from megatron_align.model import parallel
@@ -128,4 +128,4 @@ class Checkpointing(Hook):
 
     def _prune(self) -> None:
         if dist.get_rank() == 0:
-            sharded.prune(self.trainer.setup.folder, self._config.keep, self._config.keep_every)
+            prune(self.trainer.setup.folder, self._config.keep, self._config.keep_every)

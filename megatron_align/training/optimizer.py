@@ -22,10 +22,11 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.checkpoint.optimizer_state import HostedOptimizer
+from megatron_align.checkpoint.optimizer_state import HostOptimizerState
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
 from megatron_align.model.policy import Policy
@@ -34,8 +35,23 @@ from megatron_align.model.policy import Policy
 BUCKET_ELEMENTS: int | None = None
 
 
-class Optimizer(HostedOptimizer):
-    """megatron-core's distributed optimizer over torch's AdamW, which keeps a step count for each parameter."""
+class Optimizer(DistributedOptimizer):
+    """megatron-core's distributed optimizer over torch's AdamW, which keeps a step count for each parameter.
+
+    ``host_state`` takes masters and moments into host memory for a save.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.host_state = HostOptimizerState(self)
+
+    def get_parameter_state_dp_zero(
+        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+    ) -> dict[Any, Any] | None:
+        """Return the host memory that ``host_state`` fills, where megatron-core would gather the state at once."""
+        if empty_data or return_on_all_ranks or not use_gloo_comm:
+            return super().get_parameter_state_dp_zero(use_gloo_comm, empty_data, return_on_all_ranks)
+        return self.host_state.gathered()
 
     def state_dict(self) -> dict[str, Any]:
         """Return megatron-core's state dict with the step in every group, as needed without Transformer Engine."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.card import read_checkpoint_metadata, require_same_model
+from megatron_align.checkpoint.folder import list_steps, move_corrupt_aside
+from megatron_align.checkpoint.integrity import find_corrupt_files
 from megatron_align.config import RunConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
@@ -33,7 +35,7 @@ class ResumePoint:
     @property
     def card(self) -> dict[str, Any]:
         """The checkpoint's metadata, from card.json."""
-        return sharded.read_card(self.folder)
+        return read_checkpoint_metadata(self.folder)
 
 
 def find_resume_point(
@@ -50,7 +52,7 @@ def find_resume_point(
     Raises:
         InputError: there are checkpoints and none is intact, or the newest intact one is of another model.
     """
-    steps = sharded.list_steps(run)
+    steps = list_steps(run)
     if steps and config.checkpoint.resume == "never":
         raise InputError(
             f"checkpoint.resume: never needs a checkpoint.dir without checkpoints, found {steps[-1][1]}"
@@ -59,8 +61,8 @@ def find_resume_point(
     for step, folder in reversed(steps):
         if folder in reasons:
             continue
-        if not (faults := sharded.damage(folder, small=True)):
-            sharded.same_model(sharded.read_card(folder), shape, folder)
+        if not (faults := find_corrupt_files(folder, quick=True)):
+            require_same_model(read_checkpoint_metadata(folder), shape, folder)
             return ResumePoint(step, folder, tuple(reasons.items()))
         reasons[folder] = "; ".join(faults)
     if steps:
@@ -85,7 +87,7 @@ def verified_resume_point(
     parallel.require_agreement(
         {"the newest step": point and point.step}, "checkpoint.dir must be the same for all ranks"
     )
-    while point is not None and (faults := sharded.damage(point.folder)):
+    while point is not None and (faults := find_corrupt_files(point.folder)):
         point = find_resume_point(config, run, shape, (*point.corrupt, (point.folder, "; ".join(faults))))
     if point is None:
         return None
@@ -93,5 +95,5 @@ def verified_resume_point(
     dist.barrier()  # all ranks have finished reading
     if dist.get_rank() == 0:
         for folder, _ in point.corrupt:
-            sharded.set_aside(folder)
+            move_corrupt_aside(folder)
     return point

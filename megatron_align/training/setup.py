@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.card import shape_differences
+from megatron_align.checkpoint.folder import ASSETS, find_checkpoint
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.step_batches import require_room, step_order
 from megatron_align.data.store import TokenStore
@@ -130,8 +131,8 @@ def prepare_run(
 
 def locate(path: str) -> tuple[Path, Path]:
     """Return the folder of a model's weights (Hugging Face folder or checkpoint), and of its config and tokenizer."""
-    checkpoint = sharded.find(path)
-    return (checkpoint, checkpoint / sharded.ASSETS) if checkpoint else (Path(path), Path(path))
+    checkpoint = find_checkpoint(path)
+    return (checkpoint, checkpoint / ASSETS) if checkpoint else (Path(path), Path(path))
 
 
 def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:
@@ -150,7 +151,7 @@ def _require_same_shape(reference: str | None, shape: ModelShape) -> None:
         return
     weights, assets = locate(reference)
     theirs = read_shape(assets)
-    apart = sharded.shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs))
+    apart = shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs))
     if apart:
         facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
         raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")

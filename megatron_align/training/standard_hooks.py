@@ -6,7 +6,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_align import faults
-from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.folder import CORRUPT_SUFFIX
 from megatron_align.config import to_dict
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.memory import peak_memory_gb
@@ -41,7 +41,7 @@ class Summary(Hook):
         """See :class:`Hook`."""
         self._log.summary("megatron_align", run_summary(trainer))
         for folder, reason in trainer.resumed.corrupt if trainer.resumed else ():
-            self._log.message(f"warning: {reason}; moved to {folder}{sharded.DAMAGED}")
+            self._log.message(f"warning: {reason}; moved to {folder}{CORRUPT_SUFFIX}")
 
 
 class Profiling(Hook):

@@ -13,8 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_align.checkpoint import folder as sharded
-from megatron_align.checkpoint.saver import Saved, Saver
+from megatron_align.checkpoint.card import make_checkpoint_metadata
+from megatron_align.checkpoint.folder import clean_up_after_kill, step_folder
+from megatron_align.checkpoint.load import load_checkpoint
+from megatron_align.checkpoint.saver import CheckpointContent, Saved, Saver
 from megatron_align.config import RunConfig, to_dict
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import passes_per_epoch
@@ -259,7 +261,7 @@ class Trainer:
         """
         saved = point.card["config"]
         reference = self.references.synced_chunks() if saved["reference"].get("sync_steps") else None
-        sharded.load(point.folder, self.model, self.optimizer, reference)
+        load_checkpoint(point.folder, self.model, self.optimizer, reference)
         if "health_state" in point.card:  # older checkpoints have none
             self.health.load_state(point.card["health_state"])
         if saved["objective"]["name"] == self.config.objective.name:
@@ -280,7 +282,7 @@ class Trainer:
 
     def begin_save(self, saver: Saver) -> None:
         """Hand the state after the current step to ``saver``, which may write it in the background."""
-        card = sharded.make_card(
+        metadata = make_checkpoint_metadata(
             self.step,
             self.setup.shape,
             self.setup.megatron.params_dtype,
@@ -291,10 +293,16 @@ class Trainer:
             objective_state=self.objective.state(),
             health_state=self.health.state(),
         )
-        target = sharded.step_folder(self.setup.folder, self.step)
+        target = step_folder(self.setup.folder, self.step)
         gather_parameters(self.model)
-        reference = self.references.synced_chunks()
-        saver.begin(target, self.model, self.optimizer, card, self.setup.assets, reference)
+        content = CheckpointContent(
+            model=self.model,
+            optimizer=self.optimizer,
+            metadata=metadata,
+            assets=self.setup.assets,
+            reference=self.references.synced_chunks(),
+        )
+        saver.begin(target, content)
 
     def export(self, folder: Path | str) -> None:
         """Write the model as a Hugging Face folder; one that exists is replaced when the new one is complete."""
@@ -317,6 +325,6 @@ class Trainer:
 def _clean_run_folder(folder: Path) -> None:
     """Remove what a killed run left unfinished, and its requeue marker: this run continues it."""
     if dist.get_rank() == 0:
-        sharded.tidy(folder)
+        clean_up_after_kill(folder)
         remove_requeue_marker(folder)
     dist.barrier()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_align.checkpoint import folder as sharded
+from megatron_align.checkpoint.integrity import require_intact
+from megatron_align.checkpoint.load import load_checkpoint
 from megatron_align.hf.load import load_weights
 from megatron_align.model.policy import Policy
 from megatron_align.training.setup import RunSetup, locate
@@ -47,7 +48,7 @@ def load_model_weights(
         stored = {name: parameter for name, parameter in parameters.items() if name not in absent}
         load_weights(weights, setup.start_shape, stored, groups.tp.rank(), groups.tp.size())
     else:
-        sharded.require_intact(weights)
-        sharded.load(weights, list(chunks), without=absent)
+        require_intact(weights)
+        load_checkpoint(weights, list(chunks), absent=absent)
     if starts_reward_head and chunks[-1].post_process:
         chunks[-1].reward_head.initialise(REWARD_DEVIATION, setup.config.train.seed)

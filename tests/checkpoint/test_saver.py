@@ -1,4 +1,4 @@
-"""A checkpoint written behind training's back is the one that would have been written at once, file by file: whatever
+"""A checkpoint saved in the background is the one that a synchronous save would have written, file by file: whatever
 training changes once it is copied, and however late it is copied and gathered.
 """
 
@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from megatron_align.checkpoint import folder as sharded
-from megatron_align.checkpoint.saver import SaveFailed, Saver
+from megatron_align.checkpoint.card import make_checkpoint_metadata
+from megatron_align.checkpoint.integrity import find_corrupt_files
+from megatron_align.checkpoint.saver import CheckpointContent, SaveFailed, Saver
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.faults import VARIABLE
 from megatron_align.hf.load import load_weights
@@ -27,7 +28,11 @@ def build(rank_info, model, config, dtype):
     local = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
     load_weights(model, shape, local, groups.tp.rank(), groups.tp.size())
     ddp = wrap_data_parallel(chunks, ParallelConfig())
-    return ddp, build_optimizer(ddp, OptimizerConfig(), groups), sharded.make_card(1, shape, dtype)
+    optimizer, metadata = (
+        build_optimizer(ddp, OptimizerConfig(), groups),
+        make_checkpoint_metadata(1, shape, dtype),
+    )
+    return CheckpointContent(model=ddp, optimizer=optimizer, metadata=metadata, assets=model)
 
 
 def change(ddp, optimizer):
@@ -45,21 +50,22 @@ def change(ddp, optimizer):
 
 
 def late(call):
-    """Return the call, a while later than asked for."""
+    """Return the call, delayed."""
     return lambda: (time.sleep(0.1), call())
 
 
 def save_both_ways(rank_info, model, folder, config, dtype):
     """In a process of the pool: three checkpoints, each written both ways; once by a saver that has no plan yet."""
-    ddp, optimizer, card = build(rank_info, model, config, dtype)
-    optimizer.copy_state, optimizer.gather_state = late(optimizer.copy_state), late(optimizer.gather_state)
-    behind = Saver(background=True)
+    content = build(rank_info, model, config, dtype)
+    state = content.optimizer.host_state
+    state.copy, state.gather = late(state.copy), late(state.gather)
+    background = Saver(background=True)
     for number in range(3):
-        Saver().save(folder / f"at_once_{number}", ddp, optimizer, card, model)
-        behind.begin(folder / f"behind_{number}", ddp, optimizer, card, model)
-        behind.wait_until_copied()
-        change(ddp, optimizer)
-        behind.finish()
+        Saver().save(folder / f"synchronous_{number}", content)
+        background.begin(folder / f"background_{number}", content)
+        background.wait_until_copied()
+        change(content.model, content.optimizer)
+        background.finish()
     parallel.leave()
 
 
@@ -77,36 +83,38 @@ def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, conf
     pool.run(world, save_both_ways, tiny_models(), tmp_path, config, dtype)
     seen = set()
     for number in range(3):
-        lists = [(tmp_path / f"{way}_{number}" / "SHA256SUMS").read_text() for way in ("at_once", "behind")]
+        lists = [
+            (tmp_path / f"{way}_{number}" / "SHA256SUMS").read_text() for way in ("synchronous", "background")
+        ]
         assert lists[0] == lists[1]
-        assert sharded.damage(tmp_path / f"behind_{number}") == []
+        assert find_corrupt_files(tmp_path / f"background_{number}") == []
         seen.add(lists[0])
     assert len(seen) == 3  # the changes are in them
 
 
 def fail_to_save(rank_info, model, folder, rank):
-    """In a process of the pool; return what this rank is told, and what is left of the attempt."""
-    ddp, optimizer, card = build(rank_info, model, ParallelConfig(), torch.float32)
+    """In a process of the pool; return this rank's error, and the files that are left of the attempt."""
+    content = build(rank_info, model, ParallelConfig(), torch.float32)
     saver = Saver(background=True)
     os.environ[VARIABLE] = f"full@save.written::{rank}"
     try:
-        saver.begin(folder / "step_000001", ddp, optimizer, card, model)
+        saver.begin(folder / "step_000001", content)
         saver.finish()
-        told = "nothing"
+        message = "no error"
     except SaveFailed as error:
-        told = str(error)
+        message = str(error)
     finally:
         del os.environ[VARIABLE]
     left = sorted(path.name for path in folder.iterdir())
     torch.distributed.barrier()
-    saver.save(folder / "step_000002", ddp, optimizer, card, model)  # it can go on
+    saver.save(folder / "step_000002", content)  # the saver still works
     parallel.leave()
-    return told, left
+    return message, left
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_write_is_told_to_all(pool, tiny_models, tmp_path, rank):
-    for told, left in pool.run(2, fail_to_save, tiny_models(), tmp_path, rank):
-        assert told.endswith(f".step_000001.partial: rank {rank}: No space left on device")
+def test_a_rank_that_cannot_write_is_reported_by_all(pool, tiny_models, tmp_path, rank):
+    for message, left in pool.run(2, fail_to_save, tiny_models(), tmp_path, rank):
+        assert message.endswith(f".step_000001.partial: rank {rank}: No space left on device")
         assert left == []
-    assert sharded.damage(tmp_path / "step_000002") == []
+    assert find_corrupt_files(tmp_path / "step_000002") == []

@@ -1,5 +1,5 @@
 """Law 6: Hugging Face folder -> checkpoint -> Hugging Face folder is byte-identical for every tensor, and for
-every file beside them; a checkpoint trained on another layout gives the folder that its own run exported.
+every other file; a checkpoint trained on another layout gives the folder that its own run exported.
 """
 
 import json
@@ -121,16 +121,16 @@ def test_families_with_tensors_of_their_own(tmp_path, convert, make):
 def test_numbers_that_are_not_finite_are_counted_and_refused(tmp_path, convert):
     hf = make_model(tmp_path / "hf")
 
-    def spoil(tensors):
+    def make_nonfinite(tensors):
         tensors["model.norm.weight"][:3] = torch.nan
         tensors["model.layers.2.self_attn.k_proj.weight"][5, 5] = torch.inf
         tensors["model.layers.2.self_attn.k_proj.weight"][6, 6] = torch.nan
 
-    change_tensors(hf, spoil)
+    change_tensors(hf, make_nonfinite)
     answer = convert("import", "--hf", hf, "--out", tmp_path / "ckpt")
     assert answer.code == 2
     facts = "model.layers.2.self_attn.k_proj.weight holds 1 NaN and 1 infinite; model.norm.weight holds 3 NaN"
-    assert answer.err == f"error: the weights must be finite: {facts} in {hf}\n"
+    assert answer.err == f"error: weights must be finite: {facts} in {hf}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -145,7 +145,7 @@ def test_an_export_may_cast(tmp_path, convert, tiny_models):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_imported_checkpoint_says_what_it_is(tmp_path, convert, tiny_models):
+def test_imported_checkpoint_has_metadata(tmp_path, convert, tiny_models):
     must(convert("import", "--hf", tiny_models("llama3"), "--out", tmp_path / "ckpt"))
     card = json.loads((tmp_path / "ckpt" / "card.json").read_text())
     assert (card["step"], card["optimizer"], card["dtype"]) == (0, False, "float32")
@@ -155,7 +155,7 @@ def test_imported_checkpoint_says_what_it_is(tmp_path, convert, tiny_models):
     assert names == ["SHA256SUMS", "card.json", "hf_assets", "state"]
 
 
-def test_a_cast_is_what_torch_makes_of_it(tmp_path, convert, tiny_models):
+def test_a_cast_is_torchs_cast(tmp_path, convert, tiny_models):
     hf = tiny_models("qwen2_untied")
     must(convert("import", "--hf", hf, "--out", tmp_path / "ckpt", "--dtype", "bfloat16"))
     must(convert("export", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out"))
@@ -166,7 +166,7 @@ def test_a_cast_is_what_torch_makes_of_it(tmp_path, convert, tiny_models):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_mixed_dtypes_need_to_be_told_one(tmp_path, convert):
+def test_mixed_dtypes_need_an_explicit_one(tmp_path, convert):
     from safetensors.torch import save_file
 
     hf = make_model(tmp_path / "hf", dtype=torch.bfloat16)
@@ -175,7 +175,7 @@ def test_mixed_dtypes_need_to_be_told_one(tmp_path, convert):
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
     answer = convert("import", "--hf", hf, "--out", tmp_path / "ckpt")
     assert answer.code == 2
-    assert "or --dtype say one; found 49 BF16" in answer.err
+    assert "tensors have different dtypes: 49 BF16" in answer.err
     assert "1 F32 (such as model.norm.weight)" in answer.err
     assert not (tmp_path / "ckpt").exists()
     must(convert("import", "--hf", hf, "--out", tmp_path / "ckpt", "--dtype", "float32"))
@@ -186,7 +186,7 @@ def test_mixed_dtypes_need_to_be_told_one(tmp_path, convert):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_beside_tied_embeddings_must_equal_them(tmp_path, convert, equal):
+def test_a_stored_head_of_tied_embeddings_must_equal_them(tmp_path, convert, equal):
     from safetensors.torch import save_file
 
     hf = make_model(tmp_path / "hf")
@@ -233,7 +233,7 @@ def test_export_equals_that_of_the_run_on_another_layout(tmp_path, convert, trai
     assert not all(torch.equal(first[name], newest[name]) for name in first)
 
 
-def test_verify_tells_a_trained_model_from_its_base(convert, trained, tiny_models):
+def test_verify_distinguishes_a_trained_model_from_its_base(convert, trained, tiny_models):
     must(convert("verify", "--hf", trained / "hf", "--checkpoint", trained))
     answer = convert("verify", "--hf", tiny_models(), "--checkpoint", trained)
     assert answer.code == 1
@@ -241,7 +241,7 @@ def test_verify_tells_a_trained_model_from_its_base(convert, trained, tiny_model
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_starts_alike_from_checkpoint_and_folder(
+def test_training_starts_identically_from_checkpoint_and_folder(
     tmp_path, pool, convert, tiny_models, chat_file, precision
 ):
     must(convert("import", "--hf", tiny_models(), "--out", tmp_path / "ckpt"))

@@ -1,5 +1,5 @@
-"""A state folder written by hand is what megatron-core would have written, and one that megatron-core wrote on any
-layout is read by hand; a forged or damaged one runs nothing and is refused in one line.
+"""A state folder written without megatron-core is what megatron-core would have written, and one that megatron-core
+wrote on any layout is read without it; a forged or corrupt one runs nothing and is refused in one line.
 """
 
 import pickle
@@ -11,30 +11,32 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_align.checkpoint import folder as sharded
-from megatron_align.checkpoint.metadata import read_metadata
-from megatron_align.checkpoint.saver import Saver
-from megatron_align.convert import convert
-from megatron_align.convert.convert import import_hf
+from megatron_align.checkpoint.card import make_checkpoint_metadata
+from megatron_align.checkpoint.saver import CheckpointContent, Saver
+from megatron_align.checkpoint.torch_metadata import read_torch_metadata
+from megatron_align.convert.export_hf import export_hf
+from megatron_align.convert.import_hf import import_hf
+from megatron_align.convert.our_model import empty_model, one_process
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.convert.state_writer import StateWriter
 from megatron_align.errors import InputError
-from megatron_align.model.families import read_shape
+from megatron_align.model.families import read_shape, rows
 from megatron_align.storage.journal import Journal
-from tests.harness.damage import sign
+from tests.harness.corruption import rewrite_checksums
 
 VARIANTS = ["qwen2_tied", "qwen2_untied", "llama3", "qwen3"]
 
 
 def save_by_megatron_core(rank_info, hf, folder):
     """In a process of the pool."""
-    with convert.one_process() as groups:
+    with one_process() as groups:
         shape = read_shape(hf)
-        chunks = convert.empty_model(shape, torch.float32, groups)
+        chunks = empty_model(shape, torch.float32, groups)
         from megatron_align.hf.load import load_weights
 
         load_weights(hf, shape, chunks[0].global_parameters(), 0, 1)
-        Saver().save(folder, chunks, None, sharded.make_card(0, shape, torch.float32), hf)
+        metadata = make_checkpoint_metadata(0, shape, torch.float32)
+        Saver().save(folder, CheckpointContent(model=chunks, optimizer=None, metadata=metadata, assets=hf))
 
 
 def summary(metadata):
@@ -50,48 +52,47 @@ def summary(metadata):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_is_what_megatron_core_writes(tmp_path, pool, tiny_models, monkeypatch, variant):
-    monkeypatch.setattr(convert, "CHUNK_BYTES", 10_000)  # several chunks a tensor
+def test_it_is_what_megatron_core_writes(tmp_path, pool, tiny_models, variant):
     hf = tiny_models(variant)
     pool.run(1, save_by_megatron_core, hf, tmp_path / "theirs")
-    import_hf(hf, tmp_path / "ours", file_bytes=100_000)
+    import_hf(hf, tmp_path / "ours", file_bytes=100_000, block_bytes=10_000)  # several blocks a tensor
     assert len(list((tmp_path / "ours" / "state").glob("*.distcp"))) > 3
-    ours, theirs = (read_metadata(tmp_path / side / "state") for side in ("ours", "theirs"))
+    ours, theirs = (read_torch_metadata(tmp_path / side / "state") for side in ("ours", "theirs"))
     assert summary(ours) == summary(theirs)
     readers = [StateReader(tmp_path / side / "state", read_shape(hf)) for side in ("ours", "theirs")]
-    for row in convert.rows(read_shape(hf)):
+    for row in rows(read_shape(hf)):
         mine, other = (reader.read(row) for reader in readers)
         assert all(torch.equal(mine[name], other[name]) for name in row.hf), row.megatron
-        for reader in readers:  # and stretch by stretch
-            joined = joined_stretches(reader, row)
+        for reader in readers:  # and block by block
+            joined = joined_blocks(reader, row)
             assert all(torch.equal(mine[name].view(-1), joined[name]) for name in row.hf), row.megatron
-    assert {reader.streams(row) for row in convert.rows(read_shape(hf))} == {True, False}
+    assert {reader.can_stream(row) for row in rows(read_shape(hf))} == {True, False}
 
 
-def joined_stretches(reader, row):
-    """Read a row through one buffer that is smaller than its tensor, where it streams; sources lie in their files."""
-    buffer = torch.empty(1_040 if reader.streams(row) else reader.group_bytes(row), dtype=torch.uint8)
-    whole = {name: [] for name in row.hf}
-    for name, start, part, sources in reader.stretches(row, repeat(buffer)):
-        for path, place, numbers in sources:
-            size = numbers.nbytes
+def joined_blocks(reader, row):
+    """Read a row through one buffer, smaller than its tensor if it can stream; check the file ranges of each block."""
+    buffer = torch.empty(1_040 if reader.can_stream(row) else reader.group_bytes(row), dtype=torch.uint8)
+    blocks = {name: [] for name in row.hf}
+    for name, start, block, ranges in reader.blocks(row, repeat(buffer)):
+        for path, offset, elements in ranges:
+            size = elements.nbytes
             assert (
-                path.read_bytes()[place : place + size]
-                == numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
+                path.read_bytes()[offset : offset + size]
+                == elements.reshape(-1).view(torch.uint8).numpy().tobytes()
             )
-        assert start == sum(map(len, whole[name]))
-        whole[name].append(part.clone())
-    return {name: torch.cat(parts) for name, parts in whole.items()}
+        assert start == sum(map(len, blocks[name]))
+        blocks[name].append(block.clone())
+    return {name: torch.cat(parts) for name, parts in blocks.items()}
 
 
 class Killed(BaseException):
     pass
 
 
-def test_an_import_that_was_killed_goes_on_where_it_stopped(tmp_path, tiny_models, monkeypatch):
-    monkeypatch.setattr(convert, "CHUNK_BYTES", 10_000)
+def test_an_import_that_was_killed_resumes_where_it_stopped(tmp_path, tiny_models, monkeypatch):
+    sizes = {"file_bytes": 100_000, "block_bytes": 10_000}
     hf = tiny_models("llama3")
-    import_hf(hf, tmp_path / "whole", file_bytes=100_000)
+    import_hf(hf, tmp_path / "complete", **sizes)
     written = []
     write = StateWriter.write
 
@@ -103,15 +104,18 @@ def test_an_import_that_was_killed_goes_on_where_it_stopped(tmp_path, tiny_model
 
     with monkeypatch.context() as patch:
         patch.setattr(StateWriter, "write", note)
-        patch.setattr(Journal, "leave", lambda self, kind: self._unlock())  # as the end of a process does
+        patch.setattr(Journal, "abandon", lambda self, kind: self._unlock())  # as the end of a process does
         with pytest.raises(Killed):
-            import_hf(hf, tmp_path / "out", file_bytes=100_000)
-        assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".out.partial"]
-        import_hf(hf, tmp_path / "out", file_bytes=100_000)
+            import_hf(hf, tmp_path / "out", **sizes)
+        assert [path.name for path in tmp_path.iterdir() if path.name != "complete"] == [".out.partial"]
+        import_hf(hf, tmp_path / "out", **sizes)
     assert len(set(written)) <= len(written) < len(set(written)) + 80  # full files are not written twice
-    whole, out = (read_metadata(tmp_path / name / "state") for name in ("whole", "out"))
-    assert (whole.state_dict_metadata, whole.storage_data) == (out.state_dict_metadata, out.storage_data)
-    for path in (tmp_path / "whole" / "state").glob("[!.]*"):
+    complete, out = (read_torch_metadata(tmp_path / name / "state") for name in ("complete", "out"))
+    assert (complete.state_dict_metadata, complete.storage_data) == (
+        out.state_dict_metadata,
+        out.storage_data,
+    )
+    for path in (tmp_path / "complete" / "state").glob("[!.]*"):
         assert (tmp_path / "out" / "state" / path.name).read_bytes() == path.read_bytes(), path.name
     assert not (tmp_path / ".out.partial").exists()
 
@@ -127,7 +131,7 @@ def edit(checkpoint, change):
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
     path.write_bytes(pickle.dumps(metadata))
-    sign(checkpoint)
+    rewrite_checksums(checkpoint)
 
 
 NORM = "decoder.final_layernorm.weight"
@@ -163,10 +167,10 @@ def swap_places(metadata):
 
 EDITS = {
     "names": (lose_tensors, f"missing {NORM}; unexpected decoder.surplus.weight in "),
-    "path": (lead_out, "must lie in a file of "),
-    "chunk": (lose_chunk, "output_layer.weight must be [384, 64], its chunks are not in "),
+    "path": (lead_out, "not in a file of "),
+    "chunk": (lose_chunk, "output_layer.weight must be [384, 64], its shards do not cover it in "),
     "size": (wrong_size, f"{NORM} must be [64], found [65] in "),
-    "another tensor": (swap_places, f"{NORM} is not what .metadata says in "),
+    "another tensor": (swap_places, f"{NORM} does not match .metadata in "),
 }
 
 
@@ -174,17 +178,17 @@ EDITS = {
 def test_metadata_that_does_not_fit_is_refused(tmp_path, checkpoint, change, line):
     edit(checkpoint, change)
     with pytest.raises(InputError) as error:
-        convert.export_hf(checkpoint, tmp_path / "out")
+        export_hf(checkpoint, tmp_path / "out")
     assert line in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 
 
-def test_a_file_cut_short_is_seen_before_anything_is_written(tmp_path, checkpoint):
+def test_a_truncated_file_is_refused_before_anything_is_written(tmp_path, checkpoint):
     path = checkpoint / "state" / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:200_000])
-    with pytest.raises(InputError, match="was cut short at 200,000 of "):
-        convert.export_hf(checkpoint, tmp_path / "out")
+    with pytest.raises(InputError, match="was truncated to 200,000 of "):
+        export_hf(checkpoint, tmp_path / "out")
 
 
 class Evil:
@@ -198,8 +202,8 @@ class Evil:
 def test_a_forged_pickle_runs_nothing(tmp_path, checkpoint):
     (victim := tmp_path / "victim").mkdir()
     (checkpoint / "state" / ".metadata").write_bytes(pickle.dumps(Evil(victim)))
-    with pytest.raises(InputError, match="it names shutil.rmtree, which is no part of torch's metadata"):
-        convert.export_hf(checkpoint, tmp_path / "out")
+    with pytest.raises(InputError, match="it names shutil.rmtree, which is not part of torch's metadata"):
+        export_hf(checkpoint, tmp_path / "out")
     assert victim.is_dir()
 
 
@@ -209,7 +213,7 @@ def test_a_forged_chunk_runs_nothing(tmp_path, checkpoint):
     forged = tmp_path / "forged"
     torch.save(Evil(victim), forged)
     path.write_bytes(forged.read_bytes() + path.read_bytes()[forged.stat().st_size :])
-    sign(checkpoint)
-    with pytest.raises(InputError, match="a complete checkpoint is needed, .* cannot be read in "):
-        convert.export_hf(checkpoint, tmp_path / "out")
+    rewrite_checksums(checkpoint)
+    with pytest.raises(InputError, match="checkpoint is corrupt: .* cannot be read in "):
+        export_hf(checkpoint, tmp_path / "out")
     assert victim.is_dir()

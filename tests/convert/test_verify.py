@@ -17,7 +17,7 @@ from megatron_align.hf.load import open_hf
 from megatron_align.model.families import rows, to_megatron
 from megatron_align.storage.journal import Journal
 from tests.harness import cli
-from tests.harness.damage import flip, sign
+from tests.harness.corruption import flip, rewrite_checksums
 from tests.harness.tiny import VARIANTS, make_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -34,7 +34,7 @@ def convert(pool):
 
 @pytest.fixture(scope="module")
 def imported(convert, tiny_models, tmp_path_factory):
-    """``imported(variant)`` -> (HF folder, its checkpoint), made once."""
+    """``imported(variant)`` -> (HF folder, its checkpoint), created once."""
     made = {}
 
     def get(variant="qwen2_untied"):
@@ -48,7 +48,7 @@ def imported(convert, tiny_models, tmp_path_factory):
 
 @pytest.fixture
 def copied(imported, tmp_path):
-    """A copy of an HF folder that may be spoilt, and the checkpoint of the original."""
+    """A copy of an HF folder to be changed, and the checkpoint of the original."""
 
     def get(variant="qwen2_untied"):
         hf, checkpoint = imported(variant)
@@ -133,18 +133,18 @@ def test_one_tensor_that_differs_is_named(tmp_path, convert, copied, name, chang
     assert tensor["name"] == name
 
 
-@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["whole", "deep"])
+@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["complete", "deep"])
 def test_nan_on_both_sides_is_not_equal(tmp_path, convert, copied, depth):
     hf, checkpoint = copied("llama3")
     change_tensor(hf, DOWN, fill_at((1, 1), torch.nan))
-    spoilt = shutil.copytree(checkpoint, tmp_path / "ckpt")
-    shutil.rmtree(spoilt / "state")
-    write_state(spoilt, hf)  # import would have refused it
-    sign(spoilt)
+    copy = shutil.copytree(checkpoint, tmp_path / "ckpt")
+    shutil.rmtree(copy / "state")
+    write_state(copy, hf)  # import would have refused it
+    rewrite_checksums(copy)
     report = tmp_path / "report.json"
-    answer = convert("verify", "--hf", hf, "--checkpoint", spoilt, "--json", report, *depth)
+    answer = convert("verify", "--hf", hf, "--checkpoint", copy, "--json", report, *depth)
     assert answer.code == 1
-    assert f"{DOWN}: holds numbers that are not finite: 1 NaN, 0 infinite" in answer.out
+    assert f"{DOWN}: not finite: 1 NaN, 0 infinite" in answer.out
     assert "max abs difference nan DIFFERS: not <= 0.0001" in answer.out
     assert "module   the first that differs is model.layers.1.mlp" in answer.out
     found = json.loads(report.read_text())
@@ -157,22 +157,22 @@ def write_state(folder, hf):
     journal = Journal(folder / "x", None)
     state = StateWriter(journal, "state", shape, torch.float32)
     for row in rows(shape):
-        parts = {name: next(weights.stretches(name)).view(weights.shape(name)) for name in row.hf}
+        parts = {name: next(weights.blocks(name)).view(weights.shape(name)) for name in row.hf}
         state.write(row, 0, to_megatron(row, parts, shape))
     state.finish()
     (journal.partial / "state").rename(folder / "state")
 
 
 @pytest.mark.parametrize("variant", ["qwen2_tied", "llama3", "qwen3"])
-def test_deep_gives_the_logits_of_the_whole_model(tmp_path, convert, imported, variant):
+def test_deep_gives_the_logits_of_the_complete_model(tmp_path, convert, imported, variant):
     hf, checkpoint = imported(variant)
     found = []
     for number, depth in enumerate(([], ["--deep"])):
         report = tmp_path / f"{number}.json"
         assert convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", report, *depth).code == 0
         found.append(json.loads(report.read_text()))
-    whole, deep = ([row["max_abs_difference"] for row in each["logits"]] for each in found)
-    assert all(0 < number < 2e-6 for number in whole + deep)  # fp32 rounding of logits below 1
+    complete, deep = ([row["max_abs_difference"] for row in each["logits"]] for each in found)
+    assert all(0 < number < 2e-6 for number in complete + deep)  # fp32 rounding of logits below 1
     assert found[0]["tensors"] == found[1]["tensors"]
 
 
@@ -195,7 +195,7 @@ FIRST_APART = {
 }
 
 
-@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["whole", "deep"])
+@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["complete", "deep"])
 @pytest.mark.parametrize("name, module", FIRST_APART.values(), ids=FIRST_APART)
 def test_the_first_module_that_differs_is_named(tmp_path, convert, copied, name, module, depth):
     hf, checkpoint = copied()
@@ -291,29 +291,29 @@ def make_tokenizer_too_large(hf):
     tokenizer.save_pretrained(hf)
 
 
-SPOILT = {
-    "no HF folder": (lambda hf: shutil.rmtree(hf), "a Hugging Face folder is needed, found none at {hf}"),
+CORRUPTED = {
+    "no HF folder": (lambda hf: shutil.rmtree(hf), "no Hugging Face folder at {hf}"),
     "no config": (
         lambda hf: (hf / "config.json").unlink(),
-        "a file config.json, found none at {hf}/config.json",
+        "{hf}/config.json",
     ),
     "no weights": (lambda hf: (hf / "model.safetensors").unlink(), "found neither in {hf}"),
-    "damaged": (lambda hf: (hf / "model.safetensors").write_bytes(b"x" * 99), "{hf}/model.safetensors"),
+    "corrupt": (lambda hf: (hf / "model.safetensors").write_bytes(b"x" * 99), "{hf}/model.safetensors"),
     "sizes": (
         lambda hf: change_config(hf, lambda c: c.update(vocab_size=300)),
-        "must have config.json's shapes: ",
+        "tensor shapes do not match config.json: ",
     ),
     "tokenizer": (
         make_tokenizer_too_large,
-        "the tokenizer must fit the model's vocabulary of 301, it gives token ",
+        "tokenizer does not fit the model's vocabulary of 301: it produces token ",
     ),
 }
 
 
-@pytest.mark.parametrize("spoil, line", SPOILT.values(), ids=SPOILT)
-def test_a_bad_folder_gives_2_and_one_line(tmp_path, convert, copied, spoil, line):
+@pytest.mark.parametrize("corrupt, line", CORRUPTED.values(), ids=CORRUPTED)
+def test_a_bad_folder_gives_2_and_one_line(tmp_path, convert, copied, corrupt, line):
     hf, checkpoint = copied()
-    spoil(hf)
+    corrupt(hf)
     answer = convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", tmp_path / "report.json")
     assert answer.code == 2
     assert answer.out == ""
@@ -323,7 +323,7 @@ def test_a_bad_folder_gives_2_and_one_line(tmp_path, convert, copied, spoil, lin
     assert not (tmp_path / "report.json").exists()
 
 
-def spoil_card(checkpoint, **changes):
+def edit_card(checkpoint, **changes):
     path = checkpoint / "card.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -342,33 +342,39 @@ def forge(checkpoint):
 
 
 BROKEN = {
-    "format": (lambda ckpt: spoil_card(ckpt, format=3), "a checkpoint of format 2 is needed, got 3"),
-    "dtype": (lambda ckpt: spoil_card(ckpt, dtype="int8"), "dtype must be one of "),
-    "dtype of the card": (
-        lambda ckpt: spoil_card(ckpt, dtype="bfloat16"),
-        "all must be torch.bfloat16, as card.json says: embedding.word_embeddings.weight is torch.float32, ",
+    "format": (lambda ckpt: edit_card(ckpt, format=3), "checkpoint format must be 2, found 3"),
+    "dtype": (lambda ckpt: edit_card(ckpt, dtype="int8"), "dtype must be one of "),
+    "dtype of the metadata": (
+        lambda ckpt: edit_card(ckpt, dtype="bfloat16"),
+        "checkpoint tensors must be bfloat16 (card.json); found embedding.word_embeddings.weight is float32, ",
     ),
-    "no card shape": (lambda ckpt: spoil_card(ckpt, shape=None), "must have the shape of hf_assets"),
+    "no shape": (lambda ckpt: edit_card(ckpt, shape=None), "does not match hf_assets/config.json: no shape"),
     "other shape": (
         lambda ckpt: change_config(ckpt / "hf_assets", lambda c: c.update(rms_norm_eps=0.5)),
-        "card.json must have the shape of hf_assets, it has norm_eps 1e-06 for 0.5 in ",
+        "card.json does not match hf_assets/config.json: norm_eps 1e-06 instead of 0.5 in ",
     ),
-    "cut short": (lambda ckpt: truncate(ckpt / "state" / "__0_0.distcp"), "a complete checkpoint is needed"),
-    "forged metadata": (forge, "cannot be read: it names posix.mkdir, which is no part of"),
-    "file gone": (lambda ckpt: (ckpt / "state" / "__0_0.distcp").unlink(), "a complete checkpoint is needed"),
-    "no metadata": (lambda ckpt: (ckpt / "state" / ".metadata").unlink(), "a complete checkpoint is needed"),
-    "no state": (lambda ckpt: shutil.rmtree(ckpt / "state"), "a complete checkpoint is needed"),
-    "no card": (lambda ckpt: (ckpt / "card.json").unlink(), "needs a card, found none at {ckpt}"),
-    "no hashes": (lambda ckpt: (ckpt / "SHA256SUMS").unlink(), "{ckpt}/SHA256SUMS cannot be read"),
-    "flipped": (lambda ckpt: flip(ckpt / "state" / "__0_0.distcp"), "__0_0.distcp is not what was written"),
+    "truncated": (lambda ckpt: truncate(ckpt / "state" / "__0_0.distcp"), "checkpoint is incomplete: "),
+    "forged metadata": (forge, "cannot be read: it names posix.mkdir, which is not part of"),
+    "file gone": (
+        lambda ckpt: (ckpt / "state" / "__0_0.distcp").unlink(),
+        "incomplete: no file {ckpt}/state/__0",
+    ),
+    "no metadata": (lambda ckpt: (ckpt / "state" / ".metadata").unlink(), "no file {ckpt}/state/.metadata"),
+    "no state": (lambda ckpt: shutil.rmtree(ckpt / "state"), "no file {ckpt}/state/.metadata"),
+    "no card": (
+        lambda ckpt: (ckpt / "card.json").unlink(),
+        "checkpoint is incomplete: no file {ckpt}/card.json",
+    ),
+    "no checksums": (lambda ckpt: (ckpt / "SHA256SUMS").unlink(), "{ckpt}/SHA256SUMS cannot be read"),
+    "flipped": (lambda ckpt: flip(ckpt / "state" / "__0_0.distcp"), "__0_0.distcp: SHA-256 mismatch"),
 }
 
 
 @pytest.mark.parametrize("tool", ["verify", "export"])
-@pytest.mark.parametrize("spoil, line", BROKEN.values(), ids=BROKEN)
-def test_a_bad_checkpoint_gives_2_and_one_line(tmp_path, convert, imported, spoil, line, tool):
+@pytest.mark.parametrize("corrupt, line", BROKEN.values(), ids=BROKEN)
+def test_a_bad_checkpoint_gives_2_and_one_line(tmp_path, convert, imported, corrupt, line, tool):
     hf, checkpoint = imported()
-    spoil(copy := shutil.copytree(checkpoint, tmp_path / "ckpt"))
+    corrupt(copy := shutil.copytree(checkpoint, tmp_path / "ckpt"))
     ends = ("--hf", hf) if tool == "verify" else ("--out", tmp_path / "out")
     answer = convert(tool, "--checkpoint", copy, *ends)
     assert answer.code == 2

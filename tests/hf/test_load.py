@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from megatron_align.hf.assets import copy_assets, write_config_dtype
 from megatron_align.hf.load import load_weights
 from megatron_align.hf.safetensors import HFWeights
-from megatron_align.hf.writer import ShardWriter, copy_assets, hf_specs, write_config_dtype
+from megatron_align.hf.writer import ShardWriter, hf_specs
 from megatron_align.model.families import local_shape, padded_vocab, read_shape, rows, to_hf
 
 FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -45,7 +46,7 @@ def tensors_of(folder):
 
 
 def load_rank(folder, rank, ranks, dtype=torch.float32):
-    """Return this rank's parameters of the whole model, by Megatron name, out of NaN-poisoned memory."""
+    """Return this rank's parameters of the complete model, by Megatron name, out of NaN-poisoned memory."""
     shape = read_shape(folder)
     local = {
         r.megatron: torch.full(local_shape(r, shape, ranks), torch.nan, dtype=dtype) for r in rows(shape)
@@ -139,10 +140,10 @@ def test_a_tied_model_fills_the_last_stages_copy_and_its_padding(tmp_path, ranks
 def test_one_stage_reads_only_its_rows_and_only_its_slices(tmp_path, monkeypatch):
     source = make_hf(tmp_path / "hf")
     read = []
-    whole = HFWeights.read
+    read_segment = HFWeights.read
 
     def spy(self, segment):
-        tensor = whole(self, segment)
+        tensor = read_segment(self, segment)
         read.append((segment.name, tuple(tensor.shape)))
         return tensor
 
@@ -153,7 +154,7 @@ def test_one_stage_reads_only_its_rows_and_only_its_slices(tmp_path, monkeypatch
     assert read == [(f"model.layers.1.mlp.{x}_proj.weight", (24, 64)) for x in ("gate", "up")]
 
 
-def test_tensors_that_mean_nothing_are_let_through(tmp_path):
+def test_redundant_tensors_are_accepted(tmp_path):
     """Old rotary buffers, and the copy of the embedding that some tied checkpoints store."""
     source = make_hf(tmp_path / "hf", tied=True)
     tensors = tensors_of(source)

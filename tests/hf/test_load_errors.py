@@ -1,5 +1,5 @@
-"""A folder that does not hold the model's weights is refused before any weight is read, in one line that says
-what is needed, what was found, and where.
+"""A folder that does not hold the model's weights is refused before any weight is read, in one line that says what is
+wrong and where.
 """
 
 import json
@@ -21,7 +21,7 @@ SHARDS = "model.safetensors or shards with model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny Llama, sharded; each test spoils its own copy."""
+    """A tiny Llama, sharded; each test corrupts its own copy."""
     folder = tmp_path_factory.mktemp("saved")
     config = LlamaConfig(
         hidden_size=64,
@@ -66,29 +66,29 @@ def drop_weights(folder):
 
 def no_weights(folder):
     drop_weights(folder)
-    return f"the weights must be {SHARDS}, found neither in {folder}"
+    return f"weights must be {SHARDS}, found neither in {folder}"
 
 
 def only_pickles(folder):
     drop_weights(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    return f"the weights must be safetensors: convert pytorch_model.bin to safetensors first, in {folder}"
+    return f"weights must be safetensors: convert pytorch_model.bin to safetensors first, in {folder}"
 
 
 def no_index(folder):
     (folder / INDEX).unlink()
-    return f"the weights must be {SHARDS}, found only {shards(folder)[0].name} in {folder}"
+    return f"weights must be {SHARDS}, found only {shards(folder)[0].name} in {folder}"
 
 
 def no_folder(folder):
     shutil.rmtree(folder)
-    return f"a Hugging Face folder is needed, found none at {folder}"
+    return f"no Hugging Face folder at {folder}"
 
 
 def missing_shard(folder):
     file = shards(folder)[1]
     file.unlink()
-    return f"the index names shards that are not there: {file.name} in {folder}"
+    return f"the index names shards that do not exist: {file.name} in {folder}"
 
 
 def tensor_in_another_shard(folder):
@@ -102,12 +102,12 @@ def path_out_of_the_folder(folder):
     shutil.copy(shards(folder)[0], folder.parent / "out.safetensors")
     edit_index(folder, lambda where: where.update({"model.norm.weight": "../out.safetensors"}))
     found = "'../out.safetensors' in"
-    return f"weight_map must name safetensors files beside it, found {found} {folder / INDEX}"
+    return f"weight_map must name safetensors files of its own folder, found {found} {folder / INDEX}"
 
 
 def path_of_a_wrong_kind(folder):
     edit_index(folder, lambda where: where.update({"model.norm.weight": ["x"]}))
-    return f"weight_map must name safetensors files beside it, found ['x'] in {folder / INDEX}"
+    return f"weight_map must name safetensors files of its own folder, found ['x'] in {folder / INDEX}"
 
 
 def index_without_map(folder):
@@ -124,15 +124,15 @@ def truncated_shard(folder):
     file = shards(folder)[-1]
     file.write_bytes(file.read_bytes()[:-1])
     return (
-        "a complete safetensors file is needed, found it damaged or cut short (Error while deserializing "
-        f"header: incomplete metadata, file not fully covered) at {file}"
+        f"cannot read safetensors file {file}: corrupt or truncated: Error while deserializing header: "
+        "incomplete metadata, file not fully covered"
     )
 
 
 def pointer_file(folder):
     file = shards(folder)[0]
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    return f"a complete safetensors file is needed, found a git-lfs pointer (run: git lfs pull) at {file}"
+    return f"cannot read safetensors file {file}: it is a git-lfs pointer (run: git lfs pull)"
 
 
 def missing_and_unexpected(folder):
@@ -143,7 +143,7 @@ def missing_and_unexpected(folder):
 
     edit_tensors(folder, rename)
     return (
-        "the weights must be those of LlamaForCausalLM: missing lm_head.weight, model.norm.weight; "
+        "weights do not match LlamaForCausalLM: missing lm_head.weight, model.norm.weight; "
         f"unexpected model.layers.0.self_attn.q_norm.weight, model.layers.1.mlp.up_proj.weight in {folder}"
     )
 
@@ -165,7 +165,7 @@ def wrong_shapes(folder):
         ),
     )
     return (
-        "the tensors must have config.json's shapes: model.embed_tokens.weight must be [131, 64], "
+        "tensor shapes do not match config.json: model.embed_tokens.weight must be [131, 64], "
         f"found [132, 64]; model.norm.weight must be [64], found [65] in {folder}"
     )
 
@@ -174,7 +174,7 @@ def wrong_dtype(folder):
     edit_tensors(
         folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)})
     )
-    return f"the tensors must be one of ['F32', 'F16', 'BF16', 'F64']: model.norm.weight is I8 in {folder}"
+    return f"tensor dtypes must be one of ['F32', 'F16', 'BF16', 'F64']: model.norm.weight is I8 in {folder}"
 
 
 FAULTS = [
@@ -197,13 +197,13 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("spoil", FAULTS, ids=[fault.__name__ for fault in FAULTS])
-def test_fault_is_named_in_one_line_and_nothing_is_read(hf, monkeypatch, spoil):
+@pytest.mark.parametrize("corrupt", FAULTS, ids=[fault.__name__ for fault in FAULTS])
+def test_fault_is_named_in_one_line_and_nothing_is_read(hf, monkeypatch, corrupt):
     def never(*args):
         raise AssertionError("a weight was read")
 
     shape = read_shape(hf)
-    line = spoil(hf)
+    line = corrupt(hf)
     monkeypatch.setattr(HFWeights, "read", never)
     kept = {"decoder.final_layernorm.weight": torch.empty(64)}
     with pytest.raises(InputError) as error:
@@ -214,7 +214,12 @@ def test_fault_is_named_in_one_line_and_nothing_is_read(hf, monkeypatch, spoil):
 
 def test_links_into_another_folder_are_followed(hf):
     """As the hub's cache lays its files out."""
+    tensors = {name: tensor for file in shards(hf) for name, tensor in load_file(file).items()}
     for file in shards(hf):
         blob = file.rename(hf.parent / file.name)
         file.symlink_to(blob)
-    load_weights(hf, read_shape(hf), {"decoder.final_layernorm.weight": torch.empty(64)}, 0, 1)
+    norm, down = torch.full((64,), torch.nan), torch.full((64, 96), torch.nan)
+    local = {"decoder.final_layernorm.weight": norm, "decoder.layers.0.mlp.linear_fc2.weight": down}
+    load_weights(hf, read_shape(hf), local, 0, 1)
+    assert torch.equal(norm, tensors["model.norm.weight"])
+    assert torch.equal(down, tensors["model.layers.0.mlp.down_proj.weight"])

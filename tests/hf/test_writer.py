@@ -1,20 +1,18 @@
-"""An exported folder is complete or absent: nothing half-written can be seen, and what it replaces stays
-until the new one is whole. It holds all that the source does besides weights, and says its dtype.
+"""An exported folder is complete or absent: nothing half-written can be seen, and what it replaces stays until the
+new one is complete.
 """
 
-import json
 import stat
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
 
 from megatron_align.errors import InputError
-from megatron_align.hf import writer as hf_write
+from megatron_align.hf import writer as writer_module
 from megatron_align.hf.safetensors import HFWeights
-from megatron_align.hf.writer import ShardWriter, TensorSpec, copy_assets, write_config_dtype
-from megatron_align.storage import direct_io as direct
+from megatron_align.hf.writer import ShardWriter, TensorSpec
+from megatron_align.storage import direct_io
 
 
 def names_in(folder):
@@ -33,7 +31,7 @@ def write(folder, value=1.0, **options):
         writer.write("w", torch.full((4,), value))
 
 
-def test_the_folder_appears_only_when_it_is_whole(tmp_path):
+def test_the_folder_appears_only_when_it_is_complete(tmp_path):
     out = tmp_path / "deep" / "out"
     writer = ShardWriter(out, specs("abc"), max_bytes=16)
     for name in "bac":  # any order
@@ -50,21 +48,21 @@ def out_of_luck(*args):
     raise RuntimeError("out of luck")
 
 
-@pytest.mark.parametrize("step", ["write_flat", "finish", "_write_index", "put_in_place"])
+@pytest.mark.parametrize("step", ["write_flat", "finish", "_write_index", "commit_folder"])
 def test_a_failure_leaves_no_trace(tmp_path, monkeypatch, step):
-    monkeypatch.setattr(hf_write if step == "put_in_place" else ShardWriter, step, out_of_luck)
+    monkeypatch.setattr(writer_module if step == "commit_folder" else ShardWriter, step, out_of_luck)
     with pytest.raises(RuntimeError, match="out of luck"):
         write(tmp_path / "out")
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["_write_index", "put_in_place"])
-def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", ["_write_index", "commit_folder"])
+def test_the_old_folder_stays_until_the_new_one_is_complete(tmp_path, monkeypatch, step):
     out = tmp_path / "out"
     write(out, 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_write if step == "put_in_place" else ShardWriter, step, out_of_luck)
+        patch.setattr(writer_module if step == "commit_folder" else ShardWriter, step, out_of_luck)
         with pytest.raises(RuntimeError):
             write(out, 2.0, overwrite=True)
     assert load_file(out / "model.safetensors")["w"][0] == 1
@@ -77,7 +75,7 @@ def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, 
 def test_killed_between_the_two_renames_the_old_folder_survives_aside(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out, 1.0)
-    rename = hf_write.Path.rename
+    rename = writer_module.Path.rename
 
     def die_at_the_second(self, target):
         if self.name == ".out.partial":
@@ -85,7 +83,7 @@ def test_killed_between_the_two_renames_the_old_folder_survives_aside(tmp_path, 
         return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_write.Path, "rename", die_at_the_second)
+        patch.setattr(writer_module.Path, "rename", die_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             write(out, 2.0, overwrite=True)
     aside = tmp_path / ".out.replaced"
@@ -109,10 +107,10 @@ def test_what_is_in_the_way_is_not_overwritten(tmp_path):
     write(out)  # an empty folder loses nothing
     with pytest.raises(InputError) as error:
         ShardWriter(out, specs())
-    assert str(error.value) == f"the exported model needs a new or empty folder, found files in {out}"
+    assert str(error.value) == f"cannot export the model: {out} is not empty"
     with pytest.raises(InputError) as error:
         ShardWriter(out / "model.safetensors", specs(), overwrite=True)
-    line = f"the exported model needs a folder, found a file at {out / 'model.safetensors'}"
+    line = f"cannot export the model: {out / 'model.safetensors'} is a file"
     assert str(error.value) == line
 
 
@@ -121,7 +119,7 @@ def test_a_folder_that_others_filled_meanwhile_is_not_overwritten(tmp_path):
     writer.write("w", torch.ones(4))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
-    with pytest.raises(InputError, match="new or empty folder"):
+    with pytest.raises(InputError, match="cannot export the model: .*out is not empty"):
         writer.close()
     assert names_in(tmp_path / "out") == ["precious"]
 
@@ -132,7 +130,7 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
     assert stat.S_IMODE(file) == stat.S_IMODE(folder) & 0o666
 
 
-def test_stretches_in_any_order_strided_tensors_and_mixed_dtypes(tmp_path):
+def test_blocks_in_any_order_strided_tensors_and_mixed_dtypes(tmp_path):
     """Wide elements lie first in a file, so that all are aligned; transformers reads the same as we do."""
     declared = {
         "odd": TensorSpec(torch.bfloat16, (3,)),
@@ -150,7 +148,7 @@ def test_stretches_in_any_order_strided_tensors_and_mixed_dtypes(tmp_path):
     want = {"a": matrix.T, "b": numbers, "odd": torch.arange(3).bfloat16()}
     assert all(torch.equal(got[name], want[name]) for name in declared)
     ours = HFWeights(tmp_path / "out")
-    assert all(torch.equal(next(ours.stretches(name)), want[name].reshape(-1)) for name in declared)
+    assert all(torch.equal(next(ours.blocks(name)), want[name].reshape(-1)) for name in declared)
 
 
 MISUSED = {
@@ -171,21 +169,21 @@ def test_what_is_written_must_be_what_was_declared(tmp_path, misuse, line):
 def killed_after(tmp_path, names, key):
     writer = ShardWriter(tmp_path / "out", specs("abc"), max_bytes=16, key=key)
     for name in names:
-        writer.write(name, torch.ones(4), facts=f"facts of {name}")
+        writer.write(name, torch.ones(4), notes=f"notes of {name}")
 
 
-def test_a_restart_goes_on_after_the_last_complete_shard(tmp_path):
+def test_a_restart_resumes_after_the_last_complete_shard(tmp_path):
     killed_after(tmp_path, "ab", {"of": "x"})
     with ShardWriter(tmp_path / "out", specs("abc"), max_bytes=16, key={"of": "x"}) as writer:
         assert [writer.has(name) for name in "abc"] == [True, True, False]
-        assert writer.facts("b") == "facts of b"
+        assert writer.notes("b") == "notes of b"
         writer.write("c", torch.full((4,), 2.0))
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [load_file(file)[name][0].item() for name, file in zip("abc", files, strict=True)] == [1, 1, 2]
     assert not (tmp_path / "out" / "journal.jsonl").exists()
 
 
-def test_a_half_written_line_of_the_journal_counts_as_none(tmp_path):
+def test_an_incomplete_line_of_the_journal_is_ignored(tmp_path):
     killed_after(tmp_path, "ab", {"of": "x"})
     journal = tmp_path / ".out.partial" / "journal.jsonl"
     journal.write_text(journal.read_text()[:-5])
@@ -193,7 +191,7 @@ def test_a_half_written_line_of_the_journal_counts_as_none(tmp_path):
     assert [writer.has(name) for name in "abc"] == [True, False, False]
 
 
-def test_half_a_line_is_gone_when_the_next_is_written(tmp_path):
+def test_an_incomplete_line_is_gone_when_the_next_is_written(tmp_path):
     killed_after(tmp_path, "ab", {"of": "x"})
     journal = tmp_path / ".out.partial" / "journal.jsonl"
     journal.write_text(journal.read_text()[:-5])
@@ -206,9 +204,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
     first = ShardWriter(tmp_path / "out", specs(), key={"of": "x"})
     first.write("w", torch.ones(4))
     for key in ({"of": "x"}, {"of": "y"}):
-        with pytest.raises(
-            InputError, match=f"one process at a time can write {tmp_path / 'out'}, another one"
-        ):
+        with pytest.raises(InputError, match=f"another process is already writing {tmp_path / 'out'}"):
             ShardWriter(tmp_path / "out", specs(), key=key)
     first.close()
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [1, 1, 1, 1]
@@ -229,70 +225,13 @@ def test_an_interrupt_keeps_what_a_restart_can_use(tmp_path, fault, kept):
     assert names_in(tmp_path) == ([".out.partial", ".out.partial/journal.jsonl"] if kept else [])
 
 
-def test_assets_are_copied_and_weights_are_not(tmp_path):
-    source, out = tmp_path / "hf", tmp_path / "out"
-    kept = [
-        "LICENSE",
-        "added_tokens.json",
-        "additional_chat_templates/tool.jinja",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-    ]
-    left = [
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "optimizer.pt",
-        "pytorch_model.bin",
-        "README.md",
-    ]
-    (source / "additional_chat_templates").mkdir(parents=True)
-    for name in kept + left:
-        (source / name).write_text(name)
-    out.mkdir()
-    copy_assets(source, out)
-    assert names_in(out) == sorted([*kept, "additional_chat_templates"])
-    assert all((out / name).read_text() == name for name in kept)
-
-
-def test_assets_need_a_config(tmp_path):
-    with pytest.raises(InputError) as error:
-        copy_assets(tmp_path, tmp_path)
-    path = tmp_path / "config.json"
-    assert str(error.value) == f"a Hugging Face folder needs a file config.json, found none at {path}"
-
-
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
-        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
-        ({"dtype": "float16", "torch_dtype": None}, {"dtype": "bfloat16", "torch_dtype": "bfloat16"}),
-        ({}, {"torch_dtype": "bfloat16"}),
-    ],
-    ids=["transformers 4", "transformers 5", "both", "neither"],
-)
-def test_dtype_is_said_where_transformers_reads_it(tmp_path, before, after):
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "qwen2", **before, "note": "é"}))
-    write_config_dtype(tmp_path, torch.bfloat16)
-    assert json.loads(path.read_text()) == {"model_type": "qwen2", **after, "note": "é"}
-    assert AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("tensors", ["w", "vw"])  # the last write fails, or an earlier one
-def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, tensors):
+def test_a_write_that_fails_in_the_background_is_reported(tmp_path, monkeypatch, tensors):
     def full(*arguments):
         raise OSError(28, "No space left")
 
-    monkeypatch.setattr(direct, "BUFFER_BYTES", 16)
-    monkeypatch.setattr(direct.DirectFile, "_put", full)
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 16)
+    monkeypatch.setattr(direct_io.DirectFile, "_write_buffer", full)
 
     def write_all():
         with ShardWriter(tmp_path / "out", specs(tensors)) as writer:

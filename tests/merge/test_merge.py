@@ -1,5 +1,5 @@
-"""A merge gives a Hugging Face folder that transformers loads, whose tensors are the formula's and whose card
-tells the inputs again. Folders that do not belong together are refused in one line, and nothing is left behind.
+"""A merge gives a Hugging Face folder that transformers loads, whose tensors are the formula's and whose model card
+identifies the inputs. Folders that do not fit each other are refused in one line, and leave no files.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_align.errors import InputError
 from megatron_align.hf.writer import ShardWriter
-from megatron_align.merge import merge as merging
 from megatron_align.merge.merge import merge
 from megatron_align.merge.methods import METHODS, Block, Dare, Linear, ModelStock, Slerp
 from megatron_align.storage.journal import Journal
@@ -64,7 +63,7 @@ def family(tmp_path_factory):
 
 @pytest.fixture
 def own(family, tmp_path):
-    """A copy of the base and of one model that may be spoilt, in a folder with nothing else."""
+    """A copy of the base and of one model to be changed, in a folder with nothing else."""
     base, models = family
     return shutil.copytree(base, tmp_path / "base"), shutil.copytree(models[0], tmp_path / "model")
 
@@ -85,9 +84,9 @@ def by_formula(method, base, models, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_folder_is_what_the_formula_gives(tmp_path, family, monkeypatch, name):
-    """Also where tensors are read in several stretches, of several blocks each."""
-    monkeypatch.setattr(merging, "READ_ELEMENTS", 1000)
-    monkeypatch.setattr(merging, "BLOCK_ELEMENTS", 300)
+    """Also where tensors are read in several windows, of several blocks each."""
+    monkeypatch.setattr("megatron_align.merge.merge.WINDOW_ELEMENTS", 1000)
+    monkeypatch.setattr("megatron_align.merge.merge.BLOCK_ELEMENTS", 300)
     base, models = family
     method, models = METHODS[name](), models[: 2 if name == "slerp" else 3]
     merge(method, base, models, tmp_path / "out")
@@ -113,7 +112,7 @@ def test_transformers_loads_it_and_everything_else_is_the_first_models(tmp_path,
         assert (tmp_path / "out" / name).read_bytes() == (models[0] / name).read_bytes()
 
 
-def test_the_card_tells_the_inputs_again(tmp_path, family):
+def test_the_model_card_identifies_the_inputs(tmp_path, family):
     base, models = family
     merge(Dare(density=0.5, seed=7), base, models, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
@@ -158,41 +157,41 @@ class Killed(BaseException):
     pass
 
 
-def test_a_merge_that_was_killed_goes_on_where_it_stopped(tmp_path, family, monkeypatch):
+def test_a_merge_that_was_killed_resumes_where_it_stopped(tmp_path, family, monkeypatch):
     base, models = family
-    merge(ModelStock(), base, models, tmp_path / "whole", shard_bytes=60_000)
+    merge(ModelStock(), base, models, tmp_path / "complete", shard_bytes=60_000)
     written = []
     finish = ShardWriter.finish
 
-    def note(self, name, facts=None):
+    def note(self, name, notes=None):
         written.append(name)
-        finish(self, name, facts)
+        finish(self, name, notes)
         if len(written) == 20:
             raise Killed
 
     monkeypatch.setattr(ShardWriter, "finish", note)
-    monkeypatch.setattr(Journal, "leave", lambda self, kind: self._unlock())  # as the end of a process does
+    monkeypatch.setattr(Journal, "abandon", lambda self, kind: self._unlock())  # as the end of a process does
     with pytest.raises(Killed):
         merge(ModelStock(), base, models, tmp_path / "out", shard_bytes=60_000)
-    assert names_in(tmp_path) == [".out.partial", "whole"]
+    assert names_in(tmp_path) == [".out.partial", "complete"]
     merge(ModelStock(), base, models, tmp_path / "out", shard_bytes=60_000)
     assert 39 <= len(written) < 45  # what was complete is not written twice
-    for path in (tmp_path / "whole").iterdir():
+    for path in (tmp_path / "complete").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert names_in(tmp_path) == ["out", "whole"]
+    assert names_in(tmp_path) == ["complete", "out"]
 
 
-def spoil_shape(base, model):
+def change_shape(base, model):
     change_tensors(model, lambda tensors: tensors.update({NORM: torch.zeros(65)}))
-    return f"the tensors must have config.json's shapes: {NORM} must be [64], found [65] in {model}"
+    return f"tensor shapes do not match config.json: {NORM} must be [64], found [65] in {model}"
 
 
-def spoil_names(base, model):
+def change_names(base, model):
     change_tensors(model, lambda tensors: tensors.update({"x.weight": tensors.pop(NORM)}))
-    return f"the weights must be those of LlamaForCausalLM: missing {NORM}; unexpected x.weight in {model}"
+    return f"weights do not match LlamaForCausalLM: missing {NORM}; unexpected x.weight in {model}"
 
 
-def spoil_vocabulary(base, model):
+def change_vocabulary(base, model):
     change_json(model / "config.json", lambda config: config.update(vocab_size=260))
 
     def longer(tensors):
@@ -200,45 +199,49 @@ def spoil_vocabulary(base, model):
             tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
 
     change_tensors(model, longer)
-    return f"the models must be alike: {model} has vocab_size 260 for 259 of {base}"
+    return f"models differ: {model} has vocab_size 260 instead of 259 as in {base}"
 
 
-def spoil_constant(base, model):
+def change_constant(base, model):
     change_json(model / "config.json", lambda config: config["rope_parameters"].update(rope_theta=1.0))
-    return f"the models must be alike: {model} has rope_theta 1.0 for 500000.0 of {base}"
+    return f"models differ: {model} has rope_theta 1.0 instead of 500000.0 as in {base}"
 
 
-def spoil_tokenizer(base, model):
+def change_tokenizer(base, model):
     def swap(content):
         content["model"]["vocab"].update(a=content["model"]["vocab"]["b"], b=content["model"]["vocab"]["a"])
 
     change_json(model / "tokenizer.json", swap)
-    return f'the tokenizers must be the same, 2 tokens differ, such as "b" (64 and 65) in {model} and {base}'
+    return f'tokenizers differ: 2 tokens differ, for example "b" (64 and 65) in {model} and {base}'
 
 
-def spoil_merges(base, model):
+def change_merges(base, model):
     change_json(model / "tokenizer.json", lambda content: content["model"].update(merges=[["a", "b"]]))
-    return f"the tokenizers must be the same, merges differs in {model} and {base}"
+    return f"tokenizers differ: merges differs in {model} and {base}"
 
 
 def drop_tokenizer(base, model):
     (model / "tokenizer.json").unlink()
-    return f"the tokenizers must be files of one kind to be compared, found tokenizer.json in {base}, none in {model}"
+    return (
+        f"tokenizers must share a file format to be compared, found tokenizer.json in {base}, none in {model}"
+    )
 
 
-def spoil_dtype(base, model):
+def change_dtype(base, model):
     change_tensors(model, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16()}))
-    return f"{NORM} must be of one dtype, or --dtype say one; found F32 in {base}, BF16 in {model}"
+    return f"{NORM} has different dtypes: F32 in {base}, BF16 in {model}; choose one by --dtype"
 
 
-def spoil_numbers(base, model):
-    def spoil(tensors):
+def change_numbers(base, model):
+    def change(tensors):
         tensors[NORM][3] = torch.nan
         tensors["lm_head.weight"][0, :1500] = torch.inf
         tensors["lm_head.weight"][1, 1] = torch.nan
 
-    change_tensors(model, spoil)
-    return f"the weights must be finite: {NORM} holds 1 NaN; lm_head.weight holds 1 NaN and 64 infinite in {model}"
+    change_tensors(model, change)
+    return (
+        f"weights must be finite: {NORM} holds 1 NaN; lm_head.weight holds 1 NaN and 64 infinite in {model}"
+    )
 
 
 def drop_architecture(base, model):
@@ -246,24 +249,24 @@ def drop_architecture(base, model):
     return "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM', 'Qwen3ForCausalLM'"
 
 
-SPOILT = [
-    spoil_shape,
-    spoil_names,
-    spoil_vocabulary,
-    spoil_constant,
-    spoil_tokenizer,
-    spoil_merges,
+CHANGES = [
+    change_shape,
+    change_names,
+    change_vocabulary,
+    change_constant,
+    change_tokenizer,
+    change_merges,
     drop_tokenizer,
-    spoil_dtype,
-    spoil_numbers,
+    change_dtype,
+    change_numbers,
     drop_architecture,
 ]
 
 
-@pytest.mark.parametrize("spoil", SPOILT, ids=[spoil.__name__ for spoil in SPOILT])
-def test_what_does_not_belong_together_is_refused_and_leaves_no_trace(tmp_path, own, spoil):
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_folders_that_do_not_fit_are_refused_and_leave_no_trace(tmp_path, own, change):
     base, model = own
-    line = spoil(base, model)
+    line = change(base, model)
     with pytest.raises(InputError) as error:
         merge(METHODS["task_arithmetic"](), base, [model], tmp_path / "out")
     assert str(error.value).startswith(line)
@@ -271,7 +274,7 @@ def test_what_does_not_belong_together_is_refused_and_leaves_no_trace(tmp_path, 
     assert names_in(tmp_path) == ["base", "model"]
 
 
-def test_what_lies_beside_the_vocabulary_of_a_tokenizer_may_differ(tmp_path, own):
+def test_other_settings_of_a_tokenizer_may_differ(tmp_path, own):
     """Padding and truncation are settings of a caller; chat templates come with the first model."""
     base, model = own
     change_json(base / "tokenizer.json", lambda content: content.update(truncation=None, padding=None))
@@ -284,12 +287,12 @@ def test_a_full_disk_is_seen_beforehand(tmp_path, family, monkeypatch):
     base, models = family
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(InputError, match=r"0\.0 GB must be free, found 0\.0 GB for .*out"):
+    with pytest.raises(InputError, match=r"not enough disk space for .*out: 0\.0 GB needed, 0\.0 GB free"):
         merge(ModelStock(), base, models, tmp_path / "out")
     assert names_in(tmp_path) == []
 
 
-def test_sentencepiece_files_are_compared_and_taken_over(tmp_path, own):
+def test_sentencepiece_files_are_compared_and_copied(tmp_path, own):
     base, model = own
     for folder in own:
         (folder / "tokenizer.json").unlink()
@@ -297,7 +300,7 @@ def test_sentencepiece_files_are_compared_and_taken_over(tmp_path, own):
     merge(METHODS["task_arithmetic"](), base, [model], tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"pieces"
     (model / "tokenizer.model").write_bytes(b"other")
-    with pytest.raises(InputError, match=r"the tokenizers must be the same, tokenizer.model differs"):
+    with pytest.raises(InputError, match=r"tokenizers differ: tokenizer.model differs"):
         merge(METHODS["task_arithmetic"](), base, [model], tmp_path / "other")
 
 
@@ -324,9 +327,12 @@ MISTAKES = {
         "megatron-align merge model_stock has no option --weights",
     ),
     "one model": ("model_stock --base {b} --models {m} --out {out}", "needs two models or more, got 1"),
-    "weights": ("linear --models {m} {m} --weights 1 --out {out}", "one for each of 2 models, got 1"),
-    "no folder": ("linear --models {m} {out} --out {out}", "a Hugging Face folder is needed, found none at"),
-    "in the way": ("linear --models {m} {m} --out {m}", "a new or empty folder is needed, found files in"),
+    "weights": ("linear --models {m} {m} --weights 1 --out {out}", "one number for each of 2 models, got 1"),
+    "no folder": ("linear --models {m} {out} --out {out}", "no Hugging Face folder at"),
+    "in the way": (
+        "linear --models {m} {m} --out {m}",
+        "output must be a new or empty folder, found files in",
+    ),
 }
 
 

@@ -185,15 +185,19 @@ METHODS = [Linear(), TaskArithmetic(), ModelStock(), Slerp(), Ties(), Dare()]
 def test_blocks_do_not_matter(tensors, method):
     base, models = tensors
     models = models[:2] if isinstance(method, Slerp) else models
-    whole = merged(method, base if method.needs_base else None, models, size=E)
+    uncut = merged(method, base if method.needs_base else None, models, size=E)
     cut = merged(method, base if method.needs_base else None, models, size=7)
-    assert_near(cut, whole.double())
+    assert_near(cut, uncut.double())
     if isinstance(method, (Ties, Dare)):
-        assert torch.equal(cut != base, whole != base)
+        assert torch.equal(cut != base, uncut != base)
 
 
 REFUSED = {
-    "too few weights": (Linear(weights=(1.0,)), 2, "--weights must be one for each of 2 models, got 1"),
+    "too few weights": (
+        Linear(weights=(1.0,)),
+        2,
+        "--weights must have one number for each of 2 models, got 1",
+    ),
     "weights without a sum": (Linear(weights=(1.0, -1.0)), 2, "--weights must not sum to 0"),
     "one for stock": (ModelStock(), 1, "model_stock needs two models or more, got 1"),
     "three to go between": (Slerp(), 3, "slerp needs two models, or a base and one model; got 3"),

@@ -4,7 +4,7 @@ gradient norms on one rank and on two tensor ranks, and from an imported checkpo
 
 import pytest
 
-from megatron_align.convert.convert import import_hf
+from megatron_align.convert.import_hf import import_hf
 from tests.harness import ranks
 from tests.harness.tiny import make_baichuan, make_model, metrics_of, run_arguments
 

@@ -1,4 +1,4 @@
-"""A file is hashed as it is written; a disk that fails behind the writer is told, at the next write or at the end."""
+"""A file is hashed as it is written; a background write that fails is reported at the next write or at the end."""
 
 import hashlib
 import io
@@ -6,9 +6,9 @@ import io
 import pytest
 import torch
 
-from megatron_align.storage import direct_io as direct
+from megatron_align.storage import direct_io
 from megatron_align.storage.background_worker import BackgroundWorker
-from megatron_align.storage.checksums import HashingFile, PassingFile, without_checksums_of_zip
+from megatron_align.storage.checksums import HashingFile, HashWhileReading, without_zip_checksums
 
 
 def test_the_hash_is_that_of_the_file(tmp_path):
@@ -22,7 +22,7 @@ def test_the_hash_is_that_of_the_file(tmp_path):
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-STRETCHES = {  # of 100 bytes that pass by
+BLOCKS = {  # of 100 bytes that somebody reads
     "none": [],
     "all in order": [(0, 40), (40, 100)],
     "with gaps": [(3, 40), (41, 99)],
@@ -31,43 +31,54 @@ STRETCHES = {  # of 100 bytes that pass by
 }
 
 
-@pytest.mark.parametrize("stretches", STRETCHES.values(), ids=list(STRETCHES))
-def test_a_file_that_passes_by_is_hashed_once_whatever_the_order(tmp_path, stretches):
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=list(BLOCKS))
+def test_a_file_is_hashed_once_whatever_the_order_of_blocks(tmp_path, blocks):
     path, content = tmp_path / "file", bytes(range(100))
     path.write_bytes(content)
-    file = PassingFile(path)
-    for start, stop in stretches:
+    file = HashWhileReading(path)
+    for start, stop in blocks:
         file.add(start, memoryview(content)[start:stop])
     assert file.finish() == hashlib.sha256(content).hexdigest()
 
 
-def test_what_passed_by_is_what_is_hashed(tmp_path):
+def test_what_was_read_is_what_is_hashed(tmp_path):
     """Not what the file holds by then."""
     path = tmp_path / "file"
     path.write_bytes(b"before it was changed")
-    file = PassingFile(path)
+    file = HashWhileReading(path)
     file.add(0, memoryview(b"before"))
-    path.write_bytes(b"behind it was changed")
+    path.write_bytes(b"after_ it was changed")
     assert file.finish() == hashlib.sha256(b"before it was changed").hexdigest()
 
 
 @pytest.mark.parametrize("more", [b"", b"more"], ids=["at the end", "at the next write"])
-def test_a_disk_that_fails_behind_is_told(tmp_path, monkeypatch, more):
-    monkeypatch.setattr(direct, "BUFFER_BYTES", 4)
+def test_a_background_write_that_fails_is_reported(tmp_path, monkeypatch, more):
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 4)
 
     def full(*arguments):
         raise OSError(28, "No space left")
 
-    monkeypatch.setattr(direct.DirectFile, "_put", full)
+    monkeypatch.setattr(direct_io.DirectFile, "_write_buffer", full)
     with HashingFile(tmp_path / "file") as file:
         file.write(b"some")
         with pytest.raises(OSError, match="No space left"):
             file.write(more) if more else file.finish()
-        assert bool(file.error) == bool(more)  # for torch's writer, which forgets it
+
+
+def test_save_raises_the_disks_error_and_not_torchs(tmp_path, monkeypatch):
+    """torch.save replaces it by a RuntimeError about its own writer."""
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 4)
+
+    def full(*arguments):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(direct_io.DirectFile, "_write_buffer", full)
+    with HashingFile(tmp_path / "file") as file, pytest.raises(OSError, match="No space left"):
+        file.save(torch.ones(3))
 
 
 def test_the_zips_have_their_checksums_again_afterwards():
-    """Within the block none has, be it written by the thread behind."""
+    """Within the block none has, also if it is written in the background."""
 
     def saved():
         buffer = io.BytesIO()
@@ -75,11 +86,11 @@ def test_the_zips_have_their_checksums_again_afterwards():
         return buffer.getvalue()
 
     usual = saved()
-    with without_checksums_of_zip():
+    with without_zip_checksums():
         assert saved() != usual
         assert torch.load(io.BytesIO(saved()), weights_only=True).equal(torch.ones(3))
         found = []
-        with BackgroundWorker() as behind:
-            behind.run(lambda: found.append(saved()))
+        with BackgroundWorker() as worker:
+            worker.run(lambda: found.append(saved()))
         assert found == [saved()]
     assert saved() == usual

@@ -1,4 +1,4 @@
-"""A file written around the page cache holds what was written, wherever, and on any disk; a failing one is told."""
+"""A file written around the page cache holds what was written, wherever, and on any disk; a failing one is reported."""
 
 import errno
 import os
@@ -7,13 +7,13 @@ import resource
 
 import pytest
 
-from megatron_align.storage import direct_io as direct
+from megatron_align.storage import direct_io
 from megatron_align.storage.direct_io import ALIGNMENT, DirectFile
 
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(direct, "BUFFER_BYTES", 2 * ALIGNMENT)
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 2 * ALIGNMENT)
 
 
 @pytest.fixture(params=["around", "through", "refused later", "cut short"])
@@ -37,13 +37,13 @@ def disk(request, monkeypatch):
             raise OSError(errno.EINVAL, "Invalid argument")
         return pwrite(handle, view[:100] if request.param == "cut short" else view, place)
 
-    monkeypatch.setattr(direct, "_open_direct", open_direct)
-    monkeypatch.setattr(direct.os, "pwrite", strict)
+    monkeypatch.setattr(direct_io, "_open_direct", open_direct)
+    monkeypatch.setattr(direct_io.os, "pwrite", strict)
 
 
-STRETCHES = {
+WRITES = {
     "in order": [(0, 10), (10, 5000), (5010, 3 * ALIGNMENT), (5010 + 3 * ALIGNMENT, 1)],
-    "whole blocks": [(0, ALIGNMENT), (ALIGNMENT, 5 * ALIGNMENT)],
+    "complete blocks": [(0, ALIGNMENT), (ALIGNMENT, 5 * ALIGNMENT)],
     "backwards": [(9000, 3000), (5000, 4000), (0, 5000)],
     "with gaps": [(100, 10), (20000, 30000)],
     "over again": [(0, 20000), (3000, 9000)],
@@ -51,15 +51,15 @@ STRETCHES = {
 }
 
 
-@pytest.mark.parametrize("stretches", STRETCHES.values(), ids=list(STRETCHES))
-def test_the_file_holds_what_was_written(tmp_path, disk, stretches):
+@pytest.mark.parametrize("writes", WRITES.values(), ids=list(WRITES))
+def test_the_file_holds_what_was_written(tmp_path, disk, writes):
     path, draw = tmp_path / "file", random.Random(0)
     path.write_bytes(before := b"x" * 60_000)
     want, file = bytearray(before), DirectFile(path)
-    for place, size in stretches:
+    for offset, size in writes:
         data = bytearray(draw.randbytes(size))
-        want[place : place + size] = data
-        file.write(place, memoryview(data))
+        want[offset : offset + size] = data
+        file.write(offset, memoryview(data))
         data[:] = bytes(size)  # the caller may
     file.finish()
     assert path.read_bytes() == want
@@ -75,7 +75,7 @@ def test_the_real_disk(tmp_path):
 
 
 @pytest.mark.parametrize("later", [0, 9 * ALIGNMENT], ids=["at the end", "at a later write"])
-def test_a_full_disk_is_told(tmp_path, later):
+def test_a_full_disk_is_reported(tmp_path, later):
     """A limit on the size of files, within a block: what is before it is written."""
     path = tmp_path / "file"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

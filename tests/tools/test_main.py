@@ -60,9 +60,9 @@ def test_three_ways_to_start_from_folder_to_verdict(tmp_path, tiny_models):
     [
         ((*MODULE, "--help"), "  convert  Hugging Face folder <-> checkpoint"),
         (("tools/main.py", "-h"), "usage: megatron-align COMMAND ..."),
-        ((*MODULE, "convert", "--help"), "  verify  prove that a checkpoint"),
+        ((*MODULE, "convert", "--help"), "  verify  check that a checkpoint"),
         (("tools/convert.py", "import", "--help"), "--dtype {bfloat16,float32}"),
-        (("tools/convert.py", "verify", "--help"), "Exit code 0: all equal; 1: anything differs"),
+        (("tools/convert.py", "verify", "--help"), "Exit code 0: everything is equal; 1: something differs"),
     ],
 )
 def test_help_does_not_load_torch(tmp_path, start, shown):
@@ -89,11 +89,11 @@ MISTAKES = {
     "dtype": (("convert", "import", "--hf", "x", "--out", "y", "--dtype", "int8"), "invalid choice: 'int8'"),
     "tolerance": (
         ("convert", "verify", "--hf", "x", "--checkpoint", "y", "--tolerance", "nan"),
-        "argument --tolerance: must be a number that is not negative, got nan",
+        "argument --tolerance: must be a non-negative number, got nan",
     ),
     "not a number": (
         ("convert", "verify", "--hf", "x", "--checkpoint", "y", "--tolerance", "few"),
-        "argument --tolerance: must be a number that is not negative, got few",
+        "argument --tolerance: must be a non-negative number, got few",
     ),
 }
 
@@ -124,11 +124,11 @@ def sample(tmp_path, tiny_models, call):
 BAD = {
     "no HF folder": (
         "import --hf {dir}/none --out {dir}/new",
-        "a Hugging Face folder is needed, found none at",
+        "no Hugging Face folder at",
     ),
     "HF is a file": (
         "import --hf {dir}/file --out {dir}/new",
-        "a Hugging Face folder is needed, found none at",
+        "no Hugging Face folder at",
     ),
     "HF is no model": (
         "import --hf {dir}/full --out {dir}/new",
@@ -140,22 +140,34 @@ BAD = {
     ),
     "import onto files": (
         "import --hf {hf} --out {dir}/full",
-        "a new or empty folder is needed, found files in",
+        "output must be a new or empty folder, found files in",
     ),
-    "import onto itself": ("import --hf {hf} --out {hf}", "a new or empty folder is needed, found files in"),
+    "import onto itself": (
+        "import --hf {hf} --out {hf}",
+        "output must be a new or empty folder, found files in",
+    ),
     "import onto a file": (
         "import --hf {hf} --out {dir}/file",
-        "a new or empty folder is needed, found a file at",
+        "output must be a new or empty folder, found a file at",
     ),
     "import below a file": ("import --hf {hf} --out {dir}/file/a/b", "{dir}/file is not a folder"),
     "import where none may write": ("import --hf {hf} --out /proc/new", "/proc"),
-    "no checkpoint": ("export --checkpoint {dir}/none --out {dir}/new", "found neither at {dir}/none"),
-    "not a checkpoint": ("export --checkpoint {hf} --out {dir}/new", "found neither at {hf}"),
-    "checkpoint is a file": ("export --checkpoint {dir}/file --out {dir}/new", "found neither at {dir}/file"),
+    "no checkpoint": (
+        "export --checkpoint {dir}/none --out {dir}/new",
+        "nor a run's folder with one: {dir}/none",
+    ),
+    "not a checkpoint": ("export --checkpoint {hf} --out {dir}/new", "nor a run's folder with one: {hf}"),
+    "checkpoint is a file": (
+        "export --checkpoint {dir}/file --out {dir}/new",
+        "nor a run's folder with one: {dir}/file",
+    ),
     "export onto files": ("export --checkpoint {dir}/ckpt --out {dir}/full", "found files in {dir}/full"),
     "export onto a file": ("export --checkpoint {dir}/ckpt --out {dir}/file", "found a file at {dir}/file"),
     "export where none may write": ("export --checkpoint {dir}/ckpt --out /proc/new", "/proc"),
-    "verify no checkpoint": ("verify --hf {hf} --checkpoint {dir}/full", "found neither at {dir}/full"),
+    "verify no checkpoint": (
+        "verify --hf {hf} --checkpoint {dir}/full",
+        "nor a run's folder with one: {dir}/full",
+    ),
     "verify no data": ("verify --hf {hf} --checkpoint {dir}/ckpt --data {dir}/no.jsonl", "{dir}/no.jsonl"),
     "verify report below a file": (
         "verify --hf {hf} --checkpoint {dir}/ckpt --json {dir}/file/report",
@@ -212,6 +224,7 @@ def test_torchrun_is_refused(tmp_path, tiny_models):
     environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     done = run("tools/convert.py", "import", "--hf", tiny_models(), "--out", tmp_path / "new", **environment)
     assert_one_line(
-        (done.returncode, done.stdout, done.stderr), "this needs one process, without torchrun; got 2 ranks"
+        (done.returncode, done.stdout, done.stderr),
+        "run this as one process, without torchrun; got WORLD_SIZE=2",
     )
     assert not (tmp_path / "new").exists()

@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 
 from megatron_align.checkpoint.folder import list_steps
-from megatron_align.checkpoint.optimizer_state import HostedOptimizer
+from megatron_align.checkpoint.optimizer_state import HostOptimizerState
 from megatron_align.checkpoint.saver import Saver
 from megatron_align.faults import VARIABLE
 from megatron_align.objectives.configuration import parse
-from megatron_align.storage.checksums import read_sums
+from megatron_align.storage.checksums import read_checksums
 from megatron_align.training import checkpointing
 from megatron_align.training.loop import run
 from tests.harness import ranks
@@ -56,7 +56,7 @@ LATE = 0.5  # seconds
 def train_with_late_copies(rank_info, arguments):
     """In a process of the pool: what a save holds is copied a while after somebody begins to wait for it."""
     asked = threading.Event()
-    copy_state, wait, finish = HostedOptimizer.copy_state, Saver.wait_until_copied, Saver.finish
+    copy_state, wait, finish = HostOptimizerState.copy, Saver.wait_until_copied, Saver.finish
 
     def copy_late(self):
         assert asked.wait(60), "nobody waits for the copy"
@@ -65,7 +65,7 @@ def train_with_late_copies(rank_info, arguments):
         copy_state(self)
 
     with (
-        mock.patch.object(HostedOptimizer, "copy_state", copy_late),
+        mock.patch.object(HostOptimizerState, "copy", copy_late),
         mock.patch.object(Saver, "wait_until_copied", lambda self: (asked.set(), wait(self))[1]),
         mock.patch.object(Saver, "finish", lambda self: (asked.set(), finish(self), asked.clear())[1]),
     ):
@@ -77,7 +77,7 @@ def state_files(run_folder):
     return {
         (step, name): digest
         for step, folder in list_steps(run_folder)
-        for name, digest in read_sums(folder).items()
+        for name, digest in read_checksums(folder).items()
         if name.endswith(".distcp")
     }
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_align.checkpoint.folder import list_steps
 from megatron_align.training.stop import EXIT_REQUEUE
 from tests.harness import crash
-from tests.harness.damage import flip
+from tests.harness.corruption import flip
 from tests.harness.tiny import make_model, metrics_of, numbers, run_arguments
 
 KILLED = -9
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(command, whol
     assert KILLED in crash.train(1, command(), log, fault="kill@resume.aside")
     flip(run / "step_000002" / "card.json")  # damaged as well: refused, and nothing is overwritten
     assert crash.train(1, command(), log) == [2]
-    assert "card.json is not what was written" in log.read_text()
+    assert "card.json: SHA-256 mismatch" in log.read_text()
     flip(run / "step_000002" / "card.json")
     assert crash.train(1, command(), log) == [0]
     assert numbers(run) == whole()

@@ -162,7 +162,7 @@ def finished(pool, tiny_models, chat_file, tmp_path):
 
 def test_another_model_is_refused_with_what_differs(finished, chat_file, tmp_path):
     other = make_model(tmp_path / "other", "qwen2_tied", intermediate_size=128)
-    with pytest.raises(InputError, match=r"ffn_size 96 for 128 in .*step_000005"):
+    with pytest.raises(InputError, match=r"ffn_size 96 instead of 128 in .*step_000005"):
         prepare_run(parse(run_arguments(other, chat_file, finished)), ALONE)
 
 

@@ -93,7 +93,7 @@ def test_a_tokenizer_is_compared_by_its_files(checkpoint, assets):
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"tokenizers must be the same, 2 tokens differ.*\[tokenizer\]"):
+    with pytest.raises(InputError, match=r"tokenizers differ: 2 tokens differ.*\[tokenizer\]"):
         require_same_run(config(), KEY, card(), checkpoint, assets)
     require_same_run(config("tokenizer"), KEY, card(), checkpoint, assets)
 

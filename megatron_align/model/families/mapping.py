@@ -1,4 +1,4 @@
-"""Where each stretch of a Megatron tensor lies in the Hugging Face tensors that it is made of.
+"""The mapping between a Megatron tensor and the Hugging Face tensors that it is made of, segment by segment.
 
 Every reader and writer of weights walks :func:`copy_segments`; nothing else interprets the rows of the weight table.
 """

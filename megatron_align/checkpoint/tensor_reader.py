@@ -1,4 +1,7 @@
-"""A chunk's numbers, read straight to where they are wanted: ``torch.save`` leaves them in one stretch of its file."""
+"""Read the shards of a stored tensor directly into memory.
+
+``torch.save`` writes a shard's elements contiguously, so that any range of them can be read without unpickling.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +14,53 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.metadata import Chunk
+from megatron_align.checkpoint.torch_metadata import StoredShard
 from megatron_align.errors import InputError
-from megatron_align.storage.atomic_write import fill
+from megatron_align.storage.atomic_write import read_into
 
 
-class Source(NamedTuple):
-    """Numbers, and from which byte on they lie in which file."""
+class FileRange(NamedTuple):
+    """Elements that were read, and the file and byte offset that they came from."""
 
     path: Path
     start: int
-    numbers: Tensor
+    elements: Tensor
 
 
-class ChunkReader:
-    """Reads stretches of the chunks of one tensor.
+class StoredTensorReader:
+    """Read ranges of the shards of one tensor.
 
     Args:
-        state: the folder.
-        name: of the tensor, for messages.
-        dtype: what it is stored in.
+        state: the state folder.
+        name: of the tensor, for error messages.
+        dtype: of the stored elements.
     """
 
     def __init__(self, state: Path, name: str, dtype: torch.dtype) -> None:
         self.state, self.name, self.dtype = state, name, dtype
-        self._begins: dict[Chunk, int] = {}
+        self._begins: dict[StoredShard, int] = {}
 
-    def read(self, chunk: Chunk, start: int, out: Tensor) -> Source:
-        """Fill ``out``, contiguous, in CPU memory and of the stored dtype, with a chunk's elements from ``start`` on.
+    def read(self, shard: StoredShard, start: int, out: Tensor) -> FileRange:
+        """Fill ``out``, contiguous, in CPU memory and of the stored dtype, with a shard's elements from ``start`` on.
 
         Raises:
-            InputError: the chunk cannot be read, or is not what the metadata says.
+            InputError: the shard cannot be read, or does not match the metadata.
         """
-        path = self.state / chunk.file
-        if chunk not in self._begins:
-            self._begins[chunk] = self._find(path, chunk)
-        place = self._begins[chunk] + start * self.dtype.itemsize
+        path = self.state / shard.file
+        if shard not in self._begins:
+            self._begins[shard] = self._find_begin(path, shard)
+        offset = self._begins[shard] + start * self.dtype.itemsize
         try:
-            fill(out, path, place)
+            read_into(out, path, offset)
         except (OSError, EOFError) as error:
             raise self._unreadable(path, error) from error
-        return Source(path, place, out)
+        return FileRange(path, offset, out)
 
-    def _find(self, path: Path, chunk: Chunk) -> int:
-        """Return where in its file a chunk's numbers begin; they are not read."""
+    def _find_begin(self, path: Path, shard: StoredShard) -> int:
+        """Return the file offset of a shard's first element, without reading the elements."""
         try:
             with path.open("rb") as file:
-                window = _Window(file, chunk.start, chunk.length)
+                window = _FileWindow(file, shard.start, shard.length)
                 saved = torch.load(window, map_location="meta", weights_only=True)
                 window.seek(0)
                 begin = torch._C.PyTorchFileReader(window).get_record_offset("data/0")
@@ -66,22 +69,20 @@ class ChunkReader:
         if (
             not isinstance(saved, Tensor)
             or saved.dtype != self.dtype
-            or saved.numel() != math.prod(chunk.sizes)
+            or saved.numel() != math.prod(shard.sizes)
             or not saved.is_contiguous()
             or saved.storage_offset()
         ):
-            raise InputError(
-                f"a complete checkpoint is needed, {self.name} is not what .metadata says in {path}"
-            )
-        return chunk.start + begin
+            raise InputError(f"checkpoint is corrupt: {self.name} does not match .metadata in {path}")
+        return shard.start + begin
 
     def _unreadable(self, path: Path, error: Exception) -> InputError:
         reason = " ".join(str(error).split())[:200]
-        return InputError(f"a complete checkpoint is needed, {self.name} cannot be read in {path}: {reason}")
+        return InputError(f"checkpoint is corrupt: {self.name} cannot be read in {path}: {reason}")
 
 
-class _Window(io.RawIOBase):
-    """A stretch of an open file, as a file of its own."""
+class _FileWindow(io.RawIOBase):
+    """A range of an open file, presented as a file."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0

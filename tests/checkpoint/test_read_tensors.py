@@ -1,4 +1,4 @@
-"""Any stretch of any box of a stored tensor is read as slicing the whole would give it, however it was cut up."""
+"""Any range of any box of a stored tensor is read as slicing the entire tensor gives it, however it is cut on disk."""
 
 import pickle
 
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_align.checkpoint.load import Piece, read_pieces
+from megatron_align.checkpoint.read_tensors import ReadRequest, read_tensors
 from megatron_align.errors import InputError
 
 
@@ -45,14 +45,14 @@ def write_state(folder, tensor, cuts):
     return folder
 
 
-def piece(shape, offsets, sizes, start, target, stacked=0, may_differ=False):
-    return Piece(
+def request(shape, offsets, sizes, start, target, layer_dims=0, allow_padding=False):
+    return ReadRequest(
         key="weight",
         global_shape=shape,
         offsets=offsets,
         sizes=sizes,
-        stacked=stacked,
-        may_differ=may_differ,
+        layer_dims=layer_dims,
+        allow_padding=allow_padding,
         start=start,
         target=target,
     )
@@ -60,7 +60,7 @@ def piece(shape, offsets, sizes, start, target, stacked=0, may_differ=False):
 
 @st.composite
 def cases(draw):
-    """A shape, where it is cut, a box of one layer if layers are stacked, and a stretch of the flattened box."""
+    """A shape, where it is cut, a box of one layer if layers are stacked, and a range of the flattened box."""
     stacked = draw(st.integers(0, 1))
     shape = draw(st.lists(st.integers(1, 7), min_size=stacked + 1, max_size=stacked + 2))
     cuts = [draw(st.sets(st.integers(1, size))) for size in shape]
@@ -79,41 +79,41 @@ def cases(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_a_stretch_of_a_box_is_what_slicing_gives(tmp_path_factory, case):
+def test_a_range_of_a_box_is_what_slicing_gives(tmp_path_factory, case):
     stacked, shape, cuts, offsets, sizes, start, count, (stored, wanted) = case
-    whole = torch.arange(torch.Size(shape).numel()).view(shape).to(stored)
-    state = write_state(tmp_path_factory.mktemp("state"), whole, cuts)
-    box = whole
+    tensor = torch.arange(torch.Size(shape).numel()).view(shape).to(stored)
+    state = write_state(tmp_path_factory.mktemp("state"), tensor, cuts)
+    box = tensor
     for dim, (at, long) in enumerate(zip(offsets, sizes, strict=True)):
         box = box.narrow(dim, at, long)
     target = torch.full((count,), torch.nan, dtype=wanted)
-    read_pieces(state, [piece(shape, offsets, sizes, start, target, stacked)])
+    read_tensors(state, [request(shape, offsets, sizes, start, target, stacked)])
     assert torch.equal(target, box.reshape(-1)[start : start + count].to(wanted))
 
 
 def test_rows_past_the_end_of_a_padded_tensor_become_zero(tmp_path):
     """A vocabulary that was filled up to 6 rows, read where 8 are laid out on two ranks, and where 4 are."""
-    whole = torch.arange(1.0, 13.0).view(6, 2)
-    state = write_state(tmp_path / "state", whole, [{4}, set()])
+    tensor = torch.arange(1.0, 13.0).view(6, 2)
+    state = write_state(tmp_path / "state", tensor, [{4}, set()])
     for first, rows in ((0, 4), (4, 4), (0, 3), (6, 2)):
         target = torch.full((rows * 2,), torch.nan)
-        read_pieces(state, [piece((8, 2), (first, 0), (rows, 2), 0, target, may_differ=True)])
-        want = torch.cat([whole, torch.zeros(2, 2)])[first : first + rows]
+        read_tensors(state, [request((8, 2), (first, 0), (rows, 2), 0, target, allow_padding=True)])
+        want = torch.cat([tensor, torch.zeros(2, 2)])[first : first + rows]
         assert torch.equal(target.view(rows, 2), want)
 
 
 def test_what_is_not_there_is_named(tmp_path):
     state = write_state(tmp_path / "state", torch.ones(4, 2), [{2}, set()])
     target = torch.empty(8)
-    with pytest.raises(InputError, match=r"weight must be \[6, 2\], found \[4, 2\]"):
-        read_pieces(state, [piece((6, 2), (0, 0), (4, 2), 0, target)])
-    with pytest.raises(InputError, match="lacks bias"):
-        read_pieces(state, [Piece("bias", (2,), (0,), (2,), 0, False, 0, target[:2])])
+    with pytest.raises(InputError, match=r"weight must have shape \[6, 2\], found \[4, 2\]"):
+        read_tensors(state, [request((6, 2), (0, 0), (4, 2), 0, target)])
+    with pytest.raises(InputError, match="missing bias"):
+        read_tensors(state, [ReadRequest("bias", (2,), (0,), (2,), 0, False, 0, target[:2])])
     metadata = pickle.loads((state / ".metadata").read_bytes())
     metadata.state_dict_metadata["weight"].chunks.pop()
     (state / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(InputError, match="4 numbers of weight are in no chunk"):
-        read_pieces(state, [piece((4, 2), (0, 0), (4, 2), 0, target)])
+    with pytest.raises(InputError, match="4 elements of weight are in no shard"):
+        read_tensors(state, [request((4, 2), (0, 0), (4, 2), 0, target)])
 
 
 @pytest.mark.parametrize(
@@ -121,15 +121,15 @@ def test_what_is_not_there_is_named(tmp_path):
     [torch.ones(4, 2).T, torch.ones(2, 4, dtype=torch.float64), torch.ones(3, 4)[1:], torch.ones(9), [1]],
     ids=["transposed", "dtype", "slice", "size", "no tensor"],
 )
-def test_a_chunk_that_is_not_what_the_metadata_says_is_refused(tmp_path, content):
+def test_a_shard_that_does_not_match_the_metadata_is_refused(tmp_path, content):
     state = write_state(tmp_path / "state", torch.ones(2, 4), [set(), set()])
     torch.save(content, state / "__0_0.distcp")
     metadata = pickle.loads((state / ".metadata").read_bytes())
     [info] = metadata.storage_data.values()
     info.length = (state / "__0_0.distcp").stat().st_size
     (state / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(InputError, match=r"weight (is not what \.metadata says|cannot be read)"):
-        read_pieces(state, [piece((2, 4), (0, 0), (2, 4), 0, torch.empty(8))])
+    with pytest.raises(InputError, match=r"weight (does not match \.metadata|cannot be read)"):
+        read_tensors(state, [request((2, 4), (0, 0), (2, 4), 0, torch.empty(8))])
 
 
 def test_a_truncated_file_is_named(tmp_path):
@@ -137,4 +137,4 @@ def test_a_truncated_file_is_named(tmp_path):
     file = state / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match=f"weight cannot be read in {file}"):
-        read_pieces(state, [piece((200, 4), (0, 0), (200, 4), 0, torch.empty(800))])
+        read_tensors(state, [request((200, 4), (0, 0), (200, 4), 0, torch.empty(800))])

@@ -1,0 +1,41 @@
+"""Which checkpoints of a run are kept, and what a start makes of folders that a kill has left."""
+
+import pytest
+
+from megatron_align.checkpoint.folder import clean_up_after_kill, find_checkpoint, list_steps, prune
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with ten checkpoints."""
+    for step in range(1, 11):
+        (tmp_path / f"step_{step:06d}").mkdir()
+        (tmp_path / f"step_{step:06d}" / "card.json").write_text("{}")
+    return tmp_path
+
+
+def test_which_checkpoints_are_kept(run):
+    prune(run, keep=2, keep_every=4)
+    assert [step for step, _ in list_steps(run)] == [4, 8, 9, 10]
+    prune(run, keep=1)
+    assert [step for step, _ in list_steps(run)] == [10]
+    assert list(run.glob(".*")) == []
+
+
+def test_the_newest_checkpoint_of_a_run_is_found_and_other_folders_are_not(run):
+    assert find_checkpoint(run) == run / "step_000010"
+    assert find_checkpoint(run / "step_000003") == run / "step_000003"
+    (run / "step_000011.damaged").mkdir()
+    assert find_checkpoint(run) == run / "step_000010"
+    (run / "empty").mkdir()
+    assert find_checkpoint(run / "empty") is None
+
+
+def test_leftovers_of_a_kill_are_deleted_and_a_replaced_folder_is_restored(run):
+    for name in (".step_000011.partial", ".step_000001.deleted", ".step_000010.replaced", ".hf.replaced"):
+        (run / name).mkdir()
+        (run / name / "file").write_text(name)
+    clean_up_after_kill(run)
+    assert list(run.glob(".*")) == []
+    assert (run / "hf" / "file").read_text() == ".hf.replaced"  # its replacement was not completed
+    assert not (run / "step_000010" / "file").exists()  # its replacement was
