@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_align.kernels.packed_attention.backward_kernels import dkdv_kernel, dq_kernel
 from megatron_align.kernels.packed_attention.forward_kernel import forward_kernel
@@ -46,7 +46,7 @@ def _options(tile: Tile, head_dim: int) -> dict[str, int]:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, call: _Call) -> Tensor:
         layout, scale, tiles = call
         queries, heads, head_dim = q_QHD.shape
         out_QHD = torch.empty_like(q_QHD, memory_format=torch.contiguous_format)
@@ -63,7 +63,7 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dout_QHD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout_QHD: Tensor) -> tuple[Tensor | None, ...]:
         q_QHD, k_TGD, v_TGD, out_QHD, lse2_HQ, *intervals = ctx.saved_tensors
         if dout_QHD.stride(-1) != 1:  # for example the gradient of a sum: one expanded number
             dout_QHD = dout_QHD.contiguous()

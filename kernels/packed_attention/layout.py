@@ -5,7 +5,7 @@ Shapes: T tokens of a pack; Q queries: all T, or those of one context-parallel r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,20 +59,25 @@ class PackedLayout:
         Raises:
             ValueError: as :meth:`from_lengths`.
         """
-        groups = tuple((int(prompt), tuple(int(c) for c in completions)) for prompt, completions in groups)
+        lengths_by_group = tuple(
+            (int(prompt), tuple(map(int, completions))) for prompt, completions in groups
+        )
         negative = [
-            length for prompt, completions in groups for length in (prompt, *completions) if length < 0
+            length
+            for prompt, completions in lengths_by_group
+            for length in (prompt, *completions)
+            if length < 0
         ]
         if negative:
             raise ValueError(f"PackedLayout needs lengths >= 0; got {negative[0]}")
-        used = sum(prompt + sum(completions) for prompt, completions in groups)
+        used = sum(prompt + sum(completions) for prompt, completions in lengths_by_group)
         total = used if total is None else total
         if used > total:
             raise ValueError(f"PackedLayout needs total >= the sum of lengths; got total {total}, sum {used}")
         # Runs of tokens with equal intervals: length, prefix_start, prefix_end, own_start, seen_end.
         runs: list[tuple[int, int, int, int, int]] = []
         start = 0
-        for prompt, completions in groups:
+        for prompt, completions in lengths_by_group:
             own = start + prompt
             runs.append((prompt, start, start, start, own + sum(completions)))
             for length in completions:
@@ -87,7 +92,7 @@ class PackedLayout:
             for column, padding in zip(columns, tails, strict=True)
         )
         token = torch.arange(total, dtype=torch.int32)
-        return cls(prefix_start, prefix_end, own_start, token + 1, token, seen_end, groups=groups)
+        return cls(prefix_start, prefix_end, own_start, token + 1, token, seen_end, lengths_by_group)
 
     def for_queries(self, positions_Q: Tensor) -> PackedLayout:
         """Return the layout of some of the queries over the keys of all T tokens: a context-parallel rank's share.
@@ -111,10 +116,10 @@ class PackedLayout:
                 f"for_queries needs positions that ascend within [0, {self.tokens}); "
                 f"got {positions_Q[row]} in row {row}"
             )
-        rows = (x[positions_Q] for x in self.by_query)
+        rows = [x[positions_Q] for x in self.by_query]
         # Queries that see a key are neighbours in the pack, and remain neighbours among ascending positions.
-        seen = (torch.searchsorted(positions_Q, x.to(positions_Q.dtype)).to(torch.int32) for x in self.by_key)
-        return PackedLayout(*rows, *seen, groups=self.groups)
+        seen = [torch.searchsorted(positions_Q, x.to(positions_Q.dtype)).to(torch.int32) for x in self.by_key]
+        return self._with_intervals(rows + seen)
 
     @property
     def tokens(self) -> int:
@@ -148,7 +153,12 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the layout with its intervals on ``device``."""
-        return PackedLayout(*(x.to(device, non_blocking=True) for x in self.intervals), groups=self.groups)
+        return self._with_intervals(x.to(device, non_blocking=True) for x in self.intervals)
+
+    def _with_intervals(self, intervals: Iterable[Tensor]) -> PackedLayout:
+        """Return a layout of the same groups with six other tensors, in the order of the fields."""
+        prefix_start, prefix_end, own_start, own_end, seen_start, seen_end = intervals
+        return PackedLayout(prefix_start, prefix_end, own_start, own_end, seen_start, seen_end, self.groups)
 
     def mask_QT(self) -> Tensor:
         """Return the dense boolean mask ``[Q query, T key]``, for references and pictures only."""

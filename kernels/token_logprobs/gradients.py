@@ -51,7 +51,7 @@ class Gradients:
         if not self._in_main_grad:
             return None if self._sum_VH is None else self._sum_VH.to(self._weight_VH.dtype)
         weight_VH = self._weight_VH
-        weight_VH.grad_added_to_main_grad = True
+        weight_VH.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # megatron-core reads it
         zeros = getattr(weight_VH, "zero_out_wgrad", False)
         return torch.zeros_like(weight_VH) if zeros else torch.empty_like(weight_VH)
 

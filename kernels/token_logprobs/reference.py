@@ -76,7 +76,8 @@ def slab_loss_reference(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed loss of all slabs from full logits, differentiable. Arguments as :func:`slab_loss`."""
     scores = token_scores_reference(hidden_NH, weight_VH, targets_N, **options)
-    total, totals = scores.logprobs_N.new_zeros(()), {}
+    total = scores.logprobs_N.new_zeros(())
+    totals: dict[str, Tensor] = {}
     for i, (start, stop) in enumerate(slabs):
         rows = slice(start, stop)
         statistics = {"entropy": scores.entropy_N, "log_sum_square": scores.log_sum_square_N}

@@ -29,8 +29,9 @@ def score(hidden_NH: Tensor, targets_N: Tensor, shard: VocabShard, top_k: int) -
         statistics = row_statistics(logits_nV, local_N[rows], shard, more=True)
         columns = [statistics.logprob_n, statistics.extra["entropy"], statistics.extra["log_sum_square"]]
         parts.append((*columns, *(_top(logits_nV, statistics, shard, top_k) if top_k else ())))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return TokenScores(*columns) if top_k else TokenScores(*columns, None, None)
+    logprobs_N, entropy_N, log_sum_square_N, *top = (torch.cat(column) for column in zip(*parts, strict=True))
+    top_logprobs_NK, top_tokens_NK = top or (None, None)
+    return TokenScores(logprobs_N, entropy_N, log_sum_square_N, top_logprobs_NK, top_tokens_NK)
 
 
 def _top(

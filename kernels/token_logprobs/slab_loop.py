@@ -85,7 +85,7 @@ def _run_slab(
         logits_nV = slab.project(hidden_NH[rows])
         per_piece.append(row_statistics(logits_nV, local_n, shard, more=call.statistics))
     value, grad_n = _evaluate(call, i, per_piece, gradients is not None)
-    if gradients is None:
+    if gradients is None or grad_n is None:
         return value
     # In reverse: the last piece's logits are still in the buffer, so a slab of one piece is projected only once.
     for rows, statistics in zip(reversed(pieces), reversed(per_piece), strict=True):

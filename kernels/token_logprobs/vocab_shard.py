@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def open_shard(
     *,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
-    **options: float | None,
+    **options: Any,
 ) -> VocabShard:
     """Validate the arguments of a public function and return the shard; ``options`` are the others of ``options.py``.
 
