@@ -1,21 +1,21 @@
-"""Faults on purpose, for the tests of what survives them; nothing happens unless one is asked for.
+"""Inject faults for the tests of crash recovery; without the environment variable nothing happens.
 
-``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` strikes one rank (by default 0) when it comes to the point in that
-step (by default in any). Kinds: ``kill`` (SIGKILL, to itself), ``term`` (SIGTERM), ``full`` (what a full disk answers).
+``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` injects a fault on one rank (default 0) when it reaches the point in
+that step (default: any step). Kinds: ``kill`` (SIGKILL to itself), ``term`` (SIGTERM), ``full`` (ENOSPC, a full disk).
 
 | point          | where                                                                              |
 |----------------|------------------------------------------------------------------------------------|
-| step.trained   | weights are updated, the step's row is not written                                 |
-| step.logged    | the row is written, nothing is saved                                               |
+| step.trained   | weights are updated, the step's row is not yet written                             |
+| step.logged    | the row is written, the checkpoint is not yet begun                                |
 | row.write      | rows are about to be added to metrics.jsonl                                        |
-| save.begun     | the hidden folder exists, with nothing in it                                       |
-| save.copying   | a thread is about to copy; in the background training goes on (not for ``full``)   |
+| save.begun     | the hidden folder exists and is empty                                              |
+| save.copying   | a thread is about to copy while training continues (not for ``full``)              |
 | save.file      | a file is half written                                                             |
-| save.written   | this rank's files are on the disk, the checkpoint has no name                      |
-| save.named     | all is on the disk, the hidden folder is about to be renamed                       |
-| save.done      | the checkpoint has its name, nothing is cleared up                                 |
-| prune.hidden   | an old checkpoint is renamed, but not deleted                                      |
-| resume.aside   | a damaged checkpoint was moved aside                                               |
+| save.written   | this rank's files are on the disk, the checkpoint is not yet complete              |
+| save.named     | everything is on the disk, the hidden folder is about to be renamed                |
+| save.done      | the checkpoint has its final name, older ones are not yet removed                  |
+| prune.hidden   | an old checkpoint is renamed to a hidden name, but not yet deleted                 |
+| resume.aside   | a corrupt checkpoint was moved aside                                               |
 """
 
 from __future__ import annotations
@@ -41,23 +41,27 @@ POINTS = (
 
 
 def at(point: str, step: int | None = None) -> None:
-    """Come to a point of the program; ``step`` is the checkpoint's or the training step's, where there is one.
+    """Mark a point of the program, where the environment variable may inject a fault.
+
+    Args:
+        point: one of ``POINTS``.
+        step: the checkpoint's or training step's number, if there is one.
 
     Raises:
-        OSError: the disk is full, if that is asked for.
+        OSError: the disk is full, if that fault was requested.
     """
-    if asked := os.environ.get(VARIABLE):
-        _strike(asked, point, step)
+    if requested := os.environ.get(VARIABLE):
+        _inject(requested, point, step)
 
 
-def _strike(asked: str, point: str, step: int | None) -> None:
-    kind, _, place = asked.partition("@")
-    name, *numbers = place.split(":")
+def _inject(requested: str, point: str, step: int | None) -> None:
+    kind, _, where = requested.partition("@")
+    name, *numbers = where.split(":")
     if kind not in ("kill", "term", "full") or name not in POINTS or len(numbers) > 2:
-        raise ValueError(f"{VARIABLE} must be KIND@POINT[:STEP[:RANK]], got {asked!r}")
-    wanted = numbers[0] if numbers else ""
+        raise ValueError(f"{VARIABLE} must be KIND@POINT[:STEP[:RANK]], got {requested!r}")
+    at_step = numbers[0] if numbers else ""
     rank = numbers[1] if len(numbers) == 2 else "0"
-    if name != point or rank != os.environ.get("RANK", "0") or wanted not in ("", str(step)):
+    if name != point or rank != os.environ.get("RANK", "0") or at_step not in ("", str(step)):
         return
     if kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Runs with one thing broken, for the checks that must notice: called on every rank of the pool."""
+"""Training runs with one injected defect that a check must detect; called on every rank of the pool."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_align.training.watchdog import join_watched
 
 
 def train_broken(rank_info: parallel.RankInfo, arguments: list[str], what: str) -> str:
-    """Train with ``what`` broken, on the last rank alone where ranks can differ; return the fault that ends it."""
+    """Train with the defect ``what``, on the last rank only where ranks can differ; return the fault that ends it."""
     setup = prepare_run(parse(arguments), rank_info)
     with join_watched(rank_info, setup.config.parallel).watching() as watchdog:
         trainer = Trainer.build(setup, watchdog)
@@ -52,7 +52,7 @@ def train_broken(rank_info: parallel.RankInfo, arguments: list[str], what: str) 
 
 
 class _Reordered:
-    """A plan whose steps come one later."""
+    """Batches that report the fingerprint of the following step."""
 
     def __init__(self, batches: StepBatches):
         self._batches = batches
@@ -65,7 +65,7 @@ class _Reordered:
 
 
 def _leaking(pack):
-    """Return ``pack`` whose samples see all before them."""
+    """Return a ``pack`` whose samples attend to all samples before them."""
 
     def leak(samples, weights, tokens, **options):
         batch = pack(samples, weights, tokens, **options)

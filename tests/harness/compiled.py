@@ -1,8 +1,8 @@
-"""What a launch compiles to, without a GPU: registers, spills, shared memory and tensor-core instructions.
+"""Compile kernel launches without a GPU and inspect registers, spills, shared memory and tensor-core instructions.
 
 ``with compiling_for("sm_90") as built:`` makes every Triton launch inside the block compile for that chip instead of
-running; ``built`` lists the kernels. The code under test is called as always, on CPU tensors, so what is judged is
-what its users launch: same types, alignments, constants and options. Results are made by nobody: do not look at them.
+running; ``built`` lists the kernels. The code under test is called as usual, on CPU tensors, so the
+kernels are those that users launch: same types, alignments, constants and options. Outputs are never written.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# Bytes of shared memory that one block may have (CUDA programming guide, technical specifications per capability).
+# Bytes of shared memory available to one block (CUDA programming guide, technical specifications per capability).
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """One compiled kernel, as the assembler left it."""
+    """Figures of one compiled kernel, read from its cubin."""
 
     name: str
     chip: str
     warps: int
     registers: int  # per thread
     stack: int  # bytes per thread
-    spills: int  # instructions that move registers to and from local memory
+    spills: int  # instructions that spill registers to local memory or reload them
     shared: int  # bytes per block
     tensor_core: int  # instructions: HMMA (sm_80), HGMMA (sm_90), UTCHMMA (sm_100)
-    warpgroup: int  # HGMMA among them: what sm_90 needs for its full rate
+    warpgroup: int  # HGMMA among them: sm_90 needs these for its full rate
 
     def __str__(self) -> str:
         return (
@@ -49,11 +49,11 @@ class Built:
         )
 
     def fault(self, *, tensor_core: bool = True, registers: int = 255) -> str | None:
-        """Return what passes the chip's limits or ``registers``, in words; None if nothing does.
+        """Describe what exceeds the chip's limits or ``registers``; None if nothing does.
 
         Args:
             tensor_core: whether the kernel must use tensor cores.
-            registers: most registers per thread.
+            registers: maximum registers per thread.
         """
         faults = [
             (self.spills or self.stack, "spills"),
@@ -67,9 +67,9 @@ class Built:
 
 @contextmanager
 def compiling_for(chip: str) -> Iterator[list[Built]]:
-    """Compile launches for ``chip`` (``sm_80``) instead of running them; yield the list that they are added to."""
+    """Compile launches for ``chip`` (``sm_80``) instead of running them; yield the list of compiled kernels."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the interpreter compiles nothing: run without TRITON_INTERPRET")
+        pytest.skip("the interpreter does not compile: run without TRITON_INTERPRET")
     built: list[Built] = []
     run, before = JITFunction.run, driver._active
     target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)

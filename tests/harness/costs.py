@@ -1,4 +1,4 @@
-"""What ranks really hold and compute, for the counts of ``megatron_align.cost`` to be held against."""
+"""Measure what ranks hold, compute and send, to verify the counts of ``megatron_align.cost``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _shape(model: Path, reward: bool) -> ModelShape:
 def state(
     rank_info: parallel.RankInfo, model: Path, config: ParallelConfig, precision: str, reward: bool = False
 ) -> dict[str, int]:
-    """Return the bytes of weights, gradients and optimizer of this rank, and its pipeline stage."""
+    """Return the bytes of weights, gradients and optimizer state on this rank, and its pipeline stage."""
     with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), _shape(model, reward)
         chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
@@ -65,7 +65,7 @@ def _bytes(x: torch.Tensor) -> int:
 
 
 def one_pack(lengths: list[int], tokens: int, prompts: list[int] | None = None) -> PackedBatch:
-    """Return a pack of documents; the first ``prompts[i]`` tokens of each are not scored."""
+    """Create a pack of documents; the first ``prompts[i]`` tokens of document i are not scored."""
     samples = []
     for i, length in enumerate(lengths):
         scored = np.ones(length, bool)
@@ -82,7 +82,7 @@ def saved(
     recompute: int | tuple[str, ...],
     batch: PackedBatch,
 ) -> int:
-    """Return the bytes that the layers and the final norm keep for backward, on this rank of one stage."""
+    """Return the bytes that layers and final norm save for backward on this rank, without pipeline parallelism."""
     with join_watched(rank_info, config).watching():
         [policy] = _policy(model, config, precision, recompute)
         batch = deal(batch, _context_share(policy.shape, config))
@@ -118,9 +118,9 @@ def counted_flops(
     recompute: int | tuple[str, ...],
     batch: PackedBatch,
 ) -> tuple[int, int]:
-    """Return the operations of matrix products of a pack on this rank: forward; forward and backward.
+    """Return the FLOPs of matrix products of a pack on this rank: of forward, and of forward plus backward.
 
-    Attention on the CPU is dense within a document: its products count as squares, not triangles.
+    Attention on CPU is dense within a document: its products count as squares, not triangles.
     """
     with join_watched(rank_info, config).watching():
         [policy] = _policy(model, config, "fp32", recompute)
@@ -163,7 +163,7 @@ def sent_bytes(
     recompute: int | tuple[str, ...],
     batch: PackedBatch,
 ) -> int:
-    """Return the bytes that this rank's tensor-parallel collectives send in a forward and backward of all layers."""
+    """Return the bytes this rank sends in tensor-parallel collectives in a forward and backward of all layers."""
     from megatron.core.tensor_parallel import layers, mappings
 
     shares = {"dist_all_gather_func": 1, "dist_reduce_scatter_func": 1}

@@ -1,7 +1,7 @@
-"""Processes that may be killed: the ranks of a run, started anew each time, as a launcher does.
+"""Ranks as separate processes that a test may kill, started for each run as a launcher does.
 
-Each is forked from a server that has imported everything and done nothing, so that a start costs no imports. Only
-processes that were started here are ever stopped.
+Each is forked from a server that has done nothing but import, so a start costs no imports. Only processes that were
+started here are ever stopped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _PRELOAD = ["megatron_align.train", "megatron_align.training.loop", "tests.harne
 def start(
     world_size: int, arguments: list[str], log: Path, environment: dict[str, str] | None = None
 ) -> list[BaseProcess]:
-    """Start ``megatron_align.train`` with these arguments on so many ranks; return their processes.
+    """Start ``megatron_align.train`` with these arguments on ``world_size`` ranks; return their processes.
 
-    What they print is added to ``log``.
+    Their output is appended to ``log``.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -54,7 +54,7 @@ def _train(environment: dict[str, str], arguments: list[str], log: Path) -> None
 
 
 def end(ranks: list[BaseProcess], timeout: float = 240.0) -> list[int]:
-    """Wait for the ranks, or once one has failed kill the rest, as a launcher does; return the exit codes."""
+    """Wait for the ranks, killing the rest once one has failed, as a launcher does; return the exit codes."""
     deadline = time.monotonic() + timeout
     while running := [rank for rank in ranks if rank.exitcode is None]:
         wait([rank.sentinel for rank in running], timeout=max(0.0, deadline - time.monotonic()))
@@ -67,12 +67,12 @@ def end(ranks: list[BaseProcess], timeout: float = 240.0) -> list[int]:
 
 
 def train(world_size: int, arguments: list[str], log: Path, fault: str | None = None) -> list[int]:
-    """Run to the end, or into a fault (see ``megatron_align.faults``); return the exit codes."""
+    """Run to the end or to an injected fault (see ``megatron_align.faults``); return the exit codes."""
     return end(start(world_size, arguments, log, {faults.VARIABLE: fault} if fault else None))
 
 
 def writers_of(log: Path) -> list[int]:
-    """Return the processes that have a log open: the ranks that write it, and whoever they left behind."""
+    """Return the processes that have a log open: the ranks that write it, and any orphan of theirs."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -85,10 +85,10 @@ def writers_of(log: Path) -> list[int]:
 
 
 def wait_until(condition: Callable[[], Any], ranks: list[BaseProcess], timeout: float = 120.0) -> None:
-    """Wait until something is so, while no rank has ended."""
+    """Wait until the condition holds; fail if a rank ends first or the time is over."""
     deadline = time.monotonic() + timeout
     while not condition():
         codes = [rank.exitcode for rank in ranks]
         assert set(codes) == {None}, f"ranks ended early: {codes}"
-        assert time.monotonic() < deadline, "it did not come so far in time"
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.01)

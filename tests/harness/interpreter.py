@@ -1,8 +1,8 @@
-"""Tests marked ``triton`` run Triton kernels: on the GPU where there is one, else in Triton's interpreter.
+"""Run tests marked ``triton`` on the GPU if there is one, otherwise in Triton's interpreter.
 
-Triton reads ``TRITON_INTERPRET`` when kernels are imported, so the interpreter needs a process of its own. A child
-pytest runs all marked tests of a file; each test here then takes over what became of its twin there.
-``TRITON_INTERPRET=1 pytest FILE`` runs them in the process itself, which a debugger likes better.
+Triton reads ``TRITON_INTERPRET`` when kernels are imported, so the interpreter needs a separate process. A child pytest
+runs all marked tests of a file; each test here then reports the outcome of its twin there.
+``TRITON_INTERPRET=1 pytest FILE`` runs them in the process itself, which suits a debugger.
 
 Use: ``pytestmark = pytest.mark.triton`` and tensors on ``DEVICE``, of the dtypes ``DTYPES``. Fixtures of a marked
 test are set up in both processes.
@@ -23,7 +23,7 @@ import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# Triton 3.6's interpreter multiplies the bit patterns of bf16: bf16 is judged on a GPU only.
+# Triton 3.6's interpreter multiplies the bit patterns of bf16: bf16 is tested on a GPU only.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 
 _REPORTS = "MEGATRON_ALIGN_TEST_REPORTS"  # in the child: the file descriptor its reports go to
@@ -36,7 +36,7 @@ def interpreted() -> bool:
 
 
 class _Child:
-    """The child pytest; its reports come in the order of the tests."""
+    """The child pytest; it reports outcomes in the order of the tests."""
 
     def __init__(self, file: Path, items: list[pytest.Item]):
         self.file = file
@@ -58,7 +58,7 @@ class _Child:
     def outcome(self, test: str) -> tuple[str, str]:
         """Return ``(passed | failed | skipped, text)`` once the child has run the test."""
         while test not in self._seen:
-            # The child writes whole lines, so a readable pipe holds at least one, or is at its end.
+            # The child writes complete lines, so a readable pipe holds at least one, or is at its end.
             ready, _, _ = select.select([self._pipe], [], [], _PATIENCE)
             line = self._pipe.readline() if ready else ""
             if not line:
@@ -84,7 +84,7 @@ _CHILD = pytest.StashKey[_Child]()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Answer a marked test from the child; leave all others alone."""
+    """Take the outcome of a marked test from the child; run all others as usual."""
     if GPU or interpreted() or not pyfuncitem.get_closest_marker("triton"):
         return None
     session = pyfuncitem.session
@@ -102,7 +102,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the child: tell the parent what became of a test; a fault in a fixture counts as the test's."""
+    """In the child: send a test's outcome to the parent; a fixture's failure counts as the test's."""
     if _REPORTS not in os.environ or (report.when != "call" and report.passed):
         return
     line = json.dumps([report.nodeid, report.outcome, report.longreprtext])
@@ -110,6 +110,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Stop the child, also where this session ended early."""
+    """Stop the child, even if this session ended early."""
     if _CHILD in session.stash:
         session.stash[_CHILD].stop()

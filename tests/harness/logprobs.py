@@ -1,4 +1,4 @@
-"""Inputs, losses and error budgets for the tests of the log-prob engine."""
+"""Inputs, losses and error bounds for the tests of the log-prob engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def exactly(tensors):
 
 
 def cut(rows, lengths):
-    """Cut rows into slabs of these lengths, over and over."""
+    """Cut rows into slabs whose lengths repeat this list."""
     slabs, at, i = [], 0, 0
     while at < rows:
         slabs.append((at, min(at + lengths[i % len(lengths)], rows)))
@@ -45,7 +45,7 @@ class TokenLoss:
 
 
 class PairLoss:
-    """DPO-like: the first half of a slab is preferred to the second; its gradient needs the whole slab's sums."""
+    """DPO-like: the first half of a slab is preferred to the second; its gradient needs sums over the full slab."""
 
     def __init__(self, slabs):
         self.slabs = slabs
@@ -98,13 +98,13 @@ def assert_within(got, same, truth, slack):
 
 
 def _distance(values, truth):
-    """Return the largest difference, of a few million numbers at a time: a head's gradient in fp64 is 4 GB."""
+    """Return the largest difference, a few million elements at a time: a head's gradient in fp64 is 4 GB."""
     pairs = (t.reshape(-1).split(1 << 22) for t in (values, truth.expand_as(values)))
     return max((some.double() - true).abs().max() for some, true in zip(*pairs, strict=True))
 
 
 class Costs(TorchDispatchMode):
-    """Counts the multiplications and additions of matrix products, and the elements of the largest tensor made."""
+    """Counts the FLOPs of matrix products and the elements of the largest tensor created."""
 
     def __init__(self):
         super().__init__()

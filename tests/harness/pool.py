@@ -1,7 +1,7 @@
-"""One pool of processes for every multi-rank test: started once, it joins a new layout per case.
+"""A pool of worker processes for all multi-rank tests, started once; each case joins a new layout.
 
-torchrun costs about 10 s a case, most of it imports; here a case costs about a second. Only processes that
-the pool started are ever stopped.
+torchrun costs about 10 s a case, mostly imports; here a case costs about a second. Only processes that the pool
+started are ever stopped.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-SIZE = 4  # started at first; a test that asks for more starts the rest
+SIZE = 4  # started first; a test that needs more starts the rest
 START_SECONDS = 400
 
 
 def free_port() -> int:
-    """Return a port that is free, and below those that the system deals out to whoever asks for any.
+    """Return a free port below the ephemeral range, from which the system assigns ports to others.
 
-    Several seconds go by until it is taken, in which a test beside this one may ask for a hundred.
+    It is bound only seconds later, and a test running in parallel may open a hundred ephemeral ports meanwhile.
     """
     while True:
         port = random.SystemRandom().randrange(20000, 30000)
@@ -46,9 +46,9 @@ def _serve(pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     from megatron_align.model import parallel
-    from tests.harness import ranks  # noqa: F401  # what will be asked for, imported before the clock runs
+    from tests.harness import ranks  # noqa: F401  # what tests call, imported before any timeout runs
 
-    gc.freeze()  # what is imported stays: collecting is quick then
+    gc.freeze()  # imported objects stay: collecting is fast without them
     pipe.send("ready")
     while True:
         try:
@@ -80,10 +80,10 @@ class Pool:
         """Call ``function(rank_info, *arguments)`` on each rank and return the answers by rank.
 
         Raises:
-            RankFailed: with the first rank's error; the pool starts afresh at the next call.
+            RankFailed: with the first rank's error; the pool restarts at the next call.
         """
         self._start(world_size)
-        # Kept here, as torchrun's agent keeps it: a port that is free now may be taken when a rank listens.
+        # Hosted here, as by torchrun's agent: a port that is free now may be taken once a rank listens.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         workers = self._workers[:world_size]
         for rank, (_, pipe) in enumerate(workers):
@@ -111,10 +111,10 @@ class Pool:
                 answers[pending[pipe]] = answer
         return [answers[rank] for rank in range(world_size)]
 
-    def _start(self, least: int) -> None:
+    def _start(self, at_least: int) -> None:
         context = multiprocessing.get_context("spawn")
         started: list[Connection] = []
-        while len(self._workers) < max(self._size, least):
+        while len(self._workers) < max(self._size, at_least):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()

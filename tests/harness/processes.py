@@ -1,4 +1,4 @@
-"""Ranks as plain processes that run a piece of code, for tests in which a rank dies or never comes."""
+"""Ranks as plain processes that run a piece of code, for tests in which a rank dies or never joins."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def start(code, rank, world, port):
 
 
 def release(processes):
-    """Let them go on together, once all have imported what they need: their time limits are short."""
+    """Start them together once all have finished their imports: their time limits are short."""
     for process in processes:
         assert process.stdout.readline() == "imported\n", process.communicate()
     for process in processes:

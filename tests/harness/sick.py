@@ -1,4 +1,4 @@
-"""Runs that something is wrong with, and what was seen of them: functions of ``(rank_info, ...)`` for the pool."""
+"""Training runs with bad numbers or too little memory: functions of ``(rank_info, ...)`` for the pool."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_align.training.step import Stepper
 from tests.harness import ranks
 from tests.harness.tiny import byte_tokenizer, change_tensors, make_model, write_chat
 
-MARK = "z"  # stands in no sum: only the sick sample has it
+MARK = "z"  # occurs in no sum: only bad samples contain it
 
 
 def make_sick_model(folder: Path) -> Path:
-    """Save a tiny model that scores NaN wherever MARK has been read."""
+    """Save a tiny model whose log-probs are NaN after MARK."""
     make_model(folder, "qwen2_untied")
     [token] = byte_tokenizer().encode(MARK)
 
@@ -33,7 +33,7 @@ def make_sick_model(folder: Path) -> Path:
 
 
 def write_sick_chat(file: Path, *sick: int, in_answer: bool = False) -> Path:
-    """Write the usual sums, with MARK in the question (or the answer) of these samples."""
+    """Write the usual sums, with MARK in the question (or the answer) of the given samples."""
     write_chat(file)
     records = [json.loads(line) for line in file.read_text().splitlines()]
     for sample in sick:
@@ -43,7 +43,7 @@ def write_sick_chat(file: Path, *sick: int, in_answer: bool = False) -> Path:
 
 
 def train_watched(rank_info: parallel.RankInfo, arguments: list[str]) -> list[tuple[bool, bool]]:
-    """Train; return of each step whether it was updated, and whether any bit of the state moved."""
+    """Train; return for each step whether it updated the weights, and whether any bit of the state changed."""
     seen, train = [], Stepper.train
 
     def watched(self, batches, *hooks):
@@ -71,7 +71,7 @@ def _digest(stepper: Stepper) -> bytes:
 
 
 def train_with_sick_loss(rank_info: parallel.RankInfo, arguments: list[str], what: str) -> None:
-    """Train with a loss that is sick where MARK is a target: its ``gradient`` is NaN, or its ``value`` ten times."""
+    """Train with a bad loss where MARK is a target: its ``gradient`` is NaN, or its ``value`` ten times as large."""
     [token] = byte_tokenizer().encode(MARK)
     whole = SFT.loss
 
@@ -86,7 +86,7 @@ def train_with_sick_loss(rank_info: parallel.RankInfo, arguments: list[str], wha
 
 
 def train_to_the_fault(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
-    """Train; return why training stopped."""
+    """Train; return the reason why training stopped."""
     try:
         ranks.train(rank_info, arguments)
     except TrainingFault as fault:
@@ -96,7 +96,7 @@ def train_to_the_fault(rank_info: parallel.RankInfo, arguments: list[str]) -> st
 
 
 def train_out_of_memory(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
-    """Train until the second step asks for too much; return what the run says."""
+    """Train until the second step runs out of memory; return the error message."""
     train, steps = Stepper.train, iter(range(9))
 
     def greedy(self, batches, *hooks):

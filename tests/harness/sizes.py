@@ -1,4 +1,4 @@
-"""config.json of the models that the examples name, as their makers publish them; no weights."""
+"""config.json of the models in the examples, as published by their authors; no weights."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def write_config(folder: Path, size: str) -> Path:
-    """Write the config.json of a size; return the folder."""
+    """Write the config.json of a model; return the folder."""
     CONFIGS[size]().save_pretrained(folder)
     return folder

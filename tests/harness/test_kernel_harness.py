@@ -1,4 +1,4 @@
-"""The harness for kernels can fail: a wrong kernel fails its test, a spilling one is told with its figures."""
+"""The kernel harness can fail: a wrong kernel fails its test, a spilling one is reported with its figures."""
 
 import pytest
 import torch
