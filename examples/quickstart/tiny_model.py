@@ -6,6 +6,7 @@ unknown, and nothing has to be downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +23,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer with a ChatML template; generation ends at ``<|im_end|>``."""
+def build_tokenizer(words: Sequence[str] = ROLES) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with a ChatML template; generation ends at ``<|im_end|>``.
+
+    ``words`` are one token each.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL])
-    tokenizer.add_tokens([AddedToken(role, normalized=False) for role in ROLES])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

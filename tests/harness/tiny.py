@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders and chat data for the tests: random weights, a byte-level ChatML tokenizer."""
+"""Tiny Hugging Face folders with random weights and a byte-level ChatML tokenizer, and data for the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,10 +23,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from examples.quickstart.tiny_model import build_tokenizer
+
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -48,60 +45,61 @@ VARIANTS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": False}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "tie_word_embeddings": False}),
 }
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+_REWARD = {"num_labels": 1, "pad_token_id": 0}
+REWARDS = {
+    "qwen2_reward": (Qwen2Config, Qwen2ForSequenceClassification, _REWARD),
+    "llama_reward": (LlamaConfig, LlamaForSequenceClassification, _REWARD),
+}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*alphabet, "<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    """Return the quickstart's tokenizer without its tokens for roles: the 256 bytes and 3 special tokens."""
+    return build_tokenizer(words=())
 
 
 def make_model(
-    folder: Path, variant: str = "qwen2_tied", dtype: torch.dtype = torch.float32, **changes
+    folder: Path,
+    variant: str = "qwen2_tied",
+    dtype: torch.dtype = torch.float32,
+    *,
+    max_shard_size: str = "5GB",
+    **changes: object,
 ) -> Path:
-    """Save a tiny model (4 layers, hidden 64, 8 heads, 2 key/value heads) and its tokenizer; return the folder."""
-    config_kind, model_kind, special = VARIANTS[variant]
-    sizes = {
-        "vocab_size": 259,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-    }
+    """Save a tiny model of ``SIZES`` and its tokenizer; ``changes`` go to its configuration. Return the folder."""
+    config_class, model_class, options = (VARIANTS | REWARDS)[variant]
     torch.manual_seed(0)
-    model = model_kind(config_kind(**{**sizes, **special, **changes})).to(dtype)
+    model = model_class(config_class(**{**SIZES, **options, **changes})).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.normal_(std=0.1)  # transformers starts biases at 0, which would hide a lost one
+                parameter.normal_(
+                    std=0.1
+                )  # transformers initialises biases to 0, which would hide a lost one
             elif "norm" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Rewrite a folder's one safetensors file, ``change`` being made to the tensors."""
+    """Apply ``change`` to the tensors of a folder's single safetensors file."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_baichuan(folder: Path) -> Path:
-    """Save a tiny Baichuan2-7B, as transformers has none: a Llama with W_pack, read as one with NormHead."""
+    """Save a tiny Baichuan2-7B, which transformers lacks: a Llama with W_pack, read as a model with NormHead."""
     make_model(
         folder, "llama3", num_key_value_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     )
@@ -110,7 +108,7 @@ def make_baichuan(folder: Path) -> Path:
         for i in range(4):
             parts = [tensors.pop(f"model.layers.{i}.self_attn.{x}_proj.weight") for x in "qkv"]
             tensors[f"model.layers.{i}.self_attn.W_pack.weight"] = torch.cat(parts)
-        tensors["lm_head.weight"] *= torch.arange(1, 260)[:, None]  # lengths that NormHead takes away
+        tensors["lm_head.weight"] *= torch.arange(1, 260)[:, None]  # row norms that NormHead removes
 
     change_tensors(folder, pack)
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -130,29 +128,12 @@ def make_baichuan(folder: Path) -> Path:
 
 
 def make_reward(folder: Path, family: str) -> Path:
-    """Save a tiny reward model, ``qwen2`` or ``llama``."""
-    config_kind, model_kind = {
-        "qwen2": (Qwen2Config, Qwen2ForSequenceClassification),
-        "llama": (LlamaConfig, LlamaForSequenceClassification),
-    }[family]
-    torch.manual_seed(0)
-    config = config_kind(
-        vocab_size=259,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    model_kind(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    """Save a tiny reward model of the family ``qwen2`` or ``llama``."""
+    return make_model(folder, f"{family}_reward", num_hidden_layers=2)
 
 
 def write_chat(file: Path, samples: int = 64, seed: int = 0) -> Path:
-    """Write sums as chats of one or two turns, of many lengths; return the file."""
+    """Write sums as chats of one or two turns and various lengths; return the file."""
     draw = random.Random(seed)
     lines = []
     for _ in range(samples):
@@ -173,23 +154,23 @@ def write_pairs(
     text: bool = False,
     **extra: Callable[[random.Random], object],
 ) -> Path:
-    """Write right and wrong sums as preference pairs, prompts longer than answers; return the file.
+    """Write correct and wrong sums as preference pairs, prompts longer than answers; return the file.
 
-    ``text``: as plain strings rather than messages. ``extra``: further fields, drawn for each pair.
+    ``text``: as plain strings instead of messages. ``extra``: further fields, drawn for each pair.
     """
     draw = random.Random(seed)
     lines = []
     for _ in range(samples):
         numbers = [draw.randrange(10 ** draw.randrange(1, 7)) for _ in range(draw.randrange(2, 5))]
         right, wrong = sum(numbers), sum(numbers) + draw.randrange(1, 10 ** draw.randrange(1, 5))
-        said = {
+        messages = {
             "prompt": ("user", " + ".join(map(str, numbers))),
             "chosen": ("assistant", f"{right}" + "!" * draw.randrange(3)),
             "rejected": ("assistant", f"{wrong}, I think" * draw.randrange(1, 3)),
         }
         record = {
             name: content if text else [{"role": role, "content": content}]
-            for name, (role, content) in said.items()
+            for name, (role, content) in messages.items()
         }
         lines.append(json.dumps({**record, **{name: value(draw) for name, value in extra.items()}}) + "\n")
     file.write_text("".join(lines), encoding="utf-8")
@@ -197,7 +178,7 @@ def write_pairs(
 
 
 def write_labelled(file: Path, samples: int = 48, seed: int = 2) -> Path:
-    """Write right and wrong sums as single answers with a label; return the file."""
+    """Write correct and wrong sums as single answers with a label; return the file."""
     draw = random.Random(seed)
     lines = []
     for _ in range(samples):
@@ -215,7 +196,7 @@ def write_labelled(file: Path, samples: int = 48, seed: int = 2) -> Path:
 
 
 def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> list[str]:
-    """Return command-line arguments of a short fp32 run; ``options`` use ``__`` for the dot."""
+    """Return command-line arguments of a short fp32 run; ``options`` have ``__`` for the dot."""
     settings = {
         "model.path": model,
         "data.train": data,
@@ -235,11 +216,12 @@ def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> l
 
 
 def metrics_of(folder: Path, split: str | None = None) -> list[dict]:
+    """Return the rows of metrics.jsonl that are of this split; None: training."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row.get("split") == split]
 
 
 def numbers(folder: Path) -> list[dict]:
-    """Return the rows of the training steps without what a clock decides."""
+    """Return the training rows without those numbers that depend on a clock."""
     times = ("tokens_per_second", "step_seconds")
     return [{name: value for name, value in row.items() if name not in times} for row in metrics_of(folder)]
