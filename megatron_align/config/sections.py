@@ -1,4 +1,4 @@
-"""The options of every section of a run but its objective: frozen dataclasses, each checking itself.
+"""The options of every section of a run except its objective: frozen dataclasses that validate themselves.
 
 The docstring of a field is its help text.
 """
@@ -15,7 +15,7 @@ RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is trained.
+    """The model that is trained.
 
     Args:
         path: a Hugging Face folder (config.json, tokenizer, safetensors) or one of our checkpoints
@@ -30,7 +30,7 @@ class DataSource:
 
     Args:
         path: file, folder or glob pattern
-        weight: passes over it per epoch; 0.5: half of its samples, another half each epoch; 2: each twice
+        weight: passes over it per epoch; 0.5: half of its samples, a different half each epoch; 2: each sample twice
     """
 
     path: str
@@ -44,19 +44,19 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What it is trained on.
+    """The training and validation data, and how they are packed.
 
     Args:
         train: file, folder or glob pattern (.jsonl, .json, .parquet, .gz), or a list of them or of {path, weight}
-        validation: the same for validation; null: none
-        shape: shape of the records (messages, pair, ...); null: recognised from each file's first record
+        validation: the same for validation data; null: none
+        shape: format of the records (messages, pair, ...); null: recognised from each file's first record
         chat_template: file with a Jinja chat template; null: the tokenizer's own
-        on_bad_record: error: stop at a malformed record; skip: leave it out and count it
+        on_bad_record: error: stop at a malformed record; skip: drop it and count it
         sequence_length: longest sample (pair, group) and capacity of one pack, in tokens
-        packing: true: several samples per micro-batch, attention isolated; false: one sample each
+        packing: true: several samples per micro-batch, attention isolated between them; false: one sample each
         shuffle: true: a new order every epoch, a function of the seed; false: file order
-        share_prefix: pairs and groups compute their prompt once (chat samples have nothing to share)
-        too_long: what to do with a sample longer than sequence_length
+        share_prefix: compute the prompt of a pair or group once (no effect on chat samples)
+        too_long: what to do with a sample longer than sequence_length: error, drop or truncate it
         cache: folder for tokenised data; null: a folder inside checkpoint.dir
     """
 
@@ -81,14 +81,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The model that preference objectives compare with (only for those that do: dpo, kto, bco).
+    """The model that the policy is compared with (only for objectives that do so: dpo, kto, bco).
 
     Args:
-        mode: cached: its log-probs are computed once before training and kept as a column of numbers; live: it
-            stays in memory and is run at every step; none: every log-prob of it is 0; null: cached
+        mode: cached: its log-probs are computed once before training and kept in a file; live: it stays in memory
+            and is run at every step; none: all its log-probs are 0; null: cached
         path: a Hugging Face folder or one of our checkpoints, of the policy's shape; null: model.path
-        sync_steps: mode live: every so many steps it moves towards the policy (TR-DPO); null: never
-        mixup_alpha: how far: reference = mixup_alpha x policy + (1 - mixup_alpha) x reference
+        sync_steps: mode live: steps between moves of the reference towards the policy (TR-DPO); null: never
+        mixup_alpha: TR-DPO mixing weight: reference = mixup_alpha x policy + (1 - mixup_alpha) x reference; null: 0.6
     """
 
     mode: Literal["cached", "live", "none"] | None = None
@@ -107,7 +107,7 @@ class ReferenceConfig:
         )
         require(
             self.mixup_alpha is None or (self.sync_steps is not None and 0 < self.mixup_alpha <= 1),
-            f"reference.mixup_alpha needs reference.sync_steps and lies in (0, 1], got {self.mixup_alpha} "
+            f"reference.mixup_alpha needs reference.sync_steps and must be in (0, 1], got {self.mixup_alpha} "
             f"with sync_steps {self.sync_steps}",
         )
         require(
@@ -120,24 +120,24 @@ class ReferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model lies on the ranks; data parallelism takes what is left of the world size.
+    """How the model is sharded over ranks; the data-parallel size is what remains of the world size.
 
     Args:
         tensor: tensor-parallel ranks
         pipeline: pipeline stages
-        context: context-parallel ranks: each pack's tokens are dealt out over them
-        context_kind: how they attend together. ulysses: swap tokens for heads; allgather: gather keys and values, work
-            balanced for each pack; auto: see docs/parallel.md (no other with context: 1)
+        context: context-parallel ranks: each pack's tokens are sharded over them
+        context_kind: attention over them. ulysses: all-to-all from tokens to heads; allgather: gather keys and values,
+            work balanced for each pack; auto: see docs/parallel.md (the only one with context: 1)
         virtual_pipeline: model chunks per pipeline stage (interleaved schedule); null: one
-        first_stage_layers: layers of the first pipeline stage, over all of its chunks; null: as many as the others
+        first_stage_layers: layers of the first pipeline stage, all its chunks together; null: as many as the others
         last_stage_layers: layers of the last pipeline stage; null: as many as the others
-        count_embedding: pipeline: the embedding counts as a layer of the first chunk when layers are dealt out
-        count_loss: pipeline: head and loss count as a layer of the last chunk when layers are dealt out
-        sequence: shard activations between the tensor-parallel regions too (no effect at tensor: 1)
-        overlap_grad_reduce: sum gradients over data-parallel ranks while backward still runs
-        overlap_param_gather: gather the updated weights layer by layer while the next forward runs
+        count_embedding: pipeline: count the embedding as a layer of the first chunk when layers are distributed
+        count_loss: pipeline: count head and loss as a layer of the last chunk when layers are distributed
+        sequence: sequence parallelism: shard activations between tensor-parallel regions too (no effect at tensor: 1)
+        overlap_grad_reduce: reduce gradients over data-parallel ranks during backward
+        overlap_param_gather: gather the updated weights layer by layer during the next forward
         overlap_p2p: interleaved schedule: send and receive between stages while they compute
-        timeout_seconds: a rank that keeps the others waiting longer ends the run, in seconds
+        timeout_seconds: collective timeout in seconds; a stalled rank aborts the run
     """
 
     tensor: int = 1
@@ -229,10 +229,10 @@ class OptimizerConfig:
     Args:
         lr: peak learning rate
         weight_decay: decoupled weight decay on matrices; vectors (norms, biases) have none
-        betas: decay of the first and second moment
-        eps: added to the root of the second moment
+        betas: decay rates of the first and second moment
+        eps: added to the square root of the second moment
         warmup_steps: steps of linear warm-up from 0
-        schedule: what follows the warm-up, down to 0 at the last step (constant: stays)
+        schedule: after the warm-up: cosine or linear decay to 0 at the last step, or constant
         clip_grad: largest global gradient norm; 0: no clipping
     """
 
@@ -261,26 +261,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how precisely.
+    """Batch size, length, precision and checks of training.
 
     Args:
-        global_batch_size: samples (pairs, groups) of one optimiser step, whatever the layout; null: 16, or as
-            many as global_batch_tokens says
-        global_batch_tokens: instead of global_batch_size: samples are taken in order while they fit into so
-            many tokens, at least one
+        global_batch_size: samples (pairs, groups) per optimiser step, independent of the layout; null: 16, or
+            decided by global_batch_tokens
+        global_batch_tokens: instead of global_batch_size: tokens per optimiser step; samples are taken in order
+            while they fit, at least one
         steps: optimiser steps; give this or epochs
         epochs: passes over the training data; give this or steps
-        seed: of the data order
+        seed: random seed of the data order
         precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
-        recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and run k
-            merged layers again in backward
-        recompute_modules: parts of every layer whose activations are made again in backward: attention, mlp,
+        recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and
+            recompute k layers at a time in backward
+        recompute_modules: parts of every layer whose activations are recomputed in backward: attention, mlp,
             norms; not together with recompute_layers
         validate_every: steps between validations, besides the one after the last step; null: only that one
-        on_nonfinite: what to do when loss or gradients are NaN or infinite: stop: end the run; skip: go on without
-            the step's update, at most 10 times in a row
+        on_nonfinite: when loss or gradients are NaN or infinite: stop: end the run; skip: continue without the
+            step's update, at most 10 times in a row
         self_check: before the first step, resumed or not, check that ranks agree and that packing changes nothing;
-            after step 1 that a policy which starts as its reference was seen to be it
+            after step 1, that a policy which starts as its own reference has reward 0
     """
 
     global_batch_size: int | None = None
@@ -328,16 +328,16 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept.
+    """Checkpoints, resuming and export.
 
     Args:
         dir: folder of the run: metrics.jsonl, config.yaml, step_NNNNNN/, hf/
         save_every: steps between checkpoints, besides the one after the last step; null: only that one
-        keep: newest checkpoints kept
-        keep_every: checkpoints of steps that this divides are kept too, for good; null: none
-        async_save: write checkpoints while training goes on; takes host memory for a copy of what is written
-        resume: auto: go on from the newest whole checkpoint in dir, if any; never: refuse a dir that has one
-        resume_allow: what may differ from the run that is resumed: data, tokenizer, order (seed, batch size,
+        keep: number of most recent checkpoints to retain
+        keep_every: also retain checkpoints of steps divisible by this, permanently; null: none
+        async_save: write checkpoints in the background; needs host memory for a copy of the state
+        resume: auto: resume from the newest intact checkpoint in dir, if any; never: refuse a dir that has one
+        resume_allow: differences from the resumed run to accept: data, tokenizer, order (seed, batch size,
             shuffling), objective, reference
         export_hf: write the trained model as a Hugging Face folder to dir/hf at the end
     """
@@ -378,13 +378,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where the numbers go besides metrics.jsonl.
+    """Trackers, timing and profiling; metrics.jsonl is always written.
 
     Args:
         tensorboard: write event files to checkpoint.dir/tensorboard
         wandb: Weights & Biases project; null: off
         mlflow: MLflow experiment, on the server of MLFLOW_TRACKING_URI; null: off
-        timing_every: steps between measurements of where the time of a step goes, on every rank; null: never
+        timing_every: steps between measurements of the phases of a step, on every rank; null: never
         profile_steps: first and last step of a PyTorch profiler trace per rank, in checkpoint.dir/profile; null: none
     """
 

@@ -1,7 +1,7 @@
-"""The reference's log-probs as data: one number per completion, computed once, kept in a file, shared by later runs.
+"""Cached log-probs of the reference: one number per completion, computed once, kept in a file, reused by later runs.
 
-A column is keyed by the hashes of all that decides it (weights, tokenised data, precision, options of the sums) and
-is filled for the samples that a run will meet; a run that meets others fills it further. The file is replaced whole.
+A column's key is a hash of everything its values depend on (weights, tokenised data, precision, options of the sums).
+It is filled for the samples that a run uses; a run with others fills in those. The file is replaced atomically.
 
 Shapes: K entries of a column (completions of a store, or steps of a run).
 """
@@ -46,60 +46,68 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Numbers in a file: ``values_K`` (float64), NaN where not computed yet."""
+    """Numbers in a file.
+
+    Args:
+        file: of the column.
+        key: what the values depend on, by name; the file's first line holds it.
+        values_K: float64, NaN where not computed yet.
+    """
 
     file: Path
-    facts: dict[str, Any]  # what decides the values
+    key: dict[str, Any]
     values_K: np.ndarray
 
     @classmethod
-    def open(cls, folder: Path, facts: dict[str, Any], entries: int) -> Column:
-        """Read the column of these facts in ``folder``, or start it.
+    def open(cls, folder: Path, key: dict[str, Any], entries: int) -> Column:
+        """Read the column with this key in ``folder``, or start an empty one.
 
         Raises:
-            InputError: the file is damaged, or its facts are others: names the one that differs.
+            InputError: the file is corrupt, or its key differs: names the part that does.
         """
-        facts = {"version": VERSION, "entries": entries, **facts}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        file = folder / f"reference_{key}.bin"
-        if not file.exists():
-            return cls(file, facts, np.full(entries, np.nan))
-        return cls(file, facts, _read(file, facts))
+        key = {"version": VERSION, "entries": entries, **key}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        file = folder / f"reference_{digest}.bin"
+        return cls(file, key, _read(file, key) if file.exists() else np.full(entries, np.nan))
 
     def save(self) -> None:
-        """Write the column beside its place, then give it its name."""
+        """Write the file atomically: to a temporary name, then renamed."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        half = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        header = {"facts": self.facts, "sha256": hashlib.sha256(self.values_K).hexdigest()}
+        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        header = {"facts": self.key, "sha256": hashlib.sha256(self.values_K).hexdigest()}
         try:
-            with open(half, "wb") as out:
+            with open(temporary, "wb") as out:
                 out.write(json.dumps(header).encode() + b"\n")
                 out.write(np.ascontiguousarray(self.values_K, dtype="<f8"))
                 out.flush()
                 os.fsync(out.fileno())
-            os.replace(half, self.file)
+            os.replace(temporary, self.file)
         except OSError as error:
-            half.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise OSError(
-                f"{self.file}: the reference's log-probs could not be written: {error.strerror}"
+                f"the reference's log-probs could not be written: {error.strerror} at {self.file}"
             ) from error
 
 
-def _read(file: Path, facts: dict[str, Any]) -> np.ndarray:
-    remedy = "delete it, it will be made anew"
+def _read(file: Path, key: dict[str, Any]) -> np.ndarray:
+    remedy = "delete the file: it will be computed again"
     with open(file, "rb") as opened:
         try:
             header = json.loads(opened.readline())
-            found, digest = header["facts"], header["sha256"]
+            found, checksum = header["facts"], header["sha256"]
         except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{file}: must start with a line of facts, found none: {remedy}") from error
+            raise InputError(
+                f"cached reference log-probs are corrupt: no header in {file}; {remedy}"
+            ) from error
         values_K = np.frombuffer(opened.read(), dtype=np.uint8)
-    for name, fact in facts.items():
-        if found.get(name) != fact:
-            raise InputError(f"{file}: must be of {name} {fact}, got {found.get(name)}: {remedy}")
-    if hashlib.sha256(values_K).hexdigest() != digest or len(values_K) != 8 * facts["entries"]:
+    for name, value in key.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"cached reference log-probs must have {name} {value}, got {found.get(name)} in {file}; {remedy}"
+            )
+    if hashlib.sha256(values_K).hexdigest() != checksum or len(values_K) != 8 * key["entries"]:
         raise InputError(
-            f"{file}: must have sha256 {digest}, its {len(values_K)} bytes have another: {remedy}"
+            f"cached reference log-probs are corrupt: SHA-256 mismatch in {file} ({len(values_K)} bytes); {remedy}"
         )
     return values_K.view("<f8").astype(np.float64)
 
@@ -107,13 +115,13 @@ def _read(file: Path, facts: dict[str, Any]) -> np.ndarray:
 def weights_hash(path: Path) -> str:
     """Return one hash of all weight files of a Hugging Face folder or of a checkpoint."""
     files = sorted(path.glob("*.safetensors")) or sorted(p for p in (path / "state").iterdir() if p.is_file())
-    told = [(file.name, sha256(file)) for file in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    hashes = [(file.name, sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceColumns:
-    """What one split of a run needs of its reference.
+    """The cached log-probs of one split of a run.
 
     Args:
         completions: summed log-prob of each completion of the store.
@@ -125,52 +133,52 @@ class ReferenceColumns:
 
     @classmethod
     def open_all(
-        cls, plan: RunSetup, config: RunConfig, objective: Objective, weights: str
+        cls, setup: RunSetup, config: RunConfig, objective: Objective, weights: str
     ) -> dict[str, ReferenceColumns]:
-        """Open the columns of training and validation data; rank 0's files count, for every rank.
+        """Open the columns of training and validation data. Collective: every rank gets the values of rank 0's files.
 
         Args:
-            plan: of the run.
+            setup: of the run.
             config: of the run.
             objective: of the run.
-            weights: the reference's hash.
+            weights: hash of the reference's weights.
         """
-        facts = {
+        key = {
             "weights": weights,
             "precision": config.train.precision,
             **objective.scoring_options,
         }
         folder = Path(config.data.cache or Path(config.checkpoint.dir) / CACHE_IN_RUN)
-        found = {}
+        opened = {}
         for split in ("train", "validation"):
-            store: TokenStore | None = getattr(plan, split)
+            store: TokenStore | None = getattr(setup, split)
             if store is None:
                 continue
-            of_split = {**facts, "data": store.path.name}
+            of_split = {**key, "data": store.path.name}
             columns = [Column.open(folder, of_split, int(store.completion_offsets[-1]))]
             if "mismatched_logprobs" in objective.needs:
-                order, steps = _order_facts(plan, split)
+                order, steps = _order_key(setup, split)
                 columns.append(Column.open(folder, {**of_split, **order}, steps))
             for column in columns:
-                _agree(column)
-            found[split] = cls(columns[0], columns[1] if len(columns) > 1 else None)
-        return found
+                _broadcast(column)
+            opened[split] = cls(columns[0], columns[1] if len(columns) > 1 else None)
+        return opened
 
     def reference(self) -> CachedReference:
-        """Return them as what a step compares with."""
+        """Return the reference that reads these columns."""
         return CachedReference(self.mismatched and self.mismatched.values_K)
 
     def missing(self, steps: StepBatches, wanted: range) -> list[int]:
-        """Return the steps of ``wanted`` that need numbers which neither the columns nor earlier ones have."""
-        known_K = ~np.isnan(self.completions.values_K)
-        found = []
+        """Return the steps of ``wanted`` with values that neither the columns nor earlier steps of the list provide."""
+        computed_K = ~np.isnan(self.completions.values_K)
+        missing = []
         for step in wanted:
             stored = steps.stored(step)
             lacks_mean = self.mismatched is not None and np.isnan(self.mismatched.values_K[step])
-            if lacks_mean or not known_K[stored].all():
-                found.append(step)
-                known_K[stored] = True
-        return found
+            if lacks_mean or not computed_K[stored].all():
+                missing.append(step)
+                computed_K[stored] = True
+        return missing
 
     def fill(
         self,
@@ -180,24 +188,22 @@ class ReferenceColumns:
         groups: ProcessGroupCollection,
         watchdog: Watchdog,
     ) -> None:
-        """Run a model with the reference's weights over some steps; rank 0 keeps the files.
+        """Compute the values of some steps with a model that holds the reference's weights; rank 0 writes the files.
 
-        The packs are those of training, so on the same layout a policy with the same weights gives the very same
-        numbers, bit by bit.
+        The packs are those of training, so on the same layout a policy with the same weights gives the same numbers,
+        bit for bit.
         """
         saved = time.monotonic()
-        with Prefetcher(missing, steps.step) as ahead, _progress(len(missing)) as say:
-            for step in ahead:
+        with Prefetcher(missing, steps.step) as data, _progress(len(missing)) as advance:
+            for step in data:
                 watchdog.report(f"reference step {step.number + 1}")
-                found = scorer.sums(step.batches)
-                self.completions.values_K[step.stored_C] = gather_step(
-                    found, step.packs, step, groups
-                ).numpy()
+                values_S = gather_step(scorer.sums(step.batches), step.packs, step, groups)
+                self.completions.values_K[step.stored_C] = values_S.numpy()
                 if self.mismatched is not None:
-                    found = scorer.sums(step.mismatched.batches)
-                    values_S = gather_step(found, step.mismatched, step, groups)
+                    scores = scorer.sums(step.mismatched.batches)
+                    values_S = gather_step(scores, step.mismatched, step, groups)
                     self.mismatched.values_K[step.number] = values_S.mean().item()
-                say()
+                advance()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self._save()
                     saved = time.monotonic()
@@ -210,34 +216,34 @@ class ReferenceColumns:
 
 
 def hash_of_rank_0(weights: Path) -> str:
-    """Return the hash of the weights as rank 0 reads them: once, not once on every rank."""
-    found = [weights_hash(weights) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    """Return the hash of the weights, which only rank 0 reads. Collective."""
+    of_rank_0 = [weights_hash(weights) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(of_rank_0, src=0)
+    return of_rank_0[0]
 
 
-def _order_facts(plan: RunSetup, split: str) -> tuple[dict[str, Any], int]:
-    """Return what decides which samples meet in each step, and how many steps there are."""
-    data, sources = plan.config.data, getattr(plan.config.data, split)
-    train = plan.config.train if split == "train" else one_epoch(plan.config.train)
+def _order_key(setup: RunSetup, split: str) -> tuple[dict[str, Any], int]:
+    """Return everything that determines the samples of each step, and the number of steps."""
+    data, sources = setup.config.data, getattr(setup.config.data, split)
+    train = setup.config.train if split == "train" else one_epoch(setup.config.train)
     names = ("seed", "global_batch_size", "global_batch_tokens", "epochs")
-    facts = {name: getattr(train, name) for name in names}
-    facts |= {"shuffle": data.shuffle, "passes": list(passes_per_epoch(sources))}
-    steps = train.steps or step_order(getattr(plan, split), data, train, sources).steps
-    return {**facts, "sequence_length": data.sequence_length}, steps
+    key = {name: getattr(train, name) for name in names}
+    key |= {"shuffle": data.shuffle, "passes": list(passes_per_epoch(sources))}
+    steps = train.steps or step_order(getattr(setup, split), data, train, sources).steps
+    return {**key, "sequence_length": data.sequence_length}, steps
 
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    """Yield what moves the bar on, on rank 0's terminal."""
+    """Show a progress bar on rank 0's terminal; yield the function that advances it by a step."""
     hidden = dist.get_rank() != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
         task = progress.add_task("Reference log-probs", total=steps)
         yield lambda: progress.update(task, advance=1)
 
 
-def _agree(column: Column) -> None:
-    """Take rank 0's values on every rank."""
+def _broadcast(column: Column) -> None:
+    """Copy rank 0's values to every rank."""
     values_K = torch.from_numpy(column.values_K).to(cpu.device())
     dist.broadcast(values_K, src=0)
     column.values_K[:] = values_K.cpu().numpy()

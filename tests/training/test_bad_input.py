@@ -55,7 +55,7 @@ CONFIG = {
     "recompute": ({"train__recompute_layers": 5}, "train.recompute_layers must be at most the 4 layers"),
     "positions": ({"data__sequence_length": 4096}, "data.sequence_length must not pass the model's 2048"),
     "too long": ({"data__sequence_length": 64}, r"chat.jsonl:\d+: a sample must fit in data.sequence_length = 64"),
-    "warm-up": ({"optimizer__warmup_steps": 6}, "optimizer.warmup_steps must not pass train.steps = 5, got 6"),
+    "warm-up": ({"optimizer__warmup_steps": 6}, "optimizer.warmup_steps must not exceed train.steps = 5, got 6"),
     "unread reference": ({"objective__name": "simpo", "reference__mode": "live"}, "simpo compares with no reference"),
     "still reference": ({"objective__name": "dpo", "reference__sync_steps": 2}, "sync_steps needs reference.mode live"),
     "path of no reference": ({"objective__name": "dpo", "reference__mode": "none", "reference__path": "x"}, "not read"),

@@ -44,23 +44,23 @@ def test_a_column_survives_its_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [column.file.name]  # nothing half-written stays
 
 
-def test_a_damaged_column_is_refused(tmp_path):
+def test_a_corrupt_column_is_refused(tmp_path):
     column = Column.open(tmp_path, FACTS, 3)
     column.values_K[:] = (1, 2, 3)
     column.save()
     whole = column.file.read_bytes()
     line = whole.index(b"\n") + 1
     foreign = (
-        json.dumps({"facts": {**column.facts, "weights": "v"}, "sha256": "x"}).encode() + whole[line - 1 :]
+        json.dumps({"facts": {**column.key, "weights": "v"}, "sha256": "x"}).encode() + whole[line - 1 :]
     )
     for content, need in (
-        (whole[:-8], "must have sha256"),
-        (whole[:-1] + b"\x01", "must have sha256"),
-        (b"nothing\n" + whole[line:], "must start with a line of facts"),
-        (foreign, "must be of weights w, got v"),
+        (whole[:-8], "are corrupt: SHA-256 mismatch in"),
+        (whole[:-1] + b"\x01", "are corrupt: SHA-256 mismatch in"),
+        (b"nothing\n" + whole[line:], "are corrupt: no header in"),
+        (foreign, "must have weights w, got v"),
     ):
         column.file.write_bytes(content)
-        with pytest.raises(InputError, match=f"{column.file.name}.*{need}.*delete it"):
+        with pytest.raises(InputError, match=f"{need}.*{column.file.name}.*delete the file"):
             Column.open(tmp_path, FACTS, 3)
 
 
