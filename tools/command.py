@@ -1,4 +1,4 @@
-"""What every tool's command line shares: choosing a sub-command, and options whose mistakes are one line."""
+"""Command lines of the tools: sub-commands, and options whose errors are one line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megatron_align.errors import InputError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is an :class:`InputError`, and an unknown option names the nearest known one."""
+    """argparse whose errors are :class:`InputError`; an unknown option names the nearest valid one."""
 
     def __init__(self, program: str, about: str):
-        self._known: list[str] = []
+        self._names: list[str] = []
         super().__init__(
             prog=program,
             description=about,
@@ -22,51 +22,51 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Add an argument, as argparse does."""
-        self._known += names
+        """Add an argument as argparse does."""
+        self._names += names
         return super().add_argument(*names, **options)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Return the options.
+        """Parse the arguments.
 
         Raises:
             InputError: for an unknown, missing or malformed one.
         """
-        # Looked at first: argparse would only report that the misspelt one is missing.
+        # Checked first: argparse would only report that the correctly spelt option is missing.
         for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-            if name not in self._known:
-                raise InputError(f"{self.prog} has no option {name}{nearest(name, self._known)}")
+            if name not in self._names:
+                raise InputError(f"{self.prog} has no option {name}{nearest(name, self._names)}")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse found wrong."""
+        """Raise argparse's error as :class:`InputError`."""
         raise InputError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
 def choose(program: str, about: str, commands: dict[str, str], arguments: list[str]) -> tuple[str, list[str]]:
-    """Split ``arguments`` into a command's name and what follows; print the commands if help is asked for.
+    """Split ``arguments`` into the name of a command and its arguments; print all commands for ``--help``.
 
     Args:
-        program: as typed so far.
-        about: one line about it.
+        program: the command line up to here.
+        about: one line about the program.
         commands: names and one line about each.
-        arguments: of the command line.
+        arguments: the rest of the command line.
 
     Raises:
         InputError: no command was named, or an unknown one.
     """
-    known = list(commands)
+    names = list(commands)
     if not arguments:
-        raise InputError(f"{program} needs a command, one of {', '.join(known)} (see {program} --help)")
+        raise InputError(f"{program} needs a command, one of {', '.join(names)} (see {program} --help)")
     name, *rest = arguments
     if name in ("-h", "--help"):
-        width = max(map(len, known))
+        width = max(map(len, names))
         lines = "\n".join(f"  {command:{width}}  {summary}" for command, summary in commands.items())
         print(f"usage: {program} COMMAND ...\n\n{about}\n\ncommands:\n{lines}\n")
-        print(f"{program} COMMAND --help tells more of each.")
+        print(f"{program} COMMAND --help describes a command.")
         sys.exit(0)
     if name not in commands:
         raise InputError(
-            f"{program} has no command '{name}', it has {', '.join(known)}{nearest(name, known)}"
+            f"{program} has no command '{name}', it has {', '.join(names)}{nearest(name, names)}"
         )
     return name, rest

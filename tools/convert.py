@@ -169,7 +169,7 @@ def _quiet_transformers() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its modules would shadow packages
     from megatron_align.tools.main import main
 
     sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
 """The console command ``megatron-align TOOL ...``; also ``python -m megatron_align.tools.main``.
 
-A tool is a module beside this one with a function ``run(arguments) -> exit code``. Exit codes: 0 done; 2 bad
-input, one line says what; anything else is the tool's own.
+A tool is a module of this package with a function ``run(arguments) -> exit code``. Exit codes: 0 success; 2 bad
+input, described in one line; others are the tool's own.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 import warnings
 from pathlib import Path
 
-ABOUT = "Tools around alignment training; the training itself is: torchrun -m megatron_align.train --help"
+ABOUT = "Tools for alignment training. To train: torchrun -m megatron_align.train --help"
 TOOLS = {
-    "convert": "Hugging Face folder <-> checkpoint, and proof that both hold the same model",
-    "merge": "merge Hugging Face folders into one: model stock, task arithmetic, linear and others",
-    "plan": "say what a run takes in memory and time, and which layouts fit",
-    "prepare": "tokenise data once, before training, and report what it holds",
-    "report": "draw the metrics of one run or several: a page that needs nothing else, and pictures",
+    "convert": "convert between Hugging Face folders and checkpoints, and verify that both hold the same model",
+    "merge": "merge Hugging Face models into one: model stock, task arithmetic, linear and others",
+    "plan": "estimate memory and time of a run, and list the parallel layouts that fit",
+    "prepare": "tokenise data before training, and report statistics and samples",
+    "report": "draw the metrics of one or several runs: one HTML page and PNG files",
 }
 
 
@@ -33,19 +33,19 @@ def main(arguments: list[str] | None = None) -> int:
         return importlib.import_module(f"megatron_align.tools.{name}").run(rest)
     except InputError as error:
         line = str(error)
-    except OSError as error:  # a full disk, a folder that may not be read: the system's own words
+    except OSError as error:  # a full disk, a folder without permission: the operating system's message
         line = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
 
 
 def _quiet() -> None:
-    """Silence what users can do nothing about: absent extras that are not needed, calls by megatron-core."""
-    logging.getLogger("megatron.core").setLevel(logging.CRITICAL)  # its faults come as errors, too
+    """Silence warnings that users cannot act on: optional extras that are not installed, megatron-core internals."""
+    logging.getLogger("megatron.core").setLevel(logging.CRITICAL)  # its faults are also raised as errors
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its modules would shadow packages
     sys.exit(main())

@@ -99,7 +99,7 @@ def _merge(name: str, options: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its modules would shadow packages
     from megatron_align.tools.main import main
 
     sys.exit(main(["merge", *sys.argv[1:]]))

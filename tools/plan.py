@@ -1,4 +1,4 @@
-"""``megatron-align plan``: memory, operations and time of a run on paper, and the layouts that fit. No GPU is needed.
+"""``megatron-align plan``: estimate memory, operations and time of a run and search layouts, without a GPU.
 
 Also ``python tools/plan.py``. Exit code: 0 a layout fits; 1 none does; 2 bad input.
 """
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from megatron_align.tools.command import Parser
 
 PROGRAM = "megatron-align plan"
-ABOUT = """Say what a run takes, and which layouts fit: memory of each pipeline stage, operations of a step, estimated
-time, bytes of each collective. Of model.path only config.json is read; of the data their lengths, where they are
-tokenised already or small, else every pack is taken as full. Needs no GPU and no torchrun.
+ABOUT = """Estimate the memory of each pipeline stage, the operations and the time of a step and the bytes of each
+collective, and list the parallel layouts that fit. Only config.json of model.path is read; sample lengths are used
+where the data are tokenised already or small, else every pack is assumed full. Needs no GPU and no torchrun.
 
-The run's own options (--section.key value) may stand beside these, as they would beside train's.
+Options of the run (--section.key value) can be given too, as for train.
 
-Bytes and operations are counted, and the counts are tested; times are estimates to compare layouts by."""
-SMALL_BYTES = 16_000_000  # data up to this are tokenised for the plan, into a folder that is removed again
+Bytes and operations are counted, and the counts are tested; times are estimates for comparing layouts."""
+SMALL_BYTES = 16_000_000  # data up to this size are tokenised for the plan, into a temporary folder
 
 
 def run(arguments: list[str]) -> int:
@@ -37,24 +37,24 @@ def run(arguments: list[str]) -> int:
 
     parser = Parser(PROGRAM, ABOUT)
     _arguments(parser)
-    own, changes = _apart(arguments)
+    own, changes = _split(arguments)
     options = parser.parse(own)
     if "torch" not in sys.modules:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # others may be training on them
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other processes may be training on the GPUs
     from megatron_align.cost.chips import chip
     from megatron_align.cost.memory import GIB
     from megatron_align.cost.search import PlanRequest, best
     from megatron_align.errors import InputError
     from megatron_align.objectives.configuration import parse
-    from megatron_align.tools.plan_text import head, nothing_fits, own_layout, table
+    from megatron_align.tools.plan_text import configured_layout, head, nothing_fits, table
 
     config = parse(["--config", options.config, *changes])
     if options.write and Path(options.write).exists():
         raise InputError(f"--write needs a new file, '{options.write}' exists")
     shape = _shape(config)
     with tempfile.TemporaryDirectory() as folder:
-        work, told = _work(config, folder)
-        ask = PlanRequest(
+        work, source = _work(config, folder)
+        request = PlanRequest(
             config=config,
             shape=shape,
             gpus=options.gpus,
@@ -63,17 +63,17 @@ def run(arguments: list[str]) -> int:
             work=work,
             efficiency=options.efficiency,
         )
-        print(head(ask, options.chip, told))
-        print(own_layout(ask))
-        found = best(ask, options.count)
-        print(table(ask, found) if found else nothing_fits(ask))
-    if found and options.write:
-        _write(options.write, config, found[0])
-        print(f"wrote the first of them to {options.write}")
-    return 0 if found else 1
+        print(head(request, options.chip, source))
+        print(configured_layout(request))
+        fitting = best(request, options.count)
+        print(table(request, fitting) if fitting else nothing_fits(request))
+    if fitting and options.write:
+        _write(options.write, config, fitting[0])
+        print(f"wrote the first layout to {options.write}")
+    return 0 if fitting else 1
 
 
-def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split into plan's own arguments and those of the run: ``--section.key value`` or ``--section.key=value``."""
     own: list[str] = []
     changes: list[str] = []
@@ -93,19 +93,19 @@ def _arguments(parser: Parser) -> None:
     from megatron_align.cost.time import EFFICIENCY
 
     add = parser.add_argument
-    add("--config", required=True, metavar="RUN.yaml", help="configuration of a run, any stage")
-    add("--gpus", required=True, type=_count, metavar="N", help="GPUs")
-    add("--gpu-memory", required=True, type=_positive, metavar="GIB", help="memory of each, in GiB")
-    add("--chip", default="h100", help=f"what they are: {', '.join(CHIPS)} (default: h100)")
+    add("--config", required=True, metavar="RUN.yaml", help="configuration of a run")
+    add("--gpus", required=True, type=_count, metavar="N", help="number of GPUs")
+    add("--gpu-memory", required=True, type=_positive, metavar="GIB", help="memory of each GPU, in GiB")
+    add("--chip", default="h100", help=f"type of GPU: {', '.join(CHIPS)} (default: h100)")
     add(
         "--efficiency",
         type=_share,
         default=EFFICIENCY,
         metavar="X",
-        help=f"share of the chip's peak that is reached: an assumption (default: {EFFICIENCY})",
+        help=f"assumed share of the chip's peak FLOP/s (default: {EFFICIENCY})",
     )
-    add("--count", type=_count, default=5, metavar="N", help="layouts shown (default: 5)")
-    add("--write", metavar="FILE", help="write the configuration with the quickest layout to a new file")
+    add("--count", type=_count, default=5, metavar="N", help="number of layouts to show (default: 5)")
+    add("--write", metavar="FILE", help="write the configuration with the fastest layout to a new file")
 
 
 def _count(text: str) -> int:
@@ -127,7 +127,7 @@ def _positive(text: str) -> float:
 def _share(text: str) -> float:
     value = _positive(text)
     if value > 1:
-        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text}")
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
     return value
 
 
@@ -140,7 +140,7 @@ def _shape(config: RunConfig) -> ModelShape:
 
 
 def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
-    """Return what a step computes, and in words where that is known from."""
+    """Return the work of a step, and a description of the lengths it is based on."""
     from megatron_align.cost.work import full_packs, of_store
     from megatron_align.data.formats.files import expand
     from megatron_align.data.store import TokenStore
@@ -152,15 +152,15 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
     _, assets = locate(config.model.path)
     spec = StoreSpec.of_run(config, "train", str(assets))
     assert spec is not None, "data.train has no default"
-    full = f"every pack taken as one document of {config.data.sequence_length:,} tokens, all scored"
+    full = f"every pack is assumed to be one document of {config.data.sequence_length:,} tokens, all scored"
     try:
         size = sum(os.path.getsize(file) for source in spec.sources for file in expand(source))
     except InputError:
-        return full_packs(config), f"data.train is not there: {full}"
+        return full_packs(config), f"data.train does not exist: {full}"
     if not list(Path(assets).glob("tokenizer*")):
         return full_packs(config), f"model.path has no tokenizer: {full}"
-    if Path(spec.cache).is_dir() and (made := spec.path(spec.inputs())).exists():
-        return of_store(TokenStore(made), config), f"lengths of the tokenised data in {made}"
+    if Path(spec.cache).is_dir() and (path := spec.path(spec.inputs())).exists():
+        return of_store(TokenStore(path), config), f"lengths of the tokenised data in {path}"
     if size > SMALL_BYTES:
         return full_packs(
             config
@@ -178,13 +178,13 @@ def _write(file: str, config: RunConfig, chosen: Candidate) -> None:
     train = dataclasses.replace(
         config.train, recompute_layers=placement.recompute_layers, recompute_modules=[]
     )
-    settled = dataclasses.replace(config, parallel=placement.parallel, train=train)
-    text = yaml.safe_dump(to_dict(settled), sort_keys=False, allow_unicode=True)
+    planned = dataclasses.replace(config, parallel=placement.parallel, train=train)
+    text = yaml.safe_dump(to_dict(planned), sort_keys=False, allow_unicode=True)
     Path(file).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its modules would shadow packages
     from megatron_align.tools.main import main
 
     sys.exit(main(["plan", *sys.argv[1:]]))

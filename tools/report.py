@@ -1,6 +1,6 @@
-"""``megatron-align report DIR...``: one page about one run, or several side by side. Also ``python tools/report.py``.
+"""``megatron-align report DIR...``: draw the metrics of one or several runs. Also ``python tools/report.py``.
 
-Exit code: 0 done, 2 bad input.
+Exit code: 0 success, 2 bad input.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 PROGRAM = "megatron-align report"
-ABOUT = """Draw the metrics of finished or running runs: report.html, which needs no other file and no network,
-and a PNG of each chart.
+ABOUT = """Draw the metrics of finished or running runs: report.html, a self-contained page, and a PNG of each chart.
 
-Several runs are laid over each other, and what differs in their configurations is listed. What every metric means
-is on the page. Needs no GPU and no torchrun; nothing is written into the runs unless --out says so."""
+Several runs are drawn into the same charts, and the differences of their configurations are listed. The page explains
+every metric. Needs no GPU and no torchrun; writes only into --out."""
 
 
 def run(arguments: list[str]) -> int:
@@ -21,9 +20,9 @@ def run(arguments: list[str]) -> int:
     from megatron_align.tools.command import Parser
 
     parser = Parser(PROGRAM, ABOUT)
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run, with its metrics.jsonl")
-    parser.add_argument("--out", default="report", metavar="DIR", help="folder to write (default: report)")
-    parser.add_argument("--title", help="of the page (default: names of the runs)")
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run, with metrics.jsonl")
+    parser.add_argument("--out", default="report", metavar="DIR", help="output folder (default: report)")
+    parser.add_argument("--title", help="title of the page (default: names of the runs)")
     options = parser.parse(arguments)
     from megatron_align.errors import require
     from megatron_align.storage.atomic_write import require_writable
@@ -33,7 +32,7 @@ def run(arguments: list[str]) -> int:
     from megatron_align.tools.report_runs import read_runs
 
     out = Path(options.out)
-    require(not out.exists() or out.is_dir(), f"--out must be a folder, found a file at {out}")
+    require(not out.exists() or out.is_dir(), f"--out must be a folder, got a file: {out}")
     require_writable(out / "report.html")
     runs = read_runs(options.runs)
     charts = charts_of(runs)
@@ -46,7 +45,7 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its files would hide packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not tools/: its modules would shadow packages
     from megatron_align.tools.main import main
 
     sys.exit(main(["report", *sys.argv[1:]]))

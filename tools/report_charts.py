@@ -1,6 +1,6 @@
-"""Charts of runs: which there are, what is on them, and how they look as SVG.
+"""Charts of runs: select the metrics, thin out the points, render SVG.
 
-Colours are CSS variables of the page, so that the same picture serves light and dark.
+Colours are CSS variables of the page, so that the same SVG serves light and dark mode.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from statistics import fmean, median
 from megatron_align.monitoring.metric_names import METRICS, Metric
 from megatron_align.tools.report_runs import Run
 
-MOST_POINTS = 400  # of a line; more are no more to see
-MANY = 40  # points, from which a noisy curve gets a running median, and outliers may leave the picture
-_PARTS = 25  # of a curve: a running median is taken over one
-_NOISY = 4  # times its range: the way up and down that a smooth curve does not go
+MOST_POINTS = 400  # of a line; more would not be visible
+MANY = 40  # points from which a noisy curve gets a running median and outliers are clipped
+_PARTS = 25  # of a curve: the window of the running median is one part
+_NOISY = 4  # a curve is noisy if its total variation is more than this times its range
+# Drawn only if some value is not 0.
 _QUIET = (
     "skipped_steps",
     "loss_spikes",
     "grad_norm_outliers",
     "tokens_saved",
     "recomputed_samples",
-)  # all 0: no chart
+)
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # of the plotting area
 
@@ -37,19 +38,19 @@ Point = tuple[float, float]
 class Line:
     """One curve of a run."""
 
-    run: int  # which one
+    run: int  # index of the run
     points: Sequence[Point]
     validation: bool = False
 
     @property
     def smooth(self) -> list[Point]:
-        """The trend of a noisy curve with points enough, else nothing: running median, then running mean."""
+        """Running median, then running mean, of a noisy curve with enough points; else empty."""
         values = [y for _, y in self.points]
         if len(values) < MANY:
             return []
         first, last = _without_extremes(values)
-        way = sum(abs(b - a) for a, b in pairwise(values))
-        if first == last or way <= _NOISY * (last - first):
+        variation = sum(abs(b - a) for a, b in pairwise(values))
+        if first == last or variation <= _NOISY * (last - first):
             return []
         reach = max(2, len(values) // (2 * _PARTS))
         for middle in (median, fmean):
@@ -66,12 +67,12 @@ class Chart:
 
     @property
     def values(self) -> list[float]:
-        """Every value on it."""
+        """All values of the chart."""
         return [y for line in self.lines for _, y in line.points]
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Lowest and highest value of the picture: one spike must not press all other values to the ground."""
+        """Lowest and highest value of the axis; outliers are clipped so that a spike does not flatten the rest."""
         values = self.values
         low, high = min(values), max(values)
         if len(values) < MANY:
@@ -82,19 +83,19 @@ class Chart:
 
     @property
     def beyond(self) -> int:
-        """How many values lie outside of the limits, and are drawn at the edge."""
+        """Number of values outside of the limits, which are drawn at the edge."""
         low, high = self.limits
         return sum(not low <= value <= high for value in self.values)
 
 
 def _without_extremes(values: Sequence[float]) -> tuple[float, float]:
-    """Return the lowest and the highest value but for one in a hundred, at least one, on each side."""
-    ordered, left_out = sorted(values), max(1, len(values) // 100)
-    return ordered[left_out], ordered[-1 - left_out]
+    """Return the lowest and highest value without 1% of the values, at least one, on each side."""
+    ordered, clipped = sorted(values), max(1, len(values) // 100)
+    return ordered[clipped], ordered[-1 - clipped]
 
 
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
-    """Return a chart of each metric that some run has, in the order of the metrics' table."""
+    """Return a chart of each metric that some run has, in the order of the table of metrics."""
     charts = []
     for metric in METRICS:
         if not metric.curve:
@@ -111,14 +112,14 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]:
-    """Return at most so many points, keeping each stretch's lowest and highest: spikes stay to be seen."""
+    """Return at most ``most`` points, keeping the lowest and highest of each interval, so that spikes stay visible."""
     if len(points) <= most:
         return points
     edges = [round(i * len(points) / (most // 2)) for i in range(most // 2 + 1)]
     kept = []
     for begin, end in pairwise(edges):
-        stretch = points[begin:end]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+        interval = points[begin:end]
+        kept += sorted({min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])})
     return kept
 
 
@@ -134,10 +135,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 class Scale:
-    """From values to places along one axis; what is beyond its ends is put there."""
+    """Map values to coordinates along one axis; values beyond its ends are clipped."""
 
     def __init__(self, low: float, high: float, begin: float, end: float):
-        if low == high:  # one point, or a constant: it lies in the middle
+        if low == high:  # one point or a constant: centred
             margin = abs(low) * 0.1 or 1.0
             low, high = low - margin, high + margin
         self.low, self.high, self._begin, self._end = low, high, begin, end
@@ -147,12 +148,12 @@ class Scale:
         return self._begin + share * (self._end - self._begin)
 
     def ticks(self) -> list[float]:
-        """Return where lines and numbers stand."""
+        """Return the values of grid lines and labels."""
         return ticks(self.low, self.high)
 
 
 def to_svg(chart: Chart, names: Sequence[str]) -> str:
-    """Return a chart as SVG; ``names`` are the runs'. Its points travel along, for the page's read-out."""
+    """Return a chart as SVG, with its points as data for the page's cursor; ``names`` are the runs'."""
     steps = [x for line in chart.lines for x, _ in line.points]
     across = Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     up = Scale(*chart.limits, HEIGHT - BOTTOM, TOP)
@@ -200,7 +201,7 @@ def _axes(across: Scale, up: Scale) -> str:
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """Return numbers as they stand at an axis: as few characters as tell them apart."""
+    """Return axis labels with as few digits as make them distinct."""
     largest = max(map(abs, values), default=0.0)
     factor, letter = next(
         ((f, c) for f, c in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= f), (1.0, "")
@@ -215,5 +216,5 @@ def tick_texts(values: Sequence[float]) -> list[str]:
 def _path(points: Sequence[Point], across: Scale, up: Scale, classes: str) -> str:
     if len(points) < 2:
         return ""
-    places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
-    return f'<polyline class="{classes}" points="{places}"/>'
+    coordinates = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
+    return f'<polyline class="{classes}" points="{coordinates}"/>'

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file with everything in it."""
+"""The HTML page of a report: one self-contained file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_align.tools.report_runs import Run, differences, duration, short, 
 from megatron_align.tools.report_style import SCRIPT, STYLE
 
 PAGE = "report.html"
-_TROUBLES = 20  # rows shown of each run
+_MOST_SUSPECTS = 20  # rows shown of each run
 _PHASES = {
     "data": "data",
     "forward_backward": "forward and backward",
@@ -30,7 +30,7 @@ def write_page(out: Path, runs: Sequence[Run], charts: Sequence[Chart], title: s
 
 
 def to_html(runs: Sequence[Run], charts: Sequence[Chart], title: str | None = None) -> str:
-    """Return the page.
+    """Return the HTML of the page.
 
     Args:
         runs: at least one.
@@ -47,7 +47,7 @@ def to_html(runs: Sequence[Run], charts: Sequence[Chart], title: str | None = No
         *_sections(charts, [run.name for run in runs]),
         _histogram(runs),
         _timing(runs),
-        _troubles(runs),
+        _anomalies(runs),
         _meanings(charts),
     ]
     return (
@@ -79,7 +79,7 @@ def _legend(runs: Sequence[Run]) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Return a table of cells that are HTML already; the first of a row names it."""
+    """Return a table of cells that are already HTML; the first cell of a row is its name."""
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"] if head else []
     lines += [
         f'<tr><td class="key">{row[0]}</td>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
@@ -93,13 +93,13 @@ def _heads(runs: Sequence[Run]) -> list[str]:
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    """Return key figures: as cards of one run, as a table of several."""
-    found = [summary(run) for run in runs]
+    """Return key figures: as cards for one run, as a table for several."""
+    summaries = [summary(run) for run in runs]
     if len(runs) == 1:
-        known = [(name, text) for name, text in found[0] if text.strip("– ·")]
-        cards = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in known)
+        shown = [(name, text) for name, text in summaries[0] if text.strip("– ·")]
+        cards = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in shown)
         return f'<dl class="figures">{cards}</dl>'
-    rows = [[_text(name), *(_text(of[i][1]) for of in found)] for i, (name, _) in enumerate(found[0])]
+    rows = [[_text(name), *(_text(of[i][1]) for of in summaries)] for i, (name, _) in enumerate(summaries[0])]
     filled = [row for row in rows if any(cell.strip("– ·") for cell in row[1:])]
     return f"<h2>Summary</h2>{_table(filled, _heads(runs))}"
 
@@ -107,19 +107,20 @@ def _summary(runs: Sequence[Run]) -> str:
 def _differences(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return ""
-    apart = differences(runs)
+    different = differences(runs)
     if bare := [run.name for run in runs if not run.config]:
         note = f'<p class="note">without a config.yaml: {_text(", ".join(bare))}</p>'
     else:
-        note = "" if apart else '<p class="note">Nothing: the configurations are the same.</p>'
+        note = "" if different else '<p class="note">None: the configurations are the same.</p>'
     rows = [
-        [f"<code>{_text(key)}</code>", *(f"<code>{_text(v)}</code>" for v in of)] for key, of in apart.items()
+        [f"<code>{_text(key)}</code>", *(f"<code>{_text(v)}</code>" for v in of)]
+        for key, of in different.items()
     ]
-    return f"<h2>What differs</h2>{note}{_table(rows, _heads(runs)) if rows else ''}"
+    return f"<h2>Configuration differences</h2>{note}{_table(rows, _heads(runs)) if rows else ''}"
 
 
 def _sections(charts: Sequence[Chart], names: Sequence[str]) -> list[str]:
-    """Return each section's charts, side by side as far as there is room."""
+    """Return the charts of each section."""
     parts = []
     for section in dict.fromkeys(chart.metric.section for chart in charts):
         panels = "".join(_panel(chart, names) for chart in charts if chart.metric.section == section)
@@ -134,7 +135,7 @@ def _panel(chart: Chart, names: Sequence[str]) -> str:
         f'<span class="run{line.run % 8}" title="{_text(names[line.run])}">{short(line.points[-1][1])}</span>'
         for line in shown
     )
-    unit = metric.unit + (f", {chart.beyond} beyond the edge" if chart.beyond else "")
+    unit = metric.unit + (f", {chart.beyond} outside" if chart.beyond else "")
     return (
         f'<figure title="{_text(metric.meaning)}"><figcaption><span><b>{metric.name}</b>'
         f'<span class="unit">{_text(unit)}</span></span><output>last{last}</output></figcaption>'
@@ -143,7 +144,7 @@ def _panel(chart: Chart, names: Sequence[str]) -> str:
 
 
 def _histogram(runs: Sequence[Run]) -> str:
-    """Return the rewards of each reward model's newest histogram, as bars."""
+    """Return the newest reward histogram of each reward model as bars."""
     panels = []
     for i, run in enumerate(runs):
         rows = [row for row in run.rows.get("validation", run.training) if row.get("reward_histogram")]
@@ -169,26 +170,26 @@ def _histogram(runs: Sequence[Run]) -> str:
 
 
 def _timing(runs: Sequence[Run]) -> str:
-    """Return how the measured steps of each run divide into phases, and who held the others up."""
+    """Return the share of each phase in the measured steps of each run, and the slowest rank."""
     bars = []
     for run in runs:
         rows = run.rows.get("timing", [])
         if not rows:
             continue
         means = {phase: sum(row[f"{phase}_seconds"] for row in rows) / len(rows) for phase in _PHASES}
-        whole = sum(means.values()) or 1.0
+        total = sum(means.values()) or 1.0
         spans = "".join(
-            f'<span class="{phase}" style="width:{100 * seconds / whole:.2f}%" title="{seconds:.4g} s">'
-            f"{f'{seconds / whole:.0%}' if seconds > 0.06 * whole else ''}</span>"
+            f'<span class="{phase}" style="width:{100 * seconds / total:.2f}%" title="{seconds:.4g} s">'
+            f"{f'{seconds / total:.0%}' if seconds > 0.06 * total else ''}</span>"
             for phase, seconds in means.items()
         )
         late = [row["straggler_rank"] for row in rows if "straggler_rank" in row]
         often = max(set(late), key=late.count) if late else None
-        told = f"{duration(whole)} a step" + (
-            f"; last was rank {often} in {late.count(often)} of {len(late)}" if late else ""
+        note = f"{duration(total)} a step" + (
+            f"; slowest: rank {often} in {late.count(often)} of {len(late)}" if late else ""
         )
         bars.append(
-            f'<div>{_text(run.name)}<br><span class="note">{told}</span></div><div class="bar">{spans}</div>'
+            f'<div>{_text(run.name)}<br><span class="note">{note}</span></div><div class="bar">{spans}</div>'
         )
     if not bars:
         return ""
@@ -199,10 +200,10 @@ def _timing(runs: Sequence[Run]) -> str:
     )
 
 
-def _troubles(runs: Sequence[Run]) -> str:
+def _anomalies(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
-        for row in [row for row in run.training if "suspects" in row][-_TROUBLES:]:
+        for row in [row for row in run.training if "suspects" in row][-_MOST_SUSPECTS:]:
             samples = ", ".join(map(str, row["suspects"][:8])) or "none alone"
             more = " …" if len(row["suspects"]) > 8 else ""
             rows.append(
@@ -211,8 +212,8 @@ def _troubles(runs: Sequence[Run]) -> str:
             )  # fmt: skip
     if not rows:
         return ""
-    note = '<p class="note">The newest of each run; samples are numbered as in the token store.</p>'
-    return f"<h2>Steps with trouble</h2>{note}{_table(rows, ['run', 'step', 'loss', 'grad_norm', 'samples'])}"
+    note = '<p class="note">The newest of each run; sample numbers are those of the token store.</p>'
+    return f"<h2>Anomalous steps</h2>{note}{_table(rows, ['run', 'step', 'loss', 'grad_norm', 'samples'])}"
 
 
 def _meanings(charts: Sequence[Chart]) -> str:
@@ -220,4 +221,4 @@ def _meanings(charts: Sequence[Chart]) -> str:
         [f"<code>{name}</code>", _text(BY_NAME[name].unit), _text(BY_NAME[name].meaning)]
         for name in dict.fromkeys(chart.metric.name for chart in charts)
     ]
-    return f"<h2>What the numbers mean</h2>{_table(rows, ['metric', 'unit', 'meaning'])}"
+    return f"<h2>Metrics</h2>{_table(rows, ['metric', 'unit', 'meaning'])}"

@@ -1,4 +1,4 @@
-"""The charts of a report as PNG files, for papers, slides and messages."""
+"""Draw the charts of a report as PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs as a report reads them: their rows, their configuration, what differs, and what came of each."""
+"""Read runs for a report: rows, configuration, differences between configurations, summaries."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import yaml
 from megatron_align.errors import InputError
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
-_NAMES_A_RUN = ("checkpoint.dir",)  # differs between any two runs, and says nothing
-_LAST = 0.1  # of the steps: the end of a noisy curve is their mean
+_NAMES_A_RUN = ("checkpoint.dir",)  # always differs between runs
+_LAST = 0.1  # of the steps: final values are means over them
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run, as far as it has come."""
+    """A run, perhaps unfinished."""
 
     name: str
     folder: Path
@@ -54,16 +54,16 @@ class Run:
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Read runs, each under a name of its own.
+    """Read runs and give each a unique name.
 
     Raises:
-        InputError: a folder has no metrics, they are damaged, or a folder is named twice.
+        InputError: a folder has no metrics, the metrics are corrupt, or a folder is given twice.
     """
     paths = [Path(folder) for folder in folders]
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
-            raise InputError(f"each run must be named once, got {path} twice")
+            raise InputError(f"each run must be given once, got {path} twice")
         seen.add(path.resolve())
     return [
         Run(name=name, folder=path, rows=_read_rows(path), config=_read_config(path))
@@ -72,7 +72,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths, at least one part long, that tell all of them apart."""
+    """Return the shortest distinct suffixes of the paths, at least one component long."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(of[-length:]) for of in parts]
@@ -84,9 +84,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _read_rows(folder: Path) -> dict[str, list[Row]]:
     file = folder / METRICS
     if not file.is_file():
-        below = sorted(str(found.parent) for found in folder.glob(f"*/{METRICS}"))
-        hint = f"; there are runs below it: {', '.join(below[:4])}" if below else ""
-        raise InputError(f"a run's folder with {METRICS} is needed, found none in {folder}{hint}")
+        children = sorted(str(child.parent) for child in folder.glob(f"*/{METRICS}"))
+        hint = f"; it contains runs: {', '.join(children[:4])}" if children else ""
+        raise InputError(f"{folder} is not the folder of a run: it has no {METRICS}{hint}")
     try:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     except UnicodeDecodeError as error:
@@ -96,11 +96,11 @@ def _read_rows(folder: Path) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
-            break  # of a run that is writing it, or was killed while it did
+            break  # the run is writing it, or was killed while writing it
         row = _row(line, f"{file}:{number}")
         rows.setdefault(row.get("split", "train"), []).append(row)
     if not rows.get("train"):
-        raise InputError(f"at least one row of a training step is needed, found none in {file}")
+        raise InputError(f"{file} has no row of a training step")
     return rows
 
 
@@ -123,15 +123,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
-        raise InputError(f"{file} must hold sections of options, as a run writes it")
+        raise InputError(f"{file} must hold sections of options, as written by a run")
     return {f"{section}.{key}": value for section, of in content.items() for key, value in of.items()}
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return what differs in the runs' configurations: ``{key: its value in each run}``, "–" where it is not set."""
+    """Return ``{key: values of all runs}`` of the options that differ; "–" where an option is not set."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in _NAMES_A_RUN)
-    found = {key: [_shown(run.config.get(key)) for run in runs] for key in keys}
-    return {key: values for key, values in found.items() if len(set(values)) > 1}
+    values_of = {key: [_shown(run.config.get(key)) for run in runs] for key in keys}
+    return {key: values for key, values in values_of.items() if len(set(values)) > 1}
 
 
 def _shown(value: Any) -> str:
@@ -141,7 +141,7 @@ def _shown(value: Any) -> str:
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
-    """Return what came of a run, for people: ``(name, text)``, the same names for every run."""
+    """Return key results of a run as ``(name, text)``, with the same names for every run."""
     seconds, tokens = run.total("step_seconds"), run.total("tokens")
     best = min(run.points("loss", "validation"), key=lambda point: point[1], default=None)
     shares = [run.final("accuracy", split) for split in ("validation", "train")]
@@ -169,7 +169,7 @@ def _steps(run: Run) -> str:
 
 
 def short(value: float | None) -> str:
-    """Return a number with four digits that count."""
+    """Format a number with four significant digits."""
     if value is None:
         return "–"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
@@ -180,7 +180,7 @@ def short(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Format a duration."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, hours = round(seconds / 60), seconds / 3600

@@ -1,4 +1,4 @@
-"""Style and script of a report's page: light and dark, wide and narrow, without anything from elsewhere."""
+"""CSS and JavaScript of a report's page: light and dark mode, any width, no external resources."""
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#1c1f24;--soft:#626a75;--edge:#e3e4e0;--grid:#ececea;
@@ -47,7 +47,7 @@ th,td{padding:.4rem .6rem}}
 @media print{body{background:#fff}figure{break-inside:avoid}}
 """
 
-# Reads a chart out where the pointer is: the page says the same without it.
+# Shows the values under the pointer; the page is complete without it.
 SCRIPT = """
 for (const svg of document.querySelectorAll('svg[data-points]')) {
   const lines = JSON.parse(svg.dataset.points), out = svg.parentNode.querySelector('output');

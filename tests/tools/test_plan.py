@@ -93,7 +93,7 @@ def test_nothing_fits(sizes, tmp_path, capsys):
     least = re.search(r"nothing fits: the least that 8 GPUs need is ([\d.]+) GiB each, ([\d.]+) more", said)
     assert float(least[1]) - float(least[2]) == pytest.approx(80, abs=0.11)  # both are rounded
     assert "most of it is optimizer" in said
-    gpus = int(re.search(r"(\d+) GPUs would do", said)[1])
+    gpus = int(re.search(r"(\d+) GPUs would suffice", said)[1])
     larger = smallest_fitting(ask_for(tmp_path, sizes["qwen2_72b"], 8, 80))
     assert larger.placement.world_size == gpus
     assert larger.peak <= 80 * GIB
@@ -144,7 +144,7 @@ def test_real_lengths_count_where_there_are_data(tiny_models, chat_file, tmp_pat
     [
         (["--gpus", "0"], "--gpus: must be a positive whole number, got 0"),
         (["--gpu-memory", "-1"], "--gpu-memory: must be a positive number, got -1"),
-        (["--efficiency", "1.5"], r"must lie in \(0, 1\], got 1.5"),
+        (["--efficiency", "1.5"], r"must be in \(0, 1\], got 1.5"),
         (["--chip", "h10"], "--chip must be one of a100, .*; got 'h10'.*h100"),
     ],
 )

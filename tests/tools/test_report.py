@@ -73,11 +73,11 @@ def test_one_run_end_to_end(tmp_path, capsys):
     assert not Page(page).links
     assert "http" not in page.replace("http-equiv", "")
     text = " ".join(Page(page).words)
-    for expected in ("60 of 60", "0.44 at step 60", "60,000", "30.0 s", "0 · 1 · 0", "Steps with trouble",
-                     "0, 1, 2, 3, 4, 5, 6, 7 …", "last was rank 7 in 3 of 3", "1 beyond the edge",
+    for expected in ("60 of 60", "0.44 at step 60", "60,000", "30.0 s", "0 · 1 · 0", "Anomalous steps",
+                     "0, 1, 2, 3, 4, 5, 6, 7 …", "slowest: rank 7 in 3 of 3", "1 outside",
                      "the objective's loss, over the whole global batch"):  # fmt: skip
         assert expected in text, expected
-    assert "What differs" not in text
+    assert "Configuration differences" not in text
     pictures = {path.name for path in (tmp_path / "out" / "png").iterdir()}
     assert {"loss.png", "accuracy.png", "wait_seconds.png", "all.png"} <= pictures
     assert "skipped_steps.png" not in pictures  # nothing but zeros
@@ -156,10 +156,10 @@ def test_a_run_that_writes_its_next_row_is_read_up_to_it(tmp_path):
 
 
 BROKEN = {
-    "empty": ("", "at least one row of a training step is needed, found none in .*metrics.jsonl"),
+    "empty": ("", "metrics.jsonl has no row of a training step"),
     "validation only": (
         '{"step": 1, "split": "validation"}\n',
-        "row of a training step is needed, found none",
+        "has no row of a training step",
     ),
     "no JSON": ('{"step": 1}\nloss=3\n', r"metrics.jsonl:2: must be a line of JSON"),
     "no object": ("[1]\n", r"metrics.jsonl:1: must be an object with a step, got \[1\]"),
@@ -182,10 +182,10 @@ def test_other_bad_input_is_one_line(tmp_path, capsys):
     bad = write_run(tmp_path / "bad")
     (bad / "config.yaml").write_text("train: [1")
     for arguments, pattern in (
-        ([tmp_path / "absent"], "a run's folder with metrics.jsonl is needed, found none in .*absent"),
-        ([tmp_path / "runs"], "there are runs below it: .*runs/a"),
-        ([run, run], "each run must be named once"),
-        ([run, "--out", tmp_path / "file"], "--out must be a folder, found a file"),
+        ([tmp_path / "absent"], "absent is not the folder of a run: it has no metrics.jsonl"),
+        ([tmp_path / "runs"], "it contains runs: .*runs/a"),
+        ([run, run], "each run must be given once"),
+        ([run, "--out", tmp_path / "file"], "--out must be a folder, got a file"),
         ([bad], "config.yaml is not valid YAML"),
         ([run, "--titel", "x"], "has no option --titel; did you mean '--title'"),
     ):
