@@ -17,6 +17,7 @@ from megatron_align.objectives.registry import reference_mode
 def head(request: PlanRequest, chip: str, data: str) -> str:
     """Return the model, the run, the GPUs and the assumptions."""
     shape, config = request.shape, request.config
+    peak, link, network = request.chip.bf16, request.chip.link, request.chip.network
     return "\n".join(
         (
             f"model      {shape.architecture}, {parameter_count(shape) / 1e9:.2f} billion weights, "
@@ -24,8 +25,8 @@ def head(request: PlanRequest, chip: str, data: str) -> str:
             f"run        {config.objective.name}, {config.train.precision}, packs of up to "
             f"{config.data.sequence_length:,} tokens" + _reference(request),
             f"data       {data}",
-            f"GPUs       {request.gpus} of {request.bytes / GIB:g} GiB, {chip}: bf16 peak {request.chip.bf16 / 1e12:g} TFLOP/s, "
-            f"links {request.chip.link / 1e9:g} GB/s, network {request.chip.network / 1e9:g} GB/s ({request.chip.source})",
+            f"GPUs       {request.gpus} of {request.bytes / GIB:g} GiB, {chip}: bf16 peak {peak / 1e12:g} TFLOP/s, "
+            f"links {link / 1e9:g} GB/s, network {network / 1e9:g} GB/s ({request.chip.source})",
             f"assumed    {request.efficiency:.0%} of the peak, {LINKS:.0%} of links, no overlap; CUDA and NCCL take "
             f"{CONTEXT / GIB:g} GiB, fragmentation {FRAGMENTATION:.0%}",
         )
