@@ -1,5 +1,5 @@
-# GPU image: everything from pip at pinned versions, nothing built from source unless asked for. Its check runs the
-# tests on CPU: an image whose tests fail is not made.
+# GPU image: everything from pip at pinned versions, nothing built from source unless requested. The check stage runs the
+# tests on CPU: an image whose tests fail is not built.
 #   docker build -t megatron_align .
 #   docker build -t megatron_align --build-arg TESTS=tests/ops --build-arg FLASH_ATTN=2.8.3 .
 #   docker run --rm --gpus all --ipc=host -v /models:/models -v "$PWD:/work" megatron_align \
@@ -23,7 +23,7 @@ COPY docker/constraints.txt /opt/constraints.txt
 # The largest layer, and the one that changes least: it does not depend on our sources.
 RUN pip install torch==2.13.0 setuptools wheel
 
-# The optional giants, by version (of Apex, by git revision); empty: not installed. They are compiled against this torch.
+# Large optional packages, by version (Apex: by git revision); empty: not installed. They are compiled against this torch.
 FROM base AS extras
 ARG TRANSFORMER_ENGINE=""
 ARG FLASH_ATTN=""
@@ -52,7 +52,7 @@ RUN pip install -e ".[test]" \
     && date --utc +"%FT%TZ ${TESTS}" > /opt/tests_passed
 
 FROM install AS image
-# Only what passed its tests gets here.
+# Depends on the check stage: only an image whose tests passed is built.
 COPY --from=check /opt/tests_passed /opt/tests_passed
 RUN useradd --create-home --uid 10001 align \
     && mkdir /work \

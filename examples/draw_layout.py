@@ -1,7 +1,7 @@
-"""Draw who sees whom in a pack, and which tiles the attention kernels visit, as PNG.
+"""Plot the attention mask of a pack and the tiles that the attention kernels visit, as PNG.
 
-``python -m examples.draw_layout --group 40 24 16 --group 0 30 --out layout.png``: each group is the prompt's length and
-its completions' lengths; a plain document has prompt 0.
+``python -m examples.draw_layout --group 40 24 16 --group 0 30 --out layout.png``: each group is the length of a
+prompt followed by those of its completions; a plain document has prompt 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WORDS = ["not visited", "visited, masked", "visited, no mask needed"]
 
 
 def draw(layout: PackedLayout, block: int, out: Path) -> None:
-    """Write the picture of ``layout`` with tiles of ``block`` x ``block``."""
+    """Plot ``layout`` with tiles of ``block`` x ``block`` tokens into ``out``."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -55,7 +55,7 @@ def draw(layout: PackedLayout, block: int, out: Path) -> None:
 
 
 def main() -> None:
-    """Draw what the command line says."""
+    """Run with command-line arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on the GPUs of this node:
 #   examples/launch/torchrun.sh examples/qwen2_7b/sft.yaml --model.path /models/Qwen2-7B --data.train sft.jsonl
-# or of several nodes, each of which runs this with the same NNODES, MASTER_ADDR and MASTER_PORT:
+# or on several nodes, each of which runs this with the same NNODES, MASTER_ADDR and MASTER_PORT:
 #   NNODES=2 MASTER_ADDR=10.0.0.1 examples/launch/torchrun.sh CONFIG ...
 # GPUS: ranks on this node (default: its GPUs). PYTHON: the interpreter (default: python).
 set -euo pipefail
@@ -11,7 +11,7 @@ shift
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 nodes=${NNODES:-1}
 if ((nodes > 1)); then
-    # The ranks of all nodes meet at the first one; whoever comes late is waited for.
+    # The ranks of all nodes rendezvous at the first node, which waits for late ones.
     meet=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "${RUN_ID:-run}"
         --rdzv-endpoint "${MASTER_ADDR:?the first node of $nodes}:${MASTER_PORT:-29500}")
 else
@@ -22,7 +22,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 "${PYTHON:-python}" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$gpus" \
     -m megatron_align.train --config "$config" "$@" &
 agent=$!
-# A signal that asks for a checkpoint is for the ranks: torchrun itself would die of it.
+# USR1 requests a checkpoint and is forwarded to the ranks: torchrun itself would die of it.
 trap 'pkill -USR1 -P "$agent" || true' USR1
 trap 'kill -TERM "$agent"' TERM INT
 

@@ -50,7 +50,7 @@ LLAMA3_ROPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family's vocabulary: how text is split, and what follows the ordinary tokens."""
+    """Vocabulary of a model family: the pattern that splits text, and the special tokens."""
 
     pattern: str
     ordinary: int
@@ -94,7 +94,7 @@ def _llama3() -> PreTrainedModel:
 
 
 def _llama3_specials() -> tuple[str, ...]:
-    """Llama-3.1's 256 special tokens, in order; the numbers of the reserved ones skip the named ones."""
+    """Return Llama-3.1's 256 special tokens in order; reserved numbers skip the named tokens."""
     named = (
         *(
             "<|begin_of_text|>",
@@ -185,7 +185,7 @@ def make_model(name: str, vocab: str, out: str, seed: int = 0) -> None:
 
 
 def main() -> int:
-    """Read the arguments; return the exit code."""
+    """Run with command-line arguments; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
