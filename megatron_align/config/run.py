@@ -214,7 +214,7 @@ def _options(section: Namespace) -> dict[str, Any]:
 def _one_line(message: str, sections: dict[str, type]) -> str:
     """Turn jsonargparse's message into one line, with the nearest key for an unknown one."""
     line = " ".join(message.split())
-    known = list(sections) + [f"{s}.{f.name}" for s, kind in sections.items() for f in fields(kind)]
+    keys = list(sections) + [f"{s}.{f.name}" for s, kind in sections.items() for f in fields(kind)]
     for pattern in (
         r"[Uu]nrecognized arguments?: --([\w.]+)",
         r"[Kk]ey '?([\w.]+)'? is not expected",
@@ -222,8 +222,7 @@ def _one_line(message: str, sections: dict[str, type]) -> str:
         r"does not accept option '([\w.]+)'",
         r"Option '([\w.]+)' is not accepted",
     ):
-        found = re.search(pattern, line)
-        if found:
-            key = ".".join(found.groups())
-            return f"unknown configuration key '{key}'{nearest(key, known)}"
+        if match := re.search(pattern, line):
+            key = ".".join(match.groups())
+            return f"unknown configuration key '{key}'{nearest(key, keys)}"
     return line

@@ -250,7 +250,7 @@ class OptimizerConfig:
             self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}"
         )
         require(
-            all(0 <= b < 1 for b in self.betas), f"optimizer.betas must lie in [0, 1), got {list(self.betas)}"
+            all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {list(self.betas)}"
         )
         require(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
         require(

@@ -66,7 +66,7 @@ def robust(
     Chowdhury et al. 2024, arXiv:2403.00409.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+        raise InputError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     margin_N = beta * _margin(chosen, rejected, divergence)
     clean_N, flipped_N = -F.logsigmoid(margin_N), -F.logsigmoid(-margin_N)
     return ((1 - label_smoothing) * clean_N - label_smoothing * flipped_N) / (1 - 2 * label_smoothing)

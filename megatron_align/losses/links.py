@@ -16,7 +16,7 @@ def logistic(margin_N: Tensor, label_smoothing: float = 0.0) -> Tensor:
     ``e``, the label smoothing in [0, 0.5), is the assumed probability that a preference label is flipped.
     """
     if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
+        raise InputError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if label_smoothing == 0:
         return -F.logsigmoid(margin_N)
     return -(1 - label_smoothing) * F.logsigmoid(margin_N) - label_smoothing * F.logsigmoid(-margin_N)

@@ -70,7 +70,7 @@ METRICS = (
         section="Speed",
         unit="share",
         meaning="model FLOPs utilisation: operations the model needs, divided by the chips' peak over the step's time",
-        written="timing, where the chip's peak is known",
+        written="timing, on chips with a known peak",
     ),
     Metric(
         name="peak_memory_gb",

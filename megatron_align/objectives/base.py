@@ -1,4 +1,4 @@
-"""What an objective is: one class with its options, data, needs, loss and metrics, which everything else reads.
+"""The base class of objectives: options, data, needs, loss and metrics in one place, which everything else reads.
 
 Shapes: N scored rows and C completions of some complete samples of a pack; S completions of a step, over all ranks.
 """
@@ -30,12 +30,12 @@ DATA_KINDS: dict[DataKind, str] = {
 }
 Need = Literal["reference_logprobs", "batch_statistics", "mismatched_logprobs"]
 
-# The models that score a step without gradients, once each, before its loss can be computed. The pre-pass does it;
-# operations are counted from here. A reference is run only in mode live: cached numbers come with the packs.
+# The models that score a step without gradients, once for each need, before its loss can be computed: the pre-pass
+# runs them, and FLOPs are counted from this table. A reference is run only in mode live; otherwise it is cached or 0.
 SCORED_BY: dict[Need, tuple[Literal["policy", "reference"], ...]] = {
-    "reference_logprobs": ("reference",),  # the column of this name
-    "batch_statistics": ("policy",),  # Objective.observe_batch sees the step's own completions
-    "mismatched_logprobs": ("policy", "reference"),  # ... each prompt with its neighbour's completion
+    "reference_logprobs": ("reference",),  # for the completions' column of this name
+    "batch_statistics": ("policy",),  # observe_batch gets the sums of the step's completions
+    "mismatched_logprobs": ("policy", "reference"),  # ... of each prompt with its neighbour's completion
 }
 
 
@@ -65,35 +65,41 @@ class Objective:
     """An objective on log-probs of scored rows, or on rewards of completions. Subclasses override what differs.
 
     Args:
-        options: of this objective, an ``Options``.
-        store: the training data; None: nothing is trained, only the attributes below are read.
+        options: an instance of ``Options``.
+        store: the training data; None: nothing is trained, only the attributes are read.
+
+    Attributes:
+        Options: dataclass of its options.
+        data: the kinds of data that it trains on.
+        metrics: metrics that it reports besides those of every run.
+        trains_reward_model: its loss is given the rewards ``[C]`` of a scalar head, not log-probs.
+        needs: what the pre-pass must compute before its loss.
+        normalization: what weighs the same in the global batch; the weights in the rows follow from it.
+        whole_samples: its loss needs complete samples; False: it is a sum over rows.
+        row_statistics: its loss needs each row's entropy and log sum p^2.
+        score_prompt: prompts are scored too, see ``data.batching.collate.pack``.
+        beta: factor from log-ratios to its metrics chosen_reward and rejected_reward; None: it does not report them.
+        loss_at_reference: loss of a policy that equals its reference; None: not a constant.
+        sum_names: names of the metric sums that ``loss`` returns; by default those of ``metrics``.
+        scoring_options: options that :meth:`weighted` reads; part of a cached reference's key.
     """
 
     Options: ClassVar[type[ObjectiveOptions]]
-    data: ClassVar[tuple[DataKind, ...]]  # the kinds of data that it trains on
-    metrics: ClassVar[tuple[Metric, ...]] = ()  # that its rows have besides those of every run
-    trains_reward_model: ClassVar[bool] = (
-        False  # its loss is given a scalar head's rewards ``[C]``, not log-probs
-    )
-
-    needs: frozenset[Need] = frozenset()  # what must be computed before its loss
-    normalization: Normalization  # what weighs the same in the global batch; the rows' weights follow from it
-    whole_samples: bool = True  # the loss needs complete samples; False: it is a sum over rows
-    row_statistics: bool = False  # the loss needs each row's entropy and log sum p^2
-    score_prompt: bool = False  # prompts are scored too, see ``data.batching.collate.pack``
-    beta: float | None = (
-        None  # factor from log-ratios to the rewards among its metrics; None: it reports none
-    )
-    loss_at_reference: float | None = None  # loss of a policy that equals its reference; None: not a constant
+    data: ClassVar[tuple[DataKind, ...]]
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    trains_reward_model: ClassVar[bool] = False
+    needs: frozenset[Need] = frozenset()
+    normalization: Normalization
+    whole_samples: bool = True
+    row_statistics: bool = False
+    score_prompt: bool = False
+    beta: float | None = None
+    loss_at_reference: float | None = None
 
     def __init__(self, options: ObjectiveOptions, store: TokenStore | None = None):
         self.options = options
-        self.sum_names = tuple(
-            metric.name for metric in self.metrics
-        )  # what ``loss`` returns besides the loss
-        self.scoring_options: dict[str, Any] = {
-            "ld_alpha": None
-        }  # of ``weighted``; part of a cached reference's key
+        self.sum_names = tuple(metric.name for metric in self.metrics)
+        self.scoring_options: dict[str, Any] = {"ld_alpha": None}
 
     @property
     def compares(self) -> bool:

@@ -32,26 +32,26 @@ def load(name: str) -> type[Objective]:
 @lru_cache
 def _load(file: Path, class_name: str) -> type[Objective]:
     module = _module(file)
-    found = getattr(module, class_name, None)
+    objective = getattr(module, class_name, None)
     classes = [name for name, value in vars(module).items() if _is_own_objective(value, module.__name__)]
     require(
-        found is not None,
+        objective is not None,
         f"objective.name: no class '{class_name}' in {file}, whose objectives are "
         f"{', '.join(classes) or 'none'}{nearest(class_name, classes)}",
     )
     require(
-        isinstance(found, type) and issubclass(found, Objective),
+        isinstance(objective, type) and issubclass(objective, Objective),
         f"objective.name: {class_name} in {file} must be a subclass of megatron_align.objectives.base.Objective",
     )
-    options = getattr(found, "Options", None)
+    options = getattr(objective, "Options", None)
     require(
         isinstance(options, type) and issubclass(options, ObjectiveOptions) and is_dataclass(options),
         f"objective.name: {class_name}.Options in {file} must be a dataclass derived from "
         "megatron_align.objectives.options.ObjectiveOptions",
     )
-    missing = [attribute for attribute in ("data", "normalization") if not hasattr(found, attribute)]
+    missing = [attribute for attribute in ("data", "normalization") if not hasattr(objective, attribute)]
     require(not missing, f"objective.name: {class_name} in {file} must set {' and '.join(missing)}")
-    return found
+    return objective
 
 
 @lru_cache

@@ -106,7 +106,7 @@ def test_configurations_are_frozen(file):
     "extra, message",
     [
         (["--train.steps", "3"], "either train.steps or train.epochs, got steps 3 and epochs 2"),
-        (["--optimizer.betas", "[0.9, 1.0]"], r"betas must lie in \[0, 1\), got \[0.9, 1.0\]"),
+        (["--optimizer.betas", "[0.9, 1.0]"], r"betas must be in \[0, 1\), got \[0.9, 1.0\]"),
         (
             ["--parallel.pipeline", "1"],
             "virtual_pipeline needs at least 2 chunks on at least 2 pipeline stages",

@@ -20,7 +20,7 @@ def pair(n: int = 6, seed: int = 0, requires_grad: bool = False) -> tuple[Respon
 
 
 def at_reference(r: Responses) -> Responses:
-    """Return the same responses, scored alike by policy and reference."""
+    """Return the same responses, with the reference's log-probs as the policy's."""
     return Responses(policy_N=r.reference_N, length_N=r.length_N, reference_N=r.reference_N)
 
 

@@ -1,7 +1,7 @@
 """Losses of the DPO family obey the laws of their formulas; no golden numbers.
 
 At the reference each costs its formula's constant; losses of the margin see nothing else; options at their neutral
-values are neutral; pairs are not mixed but where it is said; gradients are right and finite far out.
+values are neutral; only the batch-coupled losses mix pairs; gradients are right and finite far out.
 """
 
 import math
@@ -157,8 +157,8 @@ def test_apo_is_a_sum_of_sigmoids():
     chosen, rejected = pair()
     w, l = (torch.sigmoid(BETA * r.log_ratio_N) for r in (chosen, rejected))  # noqa: E741 -- the formulas' letters
     assert_close(DPO_LOSSES["apo_zero"](chosen, rejected, beta=BETA), 1 - w + l)
-    apart = torch.sigmoid(BETA * log_margin(chosen, rejected))
-    assert_close(DPO_LOSSES["apo_down"](chosen, rejected, beta=BETA), w + 1 - apart)
+    margin = torch.sigmoid(BETA * log_margin(chosen, rejected))
+    assert_close(DPO_LOSSES["apo_down"](chosen, rejected, beta=BETA), w + 1 - margin)
 
 
 def test_nca_pair_is_a_sum_of_logistic_losses():
@@ -194,7 +194,7 @@ def test_sorting_losses_compare_distributions():
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_pairs_are_mixed_only_where_said(name):
+def test_only_batch_coupled_losses_mix_pairs(name):
     chosen, rejected = pair()
 
     def of(policy_N):
@@ -238,7 +238,7 @@ def test_finite_in_fp32_at_log_ratios_of_thousands(name, sign):
     assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_margin_loss_asks_for_so_much_more():
+def test_the_margin_loss_shifts_the_margin():
     chosen, rejected = pair()
     assert_close(
         margin_loss(chosen, rejected, margin_N=torch.zeros(6), beta=BETA),

@@ -1,4 +1,4 @@
-"""KTO, APO-zero unpaired and BCO obey the laws of their formulas; statistics do not depend on how a step is cut."""
+"""KTO, APO-zero unpaired and BCO obey the laws of their formulas; statistics do not depend on how a step is split."""
 
 import math
 
@@ -75,14 +75,16 @@ def test_kto_baseline_is_a_mean_never_below_zero_and_without_gradient():
     assert not kto_baseline(up).requires_grad
 
 
-def test_running_mean_weighs_every_value_alike_however_steps_are_cut():
+def test_running_mean_weighs_every_value_the_same_however_steps_are_cut():
     values = torch.randn(20, generator=torch.Generator().manual_seed(0))
     state = RunningMean()
     for part in values.split([3, 1, 9, 7]):
         state = state.update(part)
     assert state.count == 20
     assert_close(state.mean, values.double().mean().item())
-    assert RunningMean(state.mean, state.count) == state  # what a checkpoint holds is the whole of it
+    assert (
+        RunningMean(state.mean, state.count) == state
+    )  # a checkpoint that holds the two numbers restores it
 
 
 @pytest.mark.parametrize("name", sorted(UNPAIRED_LOSSES))

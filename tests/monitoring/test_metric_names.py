@@ -1,4 +1,4 @@
-"""Every number that a run writes is documented, and every documented one is written, by whom the table says."""
+"""Every number that a run writes is documented, and every documented one is written by the objectives it names."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 OPTIONS = {"dpo": {"objective__rpo_alpha": 1.0}}  # with the likelihood term, which is off by default
-OF_TROUBLE = {"suspects", "mfu"}  # written where something is wrong, or a chip's peak is known
+CONDITIONAL = {"suspects", "mfu"}  # only on bad steps, or where the chip's peak is known
 
 
 def test_the_page_is_the_table():
     assert DOCS.read_text(encoding="utf-8") == to_markdown()
 
 
-def test_no_metric_is_told_twice():
+def test_every_metric_is_documented_once():
     assert len(BY_NAME) == len(METRICS)
     assert not BY_NAME.keys() & ROW_KEYS.keys()
 
@@ -61,6 +61,6 @@ def test_what_is_written_is_documented(written):
 
 def test_what_is_documented_is_written_by_whom_it_says(written):
     for metric in METRICS:
-        told = set(metric.written.split(", ")) & OBJECTIVES.keys() or OBJECTIVES.keys()
+        documented = set(metric.written.split(", ")) & OBJECTIVES.keys() or OBJECTIVES.keys()
         writers = {objective for objective, names in written.items() if metric.name in names}
-        assert metric.name in OF_TROUBLE or writers == told, metric.name
+        assert metric.name in CONDITIONAL or writers == documented, metric.name

@@ -1,6 +1,6 @@
 """Law 1 for preferences: loss, gradient norm and metrics of five steps are the same on every layout (1e-5, fp32).
 
-A layout here is also how prompts lie (shared or repeated), packing, and how the reference is run.
+A layout here includes shared or repeated prompts, packing, and the mode of the reference.
 """
 
 import json

@@ -75,7 +75,7 @@ def test_the_checkpoint_verifies_against_its_export(pool, trained):
 
 
 def test_training_goes_on_from_a_reward_model(pool, trained, scored, tmp_path):
-    """Exported and checkpointed heads are taken up, not drawn anew."""
+    """Exported and checkpointed heads are loaded, not drawn again."""
     [last] = metrics_of(trained, "validation")
     for name, start in (("hf", trained / "hf"), ("checkpoint", trained)):
         arguments = run_arguments(
@@ -133,4 +133,4 @@ def test_scores_are_normalised_over_the_training_data():
     assert np.nanstd((scores - shift) / scale) == pytest.approx(1.0)
     shift, scale = score_scale(scores, "range")
     assert ((scores - shift) / scale)[[0, 2, 3]].tolist() == [-1.0, 0.0, 1.0]
-    assert score_scale(np.array([2.0, 2.0]), "range") == (2.0, 1.0)  # all alike: only shifted
+    assert score_scale(np.array([2.0, 2.0]), "range") == (2.0, 1.0)  # all equal: only shifted
