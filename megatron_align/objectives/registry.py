@@ -8,7 +8,7 @@ from megatron_align.config.run import RunConfig
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import nearest, require
 from megatron_align.objectives import user_file
-from megatron_align.objectives.base import Objective
+from megatron_align.objectives.base import SCORED_BY, Objective
 from megatron_align.objectives.dpo import DPO
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
@@ -40,7 +40,18 @@ def objective_class(name: str) -> type[Objective]:
 
 def build_objective(options: ObjectiveOptions, store: TokenStore | None = None) -> Objective:
     """Return the objective of a run's options; ``store``: its training data, None if nothing is trained."""
-    return objective_class(options.name)(options, store)
+    objective = objective_class(options.name)(options, store)
+    unknown = sorted(objective.needs - SCORED_BY.keys())
+    require(
+        not unknown,
+        f"objective {options.name} must need only {', '.join(SCORED_BY)}; got {', '.join(unknown)}",
+    )
+    require(
+        "mismatched_logprobs" not in objective.needs or objective.data == ("unpaired",),
+        f"objective {options.name} needs mismatched_logprobs, which only unpaired data have; "
+        f"its data are {', '.join(objective.data)}",
+    )
+    return objective
 
 
 def reference_mode(config: RunConfig) -> ReferenceMode | None:

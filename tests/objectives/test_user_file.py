@@ -119,6 +119,23 @@ def test_what_is_no_objective_is_one_line(text, given, message, tmp_path, monkey
     assert str(error.value).startswith("objective.name: ")
 
 
+@pytest.mark.parametrize(
+    "need, message",
+    [
+        ("reference_logprob", "must need only reference_logprobs, .*; got reference_logprob$"),
+        (
+            "mismatched_logprobs",
+            "needs mismatched_logprobs, which only unpaired data have; its data are pair",
+        ),
+    ],
+)
+def test_needs_that_no_pre_pass_can_meet_are_refused(need, message, tmp_path):
+    file = tmp_path / "my_objectives.py"
+    file.write_text(EXAMPLE.replace('"reference_logprobs"', f'"{need}"'))
+    with pytest.raises(InputError, match=message):
+        load_config(RUN, {"objective.name": f"{file}:Capped"})
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", samples=24)
