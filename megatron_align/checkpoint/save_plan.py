@@ -63,7 +63,7 @@ class SavePlanCache:
         """
         objects = [*model, optimizer, *(reference or [])]
         is_same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
-        if not is_same:
+        if self._plan is None or not is_same:
             self._objects, self._plan = objects, _plan(model, optimizer, reference)
         elif optimizer is not None:
             self._plan.common["optimizer"] |= optimizer.state_dict()

@@ -88,9 +88,9 @@ class _WrittenFiles:
     locations: dict[MetadataIndex, _StorageInfo]
 
 
-@dataclass(slots=True, kw_only=True)
-class _PendingSave:
-    """A save between its stages."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SaveJob:
+    """What this rank copies and writes for a save."""
 
     step: int
     folder: Path
@@ -101,10 +101,17 @@ class _PendingSave:
     small_files: dict[str, bytes]  # content by path; empty but on rank 0
     assets: Path
     shape: ModelShape
+
+
+@dataclass(slots=True, kw_only=True)
+class _PendingSave:
+    """A save between its stages."""
+
+    job: _SaveJob
+    copied: Future[None]
+    written: Future[_WrittenFiles]
     started: float
-    pause: float = 0.0
-    copied: Future[None] | None = None
-    written: Future[_WrittenFiles] | None = None
+    pause: float
 
 
 class Saver:
@@ -146,12 +153,18 @@ class Saver:
         assert self._pending is None, "one save at a time"
         started = time.perf_counter()
         partial, step = partial_folder(folder), content.metadata["step"]
-        _on_rank_0(partial, lambda: (self._before(), _create(partial, step)))
-        plan, copies = self._plans.plan(content.model, content.optimizer, content.reference), []
+
+        def create() -> None:
+            self._before()
+            _create(partial, step)
+
+        _on_rank_0(partial, create)
+        plan = self._plans.plan(content.model, content.optimizer, content.reference)
+        copies: list[tuple[Tensor, Tensor]] = []
         if self.background or torch.cuda.is_available():
             plan, copies = self._with_host_copies(plan)
         metadata = {**content.metadata, "optimizer": content.optimizer is not None}
-        self._pending = save = _PendingSave(
+        job = _SaveJob(
             step=step,
             folder=folder,
             partial=partial,
@@ -161,13 +174,13 @@ class Saver:
             small_files=_small_files(metadata, plan.common),
             assets=content.assets,
             shape=unwrap(content.model)[0][0].shape,
-            started=started,
         )
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
-        save.copied = self._pool.submit(_copy, save, self._stream)
-        save.written = self._pool.submit(_write, save, dist.get_rank())
-        save.pause = time.perf_counter() - started
+        copied = self._pool.submit(_copy, job, self._stream)
+        written = self._pool.submit(_write, job, copied, dist.get_rank())
+        pause = time.perf_counter() - started
+        self._pending = _PendingSave(job=job, copied=copied, written=written, started=started, pause=pause)
 
     def wait_until_copied(self) -> float:
         """Wait until training may change what the pending save holds, if there is one; return the seconds waited."""
@@ -194,9 +207,9 @@ class Saver:
             result = error
         results: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(result, results if dist.get_rank() == 0 else None)
-        size = _on_rank_0(save.partial, lambda: _complete(save, results))
+        size = _on_rank_0(save.job.partial, lambda: _complete(save.job, results))
         now = time.perf_counter()
-        return Saved(save.step, save.folder, size, save.pause + now - resumed, now - save.started)
+        return Saved(save.job.step, save.job.folder, size, save.pause + now - resumed, now - save.started)
 
     def save(self, folder: Path, content: CheckpointContent) -> Saved:
         """Write a checkpoint and wait for it: :meth:`begin` and :meth:`finish`."""
@@ -213,7 +226,7 @@ class Saver:
 
         def in_host_memory(item: SaveItem) -> SaveItem:
             index, data = item[0].index, item[1]
-            if not _is_changed_by_training(index, data):
+            if not isinstance(data, Tensor) or not _is_changed_by_training(index, data):
                 return item
             if index not in self._host_copies:
                 self._host_copies[index] = torch.empty(
@@ -226,8 +239,8 @@ class Saver:
         return RankSavePlan(buckets, plan.metadata, plan.common), copies
 
 
-def _is_changed_by_training(index: MetadataIndex, data: Tensor | io.BytesIO) -> bool:
-    return isinstance(data, Tensor) and (data.is_cuda or not index.fqn.startswith("optimizer."))
+def _is_changed_by_training(index: MetadataIndex, data: Tensor) -> bool:
+    return data.is_cuda or not index.fqn.startswith("optimizer.")
 
 
 def _create(partial: Path, step: int) -> None:
@@ -250,43 +263,43 @@ def _small_files(metadata: dict[str, Any], common: dict[str, Any]) -> dict[str, 
     }
 
 
-def _copy(save: _PendingSave, stream: torch.cuda.Stream | None) -> None:
+def _copy(job: _SaveJob, stream: torch.cuda.Stream | None) -> None:
     """Copy into host memory what this rank writes, or what it sends to the rank that writes it."""
-    faults.at("save.copying", save.step)
+    faults.at("save.copying", job.step)
     if stream:
         torch.cuda.set_device(stream.device)  # a new thread starts on device 0
     with torch.cuda.stream(stream):
-        for copy, original in save.copies:
+        for copy, original in job.copies:
             copy.copy_(original, non_blocking=True)
-        if save.optimizer is not None:
-            save.optimizer.host_state.copy()
+        if job.optimizer is not None:
+            job.optimizer.host_state.copy()
     if stream:
         stream.synchronize()
 
 
-def _write(save: _PendingSave, rank: int) -> _WrittenFiles:
+def _write(job: _SaveJob, copied: Future[None], rank: int) -> _WrittenFiles:
     """Write this rank's files; rank 0 also writes the small ones."""
-    save.copied.result()
-    if save.optimizer is not None:
-        save.optimizer.host_state.gather()
+    copied.result()
+    if job.optimizer is not None:
+        job.optimizer.host_state.gather()
     checksums: dict[str, str] = {}
     locations: dict[MetadataIndex, _StorageInfo] = {}
-    paths = [save.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(save.plan.buckets))]
+    paths = [job.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(job.plan.buckets))]
     with without_zip_checksums(), ThreadPoolExecutor(max(1, len(paths))) as pool:
         pending = [
-            pool.submit(copy_context().run, _write_bucket, path, bucket, save.step)
-            for path, bucket in zip(paths, save.plan.buckets, strict=True)
+            pool.submit(copy_context().run, _write_bucket, path, bucket, job.step)
+            for path, bucket in zip(paths, job.plan.buckets, strict=True)
         ]
         for path, future in zip(paths, pending, strict=True):
             checksums[f"{STATE}/{path.name}"], locations_in_file = future.result()
             locations |= locations_in_file
     if rank == 0:
-        checksums |= _write_small_files(save.partial, save.small_files)
-        (save.partial / ASSETS).mkdir()
-        copy_assets(save.assets, save.partial / ASSETS)
-        write_config_architecture(save.partial / ASSETS, save.shape)
-        checksums |= hash_files(save.partial, files_below(save.partial, ASSETS))
-    faults.at("save.written", save.step)
+        checksums |= _write_small_files(job.partial, job.small_files)
+        (job.partial / ASSETS).mkdir()
+        copy_assets(job.assets, job.partial / ASSETS)
+        write_config_architecture(job.partial / ASSETS, job.shape)
+        checksums |= hash_files(job.partial, files_below(job.partial, ASSETS))
+    faults.at("save.written", job.step)
     return _WrittenFiles(checksums, locations)
 
 
@@ -317,18 +330,21 @@ def _write_small_files(folder: Path, contents: dict[str, bytes]) -> dict[str, st
     return checksums
 
 
-def _complete(save: _PendingSave, results: list[_WrittenFiles | OSError]) -> int:
+def _complete(job: _SaveJob, results: list[_WrittenFiles | OSError]) -> int:
     """Write the metadata of all ranks' files and rename the folder; return the checkpoint's bytes. On rank 0."""
+    written = []
     for rank, result in enumerate(results):
         if isinstance(result, OSError):
             raise OSError(f"rank {rank}: {_reason(result)}")
-    metadata = save.plan.metadata
-    metadata.storage_data = {index: info for files in results for index, info in files.locations.items()}
-    checksums = {name: checksum for files in results for name, checksum in files.checksums.items()}
-    checksums |= _write_small_files(save.partial, {f"{STATE}/{METADATA}": pickle.dumps(metadata)})
-    write_checksums(save.partial, checksums)
-    size = sum((save.partial / name).stat().st_size for name in files_below(save.partial))
-    commit_folder(save.partial, save.folder, save.step)
+        written.append(result)
+    metadata = job.plan.metadata
+    assert metadata is not None, "rank 0 has the metadata"
+    metadata.storage_data = {index: info for files in written for index, info in files.locations.items()}
+    checksums = {name: checksum for files in written for name, checksum in files.checksums.items()}
+    checksums |= _write_small_files(job.partial, {f"{STATE}/{METADATA}": pickle.dumps(metadata)})
+    write_checksums(job.partial, checksums)
+    size = sum((job.partial / name).stat().st_size for name in files_below(job.partial))
+    commit_folder(job.partial, job.folder, job.step)
     return size
 
 

@@ -9,7 +9,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,10 +60,11 @@ class StoredTensorReader:
         """Return the file offset of a shard's first element, without reading the elements."""
         try:
             with path.open("rb") as file:
-                window = _FileWindow(file, shard.start, shard.length)
+                window = cast(IO[bytes], _FileWindow(file, shard.start, shard.length))
                 saved = torch.load(window, map_location="meta", weights_only=True)
                 window.seek(0)
-                begin = torch._C.PyTorchFileReader(window).get_record_offset("data/0")
+                reader: Any = torch._C.PyTorchFileReader(window)
+                begin = reader.get_record_offset("data/0")
         except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
             raise self._unreadable(path, error) from error
         if (

@@ -122,6 +122,7 @@ class StateWriter:
             return start, self._file.tell() - start
 
     def _close(self) -> None:
+        assert self._file is not None, "no file is open"
         with naming_file("checkpoint", self._path):
             self.checksums[self._name] = self._file.finish()
         self._file = None

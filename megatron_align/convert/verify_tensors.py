@@ -59,4 +59,5 @@ def _compare(name: str, ours: Tensor, weights: HFWeights) -> TensorFinding:
     elif any(nonfinite):
         reason = f"not finite: {nonfinite[0]:,} NaN, {nonfinite[1]:,} infinite"
         largest = math.nan if nonfinite[0] else largest
-    return TensorFinding(name, *(digest.hexdigest() for digest in hashes), largest, reason)
+    sha256, hf_sha256 = (digest.hexdigest() for digest in hashes)
+    return TensorFinding(name, sha256, hf_sha256, largest, reason)

@@ -62,6 +62,7 @@ def _collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[
     tensor, pipeline = chunk.pg_collection.tp, chunk.pg_collection.pp
     tensors: dict[str, Tensor] = {}
     if pipeline.rank() == owner:
+        assert shard is not None
         shard = shard.detach().contiguous()
         shards = [torch.empty_like(shard) for _ in range(tensor.size())]
         dist.all_gather(shards, shard, group=tensor)

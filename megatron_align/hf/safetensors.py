@@ -87,6 +87,7 @@ class HFWeights:
 
     def read(self, segment: Segment) -> Tensor:
         """Return a segment of its HF tensor, in the stored dtype, on the CPU."""
+        assert segment.name is not None, "padding is stored in no file"
         stop = segment.hf_start + segment.size
         return self._slice(segment.name)[(slice(None),) * segment.dim + (slice(segment.hf_start, stop),)]
 

@@ -122,7 +122,7 @@ class ShardWriter:
             raise ValueError(f"{name} must be {spec}, written once; got {block.numel()} of {block.dtype}")
         view = memoryview(block.cpu().contiguous().view(torch.uint8).numpy())
         with naming_file("model", file):
-            if self._path != file:
+            if self._file is None or self._path != file:
                 self._finish_file()
                 self._file, self._path = DirectFile(file), file
                 self._file.write(0, memoryview(self._headers[file]))

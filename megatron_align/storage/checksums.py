@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -34,11 +34,12 @@ class CorruptChecksums(ValueError):
 class HashingFile(io.RawIOBase):
     """Write a new file from start to end, around the page cache, and hash it on the way."""
 
-    _file: DirectFile | None = None
+    _is_open = False  # close() is also called on a file that could not be opened
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
         self._file = DirectFile(path)
+        self._is_open = True
         self._hash, self._size = hashlib.sha256(), 0
         self._error: OSError | None = None
 
@@ -63,7 +64,7 @@ class HashingFile(io.RawIOBase):
             OSError: the disk's own error, where torch would raise a RuntimeError about its writer.
         """
         try:
-            torch.save(content, self)
+            torch.save(content, cast(IO[bytes], self))
         except RuntimeError as error:
             raise self._error or error from error
 
@@ -82,7 +83,7 @@ class HashingFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file; without :meth:`finish`, buffered data are lost."""
-        if self._file:
+        if self._is_open:
             self._file.close()
         super().close()
 
@@ -123,10 +124,12 @@ def read_checksums(folder: Path) -> dict[str, str]:
     match = _HEADER.fullmatch(header.decode(errors="replace"))
     if match is None or match[1] != hashlib.sha256(lines).hexdigest():
         raise CorruptChecksums(f"{path}: SHA-256 mismatch of the list itself")
-    entries = [_LINE.fullmatch(line) for line in lines.decode().splitlines()]
-    if not all(entries):
-        raise CorruptChecksums(f"{path} is not a list of checksums")
-    return {entry[2]: entry[1] for entry in entries}
+    checksums = {}
+    for line in lines.decode().splitlines():
+        if (entry := _LINE.fullmatch(line)) is None:
+            raise CorruptChecksums(f"{path} is not a list of checksums")
+        checksums[entry[2]] = entry[1]
+    return checksums
 
 
 def hash_file(path: Path) -> str:

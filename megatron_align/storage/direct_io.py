@@ -31,6 +31,7 @@ class DirectFile:
         self._origin = 0  # file offset of the buffer's first byte, a multiple of ALIGNMENT
         self._start = self._stop = 0  # the filled part of the buffer
         self._worker = BackgroundWorker()
+        self._is_closed = False
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at a file offset; its memory may be reused when this returns.
@@ -67,11 +68,13 @@ class DirectFile:
 
     def close(self) -> None:
         """Close the file; without :meth:`finish`, buffered data are lost."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._worker.stop()
-        for handle in (self._plain, self._direct):
-            if handle is not None:
-                os.close(handle)
-        self._plain = self._direct = None
+        os.close(self._plain)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def _flush(self) -> None:
         """Start writing the filled part of the buffer, and switch to the other buffer."""

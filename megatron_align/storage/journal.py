@@ -46,18 +46,18 @@ class Journal:
         entries = _read(self.path)
         if entries and entries[0] == json.loads(json.dumps(header)):
             self.done = {entry["file"]: entry["notes"] for entry in entries[1:]}
-            self._drop_incomplete_line()
+            _drop_incomplete_line(self.path, self._file)
             return
-        self._clear()
-        self._append(header)
+        self._clear(self._file)
+        _append(self._file, header)
 
     def add(self, file: Path, notes: Any = None) -> None:
         """Record a file of the partial folder as complete once it is on the disk; ``notes`` (JSON) go to ``done``."""
-        if self.key is None:
+        if self._file is None:
             return
         fsync(file)
         self.done[name := str(file.relative_to(self.partial))] = notes
-        self._append({"file": name, "notes": notes})
+        _append(self._file, {"file": name, "notes": notes})
 
     def close(self) -> None:
         """Delete the list: the folder is complete."""
@@ -84,29 +84,31 @@ class Journal:
             self._file.close()
             self._file = None
 
-    def _clear(self) -> None:
+    def _clear(self, file: IO[str]) -> None:
         """Delete everything but the list, which stays locked, and empty it."""
         for path in self.partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path != self.path:
                 path.unlink()
-        self._file.truncate(0)
-
-    def _drop_incomplete_line(self) -> None:
-        complete = self.path.read_bytes().rpartition(b"\n")[0]
-        self._file.truncate(len(complete) + 1)
-
-    def _append(self, entry: Any) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file.truncate(0)
 
 
 def fingerprint(folder: str | Path) -> list[list[Any]]:
     """Return names, sizes and modification times of a folder's files: they change whenever a file does."""
     files = sorted(path for path in Path(folder).resolve().rglob("*") if path.is_file())
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def _drop_incomplete_line(path: Path, file: IO[str]) -> None:
+    complete = path.read_bytes().rpartition(b"\n")[0]
+    file.truncate(len(complete) + 1)
+
+
+def _append(file: IO[str], entry: Any) -> None:
+    file.write(json.dumps(entry) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _read(path: Path) -> list[Any]:

@@ -54,6 +54,7 @@ class Progress:
         """Count ``size`` more bytes."""
         self.done += size
         if self._bar:
+            assert self._task is not None, "count within the with-block"
             self._bar.update(self._task, completed=self.done)
         elif (now := time.monotonic()) - self._reported >= SECONDS_PER_LINE:
             self._reported = now
