@@ -67,7 +67,7 @@ def test_a_background_write_that_fails_is_reported(tmp_path, monkeypatch, more):
 
 def test_save_raises_the_disks_error_and_not_torchs(tmp_path, monkeypatch):
     """torch.save replaces it by a RuntimeError about its own writer."""
-    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 4)
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 64)
 
     def full(*arguments):
         raise OSError(28, "No space left")
