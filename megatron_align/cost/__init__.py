@@ -1,1 +1,1 @@
-"""What a run costs, on paper: bytes and floating-point operations as pure functions of model, layout and batch."""
+"""Estimated cost of a run: bytes and FLOPs as pure functions of model, layout and batch."""

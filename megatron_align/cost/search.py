@@ -48,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What to plan: a run, and the GPUs it may use.
+    """Request for a plan: a run, and the GPUs it may use.
 
     Args:
         config: configuration of the run.

@@ -1,4 +1,4 @@
-"""Every number that a run writes into metrics.jsonl, with unit and meaning: the table behind the docs and the report.
+"""Every number that a run writes into metrics.jsonl, with unit and meaning: the table of the docs and the report.
 
 ``python -m megatron_align.monitoring.metric_names`` prints ``docs/metrics.md``.
 """

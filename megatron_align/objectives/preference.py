@@ -1,4 +1,4 @@
-"""What the objectives on pairs share: completions to pairs, the likelihood term, losses that mix a step's pairs.
+"""Shared parts of the objectives on pairs: completions to pairs, the likelihood term, losses that mix a step's pairs.
 
 Shapes: N scored rows and C completions of some complete samples of a pack; P pairs of them (C = 2 P: chosen, rejected,
 chosen, ...; of triples C = 3 P: chosen, rejected, gold, ...). ``_S``: the completions of a step, over all ranks.

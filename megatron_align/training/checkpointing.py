@@ -55,7 +55,7 @@ class Checkpointing(Hook):
             self._saver.wait_until_copied()
 
     def end_step(self, step: int) -> bool:
-        """Finish a pending save, begin one that is due; return True if any rank was asked to stop."""
+        """Finish a pending save, begin one that is due; return True if any rank received a stop signal."""
         if step == self.trainer.steps:
             self._save_last(step)
             return False

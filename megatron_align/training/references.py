@@ -28,7 +28,7 @@ from megatron_align.training.weights import load_reference_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class References:
-    """What the pre-pass compares the policy with.
+    """References that the pre-pass compares the policy with.
 
     Args:
         mode: how it is run; None: the objective compares with none.

@@ -52,7 +52,7 @@ from megatron_align.training.weights import load_model_weights, load_start_weigh
 
 @dataclass(slots=True, kw_only=True)
 class StepReport:
-    """What a training step did.
+    """Result of a training step.
 
     Args:
         step: 1-based.
