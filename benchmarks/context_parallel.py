@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.packing import draw, environment
 from benchmarks.rows import record, stamp
 from megatron_align.data.batching.context_split import attention_work, balanced_shards, contiguous_shards
-from megatron_align.data.batching.packing import plan_step
+from megatron_align.data.batching.packing import PackOptions, plan_step
 from megatron_align.model.context_kind import (
     AttentionSplit,
     allgather_bytes,
@@ -52,7 +52,7 @@ def zigzag(tokens: int, ranks: int) -> np.ndarray:
 def packs(steps: np.ndarray, capacity: int, multiple: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the samples' lengths and T of every pack of all steps."""
     for lengths_B in steps:
-        plan = plan_step(lengths_B, 1, capacity, multiple)
+        plan = plan_step(lengths_B, 1, PackOptions(capacity=capacity, multiple=multiple))
         for pack in plan.packs[0]:
             yield lengths_B[pack], plan.tokens
 

@@ -22,7 +22,7 @@ import time
 import numpy as np
 
 from benchmarks.rows import append, stamp
-from megatron_align.data.batching.packing import plan_step
+from megatron_align.data.batching.packing import PackOptions, plan_step
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHARE, TOKENS, COST = 0.98, 1.02, 1.05
@@ -38,7 +38,7 @@ def draw(steps: int, samples: int, mean: float, sigma: float, capacity: int) -> 
 def measure(lengths_B: np.ndarray, ranks: int, capacity: int) -> dict[str, float]:
     """Return the figures of one step."""
     started = time.perf_counter()
-    plan = plan_step(lengths_B, ranks, capacity)
+    plan = plan_step(lengths_B, ranks, PackOptions(capacity=capacity))
     seconds = time.perf_counter() - started
     tokens = np.array([[lengths_B[pack].sum() for pack in rank] for rank in plan.packs])
     cost = np.array([sum((lengths_B[pack] ** 2).sum() for pack in rank) for rank in plan.packs])
@@ -128,7 +128,7 @@ def main() -> None:
             float(np.median([padded_share(lengths_B, n) for lengths_B in steps]))
             for n in (args.samples, ROWS)
         )
-        plan_step(steps[0], 1, args.capacity)  # warm
+        plan_step(steps[0], 1, PackOptions(capacity=args.capacity))  # warm
         for ranks in RANKS:
             figures = summarise([measure(lengths_B, ranks, args.capacity) for lengths_B in steps])
             rows.append(

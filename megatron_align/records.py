@@ -1,4 +1,4 @@
-"""The types that flow: file -> Record -> Sample -> PackedBatch (tokens, attention layout, LossRows).
+"""The data types of a run: file -> Record -> Sample -> PackedBatch (tokens, attention layout, LossRows).
 
 Shapes: T tokens, N scored rows and C completions of one pack, L tokens of one sample.
 """
@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. ``extra`` holds what the chat template may use besides (``tool_calls``, ``name``, ...)."""
+    """One turn. ``extra`` holds further fields for the chat template (``tool_calls``, ``name``, ...)."""
 
     role: str
     content: str
@@ -37,12 +37,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat sample: every assistant turn is trained on. ``where`` is ``file:line`` for messages to people."""
+    """Chat sample: every assistant turn is trained on. ``where`` is ``file:line``, for messages."""
 
     messages: tuple[Message, ...]
     where: str
     tools: tuple[Any, ...] | None = None
-    prompt_messages: int | None = None  # conversational prompt + completion: only what follows is trained on
+    prompt_messages: int | None = (
+        None  # prompt + completion as messages: only those after the prompt are trained on
+    )
     weight: float = 1.0  # of the sample in the loss
 
 
@@ -58,10 +60,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """A prompt and completions that were judged: a pair (chosen, rejected), with a gold answer after it a triple,
-    a ranked list, or a single one.
+    """A prompt and its judged completions: a pair (chosen, rejected), a pair and a gold answer (triple), a ranked
+    list, or a single one.
 
-    Prompt and completions are all message lists, or all plain text (no chat template then).
+    Prompt and completions are all message lists, or all plain text (then no chat template is applied).
     """
 
     kind: Literal["triple", "pair", "ranked", "unpaired"]
@@ -69,7 +71,7 @@ class Preference:
     completions: tuple[tuple[Message, ...] | str, ...]
     where: str
     tools: tuple[Any, ...] | None = None
-    scores: tuple[float | None, ...] = ()  # of each completion; empty: none was given
+    scores: tuple[float | None, ...] = ()  # of each completion; empty: none were given
     margin: float | None = None  # pair: by how much the chosen one is better
     label: bool | None = None  # unpaired: desirable or not
     weight: float = 1.0
@@ -82,7 +84,7 @@ Record = Conversation | Completion | Preference
 class Sample:
     """One tokenised sample: ``prompt | completion | completion ...``, the prompt stored once.
 
-    A chat sample has no prompt of its own: it is one completion with ``scored_L`` telling the trained turns.
+    A chat sample has no prompt: it is one completion, and ``scored_L`` marks the trained turns.
     ``scored_L[t]``: token ``t`` is a target (its log-prob enters the loss).
     """
 
@@ -90,13 +92,13 @@ class Sample:
     scored_L: np.ndarray  # bool; the first token of a sample is never set, as nothing predicts it
     prompt_length: int = 0
     completion_lengths: tuple[int, ...] = ()  # empty: one completion, all after the prompt
-    scores: tuple[float, ...] = ()  # of each completion, NaN where none was given; empty: none at all
+    scores: tuple[float, ...] = ()  # of each completion, NaN where none was given; empty: none were given
     margin: float = math.nan
     label: bool | None = None
     weight: float = 1.0
 
     def completion_scored(self) -> np.ndarray:
-        """Return the targets (int64) of each completion."""
+        """Return the number of targets of each completion (int64)."""
         lengths = self.completion_lengths or (len(self.tokens_L) - self.prompt_length,)
         before = np.concatenate([[0], np.cumsum(self.scored_L[self.prompt_length :], dtype=np.int64)])
         return np.diff(before[np.cumsum([0, *lengths])])
@@ -122,7 +124,7 @@ class Completions:
     - ``loss_coefficients``: float32, d loss / d summed log-prob of a loss that couples the whole step.
     """
 
-    sample_C: Tensor  # int64: 0, 1, ..., which sample of the pack it belongs to
+    sample_C: Tensor  # int64: index of its sample in the pack
     weight_C: Tensor  # float32: of its sample in a loss per sample
     token_weight_C: Tensor  # float32: of one of its scored tokens in a loss per token
     length_C: Tensor  # int64: scored tokens
@@ -130,17 +132,17 @@ class Completions:
     rows_C: Tensor
     last_C: Tensor  # int64: hidden row of its last token
     score_C: Tensor  # float32, NaN where none was given
-    margin_C: Tensor  # float32: by how much the chosen one of its pair is better, NaN where not given
+    margin_C: Tensor  # float32: by how much the chosen one of its pair is better, NaN where none was given
     desirable_C: Tensor  # bool: the label of an unpaired completion
     columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True, slots=True)
 class LossRows:
-    """What is scored in one pack: hidden row ``row_N`` predicts ``target_N`` and weighs ``weight_N``.
+    """The scored rows of one pack: hidden row ``row_N`` predicts ``target_N`` and weighs ``weight_N``.
 
     ``weight_N`` already holds the global normaliser, so the step's loss is a plain sum over every row of
-    every pack of every rank. ``sequence_N`` is the completion that a row belongs to, ascending.
+    every pack of every rank. ``sequence_N`` is the index of the completion that a row belongs to, ascending.
     ``columns``, each ``[N]``, hold what only some objectives need (log-probs of an earlier policy, advantages, ...).
     """
 
@@ -148,14 +150,14 @@ class LossRows:
     target_N: Tensor  # int64
     sequence_N: Tensor  # int64
     weight_N: Tensor  # float32
-    prompt_N: Tensor  # bool: the target is of the prompt, whose rows stand before the first completion's
+    prompt_N: Tensor  # bool: the target is in the prompt, whose rows come before the first completion's
     completions: Completions
-    ends: tuple[tuple[int, int], ...]  # on the host: rows and completions up to the end of each sample
+    # On the host: number of rows and completions up to the end of each sample.
+    ends: tuple[tuple[int, int], ...]
     columns: Columns = field(default_factory=Columns)
-    host_row_N: np.ndarray | None = None  # of rows on a device: ``row_N`` as it was on the host
-    step_statistics: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of the pre-pass, the same for all packs
+    host_row_N: np.ndarray | None = None  # for rows on a device: ``row_N`` on the host
+    # Numbers of the pre-pass, the same for all packs of a step.
+    step_statistics: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> LossRows:
         """Return the rows on ``device``."""
@@ -170,20 +172,20 @@ class LossRows:
         )
 
     def rows_on_host(self) -> np.ndarray:
-        """Return ``row_N`` without looking at the device; of a whole pack only."""
+        """Return ``row_N`` of an entire pack without synchronising with the device."""
         return self.row_N.numpy() if self.host_row_N is None else self.host_row_N
 
     def slabs(
         self, most_rows: int, *, whole_samples: bool, owner_N: np.ndarray | None = None
     ) -> list[LossRows]:
-        """Split into consecutive parts of at most ``most_rows`` rows, without looking at the device.
+        """Split into consecutive slabs of at most ``most_rows`` rows, without synchronising with the device.
 
         Args:
-            most_rows: limit of a part. With ``whole_samples`` a sample that is longer is a part of its own.
-            whole_samples: parts hold whole samples, and their ``sequence_N``, ``sample_C`` and ``ends`` count
+            most_rows: limit of a slab. With ``whole_samples`` a sample that is longer is a slab by itself.
+            whole_samples: slabs hold complete samples, and their ``sequence_N``, ``sample_C`` and ``ends`` count
                 from 0. False: rows are cut anywhere; ``sequence_N`` and ``completions`` stay the pack's.
-            owner_N: which rank holds each row, where they are spread over several: the limit is then that of the
-                rank which holds most of a part. Default: one holds all.
+            owner_N: the rank that holds each row, if they are spread over several: the limit then applies to the
+                rank that holds most of a slab. Default: one rank holds all.
         """
         rows = self.row_N.shape[0]
         owner_N = np.zeros(rows, np.int64) if owner_N is None else owner_N
@@ -205,7 +207,7 @@ class LossRows:
         return [*parts, self._samples(first, len(self.ends))] if self.ends else []
 
     def _samples(self, first: int, stop: int) -> LossRows:
-        """Return the samples ``[first, stop)`` as rows of their own."""
+        """Return the rows of the samples ``[first, stop)``."""
         (row, completion), (row_end, completion_end) = ((0, 0), *self.ends)[first], self.ends[stop - 1]
         part = _each(self.completions, lambda t: t[completion:completion_end])
         part["sample_C"] = part["sample_C"] - first
@@ -216,7 +218,7 @@ class LossRows:
 
 
 def _each(
-    record: LossRows | Completions | Held | ContextPart, change: Callable[[Tensor], Tensor]
+    record: LossRows | Completions | LocalRows | ContextPart, change: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
     """Return the record's fields that are tensors or columns, each tensor changed, by name."""
     changed: dict[str, Any] = {}
@@ -229,37 +231,37 @@ def _each(
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Which of a pack's rows (or completions) are scored from a token of this context-parallel rank.
+class LocalRows:
+    """The rows (or completions) of a pack that are scored from a token of this context-parallel rank.
 
-    ``number_n``, ascending, counts in the pack; ``row_n`` counts in the rank's own tokens.
+    ``number_n``, ascending, is the index in the pack; ``row_n`` the index among the rank's tokens.
     """
 
     number_n: Tensor  # int64
     row_n: Tensor  # int64
-    host_number_n: np.ndarray  # both on the host
+    host_number_n: np.ndarray  # the same on the host
     host_row_n: np.ndarray
 
     @classmethod
-    def of(cls, number_n: np.ndarray, row_n: np.ndarray) -> Held:
-        """Hold numbers that are known on the host."""
+    def of(cls, number_n: np.ndarray, row_n: np.ndarray) -> LocalRows:
+        """Return the rows with these indices, given on the host."""
         return cls(torch.from_numpy(number_n), torch.from_numpy(row_n), number_n, row_n)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextPart:
-    """What of a pack is on this context-parallel rank: Q = T / ranks of its tokens, and what they score.
+    """The part of a pack on this context-parallel rank: Q = T / ranks of its tokens, and the rows scored from them.
 
-    The pack itself is the same on all ranks; ``data.context`` deals it out.
+    The pack itself is the same on all ranks; ``data.batching.context_parts`` computes the part.
     """
 
-    kind: ContextKind  # how its ranks attend together, see ``model.context``
-    token_Q: Tensor  # int64, ascending: which tokens of the pack
+    kind: ContextKind  # how the ranks attend together, see ``model.context``
+    token_Q: Tensor  # int64, ascending: indices of its tokens in the pack
     owner_N: np.ndarray  # int64, on the host: the rank of each scored row
-    rows: Held
-    last: Held  # of the completions' last tokens
-    order_T: Tensor | None  # allgather: int64, the pack's tokens rank after rank
-    queries: PackedLayout | None  # allgather: what these tokens see of the pack
+    rows: LocalRows
+    last: LocalRows  # of the completions' last tokens
+    order_T: Tensor | None  # allgather: int64, indices of the pack's tokens, rank after rank
+    queries: PackedLayout | None  # allgather: the attention layout of these tokens over the pack
 
     def to(self, device: torch.device) -> ContextPart:
         """Return the part on ``device``."""
@@ -275,13 +277,13 @@ class ContextPart:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One pack = one micro-batch: T tokens, where they stand, who sees whom, and what is scored."""
+    """One pack = one micro-batch: T tokens, their positions, who attends to whom, and the scored rows."""
 
     tokens_T: Tensor  # int64
     positions_T: Tensor  # int64, restarting per sample
     layout: PackedLayout
     rows: LossRows
-    part: ContextPart | None = None  # of a pack that several ranks share; None: this rank has it whole
+    part: ContextPart | None = None  # of a pack split over context ranks; None: it is not split
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on ``device``."""
@@ -294,7 +296,7 @@ class PackedBatch:
         )
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens that this rank computes, and where they stand."""
+        """Return the tokens that this rank computes, and their positions."""
         if self.part is None:
             return self.tokens_T, self.positions_T
         return self.tokens_T[self.part.token_Q], self.positions_T[self.part.token_Q]

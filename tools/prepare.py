@@ -1,6 +1,6 @@
-"""``megatron-align prepare``: tokenise once, before training; look at what was made. Also ``python tools/prepare.py``.
+"""``megatron-align prepare``: tokenise before training and report on the data. Also ``python tools/prepare.py``.
 
-Exit code: 0 done (``--check``: the store is whole), 2 bad input.
+Exit code: 0 done (``--check``: the store is intact), 2 bad input.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_align.data.report import Layout
+    from megatron_align.data.report import PackingSetup
     from megatron_align.data.store import TokenStore
     from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.tools.command import Parser
 
 PROGRAM = "megatron-align prepare"
-ABOUT = """Tokenise data once into a memory-mapped store, which training then finds.
+ABOUT = """Tokenise data into a memory-mapped store that training reuses.
 
-Either --config run.yaml, for the data of a run, or --tokenizer, --data, --sequence-length and --cache. A second
-run with nothing changed does nothing; one that was killed is continued. Needs no GPU and no torchrun."""
-_OF_DATA = ("tokenizer", "data", "sequence_length", "cache")
-_FEW = 3  # examples of samples that are too long; the report lists more
+Either --config run.yaml, for the data of a run, or --tokenizer, --data, --sequence-length and --cache. If nothing
+changed, a second run does nothing; a killed run is resumed. Needs no GPU and no torchrun."""
+_REQUIRED = ("tokenizer", "data", "sequence_length", "cache")
+_FEW = 3  # examples of samples that are too long, on the terminal; the report lists more
 _OPTIONAL = ("shape", "chat_template", "too_long", "on_bad_record")
 
 
@@ -35,27 +35,31 @@ def run(arguments: list[str]) -> int:
     _arguments(parser)
     options = parser.parse(arguments)
     if "torch" not in sys.modules:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # others may be training on them
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other processes may be using them
     _quiet_transformers()
     from megatron_align.data.store import TokenStore
     from megatron_align.data.tokenize.prepare import prepare
 
-    for split, spec, layout in _wanted(options):
+    for split, spec, setup in _requested(options):
         store = TokenStore(prepare(spec), verify=options.check)
         print(_counts(split, store, options.check))
         if options.report:
             folder = Path(options.report) / ("" if split == "train" else split)
-            _report(store, spec, layout, 0 if split == "validation" else options.sample, folder)
+            _report(store, spec, setup, 0 if split == "validation" else options.sample, folder)
     return 0
 
 
 def _arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--config", metavar="RUN.yaml", help="configuration of a run: prepares its train and validation data")
+    add(
+        "--config",
+        metavar="RUN.yaml",
+        help="run configuration: its training and validation data are prepared",
+    )
     add("--tokenizer", metavar="DIR", help="Hugging Face folder with the tokenizer")
     add("--data", nargs="+", metavar="PATH", help="files, folders or glob patterns; each is one source")
     add("--sequence-length", type=_count, metavar="N", help="longest sample, in tokens")
-    add("--cache", metavar="DIR", help="folder of stores")
+    add("--cache", metavar="DIR", help="folder where stores are kept")
     add("--shape", help="shape of the records (default: recognised from each file's first record)")
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add(
@@ -72,37 +76,37 @@ def _arguments(parser: Parser) -> None:
         "--processes",
         type=_count,
         metavar="N",
-        help="that tokenise (default: one per core, 1 for little data)",
+        help="number of tokenising processes (default: one per core, 1 for little data)",
     )
-    add("--check", action="store_true", help="also read the whole store and compare the hashes of its files")
+    add("--check", action="store_true", help="also read the entire store and verify the SHA-256 of its files")
     add("--report", metavar="DIR", help="write report.html, report.json and lengths.png, and show a sample")
     add("--ranks", type=_count, metavar="N", help="report: data-parallel ranks (default: 1)")
     add("--pack-length", type=_count, metavar="L", help="report: tokens of a pack (default: sequence length)")
     add("--global-batch-size", type=_count, metavar="B", help="report: samples of a step (default: 16)")
-    add("--sample", type=int, default=0, metavar="I", help="report: which sample is shown (default: 0)")
+    add("--sample", type=int, default=0, metavar="I", help="report: index of the sample shown (default: 0)")
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
     return int(text)
 
 
-def _wanted(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
-    """Return ``(split, spec, layout)`` of every store that is wanted."""
+def _requested(options: argparse.Namespace) -> list[tuple[str, StoreSpec, PackingSetup]]:
+    """Return ``(split, spec, setup)`` of every requested store."""
     from megatron_align.errors import InputError
 
-    given = [_flag(name) for name in (*_OF_DATA, *_OPTIONAL) if getattr(options, name) is not None]
+    given = [_flag(name) for name in (*_REQUIRED, *_OPTIONAL) if getattr(options, name) is not None]
     if options.config:
         if given:
-            raise InputError(f"{PROGRAM}: --config says what to prepare, got {', '.join(given)} besides")
+            raise InputError(f"{PROGRAM}: --config already names the data, got {', '.join(given)} as well")
         return _of_run(options)
-    missing = [_flag(name) for name in _OF_DATA if getattr(options, name) is None]
+    missing = [_flag(name) for name in _REQUIRED if getattr(options, name) is None]
     if missing:
         raise InputError(
-            f"{PROGRAM} needs --config, or {', '.join(map(_flag, _OF_DATA))}; got no {missing[0]}"
+            f"{PROGRAM} needs --config, or {', '.join(map(_flag, _REQUIRED))}; got no {missing[0]}"
         )
-    from megatron_align.data.report import Layout
+    from megatron_align.data.report import PackingSetup
     from megatron_align.data.tokenize.cache_key import StoreSpec
 
     spec = StoreSpec(
@@ -116,32 +120,32 @@ def _wanted(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
         on_bad_record=options.on_bad_record or "error",
         processes=options.processes,
     )
-    layout = Layout(
+    setup = PackingSetup(
         ranks=options.ranks or 1,
         pack_length=options.pack_length or options.sequence_length,
         global_batch_size=options.global_batch_size or 16,
     )
-    return [("train", spec, layout)]
+    return [("train", spec, setup)]
 
 
-def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
+def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, PackingSetup]]:
     import dataclasses
 
     from megatron_align.checkpoint.folder import ASSETS, find_checkpoint
     from megatron_align.data.batching.sampler import passes_per_epoch
-    from megatron_align.data.report import Layout
+    from megatron_align.data.report import PackingSetup
     from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.objectives.configuration import parse
 
     config = parse(["--config", options.config])
     source = find_checkpoint(config.model.path)
     tokenizer = str(source / ASSETS) if source else config.model.path
-    wanted = []
+    requested = []
     for split in ("train", "validation"):
         spec = StoreSpec.of_run(config, split, tokenizer)
         if spec is None:
             continue
-        layout = Layout(
+        setup = PackingSetup(
             ranks=options.ranks or 1,
             pack_length=options.pack_length or config.data.sequence_length,
             global_batch_size=options.global_batch_size or config.train.global_batch_size or 16,
@@ -150,8 +154,8 @@ def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Layout]]:
             seed=config.train.seed,
             passes=passes_per_epoch(getattr(config.data, split)),
         )
-        wanted.append((split, dataclasses.replace(spec, processes=options.processes), layout))
-    return wanted
+        requested.append((split, dataclasses.replace(spec, processes=options.processes), setup))
+    return requested
 
 
 def _flag(name: str) -> str:
@@ -159,43 +163,45 @@ def _flag(name: str) -> str:
 
 
 def _counts(split: str, store: TokenStore, checked: bool) -> str:
-    told: dict[str, Any] = store.manifest
+    manifest: dict[str, Any] = store.manifest
     lines = [
         f"{split}: {store.path}",
-        f"  {store.kind} data, shape {', '.join(told['shapes'])}: {told['samples']:,} samples, "
-        f"{told['tokens']:,} tokens, {told['scored_tokens']:,} trained",
-        f"  {told['dropped']:,} dropped as too long, {told['truncated']:,} truncated, "
-        f"{told['skipped']:,} skipped as malformed",
+        f"  {store.kind} data, shape {', '.join(manifest['shapes'])}: {manifest['samples']:,} samples, "
+        f"{manifest['tokens']:,} tokens, {manifest['scored_tokens']:,} trained",
+        f"  {manifest['dropped']:,} dropped as too long, {manifest['truncated']:,} truncated, "
+        f"{manifest['skipped']:,} skipped as malformed",
     ]
-    for what, examples in told["examples"].items():
-        shown = examples if what == "skipped" else examples[:_FEW]
-        lines += [f"    {what}: {line}" for line in shown]
-        if told[what] > len(shown) > 0:
-            lines.append(f"    and {told[what] - len(shown):,} more {what}")
-    if len(told["sources"]) > 1:
-        lines += [f"  {s['path']}: {s['samples']:,} samples, {s['tokens']:,} tokens" for s in told["sources"]]
+    for reason, examples in manifest["examples"].items():
+        shown = examples if reason == "skipped" else examples[:_FEW]
+        lines += [f"    {reason}: {line}" for line in shown]
+        if manifest[reason] > len(shown) > 0:
+            lines.append(f"    and {manifest[reason] - len(shown):,} more {reason}")
+    if len(manifest["sources"]) > 1:
+        lines += [
+            f"  {s['path']}: {s['samples']:,} samples, {s['tokens']:,} tokens" for s in manifest["sources"]
+        ]
     if checked:
-        lines.append("  whole: every file has the hash that its manifest tells")
+        lines.append("  intact: every file matches the SHA-256 in the manifest")
     return "\n".join(lines)
 
 
-def _report(store: TokenStore, spec: StoreSpec, layout: Layout, index: int, folder: Path) -> None:
+def _report(store: TokenStore, spec: StoreSpec, setup: PackingSetup, index: int, folder: Path) -> None:
     from megatron_align.data.report import rendered, report
-    from megatron_align.data.tokenize.chat_template import load_tokenizer
+    from megatron_align.data.tokenize.tokenizer import load_tokenizer
     from megatron_align.errors import InputError
     from megatron_align.tools.prepare_report import rows, to_terminal, write_report
 
     if not 0 <= index < len(store):
         raise InputError(f"--sample must be within 0..{len(store) - 1}, got {index}")
-    numbers = report(store, layout)
-    parts = rendered(store.sample(index), load_tokenizer(spec.tokenizer))
-    write_report(folder, numbers, parts)
+    numbers = report(store, setup)
+    sections = rendered(store.sample(index), load_tokenizer(spec.tokenizer))
+    write_report(folder, numbers, sections)
     shown = rows(numbers)
     width = max(len(name) for name, _ in shown)
     print("\n".join(f"  {name:{width}}  {text}" for name, text in shown))
     colours = sys.stdout.isatty()
     print(f"sample {index}, trained tokens {'on green' if colours else 'between ⟦ and ⟧'}:")
-    print(to_terminal(parts, colours))
+    print(to_terminal(sections, colours))
     print(f"report: {folder / 'report.html'}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_align.data.report import Part
+    from megatron_align.data.report import SampleSection
 
 FILES = ("report.json", "lengths.png", "report.html")
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -20,18 +20,18 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:1rem;
 mark{background:#b9e6c0;border-radius:2px}h3{margin-bottom:.3rem}img{max-width:100%}.note{color:#666}"""
 
 
-def write_report(folder: Path, numbers: dict[str, Any], parts: list[Part]) -> None:
+def write_report(folder: Path, numbers: dict[str, Any], sections: list[SampleSection]) -> None:
     """Write the report's files into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     draw_lengths(numbers, folder / "lengths.png")
-    page = to_html(numbers, parts, (folder / "lengths.png").read_bytes())
+    page = to_html(numbers, sections, (folder / "lengths.png").read_bytes())
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
 def draw_lengths(numbers: dict[str, Any], file: Path) -> None:
-    """Draw the histogram of sample lengths, in all and trained."""
+    """Draw the histogram of sample lengths, all and trained tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,10 +42,10 @@ def draw_lengths(numbers: dict[str, Any], file: Path) -> None:
         ("lengths", "all tokens", "#4c78a8"),
         ("trained_per_sample", "trained tokens", "#54a24b"),
     ):
-        told = numbers[name]
-        counts, edges = told["histogram"]["counts"], told["histogram"]["edges"]
+        column = numbers[name]
+        counts, edges = column["histogram"]["counts"], column["histogram"]["edges"]
         axes.stairs(counts, edges, fill=True, alpha=0.45, color=colour, label=label)
-        axes.axvline(told["mean"], color=colour, linewidth=1, label=f"mean {told['mean']:,.0f}")
+        axes.axvline(column["mean"], color=colour, linewidth=1, label=f"mean {column['mean']:,.0f}")
     if numbers["lengths"]["max"] > 0.5 * numbers["sequence_length"]:
         axes.axvline(
             numbers["sequence_length"],
@@ -109,20 +109,20 @@ def rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     return shown
 
 
-def to_html(numbers: dict[str, Any], parts: list[Part], picture: bytes) -> str:
-    """Return the report as one page that needs nothing else."""
+def to_html(numbers: dict[str, Any], sections: list[SampleSection], picture: bytes) -> str:
+    """Return the report as one self-contained page."""
     table = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in rows(numbers)
     )
     image = base64.b64encode(picture).decode()
     sample = "".join(
-        f"<h3>{html.escape(part.title)}</h3><pre>"
+        f"<h3>{html.escape(section.title)}</h3><pre>"
         + "".join(
             f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
-            for text, trained in part.runs
+            for text, trained in section.runs
         )
         + "</pre>"
-        for part in parts
+        for section in sections
     )
     examples = "".join(
         f"<h3>{html.escape(what)}</h3><pre>{html.escape(chr(10).join(lines))}</pre>"
@@ -139,20 +139,21 @@ def to_html(numbers: dict[str, Any], parts: list[Part], picture: bytes) -> str:
     )
 
 
-def to_terminal(parts: list[Part], colours: bool) -> str:
-    """Return a sample with its trained tokens in colour, or between marks."""
+def to_terminal(sections: list[SampleSection], colours: bool) -> str:
+    """Return a sample with its trained tokens in colour, or between ⟦ and ⟧."""
     before, after = ("\x1b[30;42m", "\x1b[0m") if colours else ("⟦", "⟧")
     lines = []
-    for part in parts:
-        lines.append(f"--- {part.title} ---")
+    for section in sections:
+        lines.append(f"--- {section.title} ---")
         lines.append(
             "".join(
-                f"{before}{_plain(text)}{after}" if trained else _plain(text) for text, trained in part.runs
+                f"{before}{_plain(text)}{after}" if trained else _plain(text)
+                for text, trained in section.runs
             )
         )
     return "\n".join(lines)
 
 
 def _plain(text: str) -> str:
-    """Return the text without control characters, which a terminal would obey."""
+    """Return the text with control characters escaped, which a terminal would interpret."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

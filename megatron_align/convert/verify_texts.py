@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_align.data.formats.files import read_file
-from megatron_align.data.tokenize.chat_template import TOKENIZER_FILES, Template, load_tokenizer
+from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
+from megatron_align.data.tokenize.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape
 
@@ -51,7 +52,7 @@ def choose_texts(
     if data is None:
         kind, tokens = "built-in sentences", [tokenizer(text)["input_ids"] for text in SENTENCES]
     else:
-        template = Template(tokenizer)
+        template = RecordTokenizer(tokenizer)
         kind = data
         tokens = [template.sample(record).tokens_L for record in islice(read_file(data)[1], RECORDS)]
     texts[kind] = [torch.as_tensor(ids, dtype=torch.int64)[:longest] for ids in tokens if len(ids)]

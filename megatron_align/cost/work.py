@@ -19,8 +19,10 @@ from megatron_align.cost.flops import (
     padded_vocabulary,
 )
 from megatron_align.cost.placement import Placement
-from megatron_align.data.batching.packing import attention_cost, plan_step, visible_keys
-from megatron_align.data.batching.step_batches import StepCounts, scored_rows, seen_in_samples, step_order
+from megatron_align.data.batching.attention_cost import visible_keys
+from megatron_align.data.batching.packing import PackOptions, packed_lengths, plan_samples
+from megatron_align.data.batching.sampler import step_order
+from megatron_align.data.batching.step_batches import StepCounts, scored_rows
 from megatron_align.data.store import TokenStore
 from megatron_align.objectives.base import SCORED_BY
 from megatron_align.objectives.registry import build_objective, objective_class, reference_mode
@@ -83,7 +85,7 @@ def full_packs(config: RunConfig) -> WorkOf:
                 micro_batches=micro_batches,
                 pack_tokens=padded,
                 tokens=samples * length,
-                visible_keys=samples * visible_keys(0, [length]),
+                visible_keys=samples * int(visible_keys([0], [1], [length]).sum()),
                 scored=samples * (2 if reward else length),
                 padded_tokens=placement.data * micro_batches * padded,
             )
@@ -96,62 +98,57 @@ def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
     """Return some steps of a run over tokenised data, spread evenly, as any layout would pack them."""
     data, train = config.data, config.train
     order = step_order(store, data, train, data.train)
-    steps = train.steps or order.steps
+    steps = order.steps
     picked = np.unique(np.linspace(0, steps - 1, min(SAMPLED_STEPS, steps)).astype(int)).tolist()
-    lengths_S = store.lengths if data.share_prefix else store.duplicated_lengths
-    seen_S = seen_in_samples(store, data.share_prefix)
+    shared = data.share_prefix
+    seen_S = visible_keys(store.prompt_lengths, store.completion_counts, store.completion_lengths, shared)
     objective = build_objective(config.objective)
 
-    def held(samples_B: np.ndarray) -> _StepSamples:
+    def counted(samples_B: np.ndarray) -> _StepSamples:
         scored = (
             int(store.completion_counts[samples_B].sum())
             if objective.trains_reward_model
             else scored_rows(store, samples_B, objective.score_prompt)
         )
-        return _StepSamples(samples_B, lengths_S[samples_B], int(seen_S[samples_B].sum()), scored)
+        tokens = int(packed_lengths(store, shared)[samples_B].sum())
+        return _StepSamples(samples_B, tokens, int(seen_S[samples_B].sum()), scored)
 
-    sampled = [held(order.samples(step)) for step in picked]
+    sampled = [counted(order.samples(step)) for step in picked]
 
     @lru_cache(maxsize=256)
-    def packed(ranks: int, multiple: int, rounds: int) -> list[Work]:
-        return [_packed(store, config, step, (ranks, multiple, rounds)) for step in sampled]
+    def packed(ranks: int, options: PackOptions) -> list[Work]:
+        return [_packed(store, step, ranks, options) for step in sampled]
 
-    return lambda placement: packed(placement.data, placement.token_multiple, placement.micro_batch_multiple)
+    def of_layout(placement: Placement) -> list[Work]:
+        options = PackOptions.of_data(
+            data,
+            multiple=placement.token_multiple,
+            micro_batch_multiple=placement.micro_batch_multiple,
+        )
+        return packed(placement.data, options)
+
+    return of_layout
 
 
 @dataclass(frozen=True, slots=True)
 class _StepSamples:
-    """What a step holds on any layout."""
+    """The samples of a step and their counts, the same on any layout."""
 
     samples_B: np.ndarray
-    lengths_B: np.ndarray
+    tokens: int  # in packs
     visible_keys: int
     scored: int
 
 
-def _packed(store: TokenStore, config: RunConfig, step: _StepSamples, share: tuple[int, int, int]) -> Work:
-    ranks, multiple, rounds = share
-    costs_B = attention_cost(
-        store.lengths[step.samples_B],
-        store.prompt_lengths[step.samples_B],
-        store.completion_counts[step.samples_B],
-        config.data.share_prefix,
-    )
-    plan = plan_step(
-        step.lengths_B,
-        ranks,
-        config.data.sequence_length,
-        multiple,
-        config.data.packing,
-        rounds,
-        costs_B=costs_B,
-    )
+def _packed(store: TokenStore, step: _StepSamples, ranks: int, options: PackOptions) -> Work:
+    """Return the work of a step in packs, from the store's index alone."""
+    plan = plan_samples(store, step.samples_B, ranks, options)
     micro_batches = len(plan.packs[0])
     return Work(
         samples=len(step.samples_B),
         micro_batches=micro_batches,
         pack_tokens=plan.tokens,
-        tokens=int(step.lengths_B.sum()),
+        tokens=step.tokens,
         visible_keys=step.visible_keys,
         scored=step.scored,
         padded_tokens=ranks * micro_batches * plan.tokens,

@@ -1,1 +1,1 @@
-"""Data: file -> record -> tokens -> store -> step plan -> PackedBatch."""
+"""Data: file -> record (formats) -> store (tokenize) -> step plan -> PackedBatch (batching)."""

@@ -1,4 +1,4 @@
-"""What a token store holds and how it would lie on a layout, in numbers; and one sample with its trained tokens.
+"""Report on a token store in numbers (contents, lengths, packing), and show one sample with its trained tokens.
 
 Shapes: B samples of one step, L tokens of one sample.
 """
@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from megatron_align.data.batching.packing import attention_cost, plan_step
+from megatron_align.data.batching.attention_cost import attention_cost
+from megatron_align.data.batching.packing import PackOptions, packed_lengths, plan_step
 from megatron_align.data.batching.sampler import EpochOrder
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
 from megatron_align.records import Sample
 
 BINS = 60
-STEPS = 50  # planned, spread over the epoch
+STEPS = 50  # steps that are planned, spread over the epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """How the data would be trained on.
+class PackingSetup:
+    """The settings under which packing is measured.
 
     Args:
         ranks: data-parallel ranks
@@ -47,11 +48,11 @@ class Layout:
     passes: tuple[float, ...] = ()
 
 
-def report(store: TokenStore, layout: Layout) -> dict[str, Any]:
+def report(store: TokenStore, setup: PackingSetup) -> dict[str, Any]:
     """Return every number of the report, ready for JSON.
 
     Raises:
-        InputError: if the longest sample does not fit into ``layout.pack_length``.
+        InputError: if the longest sample does not fit into ``setup.pack_length``.
     """
     manifest = store.manifest
     copied = ("samples", "tokens", "scored_tokens", "dropped", "truncated", "skipped", "examples", "sources")
@@ -65,7 +66,7 @@ def report(store: TokenStore, layout: Layout) -> dict[str, Any]:
         "duplicated_tokens": int(store.duplicated_lengths.sum()),
         "lengths": _distribution(store.lengths),
         "trained_per_sample": _distribution(store.scored_counts),
-        "packing": _packing(store, layout),
+        "packing": _packing(store, setup),
     }
 
 
@@ -80,51 +81,55 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _packing(store: TokenStore, layout: Layout) -> dict[str, Any]:
+def _packing(store: TokenStore, setup: PackingSetup) -> dict[str, Any]:
     """Plan steps of one epoch and measure them."""
-    lengths = store.lengths if layout.share_prefix else store.duplicated_lengths
+    lengths = packed_lengths(store, setup.share_prefix)
     longest = int(lengths.argmax())
-    if lengths[longest] > layout.pack_length:
+    if lengths[longest] > setup.pack_length:
         raise InputError(
             f"{store.path}: a pack must hold the longest sample, of {lengths[longest]} tokens (sample {longest}), "
-            f"got a length of {layout.pack_length}"
+            f"got a length of {setup.pack_length}"
         )
-    costs = attention_cost(lengths, store.prompt_lengths, store.completion_counts, layout.share_prefix)
-    steps = [_step(lengths[samples_B], costs[samples_B], layout) for samples_B in _steps(store, layout)]
+    costs = attention_cost(lengths, store.prompt_lengths, store.completion_counts, setup.share_prefix)
+    steps = [
+        _step_figures(lengths[samples_B], costs[samples_B], setup)
+        for samples_B in _sampled_steps(store, setup)
+    ]
     tokens, padded, alone = (sum(step[name] for step in steps) for name in ("tokens", "padded", "alone"))
     return {
-        "ranks": layout.ranks,
-        "pack_length": layout.pack_length,
-        "global_batch_size": layout.global_batch_size,
-        "share_prefix": layout.share_prefix,
-        "packing": layout.packing,
+        "ranks": setup.ranks,
+        "pack_length": setup.pack_length,
+        "global_batch_size": setup.global_batch_size,
+        "share_prefix": setup.share_prefix,
+        "packing": setup.packing,
         "steps_planned": len(steps),
         "packs_per_step": float(np.mean([step["packs"] for step in steps])),
         "padded_length": float(np.mean([step["length"] for step in steps])),
         "fill": tokens / padded,
         "padding": 1 - tokens / padded,
-        "fill_of_pack_length": tokens / sum(step["packs"] * layout.pack_length for step in steps),
+        "fill_of_pack_length": tokens / sum(step["packs"] * setup.pack_length for step in steps),
         "fill_without_packing": tokens / alone,
         **{
-            f"{what}_imbalance": {"mean": float(np.mean(found)), "max": float(np.max(found))}
+            f"{what}_imbalance": {"mean": float(np.mean(values)), "max": float(np.max(values))}
             for what in ("tokens", "attention")
-            for found in [[step[f"{what}_imbalance"] for step in steps]]
+            for values in [[step[f"{what}_imbalance"] for step in steps]]
         },
     }
 
 
-def _steps(store: TokenStore, layout: Layout) -> Iterator[np.ndarray]:
-    """Yield the samples of whole steps, evenly spread over the first epoch; one step if it is short."""
-    passes = layout.passes or (1.0,) * len(store.manifest["sources"])
-    order = EpochOrder(store.sources, passes, layout.seed)
-    batch = layout.global_batch_size
-    whole = max(1, order.start(1) // batch)
-    for step in np.unique(np.linspace(0, whole - 1, min(STEPS, whole)).astype(int)).tolist():
+def _sampled_steps(store: TokenStore, setup: PackingSetup) -> Iterator[np.ndarray]:
+    """Yield the samples of full steps, evenly spread over the first epoch; one step if the epoch is shorter."""
+    passes = setup.passes or (1.0,) * len(store.manifest["sources"])
+    order = EpochOrder(store.sources, passes, setup.seed)
+    batch = setup.global_batch_size
+    full = max(1, order.start(1) // batch)
+    for step in np.unique(np.linspace(0, full - 1, min(STEPS, full)).astype(int)).tolist():
         yield order.between(step * batch, min((step + 1) * batch, max(order.start(1), 1)))
 
 
-def _step(lengths_B: np.ndarray, costs_B: np.ndarray, layout: Layout) -> dict[str, float]:
-    plan = plan_step(lengths_B, layout.ranks, layout.pack_length, packing=layout.packing, costs_B=costs_B)
+def _step_figures(lengths_B: np.ndarray, costs_B: np.ndarray, setup: PackingSetup) -> dict[str, float]:
+    options = PackOptions(capacity=setup.pack_length, packing=setup.packing)
+    plan = plan_step(lengths_B, setup.ranks, options, costs_B)
     packs = sum(len(rank) for rank in plan.packs)
 
     def imbalance(values_B: np.ndarray) -> float:
@@ -143,17 +148,17 @@ def _step(lengths_B: np.ndarray, costs_B: np.ndarray, layout: Layout) -> dict[st
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A stretch of a sample (its prompt, one completion): runs of ``(text, trained)``."""
+class SampleSection:
+    """The prompt or one completion of a sample: runs of ``(text, trained)``."""
 
     title: str
     runs: list[tuple[str, bool]]
 
 
-def rendered(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+def rendered(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[SampleSection]:
     """Return the text of a sample as the model sees it, split where training starts and ends."""
     return [
-        Part(title, list(_runs(sample, begin, end, tokenizer)))
+        SampleSection(title, list(_runs(sample, begin, end, tokenizer)))
         for title, begin, end in _spans(sample)
         if end > begin
     ]

@@ -1,4 +1,4 @@
-"""The token store: a memory-mapped folder of tokenised samples, complete or absent (``prepare`` writes it).
+"""The token store: a memory-mapped folder of tokenised samples, complete or absent (``tokenize.prepare`` writes it).
 
 One file per column, all little-endian, described by ``manifest.json``:
 
@@ -23,9 +23,11 @@ Shapes: S samples, T tokens and C completions of the store, L tokens of one samp
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +68,18 @@ COLUMNS_OF_KIND = {
     "triple": (*_OF_ALL, *_OF_PREFERENCES),
     "unpaired": (*_OF_ALL, *_OF_PREFERENCES, "labels"),
 }
-_REMEDY = "delete the folder, it will be made anew"
+_REMEDY = "delete the folder, it will be written again"
 
 
 class TokenStore:
-    """A store, opened: only its index is read until a sample is asked for.
+    """A :class:`.sample_table.SampleTable` on disk: opening it reads the index only.
 
     Args:
-        path: what ``prepare`` returned.
+        path: folder of the store, as ``prepare`` returns it.
         verify: also read every column and compare its hash with the manifest's.
 
     Attributes:
-        manifest: how it was made, and its counts.
+        manifest: its inputs and counts.
         kind: chat, triple, pair, ranked or unpaired.
         lengths: int64[S], stored tokens of each sample, a shared prompt counted once.
         duplicated_lengths: int64[S], tokens where every completion repeats the prompt.
@@ -88,13 +90,13 @@ class TokenStore:
         completion_counts: int64[S], 1 for chat.
         completion_offsets: int64[S+1], where each sample's completions start among all of the store.
         completion_scored: int64[C], targets of each completion.
-        all_completion_lengths: int64[C], tokens of each completion; of a chat sample all of its tokens.
+        completion_lengths: int64[C], tokens of each completion; of a chat sample all of its tokens.
         scores: float64[C], NaN where none was given; None for chat.
-        margins: float64[S], NaN where none was given; None but for pairs.
+        margins: float64[S], NaN where none was given; None unless the store holds pairs.
 
     Raises:
-        InputError: if a file is missing or does not have the size (``verify``: the hash) that the manifest
-            tells.
+        InputError: if a file is missing or does not have the size (``verify``: the hash) that is in the
+            manifest.
     """
 
     def __init__(self, path: str | Path, *, verify: bool = False) -> None:
@@ -114,28 +116,32 @@ class TokenStore:
             self.prompt_lengths = np.zeros(len(self.lengths), dtype=np.int64)
             self.completion_offsets = np.arange(len(self.lengths) + 1)
             self.completion_scored = self.scored_counts
-            self.all_completion_lengths = self.lengths
+            self.completion_lengths = self.lengths
         else:
             self.prompt_lengths = np.array(columns["prompt_lengths"], dtype=np.int64)
             self.completion_offsets = np.array(columns["completion_offsets"], dtype=np.int64)
             self.completion_scored = np.array(columns["completion_scored"], dtype=np.int64)
-            self.all_completion_lengths = np.array(columns["completion_lengths"], dtype=np.int64)
+            self.completion_lengths = np.array(columns["completion_lengths"], dtype=np.int64)
         self.completion_counts = np.diff(self.completion_offsets)
         self.duplicated_lengths = self.lengths + (self.completion_counts - 1) * self.prompt_lengths
+        self.completion_columns: dict[str, np.ndarray] = {}
+        self.row_columns: dict[str, np.ndarray] = {}
         self.scores, self.margins = columns.get("scores"), columns.get("margins")
         self._labels = columns.get("labels")
+
+    def with_completion_columns(self, columns: Mapping[str, np.ndarray]) -> TokenStore:
+        """Return this store with further values of each completion, by name, [C]; they are not written to it."""
+        other = copy.copy(self)
+        other.completion_columns = {**self.completion_columns, **columns}
+        return other
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def completion_lengths(self, i: int) -> np.ndarray:
-        """Return the tokens of each completion of sample ``i`` (int64); a chat sample is one completion."""
-        return self.all_completion_lengths[self._completions(i)].copy()
-
     def sample(self, i: int) -> Sample:
         """Return sample ``i`` (copied out of the map)."""
         if not 0 <= i < len(self):
-            raise IndexError(f"store has samples 0..{len(self) - 1}, asked for {i}")
+            raise IndexError(f"the store has samples 0..{len(self) - 1}, got {i}")
         part = slice(self._offsets[i], self._offsets[i + 1])
         tokens_L, scored_L = np.array(self._tokens[part]), np.array(self._scored[part], dtype=bool)
         weight = float(self.weights[i])
@@ -147,7 +153,7 @@ class TokenStore:
             tokens_L,
             scored_L,
             prompt_length=int(self.prompt_lengths[i]),
-            completion_lengths=tuple(self.completion_lengths(i).tolist()),
+            completion_lengths=tuple(self.completion_lengths[self._completions(i)].tolist()),
             scores=() if all(map(math.isnan, scores)) else scores,
             margin=math.nan if self.margins is None else float(self.margins[i]),
             label=None if label < 0 else bool(label),
@@ -158,7 +164,7 @@ class TokenStore:
         """Read every column and compare its hash with the manifest's.
 
         Raises:
-            InputError: naming the file that differs.
+            InputError: if one differs; names the file.
         """
         for name in COLUMNS_OF_KIND[self.kind]:
             file, expected = self.path / f"{name}.bin", self.manifest["sha256"][name]
@@ -178,7 +184,7 @@ class TokenStore:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a store, or raise InputError if it has none that this version reads."""
+    """Return the manifest of a store, or raise InputError if this version cannot read it."""
     file = path / MANIFEST
     if not file.is_file():
         raise InputError(f"{path}: must be a folder of tokenised data with a {MANIFEST}, found none")
@@ -193,7 +199,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def sha256(path: str | Path) -> str:
-    """Return the hash of a file's content, read in blocks."""
+    """Return the SHA-256 of a file's content, read in blocks."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_align.data.tokenize.chat_template import load_tokenizer
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_align.kernels import PackedLayout, packed_attention
-from megatron_align.records import ContextPart, Held
+from megatron_align.records import ContextPart, LocalRows
 
 Group = dist.ProcessGroup
 
@@ -171,7 +171,7 @@ class ContextSlabs:
         group: context-parallel ranks.
     """
 
-    def __init__(self, sizes: Sequence[int], held: Held | None, group: Group):
+    def __init__(self, sizes: Sequence[int], held: LocalRows | None, group: Group):
         self._held, self._group = held, group
         self._bounds = np.cumsum([0, *sizes])
         local = self._bounds if held is None else np.searchsorted(held.host_number_n, self._bounds)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_align.data.batching.step_batches import Normalization
+from megatron_align.data.batching.normalization import Normalization
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import require
 from megatron_align.objectives.metrics import Metric

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_align.data.batching.context_parts import ContextShare
-from megatron_align.data.batching.step_batches import Share, StepBatches
+from megatron_align.data.batching.context_parts import ContextRank
+from megatron_align.data.batching.packing import PackOptions
+from megatron_align.data.batching.sampler import step_order
+from megatron_align.data.batching.step_batches import DataRank, StepBatches
+from megatron_align.data.store import TokenStore
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.objectives.base import Objective
 from megatron_align.training.setup import RunSetup, one_epoch
@@ -32,22 +35,22 @@ def batches_of_split(
     layout = config.parallel
     sequence_ranks = layout.tensor if setup.megatron.sequence_parallel else 1
     kind = context_kind_of(setup.shape, layout)
-    share = Share(
-        ranks=groups.dp.size(),
-        rank=groups.dp.rank(),
+    options = PackOptions.of_data(
+        config.data,
+        score_prompt=objective.score_prompt,
         multiple=layout.context * sequence_ranks,
         # The interleaved schedule needs micro-batches in multiples of the pipeline's length.
         micro_batch_multiple=layout.pipeline if layout.chunks > 1 else 1,
-        context=kind and ContextShare(ranks=groups.cp.size(), rank=groups.cp.rank(), kind=kind),
     )
-    return StepBatches(
-        getattr(setup, split),
-        config.data,
-        config.train if split == "train" else one_epoch(config.train),
-        getattr(config.data, split),
-        objective.normalization,
-        share,
-        reference_C=reference_C,
-        mismatched="mismatched_logprobs" in objective.needs,
-        score_prompt=objective.score_prompt,
+    rank = DataRank(
+        ranks=groups.dp.size(),
+        rank=groups.dp.rank(),
+        context=kind and ContextRank(ranks=groups.cp.size(), rank=groups.cp.rank(), kind=kind),
     )
+    store: TokenStore = getattr(setup, split)
+    train = config.train if split == "train" else one_epoch(config.train)
+    order = step_order(store, config.data, train, getattr(config.data, split))
+    if reference_C is not None:
+        store = store.with_completion_columns({"reference_logprobs": reference_C})
+    mismatched = "mismatched_logprobs" in objective.needs
+    return StepBatches(store, order, options, rank, objective.normalization, mismatched=mismatched)

@@ -11,7 +11,7 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.text import layout, memory_table, recomputation, step_text
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
-from megatron_align.data.batching.step_batches import step_order
+from megatron_align.data.batching.sampler import step_order
 from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.registry import reference_mode
 from megatron_align.training.setup import RunSetup, prepare_run
@@ -59,7 +59,7 @@ def describe(setup: RunSetup) -> str:
             f"{stored['scored_tokens']:,} trained",
             f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
             step_text(placement, work, flops),
-            f"steps      {done} done of {config.train.steps or order.steps}",
+            f"steps      {done} done of {order.steps}",
             memory_table(memory_of(config, placement, work.micro_batches)),
             "a dry run: nothing was trained",
         )

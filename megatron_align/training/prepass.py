@@ -71,7 +71,7 @@ class PrePass:
     ) -> list[PackedBatch]:
         statistics = self.objective.observe_batch(seen, training=training)
         completed = []
-        for batch, places in zip(batches, step.packs.places, strict=True):
+        for batch, places in zip(batches, step.packs.completions, strict=True):
             index_C = torch.from_numpy(places)
             columns = {name: column_S[index_C].float() for name, column_S in statistics.columns.items()}
             rows = replace(batch.rows, step_statistics=statistics.values)

@@ -28,8 +28,8 @@ from rich.progress import Progress
 
 from megatron_align.config import RunConfig
 from megatron_align.data.batching.prefetch import Prefetcher
-from megatron_align.data.batching.sampler import passes_per_epoch
-from megatron_align.data.batching.step_batches import StepBatches, step_order
+from megatron_align.data.batching.sampler import passes_per_epoch, step_order
+from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.data.store import TokenStore, sha256
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
@@ -229,7 +229,7 @@ def _order_key(setup: RunSetup, split: str) -> tuple[dict[str, Any], int]:
     names = ("seed", "global_batch_size", "global_batch_tokens", "epochs")
     key = {name: getattr(train, name) for name in names}
     key |= {"shuffle": data.shuffle, "passes": list(passes_per_epoch(sources))}
-    steps = train.steps or step_order(getattr(setup, split), data, train, sources).steps
+    steps = step_order(getattr(setup, split), data, train, sources).steps
     return {**key, "sequence_length": data.sequence_length}, steps
 
 

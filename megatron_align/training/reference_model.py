@@ -34,7 +34,7 @@ class ZeroReference:
 
     def step_logprobs(self, step: Step) -> list[Tensor]:
         """See :class:`Reference`."""
-        return [torch.zeros(len(places)) for places in step.packs.places]
+        return [torch.zeros(len(places)) for places in step.packs.completions]
 
     def mismatched_logprobs(self, step: Step) -> Tensor:
         """See :class:`Reference`."""

@@ -70,7 +70,7 @@ def gather_step(
     """
     values_S = torch.zeros(len(step.stored_C), dtype=torch.float64, device=cpu.device())
     if is_metric_rank(groups):
-        for values_C, places in zip(of_packs, packs.places, strict=bool(of_packs)):
+        for values_C, places in zip(of_packs, packs.completions, strict=bool(of_packs)):
             values_S[torch.from_numpy(places).to(values_S.device)] = values_C.to(
                 values_S.device, torch.float64
             )

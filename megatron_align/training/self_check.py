@@ -27,8 +27,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.config import RunConfig
-from megatron_align.data.batching.collate import CompletionValues, pack
-from megatron_align.data.batching.context_parts import deal
+from megatron_align.data.batching.collate import PackValues, pack
+from megatron_align.data.batching.context_parts import take_part
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.errors import TrainingFault
 from megatron_align.objectives.base import Objective, Sums
@@ -206,18 +206,20 @@ def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _lay(samples: Sequence[Sample], batches: StepBatches) -> tuple[list[PackedBatch], list[PackedBatch]]:
     """Return micro-batches with all samples in one pack, and with minus each in a pack of its own."""
-    share_prefix, share = batches.data.share_prefix, batches.share
+    options = batches.options
+    share_prefix = options.share_prefix
     tokens = sum(len(s.tokens_L) if share_prefix else _repeated(s) for s in samples)
-    tokens = -(-tokens // share.multiple) * share.multiple
+    tokens = -(-tokens // options.multiple) * options.multiple
 
     def lay(some: Sequence[Sample], sign: float) -> PackedBatch:
         weights = [sign / max(1, int(sample.scored_L.sum())) for sample in some]
         weight_C = [sign * (1 + i) for sample in some for i in range(max(1, len(sample.completion_lengths)))]
-        values = replace(CompletionValues.unknown(len(weight_C)), weight_C=np.array(weight_C, np.float64))
-        return deal(pack(some, weights, tokens, values=values, share_prefix=share_prefix), share.context)
+        values = replace(PackValues.unknown(len(weight_C)), weight_C=np.array(weight_C, np.float64))
+        batch = pack(some, weights, tokens, values=values, share_prefix=share_prefix)
+        return take_part(batch, batches.rank.context)
 
     def filled(packs: list[PackedBatch]) -> list[PackedBatch]:
-        return packs + [lay([], 0.0)] * (-len(packs) % share.micro_batch_multiple)
+        return packs + [lay([], 0.0)] * (-len(packs) % options.micro_batch_multiple)
 
     return filled([lay(samples, 1.0)]), filled([lay([sample], -1.0) for sample in samples])
 

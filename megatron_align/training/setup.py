@@ -19,11 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_align.checkpoint.card import shape_differences
 from megatron_align.checkpoint.folder import ASSETS, find_checkpoint
 from megatron_align.config import RunConfig, TrainConfig
-from megatron_align.data.batching.step_batches import require_room, step_order
+from megatron_align.data.batching.packing import require_room
+from megatron_align.data.batching.sampler import step_order
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
-from megatron_align.data.tokenize.chunks import read_shapes
-from megatron_align.data.tokenize.prepare import prepare, prepare_or_wait
+from megatron_align.data.tokenize.local_ranks import prepare_or_wait
+from megatron_align.data.tokenize.prepare import prepare
+from megatron_align.data.tokenize.record_blocks import read_shapes
 from megatron_align.errors import InputError
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
@@ -223,7 +225,7 @@ def _require_steps_left(
         if store is not None:
             require_room(store, config.data)
     order = step_order(stores["train"], config.data, config.train, config.data.train)
-    steps = config.train.steps or order.steps
+    steps = order.steps
     if config.optimizer.warmup_steps > steps:
         raise InputError(
             f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"

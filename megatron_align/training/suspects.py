@@ -80,7 +80,9 @@ class Suspects:
     def _samples_of_packs(self, step: Step) -> list[np.ndarray]:
         """Return the store's samples in each pack of this data-parallel rank."""
         ends = self.store.completion_offsets[1:]
-        return [np.unique(np.searchsorted(ends, step.stored_C[at], side="right")) for at in step.packs.places]
+        return [
+            np.unique(np.searchsorted(ends, step.stored_C[at], side="right")) for at in step.packs.completions
+        ]
 
     def _unscorable(self, batches: Sequence[PackedBatch]) -> list[np.ndarray]:
         """Return which samples of each pack have a non-finite score; an empty list except on the last stage."""

@@ -15,7 +15,7 @@ from megatron_align.cost.flops import (
 )
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, parameter_count, state_bytes
-from megatron_align.data.batching.packing import visible_keys
+from megatron_align.data.batching.attention_cost import visible_keys
 from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
 from tests.harness import costs
@@ -149,8 +149,8 @@ def test_visible_keys():
     """Attention without preference spreads a token's weight over all that it sees, and over nothing else."""
     groups = [(5, [3, 2]), (0, [7]), (4, [1, 1, 6])]
     shared = PackedLayout.from_groups(groups)
-    assert _seen(shared) == sum(visible_keys(prompt, own) for prompt, own in groups)
-    assert _seen(PackedLayout.from_lengths([8, 7])) == visible_keys(5, [3, 2], shared=False)
+    assert _seen(shared) == sum(visible_keys([prompt], [len(own)], own)[0] for prompt, own in groups)
+    assert _seen(PackedLayout.from_lengths([8, 7])) == visible_keys([5], [2], [3, 2], shared=False)[0]
 
 
 def _seen(layout):

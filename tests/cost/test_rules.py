@@ -21,7 +21,9 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import step_time
 from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import Work, full_packs, of_store, step_flops
-from megatron_align.data.batching.step_batches import Share, StepBatches
+from megatron_align.data.batching.packing import PackOptions
+from megatron_align.data.batching.sampler import step_order
+from megatron_align.data.batching.step_batches import DataRank, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import StoreSpec
 from megatron_align.data.tokenize.prepare import prepare
@@ -147,16 +149,11 @@ def test_the_work_planned_is_the_work_done(tiny_models, tmp_path, objective):
     placement = Placement.of_run(
         config, shape.as_reward() if objective == "reward" else shape, 4 if objective == "sft" else 2
     )
-    share = Share(ranks=placement.data, multiple=placement.token_multiple)
-    steps = StepBatches(
-        store,
-        config.data,
-        config.train,
-        config.data.train,
-        "sample",
-        share,
-        score_prompt=objective == "orpo",
+    options = PackOptions.of_data(
+        config.data, score_prompt=objective == "orpo", multiple=placement.token_multiple
     )
+    order = step_order(store, config.data, config.train, config.data.train)
+    steps = StepBatches(store, order, options, DataRank(ranks=placement.data), "sample")
     rows = sum(batch.rows.row_N.shape[0] for batch in steps.step(0).batches)
     assert placement.data > 1 or rows == steps.step(0).counts.scored_rows
     done = [

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from megatron_align.data.batching.packing import plan_step
-from megatron_align.data.report import Layout, rendered, report
+from megatron_align.data.batching.packing import PackOptions, plan_step
+from megatron_align.data.report import PackingSetup, rendered, report
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.errors import InputError
@@ -30,7 +30,7 @@ def chat(make):
 
 
 def test_counts_are_those_of_the_store(chat):
-    numbers = report(chat, Layout(pack_length=4096))
+    numbers = report(chat, PackingSetup(pack_length=4096))
     assert numbers["samples"] == len(chat) == 64
     assert numbers["tokens"] == numbers["duplicated_tokens"] == chat.lengths.sum()
     assert numbers["scored_tokens"] == chat.scored_counts.sum()
@@ -48,8 +48,8 @@ def test_counts_are_those_of_the_store(chat):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_packing_is_what_the_plan_says(chat, ranks):
     """One step takes all samples, so its plan can be made again and counted by hand."""
-    numbers = report(chat, Layout(ranks=ranks, pack_length=1024, global_batch_size=64))["packing"]
-    plan = plan_step(np.sort(chat.lengths), ranks, 1024)
+    numbers = report(chat, PackingSetup(ranks=ranks, pack_length=1024, global_batch_size=64))["packing"]
+    plan = plan_step(np.sort(chat.lengths), ranks, PackOptions(capacity=1024))
     packs = sum(len(rank) for rank in plan.packs)
     assert (numbers["steps_planned"], numbers["packs_per_step"]) == (1, packs)
     assert numbers["fill"] == pytest.approx(1 - numbers["padding"])
@@ -62,32 +62,34 @@ def test_packing_is_what_the_plan_says(chat, ranks):
 
 
 def test_without_packing_padding_is_that_of_the_longest(chat):
-    layout = Layout(pack_length=1024, global_batch_size=64, packing=False)
+    layout = PackingSetup(pack_length=1024, global_batch_size=64, packing=False)
     packing = report(chat, layout)["packing"]
     assert packing["fill"] == pytest.approx(packing["fill_without_packing"])
 
 
 def test_shared_prompts_save_tokens(make):
     store = TokenStore(prepare(make(PAIRS)))
-    numbers = report(store, Layout(pack_length=4096, global_batch_size=8))
+    numbers = report(store, PackingSetup(pack_length=4096, global_batch_size=8))
     assert numbers["duplicated_tokens"] - numbers["tokens"] == store.prompt_lengths.sum()
-    alone = report(store, Layout(pack_length=4096, global_batch_size=8, share_prefix=False))
+    alone = report(store, PackingSetup(pack_length=4096, global_batch_size=8, share_prefix=False))
     assert alone["packing"]["padded_length"] == store.duplicated_lengths.sum()
     assert numbers["packing"]["padded_length"] == store.lengths.sum()
 
 
 def test_a_store_smaller_than_a_step_is_planned_whole(chat):
-    assert report(chat, Layout(pack_length=4096, global_batch_size=1000))["packing"]["steps_planned"] == 1
+    assert (
+        report(chat, PackingSetup(pack_length=4096, global_batch_size=1000))["packing"]["steps_planned"] == 1
+    )
 
 
 def test_the_order_does_not_run_past_the_epoch(chat):
-    assert report(chat, Layout(pack_length=4096, global_batch_size=30))["packing"]["steps_planned"] == 2
+    assert report(chat, PackingSetup(pack_length=4096, global_batch_size=30))["packing"]["steps_planned"] == 2
 
 
 def test_a_pack_must_hold_the_longest(chat):
     longest = chat.lengths.max()
     with pytest.raises(InputError, match=f"the longest sample, of {longest} tokens .*got a length of 10"):
-        report(chat, Layout(pack_length=10))
+        report(chat, PackingSetup(pack_length=10))
 
 
 def test_the_shown_sample_is_the_sample(chat, tokenizer):

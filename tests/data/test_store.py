@@ -7,11 +7,11 @@ import os
 import numpy as np
 import pytest
 
-from megatron_align.data.formats.files import read_records
 from megatron_align.data.store import COLUMNS_OF_KIND, TokenStore
-from megatron_align.data.tokenize.chat_template import Template
 from megatron_align.data.tokenize.prepare import prepare
+from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
 from megatron_align.errors import InputError
+from tests.data.reading import read_records
 
 TEXTS = [{"prompt": "hello " * n, "completion": "world"} for n in (1, 30, 2, 3)]
 ASKED = [{"role": "user", "content": "the cat"}]
@@ -47,7 +47,7 @@ RECORDS = {
 
 
 def tokenised(spec, tokenizer):
-    return [Template(tokenizer).sample(record) for record in read_records(list(spec.sources))]
+    return [RecordTokenizer(tokenizer).sample(record) for record in read_records(list(spec.sources))]
 
 
 def same(one, other):
@@ -69,7 +69,8 @@ def test_what_goes_in_comes_out(make, tokenizer, kind):
     assert store.weights.tolist() == [s.weight for s in samples]
     assert store.prompt_lengths.tolist() == [s.prompt_length for s in samples]
     completions = [s.completion_lengths or (len(s.tokens_L),) for s in samples]
-    assert [tuple(store.completion_lengths(i)) for i in range(len(store))] == completions
+    of_samples = np.split(store.completion_lengths, store.completion_offsets[1:-1])
+    assert [tuple(lengths.tolist()) for lengths in of_samples] == completions
     assert store.completion_counts.tolist() == list(map(len, completions))
     duplicated = [sum(s.prompt_length + c for c in cs) for s, cs in zip(samples, completions, strict=True)]
     assert store.duplicated_lengths.tolist() == duplicated

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.data.formats.files import read_file
-from megatron_align.data.tokenize.chat_template import Template, load_tokenizer
+from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.records import Sample
 from tests.harness import ranks
 from tests.harness.tiny import metrics_of
@@ -194,7 +195,7 @@ def plain(turn, family):
 @pytest.mark.parametrize("file", FILES)
 def test_trained_text_is_what_the_assistant_said(file, family, tokenizer):
     records = json.loads(require(DATA / file).read_text(encoding="utf-8"))
-    template = Template(tokenizer)
+    template = RecordTokenizer(tokenizer)
     conversations = list(read_file(str(DATA / file))[1])
     assert len(conversations) == len(records) > 0
     turns = 0

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.data.batching.collate import pack
-from megatron_align.data.batching.context_parts import ContextShare, deal
+from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.model import parallel
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, read_shape
@@ -85,7 +85,7 @@ def saved(
     """Return the bytes that layers and final norm save for backward on this rank, without pipeline parallelism."""
     with join_watched(rank_info, config).watching():
         [policy] = _policy(model, config, precision, recompute)
-        batch = deal(batch, _context_share(policy.shape, config))
+        batch = take_part(batch, _context_rank(policy.shape, config))
         with SavedBytes(policy.parameters()).watching() as seen:
             hidden = policy._hidden(batch)
             held = seen.held
@@ -94,9 +94,9 @@ def saved(
     return held
 
 
-def _context_share(shape: ModelShape, config: ParallelConfig) -> ContextShare | None:
+def _context_rank(shape: ModelShape, config: ParallelConfig) -> ContextRank | None:
     kind, ranks = context_kind_of(shape, config), parallel.groups().cp
-    return kind and ContextShare(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
+    return kind and ContextRank(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
 
 
 def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int) -> list[Policy]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_align.config import ParallelConfig
-from megatron_align.data.batching.context_parts import ContextShare, deal
+from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.errors import InputError
 from megatron_align.hf.load import load_weights
 from megatron_align.model import parallel
@@ -43,7 +43,7 @@ def logits(
 def _dealt(batch: PackedBatch, shape: ModelShape, config: ParallelConfig) -> PackedBatch:
     """Return the pack as this rank computes it."""
     kind, group = context_kind_of(shape, config), parallel.groups().cp
-    return deal(batch, kind and ContextShare(ranks=group.size(), rank=group.rank(), kind=kind))
+    return take_part(batch, kind and ContextRank(ranks=group.size(), rank=group.rank(), kind=kind))
 
 
 def logprobs(

@@ -63,7 +63,7 @@ def test_it_says_where_the_store_is_and_what_it_holds(call, data):
     store = TokenStore(store_of(out))
     assert (code, err) == (0, "")
     assert f"chat data, shape messages: 6 samples, {store.lengths.sum()} tokens" in out
-    assert "every file has the hash" in out
+    assert "every file matches the SHA-256" in out
     assert store_of(call(data(CHAT))[1]) == store_of(out)
 
 
@@ -140,9 +140,9 @@ def test_training_finds_what_a_configuration_prepared(pool, tokenizer, data, tmp
     "arguments, line",
     [
         ((), "needs --config, or --tokenizer, --data, --sequence-length, --cache; got no --tokenizer"),
-        (("--config", "run.yaml", "--cache", "c"), "--config says what to prepare, got --cache besides"),
+        (("--config", "run.yaml", "--cache", "c"), "--config already names the data, got --cache as well"),
         (("--chache", "c"), "has no option --chache; did you mean '--cache'?"),
-        (("--sequence-length", "0"), "must be a positive whole number, got 0"),
+        (("--sequence-length", "0"), "must be a positive integer, got 0"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, line):

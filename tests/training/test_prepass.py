@@ -19,7 +19,7 @@ from megatron_align.config import (
     TrainConfig,
 )
 from megatron_align.cost.work import scoring_passes
-from megatron_align.data.batching.collate import CompletionValues, pack
+from megatron_align.data.batching.collate import PackValues, pack
 from megatron_align.data.batching.step_batches import Packs, Step
 from megatron_align.objectives.base import SCORED_BY, Objective, StepStatistics
 from megatron_align.objectives.dpo import DPOOptions
@@ -62,9 +62,11 @@ def step_of(objective, cached):
     width = COMPLETIONS[objective.data[0]]
     tokens = np.arange(2 + 3 * width, dtype=np.int32)
     sample = Sample(tokens, tokens >= 2, prompt_length=2, completion_lengths=(3,) * width)
-    values = CompletionValues(np.full(2 * width, 0.5), np.full(2 * width, 0.1))
+    values = PackValues(np.full(2 * width, 0.5), np.full(2 * width, 0.1))
     if cached:
-        values = replace(values, columns={"reference_logprobs": np.full(2 * width, -2.0, np.float32)})
+        values = replace(
+            values, completion_columns={"reference_logprobs": np.full(2 * width, -2.0, np.float32)}
+        )
     packs = Packs(
         [pack([sample, sample], [1.0, 1.0], 2 * len(tokens), values=values)], [np.arange(2 * width)]
     )

@@ -1,4 +1,4 @@
-"""Samples to one pack: tokens one after the other, where each stands, who sees whom, and what is scored.
+"""Collate samples into one pack: their tokens, positions, attention layout and scored rows.
 
 Shapes: T tokens, N scored rows and C completions of one pack, L tokens of one sample.
 """
@@ -11,48 +11,50 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_align.kernels.packed_attention import PackedLayout
 from megatron_align.records import Columns, Completions, LossRows, PackedBatch, Sample
 
-PAD_ID = 0  # any id will do: padding is seen by nobody and never scored
+PAD_ID = 0  # any id works: no token attends to padding, and it is never scored
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CompletionValues:
-    """Values of some samples' completions, in their order, that the step decides; as ``records.Completions`` has them.
+class PackValues:
+    """Values of a pack's completions and targets that its samples do not hold, in the order of the samples.
 
     Args:
-        weight_C: weight of the completion's sample.
+        weight_C: weight of each completion's sample.
         token_weight_C: weight of one of its scored tokens.
-        columns: further values by name, each ``[C]``.
+        completion_columns: further values of the completions by name, each ``[C]``.
+        row_columns: further values of the targets by name; rows of a scored prompt, which have none, get NaN.
     """
 
     weight_C: np.ndarray
     token_weight_C: np.ndarray
-    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    completion_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    row_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def unknown(cls, completions: int) -> CompletionValues:
+    def unknown(cls, completions: int) -> PackValues:
         """Return NaN weights: a loss that reads them is NaN too, which does not go unnoticed."""
         return cls(np.full(completions, math.nan), np.full(completions, math.nan))
 
 
-def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
+def pack(
     samples: Sequence[Sample],
     weights: Sequence[float],
     tokens: int,
     *,
-    values: CompletionValues | None = None,
+    values: PackValues | None = None,
     share_prefix: bool = True,
     score_prompt: bool = False,
-    pad_id: int = PAD_ID,
 ) -> PackedBatch:
-    """Lay samples one after the other and name what is scored.
+    """Concatenate samples into one pack and list the rows that are scored.
 
     A sample with several completions is one group, ``prompt | completion | completion ...``: positions of each
-    completion go on after the prompt, and the row of the last prompt token appears once per completion, as it
-    predicts the first token of each. Without ``share_prefix`` the same completions lie there as documents,
+    completion continue after the prompt, and the row of the last prompt token appears once per completion, as it
+    predicts the first token of each. Without ``share_prefix`` the same completions are separate documents,
     ``prompt completion | prompt completion ...``: the same targets in the same order, from other rows.
 
     ``sequence_N`` counts the completions of the pack: 0, 1, ... in order of the samples and, within a sample, of
@@ -62,57 +64,70 @@ def pack(  # noqa: PLR0913 - one call per pack; the options are of its layout
         samples: perhaps none (a pack of padding).
         weights: weight of one scored token of each sample.
         tokens: T, at least the samples' tokens; the rest is padding.
-        values: of the completions. Default: NaN weights and no columns.
-        share_prefix: several completions share one prompt; False: each has its own copy.
+        values: of the completions and targets. Default: NaN weights and no columns.
+        share_prefix: completions share their prompt; False: each has its own copy.
         score_prompt: the prompt's tokens from the second on are scored too, once, with the first completion.
-        pad_id: token id of the padding.
 
     Raises:
-        ValueError: if the samples are longer than ``tokens``, or a token is scored that nothing predicts.
+        ValueError: if the samples are longer than ``tokens``, or a scored token has none before it.
     """
-    nothing = np.empty(0, np.int64)
-    groups: list[tuple[int, tuple[int, ...]]] = []
-    token, position, row, target, sequence, last = ([nothing] for _ in range(6))
-    weight, of_prompt, ends = [np.empty(0)], [np.empty(0, bool)], [(0, 0)]
-    start, completions = 0, 0
-    for sample, one in zip(samples, weights, strict=True):
-        extra = max(0, sample.prompt_length - 1) if score_prompt else 0
-        for piece in _pieces(sample, share_prefix):
-            groups.append(piece.group)
-            token.append(piece.tokens)
-            position.append(piece.positions)
-            if extra and piece.first:
-                row.append(start + np.arange(extra))
-                target.append(piece.tokens[1 : extra + 1])
-                sequence.append(np.full(extra, completions))
-            row.append(start + piece.rows)
-            target.append(piece.targets)
-            sequence.append(completions + piece.completions)
-            last.append(start + _last_tokens(*piece.group))
-            start += len(piece.tokens)
-            completions += len(piece.group[1])
-        scored = int(sample.scored_L.sum())
-        weight.append(np.full(extra + scored, one))
-        of_prompt.append(np.arange(extra + scored) < extra)
-        ends.append((ends[-1][0] + extra + scored, completions))
-    layout = PackedLayout.from_groups(groups, total=tokens)
-    tokens_T = np.full(tokens, pad_id, dtype=np.int64)
+    parts = _PackParts(share_prefix, score_prompt)
+    for sample, weight in zip(samples, weights, strict=True):
+        parts.add(sample, weight)
+    layout = PackedLayout.from_groups(parts.groups, total=tokens)
+    tokens_T = np.full(tokens, PAD_ID, dtype=np.int64)
     positions_T = np.zeros(tokens, dtype=np.int64)
-    tokens_T[:start], positions_T[:start] = np.concatenate(token), np.concatenate(position)
+    used = parts.tokens
+    tokens_T[:used], positions_T[:used] = np.concatenate(parts.token), np.concatenate(parts.position)
+    prompt_N, values = np.concatenate(parts.of_prompt), values or PackValues.unknown(parts.completions)
     rows = LossRows(
-        *(torch.from_numpy(np.concatenate(column)) for column in (row, target, sequence)),
-        torch.from_numpy(np.concatenate(weight).astype(np.float32)),
-        torch.from_numpy(np.concatenate(of_prompt)),
-        _completions(
-            samples, np.concatenate(last), values or CompletionValues.unknown(completions), score_prompt
-        ),
-        tuple(ends[1:]),
+        *(torch.from_numpy(np.concatenate(column)) for column in (parts.row, parts.target, parts.sequence)),
+        torch.from_numpy(np.concatenate(parts.weight).astype(np.float32)),
+        torch.from_numpy(prompt_N),
+        _completions(samples, np.concatenate(parts.last), values, score_prompt),
+        tuple(parts.ends[1:]),
+        Columns((name, _row_column(column, prompt_N)) for name, column in values.row_columns.items()),
     )
     return PackedBatch(torch.from_numpy(tokens_T), torch.from_numpy(positions_T), layout, rows)
 
 
+class _PackParts:
+    """The documents and scored rows of a pack, collected sample by sample; arrays are to be concatenated."""
+
+    def __init__(self, share_prefix: bool, score_prompt: bool) -> None:
+        self._share_prefix, self._score_prompt = share_prefix, score_prompt
+        self.groups: list[tuple[int, tuple[int, ...]]] = []
+        self.token, self.position, self.row, self.target, self.sequence, self.last = (
+            [np.empty(0, np.int64)] for _ in range(6)
+        )
+        self.weight, self.of_prompt, self.ends = [np.empty(0)], [np.empty(0, bool)], [(0, 0)]
+        self.tokens = self.completions = 0
+
+    def add(self, sample: Sample, weight: float) -> None:
+        """Append a sample; ``weight``: of one of its scored rows."""
+        extra = max(0, sample.prompt_length - 1) if self._score_prompt else 0  # rows of the prompt
+        for document in _documents(sample, self._share_prefix):
+            self.groups.append(document.group)
+            self.token.append(document.tokens)
+            self.position.append(document.positions)
+            if extra and document.first:
+                self.row.append(self.tokens + np.arange(extra))
+                self.target.append(document.tokens[1 : extra + 1])
+                self.sequence.append(np.full(extra, self.completions))
+            self.row.append(self.tokens + document.rows)
+            self.target.append(document.targets)
+            self.sequence.append(self.completions + document.completions)
+            self.last.append(self.tokens + _last_tokens(*document.group))
+            self.tokens += len(document.tokens)
+            self.completions += len(document.group[1])
+        rows = extra + int(sample.scored_L.sum())
+        self.weight.append(np.full(rows, weight))
+        self.of_prompt.append(np.arange(rows) < extra)
+        self.ends.append((self.ends[-1][0] + rows, self.completions))
+
+
 def _completions(
-    samples: Sequence[Sample], last_C: np.ndarray, values: CompletionValues, score_prompt: bool
+    samples: Sequence[Sample], last_C: np.ndarray, values: PackValues, score_prompt: bool
 ) -> Completions:
     counts = [max(1, len(sample.completion_lengths)) for sample in samples]
 
@@ -126,7 +141,7 @@ def _completions(
         prompts = np.array([sample.prompt_length for sample in samples])
         rows_C[np.cumsum(counts) - counts] += np.maximum(prompts - 1, 0)
     scores = [sample.scores or (math.nan,) * count for sample, count in zip(samples, counts, strict=True)]
-    found = {
+    columns_C = {
         "sample_C": np.repeat(np.arange(len(samples)), counts),
         "weight_C": values.weight_C.astype(np.float32),
         "token_weight_C": values.token_weight_C.astype(np.float32),
@@ -137,31 +152,43 @@ def _completions(
         "margin_C": of_samples([sample.margin for sample in samples]),
         "desirable_C": of_samples([bool(sample.label) for sample in samples]).astype(bool),
     }
-    columns = Columns((name, torch.from_numpy(column)) for name, column in values.columns.items())
-    return Completions(**{name: torch.from_numpy(column) for name, column in found.items()}, columns=columns)
+    columns = Columns(
+        (name, torch.from_numpy(column.astype(np.float32)))
+        for name, column in values.completion_columns.items()
+    )
+    return Completions(
+        **{name: torch.from_numpy(column) for name, column in columns_C.items()}, columns=columns
+    )
+
+
+def _row_column(column: np.ndarray, prompt_N: np.ndarray) -> Tensor:
+    """Return ``[N]`` float32: the column's values on the targets, NaN on the rows of prompts."""
+    column_N = np.full(len(prompt_N), math.nan, np.float32)
+    column_N[~prompt_N] = column
+    return torch.from_numpy(column_N)
 
 
 def _last_tokens(prompt: int, lengths: tuple[int, ...]) -> np.ndarray:
-    """Return where each completion of a group ends; an empty one ends with the prompt."""
+    """Return the last token of each completion of a group; an empty one ends with the prompt."""
     ends = prompt + np.cumsum(lengths, dtype=np.int64) - 1
     return np.where(np.array(lengths) > 0, ends, prompt - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A prompt with its completions as it will lie in a pack; rows count from its first token."""
+class _Document:
+    """A document of a pack: a prompt with one or all of its completions; rows count from its first token."""
 
-    first: bool  # it holds its sample's first completion
+    first: bool  # whether it holds its sample's first completion
     group: tuple[int, tuple[int, ...]]
     tokens: np.ndarray
     positions: np.ndarray
     rows: np.ndarray
     targets: np.ndarray
-    completions: np.ndarray  # of each row, within the piece
+    completions: np.ndarray  # of each row: index of its completion in the document
 
 
-def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
-    """Return the sample as one piece, or as one document per completion."""
+def _documents(sample: Sample, share_prefix: bool) -> list[_Document]:
+    """Return the sample as one document, or as one per completion."""
     tokens, prompt = sample.tokens_L.astype(np.int64), sample.prompt_length
     scored = np.flatnonzero(sample.scored_L)
     if len(sample.completion_lengths) < 2:
@@ -169,10 +196,16 @@ def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
             raise ValueError(
                 "pack needs scored tokens with a token before them, got a sample's first one scored"
             )
-        places = np.arange(len(tokens))
+        positions = np.arange(len(tokens))
         return [
-            _Piece(
-                True, (0, (len(tokens),)), tokens, places, scored - 1, tokens[scored], np.zeros_like(scored)
+            _Document(
+                True,
+                (0, (len(tokens),)),
+                tokens,
+                positions,
+                scored - 1,
+                tokens[scored],
+                np.zeros_like(scored),
             )
         ]
     lengths = np.array(sample.completion_lengths)
@@ -190,12 +223,16 @@ def _pieces(sample: Sample, share_prefix: bool) -> list[_Piece]:
         inside = [prompt + np.arange(length) for length in lengths]
         positions = np.concatenate([np.arange(prompt), *inside])
         return [
-            _Piece(True, (prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which)
+            _Document(
+                True, (prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which
+            )
         ]
     alone = []
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         document = np.concatenate([tokens[:prompt], tokens[start : start + length]])
         own = prompt + np.flatnonzero(sample.scored_L[start : start + length])
         group, places = (0, (len(document),)), np.arange(len(document))
-        alone.append(_Piece(not alone, group, document, places, own - 1, document[own], np.zeros_like(own)))
+        alone.append(
+            _Document(not alone, group, document, places, own - 1, document[own], np.zeros_like(own))
+        )
     return alone

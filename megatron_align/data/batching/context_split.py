@@ -1,8 +1,8 @@
-"""Which tokens of a pack each context-parallel rank holds: as many for all, and as much attention to compute.
+"""Split a pack's tokens over context-parallel ranks: equally many for each, with equal attention work.
 
 Work is counted in visible (query, key) pairs. Where keys are gathered, a rank computes what its queries see, so the
-plain cut into consecutive parts gives the last rank of a long document most of the work. Pure functions, computed
-alike on every rank.
+plain cut into consecutive parts gives the last rank of a long document most of the work. Pure functions: every
+rank computes the same.
 
 Shapes: T tokens of a pack, R ranks, Q = T / R tokens of one.
 """
@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Tokens that stay together: the most that level the work. 128 fill the kernels' blocks of queries with neighbours in
-# the pack, which visit no key in vain; more would gain nothing and level worse.
+# Sizes of the runs of tokens that stay together, the largest first: 128 neighbours fill a query block of the kernels,
+# which then visits no key in vain; larger runs would gain nothing and balance worse.
 GRANULES = (128, 64, 32, 16, 8, 4, 2, 1)
-LEVEL = 1.05  # most work of a rank, in means
+MAX_IMBALANCE = 1.05  # most work of a rank, over the mean
 
 
 def attention_work(groups: Sequence[tuple[int, Sequence[int]]], tokens: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def attention_work(groups: Sequence[tuple[int, Sequence[int]]], tokens: int) -> 
 
     Args:
         groups: ``(prompt length, completion lengths)`` in order of position, as ``PackedLayout.groups``.
-        tokens: T; tokens after the last group are padding and see themselves.
+        tokens: T; tokens after the last group are padding and attend to themselves.
 
     Raises:
         ValueError: if the groups are longer than ``tokens``.
@@ -44,22 +44,22 @@ def attention_work(groups: Sequence[tuple[int, Sequence[int]]], tokens: int) -> 
 
 
 def contiguous_shards(tokens: int, ranks: int) -> np.ndarray:
-    """Return the positions of each rank (int64 ``[R, Q]``), one stretch each: for ``ulysses``, whose ranks split heads.
+    """Return the positions of each rank (int64 ``[R, Q]``), one run each: for ``ulysses``, whose ranks split heads.
 
     Raises:
-        ValueError: if ``tokens`` is no multiple of ``ranks``.
+        ValueError: if ``tokens`` is not a multiple of ``ranks``.
     """
     _check(tokens, ranks)
     return np.arange(tokens, dtype=np.int64).reshape(ranks, -1)
 
 
 def balanced_shards(groups: Sequence[tuple[int, Sequence[int]]], tokens: int, ranks: int) -> np.ndarray:
-    """Return the positions of each rank (int64 ``[R, Q]``, each row ascending), work level over the ranks.
+    """Return the positions of each rank (int64 ``[R, Q]``, each row ascending), work balanced over the ranks.
 
-    Every token is on one rank. The pack is cut into granules, the largest of ``GRANULES`` that brings the costliest
-    rank within ``LEVEL`` of the mean, or else the one that levels best: no rank then does more than the mean and the
-    token that sees most. Where a rank's tokens are no multiple of the granule, the rest of each lies at the pack's
-    end, where padding is.
+    Every token is on one rank. The pack is cut into granules, of the largest size in ``GRANULES`` that brings the
+    costliest rank within ``MAX_IMBALANCE`` of the mean, or else the one that balances best: no rank then does more
+    than the mean and the work of one token. Where a rank's tokens are not a multiple of the granule, the rest of each
+    is at the pack's end, where padding is.
 
     Args:
         groups: as for :func:`attention_work`.
@@ -67,7 +67,7 @@ def balanced_shards(groups: Sequence[tuple[int, Sequence[int]]], tokens: int, ra
         ranks: R.
 
     Raises:
-        ValueError: if ``tokens`` is no multiple of ``ranks``, or the groups are longer than ``tokens``.
+        ValueError: if ``tokens`` is not a multiple of ``ranks``, or the groups are longer than ``tokens``.
     """
     _check(tokens, ranks)
     work_before = np.concatenate([[0], np.cumsum(attention_work(groups, tokens))])
@@ -77,13 +77,12 @@ def balanced_shards(groups: Sequence[tuple[int, Sequence[int]]], tokens: int, ra
         sizes = np.repeat([granule, rest], [whole * ranks, ranks if rest else 0])
         work = np.diff(work_before[np.concatenate([[0], np.cumsum(sizes)])])
         granules = np.argsort(-work[: whole * ranks], kind="stable")
-        rests = np.arange(
-            whole * ranks, len(work)
-        )  # dealt first: the granules even out what they leave uneven
-        owner, most = _deal(work, np.concatenate([rests, granules]).reshape(-1, ranks))
+        # Assigned first: the granules even out what the rests leave uneven.
+        rests = np.arange(whole * ranks, len(work))
+        owner, most = _assign(work, np.concatenate([rests, granules]).reshape(-1, ranks))
         if most < least:
             owner_T, least = np.repeat(owner, sizes), most
-        if most * ranks <= LEVEL * work_before[-1]:
+        if most * ranks <= MAX_IMBALANCE * work_before[-1]:
             break
     return np.argsort(owner_T, kind="stable").reshape(ranks, -1)
 
@@ -95,18 +94,18 @@ def _check(tokens: int, ranks: int) -> None:
         )
 
 
-def _deal(work: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the rank of each piece, one of each round ``[rounds, R]``, and the work of the costliest rank.
+def _assign(work: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the rank of each granule, one of each round ``[rounds, R]``, and the work of the costliest rank.
 
-    In a round the costlier piece goes to the rank with less. So ranks never differ by more than the pieces of one
-    round do.
+    In a round the costlier granule goes to the rank with less work. So ranks never differ by more than the granules
+    of one round do.
     """
     owner = np.empty(len(work), dtype=np.int16)
     owner[rounds] = np.arange(rounds.shape[1])
-    even = np.ptp(work[rounds], axis=1) == 0  # padding, mostly: whose is whose changes nothing
+    even = np.ptp(work[rounds], axis=1) == 0  # mostly padding: the assignment changes nothing
     load = np.full(rounds.shape[1], work[rounds[even, 0]].sum())
-    for pieces in rounds[~even]:
-        costliest = pieces[np.argsort(-work[pieces], kind="stable")]
+    for granules in rounds[~even]:
+        costliest = granules[np.argsort(-work[granules], kind="stable")]
         emptiest = np.argsort(load, kind="stable")
         owner[costliest] = emptiest
         load[emptiest] += work[costliest]

@@ -1,7 +1,7 @@
-"""Which samples make step s: a pure function of (seed, epoch, index), the same on every rank and layout.
+"""Sampler: which samples make step s, a pure function of (seed, epoch, index), the same on every rank and layout.
 
-An epoch is the union of what each source of the mixture gives to it; epochs follow each other without a seam,
-and a step is the next piece of that stream: so many samples, or as many as fit into so many tokens.
+An epoch is the union of the contributions of each source of the mixture. Epochs follow each other without a gap, and a
+step is the next piece of that stream: a fixed number of samples, or as many as fit into a fixed number of tokens.
 
 Shapes: S samples of the data set, N samples of one epoch, B samples of one step.
 """
@@ -15,20 +15,41 @@ from math import ceil
 
 import numpy as np
 
-from megatron_align.config import DataSource
+from megatron_align.config import DataConfig, DataSource, TrainConfig
+from megatron_align.data.sample_table import SampleTable
+
+Sources = str | Sequence[str | DataSource]
 
 
-def passes_per_epoch(sources: str | Sequence[str | DataSource]) -> tuple[float, ...]:
+def passes_per_epoch(sources: Sources) -> tuple[float, ...]:
     """Return the weight of each source of ``data.train`` or ``data.validation``, in order."""
     listed = [sources] if isinstance(sources, str) else sources
     return tuple(source.weight if isinstance(source, DataSource) else 1.0 for source in listed)
 
 
+def step_order(
+    table: SampleTable, data: DataConfig, train: TrainConfig, sources: Sources
+) -> SampleSteps | TokenSteps:
+    """Return which samples of a table make each step of a run; the same on any layout.
+
+    Args:
+        table: tokenised samples.
+        data: shuffle is read.
+        train: global_batch_size or global_batch_tokens, seed, steps and epochs are read.
+        sources: what the table was made of, with the weights of the mixture: ``data.train`` or
+            ``data.validation``.
+    """
+    order = EpochOrder(table.sources, passes_per_epoch(sources), train.seed, data.shuffle)
+    if train.global_batch_tokens is not None:
+        return TokenSteps(order, table.lengths, train.global_batch_tokens, train.epochs, train.steps)
+    return SampleSteps(order, train.global_batch_size, train.epochs, train.steps)
+
+
 class EpochOrder:
     """The samples of every epoch, in order.
 
-    A source of n samples and weight w goes through its samples in one fixed order, round and round, and epoch e
-    is given the stretch from ceil(e w n) to ceil((e + 1) w n): each sample floor(w) or ceil(w) times, and after
+    A source of n samples and weight w repeats its samples in one fixed order, and epoch e
+    takes the range from ceil(e w n) to ceil((e + 1) w n): each sample floor(w) or ceil(w) times, and after
     any number E of epochs each sample floor(E w) or ceil(E w) times. With ``shuffle`` that fixed order and then
     the whole epoch are permuted; without, they are the order of the files, source after source.
 
@@ -54,7 +75,7 @@ class EpochOrder:
         counts = np.bincount(sources_S, minlength=len(passes))
         self._shares = [weight * int(n) for weight, n in zip(self._passes, counts, strict=True)]
         self._members: list[np.ndarray] = []
-        if not self._whole:
+        if not self._once_each:
             self._members = [self._rotation(np.asarray(sources_S), k) for k in range(len(passes))]
         self._cached: tuple[int, np.ndarray] | None = None
 
@@ -70,7 +91,7 @@ class EpochOrder:
         return cached[1]
 
     def between(self, begin: int, end: int) -> np.ndarray:
-        """Return the samples (int64) at places ``begin`` up to ``end`` of the endless stream of epochs."""
+        """Return the samples (int64) from index ``begin`` up to ``end`` of the endless stream of epochs."""
         epoch = self._epoch_of(begin)
         pieces = []
         while (start := self.start(epoch)) < end:
@@ -79,19 +100,19 @@ class EpochOrder:
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     @property
-    def _whole(self) -> bool:
+    def _once_each(self) -> bool:
         return all(weight == 1 for weight in self._passes)
 
-    def _epoch_of(self, place: int) -> int:
-        guess = int(place / sum(self._shares)) + 1
-        while self.start(guess) > place:
+    def _epoch_of(self, index: int) -> int:
+        guess = int(index / sum(self._shares)) + 1
+        while self.start(guess) > index:
             guess -= 1
-        while self.start(guess + 1) <= place:
+        while self.start(guess + 1) <= index:
             guess += 1
         return guess
 
     def _order(self, epoch: int) -> np.ndarray:
-        if self._whole:
+        if self._once_each:
             members_N = np.arange(self.total, dtype=np.int64)
         else:
             members_N = np.concatenate(
@@ -107,13 +128,13 @@ class EpochOrder:
 
     def _rotation(self, sources_S: np.ndarray, source: int) -> np.ndarray:
         members = np.flatnonzero(sources_S == source).astype(np.int64)
-        # Three words: never the same as an epoch's two.
+        # Three seed words: never the same stream as an epoch's two.
         return members[_permutation((self.seed, source, 1), len(members))] if self.shuffle else members
 
 
 @lru_cache(maxsize=4)
 def _permutation(words: tuple[int, ...], total: int) -> np.ndarray:
-    """Sort raw random words: unlike a library's shuffle, these are fixed for good by the generator's name."""
+    """Sort raw random words: unlike a library's shuffle, they never change, as the generator's name defines them."""
     raw = np.random.PCG64(np.random.SeedSequence(words)).random_raw(total)
     order = np.argsort(raw, kind="stable").astype(np.int64)
     order.setflags(write=False)
@@ -121,26 +142,28 @@ def _permutation(words: tuple[int, ...], total: int) -> np.ndarray:
 
 
 class SampleSteps:
-    """Steps of ``batch`` samples each; the last one of a run over ``epochs`` takes what is left.
+    """Steps of ``batch`` samples each; the last one of a run over ``epochs`` takes the rest.
 
     Args:
         order: the stream of samples.
         batch: samples of a step.
-        epochs: None: steps without end.
+        epochs: of the run; None: the stream has no end.
+        steps: of the run; None: as many as the epochs have.
     """
 
-    def __init__(self, order: EpochOrder, batch: int, epochs: int | None = None):
+    def __init__(self, order: EpochOrder, batch: int, epochs: int | None = None, steps: int | None = None):
         self.order, self.batch = order, batch
         self._end = None if epochs is None else order.start(epochs)
-        self.steps = None if self._end is None else -(-self._end // batch)
+        self._last = None if self._end is None else -(-self._end // batch)
+        self.steps = steps or self._last
 
     def samples(self, step: int) -> np.ndarray:
         """Return the indices (int64) of the samples of a 0-based step, in order.
 
         Raises:
-            ValueError: if the step lies outside of the run.
+            ValueError: if the step is outside of the run.
         """
-        _require_step(step, self.steps)
+        _require_step(step, self._last)
         end = (step + 1) * self.batch
         return self.order.between(step * self.batch, end if self._end is None else min(end, self._end))
 
@@ -148,32 +171,41 @@ class SampleSteps:
 class TokenSteps:
     """Steps of as many samples, in order, as fit into ``tokens``; at least one.
 
-    What counts are a sample's stored tokens, a shared prompt once: neither the layout nor ``data.share_prefix``
-    nor packing can move the boundaries. They are computed epoch by epoch from the lengths alone when asked for.
+    A sample counts with its stored tokens, a shared prompt once: neither the layout nor ``data.share_prefix``
+    nor packing can move the boundaries. They are computed epoch by epoch, when needed, from the lengths alone.
 
     Args:
         order: the stream of samples.
         lengths_S: stored tokens of each sample.
         tokens: of a step.
-        epochs: None: steps without end.
+        epochs: of the run; None: the stream has no end.
+        steps: of the run; None: as many as the epochs have.
     """
 
-    def __init__(self, order: EpochOrder, lengths_S: np.ndarray, tokens: int, epochs: int | None = None):
+    def __init__(
+        self,
+        order: EpochOrder,
+        lengths_S: np.ndarray,
+        tokens: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+    ):
         self.order, self.lengths_S, self.tokens = order, lengths_S, tokens
         self._epochs = epochs
-        self._starts: list[int] = [0]  # place in the stream where each step known so far begins
-        self._read = 0  # epochs whose boundaries are known
-        self._open = 0  # tokens, up to the end of those epochs, of the last step known
+        self._starts: list[int] = [0]  # index in the stream where each step computed so far begins
+        self._read = 0  # epochs whose boundaries are computed
+        self._open = 0  # tokens of the last step up to the end of those epochs
         while epochs is not None and self._read < epochs:
             self._read_epoch()
-        self.steps = None if epochs is None else len(self._starts)
+        self._last = None if epochs is None else len(self._starts)
+        self.steps = steps or self._last
 
     def samples(self, step: int) -> np.ndarray:
         """As :meth:`SampleSteps.samples`."""
-        _require_step(step, self.steps)
-        while self.steps is None and len(self._starts) <= step + 1:
+        _require_step(step, self._last)
+        while self._last is None and len(self._starts) <= step + 1:
             self._read_epoch()
-        last = self._epochs is not None and step == self.steps - 1
+        last = self._epochs is not None and step == self._last - 1
         end = self.order.start(self._epochs) if last else self._starts[step + 1]
         return self.order.between(self._starts[step], end)
 
@@ -181,12 +213,12 @@ class TokenSteps:
         """Find the steps that begin in the next epoch; the last step stays open for the epoch after it."""
         first, lengths_N = self.order.start(self._read), self.lengths_S[self.order.samples(self._read)]
         samples = len(lengths_N)
-        # before[j]: tokens that come before the epoch's sample j, counted from where the open step begins.
+        # before[j]: tokens before the epoch's sample j, counted from the start of the open step.
         before = self._open + np.concatenate([[0], np.cumsum(lengths_N, dtype=np.int64)])
         fits = np.searchsorted(before, before + self.tokens, side="right") - 1
         after = np.maximum(fits, np.arange(samples + 1) + 1).tolist()  # [j]: where a step from j ends
         begin, origin = int(np.searchsorted(before, self.tokens, side="right")) - 1, 0
-        begin = max(begin, 0 if self._open else 1)  # the open step has a sample, or takes one
+        begin = max(begin, 0 if self._open else 1)  # the open step has a sample, or takes this one
         while begin < samples:
             self._starts.append(first + begin)
             begin, origin = after[begin], int(before[begin])
@@ -196,4 +228,4 @@ class TokenSteps:
 
 def _require_step(step: int, steps: int | None) -> None:
     if step < 0 or (steps is not None and step >= steps):
-        raise ValueError(f"a step must be of the run, 0 to {steps} (not included), got {step}")
+        raise ValueError(f"a step must be within the run, 0 to {steps} (not included), got {step}")

@@ -1,11 +1,25 @@
-"""Chat records: raw fields to a Conversation (chat template) or a Completion (plain text)."""
+"""Convert chat records: raw fields to a Conversation (chat template) or a Completion (plain text)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_align.data.formats.fields import RawRecord, clean, said, text, weight, wrong
-from megatron_align.data.formats.turns import functions, messages, offered, opening, saying, sharegpt
+from megatron_align.data.formats.fields import (
+    RawRecord,
+    bad_field,
+    nonempty_text,
+    require_encodable,
+    text,
+    weight,
+)
+from megatron_align.data.formats.turns import (
+    messages,
+    require_content,
+    sharegpt,
+    system_turn,
+    tools_of,
+    wrapped_tools,
+)
 from megatron_align.errors import InputError
 from megatron_align.records import Completion, Conversation, Message
 
@@ -13,7 +27,7 @@ from megatron_align.records import Completion, Conversation, Message
 def from_messages(record: RawRecord, where: str) -> Conversation:
     """Convert ``messages``."""
     turns = messages(record["messages"], where, "messages")
-    return _conversation(record, where, turns, offered(record, where))
+    return _conversation(record, where, turns, tools_of(record, where))
 
 
 def from_sharegpt(record: RawRecord, where: str) -> Conversation:
@@ -24,8 +38,8 @@ def from_sharegpt(record: RawRecord, where: str) -> Conversation:
 
 def from_alpaca(record: RawRecord, where: str) -> Conversation:
     """Convert ``instruction`` and ``output``."""
-    answer = Message("assistant", said(record, "output", where))
-    return _conversation(record, where, (*alpaca_prompt(record, where), answer), functions(record, where))
+    answer = Message("assistant", nonempty_text(record, "output", where))
+    return _conversation(record, where, (*alpaca_prompt(record, where), answer), wrapped_tools(record, where))
 
 
 def from_text(record: RawRecord, where: str) -> Completion:
@@ -40,17 +54,17 @@ def from_prompt_and_completion(record: RawRecord, where: str) -> Conversation:
     """Convert ``prompt`` and ``completion``, both message lists."""
     prompt = messages(record["prompt"], where, "prompt")
     completion = messages(record["completion"], where, "completion")
-    return _conversation(record, where, prompt + completion, offered(record, where), len(prompt))
+    return _conversation(record, where, prompt + completion, tools_of(record, where), len(prompt))
 
 
 def alpaca_prompt(record: RawRecord, where: str) -> tuple[Message, ...]:
-    """Return the turns up to the last question."""
-    instruction, given = text(record, "instruction", where), text(record, "input", where, optional=True)
-    asked = "\n".join(part for part in (instruction, given) if part)
-    if not asked.strip():
+    """Return the turns of an Alpaca record up to the last question."""
+    instruction, context = text(record, "instruction", where), text(record, "input", where, optional=True)
+    question = "\n".join(part for part in (instruction, context) if part)
+    if not question.strip():
         raise InputError(f"{where}: field 'instruction' must not be empty, got {instruction!r}")
-    turns = opening(text(record, "system", where, optional=True)) + _history(record, where)
-    return (*turns, Message("user", asked))
+    turns = system_turn(text(record, "system", where, optional=True)) + _history(record, where)
+    return (*turns, Message("user", question))
 
 
 def _conversation(
@@ -78,12 +92,12 @@ def _history(record: RawRecord, where: str) -> tuple[Message, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise wrong(where, "history", "a list of [question, answer] pairs of strings", value)
+        raise bad_field(where, "history", "a list of [question, answer] pairs of strings", value)
     turns: list[Message] = []
     for i, pair in enumerate(value):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise wrong(where, f"history[{i}]", "a [question, answer] pair of strings", pair)
+            raise bad_field(where, f"history[{i}]", "a [question, answer] pair of strings", pair)
         for j, role in enumerate(("user", "assistant")):
             name = f"history[{i}][{j}]"
-            turns.append(saying(Message(role, clean(pair[j], where, name)), where, name))
+            turns.append(require_content(Message(role, require_encodable(pair[j], where, name)), where, name))
     return tuple(turns)

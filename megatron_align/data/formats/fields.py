@@ -1,4 +1,4 @@
-"""Single fields of a record, checked. ``name`` is the path of a field inside its record, as people would write it."""
+"""Check single fields of a record. ``name`` is the path of a field inside its record, as in ``messages[0].role``."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def text(record: RawRecord, name: str, where: str, *, optional: bool = False) ->
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise wrong(where, name, "a string", value)
-    return clean(value, where, name)
+        raise bad_field(where, name, "a string", value)
+    return require_encodable(value, where, name)
 
 
-def said(record: RawRecord, name: str, where: str) -> str:
-    """Return a string field that says something."""
+def nonempty_text(record: RawRecord, name: str, where: str) -> str:
+    """Return a string field that is not blank."""
     value = text(record, name, where)
     if not value.strip():
-        raise InputError(f"{where}: field '{name}' must not be empty, got {short(value)}")
+        raise InputError(f"{where}: field '{name}' must not be empty, got {shortened(value)}")
     return value
 
 
-def clean(value: Any, where: str, name: str) -> Any:
-    """Return the value unless a string in it holds half of a surrogate pair, or a NUL: no tokenizer takes them."""
+def require_encodable(value: Any, where: str, name: str) -> Any:
+    """Return the value unless a string in it holds an unpaired surrogate or a NUL: no tokenizer accepts them."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -39,21 +39,23 @@ def clean(value: Any, where: str, name: str) -> Any:
                 f"{where}: field '{name}' must be valid Unicode, got {error.reason} at {error.start}"
             ) from error
         if "\0" in value:
-            raise InputError(f"{where}: field '{name}' must not hold NUL, got one at {value.index(chr(0))}")
+            raise InputError(
+                f"{where}: field '{name}' must not contain NUL, got one at {value.index(chr(0))}"
+            )
     elif isinstance(value, dict):
         for key, item in value.items():
-            clean(key, where, name)
-            clean(item, where, f"{name}.{key}")
+            require_encodable(key, where, name)
+            require_encodable(item, where, f"{name}.{key}")
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            clean(item, where, f"{name}[{i}]")
+            require_encodable(item, where, f"{name}[{i}]")
     return value
 
 
-def items(value: Any, where: str, name: str) -> list[Any]:
-    """Return a list that has something in it."""
+def nonempty_list(value: Any, where: str, name: str) -> list[Any]:
+    """Return a list that is not empty."""
     if not isinstance(value, list) or not value:
-        raise wrong(where, name, "a non-empty list", value)
+        raise bad_field(where, name, "a non-empty list", value)
     return value
 
 
@@ -63,9 +65,9 @@ def number(value: Any, where: str, name: str) -> float:
         try:
             if math.isfinite(value):
                 return float(value)
-        except OverflowError:  # an integer beyond any float
+        except OverflowError:  # an integer beyond the range of float
             pass
-    raise wrong(where, name, "a finite number", value)
+    raise bad_field(where, name, "a finite number", value)
 
 
 def weight(record: RawRecord, where: str) -> float:
@@ -74,29 +76,31 @@ def weight(record: RawRecord, where: str) -> float:
         return 1.0
     value = number(record["weight"], where, "weight")
     if value <= 0:
-        raise wrong(where, "weight", "positive", record["weight"])
+        raise bad_field(where, "weight", "positive", record["weight"])
     return value
 
 
-def decoded(value: str, where: str, name: str) -> Any:
-    """Return what a JSON text holds."""
+def decoded_json(value: str, where: str, name: str) -> Any:
+    """Return the value of a JSON text."""
     try:
         return json.loads(value)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(f"{where}: field '{name}' must be JSON, got {reason} in {short(value)}") from error
+        raise InputError(
+            f"{where}: field '{name}' must be JSON, got {reason} in {shortened(value)}"
+        ) from error
     except RecursionError as error:
-        raise InputError(f"{where}: field '{name}' must be JSON, got one nested too deep") from error
+        raise InputError(f"{where}: field '{name}' must be JSON, got one nested too deeply") from error
 
 
-def wrong(where: str, name: str, need: str, value: Any) -> InputError:
-    """Return the error of a field that is not what it must be."""
+def bad_field(where: str, name: str, required: str, value: Any) -> InputError:
+    """Return the error for a field that is not as ``required``."""
     return InputError(
-        f"{where}: field '{name}' must be {need}, got {'nothing' if value is None else short(value)}"
+        f"{where}: field '{name}' must be {required}, got {'nothing' if value is None else shortened(value)}"
     )
 
 
-def short(value: Any) -> str:
-    """Return the value as one short line."""
-    written = repr(value)
-    return written if len(written) <= 60 else f"{written[:57]}..."
+def shortened(value: Any) -> str:
+    """Return the repr of a value, at most 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,4 +1,4 @@
-"""Preference records: raw fields to a prompt and its judged completions (a pair, a ranked list, a single one)."""
+"""Convert preference records: raw fields to a prompt and its judged completions (pair, triple, ranked list, single)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from typing import Any
 from megatron_align.data.formats.chat import alpaca_prompt
 from megatron_align.data.formats.fields import (
     RawRecord,
-    clean,
-    items,
+    bad_field,
+    nonempty_list,
+    nonempty_text,
     number,
-    said,
-    short,
+    require_encodable,
+    shortened,
     text,
     weight,
-    wrong,
 )
-from megatron_align.data.formats.turns import functions, messages, offered, saying, sharegpt, sharegpt_turn
+from megatron_align.data.formats.turns import (
+    messages,
+    require_content,
+    sharegpt,
+    sharegpt_turn,
+    tools_of,
+    wrapped_tools,
+)
 from megatron_align.errors import InputError
 from megatron_align.records import Message, Preference
 
@@ -34,7 +41,10 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 # Pairs.
 def pair_of_text(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``chosen``, ``rejected``: plain text."""
-    prompt, answers = said(record, "prompt", where), [said(record, name, where) for name in PAIR]
+    prompt, answers = (
+        nonempty_text(record, "prompt", where),
+        [nonempty_text(record, name, where) for name in PAIR],
+    )
     return _pair(record, where, prompt, answers, _no_tools(record, where))
 
 
@@ -42,32 +52,32 @@ def pair_of_messages(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``chosen``, ``rejected``: message lists; a string is one assistant turn."""
     prompt = messages(record["prompt"], where, "prompt")
     answers = [_answer(record[name], where, name) for name in PAIR]
-    return _pair(record, where, prompt, answers, offered(record, where))
+    return _pair(record, where, prompt, answers, tools_of(record, where))
 
 
 def pair_of_conversations(record: RawRecord, where: str) -> Preference:
-    """Convert two whole conversations; what they share at the start is the prompt, as in TRL."""
-    prompt, answers = _shared([messages(record[name], where, name) for name in PAIR], where)
-    return _pair(record, where, prompt, answers, offered(record, where))
+    """Convert two complete conversations; their common start is the prompt, as in TRL."""
+    prompt, answers = _split_common_start([messages(record[name], where, name) for name in PAIR], where)
+    return _pair(record, where, prompt, answers, tools_of(record, where))
 
 
 def pair_of_hh_rlhf(record: RawRecord, where: str) -> Preference:
-    r"""Convert two texts of the form ``\n\nHuman: ...\n\nAssistant: ...`` with a shared start (hh-rlhf)."""
-    prompt, answers = _shared([_hh_turns(record, name, where) for name in PAIR], where)
-    return _pair(record, where, prompt, answers, offered(record, where))
+    r"""Convert two texts of the form ``\n\nHuman: ...\n\nAssistant: ...`` with a common start (hh-rlhf)."""
+    prompt, answers = _split_common_start([_hh_turns(record, name, where) for name in PAIR], where)
+    return _pair(record, where, prompt, answers, tools_of(record, where))
 
 
 def pair_of_sharegpt(record: RawRecord, where: str) -> Preference:
     """Convert ``conversations`` and one turn each in ``chosen`` and ``rejected``."""
     prompt, tools = sharegpt(record, where)
-    answers = [_spoken(sharegpt_turn(record[name], where, name), where, name) for name in PAIR]
+    answers = [_answer_turn(sharegpt_turn(record[name], where, name), where, name) for name in PAIR]
     return _pair(record, where, prompt, answers, tools)
 
 
 def pair_of_alpaca(record: RawRecord, where: str) -> Preference:
     """Convert ``instruction`` and two answers in ``chosen`` and ``rejected``."""
-    answers = [(Message("assistant", said(record, name, where)),) for name in PAIR]
-    return _pair(record, where, alpaca_prompt(record, where), answers, functions(record, where))
+    answers = [(Message("assistant", nonempty_text(record, name, where)),) for name in PAIR]
+    return _pair(record, where, alpaca_prompt(record, where), answers, wrapped_tools(record, where))
 
 
 def _pair(
@@ -77,7 +87,7 @@ def _pair(
     answers: list[Turns] | list[str],
     tools: Tools = None,
 ) -> Preference:
-    _require_apart(*answers, where)
+    _require_different(*answers, where)
     margin = record.get("margin")
     return Preference(
         kind="pair",
@@ -91,7 +101,7 @@ def _pair(
     )
 
 
-def _require_apart(chosen: Turns | str, rejected: Turns | str, where: str) -> None:
+def _require_different(chosen: Turns | str, rejected: Turns | str, where: str) -> None:
     if _key(chosen) == _key(rejected):
         raise InputError(f"{where}: field 'rejected' must differ from 'chosen', got the same")
 
@@ -101,22 +111,22 @@ def _pair_scores(record: RawRecord, where: str) -> tuple[float | None, ...]:
     if not given:
         return ()
     if len(given) > 1:
-        raise InputError(f"{where}: fields '{_SCORES[0][0]}' and '{_SCORES[1][0]}' must not both be there")
+        raise InputError(f"{where}: fields '{_SCORES[0][0]}' and '{_SCORES[1][0]}' must not both be given")
     return tuple(None if record.get(name) is None else number(record[name], where, name) for name in given[0])
 
 
-# Pairs with a gold answer besides.
+# Pairs with a gold answer.
 def triple(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``chosen``, ``rejected``, ``reference``: text, or messages where the prompt is messages."""
     prompt = _prompt(record, where)
     chosen, rejected, gold = (_completion(record[name], where, name, prompt) for name in (*PAIR, GOLD))
-    _require_apart(chosen, rejected, where)
+    _require_different(chosen, rejected, where)
     return Preference(
         kind="triple",
         prompt=prompt,
         completions=(chosen, rejected, gold),
         where=where,
-        tools=_no_tools(record, where) if isinstance(prompt, str) else offered(record, where),
+        tools=_no_tools(record, where) if isinstance(prompt, str) else tools_of(record, where),
         weight=weight(record, where),
     )
 
@@ -125,7 +135,7 @@ def triple(record: RawRecord, where: str) -> Preference:
 def ranked(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt`` and ``completions: [{content, score}]``: text, or messages where the prompt is messages."""
     prompt = _prompt(record, where)
-    listed = items(record["completions"], where, "completions")
+    listed = nonempty_list(record["completions"], where, "completions")
     if len(listed) < 2:
         raise InputError(f"{where}: field 'completions' must hold at least 2 completions, got {len(listed)}")
     answers: list[Any] = []
@@ -134,7 +144,7 @@ def ranked(record: RawRecord, where: str) -> Preference:
     for i, item in enumerate(listed):
         name = f"completions[{i}]"
         if not isinstance(item, dict):
-            raise wrong(where, name, "an object with content and score", item)
+            raise bad_field(where, name, "an object with content and score", item)
         answer = _completion(item.get("content"), where, f"{name}.content", prompt)
         first = seen.setdefault(_key(answer), i)
         if first != i:
@@ -148,7 +158,7 @@ def ranked(record: RawRecord, where: str) -> Preference:
         prompt=prompt,
         completions=tuple(answers),
         where=where,
-        tools=_no_tools(record, where) if isinstance(prompt, str) else offered(record, where),
+        tools=_no_tools(record, where) if isinstance(prompt, str) else tools_of(record, where),
         scores=tuple(scores),
         weight=weight(record, where),
     )
@@ -159,28 +169,28 @@ def unpaired(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``completion``, ``label``: text, or messages where the prompt is messages."""
     prompt = _prompt(record, where)
     answer = _completion(record["completion"], where, "completion", prompt)
-    tools = _no_tools(record, where) if isinstance(prompt, str) else offered(record, where)
+    tools = _no_tools(record, where) if isinstance(prompt, str) else tools_of(record, where)
     return _unpaired(record, where, prompt, answer, tools)
 
 
 def unpaired_conversation(record: RawRecord, where: str) -> Preference:
-    """Convert ``messages`` and ``label`` (or ``kto_tag``): the last turn is what was judged."""
+    """Convert ``messages`` and ``label`` (or ``kto_tag``): the last turn is the judged one."""
     turns = messages(record["messages"], where, "messages")
-    prompt, answer = _last_apart(turns, where, "messages")
-    return _unpaired(record, where, prompt, answer, offered(record, where))
+    prompt, answer = _split_last_turn(turns, where, "messages")
+    return _unpaired(record, where, prompt, answer, tools_of(record, where))
 
 
 def unpaired_sharegpt(record: RawRecord, where: str) -> Preference:
-    """Convert ``conversations`` and ``label`` (or ``kto_tag``): the last turn is what was judged."""
+    """Convert ``conversations`` and ``label`` (or ``kto_tag``): the last turn is the judged one."""
     turns, tools = sharegpt(record, where)
-    prompt, answer = _last_apart(turns, where, "conversations")
+    prompt, answer = _split_last_turn(turns, where, "conversations")
     return _unpaired(record, where, prompt, answer, tools)
 
 
 def unpaired_alpaca(record: RawRecord, where: str) -> Preference:
     """Convert ``instruction``, ``output`` and ``label`` (or ``kto_tag``)."""
-    answer = (Message("assistant", said(record, "output", where)),)
-    return _unpaired(record, where, alpaca_prompt(record, where), answer, functions(record, where))
+    answer = (Message("assistant", nonempty_text(record, "output", where)),)
+    return _unpaired(record, where, alpaca_prompt(record, where), answer, wrapped_tools(record, where))
 
 
 def _unpaired(
@@ -200,51 +210,55 @@ def _unpaired(
 def _label(record: RawRecord, where: str) -> bool:
     names = [name for name in ("label", "kto_tag") if record.get(name) is not None]
     if len(names) > 1 and record["label"] is not record["kto_tag"]:
-        raise InputError(f"{where}: fields 'label' and 'kto_tag' must not both be there")
+        raise InputError(f"{where}: fields 'label' and 'kto_tag' must not both be given")
     name = names[0] if names else ("label" if "label" in record else "kto_tag")
     value = record.get(name)
     if not isinstance(value, bool):
-        raise wrong(where, name, "true or false", value)
+        raise bad_field(where, name, "true or false", value)
     return value
 
 
-def _last_apart(turns: Turns, where: str, name: str) -> tuple[Turns, Turns]:
+def _split_last_turn(turns: Turns, where: str, name: str) -> tuple[Turns, Turns]:
     if len(turns) < 2:
         raise InputError(
-            f"{where}: field '{name}' must have turns before the judged one, got {len(turns)} in all"
+            f"{where}: field '{name}' must have turns before the judged one, got {len(turns)} turns"
         )
-    return turns[:-1], _spoken(turns[-1], where, f"{name}[-1]")
+    return turns[:-1], _answer_turn(turns[-1], where, f"{name}[-1]")
 
 
-# Parts of all of them.
+# Fields that several kinds have.
 def _prompt(record: RawRecord, where: str) -> Turns | str:
     value = record.get("prompt")
-    return messages(value, where, "prompt") if isinstance(value, list) else said(record, "prompt", where)
+    return (
+        messages(value, where, "prompt")
+        if isinstance(value, list)
+        else nonempty_text(record, "prompt", where)
+    )
 
 
 def _completion(value: Any, where: str, name: str, prompt: Turns | str) -> Turns | str:
     if not isinstance(prompt, str):
         return _answer(value, where, name)
-    return said({name: value}, name, where)
+    return nonempty_text({name: value}, name, where)
 
 
 def _answer(value: Any, where: str, name: str) -> Turns:
     """Return the turns of one completion; a string is one assistant turn."""
     if isinstance(value, str):
-        turn = Message("assistant", clean(value, where, name))
-        return (saying(turn, where, name),)
-    return _follows(messages(value, where, name), where, name)
+        turn = Message("assistant", require_encodable(value, where, name))
+        return (require_content(turn, where, name),)
+    return _require_answer(messages(value, where, name), where, name)
 
 
-def _spoken(turn: Message, where: str, name: str) -> Turns:
-    return _follows((turn,), where, name)
+def _answer_turn(turn: Message, where: str, name: str) -> Turns:
+    return _require_answer((turn,), where, name)
 
 
-def _follows(turns: Turns, where: str, name: str, shared: int = 0) -> Turns:
-    """Return the turns if they can answer a prompt, and something in them is to be trained on."""
+def _require_answer(turns: Turns, where: str, name: str, shared: int = 0) -> Turns:
+    """Return the turns if they start with the assistant's and one of them is trained."""
     if turns[0].role != "assistant":
         raise InputError(
-            f"{where}: field '{name}' must go on with an assistant turn after the prompt, "
+            f"{where}: field '{name}' must continue with an assistant turn after the prompt, "
             f"got one of the {turns[0].role}{f' at {name}[{shared}]' if shared else ''}"
         )
     if not any(turn.train for turn in turns if turn.role == "assistant"):
@@ -252,7 +266,7 @@ def _follows(turns: Turns, where: str, name: str, shared: int = 0) -> Turns:
     return turns
 
 
-def _shared(conversations: list[Turns], where: str) -> tuple[Turns, list[Turns]]:
+def _split_common_start(conversations: list[Turns], where: str) -> tuple[Turns, list[Turns]]:
     """Split two conversations into their longest common start and the rest of each."""
     chosen, rejected = ([turn.for_template() for turn in turns] for turns in conversations)
     if chosen == rejected:
@@ -262,13 +276,16 @@ def _shared(conversations: list[Turns], where: str) -> tuple[Turns, list[Turns]]
     if not shared:
         raise InputError(
             f"{where}: fields 'chosen' and 'rejected' must start with the same turns (the prompt), "
-            f"got {short(chosen[0]['content'])} and {short(rejected[0]['content'])}"
+            f"got {shortened(chosen[0]['content'])} and {shortened(rejected[0]['content'])}"
         )
     for name, turns in zip(PAIR, conversations, strict=True):
         if len(turns) == shared:
-            raise InputError(f"{where}: field '{name}' must go on after the turns that both share, got none")
+            raise InputError(
+                f"{where}: field '{name}' must continue after the turns that both share, got none"
+            )
     rests = [
-        _follows(turns[shared:], where, name, shared) for name, turns in zip(PAIR, conversations, strict=True)
+        _require_answer(turns[shared:], where, name, shared)
+        for name, turns in zip(PAIR, conversations, strict=True)
     ]
     return conversations[0][:shared], rests
 
@@ -279,20 +296,20 @@ def _hh_turns(record: RawRecord, name: str, where: str) -> Turns:
     if before.strip() or not parts:
         raise InputError(
             f"{where}: field '{name}' must have the form '\\n\\nHuman: ...\\n\\nAssistant: ...' "
-            f"(or stand beside a 'prompt'), got {short(value)}"
+            f"(or come with a 'prompt'), got {shortened(value)}"
         )
     spoken = zip(parts[::2], parts[1::2], strict=True)
     return tuple(
-        saying(Message(_HH_ROLES[speaker], content.strip()), where, f"{name} turn {i}")
+        require_content(Message(_HH_ROLES[speaker], content.strip()), where, f"{name} turn {i}")
         for i, (speaker, content) in enumerate(spoken, start=1)
     )
 
 
 def _no_tools(record: RawRecord, where: str) -> None:
-    if offered(record, where):
-        raise InputError(f"{where}: field 'tools' must stand beside messages, got a plain text prompt")
+    if tools_of(record, where):
+        raise InputError(f"{where}: field 'tools' needs a prompt of messages, got a plain text prompt")
 
 
 def _key(answer: Turns | str) -> str:
-    """Return what tells two completions apart (whether a turn is trained on does not)."""
+    """Return what distinguishes two completions (whether a turn is trained does not)."""
     return answer if isinstance(answer, str) else repr([turn.for_template() for turn in answer])

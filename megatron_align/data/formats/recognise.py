@@ -1,8 +1,7 @@
-r"""The shapes of a record: how each is recognised, and what it becomes (``docs/data.md`` has the table).
+r"""Recognise the shape of a record, and convert it (``docs/data.md`` has the table of shapes).
 
-A file has one shape. Its first record tells it: of the kinds that its fields fit, the one that says most (a
-pair with a gold answer, a pair, a ranked list, a labelled completion, then chat), and in that kind there must
-be exactly one.
+A file has one shape, that of its first record: among the kinds that its fields fit, the most specific one (a pair with
+a gold answer, a pair, a ranked list, a labelled completion, then chat), and of that kind exactly one shape must fit.
 """
 
 from __future__ import annotations
@@ -12,24 +11,24 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_align.data.formats import chat, preference
-from megatron_align.data.formats.fields import RawRecord, short
+from megatron_align.data.formats.fields import RawRecord, shortened
 from megatron_align.data.formats.turns import refuse_unsupported
 from megatron_align.errors import InputError, nearest
 from megatron_align.records import Record
 
 Kind = Literal["triple", "pair", "ranked", "unpaired", "chat"]
-KINDS: tuple[Kind, ...] = ("triple", "pair", "ranked", "unpaired", "chat")  # what says more comes first
+KINDS: tuple[Kind, ...] = ("triple", "pair", "ranked", "unpaired", "chat")  # the most specific first
 
 
 class MixedShapes(InputError):
-    """A file whose records do not have one shape: not one bad record, so it is never skipped."""
+    """Records of different shapes in one file: an error of the file, so it is never skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """One way to write a record: ``needs`` and ``form`` recognise it, ``convert`` checks its fields.
 
-    ``form`` tells apart shapes of one kind that need the same fields; None: the fields say it all.
+    ``form`` distinguishes shapes of one kind that need the same fields; None: the fields are enough.
     """
 
     name: str
@@ -39,14 +38,14 @@ class Shape:
     form: Callable[[RawRecord], bool] | None = None
 
     def fits(self, record: RawRecord) -> bool:
-        """Tell whether the record has this shape's fields; ``kto_tag`` is another name of ``label``."""
+        """Return whether the record has this shape's fields; ``kto_tag`` is another name of ``label``."""
         return all(name in record or (name == "label" and "kto_tag" in record) for name in self.needs) and (
             self.form is None or self.form(record)
         )
 
     @property
     def fields(self) -> str:
-        """The fields, for messages."""
+        """The required fields, for messages."""
         return " + ".join(self.needs)
 
     def read(self, record: RawRecord, where: str, among: Sequence[Shape] | None = None) -> Record:
@@ -54,9 +53,9 @@ class Shape:
 
         Raises:
             MixedShapes: if the record is of another shape.
-            InputError: if it is malformed; names the place and the field.
+            InputError: if it is malformed; names file, line and field.
         """
-        found = recognise(record, where, among, known=self)
+        found = recognise(record, where, among, expected=self)
         if found.name != self.name:
             raise MixedShapes(
                 f"{where}: must be of shape '{self.name}' like the file's first record, got '{found.name}'"
@@ -65,15 +64,15 @@ class Shape:
 
 
 def recognise(
-    record: RawRecord, where: str, among: Sequence[Shape] | None = None, known: Shape | None = None
+    record: RawRecord, where: str, among: Sequence[Shape] | None = None, expected: Shape | None = None
 ) -> Shape:
     """Return the one shape that the record's fields fit.
 
     Args:
         record: the raw record.
-        where: its place, for messages.
-        among: what :func:`named` returned; None: all shapes.
-        known: the shape that is expected, for the message if none fits.
+        where: ``file:line``, for messages.
+        among: from :func:`shapes_named`; None: all shapes.
+        expected: the shape of the file, for the message if none fits.
 
     Raises:
         MixedShapes: if it has the fields of several shapes, or only of one that is not ``among`` them.
@@ -90,14 +89,16 @@ def recognise(
         )
     if among and (others := _fitting(record, SHAPES)):
         raise MixedShapes(f"{where}: must be of shape {_names(among)}, got {_names(others)}")
-    found = short(sorted(record))
-    if known is not None:
-        raise InputError(f"{where}: must have the fields of '{known.name}' ({known.fields}), got {found}")
+    found = shortened(sorted(record))
+    if expected is not None:
+        raise InputError(
+            f"{where}: must have the fields of '{expected.name}' ({expected.fields}), got {found}"
+        )
     forms = " | ".join(dict.fromkeys(shape.fields for shape in among or SHAPES))
     raise InputError(f"{where}: must have the fields of a known shape ({forms}), got {found}")
 
 
-def named(name: str | None) -> tuple[Shape, ...] | None:
+def shapes_named(name: str | None) -> tuple[Shape, ...] | None:
     """Return the shapes to recognise a file among: one by its name, those of a kind, or None for all.
 
     Raises:
@@ -123,7 +124,7 @@ def _names(shapes: Sequence[Shape]) -> str:
     return ", ".join(f"'{shape.name}'" for shape in shapes)
 
 
-# What the values look like, where the names of the fields do not tell.
+# Forms: the types of values, where the names of the fields do not distinguish shapes.
 def _prompt_is_list(record: RawRecord) -> bool:
     return isinstance(record["prompt"], list)
 
@@ -144,7 +145,7 @@ def _form_of_pair(record: RawRecord) -> str:
     if isinstance(record.get("prompt"), list):
         return "pair_messages"
     if _is_list_of_objects(record["chosen"]) or _is_list_of_objects(record["rejected"]):
-        return "pair_conversations"  # a prompt as text may stand beside them; both begin with it
+        return "pair_conversations"  # there may be a prompt as text too; both begin with it
     return "pair_text" if "prompt" in record else "pair_hh_rlhf"
 
 

@@ -1,4 +1,4 @@
-"""What decides the content of a token store, told by content: a store is found again by the hash of this."""
+"""The key of a token store: a hash of everything that decides its content, files by their content."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_align.errors import InputError
 
 CACHE_IN_RUN = "data_cache"  # inside checkpoint.dir, where data.cache is not given
 HASHES = ".hashes.json"
-SETTLED_SECONDS = 3.0  # a file touched this recently may change again within one tick of its clock
+SETTLED_SECONDS = 3.0  # a file changed this recently may change again within one tick of its clock
 _TOKENIZER_PARTS = (
     "*.json",
     "*.jinja",
@@ -36,7 +36,7 @@ _TOKENIZER_PARTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSpec:
-    """What a store is made of, and where stores are kept.
+    """The inputs of a store, and where stores are cached.
 
     Args:
         sources: data files, folders or glob patterns, in order
@@ -47,7 +47,7 @@ class StoreSpec:
         shape: shape of the records; None: recognised per file
         chat_template: file with a Jinja chat template; None: the tokenizer's own
         on_bad_record: error: stop at a malformed record; skip: leave it out and count it
-        processes: that tokenise; None: as many as cores, 1 for little data
+        processes: number of tokenising processes; None: one per core, 1 for little data
     """
 
     sources: tuple[str, ...]
@@ -85,23 +85,23 @@ class StoreSpec:
         return [expand(source) for source in self.sources]
 
     def template(self) -> str | None:
-        """Return the text of ``chat_template``. Raises InputError for a file that is no template."""
+        """Return the text of ``chat_template``. Raises InputError for a file that is not a template."""
         return load_chat_template(self.chat_template) if self.chat_template else None
 
     def inputs(self) -> dict[str, Any]:
-        """Return the inputs by content. Raises InputError for a file that cannot be read."""
-        known = _known_hashes(self.cache)
+        """Return the inputs, files by their hashes. Raises InputError for a file that cannot be read."""
+        remembered = _remembered_hashes(self.cache)
         folder, template = Path(self.tokenizer), self.template()
         parts = {part for pattern in _TOKENIZER_PARTS for part in folder.glob(pattern) if part.is_file()}
         return {
             "version": VERSION,
             "transformers": transformers.__version__,
             "data": [
-                [{"file": _name(file, source), "sha256": _hash(file, known)} for file in files]
+                [{"file": _name(file, source), "sha256": _hash(file, remembered)} for file in files]
                 for source, files in zip(self.sources, self.files(), strict=True)
             ],
             "tokenizer": {
-                str(part.relative_to(folder)): _hash(str(part), known)
+                str(part.relative_to(folder)): _hash(str(part), remembered)
                 for part in sorted(parts)
                 if not part.name.endswith(".index.json")
             },
@@ -119,32 +119,32 @@ class StoreSpec:
 
 
 def remember_hashes(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, str]) -> None:
-    """Note the data files' hashes beside the stores, so that the next run need not read them again.
+    """Write the data files' hashes next to the stores, so that the next run need not read the files again.
 
     Args:
-        spec: whose files.
+        spec: of the store.
         inputs: with their hashes.
-        states: of each file, as told by :func:`file_states` before it was hashed. A hash is believed only
-            while its file's state stays the same; files that changed seconds ago are not noted.
+        states: of each file, from :func:`file_states` before it was hashed. A hash is valid only while its
+            file's state stays the same; files that changed seconds ago are left out.
     """
-    known = _known_hashes(spec.cache)
-    fresh = dict(known)
-    for files, found in zip(spec.files(), inputs["data"], strict=True):
-        for file, told in zip(files, found, strict=True):
+    remembered = _remembered_hashes(spec.cache)
+    fresh = dict(remembered)
+    for files, hashed in zip(spec.files(), inputs["data"], strict=True):
+        for file, entry in zip(files, hashed, strict=True):
             changed = max(os.stat(file).st_mtime, os.stat(file).st_ctime)
             if file in states and time.time() - changed > SETTLED_SECONDS:
-                fresh[os.path.realpath(file)] = [states[file], told["sha256"]]
-    if fresh == known:
+                fresh[os.path.realpath(file)] = [states[file], entry["sha256"]]
+    if fresh == remembered:
         return
     target = Path(spec.cache) / HASHES
-    half = target.with_name(f"{HASHES}.{uuid.uuid4().hex[:8]}")
+    unfinished = target.with_name(f"{HASHES}.{uuid.uuid4().hex[:8]}")
     with suppress(OSError):  # it only saves time
-        half.write_text(json.dumps(fresh), encoding="utf-8")
-        half.replace(target)
+        unfinished.write_text(json.dumps(fresh), encoding="utf-8")
+        unfinished.replace(target)
 
 
 def file_states(spec: StoreSpec) -> dict[str, str]:
-    """Return what changes whenever a data file does: its inode, size and times."""
+    """Return the state of each data file that changes whenever the file does: inode, size and times."""
     return {file: _state(file) for files in spec.files() for file in files}
 
 
@@ -156,18 +156,18 @@ def _state(file: str) -> str:
     return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
 
-def _known_hashes(cache: str) -> dict[str, list[str]]:
+def _remembered_hashes(cache: str) -> dict[str, list[str]]:
     try:
-        known = json.loads((Path(cache) / HASHES).read_text(encoding="utf-8"))
+        hashes = json.loads((Path(cache) / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return hashes if isinstance(hashes, dict) else {}
 
 
-def _hash(file: str, known: dict[str, list[str]]) -> str:
-    found = known.get(os.path.realpath(file))
-    if found and found[0] == _state(file):
-        return found[1]
+def _hash(file: str, remembered: dict[str, list[str]]) -> str:
+    entry = remembered.get(os.path.realpath(file))
+    if entry and entry[0] == _state(file):
+        return entry[1]
     try:
         return sha256(file)
     except OSError as error:
@@ -175,5 +175,5 @@ def _hash(file: str, known: dict[str, list[str]]) -> str:
 
 
 def _name(file: str, source: str) -> str:
-    """Name a file as it stands in its source, wherever that lies."""
+    """Return the file's path within its source, which does not depend on where the source is."""
     return str(Path(file).relative_to(source)) if Path(source).is_dir() else Path(file).name

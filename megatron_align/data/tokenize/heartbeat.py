@@ -1,6 +1,6 @@
-"""How long work of one process of a node is followed by the others: a file that changes while it goes on.
+"""A heartbeat file: one process of a node changes it while it works, the others watch it.
 
-Nothing here looks at clocks of other machines or of file systems: what counts is whether the file changes.
+Clocks of other machines and of file systems are not read: only whether the file changes counts.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BEAT_SECONDS = 5.0
-SILENT_SECONDS = 300.0  # some stalls of a shared disk are minutes long
+TIMEOUT_SECONDS = 300.0  # a shared disk may stall for minutes
 
 
 @contextmanager
-def beating(file: Path) -> Iterator[None]:
-    """Change ``file`` every few seconds while the body runs. Gone afterwards; if the body fails, it tells why.
+def heartbeat(file: Path) -> Iterator[None]:
+    """Change ``file`` every few seconds while the body runs; remove it then, or write the reason if the body fails.
 
-    A file that cannot be written is let be: the body, which writes beside it, tells of that.
+    Write errors are ignored here: the body writes to the same folder and reports them.
     """
     done = threading.Event()
 
@@ -46,33 +46,33 @@ def beating(file: Path) -> Iterator[None]:
     file.unlink(missing_ok=True)
 
 
-class Follower:
-    """Tells whether the process that changes ``file`` still works; counts from when it is made."""
+class HeartbeatMonitor:
+    """Watches whether the process that writes ``file`` is alive; its timeout starts now."""
 
     def __init__(self, file: Path) -> None:
         self._file, self._seen, self._since = file, _read(file), time.monotonic()
 
     def failure(self) -> str | None:
-        """Return why that process is not waited for any longer; None: it works, or may yet begin."""
-        told = _read(self._file)
-        if told != self._seen:  # what stood there at first may be of an earlier run
-            self._seen, self._since = told, time.monotonic()
-            if told and told["failed"]:
-                return f"it failed: {told['failed']}"
-        if time.monotonic() - self._since > SILENT_SECONDS:
-            return f"it has given no sign for {SILENT_SECONDS:g} seconds"
+        """Return why to stop waiting for that process; None: it is alive, or may still start."""
+        beat = _read(self._file)
+        if beat != self._seen:  # the first content may be of an earlier run
+            self._seen, self._since = beat, time.monotonic()
+            if beat and beat["failed"]:
+                return f"it failed: {beat['failed']}"
+        if time.monotonic() - self._since > TIMEOUT_SECONDS:
+            return f"it has sent no heartbeat for {TIMEOUT_SECONDS:g} seconds"
         return None
 
 
 def _write(file: Path, failed: str | None) -> None:
-    half = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        half.write_text(json.dumps({"beat": uuid.uuid4().hex, "failed": failed}), encoding="utf-8")
-        os.replace(half, file)
+        unfinished.write_text(json.dumps({"beat": uuid.uuid4().hex, "failed": failed}), encoding="utf-8")
+        os.replace(unfinished, file)
     except OSError:
         with suppress(OSError):
-            half.unlink()
+            unfinished.unlink()
 
 
 def _read(file: Path) -> dict[str, str | None] | None:

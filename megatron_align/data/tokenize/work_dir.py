@@ -1,4 +1,4 @@
-"""The folder of a preparation under way: locked by its living owner, taken up by the next one if that dies."""
+"""The work folder of a running preparation: locked by its owner, taken over by the next one if that dies."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-SILENT_SECONDS = 900.0  # another machine's work is taken for dead after this long without a part
-UNLOCKABLE_SECONDS = 86400.0  # the same where the file system has no locks
+STALE_SECONDS = 900.0  # a work folder of another machine is abandoned after this long without a new part
+STALE_SECONDS_WITHOUT_LOCKS = 86400.0  # the same where the file system has no locks
 _LOCK = "lock"
 
 
-class Work:
-    """A locked folder ``.KEY.XXXXXXXX.tmp`` beside the store to be: ``parts/`` and ``store/``.
+class WorkDir:
+    """A locked folder ``.KEY.XXXXXXXX.tmp`` next to the future store, with ``parts/`` and ``store/``.
 
-    Finds the work on this store that a dead process left, or starts anew; removes what dead processes left of
-    other stores.
+    Takes over the folder that a dead process left of this store, or creates one; removes those that dead processes
+    left of other stores.
 
     Args:
-        store: path of the store to be.
+        store: path of the future store.
     """
 
     def __init__(self, store: Path) -> None:
         store.parent.mkdir(parents=True, exist_ok=True)
-        found: tuple[Path, IO[str]] | None = None
+        taken_over: tuple[Path, IO[str]] | None = None
         for folder in sorted(store.parent.glob(".*.tmp")):
             lock = _take(folder)
             if lock is None:
                 continue
-            if found is None and folder.name.startswith(f".{store.name}."):
-                found = folder, lock
+            if taken_over is None and folder.name.startswith(f".{store.name}."):
+                taken_over = folder, lock
             else:
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.close()
-        self.folder, self._lock = found or _start(store)
+        self.folder, self._lock = taken_over or _start(store)
         self.parts, self.store = self.folder / "parts", self.folder / "store"
         self.parts.mkdir(exist_ok=True)
         shutil.rmtree(self.store, ignore_errors=True)
 
-    def still_alive(self) -> None:
-        """Tell other machines that this work goes on."""
+    def touch(self) -> None:
+        """Renew the folder's time: other machines see that its owner is alive."""
         os.utime(self.parts)
 
     def leave(self) -> None:
-        """Leave the folder for the next preparation of this store."""
+        """Unlock the folder and keep it for the next preparation of this store."""
         self._lock.close()
 
     def remove(self) -> None:
@@ -63,7 +63,7 @@ def _start(store: Path) -> tuple[Path, IO[str]]:
     folder = store.with_name(f".{store.name}.{uuid.uuid4().hex[:8]}.tmp")
     folder.mkdir()
     lock = open(folder / _LOCK, "w+", encoding="utf-8")  # noqa: SIM115  held as long as the folder is
-    with suppress(OSError):  # without locks, age tells
+    with suppress(OSError):  # without locks, age decides
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     lock.write(socket.gethostname())
     lock.flush()
@@ -71,20 +71,22 @@ def _start(store: Path) -> tuple[Path, IO[str]]:
 
 
 def _take(folder: Path) -> IO[str] | None:
-    """Lock the folder of a dead process; None: its owner lives, or may live."""
-    silent = _silent_seconds(folder)
+    """Lock the folder of a dead process; None: its owner is alive, or may be."""
+    idle = _idle_seconds(folder)
     try:
         lock = open(folder / _LOCK, "r+", encoding="utf-8")  # noqa: SIM115  held as long as the folder is
-    except OSError:  # being made or removed at this moment, or left half so
-        if silent > SILENT_SECONDS:
+    except OSError:  # being created or removed at this moment, or left incomplete
+        if idle > STALE_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        needed = 0.0 if lock.read() == socket.gethostname() else SILENT_SECONDS
+        required = 0.0 if lock.read() == socket.gethostname() else STALE_SECONDS
     except OSError as error:
-        needed = float("inf") if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else UNLOCKABLE_SECONDS
-    if silent < needed or not _same(folder / _LOCK, lock):
+        required = (
+            float("inf") if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else STALE_SECONDS_WITHOUT_LOCKS
+        )
+    if idle < required or not _same(folder / _LOCK, lock):
         lock.close()
         return None
     lock.seek(0)
@@ -94,7 +96,7 @@ def _take(folder: Path) -> IO[str] | None:
     return lock
 
 
-def _silent_seconds(folder: Path) -> float:
+def _idle_seconds(folder: Path) -> float:
     times = [0.0]
     for path in (folder, folder / "parts", folder / "store"):
         with suppress(OSError):
@@ -103,7 +105,7 @@ def _silent_seconds(folder: Path) -> float:
 
 
 def _same(path: Path, lock: IO[str]) -> bool:
-    """Tell whether the locked file still has its name: its folder may have been removed meanwhile."""
+    """Return whether the locked file still has its name: its folder may have been removed meanwhile."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
     except OSError:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.data.batching.collate import pack
-from megatron_align.data.batching.context_parts import ContextShare, deal
+from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.records import Columns, Sample
 
 GROUPS = st.lists(
@@ -53,7 +53,7 @@ def test_context_ranks_hold_the_columns_of_their_rows(groups, ranks, kind):
     """A context rank reads a row's column at the row's index in the pack; slabs over the ranks keep that."""
     batch = packed(groups)
     for rank in range(ranks):
-        own = deal(batch, ContextShare(ranks=ranks, rank=rank, kind=kind))
+        own = take_part(batch, ContextRank(ranks=ranks, rank=rank, kind=kind))
         local = own.part.rows
         row_n = own.part.token_Q[local.row_n]
         assert torch.equal(own.rows.columns["old_logprobs"][local.number_n], -row_n.float())

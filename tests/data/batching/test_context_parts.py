@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.data.batching.collate import pack
-from megatron_align.data.batching.context_parts import ContextShare, deal
+from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.records import Sample
 
 KINDS = ("ulysses", "allgather")
@@ -43,7 +43,7 @@ def packs(draw):
 @settings(max_examples=60, deadline=None)
 def test_every_token_and_row_is_on_one_rank(kind, dealt, most, whole_samples):
     batch, ranks = dealt
-    parts = [deal(batch, ContextShare(ranks=ranks, rank=r, kind=kind)).part for r in range(ranks)]
+    parts = [take_part(batch, ContextRank(ranks=ranks, rank=r, kind=kind)).part for r in range(ranks)]
     tokens = torch.cat([part.token_Q for part in parts])
     assert torch.equal(tokens.sort().values, torch.arange(batch.layout.tokens))
     for held, row_N in (("rows", batch.rows.row_N), ("last", batch.rows.completions.last_C)):
@@ -84,7 +84,7 @@ def test_slabs_over_ranks_are_as_long_as_the_fullest_rank_allows(whole_samples):
 
 def test_a_pack_that_ranks_do_not_divide_is_refused():
     batch = pack([Sample(np.zeros(9, np.int32), np.arange(9) > 0)], [1.0], 9)
-    assert deal(batch, None) is batch
+    assert take_part(batch, None) is batch
     for kind in KINDS:
         with pytest.raises(ValueError, match="positive multiple of ranks; got 9 tokens, 2 ranks"):
-            deal(batch, ContextShare(ranks=2, rank=0, kind=kind))
+            take_part(batch, ContextRank(ranks=2, rank=0, kind=kind))

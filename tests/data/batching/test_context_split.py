@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_align.data.batching.context_split import (
-    LEVEL,
+    MAX_IMBALANCE,
     attention_work,
     balanced_shards,
     contiguous_shards,
@@ -41,7 +41,7 @@ def test_every_token_is_on_one_rank_and_ranks_are_level(groups, padding, ranks):
     assert (np.diff(shards) > 0).all()
     work_T = attention_work(groups, tokens)
     work_R = work_T[shards].sum(1)
-    assert work_R.max() <= max(LEVEL * work_R.mean(), work_R.mean() + work_T.max())
+    assert work_R.max() <= max(MAX_IMBALANCE * work_R.mean(), work_R.mean() + work_T.max())
     assert np.array_equal(shards, balanced_shards(groups, tokens, ranks))
 
 
@@ -65,7 +65,7 @@ def test_packs_of_16k_are_level(pack, ranks):
     tokens = 16384 // ranks * ranks
     pack = pack if sum(p + sum(c) for p, c in pack) <= tokens else [(0, [tokens])]
     work_R = attention_work(pack, tokens)[balanced_shards(pack, tokens, ranks)].sum(1)
-    assert work_R.max() <= LEVEL * work_R.mean()
+    assert work_R.max() <= MAX_IMBALANCE * work_R.mean()
 
 
 def test_stretches_fill_the_kernels_blocks():

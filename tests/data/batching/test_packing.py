@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_align.data.batching.balance import Groups
-from megatron_align.data.batching.packing import attention_cost, plan_step
+from megatron_align.data.batching.attention_cost import attention_cost
+from megatron_align.data.batching.packing import PackOptions, plan_step
+from megatron_align.data.batching.swaps import Groups
 
 FEW = settings(max_examples=100, deadline=None)
 
@@ -30,7 +31,11 @@ sizes = st.lists(st.integers(1, 64), max_size=60)
 )
 def test_a_plan_holds_every_sample_once_and_fits(lengths, ranks, slack, multiple, packing, rounds_of):
     capacity = max(lengths, default=1) + slack
-    plan = plan_step(np.array(lengths), ranks, capacity, multiple, packing, rounds_of)
+    plan = plan_step(
+        np.array(lengths),
+        ranks,
+        PackOptions(capacity=capacity, multiple=multiple, packing=packing, micro_batch_multiple=rounds_of),
+    )
     packs = [pack for rank in plan.packs for pack in rank]
     assert len(plan.packs) == ranks
     assert len({len(rank) for rank in plan.packs}) == 1
@@ -49,7 +54,7 @@ def test_a_plan_holds_every_sample_once_and_fits(lengths, ranks, slack, multiple
 @FEW
 @given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=60), ranks=st.integers(1, 9))
 def test_packs_are_few_and_even(lengths, ranks):
-    plan = plan_step(np.array(lengths), ranks, capacity=100)
+    plan = plan_step(np.array(lengths), ranks, PackOptions(capacity=100))
     micro_batches = len(plan.packs[0])
     # best fit leaves at most one pack half empty or more
     assert (micro_batches - 1) * ranks < 2 * sum(lengths) / 100 + 1
@@ -60,7 +65,7 @@ def test_packs_are_few_and_even(lengths, ranks):
 
 def test_packs_of_one_size_are_found():
     def loads(lengths, ranks, capacity):
-        plan = plan_step(np.array(lengths), ranks, capacity)
+        plan = plan_step(np.array(lengths), ranks, PackOptions(capacity=capacity))
         return [sum(lengths[i] for i in pack) for rank in plan.packs for pack in rank]
 
     assert loads([50, 10, 10, 10, 10, 10], ranks=2, capacity=100) == [50, 50]
@@ -70,7 +75,7 @@ def test_packs_of_one_size_are_found():
 
 def test_attention_cost_is_balanced_over_ranks():
     lengths = np.array([64, 1, 1, 1, 64, 1, 1, 1] + [16] * 8)
-    plan = plan_step(lengths, ranks=2, capacity=64)
+    plan = plan_step(lengths, 2, PackOptions(capacity=64))
     cost = [sum(int((lengths[pack] ** 2).sum()) for pack in rank) for rank in plan.packs]
     assert max(cost) - min(cost) <= 64 * 16
 
@@ -85,7 +90,7 @@ def chat_lengths(seed, samples=512, mean=815, capacity=16384, sigma=1.0):
 def test_chat_mix_is_level_as_far_as_can_be(ranks):
     for seed in range(4):
         lengths = chat_lengths(seed)
-        plan = plan_step(lengths, ranks, 16384, 8)
+        plan = plan_step(lengths, ranks, PackOptions(capacity=16384, multiple=8))
         tokens = np.array([[lengths[pack].sum() for pack in rank] for rank in plan.packs])
         cost = np.array([sum((lengths[pack] ** 2).sum() for pack in rank) for rank in plan.packs])
         # no plan pads less than to its longest sample, and the rank that has it bears its cost
@@ -104,7 +109,7 @@ def test_a_long_sample_is_levelled_where_it_can_be(seed):
     lengths = chat_lengths(seed, sigma=0.8)
     mean = (lengths**2).sum() / 16
     assert 0.85 <= lengths.max() ** 2 / mean <= 0.96
-    plan = plan_step(lengths, 16, 16384, 8)
+    plan = plan_step(lengths, 16, PackOptions(capacity=16384, multiple=8))
     tokens = np.array([sum(lengths[pack].sum() for pack in rank) for rank in plan.packs])
     cost = np.array([sum((lengths[pack] ** 2).sum() for pack in rank) for rank in plan.packs])
     assert cost.max() <= 1.05 * mean
@@ -151,7 +156,7 @@ def test_swaps_find_an_even_split():
 )
 def test_the_cost_that_is_told_is_balanced(cost, ranks, packing):
     cost = np.array(cost[: 2 * ranks])
-    plan = plan_step(np.full(2 * ranks, 10), ranks, capacity=10, packing=packing, costs_B=cost)
+    plan = plan_step(np.full(2 * ranks, 10), ranks, PackOptions(capacity=10, packing=packing), cost)
     # of samples as long as each other, two for each rank: the costliest with the cheapest, and so on inwards
     best = np.sort(cost) + np.sort(cost)[::-1]
     spent = [sum(int(cost[pack].sum()) for pack in rank) for rank in plan.packs]
@@ -177,7 +182,8 @@ def test_a_plan_is_the_same_in_another_process():
     code = (
         "import numpy as np; from megatron_align.data.batching.packing import *\n"
         "n = np.arange(1, 99) * 37 % 101\n"
-        "p = plan_step(n + 1, 4, 256, 8); print([[x.tolist() for x in r] for r in p.packs], p.tokens)"
+        "p = plan_step(n + 1, 4, PackOptions(capacity=256, multiple=8))\n"
+        "print([[x.tolist() for x in r] for r in p.packs], p.tokens)"
     )
     outputs = set()
     for hash_seed in ("1", "2"):
@@ -199,4 +205,4 @@ def _environment(hash_seed):
 @pytest.mark.parametrize("lengths, capacity, ranks", [([5], 4, 1), ([5], 8, 0)])
 def test_what_cannot_be_planned_is_refused(lengths, capacity, ranks):
     with pytest.raises(ValueError, match="plan_step needs"):
-        plan_step(np.array(lengths), ranks, capacity)
+        plan_step(np.array(lengths), ranks, PackOptions(capacity=capacity))

@@ -39,7 +39,7 @@ def test_every_sample_once_per_epoch(total, batch, epochs, seed, shuffle):
     for epoch in run.reshape(epochs, total):
         assert sorted(epoch) == list(range(total))
         assert shuffle or list(epoch) == list(range(total))
-    with pytest.raises(ValueError, match="step must be of the run"):
+    with pytest.raises(ValueError, match="step must be within the run"):
         order.samples(order.steps)
 
 
@@ -143,7 +143,7 @@ def test_steps_of_tokens(lengths, tokens, epochs, seed, weight):
     steps = TokenSteps(order, lengths, tokens, epochs)
     expected = taken_one_by_one(lengths, order.between(0, order.start(epochs)), tokens)
     assert [steps.samples(s).tolist() for s in range(steps.steps)] == expected
-    with pytest.raises(ValueError, match="step must be of the run"):
+    with pytest.raises(ValueError, match="step must be within the run"):
         steps.samples(steps.steps)
     # a run that is counted in steps goes the same way, and any step is found without the ones before it
     endless = TokenSteps(EpochOrder(np.zeros(len(lengths), int), [weight], seed), lengths, tokens)

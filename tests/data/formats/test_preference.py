@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_align.data.formats.files import read_file, read_records
+from megatron_align.data.formats.files import read_file
 from megatron_align.errors import InputError
 from megatron_align.records import Message, Preference
+from tests.data.reading import read_records
 
 ASK, GOOD, POOR = (
     {"role": "user", "content": "q"},
@@ -246,13 +247,13 @@ BAD = {
     "label text": (but(JUDGED_TALK, label="true"), "field 'label' must be true or false, got 'true'"),
     "label null": (but(JUDGED_CHAT, label=None), "field 'label' must be true or false, got nothing"),
     "kto_tag": (but(JUDGED_SHAREGPT, kto_tag=0), "field 'kto_tag' must be true or false, got 0"),
-    "two labels": (but(JUDGED, kto_tag=False), "'label' and 'kto_tag' must not both be there"),
+    "two labels": (but(JUDGED, kto_tag=False), "'label' and 'kto_tag' must not both be given"),
     # text that no tokenizer takes
-    "NUL": (but(TEXT, chosen="a\0"), "field 'chosen' must not hold NUL"),
-    "NUL in hh": (but(HUMAN, chosen=f"{HH} \0"), "field 'chosen' must not hold NUL"),
+    "NUL": (but(TEXT, chosen="a\0"), "field 'chosen' must not contain NUL"),
+    "NUL in hh": (but(HUMAN, chosen=f"{HH} \0"), "field 'chosen' must not contain NUL"),
     "NUL in ranked": (
         ranked(ONE, {**TWO, "content": "\0"}),
-        "'completions\\[1\\].content' must not hold NUL",
+        "'completions\\[1\\].content' must not contain NUL",
     ),
     "surrogate": (
         ['{"prompt": "q", "chosen": "\\udfff", "rejected": "b"}'],
@@ -291,7 +292,7 @@ BAD = {
         [{"prompt": "q", "completions": {}}],
         "'completions' must be a non-empty list",
     ),
-    "tools to text": (but(TEXT, tools=[TOOL]), "field 'tools' must stand beside messages"),
+    "tools to text": (but(TEXT, tools=[TOOL]), "field 'tools' needs a prompt of messages"),
     "weight": (but(TEXT, weight=0), "field 'weight' must be positive"),
     "template options": (
         but(CHAT, chat_template_kwargs={"a": 1}),
@@ -314,19 +315,19 @@ BAD = {
     ),
     "no more after the start": (
         but(WHOLE, rejected=[ASK]),
-        "field 'rejected' must go on after the turns that both",
+        "field 'rejected' must continue after the turns that both",
     ),
     "users differ": (
         but(WHOLE, chosen=[ASK, GOOD, ASK, GOOD], rejected=[ASK, GOOD, {**ASK, "content": "x"}, POOR]),
-        "'chosen' must go on with an assistant turn after the prompt, got one of the user at chosen\\[2\\]",
+        "'chosen' must continue with an assistant turn after the prompt, got one of the user at chosen\\[2\\]",
     ),
     "user answers": (
         but(CHAT, chosen=[ASK, GOOD]),
-        "'chosen' must go on with an assistant turn after the prompt",
+        "'chosen' must continue with an assistant turn after the prompt",
     ),
     "user is judged": (
         but(JUDGED_TALK, messages=[ASK, GOOD, ASK]),
-        "'messages\\[-1\\]' must go on with an assistant",
+        "'messages\\[-1\\]' must continue with an assistant",
     ),
     "no prompt": (
         but(JUDGED_TALK, messages=[GOOD]),

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from megatron_align.data.formats.files import read_file
-from megatron_align.data.tokenize.chat_template import Template
+from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
 
 DATA = Path(os.environ.get("MEGATRON_ALIGN_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 ALPACA = {"instruction": "Name a cat.", "input": "", "output": "Tom"}
@@ -101,7 +101,7 @@ def test_small_files_like_them(name, tmp_path):
 @pytest.mark.parametrize("size", ["small", "real"])
 @pytest.mark.parametrize("name", FILES)
 def test_they_are_tokenised_and_partly_trained_on(name, size, tokenizer, tmp_path):
-    template = Template(tokenizer, TOOL_TEMPLATE)
+    template = RecordTokenizer(tokenizer, TOOL_TEMPLATE)
     for record in read(real(name) if size == "real" else small(name, tmp_path))[1][:50]:
         sample = template.sample(record)
         assert 0 < sample.scored_L.sum() < len(sample.tokens_L)

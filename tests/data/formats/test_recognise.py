@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from megatron_align.data.formats.files import read_file, read_records
-from megatron_align.data.formats.recognise import SHAPES, named
+from megatron_align.data.formats.files import read_file
+from megatron_align.data.formats.recognise import SHAPES, shapes_named
 from megatron_align.errors import InputError
 from megatron_align.records import Completion
+from tests.data.reading import read_records
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -158,7 +159,7 @@ BAD = {
     "call without name": ([said(("human", "q"), ("function_call", "{}"))], "JSON with name and arguments"),
     "two systems": (
         [said(("system", "s"), ("gpt", "a"), system="s")],
-        "field 'system' must not stand beside",
+        "field 'system' must not be given with",
     ),
     "empty instruction": ([{"instruction": "", "output": "a"}], "field 'instruction' must not be empty"),
     "empty output": ([{"instruction": "q", "output": ""}], "field 'output' must not be empty"),
@@ -259,14 +260,14 @@ BAD_WEIGHTS = {
     "weight a boolean": ([{**GOOD, "weight": True}], "field 'weight' must be a finite number, got True"),
     "NUL": (
         ['{"prompt": "p", "completion": "a\\u0000b"}'],
-        "field 'completion' must not hold NUL, got one at 1",
+        "field 'completion' must not contain NUL, got one at 1",
     ),
-    "NUL in a turn": (with_turn(content="\0"), "'messages\\[3\\].content' must not hold NUL"),
+    "NUL in a turn": (with_turn(content="\0"), "'messages\\[3\\].content' must not contain NUL"),
     "NUL in a call": (
         with_turn(tool_calls=[{"function": {"name": "f", "arguments": {"x": "\0"}}}]),
-        "'messages\\[3\\].tool_calls\\[0\\].function.arguments.x' must not hold NUL",
+        "'messages\\[3\\].tool_calls\\[0\\].function.arguments.x' must not contain NUL",
     ),
-    "NUL in tools": ([{**GOOD, "tools": [{"name": "\0"}]}], "'tools\\[0\\].name' must not hold NUL"),
+    "NUL in tools": ([{**GOOD, "tools": [{"name": "\0"}]}], "'tools\\[0\\].name' must not contain NUL"),
     "surrogate in a turn": (
         ['{"messages": [{"role": "user", "content": "\\udc00"}]}'],
         "'messages\\[0\\].content' must be valid Unicode",
@@ -317,4 +318,4 @@ def test_shape_names_are_one_word_each_and_no_kind():
     names = [shape.name for shape in SHAPES]
     assert len(set(names)) == len(names)
     assert not set(names) & {"pair", "ranked", "unpaired", "chat"}
-    assert all(len(named(name)) == 1 for name in names)
+    assert all(len(shapes_named(name)) == 1 for name in names)

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from megatron_align.data.tokenize.prefix_tokens import Pieces, Rendering, common
+from megatron_align.data.tokenize.prefix_tokens import Encoder, Rendering, common_prefix_length
 
 WORDS = [
     "hello",
@@ -69,27 +69,30 @@ texts = st.lists(st.sampled_from([*WORDS, *SPECIAL, "<|im_"]), max_size=12).map(
     "name", ["byte level", "prefix space", "metaspace first", "metaspace always", "strips"]
 )
 def test_equals_tokenising_the_prefix(tokenizers, name):
-    pieces = Pieces(tokenizers[name])
+    encoder = Encoder(tokenizers[name])
 
     @settings(max_examples=150, deadline=None)
     @given(texts)
     def check(text):
-        ids = pieces.ids(text)
-        rendering = Rendering(text, ids, pieces)
+        ids = encoder.ids(text)
+        rendering = Rendering(text, ids, encoder)
         for end in range(len(text) + 1):
-            assert rendering.covered(text[:end]) == common(pieces.ids(text[:end]), ids), (text, end)
+            assert rendering.covered(text[:end]) == common_prefix_length(encoder.ids(text[:end]), ids), (
+                text,
+                end,
+            )
 
     check()
 
 
 def test_the_quick_way_is_taken(tokenizers, monkeypatch):
-    pieces = Pieces(tokenizers["byte level"])
+    encoder = Encoder(tokenizers["byte level"])
     text = "<|im_start|>user\nhello<|im_end|>\n" * 50 + "<|im_start|>assistant\nHello<|im_end|>\n"
-    rendering = Rendering(text, pieces.ids(text), pieces)
+    rendering = Rendering(text, encoder.ids(text), encoder)
     seen = []
-    whole_ids = pieces.ids
-    monkeypatch.setattr(pieces, "short", lambda text: seen.append(text) or whole_ids(text))
-    monkeypatch.setattr(pieces, "ids", lambda text: pytest.fail("the whole prefix was tokenised"))
+    whole_ids = encoder.ids
+    monkeypatch.setattr(encoder, "short", lambda text: seen.append(text) or whole_ids(text))
+    monkeypatch.setattr(encoder, "ids", lambda text: pytest.fail("the whole prefix was tokenised"))
     assert rendering.covered(text[: text.index("Hello")]) == len(whole_ids(text[: text.index("Hello")]))
     assert seen == ["<|im_start|>assistant\n"]
 
@@ -102,16 +105,16 @@ def test_the_backend_gives_what_a_call_gives(tokenizers, name):
     backend.post_processor = processors.TemplateProcessing("<unk> $A <unk>", special_tokens=around)
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
-    pieces = Pieces(tokenizer)
-    assert pieces._backend is not None
+    encoder = Encoder(tokenizer)
+    assert encoder._backend is not None
 
     @settings(max_examples=60, deadline=None)
     @given(texts, st.booleans())
     def check(text, added):
-        assert pieces.ids(text, added=added) == tokenizer(text=text, add_special_tokens=added)["input_ids"]
+        assert encoder.ids(text, added=added) == tokenizer(text=text, add_special_tokens=added)["input_ids"]
 
     check()
-    assert len(pieces.ids("", added=True)) == 2
+    assert len(encoder.ids("", added=True)) == 2
 
 
 def test_a_tokenizer_with_a_call_of_its_own_is_called(tokenizers):
@@ -120,9 +123,9 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called(tokenizers):
             return super()._encode_plus(text + "!", *args, **options)
 
     own = Own(tokenizer_object=tokenizers["byte level"].backend_tokenizer)
-    assert Pieces(own).ids("hello") == Pieces(tokenizers["byte level"]).ids("hello!")
+    assert Encoder(own).ids("hello") == Encoder(tokenizers["byte level"]).ids("hello!")
 
 
 def test_tokens_that_take_in_space_are_left_to_the_slow_way(tokenizers):
-    assert Pieces(tokenizers["strips"]).special is None
-    assert Pieces(tokenizers["byte level"]).special is not None
+    assert Encoder(tokenizers["strips"]).special is None
+    assert Encoder(tokenizers["byte level"]).special is not None

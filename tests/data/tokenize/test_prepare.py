@@ -17,21 +17,24 @@ import pytest
 
 from megatron_align.data.store import MANIFEST, TokenStore
 from megatron_align.data.tokenize import cache_key as spec_module
-from megatron_align.data.tokenize import chunks as parts_module
 from megatron_align.data.tokenize import prepare as prepare_module
+from megatron_align.data.tokenize import record_blocks as blocks_module
+from megatron_align.data.tokenize import store_writer as store_writer_module
 from megatron_align.data.tokenize import work_dir as work_module
-from megatron_align.data.tokenize.prepare import prepare, prepare_or_wait
-from megatron_align.data.tokenize.work_dir import Work
+from megatron_align.data.tokenize import workers as workers_module
+from megatron_align.data.tokenize.local_ranks import prepare_or_wait
+from megatron_align.data.tokenize.prepare import prepare
+from megatron_align.data.tokenize.work_dir import WorkDir
 from megatron_align.errors import InputError
 
 RECORDS = [{"prompt": f"hello {i} " * (1 + i % 7), "completion": "world"} for i in range(40)]
 PAIRS = [{"prompt": f"hello {i}", "chosen": "the cat", "rejected": "the mat", "margin": i} for i in range(20)]
-CHUNK = 4  # records, so that little data makes many parts
+BLOCK = 4  # records, so that little data makes many parts
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
-    monkeypatch.setattr(parts_module, "CHUNK_RECORDS", CHUNK)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(blocks_module, "BLOCK_RECORDS", BLOCK)
 
 
 def content(path):
@@ -48,25 +51,26 @@ def elsewhere(spec, tmp_path, name="elsewhere", **options):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Return the numbers of the chunks that this process tokenises."""
-    numbers, write = [], parts_module.Tokeniser.write
+    """Return the indices of the blocks that this process tokenises."""
+    numbers, write = [], workers_module.BlockTokenizer.write
 
-    def noted(self, chunk):
-        numbers.append(chunk.index)
-        return write(self, chunk)
+    def noted(self, block):
+        numbers.append(block.index)
+        return write(self, block)
 
-    monkeypatch.setattr(parts_module.Tokeniser, "write", noted)
+    monkeypatch.setattr(workers_module.BlockTokenizer, "write", noted)
     return numbers
 
 
 def run_apart(spec, change="", **options):
     """Prepare in another process, after ``change`` was made there."""
     code = (
-        "import os, signal, time; from megatron_align.data import parts, prepare, spec\n"
+        "import os, signal, time; from megatron_align.data.tokenize import cache_key, prepare\n"
+        "from megatron_align.data.tokenize import record_blocks, workers\n"
         "if __name__ == '__main__':\n"
-        f"    parts.CHUNK_RECORDS = {CHUNK}\n"
+        f"    record_blocks.BLOCK_RECORDS = {BLOCK}\n"
         f"    {change or 'pass'}\n"
-        f"    prepare.prepare(spec.StoreSpec(**{dataclasses.asdict(spec)!r}))\n"
+        f"    prepare.prepare(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, **options)
@@ -80,18 +84,18 @@ def test_bytes_and_order_do_not_depend_on_processes(make, tmp_path, records):
     assert len(TokenStore(stores[0], verify=True)) == len(records)
 
 
-def test_the_size_of_chunks_does_not_matter(make, tmp_path, monkeypatch):
+def test_the_size_of_blocks_does_not_matter(make, tmp_path, monkeypatch):
     spec = make(PAIRS)
     one = prepare(spec)
-    monkeypatch.setattr(parts_module, "CHUNK_CHARACTERS", 30)
+    monkeypatch.setattr(blocks_module, "BLOCK_CHARACTERS", 30)
     assert content(prepare(elsewhere(spec, tmp_path))) == content(one)
 
 
 def test_a_killed_run_is_continued(make, tmp_path, written):
     spec = make(RECORDS)
     change = (
-        "write = parts.Tokeniser.write; parts.Tokeniser.write = lambda self, chunk: "
-        "write(self, chunk) if chunk.index < 6 else os.kill(os.getpid(), signal.SIGKILL)"
+        "write = workers.BlockTokenizer.write; workers.BlockTokenizer.write = lambda self, block: "
+        "write(self, block) if block.index < 6 else os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert run_apart(spec, change).wait(timeout=60) == -signal.SIGKILL
     assert not spec.path(spec.inputs()).exists()
@@ -112,13 +116,13 @@ def test_a_killed_run_of_several_processes_is_continued(make, tmp_path, written)
 
 
 def test_memory_does_not_grow_with_the_data(make, jsonl):
-    """The same run holding all records and samples at once grows by some 30 MB, chunk by chunk by 2."""
+    """The same run holding all records and samples at once grows by some 30 MB, block by block by 2."""
     record = {"prompt": "hello world " * 40, "completion": "the cat " * 400}
     large = jsonl([record] * 2200, "large.jsonl")  # 8 MB, 2 million tokens
     spec = make([record] * 100)
     say = "print([int(l.split()[1]) // 1024 for l in open('/proc/self/status') if l[:6] in ('VmRSS:', 'VmHWM:')])"
     change = (
-        f"parts.CHUNK_RECORDS = 50; prepare.prepare(spec.StoreSpec(**{dataclasses.asdict(spec)!r})); "
+        f"record_blocks.BLOCK_RECORDS = 50; prepare.prepare(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r})); "
         f"open('/proc/self/clear_refs', 'w').write('5'); {say}; "  # the peak starts anew
         f"import atexit; atexit.register(lambda: exec({say!r}))"
     )
@@ -133,7 +137,7 @@ def test_memory_does_not_grow_with_the_data(make, jsonl):
 def test_a_harmed_part_is_made_anew(make, tmp_path, monkeypatch, written, harm):
     spec = make(RECORDS)
     with monkeypatch.context() as stopped:
-        stopped.setattr(prepare_module, "_join", _interrupt)
+        stopped.setattr(prepare_module, "join_parts", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(spec)
     (part,) = Path(spec.cache).glob(".*.tmp/parts/00000003.part")
@@ -159,7 +163,7 @@ def _interrupt(*_):
 
 def test_what_dead_processes_left_of_other_stores_is_removed(make):
     spec = make(RECORDS)
-    left, living = (Work(Path(spec.cache) / name) for name in ("other", "third"))
+    left, living = (WorkDir(Path(spec.cache) / name) for name in ("other", "third"))
     left.leave()  # what the system does when a process dies
     path = prepare(spec)
     assert sorted(stores_in(spec)) == sorted([path.name, living.folder.name])
@@ -167,18 +171,18 @@ def test_what_dead_processes_left_of_other_stores_is_removed(make):
 
 def test_the_work_of_the_living_is_left_alone(tmp_path, monkeypatch):
     store = tmp_path / "store"
-    mine = Work(store)
-    other = Work(store)  # the same process holds the lock: alive
+    mine = WorkDir(store)
+    other = WorkDir(store)  # the same process holds the lock: alive
     assert mine.folder != other.folder
     assert mine.folder.is_dir()
     other.remove()
     mine.leave()
     monkeypatch.setattr(work_module.socket, "gethostname", lambda: "another machine")
-    third = Work(store)  # its lock might not reach this machine, and it wrote a moment ago
+    third = WorkDir(store)  # its lock might not reach this machine, and it wrote a moment ago
     assert third.folder != mine.folder
     third.remove()
-    monkeypatch.setattr(work_module, "SILENT_SECONDS", 0.0)
-    assert Work(store).folder == mine.folder
+    monkeypatch.setattr(work_module, "STALE_SECONDS", 0.0)
+    assert WorkDir(store).folder == mine.folder
 
 
 def test_a_second_run_does_nothing(make, monkeypatch):
@@ -233,13 +237,13 @@ def test_a_file_that_just_changed_is_hashed_again(make):
 
 
 def test_a_file_that_changes_meanwhile_is_refused(make, monkeypatch, jsonl):
-    spec, write = make(RECORDS), parts_module.Tokeniser.write
+    spec, write = make(RECORDS), workers_module.BlockTokenizer.write
 
-    def changing(self, chunk):
+    def changing(self, block):
         jsonl(RECORDS[:5])
-        return write(self, chunk)
+        return write(self, block)
 
-    monkeypatch.setattr(parts_module.Tokeniser, "write", changing)
+    monkeypatch.setattr(workers_module.BlockTokenizer, "write", changing)
     with pytest.raises(InputError, match="must stay as they are while being tokenised"):
         prepare(spec)
     assert list(Path(spec.cache).iterdir()) == []
@@ -289,7 +293,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make, monkeypatch):
 
     spec = make(RECORDS)
     for where in ("_Column.add", "_publish"):
-        holder, name = (prepare_module._Column, "add") if "." in where else (prepare_module, where)
+        holder, name = (store_writer_module._Column, "add") if "." in where else (prepare_module, where)
         with monkeypatch.context() as harmed:
             harmed.setattr(holder, name, full)
             with pytest.raises(InputError, match="could not be written: No space left on device"):
@@ -299,15 +303,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make, monkeypatch):
 
 
 def test_a_worker_that_is_killed_is_one_line(make, monkeypatch):
-    class Killed(prepare_module.ProcessPoolExecutor):
+    class Killed(workers_module.ProcessPoolExecutor):
         def submit(self, *work):
             future = super().submit(*work)
             for process in list(self._processes.values()):
                 process.kill()
             return future
 
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", Killed)
-    with pytest.raises(InputError, match="data.jsonl: a process that tokenised was killed"):
+    monkeypatch.setattr(workers_module, "ProcessPoolExecutor", Killed)
+    with pytest.raises(InputError, match="data.jsonl: a tokenising process was killed"):
         prepare(make(RECORDS, processes=2))
 
 

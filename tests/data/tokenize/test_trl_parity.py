@@ -13,11 +13,11 @@ trl = pytest.importorskip("trl")
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_align.data.formats.files import read_records
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import StoreSpec
-from megatron_align.data.tokenize.chat_template import Template
 from megatron_align.data.tokenize.prepare import prepare
+from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
+from tests.data.reading import read_records
 
 QWEN25 = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text()
 QWEN25_MARKED = (files("trl") / "chat_templates" / "qwen2_5_training.jinja").read_text()
@@ -100,7 +100,7 @@ def of_trl(records, tokenizer, tmp_path, **options):
 
 
 def of_ours(path, tokenizer):
-    samples = map(Template(tokenizer).sample, read_records(path))
+    samples = map(RecordTokenizer(tokenizer).sample, read_records(path))
     return [(s.tokens_L.tolist(), s.scored_L.tolist()) for s in samples]
 
 
@@ -210,7 +210,7 @@ def prepared(trainer, records, tokenizer, tmp_path):
 def parts_of_ours(path, tokenizer):
     """Return ``[prompt, completion, ...]`` ids per record; all of a completion is scored, none of the prompt."""
     parts = []
-    for sample in map(Template(tokenizer).sample, read_records(path)):
+    for sample in map(RecordTokenizer(tokenizer).sample, read_records(path)):
         lengths = [sample.prompt_length, *sample.completion_lengths]
         assert sum(lengths) == len(sample.tokens_L)
         assert sample.scored_L.tolist() == [t >= sample.prompt_length for t in range(len(sample.tokens_L))]
@@ -293,5 +293,5 @@ def test_unpaired(template, pairs, tokenizer, jsonl, tmp_path):
     path = jsonl(records)
     rows = prepared("kto", records, tokenizer, tmp_path)
     assert parts_of_ours(path, tokenizer) == [[row["prompt_ids"], row["completion_ids"]] for row in rows]
-    samples = map(Template(tokenizer).sample, read_records(path))
+    samples = map(RecordTokenizer(tokenizer).sample, read_records(path))
     assert [sample.label for sample in samples] == [row["label"] for row in rows]

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_align.data.tokenize import heartbeat as heartbeat_module
 from megatron_align.data.tokenize import prepare as prepare_module
-from megatron_align.data.tokenize.prepare import prepare_or_wait
+from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.errors import InputError
 
 RECORDS = [{"prompt": f"hello {i} " * (1 + i % 7), "completion": "world"} for i in range(40)]
@@ -33,7 +33,7 @@ def test_other_ranks_wait_for_local_rank_0(make):
 @pytest.fixture
 def quick(monkeypatch):
     """Take a process for dead soon, but not so soon that a busy machine looks dead."""
-    monkeypatch.setattr(heartbeat_module, "SILENT_SECONDS", 3.0)
+    monkeypatch.setattr(heartbeat_module, "TIMEOUT_SECONDS", 3.0)
     monkeypatch.setattr(heartbeat_module, "BEAT_SECONDS", 0.1)
 
 
@@ -56,10 +56,10 @@ def test_waiting_is_not_ended_by_time_alone(make, quick, monkeypatch):
 def test_waiting_ends_when_local_rank_0_is_killed(make, quick):
     spec = make(RECORDS)
     code = (
-        "import time; from megatron_align.data import heartbeat, prepare, spec\n"
+        "import time; from megatron_align.data.tokenize import cache_key, heartbeat, local_ranks, prepare\n"
         "heartbeat.BEAT_SECONDS = 0.1\n"
         "prepare._publish = lambda *_: time.sleep(60)\n"
-        f"prepare.prepare_or_wait(spec.StoreSpec(**{dataclasses.asdict(spec)!r}), 0)\n"
+        f"local_ranks.prepare_or_wait(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r}), 0)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     leader = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -69,7 +69,7 @@ def test_waiting_ends_when_local_rank_0_is_killed(make, quick):
             time.sleep(0.05)
         threading.Timer(4, leader.kill).start()
         started = time.monotonic()
-        with pytest.raises(InputError, match="local rank 1 needs .*; it has given no sign for 3 seconds"):
+        with pytest.raises(InputError, match="local rank 1 needs .*; it has sent no heartbeat for 3 seconds"):
             prepare_or_wait(spec, 1)
         assert time.monotonic() - started > 4  # it lived for longer than it may be silent
     finally:
