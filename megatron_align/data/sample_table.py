@@ -103,7 +103,7 @@ def _int64(values: object) -> np.ndarray:
     return np.fromiter(values, np.int64)
 
 
-def _require_lengths(kind: str, columns: Mapping[str, np.ndarray], length: int) -> None:
+def _require_lengths(level: str, columns: Mapping[str, np.ndarray], length: int) -> None:
     for name, column in columns.items():
         if len(column) != length:
-            raise ValueError(f"{kind} column '{name}' must have {length} values, got {len(column)}")
+            raise ValueError(f"{level} column '{name}' must have {length} values, got {len(column)}")

@@ -168,9 +168,9 @@ class TokenStore:
         """
         for name in COLUMNS_OF_KIND[self.kind]:
             file, expected = self.path / f"{name}.bin", self.manifest["sha256"][name]
-            found = sha256(file)
-            if found != expected:
-                raise InputError(f"{file}: must have sha256 {expected}, got {found}: {_REMEDY}")
+            actual = sha256(file)
+            if actual != expected:
+                raise InputError(f"{file}: must have sha256 {expected}, got {actual}: {_REMEDY}")
 
     def _completions(self, i: int) -> slice:
         return slice(self.completion_offsets[i], self.completion_offsets[i + 1])

@@ -1,4 +1,4 @@
-"""The report's numbers are those of the store and of the plans that training makes; the shown sample is the sample."""
+"""The report's numbers are those of the store and of training's step plans; the shown sample is the sample."""
 
 import json
 

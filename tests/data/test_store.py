@@ -1,4 +1,4 @@
-"""A store gives back what the template made, tells its index without reading tokens, and knows when it is harmed."""
+"""A store returns the samples that were written, reads its index without the tokens, and detects corrupt files."""
 
 import dataclasses
 import json

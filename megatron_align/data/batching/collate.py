@@ -231,8 +231,8 @@ def _documents(sample: Sample, share_prefix: bool) -> list[_Document]:
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         document = np.concatenate([tokens[:prompt], tokens[start : start + length]])
         own = prompt + np.flatnonzero(sample.scored_L[start : start + length])
-        group, places = (0, (len(document),)), np.arange(len(document))
+        group, positions = (0, (len(document),)), np.arange(len(document))
         alone.append(
-            _Document(not alone, group, document, places, own - 1, document[own], np.zeros_like(own))
+            _Document(not alone, group, document, positions, own - 1, document[own], np.zeros_like(own))
         )
     return alone

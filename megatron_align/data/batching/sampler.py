@@ -36,7 +36,7 @@ def step_order(
         table: tokenised samples.
         data: shuffle is read.
         train: global_batch_size or global_batch_tokens, seed, steps and epochs are read.
-        sources: what the table was made of, with the weights of the mixture: ``data.train`` or
+        sources: the sources of the table, with the weights of the mixture: ``data.train`` or
             ``data.validation``.
     """
     order = EpochOrder(table.sources, passes_per_epoch(sources), train.seed, data.shuffle)

@@ -31,21 +31,21 @@ def expand(path: str) -> list[str]:
     """
     folder = Path(path)
     if folder.is_dir():
-        found = _in_folder(folder)
-        if not found:
+        files = _in_folder(folder)
+        if not files:
             raise InputError(
                 f"{path}: must hold a data file ({', '.join(SUFFIXES)}), found none in the folder"
             )
-        return found
+        return files
     if folder.exists() or not glob.has_magic(path):
         return [_data_file(path)]
     matches = [Path(match) for match in glob.glob(path, recursive=True)]
-    found = {file for match in matches if match.is_dir() for file in _in_folder(match)}
-    found |= {str(match) for match in matches if match.is_file() and match.name.endswith(SUFFIXES)}
-    if not found:
+    files = {file for match in matches if match.is_dir() for file in _in_folder(match)}
+    files |= {str(match) for match in matches if match.is_file() and match.name.endswith(SUFFIXES)}
+    if not files:
         others = f"{len(matches)} others" if matches else "nothing"
         raise InputError(f"{path}: must match a data file ({', '.join(SUFFIXES)}), found {others}")
-    return sorted(found)
+    return sorted(files)
 
 
 def read_file(
@@ -68,7 +68,7 @@ def read_file(
     bad = 0
     for where, raw in rows:
         try:
-            found = recognise(_require_well_formed(raw), where, among)
+            recognised = recognise(_require_well_formed(raw), where, among)
         except MixedShapes:
             raise
         except InputError as error:
@@ -77,7 +77,7 @@ def read_file(
             bad += 1
             on_bad(error)
         else:
-            return found, _records(found, among, chain([(where, raw)], rows), on_bad)
+            return recognised, _records(recognised, among, chain([(where, raw)], rows), on_bad)
     raise InputError(
         f"{path}: must hold at least one well-formed record, got {bad} malformed ones"
         if bad

@@ -55,10 +55,10 @@ class Shape:
             MixedShapes: if the record is of another shape.
             InputError: if it is malformed; names file, line and field.
         """
-        found = recognise(record, where, among, expected=self)
-        if found.name != self.name:
+        actual = recognise(record, where, among, expected=self)
+        if actual.name != self.name:
             raise MixedShapes(
-                f"{where}: must be of shape '{self.name}' like the file's first record, got '{found.name}'"
+                f"{where}: must be of shape '{self.name}' like the file's first record, got '{actual.name}'"
             )
         return self.convert(record, where)
 
@@ -89,13 +89,13 @@ def recognise(
         )
     if among and (others := _fitting(record, SHAPES)):
         raise MixedShapes(f"{where}: must be of shape {_names(among)}, got {_names(others)}")
-    found = shortened(sorted(record))
+    fields = shortened(sorted(record))
     if expected is not None:
         raise InputError(
-            f"{where}: must have the fields of '{expected.name}' ({expected.fields}), got {found}"
+            f"{where}: must have the fields of '{expected.name}' ({expected.fields}), got {fields}"
         )
     forms = " | ".join(dict.fromkeys(shape.fields for shape in among or SHAPES))
-    raise InputError(f"{where}: must have the fields of a known shape ({forms}), got {found}")
+    raise InputError(f"{where}: must have the fields of a known shape ({forms}), got {fields}")
 
 
 def shapes_named(name: str | None) -> tuple[Shape, ...] | None:
@@ -106,12 +106,12 @@ def shapes_named(name: str | None) -> tuple[Shape, ...] | None:
     """
     if name is None:
         return None
-    if found := next((shape for shape in SHAPES if shape.name == name), None):
-        return (replace(found, form=None),)
-    if found := tuple(shape for shape in SHAPES if shape.kind == name):
-        return found
-    known = [*KINDS, *(shape.name for shape in SHAPES)]
-    raise InputError(f"data.shape must be one of {', '.join(known)}, got '{name}'{nearest(name, known)}")
+    if one := next((shape for shape in SHAPES if shape.name == name), None):
+        return (replace(one, form=None),)
+    if of_kind := tuple(shape for shape in SHAPES if shape.kind == name):
+        return of_kind
+    names = [*KINDS, *(shape.name for shape in SHAPES)]
+    raise InputError(f"data.shape must be one of {', '.join(names)}, got '{name}'{nearest(name, names)}")
 
 
 def _fitting(record: RawRecord, among: Sequence[Shape]) -> list[Shape]:

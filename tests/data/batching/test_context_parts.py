@@ -1,5 +1,5 @@
-"""A pack dealt out over context-parallel ranks: every token and every scored row is on one rank, each row beside the
-token it is scored from, and slabs are cut alike on all of them."""
+"""A pack split over context-parallel ranks: every token and every scored row is on one rank, each row with the token
+that it is scored from, and slabs are cut at the same rows on all of them."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""Shards of a pack part its tokens evenly over the ranks, and so does their attention work: within 1.05 of the mean on
-packs of mixed lengths, and never further above the mean than one token's work where that is more."""
+"""Shards of a pack divide its tokens evenly over the ranks, and its attention work: within 1.05 of the mean on
+packs of mixed lengths, and never above the mean plus the work of one token."""
 
 import numpy as np
 import pytest

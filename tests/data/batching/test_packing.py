@@ -1,5 +1,5 @@
-"""A step's samples lie in exactly one pack each for any layout, packs within capacity and of one length, tokens
-level over packs and attention cost over ranks; the same arguments give the same plan."""
+"""Each sample of a step is in exactly one pack on any layout, packs are within capacity and of one length, tokens are
+balanced over packs and attention cost over ranks; the same arguments give the same step plan."""
 
 import os
 import subprocess

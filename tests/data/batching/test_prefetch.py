@@ -1,4 +1,4 @@
-"""Steps come in order, made ahead but not too far; what fails is raised where its step is asked for; no thread
+"""Steps come in order, prefetched up to the depth; an error is raised by the next() of its step; no thread
 outlives the Prefetcher."""
 
 import threading

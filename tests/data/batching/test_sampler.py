@@ -1,5 +1,5 @@
 """Which samples make a step depends on (seed, epoch, index) only: every sample as often as its source's weight
-says, steps of samples or of tokens that follow each other without a seam, found again from the step number."""
+says, steps of samples or of tokens that follow each other without a gap, computed from the step number alone."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every container gives the same records, with their places, in little memory; bad ones are named, or skipped."""
+"""Every file format gives the same records, with file and line, in little memory; bad ones are named, or skipped."""
 
 import gzip
 import json

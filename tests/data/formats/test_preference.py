@@ -1,4 +1,4 @@
-"""Pairs, ranked lists and labelled completions are read as written; whatever is wrong is one line with its place."""
+"""Pairs, ranked lists and labelled completions are read as written; any error is one line with file, line and field."""
 
 import copy
 import json

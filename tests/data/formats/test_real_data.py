@@ -1,4 +1,4 @@
-"""Real files, and small ones like them, are read and tokenised whole; written in another shape they read the same."""
+"""Real files, and small ones like them, are read and tokenised in full; in another shape they read the same."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Chat records are read as written, in the shapes people have; whatever is wrong is one line with its place."""
+"""Chat records are read as written, in every documented shape; any error is one line with file, line and field."""
 
 import json
 

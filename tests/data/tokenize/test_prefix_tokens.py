@@ -1,4 +1,4 @@
-"""The quick way to count a prefix's tokens gives what tokenising the prefix gives, for every prefix of any text."""
+"""Counting a prefix's tokens without tokenising it gives the same as tokenising it, for every prefix of any text."""
 
 import copy
 

@@ -1,5 +1,5 @@
-"""A store is made once for the same inputs, with the same bytes however many processes make it; a kill costs no
-finished part; and what is not whole is never read.
+"""A store is written once for the same inputs, with the same bytes for any number of processes; a kill costs no
+finished part; and what is incomplete is never read.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Every assistant turn is trained unless it says otherwise, marks or no marks; what is unclear is refused."""
+"""Every assistant turn is trained unless it says otherwise, marks or no marks; ambiguous records are refused."""
 
 import math
 from dataclasses import replace

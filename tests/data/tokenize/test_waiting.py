@@ -1,4 +1,4 @@
-"""Local ranks wait for the store that local rank 0 makes: as long as it lives, and no longer."""
+"""Local ranks wait for the store that local rank 0 prepares: as long as it is alive, and no longer."""
 
 import dataclasses
 import json
