@@ -242,7 +242,7 @@ REFUSED = {
     ),
     "odd head": (
         llama(head_dim=5),
-        "head_dim must be an even number, as rotary embeddings turn pairs, found 5 in {path}",
+        "head_dim must be an even number, as rotary embeddings rotate pairs, found 5 in {path}",
     ),
 }
 
