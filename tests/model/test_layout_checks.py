@@ -20,7 +20,7 @@ from megatron_align.model.policy import transformer_config
         (
             {"tensor": 2, "context": 8, "context_kind": "ulysses"},
             0,
-            "attention heads that tensor x context divide, got 8 heads for 2 x 8; use allgather, which has no such rule",
+            "tensor x context divide, got 8 heads for 2 x 8; use allgather, which has no such rule",
         ),
     ],
 )
