@@ -70,8 +70,8 @@ def token_scores(
         ValueError: as :func:`token_logprobs`, and on ``top_k``.
     """
     shard = open_shard(hidden_NH, weight_VH, targets_N, **options, sum_hidden_grad=False)
-    if not 0 <= top_k <= min(1000, shard.vocab_size):
-        raise ValueError(f"token_scores needs 0 <= top_k <= {min(1000, shard.vocab_size)}; got {top_k}")
+    if not 0 <= top_k <= min(1000, shard.tokens):
+        raise ValueError(f"token_scores needs 0 <= top_k <= {min(1000, shard.tokens)}; got {top_k}")
     return score(hidden_NH, targets_N, shard, top_k)
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_align.kernels.token_logprobs.options import GradientOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Environment variable: 1 also validates values on the device, at the price of a synchronisation.
 CHECKS = "MEGATRON_ALIGN_CHECKS"
@@ -20,8 +25,8 @@ class VocabShard:
     """This rank's rows of the projection and the options of a call (``options.py`` describes them)."""
 
     weight_VH: Tensor
-    vocab_size: int  # over all ranks, without padding
     group: dist.ProcessGroup | None = None
+    vocab_size: int | None = None
     temperature: float = 1.0
     softcap: float | None = None
     sum_hidden_grad: bool = True
@@ -37,6 +42,11 @@ class VocabShard:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
+    def tokens(self) -> int:
+        """Size of the vocabulary over all ranks, without padding."""
+        return self.weight_VH.shape[0] * self.ranks if self.vocab_size is None else self.vocab_size
+
+    @property
     def first_token(self) -> int:
         """Token id of this rank's first row."""
         return self.rank * self.weight_VH.shape[0]
@@ -44,7 +54,7 @@ class VocabShard:
     @property
     def real_rows(self) -> int:
         """Rows of this rank that are tokens; the rows after them are padding."""
-        return min(max(self.vocab_size - self.first_token, 0), self.weight_VH.shape[0])
+        return min(max(self.tokens - self.first_token, 0), self.weight_VH.shape[0])
 
     @property
     def hidden_grad_group(self) -> dist.ProcessGroup | None:
@@ -63,20 +73,14 @@ class VocabShard:
 
 
 def open_shard(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    targets_N: Tensor,
-    *,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    **options: Any,
+    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, **options: Unpack[GradientOptions]
 ) -> VocabShard:
-    """Validate the arguments of a public function and return the shard; ``options`` are the others of ``options.py``.
+    """Validate the arguments of a public function and return the shard.
 
     Raises:
         ValueError: on shapes, dtypes or options that do not fit; on CPU also for targets outside the vocabulary.
     """
-    ranks = 1 if group is None else dist.get_world_size(group)
+    shard = VocabShard(weight_VH=weight_VH, **options)
     if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
         shapes = f"{tuple(hidden_NH.shape)} and {tuple(weight_VH.shape)}"
         raise ValueError(f"log-probs need hidden [N, H] and weight [V, H]; got {shapes}")
@@ -87,15 +91,14 @@ def open_shard(
             f"log-probs need int64 targets [N = {hidden_NH.shape[0]}]; got {targets_N.dtype} "
             f"{tuple(targets_N.shape)}"
         )
-    for name in ("temperature", "softcap"):
-        value = options.get(name)
+    for name, value in (("temperature", shard.temperature), ("softcap", shard.softcap)):
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"log-probs need {name} > 0; got {value}")
-    rows = weight_VH.shape[0] * ranks
-    vocab_size = rows if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= rows:
-        raise ValueError(f"log-probs need 0 < vocab_size <= {rows} rows over {ranks} ranks; got {vocab_size}")
-    shard = VocabShard(weight_VH=weight_VH, vocab_size=vocab_size, group=group, **options)
+    rows = weight_VH.shape[0] * shard.ranks
+    if not 0 < shard.tokens <= rows:
+        raise ValueError(
+            f"log-probs need 0 < vocab_size <= {rows} rows over {shard.ranks} ranks; got {shard.tokens}"
+        )
     _check_values(hidden_NH, targets_N, shard)
     return shard
 
@@ -105,9 +108,9 @@ def _check_values(hidden_NH: Tensor, targets_N: Tensor, shard: VocabShard) -> No
     check_all = os.environ.get(CHECKS) == "1"
     if (check_all or targets_N.device.type == "cpu") and targets_N.numel():
         low, high = targets_N.aminmax()
-        if low < 0 or high >= shard.vocab_size:
+        if low < 0 or high >= shard.tokens:
             raise ValueError(
-                f"log-probs need targets in [0, {shard.vocab_size}); got {low.item()} to {high.item()}"
+                f"log-probs need targets in [0, {shard.tokens}); got {low.item()} to {high.item()}"
             )
     if check_all:
         nonfinite = (~hidden_NH.isfinite().all(1)).nonzero()

@@ -54,7 +54,9 @@ def attend_over_ranks(
         return _ulysses(qkv, layout, group, scale)
     q_QHD, k_QGD, v_QGD = qkv
     kv_TXD = _GatherTokens.apply(torch.cat([k_QGD, v_QGD], 1), part.order_T, group)
-    return packed_attention(q_QHD, *kv_TXD.chunk(2, dim=1), part.queries, scale=scale)
+    k_TGD, v_TGD = kv_TXD.chunk(2, dim=1)
+    assert part.queries is not None, "allgather needs the layout of this rank's queries"
+    return packed_attention(q_QHD, k_TGD, v_TGD, part.queries, scale=scale)
 
 
 def _ulysses(
@@ -69,7 +71,8 @@ def _ulysses(
     shares = [x.unflatten(1, (ranks, -1)) for x in (q_QHD, k_QGD, v_QGD)]
     heads = [share.shape[2] for share in shares]
     x_TXD = _SwapTokensForHeads.apply(torch.cat(shares, 2).flatten(1, 2), group)
-    out_THD = packed_attention(*x_TXD.split(heads, dim=1), layout, scale=scale)
+    q_THD, k_TGD, v_TGD = x_TXD.split(heads, dim=1)
+    out_THD = packed_attention(q_THD, k_TGD, v_TGD, layout, scale=scale)
     return _SwapHeadsForTokens.apply(out_THD, group)
 
 

@@ -53,7 +53,7 @@ def install() -> bool:
 
 
 def _redirect_devices() -> None:
-    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
     # torch collects the factories that `with torch.device(...)` redirects at its first use. It must collect the
     # original ones: transformers builds models under `torch.device("meta")`, and would leave buffers uninitialised.
@@ -84,7 +84,7 @@ def _redirect_random_state() -> None:
     def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.get_rng_state = get_state  # type: ignore[assignment]
+    torch.cuda.get_rng_state = get_state
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     random._get_cuda_rng_state = get_state
     random._set_cuda_rng_state = set_state
@@ -99,4 +99,4 @@ def _redirect_tensor_methods() -> None:
         # The distributed optimizer sorts parameters by names such as 'torch.cuda.FloatTensor'.
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = cuda_type  # type: ignore[method-assign]
+    torch.Tensor.type = cuda_type  # type: ignore[assignment, method-assign]

@@ -104,10 +104,10 @@ class VocabularyHead(ColumnParallelLinear):
             "sum_hidden_grad": not self.sequence_parallel,
         }
         whole_samples = objective is None or objective.whole_samples
-        owner_N = part and part.owner_N
+        owner_N = None if part is None else part.owner_N
         slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples, owner_N=owner_N) or [rows]
         context_slabs = ContextSlabs(
-            [slab.row_N.shape[0] for slab in slabs], part and part.rows, self.context
+            [slab.row_N.shape[0] for slab in slabs], None if part is None else part.rows, self.context
         )
         if objective is None:
             # Cut as for a loss of complete samples: the same GEMMs, so bit-identical log-probs.

@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
         # Each rank normalises its tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; keeps shape and dtype."""
@@ -75,6 +75,9 @@ class RMSNorm(nn.Module):
 
 class Layer(TransformerLayer):
     """megatron-core's layer; norms are recomputed here, as megatron-core's implementation needs Transformer Engine."""
+
+    recompute_input_layernorm: bool
+    recompute_pre_mlp_layernorm: bool
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -113,6 +113,7 @@ def _meet(rank_info: RankInfo, timeout: timedelta) -> dist.Store:
     # torchrun's agent hosts the store, which then outlives any rank; without torchrun rank 0 hosts it.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = rank_info.rank == 0 and not hosted
+    store: dist.Store
     try:
         store = dist.TCPStore(
             address, int(port), rank_info.world_size, is_host, timeout, wait_for_workers=False

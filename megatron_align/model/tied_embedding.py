@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
+    from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
     from megatron_align.model.families.shape import ModelShape
 
 # megatron-core's names of the two weights.
@@ -35,7 +38,8 @@ def has_row(megatron_name: str, shape: ModelShape) -> bool:
     return not (megatron_name == HEAD and shape.tied_embeddings)
 
 
-def head_weight(output_layer: nn.Module, embedding: nn.Module | None) -> Tensor:
+def head_weight(output_layer: ColumnParallelLinear, embedding: LanguageModelEmbedding | None) -> Tensor:
     """Return the output projection ``[V, H]`` of this stage: the head's weight, or the embedding's if tied on it."""
-    weight_VH = output_layer.weight
-    return embedding.word_embeddings.weight if weight_VH is None else weight_VH
+    if output_layer.weight is None and embedding is not None:
+        return embedding.word_embeddings.weight
+    return output_layer.weight

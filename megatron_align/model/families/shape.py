@@ -134,7 +134,11 @@ class _Keys:
 
     def number(self, key: str) -> float:
         value = self.values.get(key)
-        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (math.isfinite(value) and value > 0)
+        ):
             raise self.error(key, "a positive number")
         return float(value)
 

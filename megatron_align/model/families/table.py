@@ -52,7 +52,9 @@ def packed_qkv(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> li
     q, kv = shape.num_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
     start = (0, q, q + kv)
     [block] = qkv((q, kv, kv), shape, tensor_ranks)
-    return [[Slice(0, start[part] + first, start[part] + last) for part, first, last in block]]
+    return [
+        [Slice(0, start[part] + first, start[part] + last) for part, first, last in block if part is not None]
+    ]
 
 
 def vocab(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[list[Slice]]:
@@ -168,7 +170,7 @@ def rank_slices(row: Row, shape: ModelShape, tensor_rank: int, tensor_ranks: int
     """
     sizes = [part[row.split or 0] for part in row.hf_shapes(shape)]
     rank, ranks = (0, 1) if row.split is None else (tensor_rank, tensor_ranks)
-    slices = []
+    slices: list[Slice] = []
     for block in row.layout(sizes, shape, ranks):
         total = sum(s.stop - s.start for s in block)
         if total % ranks:
