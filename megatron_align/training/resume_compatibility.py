@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: it must be the same run, but for what the user says may differ."""
+"""Compatibility of a checkpoint with the run that resumes from it; differences must be allowed by name."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from megatron_align.errors import InputError
 from megatron_align.hf.tokenizer import require_same_tokenizer
 
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens")
-_NEVER = "precision"  # a group that resume_allow does not take
+_NEVER_ALLOWED = "precision"  # a group that resume_allow cannot name
 
 
 def require_same_run(
     config: RunConfig, data_key: str, card: dict[str, Any], folder: Path, assets: Path
 ) -> None:
-    """Refuse to go on with other data, order of samples, tokenizer, loss, reference or precision.
+    """Refuse to resume with other data, sample order, tokenizer, objective, reference or precision.
 
     Args:
-        config: of the run that wants to go on.
+        config: of the run that resumes.
         data_key: of its tokenised training data.
         card: of the checkpoint.
         folder: of the checkpoint.
@@ -32,29 +32,29 @@ def require_same_run(
     """
     if not isinstance(card.get("config"), dict):
         raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {folder}")
-    apart = differences(config, data_key, card)
+    found = differences(config, data_key, card)
     try:
         require_same_tokenizer([folder / ASSETS, assets])
     except InputError as error:
-        apart["tokenizer"] = [str(error)]
-    refused = {group: facts for group, facts in apart.items() if group not in config.checkpoint.resume_allow}
+        found["tokenizer"] = [str(error)]
+    refused = {group: lines for group, lines in found.items() if group not in config.checkpoint.resume_allow}
     if not refused:
         return
-    groups = [group for group in refused if group != _NEVER]
-    facts = [fact for group in refused for fact in refused[group]]
-    remedy = f"if you want this, say checkpoint.resume_allow [{', '.join(groups)}]; " if groups else ""
+    groups = [group for group in refused if group != _NEVER_ALLOWED]
+    lines = [line for group in refused for line in refused[group]]
+    remedy = f"to accept this, set checkpoint.resume_allow [{', '.join(groups)}]; " if groups else ""
     raise InputError(
-        f"resuming needs the run it goes on with: {', '.join(facts)} (checkpoint {folder}); {remedy}for another "
-        "run give another checkpoint.dir, and this one as model.path to start from its weights"
+        f"the checkpoint is of another run: {', '.join(lines)} (checkpoint {folder}); {remedy}for another run give "
+        "another checkpoint.dir, and this one as model.path to start from its weights"
     )
 
 
 def require_same_reference(weights: str, config: RunConfig, card: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on with a reference whose weights were changed where they lie.
+    """Refuse to resume with a reference whose weight files were changed in place.
 
     Args:
         weights: hash of the reference's weights.
-        config: of the run that wants to go on.
+        config: of the run that resumes.
         card: of the checkpoint; older ones have no hash.
         folder: of the checkpoint.
 
@@ -64,13 +64,13 @@ def require_same_reference(weights: str, config: RunConfig, card: dict[str, Any]
     before, path = card.get("reference_weights") or weights, config.reference.path or config.model.path
     if before != weights and "reference" not in config.checkpoint.resume_allow:
         raise InputError(
-            f"resuming needs the reference it goes on with: the weights in {path} were sha256 {before[:16]} and are "
-            f"{weights[:16]} (checkpoint {folder}); if you want this, say checkpoint.resume_allow [reference]"
+            f"the reference has changed: the weights in {path} were sha256 {before[:16]} and are {weights[:16]} "
+            f"(checkpoint {folder}); to accept this, set checkpoint.resume_allow [reference]"
         )
 
 
 def differences(config: RunConfig, data_key: str, card: dict[str, Any]) -> dict[str, list[str]]:
-    """Return what a run's configuration and data are not as in a checkpoint's card, by group."""
+    """Return the differences between a run's configuration and data and a checkpoint's, one line each, by group."""
     before, now = card["config"], to_dict(config)
     pairs: dict[str, dict[str, tuple[Any, Any]]] = {
         "data": {
@@ -81,7 +81,7 @@ def differences(config: RunConfig, data_key: str, card: dict[str, Any]) -> dict[
             ),
         },
         "order": _changes(before, now, "data", ["shuffle"]) | _changes(before, now, "train", _SAMPLE_ORDER),
-        _NEVER: _changes(before, now, "train", ["precision"]),
+        _NEVER_ALLOWED: _changes(before, now, "train", ["precision"]),
     }
     for group in ("objective", "reference"):
         pairs[group] = _changes(before, now, group, [*{**before.get(group, {}), **now[group]}])
@@ -89,7 +89,7 @@ def differences(config: RunConfig, data_key: str, card: dict[str, Any]) -> dict[
         group: [f"{key} was {old} and is {new}" for key, (old, new) in of_group.items() if old != new]
         for group, of_group in pairs.items()
     }
-    return {group: facts for group, facts in found.items() if facts}
+    return {group: lines for group, lines in found.items() if lines}
 
 
 def _changes(

@@ -11,7 +11,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     Args:
         config: peak rate, warm-up and schedule.
         step: 1-based optimiser step.
-        steps: steps of the whole run, where cosine and linear reach 0.
+        steps: steps of the complete run, after which cosine and linear reach 0.
 
     The k-th update uses the schedule's value at k - 1 (as torch's LambdaLR does): a warm-up starts at 0.
     """

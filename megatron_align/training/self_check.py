@@ -2,15 +2,15 @@
 
 Before the first step, resumed or not, over all ranks:
 
-- plan: every rank computed the same packs.
-- replicas: a parameter is the same, bit by bit, wherever it is held more than once: on data-parallel ranks, on
-  tensor-parallel ranks that do not split it, on the first and last pipeline stage where it is tied.
-- packing: two samples of the step, cut short, give the same gradient in one pack as in a pack each. These are
-  subtracted in the gradient buffer itself, which is zeroed before every step anyway: no memory is needed.
+- step plan: every rank computed the same packs.
+- replicas: every copy of a parameter is bit-identical: on data-parallel ranks, on tensor-parallel ranks that do not
+  split it, on the first and last pipeline stage if embeddings are tied.
+- packing: two truncated samples of the step give the same gradient in one pack as in one pack each. The gradients are
+  subtracted in the gradient buffer itself, which is zeroed before every step anyway, so no extra memory is needed.
 
 After step 1 of a run whose policy starts as its own reference: rewards are 0, and DPO's loss is ln 2.
 
-What is found is raised as one TrainingFault on every rank. Nothing here changes a number of the run.
+A failed check is raised as one TrainingFault on every rank. No check changes a number of the run.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from megatron_align.objectives.registry import build_objective, reference_mode
 from megatron_align.records import LossRows, PackedBatch, Sample
 from megatron_align.training.step import Stepper
 
-# Bounds on |difference| / |gradient| with and without packing. The same numbers are added in another order; in bf16
-# activations of 8 bits are, through other kernels where shapes differ. A leak between samples changes it by O(1).
-PACKING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-# A tensor whose gradient nearly cancels (a key's bias, to which softmax is blind) is rounding noise: it is compared
-# with this share of the whole gradient.
-FLOOR = 0.01
-# Bounds on |reward| / |beta x log-prob|: a cached reference may have been scored on another layout.
-IDENTITY = {torch.float32: 1e-4, torch.bfloat16: 0.02}
-KEPT = 32  # tokens of a prompt, and of each completion, in the packing check
-SLICE = 2**24  # elements hashed at a time
+# Bounds on |difference| / |gradient| with and without packing. Sums are taken in another order, in bf16 with 8-bit
+# mantissas and, as shapes differ, in other kernels. A leak between samples changes the gradient by O(1).
+PACKING_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# A gradient that nearly cancels (of a key's bias, which softmax ignores) is rounding noise: its difference is compared
+# with this fraction of the norm of all gradients instead.
+NOISE_FLOOR = 0.01
+# Bounds on |reward| / |beta x log-prob|: a cached reference may have been computed on another layout.
+IDENTITY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+KEPT_TOKENS = 32  # of a prompt, and of each completion, in the packing check
+HASHED_ELEMENTS = 2**24  # hashed at a time
 
 
 def before_first_step(
@@ -54,7 +54,7 @@ def before_first_step(
     step: int,
     groups: ProcessGroupCollection,
 ) -> None:
-    """Check plan, replicas and packing; ``step`` is the 0-based one that comes next.
+    """Check step plan, replicas and packing; ``step`` is the next one, 0-based.
 
     Raises:
         TrainingFault: on every rank, naming the first rank and tensor where something differs.
@@ -65,7 +65,7 @@ def before_first_step(
 
 
 def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: torch.dtype) -> None:
-    """Check the identity of a policy and the reference it starts from; ``metrics`` are step 1's.
+    """Check step 1 of a policy that starts as its own reference; ``metrics`` are that step's.
 
     Raises:
         TrainingFault: on every rank, as metrics are global.
@@ -76,21 +76,21 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
     if config.reference.path not in (None, config.model.path):
         return
     bounds = {
-        side: IDENTITY[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
+        side: IDENTITY_BOUND[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
         for side in ("chosen", "rejected")
     }
     for side, bound in bounds.items():
         reward = metrics[f"{side}_reward"]
         if not abs(reward) <= bound:
             raise TrainingFault(
-                f"self-check: the policy starts as its reference, so that {side}_reward of step 1 must be 0 within "
+                f"self-check: the policy starts as its reference, so {side}_reward of step 1 must be 0 within "
                 f"{bound:.2g}, got {reward:.6g}"
             )
     # A margin m moves -log sigmoid(m) by m / 2 at 0.
     expected = objective.loss_at_reference
     if expected is not None and not abs(metrics["loss"] - expected) <= sum(bounds.values()) / 2:
         raise TrainingFault(
-            f"self-check: the policy starts as its reference, so that the loss of step 1 must be {expected:.6f}, "
+            f"self-check: the policy starts as its reference, so the loss of step 1 must be {expected:.6f}, "
             f"got {metrics['loss']:.6f}"
         )
 
@@ -100,7 +100,7 @@ def _require_none(faults: list[str]) -> None:
     found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, faults)
     if every := [fault for of_rank in found for fault in of_rank]:
-        rest = f" (and {len(every) - 1} more like it)" if len(every) > 1 else ""
+        rest = f" (and {len(every) - 1} similar)" if len(every) > 1 else ""
         raise TrainingFault(f"self-check: {every[0]}{rest}")
 
 
@@ -111,26 +111,28 @@ def _plan_faults(batches: StepBatches, step: int) -> list[str]:
     if own == found[0]:
         return []
     return [
-        f"rank {dist.get_rank()} must plan the same packs as rank 0, its plan of step {step + 1} is "
-        f"{own[:12]} for {found[0][:12]}"
+        f"rank {dist.get_rank()} must compute the same packs as rank 0; its step plan of step {step + 1} is "
+        f"{own[:12]}, rank 0's is {found[0][:12]}"
     ]
 
 
 def _replica_faults(model: Sequence[DistributedDataParallel], groups: ProcessGroupCollection) -> list[str]:
     parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
-    whole = {name: p for name, p in parameters.items() if not getattr(p, "tensor_model_parallel", False)}
-    faults = _apart(parameters, groups.dp_cp, "a data-parallel replica")
-    faults += _apart(whole, groups.tp, "a tensor-parallel rank that does not split it")
+    unsplit = {name: p for name, p in parameters.items() if not getattr(p, "tensor_model_parallel", False)}
+    faults = _replica_differences(parameters, groups.dp_cp, "a data-parallel replica")
+    faults += _replica_differences(unsplit, groups.tp, "a tensor-parallel rank that does not split it")
     tied = [chunk.module for chunk in model if chunk.module.share_embeddings_and_output_weights]
     ends = [policy for policy in tied if policy.pre_process or policy.post_process]
     if ends and groups.pp.size() > 1:
         weight = ends[0].shared_embedding_or_output_weight()
-        faults += _apart({"the tied embedding": weight}, groups.embd, "the other end of the pipeline")
+        faults += _replica_differences(
+            {"the tied embedding": weight}, groups.embd, "the other end of the pipeline"
+        )
     return faults
 
 
-def _apart(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, other: str) -> list[str]:
-    """Return a fault for each parameter that is not the same as on the first rank of ``group``."""
+def _replica_differences(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, other: str) -> list[str]:
+    """Return one line for each parameter that differs from the first rank of ``group``."""
     if group.size() == 1 or not parameters:
         return []
     own_P2 = torch.stack([hashed(parameter) for parameter in parameters.values()])
@@ -146,14 +148,14 @@ def _apart(parameters: Mapping[str, Tensor], group: dist.ProcessGroup, other: st
 
 
 def hashed(tensor: Tensor) -> Tensor:
-    """Return two int64 that tell the bits of a tensor: their sum, and their sum weighted by place (modulo 2^64)."""
-    whole = torch.int16 if tensor.element_size() == 2 else torch.int32
-    bits = tensor.detach().contiguous().view(whole).flatten()
+    """Hash a tensor's bits to two int64: their sum, and their sum weighted by index (modulo 2^64)."""
+    integer = torch.int16 if tensor.element_size() == 2 else torch.int32
+    bits = tensor.detach().contiguous().view(integer).flatten()
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), SLICE):
-        part = bits[start : start + SLICE].long()
-        place = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device)
-        total += torch.stack([part.sum(), (part * place).sum()])
+    for start in range(0, bits.numel(), HASHED_ELEMENTS):
+        part = bits[start : start + HASHED_ELEMENTS].long()
+        index = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device)
+        total += torch.stack([part.sum(), (part * index).sum()])
     return total
 
 
@@ -182,18 +184,18 @@ def _packing_faults(
     policy = model[0].module
     stepper = Stepper(model, _Probe(policy.shape.is_reward), groups)
     parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
-    together, alone = _lay([cut(sample) for sample in batches.shortest(step, 2)], batches)
-    # Whole, as context ranks hold other tokens of a pack than of its samples' own packs: only their sum is alike.
+    together, separate = _pack_both_ways([cut(sample) for sample in batches.shortest(step, 2)], batches)
+    # Full gradients: a context rank holds other tokens of the joint pack than of the separate ones; only sums agree.
     with stepper.full_gradients():
         stepper.gradients(together)
         norms = _norms(parameters)
-        stepper.gradients(together + alone)
+        stepper.gradients(together + separate)
         rests = _norms(parameters)
-    bound, floor = PACKING[policy.config.params_dtype], FLOOR * math.hypot(*norms.values())
+    bound, floor = PACKING_BOUND[policy.config.params_dtype], NOISE_FLOOR * math.hypot(*norms.values())
     off = {name: norm / max(norms[name], floor) for name, norm in rests.items() if norm > 0}
     return [
         f"the gradient of {name} on rank {dist.get_rank()} must be the same with and without packing within "
-        f"{bound:g} of its norm, it is off by {share:.3g}"
+        f"{bound:g} of its norm; it differs by {share:.3g}"
         for name, share in off.items()
         if not share <= bound
     ]
@@ -204,14 +206,16 @@ def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(parameters, torch.stack(norms).tolist(), strict=True))
 
 
-def _lay(samples: Sequence[Sample], batches: StepBatches) -> tuple[list[PackedBatch], list[PackedBatch]]:
-    """Return micro-batches with all samples in one pack, and with minus each in a pack of its own."""
+def _pack_both_ways(
+    samples: Sequence[Sample], batches: StepBatches
+) -> tuple[list[PackedBatch], list[PackedBatch]]:
+    """Return micro-batches with all samples in one pack, and with each in its own pack and a negative weight."""
     options = batches.options
     share_prefix = options.share_prefix
     tokens = sum(len(s.tokens_L) if share_prefix else _repeated(s) for s in samples)
     tokens = -(-tokens // options.multiple) * options.multiple
 
-    def lay(some: Sequence[Sample], sign: float) -> PackedBatch:
+    def packed(some: Sequence[Sample], sign: float) -> PackedBatch:
         weights = [sign / max(1, int(sample.scored_L.sum())) for sample in some]
         weight_C = [sign * (1 + i) for sample in some for i in range(max(1, len(sample.completion_lengths)))]
         values = replace(PackValues.unknown(len(weight_C)), weight_C=np.array(weight_C, np.float64))
@@ -219,17 +223,17 @@ def _lay(samples: Sequence[Sample], batches: StepBatches) -> tuple[list[PackedBa
         return take_part(batch, batches.rank.context)
 
     def filled(packs: list[PackedBatch]) -> list[PackedBatch]:
-        return packs + [lay([], 0.0)] * (-len(packs) % options.micro_batch_multiple)
+        return packs + [packed([], 0.0)] * (-len(packs) % options.micro_batch_multiple)
 
-    return filled([lay(samples, 1.0)]), filled([lay([sample], -1.0) for sample in samples])
+    return filled([packed(samples, 1.0)]), filled([packed([sample], -1.0) for sample in samples])
 
 
 def _repeated(sample: Sample) -> int:
     return len(sample.tokens_L) + max(0, len(sample.completion_lengths) - 1) * sample.prompt_length
 
 
-def cut(sample: Sample, kept: int = KEPT) -> Sample:
-    """Return a sample with the end of its prompt and the start of each completion, something of which is scored."""
+def cut(sample: Sample, kept: int = KEPT_TOKENS) -> Sample:
+    """Shorten a sample to the end of its prompt and the start of each completion, with at least one scored token."""
     prompt = min(sample.prompt_length, kept)
     lengths = sample.completion_lengths or (len(sample.tokens_L) - sample.prompt_length,)
     first = sample.prompt_length
@@ -239,7 +243,7 @@ def cut(sample: Sample, kept: int = KEPT) -> Sample:
         first += length
     places = np.concatenate(pieces)
     scored_L = sample.scored_L[places].copy()
-    scored_L[max(1, prompt) :] |= not scored_L.any()  # all of it, where what was scored lies further on
+    scored_L[max(1, prompt) :] |= not scored_L.any()  # if no scored token is left, score them all
     short = tuple(min(length, kept) for length in lengths)
     return replace(
         sample,

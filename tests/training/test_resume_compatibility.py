@@ -55,7 +55,7 @@ def test_a_change_is_refused_by_name_unless_it_is_asked_for(group, checkpoint, a
     with pytest.raises(InputError) as error:
         require_same_run(config(**options), key, card(), checkpoint, assets)
     assert line in str(error.value)
-    assert f"say checkpoint.resume_allow [{group}]" in str(error.value)
+    assert f"set checkpoint.resume_allow [{group}]" in str(error.value)
     assert "\n" not in str(error.value)
     others = [name for name in CHANGES if name != group]
     with pytest.raises(InputError, match=f"resume_allow \\[{group}\\]"):

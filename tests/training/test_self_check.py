@@ -36,7 +36,7 @@ def fault(pool, tiny_models, chat_file, tmp_path):
 
 def test_another_plan(fault):
     line = fault("plan")
-    assert "self-check: rank 1 must plan the same packs as rank 0, its plan of step 1 is" in line
+    assert "self-check: rank 1 must compute the same packs as rank 0; its step plan of step 1 is" in line
 
 
 def test_another_parameter_on_a_data_parallel_replica(fault):
@@ -64,13 +64,13 @@ def test_another_embedding_at_the_end_of_the_pipeline(fault):
 )
 def test_samples_that_see_each_other(fault, options):
     line = fault("leak", **options)
-    assert "must be the same with and without packing within 0.0001 of its norm, it is off by" in line
+    assert "must be the same with and without packing within 0.0001 of its norm; it differs by" in line
 
 
 def test_another_reference(fault, pairs):
     """The cached log-probs are not those of the policy: the column is of another model."""
     line = fault("reference", world=1, data=pairs, objective__name="dpo", train__global_batch_size=8)
-    assert "the policy starts as its reference, so that chosen_reward of step 1 must be 0 within" in line
+    assert "the policy starts as its reference, so chosen_reward of step 1 must be 0 within" in line
 
 
 CASES = {
