@@ -360,7 +360,7 @@ class CheckpointConfig:
             f"checkpoint.keep_every needs checkpoint.save_every, got keep_every {self.keep_every} without it",
         )
         require(
-            self.keep_every is None or self.keep_every % self.save_every == 0,
+            self.keep_every is None or self.save_every is None or self.keep_every % self.save_every == 0,
             f"checkpoint.keep_every must be a multiple of save_every = {self.save_every}, "
             f"got {self.keep_every}",
         )

@@ -75,7 +75,7 @@ def full_packs(config: RunConfig) -> WorkOf:
     reward = objective_class(config.objective.name).trains_reward_model
 
     def work(placement: Placement) -> list[Work]:
-        samples = config.train.global_batch_size or max(1, config.train.global_batch_tokens // length)
+        samples = config.train.global_batch_size or max(1, (config.train.global_batch_tokens or 0) // length)
         rounds = placement.data * placement.micro_batch_multiple
         micro_batches = -(-samples // rounds) * placement.micro_batch_multiple
         padded = -(-length // placement.token_multiple) * placement.token_multiple

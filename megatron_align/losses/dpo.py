@@ -138,7 +138,7 @@ def aot(chosen: Responses, rejected: Responses, *, beta: float = 0.1, label_smoo
     to rank i, not to pair i; autograd takes the gradient back to the pairs. Melnyk et al., arXiv:2406.05882.
     """
     policy_N = torch.sort(chosen.policy_N - rejected.policy_N).values
-    reference_N = torch.sort(chosen.reference_N - rejected.reference_N).values
+    reference_N = torch.sort(chosen.require_reference() - rejected.require_reference()).values
     return logistic(beta * (policy_N - reference_N), label_smoothing)
 
 

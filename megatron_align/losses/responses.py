@@ -25,12 +25,16 @@ class Responses:
     length_N: Tensor
     reference_N: Tensor | None = None
 
+    def require_reference(self) -> Tensor:
+        """Return ``reference_N``. Raises InputError if there is none."""
+        if self.reference_N is None:
+            raise InputError("this loss needs reference log-probabilities, got none")
+        return self.reference_N
+
     @property
     def log_ratio_N(self) -> Tensor:
         """``log policy - log reference``, ``[N]``; beta times it is DPO's implicit reward."""
-        if self.reference_N is None:
-            raise InputError("this loss needs reference log-probabilities, got none")
-        return self.policy_N - self.reference_N
+        return self.policy_N - self.require_reference()
 
     @property
     def mean_logprob_N(self) -> Tensor:

@@ -125,11 +125,11 @@ class Objective:
         """
         raise NotImplementedError
 
-    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
+    def finish(self, totals: Mapping[str, float]) -> dict[str, Any]:
         """Return a step's metrics from the loss and the metric sums over all ranks, and the step's statistics."""
         return dict(totals)
 
-    def require_data_kind(self, kind: DataKind, name: str, sources: Sequence[str]) -> None:
+    def require_data_kind(self, kind: str, name: str, sources: Sequence[str]) -> None:
         """Check the kind of the records in ``sources``, of split ``name``.
 
         Raises:

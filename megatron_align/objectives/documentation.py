@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import OBJECTIVES
@@ -18,12 +19,12 @@ END = "<!-- end -->"
 
 def row(objective: type[Objective]) -> str:
     """Return the table row of an objective with its default options."""
-    options = objective.Options
+    options: Any = objective.Options  # a dataclass whose fields all have defaults
     built = objective(options())
     names = ", ".join(f"`{option.name}`" for option in fields(options) if option.name != "name")
     needs = ", ".join(sorted(built.needs)) or "-"
     trains = "reward model" if objective.trains_reward_model else "policy"
-    summary = options.__doc__.strip().partition("\n")[0].rstrip(".")
+    summary = (options.__doc__ or "").strip().partition("\n")[0].rstrip(".")
     return f"| `{options.name}` | {summary} | {trains} | {', '.join(objective.data)} | {needs} | {names} |"
 
 

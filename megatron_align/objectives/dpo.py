@@ -185,6 +185,7 @@ class DPO(PairObjective):
 
     def observe_batch(self, seen: Mapping[Need, StepSums], *, training: bool) -> StepStatistics:
         """Return the gradient of a loss that sorts the step's pairs."""
+        assert self.coupled is not None, "only a loss that sorts the pairs needs batch statistics"
         return self.coupled.observe(seen["batch_statistics"])
 
     def finish(self, totals: Mapping[str, float]) -> dict[str, float]:

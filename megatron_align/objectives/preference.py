@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_align.data.store import TokenStore
 from megatron_align.losses.responses import Responses
-from megatron_align.objectives.base import Objective, StepStatistics, StepSums, Sums, completion_sums
+from megatron_align.objectives.base import (
+    DataKind,
+    Objective,
+    StepStatistics,
+    StepSums,
+    Sums,
+    completion_sums,
+)
 from megatron_align.objectives.metrics import (
     ACCURACY,
     CHOSEN_LOGPS,
@@ -23,6 +30,7 @@ from megatron_align.objectives.metrics import (
     REJECTED_LOGPS,
     REJECTED_REWARD,
     REWARD_MARGIN,
+    Metric,
 )
 from megatron_align.records import LossRows
 
@@ -98,8 +106,15 @@ class PairObjective(Objective):
         width: completions of a sample: 2, of triples 3.
     """
 
-    data = ("pair",)
-    metrics = (REWARD_MARGIN, ACCURACY, CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_LOGPS, REJECTED_LOGPS)
+    data: ClassVar[tuple[DataKind, ...]] = ("pair",)
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        REWARD_MARGIN,
+        ACCURACY,
+        CHOSEN_REWARD,
+        REJECTED_REWARD,
+        CHOSEN_LOGPS,
+        REJECTED_LOGPS,
+    )
     normalization = "pair"
     width: Literal[2, 3] = 2
 

@@ -5,9 +5,9 @@ Shapes: C completions of a pack; N pairs or lists, K responses of the longest li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -118,7 +118,8 @@ class RewardModel(Objective):
         if self.ranked is None:
             weight_N, loss_N, best_N, worst_N = self._pairs(rewards_C, completions)
         else:
-            weight_N, loss_N, best_N, worst_N = self._lists(rewards_C, completions, rows.ends)
+            ranked_loss = RANKED_LOSSES[self.ranked]
+            weight_N, loss_N, best_N, worst_N = self._lists(ranked_loss, rewards_C, completions, rows.ends)
         with torch.no_grad():
             values = {
                 "accuracy": (best_N > worst_N).to(weight_N.dtype),
@@ -130,7 +131,7 @@ class RewardModel(Objective):
             sums |= self._histogram(rewards_C.detach())
         return (weight_N * loss_N).sum(), sums
 
-    def finish(self, totals: Mapping[str, float]) -> dict[str, float]:
+    def finish(self, totals: Mapping[str, float]) -> dict[str, Any]:
         """Return the metrics, with the histogram's counts in one list."""
         kept = {name: value for name, value in totals.items() if name not in self._bins}
         counts = [totals[name] for name in self._bins]
@@ -148,19 +149,23 @@ class RewardModel(Objective):
         return completions.weight_C[::2], loss_N, chosen.reward_N.detach(), rejected.reward_N.detach()
 
     def _lists(
-        self, rewards_C: Tensor, completions: Completions, ends: tuple[tuple[int, int], ...]
+        self,
+        ranked_loss: Callable[..., Tensor],
+        rewards_C: Tensor,
+        completions: Completions,
+        ends: tuple[tuple[int, int], ...],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stops = np.array([end for _, end in ends], dtype=np.int64)
         counts = np.diff(stops, prepend=0)
         longest = int(counts.max(initial=1))
-        index_NK = (stops - counts)[:, None] + np.arange(longest)
-        absent_NK = np.arange(longest) >= counts[:, None]
+        host_absent_NK = np.arange(longest) >= counts[:, None]
+        host_index_NK = np.where(host_absent_NK, 0, (stops - counts)[:, None] + np.arange(longest))
         index_NK, absent_NK = (
-            torch.from_numpy(x).to(rewards_C.device) for x in (np.where(absent_NK, 0, index_NK), absent_NK)
+            torch.from_numpy(x).to(rewards_C.device) for x in (host_index_NK, host_absent_NK)
         )
         reward_NK = rewards_C[index_NK]
         score_NK = completions.score_C[index_NK].masked_fill(absent_NK, torch.nan)
-        loss_N = RANKED_LOSSES[self.ranked](reward_NK, score_NK)
+        loss_N = ranked_loss(reward_NK, score_NK)
         if self.options.alpha:
             scores_NK = self._scores(completions)[index_NK].masked_fill(absent_NK, torch.nan)
             loss_N = loss_N + self.options.alpha * score_error(Rewards(reward_NK, scores_NK)).sum(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,14 @@ class UnpairedObjective(Objective):
     """An objective on single completions: subclasses give :meth:`losses`, and options with ``beta``."""
 
     data = ("unpaired",)
-    metrics = (REWARD_MARGIN, CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_LOGPS, REJECTED_LOGPS, DESIRABLE)
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        REWARD_MARGIN,
+        CHOSEN_REWARD,
+        REJECTED_REWARD,
+        CHOSEN_LOGPS,
+        REJECTED_LOGPS,
+        DESIRABLE,
+    )
     needs = frozenset({"reference_logprobs"})
     normalization = "example"
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from megatron_align.errors import InputError, nearest, require
 from megatron_align.objectives.base import Objective
@@ -34,15 +35,15 @@ def _load(file: Path, class_name: str) -> type[Objective]:
     module = _module(file)
     objective = getattr(module, class_name, None)
     classes = [name for name, value in vars(module).items() if _is_own_objective(value, module.__name__)]
-    require(
-        objective is not None,
-        f"objective.name: no class '{class_name}' in {file}, whose objectives are "
-        f"{', '.join(classes) or 'none'}{nearest(class_name, classes)}",
-    )
-    require(
-        isinstance(objective, type) and issubclass(objective, Objective),
-        f"objective.name: {class_name} in {file} must be a subclass of megatron_align.objectives.base.Objective",
-    )
+    if objective is None:
+        raise InputError(
+            f"objective.name: no class '{class_name}' in {file}, whose objectives are "
+            f"{', '.join(classes) or 'none'}{nearest(class_name, classes)}"
+        )
+    if not (isinstance(objective, type) and issubclass(objective, Objective)):
+        raise InputError(
+            f"objective.name: {class_name} in {file} must be a subclass of megatron_align.objectives.base.Objective"
+        )
     options = getattr(objective, "Options", None)
     require(
         isinstance(options, type) and issubclass(options, ObjectiveOptions) and is_dataclass(options),
@@ -55,10 +56,12 @@ def _load(file: Path, class_name: str) -> type[Objective]:
 
 
 @lru_cache
-def _module(file: Path) -> object:
+def _module(file: Path) -> ModuleType:
     """Import a file under a name of its own, once, in ``sys.modules`` as dataclasses and pickle need it."""
     name = f"megatron_align_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"objective.name: {file} cannot be imported as a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

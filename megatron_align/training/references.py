@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -52,7 +53,8 @@ class References:
 
     def synced_chunks(self) -> list[Policy] | None:
         """Return the reference's chunks if training moves them: checkpoints hold them too."""
-        return self.live.scorer.chunks if self.live and self.sync_steps else None
+        chunks = self.live.scorer.chunks if self.live and self.sync_steps else None
+        return cast("list[Policy] | None", chunks)  # not wrapped, as no gradients are computed
 
     def is_synced_after(self, step: int) -> bool:
         """Return whether the reference moves towards the policy after a step."""

@@ -79,6 +79,7 @@ class HealthCheck(Hook):
     def after_step(self, report: StepReport) -> None:
         """See :class:`Hook`."""
         health, result, step = self.trainer.health, report.result, report.step
+        assert result.grad_norm is not None, "a training step has a gradient norm"
         problems = health.record(result.sums["loss"], result.grad_norm)
         report.columns |= health.counts
         if not problems:

@@ -69,7 +69,7 @@ class StepReport:
     data: Step
     batches: list[PackedBatch]
     result: StepResult
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     lr: float
     seconds: float
     columns: dict[str, Any] = field(default_factory=dict)
@@ -180,7 +180,7 @@ class Trainer:
     def batches_of(self, split: str) -> StepBatches:
         """Return the steps of ``train`` or ``validation``, with cached reference log-probs where there are any."""
         column = self.references.columns.get(split)
-        cached_C = column and column.completions.values_K
+        cached_C = column.completions.values_K if column else None
         return batches_of_split(split, self.setup, self.objective, self.groups, cached_C)
 
     @contextmanager
@@ -206,6 +206,7 @@ class Trainer:
         if self._began is None:
             self.begin_step()
         began, self._began = self._began, None
+        assert began is not None, "begin_step sets it"
         self.step += 1
         lr = learning_rate(self.config.optimizer, self.step, self.steps)
         set_learning_rate(self.optimizer, lr)
@@ -218,7 +219,9 @@ class Trainer:
             self.objective.load_state(state)
         if self.references.is_synced_after(self.step):
             gather_parameters(self.model)
-            self.references.live.move(self.chunks, self.config.reference.mixup_alpha)
+            live, alpha = self.references.live, self.config.reference.mixup_alpha
+            if live is not None and alpha is not None:  # both come with sync_steps
+                live.move(self.chunks, alpha)
         return StepReport(
             step=self.step,
             data=data,
@@ -229,7 +232,7 @@ class Trainer:
             seconds=time.perf_counter() - began - result.paused_seconds,
         )
 
-    def evaluate(self, split: str = "validation") -> dict[str, float]:
+    def evaluate(self, split: str = "validation") -> dict[str, Any]:
         """Return the objective's metrics over all samples of a split, weighted as in training."""
         batches, prepass = self.batches_of(split), self._prepass_of(split)
         totals: dict[str, float] = {}
