@@ -42,9 +42,8 @@ class Conversation:
     messages: tuple[Message, ...]
     where: str
     tools: tuple[Any, ...] | None = None
-    prompt_messages: int | None = (
-        None  # prompt + completion as messages: only those after the prompt are trained on
-    )
+    # prompt + completion as messages: only those after the prompt are trained on
+    prompt_messages: int | None = None
     weight: float = 1.0  # of the sample in the loss
 
 

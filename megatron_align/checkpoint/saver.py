@@ -128,9 +128,8 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._plans = SavePlanCache()
         self._host_copies: dict[MetadataIndex, Tensor] = {}
-        self._stream = (
-            torch.cuda.Stream() if torch.cuda.is_available() else None
-        )  # copies concurrently with training
+        # copies concurrently with training
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._pending: _PendingSave | None = None
 
     @property

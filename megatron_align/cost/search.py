@@ -180,9 +180,8 @@ def _placement(
             data=parallel.data_parallel(request.gpus),
             precision=config.train.precision,
         )
-        transformer_config(
-            request.shape, parallel, torch.bfloat16
-        )  # divisibility does not depend on the precision
+        # divisibility does not depend on the precision
+        transformer_config(request.shape, parallel, torch.bfloat16)
     except InputError:
         return None
     return placement

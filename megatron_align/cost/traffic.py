@@ -58,9 +58,8 @@ def _tensor(placement: Placement, tokens: int) -> int:
         return placement.itemsize * t * columns * (parallel.tensor - 1) // parallel.tensor
 
     hidden = once(shape.hidden_size)
-    forward = (
-        2 * 2 * hidden
-    )  # with or without sequence parallel: an all-reduce is a reduce-scatter and an all-gather
+    # with or without sequence parallel: an all-reduce is a reduce-scatter and an all-gather
+    forward = 2 * 2 * hidden
     backward = forward + (2 * hidden if placement.sequence_ranks > 1 else 0)
     if (
         shape.num_query_groups < parallel.tensor

@@ -63,9 +63,8 @@ def merge(
     """
     require_one_process()
     merged = _merged_folders(method, base, models)
-    checked = (
-        [Path(base)] if base is not None else []
-    )  # the base is compared even if the formula does not use it
+    # the base is compared even if the formula does not use it
+    checked = [Path(base)] if base is not None else []
     opened, shape = _open(list(dict.fromkeys([*checked, *(folder for _, folder in merged)])))
     weights = [opened[folder] for _, folder in merged]
     specs = _specs(weights, shape, dtype)

@@ -16,9 +16,8 @@ from megatron_align.errors import TrainingFault
 
 WINDOW = 64  # healthy steps that a new step is compared with
 MIN_HISTORY = 16  # healthy steps before anything is called an outlier
-OUTLIER_DEVIATIONS = (
-    8.0  # above the median; the standard deviation is estimated from the median absolute deviation
-)
+# above the median; the standard deviation is estimated from the median absolute deviation
+OUTLIER_DEVIATIONS = 8.0
 MIN_RELATIVE_RISE = 0.05  # above the median: on a curve without noise any change would be an outlier
 MAX_CONSECUTIVE_NONFINITE = 10  # steps after which skipping has not helped
 _DEVIATION_PER_MAD = 1.4826  # standard deviation over median absolute deviation, for normal noise

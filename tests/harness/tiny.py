@@ -81,9 +81,8 @@ def make_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.normal_(
-                    std=0.1
-                )  # transformers initialises biases to 0, which would hide a lost one
+                # transformers initialises biases to 0, which would hide a lost one
+                parameter.normal_(std=0.1)
             elif "norm" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -277,9 +277,8 @@ def test_divergences_rise_with_the_policy(name):
 def test_alpha_divergence_has_the_kls_as_its_ends():
     ratio = torch.linspace(-5, 5, 50, dtype=torch.float64)
     assert_close(alpha_divergence(ratio, alpha=1.0), reverse_kl(ratio))
-    assert_close(
-        alpha_divergence(ratio, alpha=1 + 1e-5), reverse_kl(ratio), rtol=1e-4, atol=1e-4
-    )  # the limit
+    # the limit
+    assert_close(alpha_divergence(ratio, alpha=1 + 1e-5), reverse_kl(ratio), rtol=1e-4, atol=1e-4)
     assert_close(alpha_divergence(ratio, alpha=0.0), forward_kl(ratio))
     assert_close(forward_kl(ratio), 1 - torch.exp(-ratio))
 

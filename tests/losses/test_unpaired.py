@@ -82,9 +82,8 @@ def test_running_mean_weighs_every_value_the_same_however_steps_are_cut():
         state = state.update(part)
     assert state.count == 20
     assert_close(state.mean, values.double().mean().item())
-    assert (
-        RunningMean(state.mean, state.count) == state
-    )  # a checkpoint that holds the two numbers restores it
+    # a checkpoint that holds the two numbers restores it
+    assert RunningMean(state.mean, state.count) == state
 
 
 @pytest.mark.parametrize("name", sorted(UNPAIRED_LOSSES))

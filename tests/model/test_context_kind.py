@@ -60,9 +60,8 @@ def test_the_choice_fits_and_moves_no_more_than_the_other(model, tensor, context
     else:
         assert sizes[chosen] == min(sizes.values())
         assert ulysses_groups(split) % context == 0
-        assert (
-            split.local_heads % ulysses_groups(split) == 0
-        )  # replicated KV heads still divide the query heads
+        # replicated KV heads still divide the query heads
+        assert split.local_heads % ulysses_groups(split) == 0
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,8 @@ def test_alpha_divergence_equals_trl(alpha):
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "aot"])
 def test_length_desensitised_equals_trl(models, name, ld_alpha):
     """Sums of policy and reference both; lengths stay complete."""
-    assert_equals_trl(
-        models, [name], rtol=1e-7, ld_alpha=ld_alpha, **options_of(name)
-    )  # our factors are fp32
+    # our factors are fp32
+    assert_equals_trl(models, [name], rtol=1e-7, ld_alpha=ld_alpha, **options_of(name))
 
 
 @pytest.mark.parametrize("name", sorted(set(TRLS) - COUPLED - WPO_BROKEN))

@@ -60,9 +60,8 @@ def test_a_change_is_refused_by_name_unless_it_is_asked_for(group, checkpoint, a
     others = [name for name in CHANGES if name != group]
     with pytest.raises(InputError, match=f"resume_allow \\[{group}\\]"):
         require_same_run(config(*others, **options), key, card(), checkpoint, assets)
-    require_same_run(
-        config(group, *others, **options), key, card(), checkpoint, assets
-    )  # the others: harmless
+    # the others: harmless
+    require_same_run(config(group, *others, **options), key, card(), checkpoint, assets)
 
 
 def test_a_reference_is_a_group_of_its_own(checkpoint, assets):

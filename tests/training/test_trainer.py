@@ -60,9 +60,8 @@ def load_and_export(rank_info, arguments, other, folder):
     with joined_ranks(setup) as watchdog:
         trainer = Trainer.build(setup, watchdog)
         trainer.load(str(other))
-        trainer.train_step(
-            trainer.train_batches.step(0)
-        )  # an update writes the masters back into the weights
+        # an update writes the masters back into the weights
+        trainer.train_step(trainer.train_batches.step(0))
         trainer.export(folder)
 
 

@@ -103,6 +103,5 @@ def test_losses_equal_trl(pool, tiny_models, records, tmp_path, variant, world, 
     ours = [row["loss"] for row in metrics_of(tmp_path / "run")]
     theirs = trl_losses(tiny_models(variant), records, tmp_path / "trl", accumulate, schedule)
     assert ours == pytest.approx(theirs, rel=1e-4)
-    assert (
-        ours[-1] < 0.9 * ours[0]
-    )  # it did learn: ten equal losses of a model that stands still prove nothing
+    # it did learn: ten equal losses of a model that stands still prove nothing
+    assert ours[-1] < 0.9 * ours[0]

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-CANDIDATES = (
-    64  # samples of a group that are tried, evenly over its weights: bounds the time where groups are large
-)
+# samples of a group that are tried, evenly over its weights: bounds the time where groups are large
+CANDIDATES = 64
 MAX_PAIRS = 100  # pairs of groups that are tried; some milliseconds
 GOOD_ENOUGH = 8  # a swap that takes off this fraction (1/8) of the difference of two groups ends the search
 
