@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -195,9 +196,7 @@ class LossRows:
             while cuts[-1] < rows:
                 full_R = before_NR[cuts[-1]] + most_rows
                 cuts.append(int((before_NR <= full_R).all(1).sum()) - 1)
-            return [
-                replace(self, **_each(self, lambda t, a=a, b=b: t[a:b]), ends=()) for a, b in pairwise(cuts)
-            ]
+            return [replace(self, **_each(self, itemgetter(slice(a, b))), ends=()) for a, b in pairwise(cuts)]
         parts, first, start = [], 0, 0
         for i, (stop, _) in enumerate(self.ends):
             if i > first and (before_NR[stop] - before_NR[start]).max() > most_rows:
@@ -264,13 +263,16 @@ class ContextPart:
 
     def to(self, device: torch.device) -> ContextPart:
         """Return the part on ``device``."""
-        held = {
-            name: replace(of, **_each(of, lambda t: t.to(device, non_blocking=True)))
-            for name, of in (("rows", self.rows), ("last", self.last))
-        }
-        queries = self.queries and self.queries.to(device)
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
         return replace(
-            self, **_each(self, lambda t: t.to(device, non_blocking=True)), **held, queries=queries
+            self,
+            **_each(self, move),
+            rows=replace(self.rows, **_each(self.rows, move)),
+            last=replace(self.last, **_each(self.last, move)),
+            queries=self.queries and self.queries.to(device),
         )
 
 

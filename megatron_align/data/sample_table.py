@@ -7,7 +7,7 @@ Shapes: S samples, C completions and N targets (scored tokens) of the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -43,8 +43,12 @@ class SampleTable(Protocol):
     completion_offsets: np.ndarray
     completion_lengths: np.ndarray
     completion_scored: np.ndarray
-    completion_columns: Mapping[str, np.ndarray]
-    row_columns: Mapping[str, np.ndarray]
+
+    @property
+    def completion_columns(self) -> Mapping[str, np.ndarray]: ...
+
+    @property
+    def row_columns(self) -> Mapping[str, np.ndarray]: ...
 
     def __len__(self) -> int: ...
 
@@ -99,7 +103,7 @@ class MemoryTable:
         return self._samples[i]
 
 
-def _int64(values: object) -> np.ndarray:
+def _int64(values: Iterable[int]) -> np.ndarray:
     return np.fromiter(values, np.int64)
 
 

@@ -38,7 +38,7 @@ from megatron_align.records import Sample
 
 VERSION = 4
 MANIFEST = "manifest.json"
-COLUMNS = {
+COLUMNS: dict[str, np.dtype] = {
     "tokens": np.dtype("<i4"),
     "scored": np.dtype("u1"),
     "offsets": np.dtype("<i8"),
@@ -91,8 +91,8 @@ class TokenStore:
         completion_offsets: int64[S+1], where each sample's completions start among all of the store.
         completion_scored: int64[C], targets of each completion.
         completion_lengths: int64[C], tokens of each completion; of a chat sample all of its tokens.
-        scores: float64[C], NaN where none was given; None for chat.
-        margins: float64[S], NaN where none was given; None unless the store holds pairs.
+        scores: float64[C], NaN where none was given; not for chat.
+        margins: float64[S], NaN where none was given; for pairs only.
 
     Raises:
         InputError: if a file is missing or does not have the size (``verify``: the hash) that is in the
@@ -126,8 +126,18 @@ class TokenStore:
         self.duplicated_lengths = self.lengths + (self.completion_counts - 1) * self.prompt_lengths
         self.completion_columns: dict[str, np.ndarray] = {}
         self.row_columns: dict[str, np.ndarray] = {}
-        self.scores, self.margins = columns.get("scores"), columns.get("margins")
+        self._scores, self._margins = columns.get("scores"), columns.get("margins")
         self._labels = columns.get("labels")
+
+    @property
+    def scores(self) -> np.ndarray:
+        assert self._scores is not None, "chat data have no scores"
+        return self._scores
+
+    @property
+    def margins(self) -> np.ndarray:
+        assert self._margins is not None, "only pairs have margins"
+        return self._margins
 
     def with_completion_columns(self, columns: Mapping[str, np.ndarray]) -> TokenStore:
         """Return this store with further values of each completion, by name, [C]; they are not written to it."""
@@ -155,7 +165,7 @@ class TokenStore:
             prompt_length=int(self.prompt_lengths[i]),
             completion_lengths=tuple(self.completion_lengths[self._completions(i)].tolist()),
             scores=() if all(map(math.isnan, scores)) else scores,
-            margin=math.nan if self.margins is None else float(self.margins[i]),
+            margin=math.nan if self._margins is None else float(self._margins[i]),
             label=None if label < 0 else bool(label),
             weight=weight,
         )

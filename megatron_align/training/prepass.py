@@ -16,7 +16,7 @@ from megatron_align.data.batching.step_batches import Step
 from megatron_align.objectives.base import Need, Objective, StepSums
 from megatron_align.records import Columns, PackedBatch
 from megatron_align.training.reference_model import Reference, ZeroReference
-from megatron_align.training.scoring import Scorer, gather_step
+from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
 
 
 class PrePass:
@@ -54,8 +54,7 @@ class PrePass:
         return self._with_statistics(batches, step, seen, training) if seen else batches
 
     def _mismatched_sums(self, step: Step) -> StepSums:
-        scores = self.policy.sums(step.mismatched.batches)
-        policy_S = gather_step(scores, step.mismatched, step, self.groups)
+        policy_S = mismatched_sums(self.policy, step, self.groups)
         reference_S = (self.reference or ZeroReference()).mismatched_logprobs(step)
         return StepSums(policy_S, reference_S, torch.ones_like(policy_S))
 

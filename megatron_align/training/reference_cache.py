@@ -36,7 +36,7 @@ from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
 from megatron_align.training.reference_model import CachedReference
-from megatron_align.training.scoring import Scorer, gather_step
+from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
 from megatron_align.training.setup import RunSetup, one_epoch
 from megatron_align.training.watchdog import Watchdog
 
@@ -166,7 +166,7 @@ class ReferenceColumns:
 
     def reference(self) -> CachedReference:
         """Return the reference that reads these columns."""
-        return CachedReference(self.mismatched and self.mismatched.values_K)
+        return CachedReference(self.mismatched.values_K if self.mismatched else None)
 
     def missing(self, steps: StepBatches, wanted: range) -> list[int]:
         """Return the steps of ``wanted`` with values that neither the columns nor earlier steps of the list provide."""
@@ -200,8 +200,7 @@ class ReferenceColumns:
                 values_S = gather_step(scorer.sums(step.batches), step.packs, step, groups)
                 self.completions.values_K[step.stored_C] = values_S.numpy()
                 if self.mismatched is not None:
-                    scores = scorer.sums(step.mismatched.batches)
-                    values_S = gather_step(scores, step.mismatched, step, groups)
+                    values_S = mismatched_sums(scorer, step, groups)
                     self.mismatched.values_K[step.number] = values_S.mean().item()
                 advance()
                 if time.monotonic() - saved > SAVE_SECONDS:

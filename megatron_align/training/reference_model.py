@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_align.data.batching.step_batches import Step
-from megatron_align.training.scoring import Scorer, gather_step
+from megatron_align.training.scoring import Scorer, mismatched_sums
 
 
 class Reference(Protocol):
@@ -53,8 +53,7 @@ class LiveReference:
 
     def mismatched_logprobs(self, step: Step) -> Tensor:
         """See :class:`Reference`."""
-        scores = self.scorer.sums(step.mismatched.batches)
-        return gather_step(scores, step.mismatched, step, self.groups)
+        return mismatched_sums(self.scorer, step, self.groups)
 
     @torch.no_grad()
     def move(self, policy: Sequence[nn.Module], alpha: float) -> None:
@@ -79,4 +78,5 @@ class CachedReference:
 
     def mismatched_logprobs(self, step: Step) -> Tensor:
         """See :class:`Reference`. Only their mean is cached, as only it is used: every completion gets the mean."""
+        assert self._mismatched is not None, "the objective needs mismatched_logprobs"
         return torch.full((len(step.stored_C),), float(self._mismatched[step.number]), dtype=torch.float64)

@@ -61,6 +61,12 @@ class Scorer:
         return model(batch), lambda values, non_loss_data: of_pack(values, batch.rows)
 
 
+def mismatched_sums(scorer: Scorer, step: Step, groups: ProcessGroupCollection) -> Tensor:
+    """Score the step's prompts with other samples' completions, ``[S]`` as :func:`gather_step`. Collective."""
+    assert step.mismatched is not None, "the objective needs mismatched_logprobs"
+    return gather_step(scorer.sums(step.mismatched.batches), step.mismatched, step, groups)
+
+
 def gather_step(
     of_packs: Sequence[Tensor], packs: Packs, step: Step, groups: ProcessGroupCollection
 ) -> Tensor:

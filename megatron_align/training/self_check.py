@@ -202,7 +202,10 @@ def _packing_faults(
 
 
 def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    norms = [torch.linalg.vector_norm(parameter.main_grad) for parameter in parameters.values()]
+    norms = [
+        torch.linalg.vector_norm(parameter.main_grad)  # type: ignore[attr-defined]  # megatron-core's
+        for parameter in parameters.values()
+    ]
     return dict(zip(parameters, torch.stack(norms).tolist(), strict=True))
 
 

@@ -109,8 +109,9 @@ def prepare_run(
         _require_writable(folder, create=scratch_cache is None)
         resume = find_resume_point(config, folder, shape)
         stores = {
-            split: _open_store(config, split, assets, rank_info, scratch_cache)
+            split: store
             for split in ("train", "validation")
+            if (store := _open_store(config, split, assets, rank_info, scratch_cache)) is not None
         }
         _require_vocabulary(stores, shape)
         _require_steps_left(config, stores, resume)
@@ -127,7 +128,7 @@ def prepare_run(
         resume=resume,
         megatron=megatron,
         train=stores["train"],
-        validation=stores["validation"],
+        validation=stores.get("validation"),
     )
 
 
@@ -209,21 +210,18 @@ def _open_store(
     return store
 
 
-def _require_vocabulary(stores: dict[str, TokenStore | None], shape: ModelShape) -> None:
+def _require_vocabulary(stores: dict[str, TokenStore], shape: ModelShape) -> None:
     for split, store in stores.items():
-        highest = store.manifest["largest_token"] if store else 0
+        highest = store.manifest["largest_token"]
         if highest >= shape.vocab_size:
             raise InputError(
                 f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, data.{split} has token {highest}"
             )
 
 
-def _require_steps_left(
-    config: RunConfig, stores: dict[str, TokenStore | None], resume: ResumePoint | None
-) -> None:
+def _require_steps_left(config: RunConfig, stores: dict[str, TokenStore], resume: ResumePoint | None) -> None:
     for store in stores.values():
-        if store is not None:
-            require_room(store, config.data)
+        require_room(store, config.data)
     order = step_order(stores["train"], config.data, config.train, config.data.train)
     steps = order.steps
     if config.optimizer.warmup_steps > steps:

@@ -81,7 +81,9 @@ def pack(
     tokens_T[:used], positions_T[:used] = np.concatenate(parts.token), np.concatenate(parts.position)
     prompt_N, values = np.concatenate(parts.of_prompt), values or PackValues.unknown(parts.completions)
     rows = LossRows(
-        *(torch.from_numpy(np.concatenate(column)) for column in (parts.row, parts.target, parts.sequence)),
+        torch.from_numpy(np.concatenate(parts.row)),
+        torch.from_numpy(np.concatenate(parts.target)),
+        torch.from_numpy(np.concatenate(parts.sequence)),
         torch.from_numpy(np.concatenate(parts.weight).astype(np.float32)),
         torch.from_numpy(prompt_N),
         _completions(samples, np.concatenate(parts.last), values, score_prompt),
@@ -227,7 +229,7 @@ def _documents(sample: Sample, share_prefix: bool) -> list[_Document]:
                 True, (prompt, sample.completion_lengths), tokens, positions, rows, tokens[scored], which
             )
         ]
-    alone = []
+    alone: list[_Document] = []
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         document = np.concatenate([tokens[:prompt], tokens[start : start + length]])
         own = prompt + np.flatnonzero(sample.scored_L[start : start + length])

@@ -42,6 +42,7 @@ def step_order(
     order = EpochOrder(table.sources, passes_per_epoch(sources), train.seed, data.shuffle)
     if train.global_batch_tokens is not None:
         return TokenSteps(order, table.lengths, train.global_batch_tokens, train.epochs, train.steps)
+    assert train.global_batch_size is not None, "a run has one of the two"
     return SampleSteps(order, train.global_batch_size, train.epochs, train.steps)
 
 
@@ -155,7 +156,13 @@ class SampleSteps:
         self.order, self.batch = order, batch
         self._end = None if epochs is None else order.start(epochs)
         self._last = None if self._end is None else -(-self._end // batch)
-        self.steps = steps or self._last
+        self._steps = steps or self._last
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the run."""
+        assert self._steps is not None, "neither steps nor epochs were given"
+        return self._steps
 
     def samples(self, step: int) -> np.ndarray:
         """Return the indices (int64) of the samples of a 0-based step, in order.
@@ -198,15 +205,21 @@ class TokenSteps:
         while epochs is not None and self._read < epochs:
             self._read_epoch()
         self._last = None if epochs is None else len(self._starts)
-        self.steps = steps or self._last
+        self._steps = steps or self._last
+
+    @property
+    def steps(self) -> int:
+        """As :attr:`SampleSteps.steps`."""
+        assert self._steps is not None, "neither steps nor epochs were given"
+        return self._steps
 
     def samples(self, step: int) -> np.ndarray:
         """As :meth:`SampleSteps.samples`."""
         _require_step(step, self._last)
         while self._last is None and len(self._starts) <= step + 1:
             self._read_epoch()
-        last = self._epochs is not None and step == self._last - 1
-        end = self.order.start(self._epochs) if last else self._starts[step + 1]
+        is_last = self._last is not None and step == self._last - 1
+        end = self.order.start(self._epochs or 0) if is_last else self._starts[step + 1]
         return self.order.between(self._starts[step], end)
 
     def _read_epoch(self) -> None:

@@ -100,7 +100,7 @@ class StepBatches:
             one with the last's), as KTO's baseline wants it; data of single completions only.
 
     Attributes:
-        steps: number of steps of the run; None: no end.
+        steps: number of steps of the run.
     """
 
     def __init__(

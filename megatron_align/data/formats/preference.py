@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_align.data.formats.chat import alpaca_prompt
@@ -41,11 +42,9 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 # Pairs.
 def pair_of_text(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``chosen``, ``rejected``: plain text."""
-    prompt, answers = (
-        nonempty_text(record, "prompt", where),
-        [nonempty_text(record, name, where) for name in PAIR],
-    )
-    return _pair(record, where, prompt, answers, _no_tools(record, where))
+    prompt = nonempty_text(record, "prompt", where)
+    answers = [nonempty_text(record, name, where) for name in PAIR]
+    return _pair(record, where, prompt, answers, _tools(record, where, prompt))
 
 
 def pair_of_messages(record: RawRecord, where: str) -> Preference:
@@ -84,10 +83,11 @@ def _pair(
     record: RawRecord,
     where: str,
     prompt: Turns | str,
-    answers: list[Turns] | list[str],
+    answers: Sequence[Turns | str],
     tools: Tools = None,
 ) -> Preference:
-    _require_different(*answers, where)
+    chosen, rejected = answers
+    _require_different(chosen, rejected, where)
     margin = record.get("margin")
     return Preference(
         kind="pair",
@@ -126,7 +126,7 @@ def triple(record: RawRecord, where: str) -> Preference:
         prompt=prompt,
         completions=(chosen, rejected, gold),
         where=where,
-        tools=_no_tools(record, where) if isinstance(prompt, str) else tools_of(record, where),
+        tools=_tools(record, where, prompt),
         weight=weight(record, where),
     )
 
@@ -158,7 +158,7 @@ def ranked(record: RawRecord, where: str) -> Preference:
         prompt=prompt,
         completions=tuple(answers),
         where=where,
-        tools=_no_tools(record, where) if isinstance(prompt, str) else tools_of(record, where),
+        tools=_tools(record, where, prompt),
         scores=tuple(scores),
         weight=weight(record, where),
     )
@@ -169,7 +169,7 @@ def unpaired(record: RawRecord, where: str) -> Preference:
     """Convert ``prompt``, ``completion``, ``label``: text, or messages where the prompt is messages."""
     prompt = _prompt(record, where)
     answer = _completion(record["completion"], where, "completion", prompt)
-    tools = _no_tools(record, where) if isinstance(prompt, str) else tools_of(record, where)
+    tools = _tools(record, where, prompt)
     return _unpaired(record, where, prompt, answer, tools)
 
 
@@ -305,9 +305,14 @@ def _hh_turns(record: RawRecord, name: str, where: str) -> Turns:
     )
 
 
-def _no_tools(record: RawRecord, where: str) -> None:
-    if tools_of(record, where):
+def _tools(record: RawRecord, where: str, prompt: Turns | str) -> Tools:
+    """Return the record's tools; plain text has none."""
+    tools = tools_of(record, where)
+    if not isinstance(prompt, str):
+        return tools
+    if tools:
         raise InputError(f"{where}: field 'tools' needs a prompt of messages, got a plain text prompt")
+    return None
 
 
 def _key(answer: Turns | str) -> str:

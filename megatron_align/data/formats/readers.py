@@ -47,7 +47,7 @@ def read_objects(path: str) -> Iterator[Raw]:
         raise InputError(f"{path}: could not be read: {' '.join(str(error).split())}") from error
 
 
-def _open(path: str) -> IO[bytes]:
+def _open(path: str) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
 
 

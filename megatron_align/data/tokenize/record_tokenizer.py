@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -76,7 +77,9 @@ class RecordTokenizer:
         return self._encoder.ids(prompt + completion, added=True)
 
     def _completion_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
-        prompt_ids = self._encoder.ids(self._template.render(record, record.prompt_messages, prompt=True))
+        turns = record.prompt_messages
+        assert turns is not None, "the record has a completion"
+        prompt_ids = self._encoder.ids(self._template.render(record, turns, prompt=True))
         full = self._mask.rendering(record)
         scored_L = self._after_prompt(prompt_ids, full.ids, record.where)
         untrained_L = self._mask.untrained(record, full)
@@ -102,7 +105,8 @@ class RecordTokenizer:
         """Lay out ``prompt | completion | ...``; the prompt ends where the first completion diverges from it."""
         if isinstance(record.prompt, str):
             prompt_ids = self._encoder.ids(record.prompt, added=True)
-            sequences = [self._text_ids(record.prompt, text, record.where) for text in record.completions]
+            texts = cast("tuple[str, ...]", record.completions)  # as their prompt is
+            sequences = [self._text_ids(record.prompt, text, record.where) for text in texts]
             untrained: list[np.ndarray | None] = [None] * len(sequences)
         else:
             prompt_ids, sequences, untrained = self._judged_turns(record)
