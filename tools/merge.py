@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_align.tools.command import Parser
@@ -84,7 +84,7 @@ def _add_options(parser: Parser, name: str) -> None:
         )
 
 
-def _merge(name: str, options: dict) -> int:
+def _merge(name: str, options: dict[str, Any]) -> int:
     from megatron_align.merge.merge import merge
     from megatron_align.merge.methods import METHODS as METHOD_CLASSES
 

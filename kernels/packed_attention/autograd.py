@@ -29,7 +29,7 @@ class _Call(NamedTuple):
     tiles: Tiles
 
 
-def _on_device(x: Tensor) -> AbstractContextManager:
+def _on_device(x: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device current, as Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 

@@ -40,12 +40,12 @@ def expand(path: str) -> list[str]:
     if folder.exists() or not glob.has_magic(path):
         return [_data_file(path)]
     matches = [Path(match) for match in glob.glob(path, recursive=True)]
-    files = {file for match in matches if match.is_dir() for file in _in_folder(match)}
-    files |= {str(match) for match in matches if match.is_file() and match.name.endswith(SUFFIXES)}
-    if not files:
+    matched = {file for match in matches if match.is_dir() for file in _in_folder(match)}
+    matched |= {str(match) for match in matches if match.is_file() and match.name.endswith(SUFFIXES)}
+    if not matched:
         others = f"{len(matches)} others" if matches else "nothing"
         raise InputError(f"{path}: must match a data file ({', '.join(SUFFIXES)}), found {others}")
-    return sorted(files)
+    return sorted(matched)
 
 
 def read_file(
