@@ -75,7 +75,7 @@ def test_one_run_end_to_end(tmp_path, capsys):
     text = " ".join(Page(page).words)
     for expected in ("60 of 60", "0.44 at step 60", "60,000", "30.0 s", "0 · 1 · 0", "Anomalous steps",
                      "0, 1, 2, 3, 4, 5, 6, 7 …", "slowest: rank 7 in 3 of 3", "1 outside",
-                     "the objective's loss, over the whole global batch"):  # fmt: skip
+                     "the objective's loss over the global batch"):  # fmt: skip
         assert expected in text, expected
     assert "Configuration differences" not in text
     pictures = {path.name for path in (tmp_path / "out" / "png").iterdir()}
