@@ -1,4 +1,4 @@
-"""What attention computes for each sample: the pairs of a token and a token that it sees, exact and estimated.
+"""Attention work of samples: the pairs of a token and a token that it sees, exact and estimated.
 
 Shapes: S samples and C completions of all of them.
 """
