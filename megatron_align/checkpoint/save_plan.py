@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from megatron_align.checkpoint.optimizer_state import SaveableOptimizer
+from megatron_align.checkpoint.host_optimizer_state import SaveableOptimizer
 from megatron_align.model.policy import Policy
 
 REFERENCE = "reference."  # prefix of the names of a reference model's tensors

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_align import faults
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE
-from megatron_align.checkpoint.optimizer_state import SaveableOptimizer
+from megatron_align.checkpoint.host_optimizer_state import SaveableOptimizer
 from megatron_align.checkpoint.save_plan import (
     RankSavePlan,
     SaveItem,

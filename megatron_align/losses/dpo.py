@@ -121,7 +121,7 @@ def nca_pair(chosen: Responses, rejected: Responses, *, beta: float = 0.1) -> Te
 def bco_pair(chosen: Responses, rejected: Responses, *, beta: float = 0.1) -> Tensor:
     """BCO on pairs: ``-log s(beta w) - log s(-beta l)``. Jung et al. 2024, arXiv:2404.04656.
 
-    Without the paper's reward shift delta, as in TRL 1.16; ``losses/unpaired.py: bco`` has it.
+    Without the paper's reward shift delta, as in TRL 1.16; ``losses/kto_bco.py: bco`` has it.
     """
     return -F.logsigmoid(beta * chosen.log_ratio_N) - F.logsigmoid(-(beta * rejected.log_ratio_N))
 

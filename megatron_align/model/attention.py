@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_align.kernels import PackedLayout, packed_attention
-from megatron_align.model.context import attend_over_ranks
+from megatron_align.model.context_parallel import attend_over_ranks
 from megatron_align.model.rope import apply_rope
 from megatron_align.records import ContextPart
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs
 from megatron_align.model import cpu
-from megatron_align.model.context import ContextSlabs, gather_rows
+from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.records import LossRows, PackedBatch
 

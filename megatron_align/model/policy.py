@@ -37,8 +37,8 @@ from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackParams
-from megatron_align.model.context import gather_rows
 from megatron_align.model.context_kind import context_kind_of
+from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, Block, RMSNorm, layer_spec

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_align.config import LoggingConfig
 from megatron_align.monitoring.console import ConsoleDisplay
-from megatron_align.monitoring.jsonl import METRICS, MetricsFile, keep_until
+from megatron_align.monitoring.metrics_file import METRICS, MetricsFile, keep_until
 from megatron_align.monitoring.trackers import Tracker, open_trackers
 
 

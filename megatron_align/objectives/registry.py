@@ -1,4 +1,7 @@
-"""The objectives by name, and a run's objective and reference from its configuration."""
+"""The objectives by name, and a run's objective and reference from its configuration.
+
+To add one: its loss in ``losses/``, a file with its class in this folder, its class in ``OBJECTIVES``, its tests.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from megatron_align.errors import nearest, require
 from megatron_align.objectives import user_file
 from megatron_align.objectives.base import SCORED_BY, Objective
 from megatron_align.objectives.dpo import DPO
+from megatron_align.objectives.kto_bco import BCO, KTO
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
 from megatron_align.objectives.reward import RewardModel
 from megatron_align.objectives.sft import SFT
-from megatron_align.objectives.unpaired import BCO, KTO
 
 ReferenceMode = Literal["cached", "live", "none"]
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -26,7 +26,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.checkpoint.optimizer_state import HostOptimizerState
+from megatron_align.checkpoint.host_optimizer_state import HostOptimizerState
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
 from megatron_align.model.policy import Policy

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_align.data.batching.step_batches import Step
 from megatron_align.objectives.base import Need, Objective, StepSums
 from megatron_align.records import Columns, PackedBatch
-from megatron_align.training.reference_model import Reference, ZeroReference
+from megatron_align.training.reference.logprobs import Reference, ZeroReference
 from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
 
 

@@ -14,7 +14,7 @@ from megatron_align.monitoring.mfu import Utilisation
 from megatron_align.monitoring.profiling import Tracer
 from megatron_align.monitoring.timing import timing_row
 from megatron_align.training import self_check
-from megatron_align.training.checkpointing import Checkpointing
+from megatron_align.training.checkpoint_hook import Checkpointing
 from megatron_align.training.hooks import Hook, Hooks
 from megatron_align.training.summary import run_summary
 from megatron_align.training.suspects import Suspects

@@ -72,7 +72,9 @@ class Stepper:
     def train(
         self, batches: Sequence[PackedBatch], before_update: Callable[[], None] = lambda: None
     ) -> StepResult:
-        """Make one update; if its loss or gradient norm is not finite, leave weights and optimizer bit-identical.
+        """Make one update; if its loss or gradient norm is not finite, skip it and leave all state bit-identical.
+
+        Whether the run then stops (``train.on_nonfinite``) is decided by ``monitoring.health``.
 
         Loss and gradient norm are reduced over all ranks, so every rank decides identically.
 

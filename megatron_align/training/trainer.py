@@ -29,6 +29,7 @@ from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
 from megatron_align.training.batches import batches_of_split
+from megatron_align.training.learning_rate import learning_rate
 from megatron_align.training.optimizer import (
     Optimizer,
     build_optimizer,
@@ -38,10 +39,9 @@ from megatron_align.training.optimizer import (
     wrap_data_parallel,
 )
 from megatron_align.training.prepass import PrePass
-from megatron_align.training.references import ReferenceBuilder, References
+from megatron_align.training.reference.builder import ReferenceBuilder, References
 from megatron_align.training.resume import ResumePoint, verified_resume_point
 from megatron_align.training.run_context import joined_ranks
-from megatron_align.training.schedule import learning_rate
 from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import RunSetup, prepare_run
 from megatron_align.training.step import Stepper, StepResult

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
-from megatron_align.monitoring.jsonl import keep_until
 from megatron_align.monitoring.logger import RunLog
+from megatron_align.monitoring.metrics_file import keep_until
 from megatron_align.monitoring.trackers import MLFLOW_RUN, check_logging
 
 QUIET = LoggingConfig(tensorboard=False)

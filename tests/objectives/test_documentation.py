@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_align.losses.kto_bco import UNPAIRED_LOSSES
 from megatron_align.losses.ranked import RANKED_LOSSES
-from megatron_align.losses.unpaired import UNPAIRED_LOSSES
 from megatron_align.objectives.documentation import BEGIN, END, updated
 from megatron_align.objectives.dpo import DPO_OPTIONS
 from megatron_align.objectives.registry import OBJECTIVES

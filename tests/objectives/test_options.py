@@ -7,13 +7,13 @@ import pytest
 from megatron_align.errors import InputError
 from megatron_align.losses.divergences import DIVERGENCES
 from megatron_align.losses.dpo import DPO_LOSSES
+from megatron_align.losses.kto_bco import UNPAIRED_LOSSES
 from megatron_align.losses.reference_free import CPO_LOSSES, TPO_LOSSES
-from megatron_align.losses.unpaired import UNPAIRED_LOSSES
 from megatron_align.objectives.dpo import DPO_OPTIONS, DPOOptions
+from megatron_align.objectives.kto_bco import KTOOptions
 from megatron_align.objectives.reference_free import CPOOptions, TPOOptions
 from megatron_align.objectives.registry import OBJECTIVES, build_objective
 from megatron_align.objectives.reward import RewardOptions
-from megatron_align.objectives.unpaired import KTOOptions
 from tests.losses.draw import pair
 
 VALUES = {

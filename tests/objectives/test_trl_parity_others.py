@@ -16,13 +16,13 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from megatron_align.losses.divergences import alpha_divergence
 from megatron_align.losses.dpo import DPO_LOSSES
+from megatron_align.losses.kto_bco import UNPAIRED_LOSSES
 from megatron_align.losses.pair_loss import PairLoss
 from megatron_align.losses.reference_free import CPO_LOSSES, TPO_LOSSES, orpo
 from megatron_align.losses.reward import Rewards, reward_loss
-from megatron_align.losses.unpaired import UNPAIRED_LOSSES
 from megatron_align.objectives.dpo import DPOOptions
+from megatron_align.objectives.kto_bco import KTOOptions
 from megatron_align.objectives.reference_free import CPOOptions, ORPOOptions, TPOOptions
-from megatron_align.objectives.unpaired import KTOOptions
 from tests.objectives.trl_judge import PAIRS, Bigram, bare, cat, our_loss, same_prompts
 
 

@@ -23,12 +23,12 @@ from megatron_align.data.batching.collate import PackValues, pack
 from megatron_align.data.batching.step_batches import Packs, Step
 from megatron_align.objectives.base import SCORED_BY, Objective, StepStatistics
 from megatron_align.objectives.dpo import DPOOptions
+from megatron_align.objectives.kto_bco import KTOOptions
 from megatron_align.objectives.registry import OBJECTIVES, build_objective, reference_mode
-from megatron_align.objectives.unpaired import KTOOptions
 from megatron_align.records import Sample
 from megatron_align.training import scoring
 from megatron_align.training.prepass import PrePass
-from megatron_align.training.reference_model import CachedReference, LiveReference, ZeroReference
+from megatron_align.training.reference.logprobs import CachedReference, LiveReference, ZeroReference
 
 EVERY = [
     *(objective.Options() for objective in OBJECTIVES.values()),

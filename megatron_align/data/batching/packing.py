@@ -1,7 +1,8 @@
 """Pack a step's samples: spread them over data-parallel ranks x micro-batches, the same computation on every rank.
 
-A change of layout changes the step plan but never which samples make the step (see :mod:`.sampler`). Packs are filled
-by best fit decreasing; :mod:`.balance` levels attention cost over the ranks.
+A change of layout changes the step plan but never which samples make the step (see :mod:`.sampler`). Best fit
+decreasing finds how many packs a step needs; :mod:`.balance` then spreads the samples over them, levelling tokens and
+attention cost over the ranks.
 
 Shapes: B samples of one step, S samples of the table.
 """

@@ -10,12 +10,12 @@ from unittest import mock
 import pytest
 
 from megatron_align.checkpoint.folder import list_steps
-from megatron_align.checkpoint.optimizer_state import HostOptimizerState
+from megatron_align.checkpoint.host_optimizer_state import HostOptimizerState
 from megatron_align.checkpoint.saver import Saver
 from megatron_align.faults import VARIABLE
 from megatron_align.objectives.configuration import parse
 from megatron_align.storage.checksums import read_checksums
-from megatron_align.training import checkpointing
+from megatron_align.training import checkpoint_hook
 from megatron_align.training.loop import run
 from tests.harness import ranks
 from tests.harness.tiny import metrics_of, run_arguments
@@ -23,12 +23,12 @@ from tests.harness.tiny import metrics_of, run_arguments
 
 def train_impatiently(rank_info, arguments, fault):
     """In a process of the pool: run into a fault, and try again after the next step."""
-    before, checkpointing.RETRY_SECONDS = checkpointing.RETRY_SECONDS, 0.0
+    before, checkpoint_hook.RETRY_SECONDS = checkpoint_hook.RETRY_SECONDS, 0.0
     os.environ[VARIABLE] = fault
     try:
         return run(parse(arguments), rank_info)
     finally:
-        checkpointing.RETRY_SECONDS = before
+        checkpoint_hook.RETRY_SECONDS = before
         del os.environ[VARIABLE]
 
 
@@ -101,7 +101,7 @@ WAIT = 5.0  # seconds, far more than a step of the tiny model takes on a busy ma
 def train_waiting_for_long(rank_info, arguments):
     """In a process of the pool: every update waits WAIT seconds for a save."""
     with mock.patch.object(
-        checkpointing.Checkpointing, "before_update", side_effect=lambda: time.sleep(WAIT)
+        checkpoint_hook.Checkpointing, "before_update", side_effect=lambda: time.sleep(WAIT)
     ):
         return run(parse(arguments), rank_info)
 

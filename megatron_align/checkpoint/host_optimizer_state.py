@@ -1,6 +1,7 @@
 """Copy a distributed optimizer's masters and moments into host memory for a save, then gather them on one rank.
 
-megatron-core does both at once, through new memory, several times: most of the time of a save.
+megatron-core does both at once, through new memory, several times: most of the time of a save. :mod:`.load` reads the
+state back on any layout.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from megatron_align.config import OptimizerConfig
-from megatron_align.training.schedule import learning_rate
+from megatron_align.training.learning_rate import learning_rate
 
 NAMES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 

@@ -1,4 +1,4 @@
-"""The reference model that a policy is compared with, in its three modes: cached, live, none.
+"""Reference log-probs of a step, in the three modes of the reference model: cached, live, none.
 
 Shapes: C completions of one pack, S completions of a step, over all ranks.
 """

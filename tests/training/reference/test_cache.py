@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_align.errors import InputError
-from megatron_align.training.reference_cache import Column
+from megatron_align.training.reference.cache import Column
 from tests.harness import ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import make_model, metrics_of, run_arguments, write_labelled, write_pairs

@@ -35,7 +35,7 @@ from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
-from megatron_align.training.reference_model import CachedReference
+from megatron_align.training.reference.logprobs import CachedReference
 from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
 from megatron_align.training.setup import RunSetup, one_epoch
 from megatron_align.training.watchdog import Watchdog

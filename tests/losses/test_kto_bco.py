@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from megatron_align.losses.dpo import apo_zero, bco_pair
-from megatron_align.losses.responses import Responses
-from megatron_align.losses.unpaired import (
+from megatron_align.losses.kto_bco import (
     UNPAIRED_LOSSES,
     RunningMean,
     apo_zero_unpaired,
@@ -16,6 +15,7 @@ from megatron_align.losses.unpaired import (
     kto,
     kto_baseline,
 )
+from megatron_align.losses.responses import Responses
 from tests.losses.draw import at_reference, pair, responses, shifted, taken
 
 DESIRABLE = torch.tensor([True, False, False, True, True, False])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_align.data.store import TokenStore
+from megatron_align.losses.kto_bco import UNPAIRED_LOSSES, RunningMean, bco, kto_baseline
 from megatron_align.losses.responses import Responses
-from megatron_align.losses.unpaired import UNPAIRED_LOSSES, RunningMean, bco, kto_baseline
 from megatron_align.objectives.base import (
     Need,
     Objective,

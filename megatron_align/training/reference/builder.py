@@ -17,8 +17,8 @@ from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import ReferenceMode, reference_mode
-from megatron_align.training.reference_cache import ReferenceColumns, hash_of_rank_0
-from megatron_align.training.reference_model import LiveReference, Reference, ZeroReference
+from megatron_align.training.reference.cache import ReferenceColumns, hash_of_rank_0
+from megatron_align.training.reference.logprobs import LiveReference, Reference, ZeroReference
 from megatron_align.training.resume import ResumePoint
 from megatron_align.training.resume_compatibility import require_same_reference
 from megatron_align.training.scoring import Scorer
