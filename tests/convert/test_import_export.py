@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.harness import cli, ranks
+from tests.harness import cli, training_ranks
 from tests.harness.tiny import (
     change_tensors,
     make_baichuan,
@@ -219,7 +219,7 @@ def trained(request, pool, tiny_models, chat_file, tmp_path_factory):
         parallel__tensor=2,
         parallel__pipeline=2,
     )
-    pool.run(4, ranks.train, arguments)
+    pool.run(4, training_ranks.train, arguments)
     return folder
 
 
@@ -250,7 +250,7 @@ def test_training_starts_identically_from_checkpoint_and_folder(
         folder = tmp_path / f"run{number}"
         pool.run(
             2,
-            ranks.train,
+            training_ranks.train,
             run_arguments(
                 path, chat_file, folder, train__steps=2, train__precision=precision, parallel__tensor=2
             ),

@@ -25,7 +25,7 @@ from megatron_align.data.formats.files import read_file
 from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.records import Sample
-from tests.harness import ranks
+from tests.harness import model_ranks, training_ranks
 from tests.harness.tiny import metrics_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,7 +222,7 @@ def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder
         arguments = ["--config", str(ROOT / "examples" / "real_data" / "sft.yaml"), "--train.steps", "4"]
         arguments += ["--model.path", str(folder), "--data.train", json.dumps(files)]
         arguments += ["--data.cache", str(tmp_path / "tokens"), "--checkpoint.dir", str(run)]
-        pool.run(2, ranks.train, [*arguments, f"--parallel.{layout}", "2"], timeout=600)
+        pool.run(2, training_ranks.train, [*arguments, f"--parallel.{layout}", "2"], timeout=600)
         rows = metrics_of(run)
         losses[layout] = [row["loss"] for row in rows]
         norms[layout] = [row["grad_norm"] for row in rows]
@@ -238,7 +238,7 @@ def test_training_agrees_over_layouts_and_reloads_in_transformers(family, folder
     ids = load_tokenizer(str(trained))("".join(TEXTS), return_tensors="pt")["input_ids"]
     text = Sample(ids[0].numpy(), np.zeros(ids.shape[1], bool))
     batch = pack([text], [0.0], ids.shape[1])
-    [ours] = pool.run(1, ranks.logits, trained, ParallelConfig(), batch)
+    [ours] = pool.run(1, model_ranks.logits, trained, ParallelConfig(), batch)
     with torch.no_grad():
         torch.testing.assert_close(ours, model(ids).logits[0], atol=1e-4, rtol=0)
 
@@ -260,7 +260,7 @@ def test_preferences_are_learnt(stage, pool, tmp_path):
     arguments = ["--config", str(ROOT / "examples" / "real_data" / f"{stage}.yaml")]
     arguments += ["--model.path", str(tmp_path / "model"), "--data.train", str(require(DATA / file))]
     arguments += ["--checkpoint.dir", str(run), "--parallel.tensor", "2"]
-    pool.run(2, ranks.train, arguments, timeout=900)
+    pool.run(2, training_ranks.train, arguments, timeout=900)
     rows = metrics_of(run)
     if first is not None:
         assert rows[0]["loss"] == pytest.approx(first, abs=1e-5)

@@ -46,7 +46,7 @@ def _serve(pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     from megatron_align.model import parallel
-    from tests.harness import ranks  # noqa: F401  # what tests call, imported before any timeout runs
+    from tests.harness import kernel_ranks, model_ranks, training_ranks  # noqa: F401  # what tests call, imported before any timeout runs
 
     gc.freeze()  # imported objects stay: collecting is fast without them
     pipe.send("ready")

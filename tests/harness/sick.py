@@ -14,7 +14,7 @@ from megatron_align.model import parallel
 from megatron_align.monitoring.memory import OutOfMemory
 from megatron_align.objectives.sft import SFT
 from megatron_align.training.step import Stepper
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import byte_tokenizer, change_tensors, make_model, write_chat
 
 MARK = "z"  # occurs in no sum: only bad samples contain it
@@ -53,7 +53,7 @@ def train_watched(rank_info: parallel.RankInfo, arguments: list[str]) -> list[tu
         return result
 
     with mock.patch.object(Stepper, "train", watched):
-        ranks.train(rank_info, arguments)
+        training_ranks.train(rank_info, arguments)
     return seen
 
 
@@ -82,13 +82,13 @@ def train_with_sick_loss(rank_info: parallel.RankInfo, arguments: list[str], wha
         return value, sums
 
     with mock.patch.object(SFT, "loss", loss):
-        ranks.train(rank_info, arguments)
+        training_ranks.train(rank_info, arguments)
 
 
 def train_to_the_fault(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
     """Train; return the reason why training stopped."""
     try:
-        ranks.train(rank_info, arguments)
+        training_ranks.train(rank_info, arguments)
     except TrainingFault as fault:
         parallel.leave()
         return str(fault)
@@ -106,7 +106,7 @@ def train_out_of_memory(rank_info: parallel.RankInfo, arguments: list[str]) -> s
 
     try:
         with mock.patch.object(Stepper, "train", greedy):
-            ranks.train(rank_info, arguments)
+            training_ranks.train(rank_info, arguments)
     except OutOfMemory as error:
         parallel.leave()
         return str(error)

@@ -5,7 +5,7 @@ gradient norms on one rank and on two tensor ranks, and from an imported checkpo
 import pytest
 
 from megatron_align.convert.import_hf import import_hf
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import make_baichuan, make_model, metrics_of, run_arguments
 
 FAMILIES = {"qwen3": lambda folder: make_model(folder, "qwen3"), "baichuan2": make_baichuan}
@@ -18,7 +18,7 @@ def test_tensor_ranks_do_not_matter(tmp_path, pool, chat_file, make):
 
     def run(name, model, world, **parallel):
         arguments = run_arguments(model, chat_file, tmp_path / name, train__steps=3, **parallel)
-        pool.run(world, ranks.train, arguments)
+        pool.run(world, training_ranks.train, arguments)
         return [(row["loss"], row["grad_norm"]) for row in metrics_of(tmp_path / name)]
 
     one = run("one", hf, 1)

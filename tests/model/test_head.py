@@ -8,7 +8,7 @@ from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.model.head import pick_rows
 from megatron_align.records import Sample
-from tests.harness import ranks
+from tests.harness import model_ranks
 
 
 def batches(scored_share):
@@ -37,7 +37,7 @@ def reference(pool, tiny_models):
     def get(variant, share):
         if (variant, share) not in done:
             arguments = (tiny_models(variant), ParallelConfig(), batches(share), {"through": "logprobs"})
-            [done[variant, share]] = pool.run(1, ranks.head_gradients, *arguments)
+            [done[variant, share]] = pool.run(1, model_ranks.head_gradients, *arguments)
         return done[variant, share]
 
     return get
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_logprobs(pool, tiny_models, reference, varia
     parallel, options = WAYS[way]
     want_losses, want = reference(variant, share)
     answers = pool.run(
-        parallel.tensor, ranks.head_gradients, tiny_models(variant), parallel, batches(share), options
+        parallel.tensor, model_ranks.head_gradients, tiny_models(variant), parallel, batches(share), options
     )
     for losses, grads in answers:
         torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=1e-6)

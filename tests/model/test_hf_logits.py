@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.records import Sample
-from tests.harness import ranks
+from tests.harness import model_ranks
 from tests.harness.tiny import VARIANTS
 
 LENGTHS = [1, 7, 130, 38]
@@ -41,7 +41,7 @@ def test_logits_equal_transformers(pool, tiny_models, variant, parallel):
         texts = batch.tokens_T[: sum(LENGTHS)].split(LENGTHS)
         want = torch.cat([model(text[None]).logits[0] for text in texts])
     for got in pool.run(
-        parallel.tensor * parallel.context, ranks.logits, tiny_models(variant), parallel, batch
+        parallel.tensor * parallel.context, model_ranks.logits, tiny_models(variant), parallel, batch
     ):
         assert got.shape[1] == model.config.vocab_size
         assert (got[: sum(LENGTHS)] - want).abs().max() <= 1e-4

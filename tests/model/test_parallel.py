@@ -1,6 +1,6 @@
 """A rank that does not join is named; ranks that disagree are named on every rank."""
 
-from tests.harness import ranks
+from tests.harness import model_ranks
 from tests.harness.pool import free_port
 from tests.harness.processes import finish, release, start
 
@@ -24,4 +24,4 @@ def test_absent_ranks_are_named():
 
 def test_ranks_that_disagree_are_named_on_every_rank(pool):
     line = "one folder: step is 2 on rank 0 and 5 on rank 1"
-    assert pool.run(3, ranks.disagree) == [line] * 3
+    assert pool.run(3, model_ranks.disagree) == [line] * 3

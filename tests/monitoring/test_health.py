@@ -13,7 +13,7 @@ import pytest
 
 from megatron_align.errors import TrainingFault
 from megatron_align.monitoring.health import MAX_CONSECUTIVE_NONFINITE, MIN_HISTORY, WINDOW, Health
-from tests.harness import ranks, sick
+from tests.harness import sick, training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled
 
 NAN, FINE = math.nan, (1.0, 1.0)
@@ -146,10 +146,10 @@ def test_a_resumed_run_keeps_its_counts_and_its_bits(pool, arguments, tmp_path):
     """Adam counts updates, not steps: a resumed run must not count the skipped one."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"checkpoint__save_every": 3, "checkpoint__keep": 9, "train__steps": 5}
-    pool.run(1, ranks.train, arguments(whole, **options))
+    pool.run(1, training_ranks.train, arguments(whole, **options))
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "step_000005")
-    pool.run(1, ranks.train, arguments(cut, **options))
+    pool.run(1, training_ranks.train, arguments(cut, **options))
     untimed = [
         [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(folder)]
         for folder in (whole, cut)
@@ -186,7 +186,7 @@ def test_an_objective_forgets_a_skipped_step(pool, sick_model, tmp_path):
     arguments = run_arguments(
         sick_model, data, tmp_path / "run", train__on_nonfinite="skip", train__steps=3, **options
     )
-    pool.run(1, ranks.train, arguments)
+    pool.run(1, training_ranks.train, arguments)
     rows = metrics_of(tmp_path / "run")
     assert [row["suspects"] for row in rows if "suspects" in row] == [[SICK]]
     assert [math.isfinite(row["delta"]) for row in (rows[0], rows[2])] == [True, True]

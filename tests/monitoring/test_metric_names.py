@@ -6,7 +6,7 @@ import pytest
 
 from megatron_align.monitoring.metric_names import BY_NAME, METRICS, ROW_KEYS, to_markdown
 from megatron_align.objectives.registry import OBJECTIVES
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -46,7 +46,7 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
             logging__timing_every=1,
             **OPTIONS.get(objective, {}),
         )
-        pool.run(2, ranks.train, arguments)
+        pool.run(2, training_ranks.train, arguments)
         splits = (None, "validation", "timing", "save")
         names[objective] = {
             name for split in splits for row in metrics_of(folder / objective, split) for name in row

@@ -11,7 +11,7 @@ from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.monitoring.memory import needs_less
 from megatron_align.monitoring.timing import PHASES, StepClock
 from megatron_align.objectives.configuration import parse
-from tests.harness import ranks, sick
+from tests.harness import sick, training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 LATE = 1.5  # seconds, several times what a step of the tiny model takes, also on a busy machine
@@ -27,13 +27,13 @@ def train_with_a_late_rank(rank_info, arguments, late):
         return make(self)
 
     with mock.patch.object(Prefetcher, "__next__", slow):
-        ranks.train(rank_info, arguments)
+        training_ranks.train(rank_info, arguments)
 
 
 def test_the_straggler_is_named_and_no_number_moves(pool, tiny_models, chat_file, tmp_path):
     plain, timed = tmp_path / "plain", tmp_path / "timed"
     options = {"train__steps": 4, "logging__profile_steps": "[2, 3]", "logging__timing_every": 2}
-    pool.run(2, ranks.train, run_arguments(tiny_models(), chat_file, plain, train__steps=4))
+    pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, plain, train__steps=4))
     pool.run(2, train_with_a_late_rank, run_arguments(tiny_models(), chat_file, timed, **options), 1)
     untimed = [
         [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(folder)]

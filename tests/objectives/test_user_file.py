@@ -13,7 +13,7 @@ from megatron_align.cost.work import scoring_passes
 from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import load_config, parse
 from megatron_align.objectives.registry import build_objective
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import metrics_of, numbers, run_arguments, write_pairs
 
@@ -164,7 +164,7 @@ def test_it_trains_as_the_built_in_one_on_any_layout_and_resumes(pool, tiny_mode
             checkpoint__save_every=2,
             **options,
         )
-        pool.run(world, ranks.train, arguments)
+        pool.run(world, training_ranks.train, arguments)
         rows[case] = numbers(folder)
     assert rows["uncapped"] == rows["dpo"]
     assert rows["capped"] != rows["dpo"]
@@ -179,7 +179,7 @@ def test_it_trains_as_the_built_in_one_on_any_layout_and_resumes(pool, tiny_mode
         run_arguments(tiny_models(), pairs, folder, objective__cap=cap, **options) for cap in (0.07, 0.05)
     )
     with pytest.raises(RankFailed, match="objective.cap was 0.05 and is 0.07"):
-        pool.run(1, ranks.train, other)
-    pool.run(1, ranks.train, same)
+        pool.run(1, training_ranks.train, other)
+    pool.run(1, training_ranks.train, same)
     assert numbers(folder)[:4] == rows["capped"]
     assert len(metrics_of(folder)) == 6

@@ -5,7 +5,7 @@ import torch
 
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs, token_scores
 from megatron_align.kernels.token_logprobs import slab
-from tests.harness import ranks
+from tests.harness import kernel_ranks
 from tests.harness.logprobs import (
     Costs,
     PairLoss,
@@ -297,7 +297,9 @@ def test_vocabulary_ranks_agree_with_one(pool, world, rows, vocab):
     want, sums = gradients(
         slab_loss, (hidden, weight, targets), slabs, StatisticsLoss(slabs), statistics=True, **options
     )
-    answers = pool.run(world, ranks.slab_loss_grads, hidden.detach(), padded, targets, vocab, slabs, options)
+    answers = pool.run(
+        world, kernel_ranks.slab_loss_grads, hidden.detach(), padded, targets, vocab, slabs, options
+    )
     for loss, whole, _, _, got_sums in answers:
         assert torch.equal(loss, answers[0][0])  # bit for bit: every rank has to see the same loss
         torch.testing.assert_close((loss, whole, got_sums), (want[0], want[1], sums))

@@ -5,7 +5,7 @@ import torch
 
 from megatron_align.kernels import token_logprobs, token_logprobs_reference
 from megatron_align.kernels.token_logprobs import slab
-from tests.harness import ranks
+from tests.harness import kernel_ranks
 
 SHAPES = [(252, 507, 123), (3, 47, 31), (1, 8, 1), (0, 16, 33)]
 
@@ -79,7 +79,7 @@ def test_vocabulary_ranks_agree_with_one(pool, world, rows, vocab):
     padded = torch.cat([weight, torch.full((padding, 12), 9.0)])
     values = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)
     grads = torch.autograd.grad((values * torch.arange(1, rows + 1)).sum(), (hidden, weight))
-    answers = pool.run(world, ranks.logprobs, hidden.detach(), padded, targets, vocab)
+    answers = pool.run(world, kernel_ranks.logprobs, hidden.detach(), padded, targets, vocab)
     for got, hidden_grad, _rest in answers:
         torch.testing.assert_close(got, values.detach())
         torch.testing.assert_close(hidden_grad, grads[0])  # complete on every rank
@@ -121,6 +121,6 @@ def test_hidden_states_that_are_not_finite_are_named_under_checks(value, monkeyp
 
 
 def test_a_vocabulary_that_the_ranks_do_not_divide_is_named_under_checks(pool):
-    assert pool.run(2, ranks.checked_logprobs, [6, 6]) == ["agreed", "agreed"]
-    for answer in pool.run(2, ranks.checked_logprobs, [6, 5]):
+    assert pool.run(2, kernel_ranks.checked_logprobs, [6, 6]) == ["agreed", "agreed"]
+    for answer in pool.run(2, kernel_ranks.checked_logprobs, [6, 5]):
         assert "divides the padded vocabulary; got [6, 5]" in answer

@@ -7,7 +7,7 @@ import torch
 
 from megatron_align.kernels import token_scores, token_scores_reference
 from megatron_align.kernels.token_logprobs import slab
-from tests.harness import ranks
+from tests.harness import kernel_ranks
 from tests.harness.logprobs import Costs, draw
 
 
@@ -62,5 +62,5 @@ def test_vocabulary_ranks_agree_with_one(pool, world, rows, vocab):
     hidden, weight, targets = (t.detach() for t in draw(rows, 12, vocab, torch.float32))
     padded = torch.cat([weight, torch.full((16 * (1 + vocab // 16) - vocab, 12), 9.0)])
     want = token_scores(hidden, weight, targets, top_k=vocab)
-    for got in pool.run(world, ranks.scores, hidden, padded, targets, vocab):
+    for got in pool.run(world, kernel_ranks.scores, hidden, padded, targets, vocab):
         torch.testing.assert_close(tuple(got), tuple(want))

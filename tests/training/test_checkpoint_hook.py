@@ -17,7 +17,7 @@ from megatron_align.objectives.configuration import parse
 from megatron_align.storage.checksums import read_checksums
 from megatron_align.training import checkpoint_hook
 from megatron_align.training.loop import run
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 
@@ -41,7 +41,7 @@ def test_a_save_that_failed_is_tried_again_soon(pool, tiny_models, chat_file, tm
 
 def test_every_save_is_told_once(pool, tiny_models, chat_file, tmp_path):
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
-    pool.run(2, ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
+    pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
     rows = metrics_of(tmp_path, "save")
     assert [row["step"] for row in rows] == [2, 4, 5]
     for row in rows:
@@ -85,7 +85,10 @@ def state_files(run_folder):
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, world):
     options = {"checkpoint__save_every": 1, "checkpoint__keep": 9, "train__steps": 3}
-    for name, train, background in (("late", train_with_late_copies, True), ("at_once", ranks.train, False)):
+    for name, train, background in (
+        ("late", train_with_late_copies, True),
+        ("at_once", training_ranks.train, False),
+    ):
         settings = {**options, "checkpoint__async_save": background}
         pool.run(world, train, run_arguments(tiny_models(), chat_file, tmp_path / name, **settings))
     files = state_files(tmp_path / "late")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_align import train
-from tests.harness.ranks import train as train_ranks
 from tests.harness.tiny import metrics_of, run_arguments
+from tests.harness.training_ranks import train as train_ranks
 
 
 @pytest.fixture

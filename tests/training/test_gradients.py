@@ -6,7 +6,7 @@ A norm over all of them would not see two errors that cancel, nor one in a small
 import pytest
 from safetensors.torch import load_file
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import run_arguments, write_pairs
 
 OBJECTIVES = {"sft": {}, "dpo": {"objective__name": "dpo", "reference__mode": "none"}}
@@ -28,7 +28,7 @@ def gradients(pool, tiny_models, chat_file, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         data = chat_file if objective == "sft" else pairs
         arguments = run_arguments(tiny_models(), data, folder, **OBJECTIVES[objective], **layout)
-        pool.run(world, ranks.gradients, arguments, folder / "gradients")
+        pool.run(world, training_ranks.gradients, arguments, folder / "gradients")
         return load_file(folder / "gradients" / "model.safetensors")
 
     return run

@@ -7,7 +7,7 @@ import torch
 from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.records import Sample
-from tests.harness import ranks
+from tests.harness import model_ranks
 
 LENGTHS = (9, 40, 3, 25)
 
@@ -35,7 +35,7 @@ def test_other_samples_do_not_move(pool, tiny_models, parallel):
     batches = packs()
     sequence_N = batches[0].rows.sequence_N
     for before, after in pool.run(
-        parallel.tensor * parallel.context, ranks.pack_logprobs, tiny_models(), parallel, batches
+        parallel.tensor * parallel.context, model_ranks.pack_logprobs, tiny_models(), parallel, batches
     ):
         assert torch.equal(before[sequence_N != 1], after[sequence_N != 1])
         moved = (before != after)[sequence_N == 1]

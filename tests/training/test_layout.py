@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 ULYSSES, ALLGATHER = ({"parallel__context_kind": kind} for kind in ("ulysses", "allgather"))
@@ -59,7 +59,7 @@ def reference(pool, tiny_models, chat_file, tmp_path_factory):
             arguments = run_arguments(
                 tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **options
             )
-            pool.run(1, ranks.train, arguments)
+            pool.run(1, training_ranks.train, arguments)
             done[key] = folder
         return done[key]
 
@@ -85,7 +85,7 @@ def assert_same_run(got, want):
 def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout):
     world, options = LAYOUTS[layout]
     arguments = run_arguments(tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **options)
-    pool.run(world, ranks.train, arguments)
+    pool.run(world, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied"))
 
 
@@ -95,7 +95,7 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
     arguments = run_arguments(
         tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **options
     )
-    pool.run(4, ranks.train, arguments)
+    pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference(variant))
 
 
@@ -117,7 +117,7 @@ def test_bf16_layouts_agree_as_far_as_bf16_goes(
     """bf16 keeps 8 bits (4e-3): sums over ranks and packs round in another order, and five steps add up."""
     options = {"train__precision": "bf16"}
     arguments = run_arguments(tiny_models(), chat_file, tmp_path, **layout, **options)
-    pool.run(world, ranks.train, arguments)
+    pool.run(world, training_ranks.train, arguments)
     want = metrics_of(reference("qwen2_tied", **options))
     for row, same in zip(metrics_of(tmp_path), want, strict=True):
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-3)
@@ -132,7 +132,7 @@ def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tm
     arguments = run_arguments(
         tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, parallel__tensor=2, **options
     )
-    pool.run(4, ranks.train, arguments)
+    pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))
     token = [row["loss"] for row in metrics_of(reference("qwen2_tied"))]
     assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-3)
@@ -153,5 +153,5 @@ def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, refere
     arguments = run_arguments(
         tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **layout, **options
     )
-    pool.run(4, ranks.train, arguments)
+    pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))

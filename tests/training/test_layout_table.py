@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 
 TABLE = [
@@ -34,7 +34,7 @@ def rows_of(pool, tiny_models, chat_file, tmp_path_factory):
         folder = tmp_path_factory.mktemp("run")
         given = {**OBJECTIVES[objective], **options}
         data = chat_file if objective == "sft" else pairs
-        pool.run(world, ranks.train, run_arguments(tiny_models(), data, folder, **given))
+        pool.run(world, training_ranks.train, run_arguments(tiny_models(), data, folder, **given))
         return metrics_of(folder)
 
     return run

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_chat
 
 SAME = 1e-5  # fp32, sums in another order
@@ -39,16 +39,16 @@ def arguments(model, config, folder, **options):
 
 def test_layouts_and_resuming_keep_the_steps(pool, tiny_models, mixture, tmp_path):
     model = tiny_models()
-    pool.run(1, ranks.train, arguments(model, mixture, tmp_path / "one", checkpoint__save_every=2))
+    pool.run(1, training_ranks.train, arguments(model, mixture, tmp_path / "one", checkpoint__save_every=2))
     one = metrics_of(tmp_path / "one")
     assert sum(row["samples"] for row in one) == 2 * (15 + 20)
     assert all(row["tokens"] <= 1500 for row in one)
     assert len({row["samples"] for row in one}) > 1
-    pool.run(2, ranks.train, arguments(model, mixture, tmp_path / "two", data__packing=False))
+    pool.run(2, training_ranks.train, arguments(model, mixture, tmp_path / "two", data__packing=False))
     # the first two steps alone, then the others on another layout
     until = {"train__epochs": "null", "train__steps": 2}
-    pool.run(1, ranks.train, arguments(model, mixture, tmp_path / "again", **until))
-    pool.run(2, ranks.train, arguments(model, mixture, tmp_path / "again", parallel__tensor=2))
+    pool.run(1, training_ranks.train, arguments(model, mixture, tmp_path / "again", **until))
+    pool.run(2, training_ranks.train, arguments(model, mixture, tmp_path / "again", parallel__tensor=2))
     for folder in ("two", "again"):
         for split in (None, "validation"):
             rows = metrics_of(tmp_path / folder, split)

@@ -5,7 +5,7 @@ not; fp32 masters start as the weights.
 import pytest
 import torch
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 
 
 def test_norm_of_twenty_million_elements(pool):
@@ -13,11 +13,11 @@ def test_norm_of_twenty_million_elements(pool):
     grads = [torch.randn(n, generator=generator) * 1e-3 for n in (19_000_001, 1_000_000, 7)]
     exact = torch.cat(grads).double().norm().item()
     for world in (1, 2):
-        assert pool.run(world, ranks.norm_of, grads) == pytest.approx([exact] * world, rel=1e-12)
+        assert pool.run(world, training_ranks.norm_of, grads) == pytest.approx([exact] * world, rel=1e-12)
 
 
 def test_matrices_decay_and_vectors_do_not(pool, tiny_models):
-    [(decaying, still, masters_equal)] = pool.run(1, ranks.decay_groups, tiny_models())
+    [(decaying, still, masters_equal)] = pool.run(1, training_ranks.decay_groups, tiny_models())
     assert masters_equal
     assert decaying
     assert all(name.endswith("weight") and "norm" not in name for name in decaying)

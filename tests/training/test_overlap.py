@@ -13,7 +13,7 @@ from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.training import optimizer
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 BOTH = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
@@ -47,7 +47,7 @@ def run(pool, tiny_models, chat_file, tmp_path):
             checkpoint__export_hf=True,
             **options,
         )
-        pool.run(world, ranks.train_in_buckets, arguments, BUCKET)
+        pool.run(world, training_ranks.train_in_buckets, arguments, BUCKET)
         rows = [
             (row["step"], row["loss"], row.get("grad_norm", 0.0))
             for split in (None, "validation")

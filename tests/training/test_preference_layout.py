@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 
 ULYSSES, ALLGATHER = ({"parallel__context_kind": kind} for kind in ("ulysses", "allgather"))
@@ -135,7 +135,7 @@ def train(pool, tiny_models, data, tmp_path_factory):
             **given,
             **options,
         )
-        pool.run(world, ranks.train, arguments)
+        pool.run(world, training_ranks.train, arguments)
         return metrics_of(folder)
 
     return run

@@ -7,7 +7,7 @@ fp32: their input is then one tensor with the residual, whose three gradients ar
 import pytest
 from safetensors.torch import load_file
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 KINDS = {
@@ -41,7 +41,7 @@ def gradients(pool, tiny_models, chat_file, tmp_path_factory):
             arguments = run_arguments(
                 tiny_models("qwen3"), chat_file, folder, data__cache=chat_file.parent, **how, **options
             )
-            pool.run(world, ranks.gradients, arguments, folder / "gradients")
+            pool.run(world, training_ranks.gradients, arguments, folder / "gradients")
             done[key] = load_file(folder / "gradients" / "model.safetensors")
         return done[key]
 
@@ -63,7 +63,7 @@ def test_five_steps_of_bf16_are_bit_identical(pool, tiny_models, chat_file, tmp_
     for kind in ("[]", "[attention, mlp, norms]"):
         folder = tmp_path / kind
         options = {"train__recompute_modules": kind, "train__precision": "bf16"}
-        pool.run(2, ranks.train, run_arguments(tiny_models(), chat_file, folder, **options))
+        pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, folder, **options))
         rows.append([(row["loss"], row["grad_norm"]) for row in metrics_of(folder)])
     assert len(rows[0]) == 5
     assert rows[0] == rows[1]

@@ -8,7 +8,7 @@ from megatron_align.errors import InputError
 from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.configuration import parse
 from megatron_align.training.setup import prepare_run
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import change_tensors, make_model, metrics_of, numbers, run_arguments, write_pairs
 
@@ -39,13 +39,15 @@ def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, 
         **layout,
     }
     pool.run(
-        world, ranks.train, run_arguments(tiny_models(), chat_file, whole, checkpoint__keep=9, **options)
+        world,
+        training_ranks.train,
+        run_arguments(tiny_models(), chat_file, whole, checkpoint__keep=9, **options),
     )
     # What a kill after step 3 leaves: the checkpoint of step 2, a row too many, half a line.
     cut_after(whole, cut, step=2)
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options))
+    pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, cut, **options))
     assert numbers(cut) == numbers(whole)
     assert [row["step"] for row in metrics_of(cut)] == [1, 2, 3, 4, 5]
     assert sorted(path.name for path in cut.glob("step_*")) == ["step_000004", "step_000005"]  # keep: 2
@@ -81,10 +83,10 @@ def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_fi
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
     world, layout = LAYOUTS[before]
-    pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options, **layout))
+    pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, whole, **options, **layout))
     cut_after(whole, cut, step=2)
     world, layout = LAYOUTS[after]
-    pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
+    pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
     for got, want in zip(metrics_of(cut), metrics_of(whole), strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
@@ -94,11 +96,13 @@ def test_checkpoints_do_not_care_for_transformer_engine(pool, tiny_models, chat_
     """megatron-core keeps Adam's step in another place with it; either kind of checkpoint resumes with either."""
     whole = tmp_path / "whole"
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
     pool.run(
-        1, ranks.train_with_extras, run_arguments(tiny_models(), chat_file, tmp_path / "extras", **options)
+        1,
+        training_ranks.train_with_extras,
+        run_arguments(tiny_models(), chat_file, tmp_path / "extras", **options),
     )
-    for first, then in (("whole", ranks.train_with_extras), ("extras", ranks.train)):
+    for first, then in (("whole", training_ranks.train_with_extras), ("extras", training_ranks.train)):
         cut = cut_after(tmp_path / first, tmp_path / f"{first}_cut", step=2)
         pool.run(1, then, run_arguments(tiny_models(), chat_file, cut, **options))
         assert numbers(cut) == numbers(whole)
@@ -109,11 +113,13 @@ def test_the_optimizer_options_of_this_run_count(pool, tiny_models, chat_file, t
     whole = tmp_path / "whole"
     pool.run(
         1,
-        ranks.train,
+        training_ranks.train,
         run_arguments(tiny_models(), chat_file, whole, checkpoint__save_every=2, checkpoint__keep=9),
     )
     cut = cut_after(whole, tmp_path / "cut", step=2)
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, cut, optimizer__weight_decay=50.0))
+    pool.run(
+        1, training_ranks.train, run_arguments(tiny_models(), chat_file, cut, optimizer__weight_decay=50.0)
+    )
     got, want = numbers(cut), numbers(whole)
     assert got[:3] == want[:3]  # the loss of step 3 comes before its update
     assert got[3]["loss"] != pytest.approx(want[3]["loss"], rel=1e-3)
@@ -127,28 +133,32 @@ def test_a_kill_between_validation_and_save_loses_no_row(pool, tiny_models, chat
         "data__validation": chat_file,
     }
     whole = tmp_path / "whole"
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
     # Killed after step 4 was validated, before it was saved.
     cut = cut_after(whole, tmp_path / "cut", step=2)
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (cut / "metrics.jsonl").write_text("".join(lines[:-2]))
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, cut, **options))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, cut, **options))
     assert metrics_of(cut, "validation") == metrics_of(whole, "validation")
     assert [row["step"] for row in metrics_of(cut, "validation")] == [2, 4, 5]
 
 
 def test_a_finished_run_does_nothing_more(pool, tiny_models, chat_file, tmp_path):
     arguments = run_arguments(tiny_models(), chat_file, tmp_path / "run")
-    pool.run(1, ranks.train, arguments)
+    pool.run(1, training_ranks.train, arguments)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    pool.run(1, ranks.train, arguments)
+    pool.run(1, training_ranks.train, arguments)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_weights_of_a_checkpoint_start_a_new_run(pool, tiny_models, chat_file, tmp_path):
     """model.path may be a run folder: its newest weights, a new optimizer, steps from 1."""
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "one"))
-    pool.run(2, ranks.train, run_arguments(tmp_path / "one", chat_file, tmp_path / "two", parallel__tensor=2))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "one"))
+    pool.run(
+        2,
+        training_ranks.train,
+        run_arguments(tmp_path / "one", chat_file, tmp_path / "two", parallel__tensor=2),
+    )
     first, second = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     assert [row["step"] for row in second] == [1, 2, 3, 4, 5]
     assert second[0]["loss"] < first[-1]["loss"] < first[0]["loss"]
@@ -156,7 +166,7 @@ def test_weights_of_a_checkpoint_start_a_new_run(pool, tiny_models, chat_file, t
 
 @pytest.fixture
 def finished(pool, tiny_models, chat_file, tmp_path):
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "run"))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "run"))
     return tmp_path / "run"
 
 
@@ -189,7 +199,7 @@ def test_what_a_killed_run_left_is_removed_when_the_run_starts_again(finished, t
     shutil.copytree(finished / "step_000005", finished / ".step_000003.deleted")
     (finished / "step_000005").rename(finished / ".step_000005.replaced")
     (finished / "requeue").touch()
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, finished, train__steps=6))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, finished, train__steps=6))
     assert [row["step"] for row in metrics_of(finished)] == [
         1,
         2,
@@ -208,7 +218,7 @@ def test_a_wanted_change_is_gone_on_with(finished, tiny_models, chat_file, pool)
     wanted = {"checkpoint__resume_allow": '["order", "objective"]'}
     with pytest.raises(InputError, match=r"resume_allow \[order, objective\]"):
         prepare_run(parse(run_arguments(tiny_models(), chat_file, finished, **options)), ALONE)
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, finished, **options, **wanted))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, finished, **options, **wanted))
     assert [row["samples"] for row in metrics_of(finished)] == [12] * 5 + [8] * 2
 
 
@@ -217,9 +227,9 @@ def test_a_reference_that_starts_to_move_is_read_from_its_own_place(pool, tiny_m
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     run = tmp_path / "run"
     options = {"objective__name": "dpo", "reference__mode": "live", "train__steps": 1}
-    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **options))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), pairs, run, **options))
     options |= {"train__steps": 2, "reference__sync_steps": 1, "checkpoint__resume_allow": '["reference"]'}
-    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **options))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), pairs, run, **options))
     assert [row["step"] for row in metrics_of(run)] == [1, 2]
 
 
@@ -232,13 +242,13 @@ def test_a_reference_whose_weights_were_changed_where_they_lie_is_refused(mode, 
         "reference__mode": mode,
         "reference__path": str(tmp_path / "reference"),
     }
-    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, train__steps=1, **options))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), pairs, run, train__steps=1, **options))
     change_tensors(tmp_path / "reference", lambda tensors: tensors["model.norm.weight"].mul_(2))
     again = {"train__steps": 2, **options}
     with pytest.raises(RankFailed, match=r"sha256 \w+ and are \w+ .*resume_allow \[reference\]"):
-        pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **again))
+        pool.run(1, training_ranks.train, run_arguments(tiny_models(), pairs, run, **again))
     again["checkpoint__resume_allow"] = '["reference"]'
-    pool.run(1, ranks.train, run_arguments(tiny_models(), pairs, run, **again))
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), pairs, run, **again))
     assert [row["step"] for row in metrics_of(run)] == [1, 2]
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from megatron_align.objectives.reward import score_scale
-from tests.harness import cli, ranks
+from tests.harness import cli, training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 
 SCORES = {
@@ -36,7 +36,7 @@ def trained(pool, tiny_models, scored, tmp_path_factory):
         parallel__pipeline=2,
         checkpoint__export_hf=True,
     )
-    pool.run(4, ranks.train, arguments)
+    pool.run(4, training_ranks.train, arguments)
     return folder
 
 
@@ -86,7 +86,7 @@ def test_training_goes_on_from_a_reward_model(pool, trained, scored, tmp_path):
             train__global_batch_size=48,
             objective__name="reward",
         )
-        pool.run(1, ranks.train, arguments)
+        pool.run(1, training_ranks.train, arguments)
         assert metrics_of(tmp_path / name)[0]["loss"] == pytest.approx(last["loss"], rel=1e-5)
 
 
@@ -97,7 +97,9 @@ def test_a_policy_is_no_reward_model(pool, trained, scored, tmp_path):
         RankFailed, match="objective dpo needs a language model, got Qwen2ForSequenceClassification"
     ):
         pool.run(
-            1, ranks.train, run_arguments(trained / "hf", scored, tmp_path / "run", objective__name="dpo")
+            1,
+            training_ranks.train,
+            run_arguments(trained / "hf", scored, tmp_path / "run", objective__name="dpo"),
         )
 
 
@@ -110,7 +112,7 @@ def test_the_score_term_counts_where_there_are_scores(pool, tiny_models, tmp_pat
         options = {"objective__alpha": alpha, "train__steps": 1, "train__global_batch_size": 48}
         options |= {"optimizer__lr": 1e-12, "checkpoint__export_hf": True}
         arguments = run_arguments(tiny_models(), scored, folder, objective__name="reward", **options)
-        pool.run(1, ranks.train, arguments)
+        pool.run(1, training_ranks.train, arguments)
         [rows[alpha]] = metrics_of(folder)
     errors = 0.0
     for side, rewards in zip(

@@ -11,7 +11,7 @@ import torch
 from megatron_align.errors import TrainingFault
 from megatron_align.objectives.configuration import parse
 from megatron_align.training import self_check
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.broken import train_broken
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 
@@ -97,7 +97,7 @@ def test_it_leaves_no_trace_in_the_numbers(case, pool, tiny_models, chat_file, p
             train__steps=3,
             **options,
         )
-        pool.run(world, ranks.train, arguments)
+        pool.run(world, training_ranks.train, arguments)
         rows.append([(row["loss"], row["grad_norm"]) for row in metrics_of(folder)])
     assert len(rows[0]) == 3
     assert rows[0] == rows[1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 
 OBJECTIVES = {
@@ -29,7 +29,7 @@ def test_slabs_change_no_number(pool, tiny_models, chat_file, pairs_file, tmp_pa
         ("spread", {"parallel__context": 2}, 3),
     ):
         arguments = run_arguments(tiny_models(), data, tmp_path / name, **layout, **options)
-        pool.run(2 if layout else 1, ranks.train_in_slabs, arguments, most)
+        pool.run(2 if layout else 1, training_ranks.train_in_slabs, arguments, most)
         rows[name] = metrics_of(tmp_path / name)
     for name in ("some", "tiny", "spread"):
         for row, want in zip(rows[name], rows["whole"], strict=True):

@@ -14,7 +14,7 @@ from megatron_align.training.loop import fit
 from megatron_align.training.run_context import joined_ranks
 from megatron_align.training.setup import prepare_run
 from megatron_align.training.trainer import Trainer
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import make_model, metrics_of, run_arguments
 
 
@@ -35,7 +35,9 @@ def train_by_hand(rank_info, arguments, steps, export=None):
 @pytest.mark.parametrize("layout", [{}, {"parallel__tensor": 2}], ids=["one", "tensor"])
 def test_steps_by_hand_are_those_of_the_command(pool, tiny_models, chat_file, tmp_path, layout):
     world = 2 if layout else 1
-    pool.run(world, ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "command", **layout))
+    pool.run(
+        world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "command", **layout)
+    )
     arguments = run_arguments(tiny_models(), chat_file, tmp_path / "hand", **layout)
     first = pool.run(world, train_by_hand, arguments, 3)
     resumed = pool.run(
@@ -47,7 +49,9 @@ def test_steps_by_hand_are_those_of_the_command(pool, tiny_models, chat_file, tm
 
 def test_evaluate_returns_what_the_validation_row_has(pool, tiny_models, chat_file, tmp_path):
     options = {"data__validation": chat_file, "train__steps": 1}
-    pool.run(1, ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "command", **options))
+    pool.run(
+        1, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "command", **options)
+    )
     [row] = metrics_of(tmp_path / "command", "validation")
     arguments = run_arguments(tiny_models(), chat_file, tmp_path / "hand", **options)
     [metrics] = pool.run(1, train_by_hand, arguments, 1)

@@ -11,7 +11,7 @@ import json
 import pytest
 import torch
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 
 STEPS, BATCH, LENGTH = 10, 4, 256
@@ -159,7 +159,7 @@ def our_rows(pool, model, data, folder, **options):
         optimizer__lr=LR,
         **{f"objective__{name}": value for name, value in options.items()},
     )
-    pool.run(1, ranks.train, arguments)
+    pool.run(1, training_ranks.train, arguments)
     return metrics_of(folder)
 
 

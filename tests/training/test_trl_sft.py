@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
 
 STEPS, BATCH, LENGTH = 10, 8, 256
@@ -99,7 +99,7 @@ def test_losses_equal_trl(pool, tiny_models, records, tmp_path, variant, world, 
         **options,
         **layout,
     )
-    pool.run(world, ranks.train, arguments)
+    pool.run(world, training_ranks.train, arguments)
     ours = [row["loss"] for row in metrics_of(tmp_path / "run")]
     theirs = trl_losses(tiny_models(variant), records, tmp_path / "trl", accumulate, schedule)
     assert ours == pytest.approx(theirs, rel=1e-4)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import make_model, metrics_of, run_arguments
 
 SPLITS = {
@@ -41,7 +41,7 @@ def train(pool, model, chat_file):
             **layout,
             **options,
         )
-        pool.run(world, ranks.train, arguments)
+        pool.run(world, training_ranks.train, arguments)
 
     return run
 

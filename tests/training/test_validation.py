@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import byte_tokenizer, metrics_of, run_arguments
 
 
@@ -16,14 +16,14 @@ def test_validation_equals_training_over_all_samples(pool, tiny_models, chat_fil
     }  # weights stay where they are
     pool.run(
         1,
-        ranks.train,
+        training_ranks.train,
         run_arguments(
             tiny_models(), chat_file, tmp_path / "all", train__steps=1, train__global_batch_size=64, **options
         ),
     )
     pool.run(
         2,
-        ranks.train,
+        training_ranks.train,
         run_arguments(
             tiny_models(),
             chat_file,
@@ -47,7 +47,7 @@ def test_epochs_take_every_sample_once(pool, tiny_models, chat_file, tmp_path):
     arguments = run_arguments(tiny_models(), chat_file, tmp_path, train__global_batch_size=12)
     arguments[arguments.index("--train.steps")] = "--train.epochs"
     arguments[arguments.index("--train.epochs") + 1] = "1"
-    pool.run(1, ranks.train, arguments)
+    pool.run(1, training_ranks.train, arguments)
     rows = metrics_of(tmp_path)
     assert [row["samples"] for row in rows] == [12, 12, 12, 12, 12, 4]
     # Lengths differ, so another sample in place of one that is left out would change the sum.

@@ -5,7 +5,7 @@ from tests.harness.processes import finish, release, start
 
 STALL = """
 from megatron_align.model.parallel import RankInfo
-from tests.harness.ranks import stall
+from tests.harness.training_ranks import stall
 print("imported", flush=True)
 input()
 stall(RankInfo.from_environment(), late=1, timeout=4)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_align.errors import InputError
 from megatron_align.training.reference.cache import Column
-from tests.harness import ranks
+from tests.harness import training_ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import make_model, metrics_of, run_arguments, write_labelled, write_pairs
 
@@ -84,7 +84,9 @@ def test_a_full_disk_leaves_the_old_column(tmp_path, monkeypatch):
 def run(pool, tiny_models, tmp_path):
     def go(name, data, world=1, model=None, **options):
         given = {"train__global_batch_size": 8, "data__cache": tmp_path / "cache", **options}
-        pool.run(world, ranks.train, run_arguments(model or tiny_models(), data, tmp_path / name, **given))
+        pool.run(
+            world, training_ranks.train, run_arguments(model or tiny_models(), data, tmp_path / name, **given)
+        )
         return tmp_path / name
 
     return go

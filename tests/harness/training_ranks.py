@@ -1,0 +1,139 @@
+"""Functions for the pool: training runs, and the optimizer and gradients of a run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_align.config import ParallelConfig
+from megatron_align.hf.load import load_weights
+from megatron_align.model import parallel
+from megatron_align.model.families import read_shape
+from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.objectives.configuration import parse
+from megatron_align.training.loop import run
+from megatron_align.training.watchdog import join_watched
+
+
+def train(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
+    """Run ``megatron_align.train`` with these arguments."""
+    run(parse(arguments), rank_info)
+
+
+def decay_groups(rank_info: parallel.RankInfo, model: Path) -> tuple[list[str], list[str], bool]:
+    """Return the parameters with and without decay, and whether the fp32 masters of bf16 weights equal them."""
+    from megatron_align.config import OptimizerConfig
+    from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+
+    with join_watched(rank_info, ParallelConfig()).watching():
+        groups, shape = parallel.groups(), read_shape(model)
+        chunks = build_policy(transformer_config(shape, ParallelConfig(), torch.bfloat16), shape, groups)
+        load_weights(model, shape, chunks[0].global_parameters(), 0, 1)
+        ddp = wrap_data_parallel(chunks, ParallelConfig())
+        optimizer = build_optimizer(ddp, OptimizerConfig(weight_decay=0.5), groups)
+        decays: dict[float, list[str]] = {0.5: [], 0.0: []}
+        equal = True
+        for name, parameter in chunks[0].named_parameters():
+            group, order = optimizer.model_param_group_index_map[parameter]
+            decays[optimizer.param_groups[group]["weight_decay"]].append(name)
+            master = optimizer.param_groups[group]["params"][order]
+            equal &= master.dtype == torch.float32 and torch.equal(
+                master, parameter.detach().float().flatten()
+            )
+    parallel.leave()
+    return decays[0.5], decays[0.0], equal
+
+
+def train_with_extras(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
+    """Train as if Transformer Engine was installed: megatron-core then stores the optimizer's step elsewhere."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    before = distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    try:
+        train(rank_info, arguments)
+    finally:
+        distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_TE_OPTIMIZER = before
+
+
+def norm_of(rank_info: parallel.RankInfo, grads: list[torch.Tensor]) -> float:
+    """Return the global norm of gradients distributed over the ranks."""
+    from megatron_align.training.optimizer import global_norm
+
+    with join_watched(rank_info, ParallelConfig()).watching():
+        norm = global_norm(grads[rank_info.rank :: rank_info.world_size], parallel.groups().dp)
+    parallel.leave()
+    return norm
+
+
+def stall(rank_info: parallel.RankInfo, late: int, timeout: float) -> None:
+    """Let rank ``late`` sleep while the others wait for it in an all-reduce: the watchdog must end them."""
+    with join_watched(rank_info, ParallelConfig(timeout_seconds=timeout)).watching() as watchdog:
+        watchdog.report("step 1")
+        if rank_info.rank == late:
+            time.sleep(600)
+        watchdog.report("step 2")
+        parallel.all_reduce_sum([1.0])
+
+
+class _GradientsAsWeights:
+    """An optimizer whose update replaces each parameter by its gradient."""
+
+    def __init__(self, model: list):
+        self.model = model
+
+    def zero_grad(self) -> None:
+        pass
+
+    def grad_norm(self) -> float:
+        return 0.0
+
+    def update(self, norm: float) -> None:
+        with torch.no_grad():
+            for chunk in self.model:
+                for parameter in chunk.parameters():
+                    parameter.copy_(parameter.main_grad)
+
+
+def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) -> None:
+    """Write the first step's gradients as a Hugging Face folder, in HF's layout."""
+    from megatron_align.hf.export import export_model
+    from megatron_align.training.run_context import joined_ranks
+    from megatron_align.training.setup import prepare_run
+    from megatron_align.training.trainer import Trainer
+
+    setup = prepare_run(parse(arguments), rank_info)
+    with joined_ranks(setup) as watchdog:
+        trainer = Trainer.build(setup, watchdog)
+        trainer.stepper.optimizer = _GradientsAsWeights(trainer.model)
+        with trainer.stepper.full_gradients():
+            trainer.train_step(trainer.train_batches.step(0))
+        export_model(trainer.chunks, folder, setup.assets)
+
+
+def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:
+    """Train with slabs of at most ``rows`` rows of logits."""
+    from megatron_align.kernels.token_logprobs import slab
+
+    before = slab.SLAB_BYTES["cpu"]
+    if rows is not None:
+        # 259 tokens, padded to a multiple of 128 on each rank
+        columns = 128 * (3 if parse(arguments).parallel.tensor == 1 else 2)
+        slab.SLAB_BYTES["cpu"] = rows * columns * 4
+    try:
+        train(rank_info, arguments)
+    finally:
+        slab.SLAB_BYTES["cpu"] = before
+
+
+def train_in_buckets(rank_info: parallel.RankInfo, arguments: list[str], elements: int) -> None:
+    """Train with gradients reduced and weights gathered in buckets of about ``elements`` elements."""
+    from megatron_align.training import optimizer
+
+    before, optimizer.BUCKET_ELEMENTS = optimizer.BUCKET_ELEMENTS, elements
+    try:
+        train(rank_info, arguments)
+    finally:
+        optimizer.BUCKET_ELEMENTS = before
