@@ -78,7 +78,7 @@ def head_gradients(
 ):
     """Return the loss of each pack, and every parameter's full main_grad after all of them.
 
-    ``options``: ``through: logprobs`` computes the loss outside the engine; ``freeze``: a frozen head; others go to DDP.
+    ``options``: ``through: logprobs`` computes the loss outside the engine; ``freeze``: a frozen head; others: DDP.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,

@@ -7,38 +7,23 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_align.hf.assets import copy_assets, write_config_dtype
 from megatron_align.hf.load import load_weights
 from megatron_align.hf.safetensors import HFWeights
 from megatron_align.hf.writer import ShardWriter, hf_specs
 from megatron_align.model.families import local_shape, padded_vocab, read_shape, rows, to_hf
+from tests.harness.tiny import make_model
 
-FAMILIES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
+FAMILIES = {"qwen2": "qwen2_untied", "llama": "llama3"}
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def make_hf(folder, *, family="qwen2", tied=False, dtype=torch.float32, max_shard_size="5GB"):
-    """Save a tiny model of random weights, biases and norms included, and return its folder."""
-    kind, model_kind = FAMILIES[family]
-    config = kind(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=131,
-        tie_word_embeddings=tied,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = model_kind(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return folder
+def make_hf(folder, *, family="qwen2", tied=False, **options):
+    """Save a tiny model of two layers and 131 tokens, and return its folder."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 131}
+    return make_model(folder, FAMILIES[family], tie_word_embeddings=tied, **sizes, **options)
 
 
 def tensors_of(folder):

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_align.errors import InputError
 from megatron_align.hf.load import load_weights
 from megatron_align.hf.safetensors import HFWeights
 from megatron_align.model.families import read_shape
+from tests.harness.tiny import make_model
 
 INDEX = "model.safetensors.index.json"
 SHARDS = "model.safetensors or shards with model.safetensors.index.json"
@@ -23,16 +23,8 @@ SHARDS = "model.safetensors or shards with model.safetensors.index.json"
 def saved(tmp_path_factory):
     """A tiny Llama, sharded; each test corrupts its own copy."""
     folder = tmp_path_factory.mktemp("saved")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=131,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="60KB")
-    return folder
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 131}
+    return make_model(folder, "llama3", max_shard_size="60KB", **sizes)
 
 
 @pytest.fixture
