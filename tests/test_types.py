@@ -13,12 +13,13 @@ from megatron_align.config import RunConfig
 from megatron_align.data.store import TokenStore
 from megatron_align.kernels import PackedLayout
 from megatron_align.training.resume import ResumePoint
+from megatron_align.training.trainer import Trainer
 
 def misspelt(config: RunConfig, layout: PackedLayout) -> None:
     config.optimiser
     layout.token
 
-def dataclass_as_a_list(point: ResumePoint):
+def dataclass_as_a_list(point: ResumePoint) -> object:
     return point[0]
 
 def wrong_argument(config: RunConfig) -> TokenStore:
@@ -27,20 +28,24 @@ def wrong_argument(config: RunConfig) -> TokenStore:
 def forgotten_none(point: ResumePoint | None) -> int:
     return point.step
 
-class Unannotated:
-    def __init__(self, point: ResumePoint):
-        self.point = point
+class Hook:
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
 
-    def reads(self):
-        return self.point.stepp
+    def reads(self) -> object:
+        return self.trainer.stepper.optimiser
+
+def unannotated(point):
+    return point.step
 """
 FINDINGS = {
-    8: '"RunConfig" has no attribute "optimiser"; maybe "optimizer"?',
-    9: '"PackedLayout" has no attribute "token"; maybe "tokens"?',
-    12: 'Value of type "ResumePoint" is not indexable',
-    15: 'Argument "path" to "TokenStore" has incompatible type "RunConfig"; expected "str | Path"',
-    18: 'Item "None" of "ResumePoint | None" has no attribute "step"',
-    25: '"ResumePoint" has no attribute "stepp"; maybe "step"?',
+    9: '"RunConfig" has no attribute "optimiser"; maybe "optimizer"?',
+    10: '"PackedLayout" has no attribute "token"; maybe "tokens"?',
+    13: 'Value of type "ResumePoint" is not indexable',
+    16: 'Argument "path" to "TokenStore" has incompatible type "RunConfig"; expected "str | Path"',
+    19: 'Item "None" of "ResumePoint | None" has no attribute "step"',
+    26: '"Stepper" has no attribute "optimiser"; maybe "optimizer"?',
+    28: "Function is missing a type annotation",
 }
 
 
