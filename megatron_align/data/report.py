@@ -90,7 +90,7 @@ def _packing(store: TokenStore, setup: PackingSetup) -> dict[str, Any]:
             f"{store.path}: a pack must hold the longest sample, of {lengths[longest]} tokens (sample {longest}), "
             f"got a length of {setup.pack_length}"
         )
-    costs = attention_cost(lengths, store.prompt_lengths, store.completion_counts, setup.share_prefix)
+    costs = attention_cost(store.lengths, store.prompt_lengths, store.completion_counts, setup.share_prefix)
     steps = [
         _step_figures(lengths[samples_B], costs[samples_B], setup)
         for samples_B in _sampled_steps(store, setup)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from megatron_align.data.batching.packing import PackOptions, plan_step
+from megatron_align.data.batching.packing import PackOptions, plan_samples, plan_step
 from megatron_align.data.report import PackingSetup, rendered, report
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.prepare import prepare
@@ -59,6 +59,21 @@ def test_packing_is_what_the_plan_says(chat, ranks):
         told = numbers[f"{what}_imbalance"]
         assert 1 <= told["mean"] <= told["max"] < 1.2
         assert (told["max"] == 1) == (ranks == 1)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_attention_is_counted_as_training_plans_it(make, share_prefix):
+    """A pair whose prompt is not shared computes it twice: cost (P + c)^2 for each completion."""
+    uneven = [{**PAIRS[0], "chosen": "the cat" * 2**i} for i in range(5)]  # no two ranks can be level
+    pairs = TokenStore(prepare(make(uneven)))
+    setup = PackingSetup(ranks=2, pack_length=1024, global_batch_size=len(pairs), share_prefix=share_prefix)
+    options = PackOptions(capacity=1024, share_prefix=share_prefix)
+    plan = plan_samples(pairs, np.arange(len(pairs)), 2, options)
+    prompts_S, own_S = pairs.prompt_lengths, pairs.lengths - pairs.prompt_lengths
+    costs_S = (1 if share_prefix else 2) * prompts_S**2 + 2 * prompts_S * own_S + own_S**2 // 2
+    of_rank = [sum(costs_S[pack].sum() for pack in rank) for rank in plan.packs]
+    shown = report(pairs, setup)["packing"]["attention_imbalance"]
+    assert shown["mean"] == pytest.approx(max(of_rank) * 2 / sum(of_rank))
 
 
 def test_without_packing_padding_is_that_of_the_longest(chat):
