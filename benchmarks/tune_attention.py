@@ -36,7 +36,7 @@ def render(table: dict, note: str) -> str:
         for (chip, head_dim, dtype), tiles in sorted(table.items())
     )
     return (
-        f'"""Written by benchmarks/tune_attention.py (docs/kernels.md). {note}\n\n'
+        f'"""Tile sizes, written by benchmarks/tune_attention.py. {note}\n\n'
         "(chip, head dim, dtype): (queries, keys, warps, stages) of the forward, dq and dkdv kernels.\n"
         f'"""\n\nTABLE = {{\n{rows}}}\n'
     )

@@ -36,5 +36,5 @@ def test_useful_pairs_are_those_of_the_mask():
 
 def test_the_table_is_what_the_tuning_script_writes():
     source = FILE.read_text(encoding="utf-8")
-    note = source.split("(docs/kernels.md). ")[1].split("\n")[0]
+    note = source.split("tune_attention.py. ")[1].split("\n")[0]
     assert render(TABLE, note) == source
