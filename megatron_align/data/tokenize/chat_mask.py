@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_align.data.tokenize.chat_template import ChatTemplate
-from megatron_align.data.tokenize.prefix_tokens import Encoder, Rendering, common_prefix_length
+from megatron_align.data.tokenize.encoder import Encoder, Rendering, common_prefix_length
 from megatron_align.errors import InputError
 from megatron_align.records import Conversation
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_align.data.tokenize.chat_mask import ChatMask
 from megatron_align.data.tokenize.chat_template import ChatTemplate
-from megatron_align.data.tokenize.prefix_tokens import Encoder, common_prefix_length
+from megatron_align.data.tokenize.encoder import Encoder, common_prefix_length
 from megatron_align.errors import InputError
 from megatron_align.records import Completion, Conversation, Preference, Record, Sample
 

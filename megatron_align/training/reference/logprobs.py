@@ -1,5 +1,7 @@
 """Reference log-probs of a step, in the three modes of the reference model: cached, live, none.
 
+The forward pass itself is ``training.scoring``; cached columns are computed and kept by :mod:`.cache`.
+
 Shapes: C completions of one pack, S completions of a step, over all ranks.
 """
 

@@ -17,7 +17,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from megatron_align.data.tokenize.prefix_tokens import Encoder, Rendering, common_prefix_length
+from megatron_align.data.tokenize.encoder import Encoder, Rendering, common_prefix_length
 
 WORDS = [
     "hello",
