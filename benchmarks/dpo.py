@@ -79,6 +79,8 @@ def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, obj
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
+    from tests.harness.trl import TRL_SETTINGS
+
     class Timed(DPOTrainer):
         losses: list[float] = []
         ends: list[float] = []
@@ -105,14 +107,8 @@ def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, obj
         weight_decay=0.1,
         lr_scheduler_type="constant",
         max_length=2048,
-        train_sampling_strategy="sequential",
         precompute_ref_log_probs=precompute,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **TRL_SETTINGS,
     )
     records = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     trainer = Timed(

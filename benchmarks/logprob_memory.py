@@ -144,6 +144,8 @@ def step_trl(folder: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
+    from tests.harness.trl import TRL_SETTINGS
+
     model, data = _model_and_data(folder)
     second, losses = _Second(), []
 
@@ -159,13 +161,7 @@ def step_trl(folder: Path) -> dict[str, float]:
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         max_length=2048,
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **TRL_SETTINGS,
     )
     Trainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),

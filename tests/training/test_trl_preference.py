@@ -13,6 +13,7 @@ import torch
 
 from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
+from tests.harness.trl import TRL_SETTINGS
 
 STEPS, BATCH, LENGTH = 10, 4, 256
 LR = 3e-4
@@ -125,14 +126,8 @@ def trl_rows(module, kind, model, records, folder, **options):
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         max_length=LENGTH,
-        train_sampling_strategy="sequential",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
         logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
+        **TRL_SETTINGS,
         **own,
         **options,
     )

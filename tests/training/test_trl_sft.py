@@ -11,6 +11,7 @@ import torch
 
 from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments
+from tests.harness.trl import TRL_SETTINGS
 
 STEPS, BATCH, LENGTH = 10, 8, 256
 # A decay so strong that ten steps show it, and show that vectors have none.
@@ -59,13 +60,7 @@ def trl_losses(model, records, folder, accumulate, schedule):
             max_grad_norm=1.0,
             max_length=LENGTH,
             packing=False,
-            train_sampling_strategy="sequential",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **TRL_SETTINGS,
         ),
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(model),
