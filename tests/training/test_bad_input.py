@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written(tiny_models, chat_file, tmp_path, capsy
     capsys.readouterr()
     assert main(run_arguments(model, chat_file, tmp_path / place)) == 2
     assert re.fullmatch(
-        "error: checkpoint.dir must be a folder that can be written.*\n", capsys.readouterr().err
+        "error: checkpoint.dir cannot be written.*\n", capsys.readouterr().err
     )
 
 
@@ -208,7 +208,7 @@ def test_preference_data(refused, tmp_path):
         (pairs, "kto", {}, "objective kto needs labelled completions .*, got pair data"),
         (pairs, "sft", {}, "objective sft needs chat data .*, got pair data"),
         (pairs, "reward", {"alpha": 0.1}, "objective.alpha 0.1 reads absolute scores; no sample has one"),
-        (pairs, "reward", {"ranked_loss": "all_pairs"}, "ranked_loss is of ranked data, got pair data"),
+        (pairs, "reward", {"ranked_loss": "all_pairs"}, "ranked_loss needs ranked data, got pair data"),
         (weighted, "dpo", {"loss_type": "aot"}, "aot mixes the pairs of a step, .* got weights from 1 to 2"),
         (same, "dpo", {}, "same.jsonl:1: .*rejected"),
         (level, "reward", {}, "a ranked list needs two different scores, sample 0 has one"),
