@@ -157,9 +157,7 @@ def test_a_folder_that_cannot_be_written(tiny_models, chat_file, tmp_path, capsy
     model = tiny_models()
     capsys.readouterr()
     assert main(run_arguments(model, chat_file, tmp_path / place)) == 2
-    assert re.fullmatch(
-        "error: checkpoint.dir cannot be written.*\n", capsys.readouterr().err
-    )
+    assert re.fullmatch("error: checkpoint.dir cannot be written.*\n", capsys.readouterr().err)
 
 
 def test_torchrun_says_it_once(tiny_models, chat_file, tmp_path):
