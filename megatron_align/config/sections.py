@@ -1,6 +1,6 @@
 """The options of every section of a run except its objective: frozen dataclasses that validate themselves.
 
-The docstring of a field is its help text.
+The docstring of a field is its help text. Longer than 400 lines: all options of a run are read on one page.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class ResumePoint:
     corrupt: tuple[tuple[Path, str], ...] = ()
 
     @property
-    def card(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The checkpoint's metadata, from card.json."""
         return read_checkpoint_metadata(self.folder)
 
@@ -91,7 +91,7 @@ def verified_resume_point(
         point = find_resume_point(config, run, shape, (*point.corrupt, (point.folder, "; ".join(faults))))
     if point is None:
         return None
-    require_same_run(config, data_key, point.card, point.folder, assets)
+    require_same_run(config, data_key, point.metadata, point.folder, assets)
     dist.barrier()  # all ranks have finished reading
     if dist.get_rank() == 0:
         for folder, _ in point.corrupt:

@@ -16,23 +16,23 @@ _NEVER_ALLOWED = "precision"  # a group that resume_allow cannot name
 
 
 def require_same_run(
-    config: RunConfig, data_key: str, card: dict[str, Any], folder: Path, assets: Path
+    config: RunConfig, data_key: str, metadata: dict[str, Any], folder: Path, assets: Path
 ) -> None:
     """Refuse to resume with other data, sample order, tokenizer, objective, reference or precision.
 
     Args:
         config: of the run that resumes.
         data_key: of its tokenised training data.
-        card: of the checkpoint.
+        metadata: of the checkpoint.
         folder: of the checkpoint.
         assets: HF folder with the tokenizer of the run.
 
     Raises:
         InputError: naming every difference that ``checkpoint.resume_allow`` does not name.
     """
-    if not isinstance(card.get("config"), dict):
+    if not isinstance(metadata.get("config"), dict):
         raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {folder}")
-    found = differences(config, data_key, card)
+    found = differences(config, data_key, metadata)
     try:
         require_same_tokenizer([folder / ASSETS, assets])
     except InputError as error:
@@ -49,19 +49,19 @@ def require_same_run(
     )
 
 
-def require_same_reference(weights: str, config: RunConfig, card: dict[str, Any], folder: Path) -> None:
+def require_same_reference(weights: str, config: RunConfig, metadata: dict[str, Any], folder: Path) -> None:
     """Refuse to resume with a reference whose weight files were changed in place.
 
     Args:
         weights: hash of the reference's weights.
         config: of the run that resumes.
-        card: of the checkpoint; older ones have no hash.
+        metadata: of the checkpoint; older ones have no hash.
         folder: of the checkpoint.
 
     Raises:
         InputError: unless ``checkpoint.resume_allow`` names the reference.
     """
-    before, path = card.get("reference_weights") or weights, config.reference.path or config.model.path
+    before, path = metadata.get("reference_weights") or weights, config.reference.path or config.model.path
     if before != weights and "reference" not in config.checkpoint.resume_allow:
         raise InputError(
             f"the reference has changed: the weights in {path} were sha256 {before[:16]} and are {weights[:16]} "
@@ -69,14 +69,14 @@ def require_same_reference(weights: str, config: RunConfig, card: dict[str, Any]
         )
 
 
-def differences(config: RunConfig, data_key: str, card: dict[str, Any]) -> dict[str, list[str]]:
+def differences(config: RunConfig, data_key: str, metadata: dict[str, Any]) -> dict[str, list[str]]:
     """Return the differences between a run's configuration and data and a checkpoint's, one line each, by group."""
-    before, now = card["config"], to_dict(config)
+    before, now = metadata["config"], to_dict(config)
     pairs: dict[str, dict[str, tuple[Any, Any]]] = {
         "data": {
-            "the tokenised data": (card["data"]["key"], data_key),
+            "the tokenised data": (metadata["data"]["key"], data_key),
             "passes per epoch": (
-                card["data"]["passes_per_epoch"],
+                metadata["data"]["passes_per_epoch"],
                 list(passes_per_epoch(config.data.train)),
             ),
         },

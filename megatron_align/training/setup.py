@@ -116,7 +116,7 @@ def prepare_run(
         _require_vocabulary(stores, shape)
         _require_steps_left(config, stores, resume)
         if resume is not None:
-            require_same_run(config, stores["train"].path.name, resume.card, resume.folder, assets)
+            require_same_run(config, stores["train"].path.name, resume.metadata, resume.folder, assets)
     return RunSetup(
         config=config,
         start_shape=start,

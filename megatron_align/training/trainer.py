@@ -165,6 +165,7 @@ class Trainer:
                 columns=columns,
                 live=live,
                 sync_steps=config.reference.sync_steps,
+                mixup_alpha=config.reference.mixup_alpha,
                 weights_hash=reference_hash,
             )
             trainer = cls(setup, watchdog, objective, model, optimizer, references)
@@ -219,9 +220,7 @@ class Trainer:
             self.objective.load_state(state)
         if self.references.is_synced_after(self.step):
             gather_parameters(self.model)
-            live, alpha = self.references.live, self.config.reference.mixup_alpha
-            if live is not None and alpha is not None:  # both come with sync_steps
-                live.move(self.chunks, alpha)
+            self.references.sync(self.chunks)
         return StepReport(
             step=self.step,
             data=data,
@@ -262,13 +261,13 @@ class Trainer:
 
         The state of another objective or reference, which ``checkpoint.resume_allow`` accepted, is left out.
         """
-        saved = point.card["config"]
+        saved = point.metadata["config"]
         reference = self.references.synced_chunks() if saved["reference"].get("sync_steps") else None
         load_checkpoint(point.folder, self.model, self.optimizer, reference)
-        if "health_state" in point.card:  # older checkpoints have none
-            self.health.load_state(point.card["health_state"])
+        if "health_state" in point.metadata:  # older checkpoints have none
+            self.health.load_state(point.metadata["health_state"])
         if saved["objective"]["name"] == self.config.objective.name:
-            self.objective.load_state(point.card["objective_state"])
+            self.objective.load_state(point.metadata["objective_state"])
         self.step, self.resumed = point.step, point
         set_updates(self.optimizer, self.step - self.health.counts["skipped_steps"])
 
@@ -291,7 +290,7 @@ class Trainer:
             self.setup.megatron.params_dtype,
             world_size=self.setup.rank_info.world_size,
             config=to_dict(self.config),
-            data=self._data_card(),
+            data=self._data_metadata(),
             reference_weights=self.references.weights_hash,
             objective_state=self.objective.state(),
             health_state=self.health.state(),
@@ -317,7 +316,7 @@ class Trainer:
         reference = self.references.of_split(split)
         return PrePass(Scorer(self.model, self.objective), self.objective, self.groups, reference)
 
-    def _data_card(self) -> Mapping[str, Any]:
+    def _data_metadata(self) -> Mapping[str, Any]:
         return {
             "key": self.setup.train.path.name,
             "passes_per_epoch": list(passes_per_epoch(self.config.data.train)),

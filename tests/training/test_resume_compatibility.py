@@ -33,7 +33,7 @@ def config(*allow, **options):
     return parse(run_arguments("model", "chat.jsonl", "run", **options))
 
 
-def card(**options):
+def metadata(**options):
     return {"config": to_dict(config(**options)), "data": {"key": KEY, "passes_per_epoch": [1.0]}}
 
 
@@ -53,29 +53,29 @@ def test_a_change_is_refused_by_name_unless_it_is_asked_for(group, checkpoint, a
     key = options.get("key", KEY)
     options = {name: value for name, value in options.items() if name != "key"}
     with pytest.raises(InputError) as error:
-        require_same_run(config(**options), key, card(), checkpoint, assets)
+        require_same_run(config(**options), key, metadata(), checkpoint, assets)
     assert line in str(error.value)
     assert f"set checkpoint.resume_allow [{group}]" in str(error.value)
     assert "\n" not in str(error.value)
     others = [name for name in CHANGES if name != group]
     with pytest.raises(InputError, match=f"resume_allow \\[{group}\\]"):
-        require_same_run(config(*others, **options), key, card(), checkpoint, assets)
+        require_same_run(config(*others, **options), key, metadata(), checkpoint, assets)
     # the others: harmless
-    require_same_run(config(group, *others, **options), key, card(), checkpoint, assets)
+    require_same_run(config(group, *others, **options), key, metadata(), checkpoint, assets)
 
 
 def test_a_reference_is_a_group_of_its_own(checkpoint, assets):
     pairs = {"objective__name": "dpo", "reference__mode": "live", "reference__sync_steps": 2}
     now = {**pairs, "reference__sync_steps": 4}
     with pytest.raises(InputError, match=r"reference.sync_steps was 2 and is 4.*\[reference\]"):
-        require_same_run(config(**now), KEY, card(**pairs), checkpoint, assets)
-    require_same_run(config("reference", **now), KEY, card(**pairs), checkpoint, assets)
+        require_same_run(config(**now), KEY, metadata(**pairs), checkpoint, assets)
+    require_same_run(config("reference", **now), KEY, metadata(**pairs), checkpoint, assets)
 
 
 def test_all_differences_are_named_at_once(checkpoint, assets):
     now = config(train__seed=7, data__shuffle=False, objective__normalization="sample")
     with pytest.raises(InputError) as error:
-        require_same_run(now, "other", card(), checkpoint, assets)
+        require_same_run(now, "other", metadata(), checkpoint, assets)
     for fact in (
         "the tokenised data was",
         "train.seed was",
@@ -93,14 +93,14 @@ def test_a_tokenizer_is_compared_by_its_files(checkpoint, assets):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"tokenizers differ: 2 tokens differ.*\[tokenizer\]"):
-        require_same_run(config(), KEY, card(), checkpoint, assets)
-    require_same_run(config("tokenizer"), KEY, card(), checkpoint, assets)
+        require_same_run(config(), KEY, metadata(), checkpoint, assets)
+    require_same_run(config("tokenizer"), KEY, metadata(), checkpoint, assets)
 
 
 def test_precision_cannot_be_allowed(checkpoint, assets):
     everything = config("data", "tokenizer", "order", "objective", "reference", train__precision="bf16")
     with pytest.raises(InputError, match="train.precision was fp32 and is bf16") as error:
-        require_same_run(everything, KEY, card(), checkpoint, assets)
+        require_same_run(everything, KEY, metadata(), checkpoint, assets)
     assert "resume_allow" not in str(error.value)
 
 

@@ -36,6 +36,7 @@ class References:
         columns: cached log-probs of each split.
         live: the second model of ``reference.mode: live``.
         sync_steps: interval in steps at which the live reference moves towards the policy; None: it is frozen.
+        mixup_alpha: how far it then moves, see :meth:`.LiveReference.move`; None: it is frozen.
         weights_hash: of a frozen reference's weights; None: training moves it, or there is none.
     """
 
@@ -43,6 +44,7 @@ class References:
     columns: Mapping[str, ReferenceColumns]
     live: LiveReference | None
     sync_steps: int | None
+    mixup_alpha: float | None
     weights_hash: str | None
 
     def of_split(self, split: str) -> Reference | None:
@@ -59,6 +61,13 @@ class References:
     def is_synced_after(self, step: int) -> bool:
         """Return whether the reference moves towards the policy after a step."""
         return bool(self.live and self.sync_steps and step % self.sync_steps == 0)
+
+    def sync(self, policy: Sequence[Policy]) -> None:
+        """Move the live reference towards the policy's chunks."""
+        live, alpha = self.live, self.mixup_alpha
+        assert live is not None, "is_synced_after is true of a live reference only"
+        assert alpha is not None, "it comes with sync_steps"
+        live.move(policy, alpha)
 
 
 class ReferenceBuilder:
@@ -89,7 +98,7 @@ class ReferenceBuilder:
         with self.watchdog.patient("hashing the reference"):
             weights_hash = hash_of_rank_0(locate(config.reference.path or config.model.path)[0])
         if resume is not None:
-            require_same_reference(weights_hash, config, resume.card, resume.folder)
+            require_same_reference(weights_hash, config, resume.metadata, resume.folder)
         return weights_hash
 
     def cached_columns(
