@@ -1,4 +1,7 @@
-"""The whole quickstart, a few steps of it: tiny Qwen2 -> SFT -> DPO on two processes -> HF folder -> report."""
+"""The quickstart, a few steps of each stage: tiny Qwen2 -> SFT -> DPO on two processes -> HF folder -> report.
+
+Slow, as CI runs the complete quickstart after the tests.
+"""
 
 import json
 import math
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 

@@ -65,8 +65,8 @@ def test_a_clock_that_is_not_asked_measures_nothing():
 def test_out_of_memory_says_where_and_what_needs_less(pool, tiny_models, chat_file, tmp_path):
     [said] = pool.run(1, sick.train_out_of_memory, run_arguments(tiny_models(), chat_file, tmp_path / "run"))
     assert said == (
-        "rank 0 is out of memory in 'step 2': Tried to allocate 7.00 GiB. GPU 0 is full. Less is needed with "
-        "train.recompute_layers: 1 (activations are computed again, about a third more time); or "
+        "rank 0 is out of memory in 'step 2': Tried to allocate 7.00 GiB. GPU 0 is full. To use less memory: "
+        "train.recompute_layers: 1 (activations are recomputed, about a third more time); or "
         "data.sequence_length below 256 (the length of a pack); or parallel.tensor above 1 or parallel.pipeline "
         "above 1; or train.precision: bf16"
     )

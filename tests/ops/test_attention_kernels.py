@@ -72,10 +72,14 @@ def assert_within_budget(tensors, layout, blocks):
     truth = run(packed_attention_reference, exact, layout, grad)
     same = run(packed_attention_reference, tensors, layout, grad)
     got = run(kernels, tensors, layout, grad, blocks)
+    # Where every token sees only itself, dq and dk are differences of equal numbers: exactly 0 in the references, whose
+    # softmax subtracts a number from itself, and rounding of dO v - dO out (times k) in the kernels.
+    q, k, v = exact
+    cancelling = grad.abs().max() * v.abs().max() * k.abs().max() * q.shape[-1] ** 0.5
     slack = torch.finfo(tensors[0].dtype).eps * (16 if tensors[0].dtype == torch.float32 else 1)
     for name, got_t, same_t, truth_t in zip(("out", "dq", "dk", "dv"), got, same, truth, strict=True):
         error = (got_t - truth_t).abs().max().item()
-        allowed = ((same_t - truth_t).abs().max() + slack * truth_t.abs().max()).item()
+        allowed = ((same_t - truth_t).abs().max() + slack * (truth_t.abs().max() or cancelling)).item()
         assert error <= allowed, f"{name}: error {error:.2e} > allowed {allowed:.2e}"
 
 
