@@ -14,7 +14,7 @@ from pyarrow import parquet
 from megatron_align.data.formats.files import read_file
 from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
 
-DATA = Path(os.environ.get("MEGATRON_ALIGN_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+DATA = Path(os.environ.get("MEGATRON_ALIGN_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 ALPACA = {"instruction": "Name a cat.", "input": "", "output": "Tom"}
 CALL = '{"name": "get_time", "arguments": {"zone": "UTC"}}'
 TOOL = {"name": "get_time", "description": "d", "parameters": {"type": "object"}}
