@@ -80,9 +80,13 @@ class ChatTemplate:
         encoded = self._apply(record, turns, return_dict=True, return_assistant_tokens_mask=True)
         return encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
 
+    def exists(self) -> bool:
+        """Return whether there is a chat template: the tokenizer's own or another."""
+        return bool(self.text or self.tokenizer.chat_template)
+
     def require_template(self, record: Conversation) -> None:
         """Raise InputError if there is no chat template."""
-        if not (self.text or self.tokenizer.chat_template):
+        if not self.exists():
             raise InputError(
                 f"{record.where}: a conversation needs a tokenizer with a chat template, "
                 f"got none in '{self.tokenizer.name_or_path}'; data.chat_template can give one"
