@@ -17,7 +17,7 @@ FLOORS = [
     ["config", "storage", "losses"],
     ["data", "model"],
     ["hf", "objectives"],
-    ["cost", "checkpoint", "merge"],
+    ["cost", "checkpoint", "merge", "rollout"],
     ["monitoring"],
     ["convert", "training"],
     ["train"],

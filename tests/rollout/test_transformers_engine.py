@@ -1,0 +1,145 @@
+"""Greedy completions equal transformers' token for token, log-probs its logits', and no draw depends on the batch."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_align.errors import InputError
+from megatron_align.rollout.transformers_engine import TransformersEngine
+from megatron_align.rollout.types import Prompt, Sampling
+from tests.harness.tiny import make_model
+
+CPU = torch.device("cpu")
+LENGTHS = (3, 40, 1, 17, 90, 5, 5, 33)
+
+
+def prompts_of(lengths, vocabulary=256):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Prompt(torch.randint(vocabulary, (length,), generator=generator).tolist(), key)
+        for key, length in enumerate(lengths)
+    ]
+
+
+@pytest.fixture(scope="module", params=["qwen2_tied", "llama3"])
+def engine(request, tiny_models):
+    return TransformersEngine.from_folder(tiny_models(request.param), torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return prompts_of(LENGTHS)
+
+
+def test_greedy_equals_transformers_token_for_token(engine, prompts):
+    answers = engine.generate(prompts, Sampling(temperature=0, max_tokens=24))
+    for prompt, [answer] in zip(prompts, answers, strict=True):
+        expected = engine.model.generate(
+            torch.tensor([prompt.token_ids]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=sorted(engine.end_ids),
+            pad_token_id=0,
+        )[0, len(prompt.token_ids) :]
+        assert list(answer.token_ids) == expected.tolist()
+        ended = answer.token_ids[-1] in engine.end_ids
+        assert answer.finish_reason == ("stop" if ended else "length")
+        assert len(answer.token_ids) == 24 or ended
+
+
+def test_log_probs_are_those_of_one_forward_pass_at_the_temperature(engine, prompts):
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=100, max_tokens=12, completions=2)
+    for prompt, answers in zip(prompts, engine.generate(prompts, sampling), strict=True):
+        for answer in answers:
+            tokens = torch.tensor([[*prompt.token_ids, *answer.token_ids]])
+            with torch.no_grad():
+                logits = engine.model(tokens).logits[0, len(prompt.token_ids) - 1 : -1]
+            expected = torch.log_softmax(logits.double() / 0.7, -1)
+            expected = expected.gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+            assert torch.tensor(answer.logprobs) == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+def test_samples_do_not_depend_on_the_batch(engine, prompts):
+    sampling = Sampling(max_tokens=16, completions=3, seed=5)
+    together = engine.generate(prompts, sampling)
+    alone = [engine.generate([prompt], sampling)[0] for prompt in prompts]
+    backwards = engine.generate(prompts[::-1], sampling)[::-1]
+    tight = TransformersEngine(engine.model, engine.tokenizer, batch_tokens=120)  # rows join while others run
+    longer = engine.generate(prompts, dataclasses.replace(sampling, max_tokens=20))
+    for other in (alone, backwards, tight.generate(prompts, sampling)):
+        assert [[a.token_ids for a in some] for some in other] == [
+            [a.token_ids for a in some] for some in together
+        ]
+    for some, more in zip(together, longer, strict=True):
+        assert [a.token_ids for a in some] == [a.token_ids[:16] for a in more]
+    assert len({a.token_ids for some in together for a in some}) == 3 * len(prompts)
+    other_seed = engine.generate(prompts, dataclasses.replace(sampling, seed=6))
+    assert other_seed[0][0].token_ids != together[0][0].token_ids
+
+
+def test_a_stop_text_ends_a_completion_and_is_left_out(engine, prompts):
+    prompt = prompts[1:2]
+    sampling = Sampling(max_tokens=60, seed=3)
+    [[free]] = engine.generate(prompt, sampling)
+    at = next(i for i in range(5, len(free.text) - 2) if free.text[i : i + 2].isascii())
+    stop = free.text[at : at + 2]
+    [[stopped]] = engine.generate(prompt, dataclasses.replace(sampling, stop=(stop, "never written")))
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: len(stopped.token_ids)]
+    assert len(stopped.token_ids) < len(free.token_ids)
+
+
+def test_tokens_are_reported_as_they_are_drawn(engine, prompts):
+    seen = {}
+    answers = engine.generate(
+        prompts,
+        Sampling(max_tokens=4, completions=2),
+        lambda i, k, token: seen.setdefault((i, k), []).append(token),
+    )
+    assert seen == {(i, k): list(a.token_ids) for i, some in enumerate(answers) for k, a in enumerate(some)}
+
+
+def test_the_context_is_never_passed_and_long_prompts_are_counted(tmp_path):
+    folder = make_model(tmp_path / "short", max_position_embeddings=32)
+    engine = TransformersEngine.from_folder(folder, torch.float32, CPU)
+    [[answer]] = engine.generate(prompts_of([30]), Sampling(temperature=0, max_tokens=10))
+    assert (len(answer.token_ids), answer.finish_reason) == (2, "length")
+    with pytest.raises(
+        InputError, match=r"prompt 1: .* context of 32 tokens, got 40; 2 of 3 prompts are too long"
+    ):
+        engine.generate(prompts_of([5, 40, 32]), Sampling())
+    with pytest.raises(InputError, match="must have a token"):
+        engine.generate([Prompt([])], Sampling())
+    assert engine.generate([], Sampling()) == []
+
+
+def test_new_weights_replace_the_old_ones(tmp_path, tiny_models, prompts):
+    """An engine given another model's tensors is that model; a tensor left out is an error."""
+    for variant in ("qwen2_tied", "llama3"):
+        folder = tiny_models(variant)
+        expected = TransformersEngine.from_folder(folder, torch.float32, CPU)
+        engine = TransformersEngine.from_assets(folder, torch.float32, CPU)
+        tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        engine.update_weights(tensors.items(), version=4)
+        sampling = Sampling(max_tokens=8, seed=2)
+        answers = engine.generate(prompts, sampling)
+        assert [a.token_ids for [a] in answers] == [
+            a.token_ids for [a] in expected.generate(prompts, sampling)
+        ]
+        assert {a.weight_version for [a] in answers} == {4}
+        name = next(iter(tensors))
+        with pytest.raises(InputError, match=f"missing {name}"):
+            engine.update_weights([(n, t) for n, t in tensors.items() if n != name], version=5)
+        with pytest.raises(InputError, match="must keep its shape"):
+            engine.update_weights([(name, torch.zeros(2, 2))], version=5)
+        with pytest.raises(InputError, match="no tensor x"):
+            engine.update_weights([("x", torch.zeros(2))], version=5)
+
+
+def test_models_that_generate_nothing_are_refused(tmp_path):
+    folder = make_model(tmp_path / "reward", "qwen2_reward")
+    with pytest.raises(InputError, match="needs a language model"):
+        TransformersEngine.from_folder(folder, torch.float32, CPU)
