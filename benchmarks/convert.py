@@ -104,7 +104,9 @@ def by_transformers(hf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(hf, dtype=torch.bfloat16).save_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(hf, dtype=torch.bfloat16, trust_remote_code=False).save_pretrained(
+        out
+    )
     sync(out)
 
 

@@ -112,10 +112,10 @@ def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, obj
     )
     records = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     trainer = Timed(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False),
         args=arguments,
         train_dataset=Dataset.from_list(records),
-        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False),
         callbacks=[Clock()],
     )
     trainer.train()

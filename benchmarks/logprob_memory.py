@@ -164,10 +164,10 @@ def step_trl(folder: Path) -> dict[str, float]:
         **TRL_SETTINGS,
     )
     Trainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False),
         args=settings,
         train_dataset=load_dataset("json", data_files=str(data), split="train", cache_dir=str(folder)),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        processing_class=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
     ).train()
     return {**second.figures, "loss": losses[-1]}
 

@@ -139,7 +139,7 @@ def peer(folder: Path, case: str, file: str, processes: int) -> dict[str, float]
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
 
     def tokenise(batch: dict) -> dict:
         if case == "text":

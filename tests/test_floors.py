@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "megatron_align"
 FLOORS = [
     ["kernels"],
-    ["errors", "faults", "records", "version"],
+    ["errors", "faults", "paths", "records", "version"],
     ["config", "storage", "losses"],
     ["data", "model"],
     ["hf", "objectives"],

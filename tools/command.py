@@ -7,6 +7,10 @@ import sys
 from typing import Any, NoReturn
 
 from megatron_align.errors import InputError, nearest
+from megatron_align.paths import expand_home
+
+# metavars of options that are paths
+PATHS = ("DIR", "CKPT", "PATH", "FILE", "FILE.jsonl", "REPORT", "RUN.yaml")
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,8 +26,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """Add an argument as argparse does."""
+        """Add an argument as argparse does; in one whose ``metavar`` is of :data:`PATHS`, ``~`` is expanded."""
         self._names += names
+        if options.get("metavar") in PATHS:
+            options["type"] = _path
         return super().add_argument(*names, **options)
 
     def parse(self, arguments: list[str]) -> argparse.Namespace:
@@ -41,6 +47,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise argparse's error as :class:`InputError`."""
         raise InputError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def _path(text: str) -> str:
+    try:
+        return expand_home(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def choose(program: str, about: str, commands: dict[str, str], arguments: list[str]) -> tuple[str, list[str]]:

@@ -14,8 +14,8 @@ def ask(
     folder: Path, questions: Sequence[str], *, max_new_tokens: int = 8, batch_size: int = 128
 ) -> list[str]:
     """Generate an answer to each question: greedy, batched, padded on the left; special tokens are removed."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         chats = [[{"role": "user", "content": q}] for q in questions[start : start + batch_size]]
@@ -32,8 +32,8 @@ def answer_logprobs(
     folder: Path, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 128
 ) -> list[float]:
     """Return the log-prob of each answer given its question, end token included, in nats."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     sums: list[float] = []
     for start in range(0, len(questions), batch_size):
         part = slice(start, start + batch_size)

@@ -38,8 +38,13 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
-    """Return ``path`` if it is a checkpoint, or the newest checkpoint of a run's folder; None: it is neither."""
+    """Return ``path`` if it is a checkpoint, or the newest checkpoint of a run's folder; None: it is neither.
+
+    A folder with a config.json or safetensors files is a Hugging Face folder, whatever else it holds.
+    """
     path = Path(path)
+    if (path / "config.json").exists() or next(path.glob("*.safetensors"), None):
+        return None
     if any((path / name).is_file() for name in (CARD, CHECKSUMS)):
         return path
     steps = list_steps(path)

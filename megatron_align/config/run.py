@@ -27,6 +27,7 @@ from megatron_align.config.sections import (
     TrainConfig,
 )
 from megatron_align.errors import InputError, nearest, require
+from megatron_align.paths import expand_home
 
 OptionsClass = Callable[[str], type]  # from objective.name to the dataclass of its options
 # A part of a command line: the content of a configuration file, or one argument.
@@ -169,7 +170,7 @@ def _argument(part: Part, name: str) -> str:
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    file = Path(path)
+    file = Path(expand_home(path))
     require(file.is_file(), f"--config needs a YAML file, found none at '{path}'")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

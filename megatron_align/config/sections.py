@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_align.errors import nearest, require
+from megatron_align.paths import expand_fields
 
 RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
 
@@ -22,6 +23,9 @@ class ModelConfig:
     """
 
     path: str
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class DataSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        expand_fields(self, "path")
         require(
             self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}"
         )
@@ -73,6 +78,7 @@ class DataConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
+        expand_fields(self, "train", "validation", "chat_template", "cache")
         require(
             self.sequence_length > 1,
             f"data.sequence_length must be at least 2 tokens, got {self.sequence_length}",
@@ -97,6 +103,7 @@ class ReferenceConfig:
     mixup_alpha: float | None = None
 
     def __post_init__(self) -> None:
+        expand_fields(self, "path")
         require(
             self.sync_steps is None or self.mode == "live",
             f"reference.sync_steps needs reference.mode live, got mode {self.mode}",
@@ -352,6 +359,7 @@ class CheckpointConfig:
     export_hf: bool = True
 
     def __post_init__(self) -> None:
+        expand_fields(self, "dir")
         for name in ("save_every", "keep", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"checkpoint.{name} must be at least 1, got {value}")

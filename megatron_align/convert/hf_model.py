@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,11 +12,37 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
+from megatron_align.data.tokenize.tokenizer import one_line
+from megatron_align.errors import InputError
 from megatron_align.hf.safetensors import DTYPES, HFWeights
-from megatron_align.model.families import ModelShape
+from megatron_align.model.families import ModelShape, read_json
+
+
+def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
+    """Return transformers' configuration of a folder; code that the folder holds is never executed.
+
+    Raises:
+        InputError: transformers cannot read it, or only by running the folder's code.
+    """
+    if shape.norm_head:
+        return _llama_config(Path(hf))
+    try:
+        # trust_remote_code: left unset, transformers asks on the terminal, and runs the folder's code after a yes
+        return AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        code = (
+            ""
+            if "trust_remote_code" not in str(error)
+            else "the folder's own code would be needed and is never run; "
+        )
+        raise InputError(
+            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: "
+            f"{code}{one_line(error)[:300]}"
+        ) from error
 
 
 class HFModel:
@@ -35,10 +60,10 @@ class HFModel:
     def __init__(self, hf: str | Path, weights: HFWeights, shape: ModelShape) -> None:
         self.weights, self.shape = weights, shape
         model_class = AutoModelForSequenceClassification if shape.is_reward else AutoModelForCausalLM
-        config = _llama_config(Path(hf)) if shape.norm_head else AutoConfig.from_pretrained(hf)
+        config = read_hf_config(hf, shape)
         with torch.device("meta"):
             self.model: PreTrainedModel = model_class.from_config(
-                config, dtype=torch.float32, attn_implementation="eager"
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
         body = self.model.model
         body.rotary_emb = type(body.rotary_emb)(config=config)  # its frequencies are not among the weights
@@ -81,12 +106,16 @@ def load_hf_model(hf: str | Path, weights: HFWeights, shape: ModelShape) -> PreT
         converted.fill("")
         return converted.model
     return AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        hf,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
 
 
 def _llama_config(folder: Path) -> LlamaConfig:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     for key in ("architectures", "auto_map", "model_type"):
         config.pop(key, None)
     return LlamaConfig(**config)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_align.checkpoint.card import shape_differences
 from megatron_align.checkpoint.integrity import require_intact
+from megatron_align.convert.hf_model import read_hf_config
 from megatron_align.convert.open_checkpoint import open_checkpoint, open_state
 from megatron_align.convert.our_model import one_process
 from megatron_align.convert.verify_logits import (
@@ -137,6 +138,7 @@ def verify(
     weights, hf_shape = open_hf(hf)
     opened = open_checkpoint(checkpoint)
     state = open_state(opened)
+    read_hf_config(hf, hf_shape)  # refused before everything is read
     require_intact(opened.folder)
     texts, notes = choose_texts(hf, data, hf_shape)
     comparable = _tensor_sizes(hf_shape) == _tensor_sizes(opened.shape)

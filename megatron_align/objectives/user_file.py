@@ -13,6 +13,7 @@ from types import ModuleType
 from megatron_align.errors import InputError, nearest, require
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.options import ObjectiveOptions
+from megatron_align.paths import expand_home
 
 
 def load(name: str) -> type[Objective]:
@@ -22,7 +23,7 @@ def load(name: str) -> type[Objective]:
         InputError: there is no such file or class, it is no objective, or the file raises when it is imported.
     """
     path, _, class_name = name.rpartition(":")
-    file = Path(path)
+    file = Path(expand_home(path))
     require(
         path.endswith(".py") and file.is_file(),
         f"objective.name: FILE.py:CLASS needs a Python file, found none at '{path}' in {Path.cwd()}",

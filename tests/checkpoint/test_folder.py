@@ -39,3 +39,13 @@ def test_leftovers_of_a_kill_are_deleted_and_a_replaced_folder_is_restored(run):
     assert list(run.glob(".*")) == []
     assert (run / "hf" / "file").read_text() == ".hf.replaced"  # its replacement was not completed
     assert not (run / "step_000010" / "file").exists()  # its replacement was
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "card.json"])
+@pytest.mark.parametrize("of_hf", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_hugging_face_folder_with_files_of_our_names_is_no_checkpoint(tmp_path, name, of_hf):
+    (tmp_path / name).write_text("{}")
+    assert find_checkpoint(tmp_path) == tmp_path  # an incomplete checkpoint, which is reported as one
+    (tmp_path / of_hf).write_text("{}")
+    (tmp_path / "step_000001").mkdir()
+    assert find_checkpoint(tmp_path) is None

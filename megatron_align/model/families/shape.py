@@ -7,8 +7,7 @@ compute differently from ``transformers`` is refused, never approximated.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,11 @@ _ARCHITECTURE_OF_MODEL_TYPE = {
 }
 
 
+# No model comes near; beyond, sizes of tensors or the number of rows of the weight table overflow memory or int64.
+LARGEST_COUNT, MOST_LAYERS = 2**31 - 1, 10_000
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-30, 1e30
+
+
 class _Keys:
     """Typed look-ups in one JSON object; ``source`` names it in errors."""
 
@@ -123,13 +127,14 @@ class _Keys:
         self.values, self.source = values, source
 
     def error(self, key: str, expected: str) -> InputError:
-        found = json.dumps(self.values[key]) if key in self.values else "nothing"
+        found = _shown(self.values[key]) if key in self.values else "nothing"
         return InputError(f"{key} must be {expected}, found {found} in {self.source}")
 
-    def count(self, key: str) -> int:
+    def count(self, key: str, largest: int = LARGEST_COUNT) -> int:
         value = self.values.get(key)
-        if type(value) is not int or value < 1:
-            raise self.error(key, "a positive whole number")
+        if type(value) is not int or not 1 <= value <= largest:
+            limit = "" if type(value) is not int or value < 1 else f" of at most {largest:,}"
+            raise self.error(key, f"a positive whole number{limit}")
         return value
 
     def number(self, key: str) -> float:
@@ -137,7 +142,7 @@ class _Keys:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not (math.isfinite(value) and value > 0)
+            or not SMALLEST_NUMBER <= value <= LARGEST_NUMBER
         ):
             raise self.error(key, "a positive number")
         return float(value)
@@ -159,11 +164,27 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise InputError(f"a Hugging Face folder needs a file {path.name}, found none at {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: malformed, not UTF-8, a number of 5,000 digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else _shortened(str(error), 200)
+        raise InputError(f"{path} is not valid JSON: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must contain a JSON object, found a {type(content).__name__}")
     return content
+
+
+def _shown(value: Any, written: Callable[[Any], str] = json.dumps) -> str:
+    """Return a value of a JSON file as text for an error message, shortened."""
+    try:
+        return _shortened(written(value))
+    except RecursionError:
+        return f"a {type(value).__name__}, nested too deeply"
+
+
+def _shortened(text: str, length: int = 100) -> str:
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
 
 
 def read_shape(folder: str | Path) -> ModelShape:
@@ -185,7 +206,7 @@ def read_shape(folder: str | Path) -> ModelShape:
     rope_theta, rope_scaling = _rope(keys)
     return ModelShape(
         architecture=architecture,
-        num_layers=keys.count("num_hidden_layers"),
+        num_layers=keys.count("num_hidden_layers", MOST_LAYERS),
         hidden_size=keys.count("hidden_size"),
         ffn_size=keys.count("intermediate_size"),
         num_heads=num_heads,
@@ -209,9 +230,9 @@ def _architecture(raw: Mapping[str, Any], path: Path) -> str:
     supported = list(_DEFAULTS)
     if not isinstance(named, list) or len(named) != 1 or named[0] not in supported:
         given = raw.get("architectures") or raw.get("model_type") or "nothing"
-        word = str(given[0] if isinstance(given, list) else given)
+        word = _shown(given[0] if isinstance(given, list) else given, str)
         raise InputError(
-            f"architectures must be one of {supported}, found {given!r} in {path}{nearest(word, supported)}"
+            f"architectures must be one of {supported}, found {_shown(given, repr)} in {path}{nearest(word, supported)}"
         )
     return named[0]
 
@@ -244,9 +265,12 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
                 "sliding_window", f"null or at least {maximum}: sliding windows are not supported"
             )
     if architecture.endswith("ForSequenceClassification"):
-        labels = values.get("num_labels", len(values.get("id2label") or (0, 1)))
+        names = values.get("id2label")
+        labels = values.get("num_labels", len(names) if isinstance(names, dict) and names else 2)
         if labels != 1:
-            raise InputError(f"a reward model must have num_labels 1, found {labels} in {keys.source}")
+            raise InputError(
+                f"a reward model must have num_labels 1, found {_shown(labels)} in {keys.source}"
+            )
     if values.get("quantization_config") is not None:
         raise keys.error("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
     if values["hidden_act"] not in ("silu", "swish"):
@@ -257,13 +281,16 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
     if values["attention_dropout"]:
         raise keys.error("attention_dropout", "0: results must not depend on the layout")
     layer_types = values.get("layer_types")
-    if layer_types is not None and (type(layer_types) is not list or set(layer_types) - {"full_attention"}):
+    if layer_types is not None and (
+        type(layer_types) is not list or any(kind != "full_attention" for kind in layer_types)
+    ):
         raise keys.error("layer_types", '"full_attention" for every layer')
     if layer_types is None and values["use_sliding_window"] and values.get("sliding_window") is not None:
         first = values.get("max_window_layers", 0)
         if type(first) is not int or first < keys.count("num_hidden_layers"):
             raise keys.error(
-                "use_sliding_window", f"false: sliding windows are not supported, they start at layer {first}"
+                "use_sliding_window",
+                f"false: sliding windows are not supported, they start at layer {_shown(first)}",
             )
 
 
@@ -291,7 +318,9 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise InputError(f"rope_type must be 'default' or 'llama3', found {kind!r} in {rope.source}")
+        raise InputError(
+            f"rope_type must be 'default' or 'llama3', found {_shown(kind, repr)} in {rope.source}"
+        )
     # In transformers the top-level key takes precedence over the inner one; the fallback is max_position_embeddings.
     outer = keys if "original_max_position_embeddings" in values else rope
     inside = "original_max_position_embeddings" in outer.values
