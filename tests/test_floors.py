@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "megatron_align"
 FLOORS = [
     ["kernels"],
-    ["errors", "faults", "paths", "records", "version"],
+    ["errors", "faults", "records", "version"],
     ["config", "storage", "losses"],
     ["data", "model"],
     ["hf", "objectives"],

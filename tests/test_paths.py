@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_align.config import DataSource, RunConfig
+from megatron_align.config.paths import expand_home
 from megatron_align.config.run import SECTIONS
 from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import load_config
 from megatron_align.objectives.user_file import load
-from megatron_align.paths import expand_home
 from megatron_align.tools.command import PATHS, Parser
 
 

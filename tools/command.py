@@ -7,7 +7,6 @@ import sys
 from typing import Any, NoReturn
 
 from megatron_align.errors import InputError, nearest
-from megatron_align.paths import expand_home
 
 # metavars of options that are paths
 PATHS = ("DIR", "CKPT", "PATH", "FILE", "FILE.jsonl", "REPORT", "RUN.yaml")
@@ -50,6 +49,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _path(text: str) -> str:
+    from megatron_align.config.paths import expand_home
+
     try:
         return expand_home(text)
     except InputError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from megatron_align.config.paths import expand_home
 from megatron_align.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -27,7 +28,6 @@ from megatron_align.config.sections import (
     TrainConfig,
 )
 from megatron_align.errors import InputError, nearest, require
-from megatron_align.paths import expand_home
 
 OptionsClass = Callable[[str], type]  # from objective.name to the dataclass of its options
 # A part of a command line: the content of a configuration file, or one argument.

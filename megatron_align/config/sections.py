@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_align.config.paths import expand_fields
 from megatron_align.errors import nearest, require
-from megatron_align.paths import expand_fields
 
 RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
 

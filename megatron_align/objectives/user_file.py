@@ -10,10 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+from megatron_align.config.paths import expand_home
 from megatron_align.errors import InputError, nearest, require
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.options import ObjectiveOptions
-from megatron_align.paths import expand_home
 
 
 def load(name: str) -> type[Objective]:
