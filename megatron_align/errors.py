@@ -1,6 +1,10 @@
-"""One-line errors for users: bad input (the programs exit with 2) and training faults (exit code 1)."""
+"""One-line errors and warnings for users: bad input (the programs exit with 2) and training faults (exit code 1)."""
 
 import difflib
+import os
+import sys
+
+_warned: set[str] = set()
 
 
 class InputError(ValueError):
@@ -27,3 +31,16 @@ def require(condition: bool, message: str) -> None:
     """Raise InputError with ``message`` unless the condition holds."""
     if not condition:
         raise InputError(message)
+
+
+def warn_once(line: str, key: str | None = None) -> None:
+    """Print ``warning: LINE`` to stderr: one process per node, once.
+
+    Args:
+        line: one line, as in an error: what is wrong, what was found, where, what follows from it.
+        key: of warnings of which only the first is printed; None: the line itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" or (key or line) in _warned:
+        return
+    _warned.add(key or line)
+    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -12,12 +12,14 @@ can be read on any tensor/pipeline/data-parallel layout.
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from pathlib import Path
 
 from megatron_align import faults
+from megatron_align.errors import warn_once
 from megatron_align.storage.checksums import CHECKSUMS
+from megatron_align.storage.deletion import delete_folder, discard, hide, why_undeletable
 
 CARD, ASSETS, STATE = "card.json", "hf_assets", "state"
 CORRUPT_SUFFIX = ".damaged"  # appended to the name of a corrupt checkpoint that a run fell back from
@@ -52,7 +54,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 
 def prune(run: Path, keep: int, keep_every: int | None = None) -> None:
-    """Delete old checkpoints; call it on one rank, after a save.
+    """Delete old checkpoints; call it on one rank, after a save. One that cannot be deleted stays, with a warning.
 
     Args:
         run: folder of the run.
@@ -62,18 +64,32 @@ def prune(run: Path, keep: int, keep_every: int | None = None) -> None:
     for step, path in list_steps(run)[:-keep]:
         if keep_every is not None and step % keep_every == 0:
             continue
-        # Renamed first: a kill halfway must not leave a folder that looks complete.
-        deleted = path.with_name(f".{path.name}.deleted")
-        path.rename(deleted)
-        faults.at("prune.hidden", step)
-        shutil.rmtree(deleted)
+        _delete(path, step)
+
+
+def _delete(checkpoint: Path, step: int) -> None:
+    """Delete a checkpoint, never through a link; warn once about what cannot be deleted."""
+    stays, reason = checkpoint, why_undeletable(checkpoint)
+    if reason is None:
+        try:
+            # Renamed first: a kill halfway must not leave a folder that looks complete.
+            stays = hide(checkpoint)
+            faults.at("prune.hidden", step)
+            reason = delete_folder(stays)
+        except OSError as error:
+            reason = error.strerror or str(error)
+    if reason is not None:
+        warn_once(
+            f"the old checkpoint of step {step} is not deleted, it stays at {stays}: {reason}; training continues",
+            key=f"undeletable {checkpoint}",
+        )
 
 
 def move_corrupt_aside(folder: Path) -> None:
     """Rename a corrupt checkpoint so that it can be inspected; call it on one rank."""
     target = folder.with_name(folder.name + CORRUPT_SUFFIX)
-    if target.exists():
-        shutil.rmtree(target)
+    if os.path.lexists(target):
+        discard(target)
     folder.rename(target)
     faults.at("resume.aside")
 
@@ -82,7 +98,7 @@ def clean_up_after_kill(run: Path) -> None:
     """Delete what a killed run left in its folder; call it on one rank, before anything is written.
 
     Incomplete and half-deleted folders are deleted; one that was being replaced is restored if its replacement was
-    not completed.
+    not completed. What cannot be deleted stays, with a warning.
     """
     for path in sorted(run.glob(".*")):
         name = path.name.removeprefix(".")
@@ -93,4 +109,4 @@ def clean_up_after_kill(run: Path) -> None:
         ):
             path.rename(run / name.removesuffix(".replaced"))
         elif path.is_dir() and name.endswith((".partial", ".deleted", ".replaced")):
-            shutil.rmtree(path)
+            discard(path)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +44,7 @@ from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
 from megatron_align.storage.atomic_write import commit_folder, files_below, partial_folder
 from megatron_align.storage.checksums import HashingFile, hash_files, without_zip_checksums, write_checksums
+from megatron_align.storage.deletion import discard
 
 
 class SaveFailed(OSError):
@@ -244,7 +245,8 @@ def _is_changed_by_training(index: MetadataIndex, data: Tensor) -> bool:
 
 def _create(partial: Path, step: int) -> None:
     """Create the hidden folder, empty."""
-    shutil.rmtree(partial, ignore_errors=True)
+    if os.path.lexists(partial):
+        discard(partial)
     (partial / STATE).mkdir(parents=True)
     faults.at("save.begun", step)
 
@@ -358,7 +360,8 @@ def _on_rank_0(partial: Path, call: Callable[[], Any]) -> Any:
         try:
             answer[0] = call()
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if os.path.lexists(partial):
+                discard(partial)
             answer[1] = _reason(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:

@@ -68,8 +68,7 @@ def import_hf(
     require_space(target, checkpoint.parameters * stored.itemsize)
     key = {"import": fingerprint(hf), "format": FORMAT, "dtype": dtype}
     key |= {"file_bytes": file_bytes, "block_bytes": block_bytes}
-    journal = Journal(target, key)
-    try:
+    with Journal(target, key) as journal:
         state = StateWriter(journal, STATE, shape, stored, file_bytes)
         _import_tensors(weights, state, block_bytes)
         _require_finite(state.notes(), weights.folder)
@@ -83,9 +82,6 @@ def import_hf(
         rest = set(files_below(journal.partial)) - state.checksums.keys()
         write_checksums(journal.partial, state.checksums | hash_files(journal.partial, rest))
         commit_folder(journal.partial, target)
-    except BaseException as error:
-        journal.abandon(type(error))
-        raise
     return checkpoint
 
 

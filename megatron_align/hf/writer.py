@@ -22,6 +22,7 @@ from megatron_align.model.families import ModelShape, rows
 from megatron_align.storage.atomic_write import commit_folder, naming_file
 from megatron_align.storage.direct_io import DirectFile
 from megatron_align.storage.journal import Journal
+from megatron_align.storage.mounts import require_replaceable
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -165,7 +166,7 @@ class ShardWriter:
         finally:
             if self._file:
                 self._file.close()
-            self.journal.abandon(kind)
+            self.journal.end(kind)
 
     def _finish_file(self) -> None:
         """Force the open shard onto the disk and close it."""
@@ -176,6 +177,7 @@ class ShardWriter:
     def _require_free(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"cannot export the model: {self.folder} is a file")
+        require_replaceable(self.folder, "the exported model's folder")
         if not self.overwrite and self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(f"cannot export the model: {self.folder} is not empty")
 

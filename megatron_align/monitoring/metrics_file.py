@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align import faults
+from megatron_align.storage.fsync import fsync_open
 
 METRICS = "metrics.jsonl"
 
@@ -35,7 +36,7 @@ class MetricsFile:
     """An append-only file of rows. Rows that a full disk refuses are kept and written with the next one."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab", buffering=0)
         self._size = path.stat().st_size
         self._unwritten = b""
 
@@ -75,7 +76,7 @@ class MetricsFile:
             OSError: some could not be written.
         """
         self.flush()
-        os.fsync(self._file.fileno())
+        fsync_open(self._file.fileno(), self._path)
 
     def close(self) -> None:
         """Write the remaining rows and close.

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from megatron_align import faults
 from megatron_align.errors import InputError
+from megatron_align.storage.deletion import discard
+from megatron_align.storage.fsync import fsync
+from megatron_align.storage.mounts import require_replaceable
 
 
-def fsync(path: Path) -> None:
-    """Force a file or a folder's entries onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class CommitFailed(OSError):
+    """A complete folder could not be renamed to its final name; it stays under its hidden one."""
 
 
 def read_into(out: Tensor, path: Path, start: int) -> None:
@@ -61,26 +59,35 @@ def commit_folder(partial: Path, folder: Path, step: int | None = None) -> None:
     """Force ``partial`` onto the disk and rename it to ``folder``, in the same parent; ``step`` is for :mod:`faults`.
 
     An existing ``folder`` is first renamed and deleted last, so that a kill at any moment leaves one of the two.
+
+    Raises:
+        CommitFailed: it cannot be renamed.
+        OSError: it cannot be forced onto the disk.
     """
     for path in sorted(partial.rglob("*")):
         fsync(path)
     fsync(partial)
     replaced = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        folder.rename(replaced)
-    faults.at("save.named", step)
     try:
+        if os.path.lexists(replaced):
+            discard(replaced)
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()  # a container's image layers allow this, and refuse to rename the folder
+        elif folder.exists():
+            folder.rename(replaced)
+        faults.at("save.named", step)
         partial.rename(folder)
-    except OSError:
-        if replaced.exists():
+    except OSError as error:
+        if os.path.lexists(replaced) and not folder.exists():
             replaced.rename(folder)
-        raise
+        raise CommitFailed(
+            f"{folder} is complete and cannot be renamed to its final name, so it stays at {partial}: "
+            f"{error.strerror or error}"
+        ) from error
     fsync(folder.parent)
     faults.at("save.done", step)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if os.path.lexists(replaced):
+        discard(replaced)
 
 
 def partial_folder(folder: Path) -> Path:
@@ -108,11 +115,12 @@ def require_new(out: str | Path) -> Path:
     """Return the absolute path of ``out``, a folder that is empty or can be created.
 
     Raises:
-        InputError: ``out`` is a file or holds files, or its parent is not writable.
+        InputError: ``out`` is a file, holds files or is a mount point, or its parent is not writable.
     """
     path = Path(out).resolve()
     if path.exists() and not path.is_dir():
         raise InputError(f"output must be a new or empty folder, found a file at {path}")
+    require_replaceable(path, "output")
     require_writable(path)
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"output must be a new or empty folder, found files in {path}")

@@ -17,8 +17,9 @@ from typing import IO, Any, cast
 
 import torch
 
-from megatron_align.storage.atomic_write import advise_page_cache, fsync
+from megatron_align.storage.atomic_write import advise_page_cache
 from megatron_align.storage.direct_io import DirectFile
+from megatron_align.storage.fsync import fsync
 
 CHECKSUMS = "SHA256SUMS"
 _THREADS = 2  # files hashed concurrently

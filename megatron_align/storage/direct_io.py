@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_align.storage.background_worker import BackgroundWorker
+from megatron_align.storage.fsync import fsync_open
 
 BUFFER_BYTES = 16 << 20  # two per file: one is filled while the other is written
 ALIGNMENT = 4096  # of memory and file offsets; no disk in use needs a larger one
@@ -25,6 +26,7 @@ class DirectFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._plain = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._direct = _open_direct(path)
         self._buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]
@@ -62,7 +64,7 @@ class DirectFile:
         try:
             self._flush()
             self._worker.wait()
-            os.fsync(self._plain)
+            fsync_open(self._plain, self._path)
         finally:
             self.close()
 
@@ -107,7 +109,9 @@ class DirectFile:
                 self._direct = None
         if view:
             self._write_plain(view, offset)
-            os.fdatasync(self._plain)  # else the disk idles until the kernel has gathered gigabytes
+            fsync_open(
+                self._plain, self._path, times=False
+            )  # else the disk idles, the kernel gathers gigabytes
 
     def _write_plain(self, view: memoryview, offset: int) -> None:
         while view:

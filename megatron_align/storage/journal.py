@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
-from megatron_align.errors import InputError
-from megatron_align.storage.atomic_write import fsync, partial_folder
+from megatron_align.storage.atomic_write import CommitFailed, partial_folder
+from megatron_align.storage.folder_lock import FolderLock
+from megatron_align.storage.fsync import fsync, fsync_open
 
 JOURNAL = "journal.jsonl"
 _VERSION = 2  # of the entries; a partial folder of another version is discarded
@@ -20,8 +20,8 @@ class Journal:
     """List the complete files of the partial folder in which ``folder`` is being written.
 
     The first line is the key: what determines the folder's content. A partial folder with another key is emptied,
-    and any partial folder if ``key`` is None. An incomplete last line is ignored. The list is locked until
-    :meth:`close`, :meth:`abandon` or the end of the process.
+    and any partial folder if ``key`` is None. An incomplete last line is ignored. With a key the folder is locked, by a
+    file next to it, until :meth:`end`, the end of the with-block or of the process.
 
     Args:
         folder: to be written.
@@ -36,12 +36,19 @@ class Journal:
         self.path = self.partial / JOURNAL
         self.done: dict[str, Any] = {}  # notes by complete file
         self._file: IO[str] | None = None
+        self._lock = FolderLock(
+            folder.with_name(f".{folder.name}.lock"),
+            f"another process is already writing {folder}",
+            "wait until it ends, or choose another output",
+        )
         if key is None:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
             return
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._file = self._locked(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        self.partial.mkdir(exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
         header = {"version": _VERSION, **key}
         entries = _read(self.path)
         if entries and entries[0] == json.loads(json.dumps(header)):
@@ -60,32 +67,41 @@ class Journal:
         _append(self._file, {"file": name, "notes": notes})
 
     def close(self) -> None:
-        """Delete the list: the folder is complete."""
+        """Delete the list: the folder is complete and may get its name.
+
+        Raises:
+            InputError: another process took the lock while this one was paused, and writes the same folder.
+        """
+        self._lock.require_held()
         self.path.unlink(missing_ok=True)
-        self._unlock()
+        self._close_file()
 
-    def abandon(self, kind: type[BaseException] | None) -> None:
-        """Clean up after an exception of type ``kind``: an interrupt keeps what a restart can use."""
-        if self.key is None or kind is not KeyboardInterrupt:
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(kind)
+
+    def end(self, kind: type[BaseException] | None) -> None:
+        """Give the lock back; clean up after an exception of type ``kind`` (None: the folder has its name).
+
+        An interrupt keeps what a restart can use, and a folder that could not get its name keeps its content.
+        """
+        keeps = self.key is not None and kind is not None and issubclass(kind, KeyboardInterrupt)
+        if not keeps and not (kind is not None and issubclass(kind, CommitFailed)) and not self._lock.lost:
             shutil.rmtree(self.partial, ignore_errors=True)
-        self._unlock()
+        self._close_file()
+        self._lock.release()
 
-    def _locked(self, folder: Path) -> IO[str]:
-        file = self.path.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise InputError(f"another process is already writing {folder}") from error
-        return file
-
-    def _unlock(self) -> None:
+    def _close_file(self) -> None:
         if self._file:
             self._file.close()
             self._file = None
 
     def _clear(self, file: IO[str]) -> None:
-        """Delete everything but the list, which stays locked, and empty it."""
+        """Delete everything but the list, and empty it."""
         for path in self.partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -108,7 +124,7 @@ def _drop_incomplete_line(path: Path, file: IO[str]) -> None:
 def _append(file: IO[str], entry: Any) -> None:
     file.write(json.dumps(entry) + "\n")
     file.flush()
-    os.fsync(file.fileno())
+    fsync_open(file.fileno(), Path(file.name))
 
 
 def _read(path: Path) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,15 @@ from megatron_align.data.store import COLUMNS, COLUMNS_OF_KIND, MANIFEST
 from megatron_align.data.tokenize.cache_key import StoreSpec
 from megatron_align.data.tokenize.part_files import LEFT_OUT, Counts, counts_of, part_file, read_part
 from megatron_align.data.tokenize.work_dir import WorkDir
+from megatron_align.storage.fsync import fsync_open
 
 
 class _Column:
     """One file of the store, hashed while it is written."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._file: IO[bytes] = _create(folder / f"{name}.bin")
+        self._path = folder / f"{name}.bin"
+        self._file: IO[bytes] = _create(self._path)
         self._type, self._digest, self.bytes = COLUMNS[name], hashlib.sha256(), 0
 
     def __enter__(self) -> _Column:
@@ -40,7 +41,7 @@ class _Column:
     def finish(self) -> str:
         """Flush to disk (a store that has its name is complete) and return the hash."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        fsync_open(self._file.fileno(), self._path)
         return self._digest.hexdigest()
 
 
@@ -94,7 +95,7 @@ def join_parts(work: WorkDir, parts: int, spec: StoreSpec, manifest: dict[str, A
     with open(work.store / MANIFEST, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2, ensure_ascii=True)
         file.flush()
-        os.fsync(file.fileno())
+        fsync_open(file.fileno(), work.store)
 
 
 def _totals(counts: Counts) -> dict[str, int]:

@@ -35,6 +35,7 @@ from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
+from megatron_align.storage.fsync import fsync_open
 from megatron_align.training.reference.logprobs import CachedReference
 from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
 from megatron_align.training.setup import RunSetup, one_epoch
@@ -80,7 +81,7 @@ class Column:
                 out.write(json.dumps(header).encode() + b"\n")
                 out.write(np.ascontiguousarray(self.values_K, dtype="<f8"))
                 out.flush()
-                os.fsync(out.fileno())
+                fsync_open(out.fileno(), temporary)
             os.replace(temporary, self.file)
         except OSError as error:
             temporary.unlink(missing_ok=True)
