@@ -3,8 +3,9 @@
 ``--dry_run`` checks the run, prints layout, batch, memory and steps, and writes nothing; ``--dry_run=64`` does so for
 64 ranks. Without a launcher it takes the fewest ranks that the layout needs.
 
-Exit codes: 0 completed; 85 stopped by a signal after saving, start it again to resume; 2 bad input, explained in one
-line; 1 any other failure. torchrun turns each of them into 1: the file ``checkpoint.dir/requeue`` stands for 85.
+Exit codes: 0 completed; 85 stopped by a signal after saving, start it again to resume; 130 stopped by Ctrl-C, after
+saving unless it was pressed twice; 2 bad input, explained in one line; 1 any other failure. torchrun turns each of them
+into 1: the file ``checkpoint.dir/requeue`` stands for 85.
 Heavy imports are deferred until the arguments have been read.
 """
 
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,35 +23,61 @@ def main(arguments: list[str] | None = None) -> int:
     # megatron-core warns that Apex and Transformer Engine are missing, which are not needed; torch of deprecated names.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    from megatron_align.errors import InputError, TrainingFault
+    from megatron_align.errors import InputError
+    from megatron_align.training.stop import EXIT_INTERRUPTED, Interrupted, SecondInterrupt
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    rank = os.environ.get("RANK", "0")
+    with SecondInterrupt():
+        try:
+            return _run(arguments, rank)
+        except InputError as error:
+            return _fail(rank, error, 2)
+        except Interrupted:  # the log has a line about it
+            return EXIT_INTERRUPTED
+        except KeyboardInterrupt:
+            if rank == "0":
+                print(_interruption(arguments), file=sys.stderr, flush=True)
+            return EXIT_INTERRUPTED
+
+
+def _run(arguments: list[str], rank: str) -> int:
+    from megatron_align.errors import TrainingFault
     from megatron_align.objectives.configuration import parse
 
-    rank = os.environ.get("RANK", "0")
-    try:
-        arguments = sys.argv[1:] if arguments is None else arguments
-        dry, ranks = _dry_run(arguments)
-        config = parse(arguments)
-        from megatron_align.model.parallel import RankInfo
-        from megatron_align.monitoring.memory import OutOfMemory
-        from megatron_align.training.dry_run import dry_run
-        from megatron_align.training.loop import run
-        from megatron_align.training.stop import EXIT_REQUEUE
-        from megatron_align.training.watchdog import AlreadyReported, RankLost
+    dry, ranks = _dry_run(arguments)
+    config = parse(arguments)
+    from megatron_align.model.parallel import RankInfo
+    from megatron_align.monitoring.memory import OutOfMemory
+    from megatron_align.training.dry_run import dry_run
+    from megatron_align.training.loop import run
+    from megatron_align.training.stop import EXIT_REQUEUE
+    from megatron_align.training.watchdog import AlreadyReported, RankLost
 
-        try:
-            if dry:
-                dry_run(config, RankInfo.from_environment(), ranks)
-                return 0
-            return 0 if run(config, RankInfo.from_environment()) else EXIT_REQUEUE
-        except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not join in time, ...
-            return _fail(rank, error, 1)
-        except (RankLost, OutOfMemory) as error:  # raised on one rank only, which prints at once
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 1
-        except AlreadyReported:
-            return 1
-    except InputError as error:
-        return _fail(rank, error, 2)
+    try:
+        if dry:
+            dry_run(config, RankInfo.from_environment(), ranks)
+            return 0
+        return 0 if run(config, RankInfo.from_environment()) else EXIT_REQUEUE
+    except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not join in time, ...
+        return _fail(rank, error, 1)
+    except (RankLost, OutOfMemory) as error:  # raised on one rank only, which prints at once
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except AlreadyReported:
+        return 1
+
+
+def _interruption(arguments: list[str]) -> str:
+    """Return one line about a run that Ctrl-C ended outside of its steps: what the same command will do."""
+    from megatron_align.checkpoint.folder import list_steps
+    from megatron_align.objectives.configuration import parse
+
+    steps = list_steps(Path(parse(arguments).checkpoint.dir))
+    if _dry_run(arguments)[0]:
+        return "interrupted: nothing was changed"
+    then = f"resumes after step {steps[-1][0]}" if steps else "starts again, as no step was saved"
+    return f"interrupted: nothing that was saved is lost, the same command {then}"
 
 
 def _dry_run(arguments: list[str]) -> tuple[bool, int | None]:

@@ -1,7 +1,7 @@
 """The console command ``megatron-align TOOL ...``; also ``python -m megatron_align.tools.main``.
 
 A tool is a module of this package with a function ``run(arguments) -> exit code``. Exit codes: 0 success; 2 bad
-input, described in one line; others are the tool's own.
+input, described in one line; 130 stopped by Ctrl-C; others are the tool's own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 ABOUT = "Tools for alignment training. To train: torchrun -m megatron_align.train --help"
@@ -21,22 +22,41 @@ TOOLS = {
     "report": "draw the metrics of one or several runs: one HTML page and PNG files",
 }
 
+RESUMING = (
+    "convert",
+    "merge",
+    "prepare",
+)  # after a kill or Ctrl-C; of convert not verify, which writes nothing
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
     from megatron_align.errors import InputError
     from megatron_align.tools.command import choose
+    from megatron_align.training.stop import EXIT_INTERRUPTED, SecondInterrupt
 
     _quiet()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        name, rest = choose("megatron-align", ABOUT, TOOLS, sys.argv[1:] if arguments is None else arguments)
-        return importlib.import_module(f"megatron_align.tools.{name}").run(rest)
+        with SecondInterrupt():
+            name, rest = choose("megatron-align", ABOUT, TOOLS, arguments)
+            return importlib.import_module(f"megatron_align.tools.{name}").run(rest)
+    except KeyboardInterrupt:
+        print(_interruption(arguments), file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except InputError as error:
         line = str(error)
     except OSError as error:  # a full disk, a folder without permission: the operating system's message
         line = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
+
+
+def _interruption(arguments: Sequence[str]) -> str:
+    """Return one line about a tool that Ctrl-C ended: what the same command will do."""
+    resumes = arguments[0] in RESUMING and list(arguments[:2]) != ["convert", "verify"]
+    then = "resumes after what is complete" if resumes else "starts again"
+    return f"interrupted: the output is not written; the same command {then}"
 
 
 def _quiet() -> None:

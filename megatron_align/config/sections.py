@@ -11,7 +11,7 @@ from typing import Literal
 from megatron_align.config.paths import expand_fields
 from megatron_align.errors import nearest, require
 
-RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference")
+RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,7 +345,7 @@ class CheckpointConfig:
         async_save: write checkpoints in the background; needs host memory for a copy of the state
         resume: auto: resume from the newest intact checkpoint in dir, if any; never: refuse a dir that has one
         resume_allow: differences from the resumed run to accept: data, tokenizer, order (seed, batch size,
-            shuffling), objective, reference
+            shuffling), objective, reference, schedule (learning rate, warm-up, number of steps)
         export_hf: write the trained model as a Hugging Face folder to dir/hf at the end
     """
 
@@ -390,15 +390,15 @@ class LoggingConfig:
 
     Args:
         tensorboard: write event files to checkpoint.dir/tensorboard
-        wandb: Weights & Biases project; null: off
-        mlflow: MLflow experiment, on the server of MLFLOW_TRACKING_URI; null: off
+        wandb: Weights & Biases project; true: named like the run, by the last part of checkpoint.dir; null: off
+        mlflow: MLflow experiment, on the server of MLFLOW_TRACKING_URI; true: named like the run; null: off
         timing_every: steps between measurements of the phases of a step, on every rank; null: never
         profile_steps: first and last step of a PyTorch profiler trace per rank, in checkpoint.dir/profile; null: none
     """
 
     tensorboard: bool = True
-    wandb: str | None = None
-    mlflow: str | None = None
+    wandb: bool | str | None = None
+    mlflow: bool | str | None = None
     timing_every: int | None = 100
     profile_steps: tuple[int, int] | None = None
 

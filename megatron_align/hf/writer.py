@@ -166,7 +166,7 @@ class ShardWriter:
         finally:
             if self._file:
                 self._file.close()
-            self.journal.end(kind)
+            self.journal.abandon(kind)
 
     def _finish_file(self) -> None:
         """Force the open shard onto the disk and close it."""

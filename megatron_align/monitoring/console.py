@@ -16,6 +16,8 @@ from rich.text import Text
 
 _STEP_FORMATS = {
     "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.1%}",
+    "reward_margin": "margin {:.3f}",
     "grad_norm": "grad_norm {:.3f}",
     "lr": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",

@@ -13,7 +13,8 @@ from typing import Any
 from megatron_align.config import LoggingConfig
 from megatron_align.monitoring.console import ConsoleDisplay
 from megatron_align.monitoring.metrics_file import METRICS, MetricsFile, keep_until
-from megatron_align.monitoring.trackers import Tracker, open_trackers
+from megatron_align.monitoring.tracker_thread import TrackerThread
+from megatron_align.monitoring.trackers import open_trackers
 
 
 class RunLog:
@@ -29,7 +30,7 @@ class RunLog:
         self,
         rows: MetricsFile | None = None,
         console: ConsoleDisplay | None = None,
-        trackers: Sequence[Tracker] = (),
+        trackers: Sequence[TrackerThread] = (),
     ):
         self._rows, self._console, self._trackers = rows, console, list(trackers)
 
@@ -48,7 +49,8 @@ class RunLog:
         """
         keep_until(folder / METRICS, done)
         rows = MetricsFile(folder / METRICS)
-        return cls(rows, ConsoleDisplay(done, steps), open_trackers(folder, config, settings, done))
+        console = ConsoleDisplay(done, steps)
+        return cls(rows, console, open_trackers(folder, config, settings, done, console.message))
 
     def __enter__(self) -> RunLog:
         if self._console:
@@ -58,10 +60,12 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         if self._console:
             self._console.stop()
-        if self._rows:
-            self._rows.close()
-        for tracker in self._trackers:
-            tracker.close(failed=error[0] is not None)
+        try:
+            if self._rows:
+                self._rows.close()
+        finally:
+            for tracker in self._trackers:
+                tracker.close(failed=error[0] is not None)
 
     def message(self, line: str) -> None:
         """Print a line."""
@@ -94,14 +98,8 @@ class RunLog:
             self.message(f"warning: {METRICS}: {refusal}; its rows wait in memory")
         split = row.get("split", "train")
         numbers = {f"{split}/{k}": v for k, v in row.items() if k != "step" and isinstance(v, (int, float))}
-        for tracker in list(self._trackers):
-            try:
-                tracker.log(numbers, row["step"])
-            except (
-                OSError
-            ) as error:  # a full disk, for example: metrics.jsonl has the rows, so training continues
-                self.message(f"warning: {type(tracker).__name__} is closed: {error.strerror or error}")
-                self._trackers.remove(tracker)
+        for tracker in self._trackers:
+            tracker.log(numbers, row["step"])
         if self._console:
             self._console.row(row, unrecorded or {})
 

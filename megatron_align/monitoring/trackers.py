@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+import io
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_align.config import LoggingConfig
 from megatron_align.errors import InputError
+from megatron_align.monitoring.tracker_thread import Tracker, TrackerThread
 
 MLFLOW_RUN = "mlflow_run.txt"  # in the run's folder: the id that a resumed run continues
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}  # option -> package
@@ -28,55 +33,79 @@ def check_logging(config: LoggingConfig) -> None:
             )
 
 
-class Tracker(Protocol):
-    """Records a row's numbers; on rank 0 only."""
-
-    def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Record finite numbers, named ``split/metric``."""
-        ...
-
-    def close(self, failed: bool) -> None:
-        """Close the tracker, whether the run succeeded or failed."""
-        ...
-
-
 def open_trackers(
-    folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int
-) -> list[Tracker]:
-    """Open the trackers that the configuration names.
+    folder: Path,
+    config: LoggingConfig,
+    settings: Mapping[str, Any],
+    done: int,
+    message: Callable[[str], None],
+) -> list[TrackerThread]:
+    """Open the chosen trackers, each on a thread of its own.
 
     Args:
         folder: of the run.
-        config: which ones.
+        config: which trackers are wanted, and the names of their projects.
         settings: the run's resolved configuration.
-        done: steps already made; what was recorded after them is written again.
+        done: steps already made; a resumed run sends the rows after them again.
+        message: prints a line.
     """
-    trackers: list[Tracker] = []
+    openers: dict[str, Callable[[], Tracker]] = {}
     if config.tensorboard:
-        trackers.append(TensorBoard(folder, done))
-    if config.wandb is not None:
-        trackers.append(WeightsAndBiases(config.wandb, folder, settings))
-    if config.mlflow is not None:
-        trackers.append(MLflow(config.mlflow, folder, settings))
-    return trackers
+        openers["TensorBoard"] = lambda: TensorBoard(folder, done)
+    if project := _project(config.wandb, folder):
+        openers["Weights & Biases"] = lambda: WeightsAndBiases(project, folder, settings)
+    if experiment := _project(config.mlflow, folder):
+        openers["MLflow"] = lambda: MLflow(experiment, folder, settings)
+    return [TrackerThread(name, opener, message) for name, opener in openers.items()]
+
+
+def _project(option: bool | str | None, folder: Path) -> str | None:
+    """Return the project of a tracker: the run's own name where the option is true; None: off."""
+    return folder.resolve().name if option is True else option or None
 
 
 class TensorBoard:
-    """Event files in ``checkpoint.dir/tensorboard``."""
+    """An event file in ``checkpoint.dir/tensorboard``; rows are written at once, each completely or not at all."""
 
     def __init__(self, folder: Path, done: int):
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        events = folder / "tensorboard"
+        events.mkdir(exist_ok=True)
+        # Names that end with a process number and a counter, as TensorBoard's own.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._file = (events / name).open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # Hides the steps that are made again.
+        self._write(Event(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self, failed: bool) -> None:
         """See :class:`Tracker`."""
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        rest = record.getvalue()
+        size = self._size + len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._file.truncate(self._size)
+            raise
+        self._size = size
 
 
 class WeightsAndBiases:
@@ -87,7 +116,12 @@ class WeightsAndBiases:
 
         page = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         self._run = wandb.init(
-            project=project, dir=str(folder), config=dict(settings), id=page, resume="allow"
+            project=project,
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=dict(settings),
+            id=page,
+            resume="allow",
         )
         self._newest = 0
 

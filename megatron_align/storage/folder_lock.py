@@ -73,14 +73,18 @@ class FolderLock:
         """The process that took the lock while this one was paused; None: there is none."""
         return self._held.lost if self._held else None
 
+    def beat(self) -> None:
+        """Send a heartbeat, and so find out whether the lock was lost; without effect if it is not held."""
+        if self._held:
+            self._held.beat()
+
     def require_held(self) -> None:
         """Check that the lock was not lost; without effect if it was never acquired.
 
         Raises:
             InputError: naming the process that took it.
         """
-        if self._held:
-            self._held.beat()
+        self.beat()
         if self.lost:
             raise InputError(
                 f"{self._refusal}: {self.lost} took the lock {self.path} while this one was paused"

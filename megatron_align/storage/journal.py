@@ -21,7 +21,7 @@ class Journal:
 
     The first line is the key: what determines the folder's content. A partial folder with another key is emptied,
     and any partial folder if ``key`` is None. An incomplete last line is ignored. With a key the folder is locked, by a
-    file next to it, until :meth:`end`, the end of the with-block or of the process.
+    file next to it, until :meth:`abandon`, the end of the with-block or of the process.
 
     Args:
         folder: to be written.
@@ -74,7 +74,6 @@ class Journal:
         """
         self._lock.require_held()
         self.path.unlink(missing_ok=True)
-        self._close_file()
 
     def __enter__(self) -> Journal:
         return self
@@ -82,9 +81,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.end(kind)
+        self.abandon(kind)
 
-    def end(self, kind: type[BaseException] | None) -> None:
+    def abandon(self, kind: type[BaseException] | None) -> None:
         """Give the lock back; clean up after an exception of type ``kind`` (None: the folder has its name).
 
         An interrupt keeps what a restart can use, and a folder that could not get its name keeps its content.
@@ -92,13 +91,13 @@ class Journal:
         keeps = self.key is not None and kind is not None and issubclass(kind, KeyboardInterrupt)
         if not keeps and not (kind is not None and issubclass(kind, CommitFailed)) and not self._lock.lost:
             shutil.rmtree(self.partial, ignore_errors=True)
-        self._close_file()
-        self._lock.release()
+        self._unlock()
 
-    def _close_file(self) -> None:
+    def _unlock(self) -> None:
         if self._file:
             self._file.close()
             self._file = None
+        self._lock.release()
 
     def _clear(self, file: IO[str]) -> None:
         """Delete everything but the list, and empty it."""

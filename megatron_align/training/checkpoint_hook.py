@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from megatron_align.checkpoint.folder import prune
 from megatron_align.checkpoint.saver import SaveFailed, Saver
 from megatron_align.config import CheckpointConfig
+from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.training.hooks import Hook
@@ -17,6 +19,16 @@ from megatron_align.training.stop import StopRequests, write_requeue_marker
 from megatron_align.training.trainer import Trainer
 
 RETRY_SECONDS = 60.0  # after a failed save, unless the next regular one is due earlier
+
+
+class _Agreement(NamedTuple):
+    """Facts that all ranks agree on after a step."""
+
+    due: bool  # a regular save
+    stops: bool  # a rank received a stop signal
+    retries: bool  # a save that failed
+    writing: bool  # a pending save is not yet written by every rank
+    interrupted: bool  # the stop signal was Ctrl-C
 
 
 class Checkpointing(Hook):
@@ -33,19 +45,24 @@ class Checkpointing(Hook):
     def __init__(self, config: CheckpointConfig, log: RunLog):
         self._config, self._log = config, log
         self._saver = Saver(background=config.async_save, before=log.sync)
-        self._stop = StopRequests()
+        self._stop = StopRequests(self._announce_stop)
         self._saved_step: int | None = None
         self._failed_at: float | None = None
+        self._is_folder_lost = False
 
     def start(self, trainer: Trainer) -> None:
         """Delete checkpoints beyond the retention limit (a kill may have come before that) and catch stop signals."""
         super().start(trainer)
-        self._watchdog = trainer.watchdog
+        self._watchdog, self._lock = trainer.watchdog, trainer.setup.lock
         self._prune()
         self._stop.__enter__()
 
     def close(self, error: BaseException | None) -> None:
         """Restore the signal handlers."""
+        self._stop.__exit__(None, None, None)
+
+    def finish(self) -> None:
+        """Restore the signal handlers: everything is saved, so a signal may end the export at once."""
         self._stop.__exit__(None, None, None)
 
     def before_update(self) -> None:
@@ -55,37 +72,65 @@ class Checkpointing(Hook):
             self._saver.wait_until_copied()
 
     def end_step(self, step: int) -> bool:
-        """Finish a pending save, begin one that is due; return True if any rank received a stop signal."""
-        if step == self.trainer.steps:
-            self._save_last(step)
-            return False
-        if not self._save_between_steps(step):
+        """Finish a pending save, begin one that is due; return True if any rank received a stop signal.
+
+        Raises:
+            TrainingFault: another run has taken over the folder.
+        """
+        agreed = self._agree(step)
+        if step < self.trainer.steps and not agreed.stops:
+            self._save_between_steps(agreed)
             return False
         self._save_last(step)
-        if dist.get_rank() == 0:
+        if step == self.trainer.steps:
+            return False
+        self.trainer.interrupted = agreed.interrupted
+        if dist.get_rank() == 0 and not agreed.interrupted:
             write_requeue_marker(self.trainer.setup.folder, step)
         self._log.message(
-            f"stop requested ({self._stop.signal_name or 'on another rank'}): saved after step {step}"
+            f"stop requested ({self._stop.signal_name or 'on another rank'}): saved after step {step}; the same "
+            "command resumes"
         )
         return True
 
     def on_fault(self) -> None:
-        """Wait for a pending save."""
-        self._settle()
+        """Wait for a pending save, unless the folder is another run's."""
+        if not self._is_folder_lost:
+            self._settle()
 
-    def _save_between_steps(self, step: int) -> bool:
-        """Finish what is written, save what is due; return whether any rank was asked to stop."""
+    def _announce_stop(self) -> None:
+        if self._lock is not None:
+            self._lock.mark_stopping()
+
+    def _agree(self, step: int) -> _Agreement:
+        """Agree with the other ranks on what to do after a step.
+
+        Raises:
+            TrainingFault: on every rank: rank 0 has lost the folder to another run.
+        """
         every = self._config.save_every
         due = every is not None and step % every == 0
         retry = self._failed_at is not None and time.monotonic() - self._failed_at > RETRY_SECONDS
         writing = self._saver.pending and not self._saver.written()
-        flags = [float(bool(self._stop.signal_name)), float(retry), float(writing)]
-        stops, retries, writers = parallel.all_reduce_sum(flags)
-        if self._saver.pending and (due or stops or not writers):
+        saves = self._saver.pending or due or step == self.trainer.steps
+        taken_by = self._lock and self._lock.taken_by(now=saves)
+        flags = (bool(self._stop.signal_name), retry, writing, self._stop.interrupted, bool(taken_by))
+        stops, retries, writers, interrupts, losses = parallel.all_reduce_sum([float(flag) for flag in flags])
+        if losses:
+            self._is_folder_lost = True
+            raise TrainingFault(
+                f"{taken_by or 'another run'} took over checkpoint.dir while this run was paused; it is left unchanged"
+            )
+        if stops:
+            self._announce_stop()  # another rank may have received the signal
+        return _Agreement(due, stops > 0, retries > 0, writers > 0, interrupts > 0)
+
+    def _save_between_steps(self, agreed: _Agreement) -> None:
+        """Finish what is written, save what is due."""
+        if self._saver.pending and (agreed.due or not agreed.writing):
             self._warn_if_failed(self._finish)
-        if (due or retries) and not stops:
+        if agreed.due or agreed.retries:
             self._warn_if_failed(self._begin)
-        return stops > 0
 
     def _save_last(self, step: int) -> None:
         """Save after the last step of this process, and wait until it is complete.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from megatron_align.config import RunConfig
 from megatron_align.model import parallel
+from megatron_align.training.finished import is_finished, report_finished
 from megatron_align.training.hooks import Hooks
-from megatron_align.training.run_context import joined_ranks
-from megatron_align.training.setup import prepare_run
+from megatron_align.training.run_context import joined_ranks, prepared_run
 from megatron_align.training.standard_hooks import open_log, standard_hooks
+from megatron_align.training.stop import Interrupted
 from megatron_align.training.trainer import Trainer
 
 
@@ -17,10 +18,18 @@ def run(config: RunConfig, rank_info: parallel.RankInfo) -> bool:
     Raises:
         InputError: for anything that the user can correct.
         TrainingFault: training itself failed.
+        Interrupted: Ctrl-C stopped the run, after it saved.
     """
-    setup = prepare_run(config, rank_info)
-    with joined_ranks(setup) as watchdog:
-        return run_trainer(Trainer.build(setup, watchdog))
+    with prepared_run(config, rank_info) as setup:
+        if is_finished(setup):
+            report_finished(setup)
+            return True
+        with joined_ranks(setup) as watchdog:
+            trainer = Trainer.build(setup, watchdog)
+            is_complete = run_trainer(trainer)
+    if trainer.interrupted:
+        raise Interrupted
+    return is_complete
 
 
 def run_trainer(trainer: Trainer) -> bool:

@@ -73,7 +73,7 @@ def find_resume_point(
 
 
 def verified_resume_point(
-    config: RunConfig, run: Path, shape: ModelShape, data_key: str, assets: Path
+    config: RunConfig, run: Path, shape: ModelShape, data_key: str, assets: Path, steps: int
 ) -> ResumePoint | None:
     """Return the newest checkpoint of which every file is intact; None: the run has none. Collective.
 
@@ -91,7 +91,7 @@ def verified_resume_point(
         point = find_resume_point(config, run, shape, (*point.corrupt, (point.folder, "; ".join(faults))))
     if point is None:
         return None
-    require_same_run(config, data_key, point.metadata, point.folder, assets)
+    require_same_run(config, data_key, point.metadata, point.folder, assets, steps)
     dist.barrier()  # all ranks have finished reading
     if dist.get_rank() == 0:
         for folder, _ in point.corrupt:

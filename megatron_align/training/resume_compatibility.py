@@ -6,19 +6,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align.checkpoint.folder import ASSETS
-from megatron_align.config import RunConfig, to_dict
+from megatron_align.config import OptimizerConfig, RunConfig, to_dict
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.errors import InputError
 from megatron_align.hf.tokenizer import require_same_tokenizer
+from megatron_align.training.learning_rate import learning_rate
 
+_CURVE = ("lr", "warmup_steps", "schedule")
+_OPTIMIZER = ("weight_decay", "betas", "eps", "clip_grad")
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens")
 _NEVER_ALLOWED = "precision"  # a group that resume_allow cannot name
 
 
 def require_same_run(
-    config: RunConfig, data_key: str, metadata: dict[str, Any], folder: Path, assets: Path
+    config: RunConfig,
+    data_key: str,
+    metadata: dict[str, Any],
+    folder: Path,
+    assets: Path,
+    steps: int | None = None,
 ) -> None:
-    """Refuse to resume with other data, sample order, tokenizer, objective, reference or precision.
+    """Refuse to resume with other data, sample order, tokenizer, objective, reference, learning rates or precision.
 
     Args:
         config: of the run that resumes.
@@ -26,13 +34,14 @@ def require_same_run(
         metadata: of the checkpoint.
         folder: of the checkpoint.
         assets: HF folder with the tokenizer of the run.
+        steps: of the complete run; None: ``train.steps``.
 
     Raises:
         InputError: naming every difference that ``checkpoint.resume_allow`` does not name.
     """
     if not isinstance(metadata.get("config"), dict):
         raise InputError(f"resuming needs a checkpoint of a training run, found weights only in {folder}")
-    found = differences(config, data_key, metadata)
+    found = differences(config, data_key, metadata, steps or config.train.steps)
     try:
         require_same_tokenizer([folder / ASSETS, assets])
     except InputError as error:
@@ -69,7 +78,9 @@ def require_same_reference(weights: str, config: RunConfig, metadata: dict[str, 
         )
 
 
-def differences(config: RunConfig, data_key: str, metadata: dict[str, Any]) -> dict[str, list[str]]:
+def differences(
+    config: RunConfig, data_key: str, metadata: dict[str, Any], steps: int | None
+) -> dict[str, list[str]]:
     """Return the differences between a run's configuration and data and a checkpoint's, one line each, by group."""
     before, now = metadata["config"], to_dict(config)
     pairs: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -81,6 +92,7 @@ def differences(config: RunConfig, data_key: str, metadata: dict[str, Any]) -> d
             ),
         },
         "order": _changes(before, now, "data", ["shuffle"]) | _changes(before, now, "train", _SAMPLE_ORDER),
+        "schedule": _schedule_changes(config, metadata, steps),
         _NEVER_ALLOWED: _changes(before, now, "train", ["precision"]),
     }
     for group in ("objective", "reference"):
@@ -90,6 +102,43 @@ def differences(config: RunConfig, data_key: str, metadata: dict[str, Any]) -> d
         for group, of_group in pairs.items()
     }
     return {group: lines for group, lines in found.items() if lines}
+
+
+def harmless_differences(config: RunConfig, metadata: dict[str, Any]) -> list[str]:
+    """Return one line for each difference that needs no permission and yet changes what the remaining steps do."""
+    changes = _changes(metadata["config"], to_dict(config), "optimizer", _OPTIMIZER)
+    return [f"{key} was {old} and is {new}" for key, (old, new) in changes.items() if old != new]
+
+
+def _schedule_changes(
+    config: RunConfig, metadata: dict[str, Any], steps: int | None
+) -> dict[str, tuple[Any, Any]]:
+    """Return the options that change the learning rate of a remaining step; none if every step keeps its own.
+
+    Args:
+        config: of the run that resumes.
+        metadata: of the checkpoint; older ones lack the number of steps.
+        steps: of the complete run; None: not known.
+    """
+    before, now = metadata["config"], to_dict(config)
+    epochs = (before["train"].get("epochs"), now["train"].get("epochs"))
+    steps_before = metadata.get("steps") or before["train"].get("steps")
+    if steps_before is None and epochs[0] == epochs[1]:
+        steps_before = steps
+    changes = _changes(before, now, "optimizer", _CURVE)
+    if None not in epochs and epochs[0] != epochs[1]:
+        changes["train.epochs"] = epochs
+    else:
+        changes["train.steps"] = (steps_before, steps)
+    if steps_before is None or steps is None:
+        return changes
+    optimizer = OptimizerConfig(**{name: before["optimizer"][name] for name in _CURVE})
+    remaining = range(metadata.get("step", 0) + 1, steps + 1)
+    same = all(
+        learning_rate(optimizer, step, steps_before) == learning_rate(config.optimizer, step, steps)
+        for step in remaining
+    )
+    return {} if same else changes
 
 
 def _changes(

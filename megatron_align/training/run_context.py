@@ -1,4 +1,4 @@
-"""Join the ranks of a run, and leave them; in between, hangs and out-of-memory errors end in one readable line."""
+"""Hold the folder of a run, and join its ranks; hangs and out-of-memory errors end in one readable line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,28 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from megatron_align.config import RunConfig
 from megatron_align.model import parallel
 from megatron_align.monitoring import flight_recorder
 from megatron_align.monitoring.memory import explaining_out_of_memory
-from megatron_align.training.setup import RunSetup
+from megatron_align.training.run_lock import RunLock
+from megatron_align.training.setup import RunSetup, prepare_run
 from megatron_align.training.watchdog import Watchdog, join_watched
+
+
+@contextmanager
+def prepared_run(config: RunConfig, rank_info: parallel.RankInfo) -> Iterator[RunSetup]:
+    """Check a run, and hold the lock of its folder inside a with-block.
+
+    Raises:
+        InputError: another run uses the folder; or anything else that the user can correct.
+    """
+    with RunLock(Path(config.checkpoint.dir), rank_info) as lock:
+        yield prepare_run(config, rank_info, lock=lock)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint.card import shape_differences
-from megatron_align.checkpoint.folder import ASSETS, find_checkpoint
+from megatron_align.checkpoint.folder import ASSETS, HF, find_checkpoint
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
 from megatron_align.data.batching.sampler import step_order
@@ -33,8 +33,11 @@ from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.registry import build_objective, objective_class
+from megatron_align.storage.mounts import require_replaceable
+from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
+from megatron_align.training.run_lock import RunLock
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,6 +58,8 @@ class RunSetup:
         megatron: megatron-core's configuration of the model.
         train: training data.
         validation: validation data; None: the run has none.
+        steps: of the complete run.
+        lock: of ``checkpoint.dir``; None: a dry run, which changes nothing there.
     """
 
     config: RunConfig
@@ -68,10 +73,15 @@ class RunSetup:
     megatron: TransformerConfig
     train: TokenStore
     validation: TokenStore | None
+    steps: int
+    lock: RunLock | None = None
 
 
 def prepare_run(
-    config: RunConfig, rank_info: parallel.RankInfo, scratch_cache: Path | None = None
+    config: RunConfig,
+    rank_info: parallel.RankInfo,
+    scratch_cache: Path | None = None,
+    lock: RunLock | None = None,
 ) -> RunSetup:
     """Check a run and tokenise its data.
 
@@ -80,6 +90,8 @@ def prepare_run(
         rank_info: this process among the ranks.
         scratch_cache: for a dry run: nothing is written anywhere else, and data that are not tokenised yet are
             tokenised into this folder.
+        lock: of ``checkpoint.dir``, acquired here before anything is changed there; see
+            :func:`.run_context.prepared_run`.
 
     Raises:
         InputError: for anything that the user can correct.
@@ -105,8 +117,10 @@ def prepare_run(
             f"got {config.data.sequence_length}"
         )
     folder = Path(config.checkpoint.dir)
-    with _remove_empty_folders_after_bad_input(folder):
-        _require_writable(folder, create=scratch_cache is None)
+    if config.checkpoint.export_hf:
+        require_replaceable(folder / HF, "checkpoint.dir/hf")
+    with _remove_empty_folders_after_bad_input(folder, lock):
+        _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
         stores = {
             split: store
@@ -114,9 +128,9 @@ def prepare_run(
             if (store := _open_store(config, split, assets, rank_info, scratch_cache)) is not None
         }
         _require_vocabulary(stores, shape)
-        _require_steps_left(config, stores, resume)
+        steps = _require_steps_left(config, stores, resume)
         if resume is not None:
-            require_same_run(config, stores["train"].path.name, resume.metadata, resume.folder, assets)
+            require_same_run(config, stores["train"].path.name, resume.metadata, resume.folder, assets, steps)
     return RunSetup(
         config=config,
         start_shape=start,
@@ -129,6 +143,8 @@ def prepare_run(
         megatron=megatron,
         train=stores["train"],
         validation=stores.get("validation"),
+        steps=steps,
+        lock=lock,
     )
 
 
@@ -163,20 +179,22 @@ def _require_same_shape(reference: str | None, shape: ModelShape) -> None:
 
 
 @contextmanager
-def _remove_empty_folders_after_bad_input(folder: Path) -> Iterator[None]:
+def _remove_empty_folders_after_bad_input(folder: Path, lock: RunLock | None) -> Iterator[None]:
     """Remove the folders that this run created, where they are still empty."""
     absent = [path for path in (folder / CACHE_IN_RUN, folder, *folder.parents) if not path.exists()]
     try:
         yield
     except InputError:
+        if lock is not None:
+            lock.release()
         for path in absent:
             with suppress(OSError):
                 path.rmdir()
         raise
 
 
-def _require_writable(folder: Path, create: bool) -> None:
-    """Check that ``checkpoint.dir`` is, or can become, a folder with write permission."""
+def _require_writable(folder: Path, create: bool, lock: RunLock | None) -> None:
+    """Check that ``checkpoint.dir`` is, or can become, a folder with write permission; lock it before writing there."""
     if not create:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
@@ -186,6 +204,8 @@ def _require_writable(folder: Path, create: bool) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            lock.acquire()
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -219,11 +239,18 @@ def _require_vocabulary(stores: dict[str, TokenStore], shape: ModelShape) -> Non
             )
 
 
-def _require_steps_left(config: RunConfig, stores: dict[str, TokenStore], resume: ResumePoint | None) -> None:
+def _require_steps_left(config: RunConfig, stores: dict[str, TokenStore], resume: ResumePoint | None) -> int:
+    """Check the run's number of steps, and return it."""
     for store in stores.values():
         require_room(store, config.data)
     order = step_order(stores["train"], config.data, config.train, config.data.train)
     steps = order.steps
+    require_other_samples(config, "train", order)
+    if "validation" in stores:
+        assert config.data.validation is not None, "it has a store"
+        sources = config.data.validation
+        validation = step_order(stores["validation"], config.data, one_epoch(config.train), sources)
+        require_other_samples(config, "validation", validation)
     if config.optimizer.warmup_steps > steps:
         raise InputError(
             f"optimizer.warmup_steps must not pass the run's {steps} steps, got {config.optimizer.warmup_steps}"
@@ -237,6 +264,7 @@ def _require_steps_left(config: RunConfig, stores: dict[str, TokenStore], resume
         raise InputError(
             f"the run must have at least the {resume.step} steps already done in {resume.folder}, got {steps}"
         )
+    return steps
 
 
 def one_epoch(train: TrainConfig) -> TrainConfig:

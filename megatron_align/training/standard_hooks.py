@@ -6,7 +6,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_align import faults
-from megatron_align.checkpoint.folder import CORRUPT_SUFFIX
+from megatron_align.checkpoint.folder import CORRUPT_SUFFIX, HF
 from megatron_align.config import to_dict
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.memory import peak_memory_gb
@@ -15,7 +15,9 @@ from megatron_align.monitoring.profiling import Tracer
 from megatron_align.monitoring.timing import timing_row
 from megatron_align.training import self_check
 from megatron_align.training.checkpoint_hook import Checkpointing
+from megatron_align.training.finished import write_finished_marker
 from megatron_align.training.hooks import Hook, Hooks
+from megatron_align.training.resume_compatibility import harmless_differences
 from megatron_align.training.summary import run_summary
 from megatron_align.training.suspects import Suspects
 from megatron_align.training.trainer import StepReport, Trainer
@@ -32,7 +34,7 @@ def open_log(trainer: Trainer) -> RunLog:
 
 
 class Summary(Hook):
-    """Shows what the run is, and which corrupt checkpoints it passed over."""
+    """Shows what the run is, which corrupt checkpoints it passed over, and what differs from when it was saved."""
 
     def __init__(self, log: RunLog):
         self._log = log
@@ -42,6 +44,9 @@ class Summary(Hook):
         self._log.summary("megatron_align", run_summary(trainer))
         for folder, reason in trainer.resumed.corrupt if trainer.resumed else ():
             self._log.message(f"warning: {reason}; moved to {folder}{CORRUPT_SUFFIX}")
+        if trainer.resumed:
+            for line in harmless_differences(trainer.config, trainer.resumed.metadata):
+                self._log.message(f"resumed with a changed option: {line}")
 
 
 class Profiling(Hook):
@@ -174,7 +179,7 @@ class Validation(Hook):
 
 
 class Export(Hook):
-    """Writes ``checkpoint.dir/hf`` at the end of the complete run."""
+    """Writes ``checkpoint.dir/hf`` at the end of the complete run, and the marker that it is finished."""
 
     def __init__(self, log: RunLog):
         self._log = log
@@ -182,9 +187,11 @@ class Export(Hook):
     def finish(self) -> None:
         """See :class:`Hook`."""
         if self.trainer.config.checkpoint.export_hf:
-            folder = self.trainer.setup.folder / "hf"
+            folder = self.trainer.setup.folder / HF
             self.trainer.export(folder)
             self._log.message(f"exported to {folder}")
+        if dist.get_rank() == 0:
+            write_finished_marker(self.trainer.setup.folder, self.trainer.steps)
 
 
 def standard_hooks(trainer: Trainer, log: RunLog) -> Hooks:

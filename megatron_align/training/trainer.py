@@ -29,6 +29,7 @@ from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
 from megatron_align.training.batches import batches_of_split
+from megatron_align.training.finished import remove_finished_marker
 from megatron_align.training.learning_rate import learning_rate
 from megatron_align.training.optimizer import (
     Optimizer,
@@ -41,9 +42,9 @@ from megatron_align.training.optimizer import (
 from megatron_align.training.prepass import PrePass
 from megatron_align.training.reference.builder import ReferenceBuilder, References
 from megatron_align.training.resume import ResumePoint, verified_resume_point
-from megatron_align.training.run_context import joined_ranks
+from megatron_align.training.run_context import joined_ranks, prepared_run
 from megatron_align.training.scoring import Scorer
-from megatron_align.training.setup import RunSetup, prepare_run
+from megatron_align.training.setup import RunSetup
 from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import remove_requeue_marker
 from megatron_align.training.watchdog import Watchdog
@@ -95,6 +96,7 @@ class Trainer:
         steps: training steps of the complete run.
         resumed: the checkpoint that the run resumed from; None: it started at step 1.
         health: non-finite steps and outliers; part of every checkpoint.
+        interrupted: Ctrl-C stopped the run, after it saved.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class Trainer:
         self.train_batches = self.batches_of("train")
         self.step, self.steps = 0, self.train_batches.steps
         self.resumed: ResumePoint | None = None
+        self.interrupted = False
         self._prepass = self._prepass_of("train")
         self._began: float | None = None
 
@@ -128,15 +131,17 @@ class Trainer:
         Raises:
             InputError: for anything that the user can correct.
         """
-        setup = prepare_run(config, parallel.RankInfo.from_environment())
-        with joined_ranks(setup) as watchdog:
+        with (
+            prepared_run(config, parallel.RankInfo.from_environment()) as setup,
+            joined_ranks(setup) as watchdog,
+        ):
             yield cls.build(setup, watchdog)
 
     @classmethod
     def build(cls, setup: RunSetup, watchdog: Watchdog) -> Trainer:
         """Build and load everything, once the ranks have met; resume from the run's newest intact checkpoint."""
         config, groups = setup.config, parallel.groups()
-        _clean_run_folder(setup.folder)
+        _clean_run_folder(setup)
         parallel.require_agreement(
             {
                 "data.train": setup.train.path.name,
@@ -146,7 +151,7 @@ class Trainer:
         )
         with watchdog.patient("reading the checkpoint"):
             resume = verified_resume_point(
-                config, setup.folder, setup.shape, setup.train.path.name, setup.assets
+                config, setup.folder, setup.shape, setup.train.path.name, setup.assets, setup.steps
             )
         objective = build_objective(config.objective, setup.train)
         reference = ReferenceBuilder(setup, objective, groups, watchdog)
@@ -290,6 +295,7 @@ class Trainer:
             self.setup.megatron.params_dtype,
             world_size=self.setup.rank_info.world_size,
             config=to_dict(self.config),
+            steps=self.steps,
             data=self._data_metadata(),
             reference_weights=self.references.weights_hash,
             objective_state=self.objective.state(),
@@ -324,9 +330,10 @@ class Trainer:
         }
 
 
-def _clean_run_folder(folder: Path) -> None:
-    """Remove what a killed run left unfinished, and its requeue marker: this run continues it."""
+def _clean_run_folder(setup: RunSetup) -> None:
+    """Remove what a killed run left unfinished, and the markers of how it ended: this run continues it."""
     if dist.get_rank() == 0:
-        clean_up_after_kill(folder)
-        remove_requeue_marker(folder)
+        clean_up_after_kill(setup.folder)
+        remove_requeue_marker(setup.folder)
+        remove_finished_marker(setup.folder)
     dist.barrier()

@@ -19,6 +19,10 @@ from typing import Any
 from megatron_align import faults
 from tests.harness.pool import free_port
 
+HELD = (
+    "TEST_HELD_SAVES"  # a file that must exist before a save is completed; until then "save held" is printed
+)
+SIGNALLED_AT_LOADING = "TEST_SIGNALLED_AT_LOADING"  # the signal that the process sends to itself
 _PRELOAD = ["megatron_align.train", "megatron_align.training.loop", "tests.harness.crash"]
 
 
@@ -50,7 +54,38 @@ def _train(environment: dict[str, str], arguments: list[str], log: Path) -> None
     os.dup2(file, 2)
     os.environ.update(environment, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    if HELD in environment:
+        _hold_saves(Path(environment[HELD]))
+    if SIGNALLED_AT_LOADING in environment:
+        _signal_at_loading(int(environment[SIGNALLED_AT_LOADING]))
     sys.exit(main(arguments))
+
+
+def _hold_saves(until: Path) -> None:
+    from megatron_align.checkpoint import saver
+
+    complete = saver._complete
+
+    def late(*arguments: Any) -> int:
+        if not until.exists():
+            print("save held", flush=True)
+        while not until.exists():
+            time.sleep(0.05)
+        return complete(*arguments)
+
+    saver._complete = late
+
+
+def _signal_at_loading(number: int) -> None:
+    from megatron_align.training import trainer
+
+    load = trainer.load_start_weights
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), number)
+        load(*arguments)
+
+    trainer.load_start_weights = signalled
 
 
 def end(ranks: list[BaseProcess], timeout: float = 240.0) -> list[int]:

@@ -2,6 +2,8 @@
 by bit, each step once; no checkpoint that was whole is lost, and nobody is left behind. A full disk costs no step.
 """
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ import time
 import pytest
 
 from megatron_align.checkpoint.folder import list_steps
-from megatron_align.training.stop import EXIT_REQUEUE
+from megatron_align.faults import VARIABLE
+from megatron_align.training.run_lock import LOCK
+from megatron_align.training.stop import EXIT_INTERRUPTED, EXIT_REQUEUE
 from tests.harness import crash
 from tests.harness.corruption import flip
 from tests.harness.tiny import make_model, metrics_of, numbers, run_arguments
@@ -168,12 +172,13 @@ def test_rows_that_a_full_disk_refuses_are_written_later(command, whole, tmp_pat
 )
 def test_a_last_save_that_fails_is_an_error_and_spoils_nothing(command, tmp_path, point):
     run, log = tmp_path / "run", tmp_path / "log"
+    longer = {"train__steps": 3, "checkpoint__resume_allow": "[schedule]"}
     assert crash.train(1, command(train__steps=2), log) == [0]
-    assert crash.train(1, command(train__steps=3), log, fault=f"full@{point}") == [1]
+    assert crash.train(1, command(**longer), log, fault=f"full@{point}") == [1]
     assert log.read_text().count("error: writing the checkpoint failed at") == 1
     assert steps_of(run) == [2]
     assert hidden(run) == []
-    assert crash.train(1, command(train__steps=3), log) == [0]
+    assert crash.train(1, command(**longer), log) == [0]
 
 
 def test_a_signal_saves_and_asks_to_be_started_again(command, whole, tmp_path):
@@ -216,6 +221,116 @@ def test_a_signal_to_torchrun_reaches_the_ranks(command, tmp_path):
     [*_, last] = metrics_of(run)
     assert (run / "requeue").read_text() == f"{last['step']}\n"
     assert steps_of(run)[-1] == last["step"]
+
+
+def interrupt_during_step(ranks, run, times=1):
+    """Send Ctrl-C to rank 0 once it makes steps."""
+    crash.wait_until(lambda: (run / "metrics.jsonl").exists() and metrics_of(run), ranks)
+    for _ in range(times):
+        os.kill(ranks[0].pid, signal.SIGINT)
+        time.sleep(0.2)
+
+
+def test_ctrl_c_saves_and_the_same_command_resumes(command, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    ranks = crash.start(1, command(train__steps=2000, checkpoint__save_every=1000), log)
+    interrupt_during_step(ranks, run)
+    assert crash.end(ranks) == [EXIT_INTERRUPTED], log.read_text()
+    [step] = steps_of(run)
+    assert metrics_of(run)[-1]["step"] == step
+    assert f"stop requested (SIGINT): saved after step {step}; the same command resumes" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not (run / "requeue").exists()  # a person stopped it, no scheduler
+    assert not (run / LOCK).exists()
+
+
+def test_a_second_ctrl_c_leaves_at_once(command, tmp_path):
+    """Also while a save is being written: the step before the first one stays."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    often = {"train__steps": 2000, "checkpoint__save_every": 1}
+    ranks = crash.start(1, command(**often), log, {crash.HELD: "/absent"})
+    crash.wait_until(lambda: log.exists() and "save held" in log.read_text(), ranks)
+    interrupt_during_step(ranks, run, times=2)
+    assert crash.end(ranks, timeout=20) == [EXIT_INTERRUPTED], log.read_text()
+    assert log.read_text().count("interrupted again: left at once, without saving") == 1
+    assert "Traceback" not in log.read_text()
+    # Its lock and its partial checkpoint are in nobody's way.
+    assert crash.train(1, command(train__steps=2), log) == [0]
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(command, tmp_path):
+    log = tmp_path / "log"
+    ranks = crash.start(1, command(), log, {crash.SIGNALLED_AT_LOADING: "2"})
+    assert crash.end(ranks) == [EXIT_INTERRUPTED], log.read_text()
+    line = (
+        "interrupted: nothing that was saved is lost, the same command starts again, as no step was saved\n"
+    )
+    assert log.read_text().endswith(line)
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(command, whole, tmp_path):
+    run, log, log2 = tmp_path / "run", tmp_path / "log", tmp_path / "log2"
+    ranks = crash.start(1, command(), log, {crash.HELD: str(tmp_path / "go")})
+    crash.wait_until(lambda: log.exists() and "save held" in log.read_text(), ranks)
+    before = sorted(path.name for path in run.iterdir())
+    assert crash.train(1, command(train__seed=7), log2) == [2]
+    assert sorted(path.name for path in run.iterdir()) == before
+    [line] = log2.read_text().splitlines()
+    assert line.startswith(
+        f"error: checkpoint.dir '{run}' is in use by another run: process {ranks[0].pid} on "
+    )
+    (tmp_path / "go").touch()
+    assert crash.end(ranks) == [0], log.read_text()
+    assert numbers(run) == whole()
+
+
+def test_every_rank_of_a_second_run_is_refused(command, tmp_path):
+    """No rank of it may prepare data there either, as rank 0 only holds the lock."""
+    run, log, log2 = tmp_path / "run", tmp_path / "log", tmp_path / "log2"
+    ranks = crash.start(1, command(), log, {crash.HELD: str(tmp_path / "go")})
+    crash.wait_until(lambda: log.exists() and "save held" in log.read_text(), ranks)
+    second = crash.start(2, command(), log2)
+    for rank in second:
+        rank.join(60)
+    assert [rank.exitcode for rank in second] == [2, 2], log2.read_text()
+    lines = log2.read_text().splitlines()
+    assert len(lines) == 2  # a launcher would have stopped the second rank before it printed
+    assert lines[0] == lines[1]
+    (tmp_path / "go").touch()
+    assert crash.end(ranks) == [0], log.read_text()
+    assert steps_of(run) == [6]
+
+
+def test_a_requeued_job_waits_while_the_old_one_saves(command, whole, tmp_path):
+    run, log, log2 = tmp_path / "run", tmp_path / "log", tmp_path / "log2"
+    hold = {crash.HELD: str(tmp_path / "go"), VARIABLE: "term@step.trained:3"}
+    ranks = crash.start(1, command(checkpoint__save_every=6), log, hold)
+    crash.wait_until(lambda: log.exists() and "save held" in log.read_text(), ranks)
+    requeued = crash.start(1, command(), log2)
+    crash.wait_until(lambda: log2.exists() and "saving before it stops" in log2.read_text(), requeued)
+    (tmp_path / "go").touch()
+    assert crash.end(ranks) == [EXIT_REQUEUE], log.read_text()
+    assert steps_of(run)[-1] == 3
+    assert crash.end(requeued) == [0], log2.read_text()
+    assert numbers(run) == whole()
+
+
+def test_a_finished_run_says_so(command, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    export = {"train__steps": 2, "checkpoint__export_hf": True}
+    assert crash.train(1, command(**export), log) == [0]
+    (run / "requeue").touch()  # a scheduler's loop must end
+    before = (run / "hf" / "config.json").stat().st_mtime_ns
+    log.write_text("")
+    assert crash.train(1, command(**export), log) == [0]
+    [line] = log.read_text().splitlines()
+    assert line.startswith(f"already finished: all 2 steps are done, the model is in {run / 'hf'}")
+    assert (run / "hf" / "config.json").stat().st_mtime_ns == before
+    assert not (run / "requeue").exists()
+    shutil.rmtree(run / "hf")
+    assert crash.train(1, command(**export), log) == [0]
+    assert (run / "hf" / "config.json").exists()  # what is missing is made again
 
 
 def test_nobody_outlives_a_kill_in_the_middle_of_a_save(command, tmp_path):

@@ -170,9 +170,18 @@ class SampleSteps:
         Raises:
             ValueError: if the step is outside of the run.
         """
+        return self.order.between(*self._bounds(step))
+
+    def size(self, step: int) -> int:
+        """Return the number of samples of a 0-based step."""
+        begin, end = self._bounds(step)
+        return end - begin
+
+    def _bounds(self, step: int) -> tuple[int, int]:
+        """Return where a step begins and ends in the stream."""
         _require_step(step, self._last)
         end = (step + 1) * self.batch
-        return self.order.between(step * self.batch, end if self._end is None else min(end, self._end))
+        return step * self.batch, end if self._end is None else min(end, self._end)
 
 
 class TokenSteps:
@@ -215,12 +224,20 @@ class TokenSteps:
 
     def samples(self, step: int) -> np.ndarray:
         """As :meth:`SampleSteps.samples`."""
+        return self.order.between(*self._bounds(step))
+
+    def size(self, step: int) -> int:
+        """As :meth:`SampleSteps.size`."""
+        begin, end = self._bounds(step)
+        return end - begin
+
+    def _bounds(self, step: int) -> tuple[int, int]:
         _require_step(step, self._last)
         while self._last is None and len(self._starts) <= step + 1:
             self._read_epoch()
         is_last = self._last is not None and step == self._last - 1
         end = self.order.start(self._epochs or 0) if is_last else self._starts[step + 1]
-        return self.order.between(self._starts[step], end)
+        return self._starts[step], end
 
     def _read_epoch(self) -> None:
         """Find the steps that begin in the next epoch; the last step stays open for the epoch after it."""

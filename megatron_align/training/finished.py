@@ -1,0 +1,47 @@
+"""A finished run: a marker in its folder, so that the same command says so instead of doing the last part again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_align.checkpoint.folder import HF
+from megatron_align.training.setup import RunSetup
+from megatron_align.training.stop import remove_requeue_marker
+
+FINISHED = "finished"  # file in the run's folder, with the number of its steps
+
+
+def write_finished_marker(run: Path, steps: int) -> None:
+    """Mark the run's folder: all steps are made and saved, and the model is exported if that is wanted."""
+    (run / FINISHED).write_text(f"{steps}\n", encoding="utf-8")
+
+
+def remove_finished_marker(run: Path) -> None:
+    """Remove the marker of :func:`write_finished_marker`: the run continues."""
+    (run / FINISHED).unlink(missing_ok=True)
+
+
+def is_finished(setup: RunSetup) -> bool:
+    """Return whether nothing is left to do; every rank finds the same, in the same files."""
+    if setup.resume is None or setup.resume.step != setup.steps:
+        return False
+    try:
+        marked = (setup.folder / FINISHED).read_text(encoding="utf-8").strip()
+    except OSError:
+        return False
+    return marked == str(setup.steps) and (
+        (setup.folder / HF).is_dir() or not setup.config.checkpoint.export_hf
+    )
+
+
+def report_finished(setup: RunSetup) -> None:
+    """Print on rank 0 that there is nothing to do; a scheduler that waits for a requeue marker must not find one."""
+    if setup.rank_info.rank != 0:
+        return
+    remove_requeue_marker(setup.folder)
+    model = f", the model is in {setup.folder / HF}" if setup.config.checkpoint.export_hf else ""
+    print(
+        f"already finished: all {setup.steps} steps are done{model}; for more steps raise train.steps, for another run "
+        "give another checkpoint.dir",
+        flush=True,
+    )
