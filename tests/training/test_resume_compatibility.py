@@ -7,7 +7,7 @@ import pytest
 from megatron_align.config import to_dict
 from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import parse
-from megatron_align.training.resume_compatibility import require_same_run
+from megatron_align.training.resume_compatibility import harmless_differences, require_same_run
 from tests.harness.tiny import byte_tokenizer, run_arguments
 
 KEY = "0123456789abcdef"
@@ -62,6 +62,80 @@ def test_a_change_is_refused_by_name_unless_it_is_asked_for(group, checkpoint, a
         require_same_run(config(*others, **options), key, metadata(), checkpoint, assets)
     # the others: harmless
     require_same_run(config(group, *others, **options), key, metadata(), checkpoint, assets)
+
+
+def at_step(step, steps=None, **options):
+    """Return the metadata of a checkpoint; ``steps``: the complete run's, None: an older checkpoint."""
+    return {**metadata(**options), "step": step, **({} if steps is None else {"steps": steps})}
+
+
+COSINE = {"optimizer__schedule": "cosine"}
+JUMPS = {
+    "rate": ({}, {"optimizer__lr": 2e-3}, "optimizer.lr was 0.001 and is 0.002"),
+    "more steps": (COSINE, {**COSINE, "train__steps": 9}, "train.steps was 5 and is 9"),
+    "fewer steps": (COSINE, {**COSINE, "train__steps": 4}, "train.steps was 5 and is 4"),
+    "schedule": (COSINE, {"optimizer__schedule": "linear"}, "optimizer.schedule was cosine and is linear"),
+    "warm-up": (
+        {"optimizer__warmup_steps": 4},
+        {"optimizer__warmup_steps": 5},
+        "optimizer.warmup_steps was 4 and is 5",
+    ),
+}
+KEPT = {
+    "steps of a constant rate": ({}, {"train__steps": 9}),
+    "a warm-up that is over": ({"optimizer__warmup_steps": 1}, {"optimizer__warmup_steps": 2}),
+    "another weight decay": (COSINE, {**COSINE, "optimizer__weight_decay": 0.5}),
+    "nothing": (COSINE, COSINE),
+}
+
+
+@pytest.mark.parametrize("before, now, line", JUMPS.values(), ids=JUMPS)
+@pytest.mark.parametrize("steps", [5, None])
+def test_what_changes_the_remaining_learning_rates_is_refused_by_name(
+    before, now, line, steps, checkpoint, assets
+):
+    saved = at_step(2, steps, **before)
+    with pytest.raises(InputError) as error:
+        require_same_run(config(**now), KEY, saved, checkpoint, assets)
+    assert line in str(error.value)
+    assert str(error.value).count(" was ") == 1  # nothing else is named
+    assert "set checkpoint.resume_allow [schedule]" in str(error.value)
+    require_same_run(config("schedule", **now), KEY, saved, checkpoint, assets)
+
+
+@pytest.mark.parametrize("before, now", KEPT.values(), ids=KEPT)
+def test_what_keeps_the_remaining_learning_rates_is_no_difference(before, now, checkpoint, assets):
+    require_same_run(config(**now), KEY, at_step(2, 5, **before), checkpoint, assets)
+
+
+def test_a_finished_run_that_is_made_longer_jumps_too(checkpoint, assets):
+    """A rate that had decayed to 0 would rise again."""
+    with pytest.raises(InputError, match="train.steps was 5 and is 9"):
+        require_same_run(config(**COSINE, train__steps=9), KEY, at_step(5, 5, **COSINE), checkpoint, assets)
+
+
+def epochs(number, **options):
+    return {**COSINE, "train__steps": "null", "train__epochs": number, **options}
+
+
+def test_epochs_count_by_their_steps(checkpoint, assets):
+    saved = at_step(2, 5, **epochs(1))
+    require_same_run(config(**epochs(1)), KEY, saved, checkpoint, assets, 5)
+    require_same_run(config(**COSINE, train__steps=5), KEY, saved, checkpoint, assets, 5)
+    with pytest.raises(InputError, match="train.epochs was 1 and is 2"):
+        require_same_run(config(**epochs(2)), KEY, saved, checkpoint, assets, 10)
+    with pytest.raises(InputError, match="train.steps was 5 and is 7"):  # other data
+        require_same_run(config("data", **epochs(1)), "other", saved, checkpoint, assets, 7)
+    older = at_step(2, **epochs(1))
+    require_same_run(config(**epochs(1)), KEY, older, checkpoint, assets, 5)
+    with pytest.raises(InputError, match="train.epochs was 1 and is 2"):
+        require_same_run(config(**epochs(2)), KEY, older, checkpoint, assets, 10)
+
+
+def test_harmless_differences_are_named():
+    saved = metadata(optimizer__weight_decay=0.5)
+    assert harmless_differences(config(), saved) == ["optimizer.weight_decay was 0.5 and is 0.1"]
+    assert harmless_differences(config(), metadata()) == []
 
 
 def test_a_reference_is_a_group_of_its_own(checkpoint, assets):
