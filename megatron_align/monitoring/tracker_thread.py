@@ -77,33 +77,41 @@ class TrackerThread:
 
     def _run(self) -> None:
         while self._closing is None:
-            self._attempt(self._send)
+            self._try_to_send()
             self._opened.set()
             with self._changed:
                 if self._failing:
                     self._changed.wait_for(lambda: self._closing is not None, RETRY_SECONDS)
                 else:
                     self._changed.wait_for(lambda: self._rows or self._closing is not None)
-        self._attempt(self._send)
-        self._attempt(self._close)
+        self._try_to_send()
+        if self._tracker is not None:
+            try:
+                self._tracker.close(failed=self._closing)
+            except (Exception, SystemExit) as error:  # of a foreign package: of any type
+                self._warn(error, " when the run ended; metrics.jsonl has all rows")
 
-    def _attempt(self, call: Callable[[], None]) -> None:
-        """Make a call to the tracker; report its first fault, and when it works again."""
+    def _try_to_send(self) -> None:
+        """Send what waits; report the first fault, and when the tracker works again."""
         try:
-            call()
+            self._send()
         except (Exception, SystemExit) as error:  # of a foreign package: of any type
             self._failing = True
-            if not self._warned:
-                self._warned = True
-                reason = " ".join(str(error).split())[:300]
-                self._message(
-                    f"warning: {self._name} failed ({type(error).__name__}: {reason}); training continues, its rows "
-                    f"are sent again every {RETRY_SECONDS:g} s, and metrics.jsonl has them all"
-                )
+            self._warn(
+                error,
+                f"; training continues, its rows are sent again every {RETRY_SECONDS:g} s, and metrics.jsonl has "
+                "them all",
+            )
             return
         if self._failing:
             self._failing = False
             self._message(f"{self._name} works again")
+
+    def _warn(self, error: BaseException, then: str) -> None:
+        if not self._warned:
+            self._warned = True
+            reason = " ".join(str(error).split())[:300]
+            self._message(f"warning: {self._name} failed ({type(error).__name__}: {reason}){then}")
 
     def _send(self) -> None:
         """Open the tracker if necessary, and send the rows in order; a row that fails stays the first."""
@@ -115,7 +123,3 @@ class TrackerThread:
             with self._changed:
                 if self._rows and self._rows[0] is row:  # not dropped meanwhile
                     self._rows.popleft()
-
-    def _close(self) -> None:
-        if self._tracker is not None:
-            self._tracker.close(failed=bool(self._closing))

@@ -48,7 +48,9 @@ class StopRequests:
         return self.signal_name == signal.SIGINT.name
 
     def __enter__(self) -> StopRequests:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # A script's background process ignores Ctrl-C, which is meant for another.
+        caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def __exit__(
