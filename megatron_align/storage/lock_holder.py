@@ -31,7 +31,7 @@ class Holder:
         machine: identity of the running system and its process namespace.
         process_start: of the process, in the system's own unit: another process may get the same number later.
         group: of the processes that work together, such as the ranks of one launch.
-        stopping: the holder was asked to stop and is saving.
+        stopping: the holder will stop and is saving.
         token: unique to this lock.
         beat: heartbeats so far.
     """
