@@ -1,7 +1,10 @@
 """Which checkpoints of a run are kept, and what a start makes of folders that a kill has left."""
 
+import subprocess
+
 import pytest
 
+from megatron_align import errors
 from megatron_align.checkpoint.folder import clean_up_after_kill, find_checkpoint, list_steps, prune
 
 
@@ -49,3 +52,46 @@ def test_a_hugging_face_folder_with_files_of_our_names_is_no_checkpoint(tmp_path
     (tmp_path / of_hf).write_text("{}")
     (tmp_path / "step_000001").mkdir()
     assert find_checkpoint(tmp_path) is None
+
+
+@pytest.fixture
+def no_warnings_yet(monkeypatch):
+    monkeypatch.setattr(errors, "_warned", set())
+
+
+def test_a_checkpoint_that_is_a_link_stays_with_its_archive(run, tmp_path_factory, no_warnings_yet, capsys):
+    archive = tmp_path_factory.mktemp("archive") / "step"
+    (run / "step_000003").rename(archive)
+    (run / "step_000003").symlink_to(archive)
+    for _ in range(2):
+        prune(run, keep=1)
+        clean_up_after_kill(run)
+    assert [step for step, _ in list_steps(run)] == [3, 10]
+    assert (archive / "card.json").exists()
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"warning: the old checkpoint of step 3 is not deleted, it stays at {run / 'step_000003'}: it"
+    )
+    assert f"is a link to {archive}" in line
+
+
+@pytest.mark.parametrize("what", ["card.json", "."])
+def test_an_immutable_checkpoint_ends_no_run(run, no_warnings_yet, capsys, what):
+    """Neither its file nor its folder can be deleted, or even renamed; the others are."""
+    if subprocess.run(
+        ["chattr", "+i", run / "step_000003" / what], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("chattr needs root and a file system that has the attribute")
+    try:
+        prune(run, keep=1)
+        clean_up_after_kill(run)
+        left = [path.name for path in run.iterdir() if path.name != "step_000010"]
+        assert len(left) == 1
+        assert (left == ["step_000003"]) == (what == ".")
+        first = capsys.readouterr().err.splitlines()
+        assert "the old checkpoint of step 3 is not deleted" in first[0]
+        prune(run, keep=1)
+        clean_up_after_kill(run)
+        assert capsys.readouterr().err == ""
+    finally:
+        subprocess.run(["chattr", "-R", "-i", run], check=True)

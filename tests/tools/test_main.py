@@ -2,14 +2,17 @@
 nearest word and leaves nothing on the disk, and help does not wait for torch.
 """
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from megatron_align.tools.main import TOOLS
+from megatron_align.tools.main import TOOLS, main
 from tests.harness import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +231,24 @@ def test_torchrun_is_refused(tmp_path, tiny_models):
         "run this as one process, without torchrun; got WORLD_SIZE=2",
     )
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, then",
+    [
+        (["convert", "import"], "resumes after what is complete"),
+        (["convert", "verify"], "starts again"),
+        (["merge", "linear"], "resumes after what is complete"),
+        (["prepare"], "resumes after what is complete"),
+        (["plan"], "starts again"),
+    ],
+    ids=" ".join,
+)
+def test_ctrl_c_is_one_line(arguments, then, monkeypatch, capsys):
+    def interrupted(arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(importlib.import_module(f"megatron_align.tools.{arguments[0]}"), "run", interrupted)
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == f"interrupted: the output is not written; the same command {then}\n"

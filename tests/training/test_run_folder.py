@@ -1,0 +1,116 @@
+"""A run has its folder alone, wherever it is mounted: what cannot work is refused before anything is written there."""
+
+import subprocess
+
+import pytest
+
+from megatron_align.model.parallel import RankInfo
+from megatron_align.train import main
+from megatron_align.training.run_lock import LOCK, RunLock
+from tests.harness import training_ranks
+from tests.harness.tiny import metrics_of, run_arguments
+
+ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """``mount(folder)`` mounts another folder of the same disk there, as a container's volume is."""
+    mounted = []
+    (tmp_path / "volume").mkdir()
+
+    def bind(folder):
+        folder.mkdir(parents=True)
+        command = ["mount", "--bind", tmp_path / "volume", folder]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting needs root")
+        mounted.append(folder)
+
+    yield bind
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)  # workers still map its data
+
+
+def error_of(arguments, capsys):
+    capsys.readouterr()
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_mounted_export_folder_is_refused_before_the_first_byte(
+    tiny_models, chat_file, tmp_path, mount, capsys
+):
+    run = tmp_path / "run"
+    mount(run / "hf")
+    arguments = run_arguments(tiny_models(), chat_file, run, checkpoint__export_hf=True)
+    line = error_of(arguments, capsys)
+    assert line.startswith("error: checkpoint.dir/hf must not be a mount point")
+    assert f"mounted at {run / 'hf'}" in line
+    assert [path.name for path in run.iterdir()] == ["hf"]
+
+
+def test_the_folder_itself_may_be_a_mount_point(pool, tiny_models, chat_file, tmp_path, mount):
+    run = tmp_path / "run"
+    mount(run)
+    options = {"train__steps": 2, "checkpoint__export_hf": True}
+    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, run, **options))
+    assert (tmp_path / "volume" / "hf" / "model.safetensors").exists()
+    assert (tmp_path / "volume" / "step_000002").is_dir()
+    assert not (run / LOCK).exists()
+
+
+def test_a_folder_in_use_is_left_as_it_is(tiny_models, chat_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunLock(run, ALONE) as lock:
+        lock.acquire()
+        line = error_of(run_arguments(tiny_models(), chat_file, run), capsys)
+        assert line.startswith(f"error: checkpoint.dir '{run}' is in use by another run: process ")
+        assert [path.name for path in run.iterdir()] == [LOCK]
+
+
+def test_bad_input_leaves_neither_lock_nor_folder(tiny_models, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    assert "data.jsonl" in error_of(
+        run_arguments(tiny_models(), tmp_path / "data.jsonl", tmp_path / "a" / "run"), capsys
+    )
+    assert not (tmp_path / "a").exists()
+
+
+def lose_the_lock(rank_info, arguments):
+    """In a process of the pool: another machine takes the folder after the first step."""
+    from dataclasses import replace
+    from unittest import mock
+
+    from megatron_align.errors import TrainingFault
+    from megatron_align.objectives.configuration import parse
+    from megatron_align.storage.lock_holder import Holder
+    from megatron_align.training.loop import run
+    from megatron_align.training.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def and_lose(self, *arguments):
+        report = train_step(self, *arguments)
+        if self.step == 1 and rank_info.rank == 0:
+            other = replace(Holder.this_process(""), host="node7", machine="another boot")
+            (self.setup.folder / LOCK).write_text(other.to_text())
+        return report
+
+    with mock.patch.object(Trainer, "train_step", and_lose):
+        try:
+            run(parse(arguments), rank_info)
+        except TrainingFault as fault:
+            return str(fault)
+
+
+def test_a_run_that_lost_its_folder_writes_no_checkpoint(pool, tiny_models, chat_file, tmp_path):
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path / "run", checkpoint__save_every=2)
+    faults = pool.run(2, lose_the_lock, arguments)
+    assert "on node7" in faults[0]
+    for fault in faults:
+        assert "took over checkpoint.dir while this run was paused; it is left unchanged" in fault
+    assert list((tmp_path / "run").glob("*step_*")) == []
+    assert (tmp_path / "run" / LOCK).exists()  # the other run's
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]
