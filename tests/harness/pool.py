@@ -18,7 +18,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-SIZE = 4  # started first; a test that needs more starts the rest
 START_SECONDS = 400
 
 
@@ -70,8 +69,7 @@ class RankFailed(Exception):
 
 
 class Pool:
-    def __init__(self, size: int = SIZE):
-        self._size = size
+    def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(
@@ -80,7 +78,7 @@ class Pool:
         """Call ``function(rank_info, *arguments)`` on each rank and return the answers by rank.
 
         Raises:
-            RankFailed: with the first rank's error; the pool restarts at the next call.
+            RankFailed: with the first rank's error; the ranks that took part are replaced at the next call.
         """
         self._start(world_size)
         # Hosted here, as by torchrun's agent: a port that is free now may be taken once a rank listens.
@@ -101,12 +99,12 @@ class Pool:
             pending = {pipe: rank for rank, (_, pipe) in enumerate(workers) if rank not in answers}
             ready = wait(list(pending), timeout=timeout)
             if not ready:
-                self.stop()
+                self._stop_ranks(world_size)
                 raise TimeoutError(f"ranks {sorted(pending.values())} did not answer within {timeout} s")
             for pipe in ready:
                 good, answer = pipe.recv()
                 if not good:
-                    self.stop()
+                    self._stop_ranks(world_size)
                     raise RankFailed(f"rank {pending[pipe]}: {answer[0]}: {answer[1]}\n{answer[2]}")
                 answers[pending[pipe]] = answer
         return [answers[rank] for rank in range(world_size)]
@@ -114,7 +112,7 @@ class Pool:
     def _start(self, at_least: int) -> None:
         context = multiprocessing.get_context("spawn")
         started: list[Connection] = []
-        while len(self._workers) < max(self._size, at_least):
+        while len(self._workers) < at_least:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
@@ -132,8 +130,12 @@ class Pool:
                 started.remove(pipe)
 
     def stop(self) -> None:
-        for process, pipe in self._workers:
+        self._stop_ranks(len(self._workers))
+
+    def _stop_ranks(self, count: int) -> None:
+        """Stop the first ``count`` processes; the others stay, as importing everything takes ten seconds."""
+        for process, pipe in self._workers[:count]:
             pipe.close()
             process.kill()
             process.join()
-        self._workers = []
+        del self._workers[:count]

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments
 
 ULYSSES, ALLGATHER = ({"parallel__context_kind": kind} for kind in ("ulysses", "allgather"))
@@ -45,6 +46,11 @@ LAYOUTS = {
     ),
     "recompute_allgather2": (2, {**ALLGATHER, "parallel__context": 2, "train__recompute_layers": 2}),
 }
+# The others cover each of these options, and each pair of two kinds of ranks.
+SLOW = (
+    *("tp2_sp", "pp2", "dp2", "tp2_dp2", "unpacked_tp2_pp2", "recompute"),
+    *("unpacked_allgather2_pp2", "recompute_ulysses2_pp2"),
+)
 REST = ("qwen2_untied", "llama3", "llama32_tied")
 
 
@@ -81,7 +87,7 @@ def assert_same_run(got, want):
         torch.testing.assert_close(tensor.norm(), reference[name].norm(), rtol=1e-5, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mark_slow(LAYOUTS, SLOW))
 def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout):
     world, options = LAYOUTS[layout]
     arguments = run_arguments(tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **options)
@@ -104,9 +110,9 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
     [
         (2, {"parallel__tensor": 2}),
         (2, {"parallel__pipeline": 2}),
-        (2, {}),
-        (1, {"data__packing": False}),
-        (2, {**ULYSSES, "parallel__context": 2}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(1, {"data__packing": False}, marks=pytest.mark.slow),
+        pytest.param(2, {**ULYSSES, "parallel__context": 2}, marks=pytest.mark.slow),
         (2, {**ALLGATHER, "parallel__context": 2}),
     ],
     ids=["tp2", "pp2", "dp2", "unpacked", "ulysses2", "allgather2"],

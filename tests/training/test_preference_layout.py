@@ -9,6 +9,7 @@ import math
 import pytest
 
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 
 ULYSSES, ALLGATHER = ({"parallel__context_kind": kind} for kind in ("ulysses", "allgather"))
@@ -68,24 +69,26 @@ OBJECTIVES = {
     "all_pairs": {"name": "reward", "ranked_loss": "all_pairs"},
     "tpo": {"name": "tpo"},
 }
-# DPO on every layout without context ranks and on both kinds of these; the others each on one mix or one spread, in
-# turn. The rest is among the slow tests.
-CASES = [
-    ("dpo", layout)
-    for layout in [*LAYOUTS, *LIVE]
-    if layout in SPREAD or not LAYOUTS.get(layout, LIVE.get(layout))[1].get("parallel__context")
-]
+# DPO on layouts that cover each pair of two kinds of ranks; the others each on one mix or one spread, in turn. The rest
+# is among the slow tests.
+DPO = (
+    *("tp2_sp", "vpp2", "tp2_pp2", "pp2_dp2", "unpacked", "repeated_prompts", "repeated_prompts_tp2_dp2"),
+    *("recompute", "live", "ulysses4", "allgather4", "ulysses2_tp2", "allgather2_pp2"),
+    *("repeated_prompts_ulysses2_dp2", "live_tp2_pp2"),
+)
+CASES = [("dpo", layout) for layout in DPO]
 for i, objective in enumerate(OBJECTIVES):
     if objective != "dpo":
         CASES.append((objective, (*FEW, *SPREAD)[i % (len(FEW) + 2)]))
-CASES += [("kto", "live_tp2_pp2"), ("aot", "live"), ("reward", "tp2_sp"), ("reward", "tp2")]
+CASES += [("kto", "live_tp2_pp2"), ("reward", "tp2_sp")]
 CASES += [("kto", "live_allgather2"), ("reward", "ulysses2_tp2")]
-CASES += [
-    pytest.param(objective, layout, marks=pytest.mark.slow)
+SLOW = [
+    (objective, layout)
     for objective in OBJECTIVES
     for layout in ([*LAYOUTS, *LIVE] if objective == "dpo" else (*FEW, *SPREAD))
     if (objective, layout) not in CASES
 ]
+SLOW += [("reward", "tp2"), ("aot", "live")]
 
 
 def write_ranked(file, pairs):
@@ -153,7 +156,7 @@ def reference(train):
     return get
 
 
-@pytest.mark.parametrize("objective, layout", CASES)
+@pytest.mark.parametrize("objective, layout", mark_slow([*CASES, *SLOW], SLOW))
 def test_layouts_agree(objective, layout, train, reference):
     world, options = {**LAYOUTS, **LIVE}[layout]
     rows = train(objective, world, **options)

@@ -1,5 +1,6 @@
 """Law 4 (first part): a resumed run writes the very rows that the uninterrupted run writes, on the same layout."""
 
+import itertools
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.configuration import parse
 from megatron_align.training.setup import prepare_run
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import change_tensors, make_model, metrics_of, numbers, run_arguments, write_pairs
 
@@ -24,19 +26,29 @@ def cut_after(run, copy, step):
     return copy
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SAME_LAYOUT = {
+    "one": (1, {}),
+    "tp2": (2, {"parallel__tensor": 2}),
+    "pp2_dp2": (4, {"parallel__pipeline": 2}),
+    "cp2": (2, {"parallel__context": 2}),
+}
+
+
 @pytest.mark.parametrize(
-    "world, layout",
-    [(1, {}), (2, {"parallel__tensor": 2}), (4, {"parallel__pipeline": 2}), (2, {"parallel__context": 2})],
-    ids=["one", "tp2", "pp2_dp2", "cp2"],
+    "layout, precision",
+    mark_slow(
+        itertools.product(SAME_LAYOUT, ["fp32", "bf16"]),
+        slow=[("one", "bf16"), ("tp2", "fp32"), ("pp2_dp2", "bf16"), ("cp2", "fp32")],
+    ),
 )
-def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, world, layout, precision):
+def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path, layout, precision):
+    world, parallel = SAME_LAYOUT[layout]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {
         "train__precision": precision,
         "optimizer__schedule": "cosine",
         "checkpoint__save_every": 2,
-        **layout,
+        **parallel,
     }
     pool.run(
         world,
@@ -75,9 +87,7 @@ QUICK = [
 SLOW = [(one, other) for one in LAYOUTS for other in LAYOUTS if one != other and (one, other) not in QUICK]
 
 
-@pytest.mark.parametrize(
-    "before, after", [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
-)
+@pytest.mark.parametrize("before, after", mark_slow([*QUICK, *SLOW], SLOW))
 def test_resuming_on_another_layout_keeps_the_numbers(pool, tiny_models, chat_file, tmp_path, before, after):
     """Weights, masters and moments lie elsewhere then; a moment that is lost changes the second step after it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
