@@ -24,8 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     from megatron_align.errors import InputError
-    from megatron_align.training.stop import EXIT_INTERRUPTED, Interrupted, SecondInterrupt
+    from megatron_align.training.stop import EXIT_INTERRUPTED, Interrupted, SecondInterrupt, interrupted
 
+    is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = os.environ.get("RANK", "0")
     with SecondInterrupt():
@@ -36,9 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Interrupted:  # the log has a line about it
             return EXIT_INTERRUPTED
         except KeyboardInterrupt:
-            if rank == "0":
-                print(_interruption(arguments), file=sys.stderr, flush=True)
-            return EXIT_INTERRUPTED
+            return interrupted(_interruption(arguments), ends_process=is_command)
 
 
 def _run(arguments: list[str], rank: str) -> int:
@@ -71,11 +70,16 @@ def _run(arguments: list[str], rank: str) -> int:
 def _interruption(arguments: list[str]) -> str:
     """Return one line about a run that Ctrl-C ended outside of its steps: what the same command will do."""
     from megatron_align.checkpoint.folder import list_steps
+    from megatron_align.errors import InputError
     from megatron_align.objectives.configuration import parse
 
-    steps = list_steps(Path(parse(arguments).checkpoint.dir))
-    if _dry_run(arguments)[0]:
+    try:
+        folder, is_dry = Path(parse(arguments).checkpoint.dir), _dry_run(arguments)[0]
+    except InputError:
+        is_dry = True
+    if is_dry:
         return "interrupted: nothing was changed"
+    steps = list_steps(folder)
     then = f"resumes after step {steps[-1][0]}" if steps else "starts again, as no step was saved"
     return f"interrupted: nothing that was saved is lost, the same command {then}"
 

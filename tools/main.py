@@ -33,17 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
     from megatron_align.errors import InputError
     from megatron_align.tools.command import choose
-    from megatron_align.training.stop import EXIT_INTERRUPTED, SecondInterrupt
+    from megatron_align.training.stop import SecondInterrupt, interrupted
 
     _quiet()
+    is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with SecondInterrupt():
             name, rest = choose("megatron-align", ABOUT, TOOLS, arguments)
             return importlib.import_module(f"megatron_align.tools.{name}").run(rest)
     except KeyboardInterrupt:
-        print(_interruption(arguments), file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return interrupted(_interruption(arguments), ends_process=is_command)
     except InputError as error:
         line = str(error)
     except OSError as error:  # a full disk, a folder without permission: the operating system's message

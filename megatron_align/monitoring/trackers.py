@@ -76,9 +76,14 @@ class TensorBoard:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.0"
         self._file = (events / name).open("ab", buffering=0)
         self._size = self._file.tell()
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # Hides the steps that are made again.
-        self._write(Event(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
+        try:
+            self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+            # Hides the steps that are made again.
+            self._write(Event(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
+        except OSError:
+            self._file.close()
+            (events / name).unlink()  # the next attempt has another name
+            raise
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""

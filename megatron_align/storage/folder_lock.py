@@ -55,7 +55,7 @@ class FolderLock:
             InputError: a process holds it.
             OSError: the file cannot be written.
         """
-        mine = Holder.this_process(self._group)
+        mine = Holder.this_process(self.path, self._group)
         self._wait(lambda dead: _create(self.path, mine) if dead is None else _replace(self.path, dead, mine))
         self._held = _HeldLock(self.path, mine)
         weakref.finalize(self, self._held.release)  # also when the process exits

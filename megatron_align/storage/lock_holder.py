@@ -31,6 +31,7 @@ class Holder:
         machine: identity of the running system and its process namespace.
         process_start: of the process, in the system's own unit: another process may get the same number later.
         group: of the processes that work together, such as the ranks of one launch.
+        path: of the file: a copy of a folder holds a copy of its lock.
         stopping: the holder will stop and is saving.
         token: unique to this lock.
         beat: heartbeats so far.
@@ -43,12 +44,13 @@ class Holder:
     process_start: str
     group: str
     token: str
+    path: str
     stopping: bool = False
     beat: int = 0
 
     @classmethod
-    def this_process(cls, group: str) -> Holder:
-        """Return this process as the holder of a new lock."""
+    def this_process(cls, path: Path, group: str) -> Holder:
+        """Return this process as the holder of a new lock file."""
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -57,6 +59,7 @@ class Holder:
             process_start=_start_of(os.getpid()) or "",
             group=group,
             token=uuid.uuid4().hex,
+            path=str(path.resolve()),
         )
 
     def __str__(self) -> str:
@@ -107,7 +110,7 @@ class HolderWatch:
             return State.FREE
         alive: bool | None = None
         if self.holder is not None and self.holder.machine == _machine():
-            alive = _runs(self.holder)
+            alive = _runs(self.holder) and not _is_copy(self._path, self.holder)
         elif self.holder is not None and holder_before is not None and self.text != before:
             alive = True if self.holder.token == holder_before.token else None  # a heartbeat
         elif self.silent_seconds > STALE_SECONDS:
@@ -173,3 +176,12 @@ def _start_of(pid: int) -> str | None:
 def _runs(holder: Holder) -> bool:
     start = _start_of(holder.pid)
     return start is not None and (start == holder.process_start or "" in (start, holder.process_start))
+
+
+def _is_copy(path: Path, holder: Holder) -> bool:
+    """Return whether the holder's own lock is another file: ``path`` was copied together with its folder."""
+    original = read_text(Path(holder.path))
+    if original is None or os.path.samefile(holder.path, path):
+        return False
+    holder_there = Holder.from_text(original)
+    return holder_there is not None and holder_there.token == holder.token

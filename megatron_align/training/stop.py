@@ -111,6 +111,19 @@ class SecondInterrupt:
             os._exit(EXIT_INTERRUPTED)
 
 
+def interrupted(line: str, *, ends_process: bool) -> int:
+    """Print a line after Ctrl-C and return the exit code; ``ends_process``: end the process with it instead.
+
+    Python would end with SIGINT in place of the code where the interrupt came inside ``exec``, which imports use.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    if ends_process:
+        sys.stdout.flush()
+        os._exit(EXIT_INTERRUPTED)
+    return EXIT_INTERRUPTED
+
+
 def write_requeue_marker(run: Path, step: int) -> None:
     """Mark the run's folder: it stopped early, and the same command resumes it."""
     (run / REQUEUE).write_text(f"{step}\n", encoding="utf-8")

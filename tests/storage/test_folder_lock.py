@@ -43,7 +43,7 @@ def holder_in(path):
 
 def elsewhere(path, **fields):
     """Write the lock of a process on another machine; return its holder."""
-    holder = replace(Holder.this_process(""), host="node7", machine="another boot", pid=1, **fields)
+    holder = replace(Holder.this_process(path, ""), host="node7", machine="another boot", pid=1, **fields)
     path.write_text(holder.to_text())
     return holder
 
@@ -109,7 +109,7 @@ def test_a_killed_process_loses_its_lock_at_once(tmp_path, other_process, reaped
 
 def test_another_process_of_the_same_number_is_not_the_holder(tmp_path):
     path = tmp_path / "lock"
-    path.write_text(replace(Holder.this_process(""), process_start="12345").to_text())
+    path.write_text(replace(Holder.this_process(path, ""), process_start="12345").to_text())
     with mock.patch.object(lock_holder, "STALE_SECONDS", 1e9), lock_of(path) as lock:
         lock.acquire()
 
@@ -193,7 +193,7 @@ def take(path, start, answers):
 def test_of_many_that_start_together_one_gets_it(tmp_path, dead):
     path = tmp_path / "lock"
     if dead:
-        path.write_text(replace(Holder.this_process(""), process_start="12345").to_text())
+        path.write_text(replace(Holder.this_process(path, ""), process_start="12345").to_text())
     start, answers = FORK.Event(), FORK.Queue()
     processes = [FORK.Process(target=take, args=(path, start, answers), daemon=True) for _ in range(8)]
     for process in processes:
@@ -209,7 +209,7 @@ def test_of_many_that_start_together_one_gets_it(tmp_path, dead):
 
 def test_a_takeover_that_was_killed_does_not_block_the_next(tmp_path):
     path = tmp_path / "lock"
-    path.write_text(replace(Holder.this_process(""), process_start="12345").to_text())
+    path.write_text(replace(Holder.this_process(path, ""), process_start="12345").to_text())
     (tmp_path / "lock.takeover").touch()
     with lock_of(path) as lock:
         lock.acquire()
@@ -278,3 +278,26 @@ def test_a_forked_process_does_not_release_its_parents_lock(tmp_path):
         process.join()
         assert process.exitcode == 0
         assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_a_copy_of_a_folder_in_use_is_free(tmp_path):
+    folders = [tmp_path / name for name in ("run", "copy")]
+    for folder in folders:
+        folder.mkdir()
+    path, copy = (folder / "lock" for folder in folders)
+    with lock_of(path) as lock, lock_of(copy) as second:
+        lock.acquire()
+        copy.write_text(path.read_text())
+        second.acquire()
+        assert holder_in(copy).token != holder_in(path).token
+        with pytest.raises(InputError, match="in use"):
+            lock_of(path).acquire()
+
+
+def test_a_folder_that_was_moved_while_in_use_is_not_free(tmp_path):
+    (tmp_path / "run").mkdir()
+    lock = lock_of(tmp_path / "run" / "lock")
+    lock.acquire()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="in use"):
+        lock_of(tmp_path / "moved" / "lock").acquire()

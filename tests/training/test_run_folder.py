@@ -94,7 +94,9 @@ def lose_the_lock(rank_info, arguments):
     def and_lose(self, *arguments):
         report = train_step(self, *arguments)
         if self.step == 1 and rank_info.rank == 0:
-            other = replace(Holder.this_process(""), host="node7", machine="another boot")
+            other = replace(
+                Holder.this_process(self.setup.folder / LOCK, ""), host="node7", machine="another boot"
+            )
             (self.setup.folder / LOCK).write_text(other.to_text())
         return report
 
