@@ -103,9 +103,11 @@ def _export_arguments(parser: Parser) -> None:
 
 def _export(options: argparse.Namespace) -> int:
     from megatron_align.convert.export_hf import export_hf
+    from megatron_align.hf.assets import describe_assets
 
     done = export_hf(options.checkpoint, options.out, options.dtype)
-    print(f"exported {done}, from {done.folder} to {options.out}")
+    said = describe_assets(Path(options.out))
+    print(f"exported {done}, from {done.folder} to {options.out}: {said}")
     return 0
 
 

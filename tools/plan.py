@@ -135,7 +135,7 @@ def _shape(config: RunConfig) -> ModelShape:
     from megatron_align.model.families import read_shape
     from megatron_align.training.setup import locate, trained_shape
 
-    _, assets = locate(config.model.path)
+    _, assets = locate(config.model.path, weights=False)
     return trained_shape(read_shape(assets), config, assets)
 
 
@@ -149,7 +149,7 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
     from megatron_align.errors import InputError
     from megatron_align.training.setup import locate
 
-    _, assets = locate(config.model.path)
+    _, assets = locate(config.model.path, weights=False)
     spec = StoreSpec.of_run(config, "train", str(assets))
     assert spec is not None, "data.train has no default"
     full = f"every pack is assumed to be one document of {config.data.sequence_length:,} tokens, all scored"

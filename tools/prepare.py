@@ -131,18 +131,17 @@ def _requested(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Packin
 def _of_run(options: argparse.Namespace) -> list[tuple[str, StoreSpec, PackingSetup]]:
     import dataclasses
 
-    from megatron_align.checkpoint.folder import ASSETS, find_checkpoint
     from megatron_align.data.batching.sampler import passes_per_epoch
     from megatron_align.data.report import PackingSetup
     from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.objectives.configuration import parse
+    from megatron_align.training.setup import locate
 
     config = parse(["--config", options.config])
-    source = find_checkpoint(config.model.path)
-    tokenizer = str(source / ASSETS) if source else config.model.path
+    _, tokenizer = locate(config.model.path, weights=False)
     requested = []
     for split in ("train", "validation"):
-        spec = StoreSpec.of_run(config, split, tokenizer)
+        spec = StoreSpec.of_run(config, split, str(tokenizer))
         if spec is None:
             continue
         setup = PackingSetup(

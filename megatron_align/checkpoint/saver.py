@@ -39,7 +39,7 @@ from megatron_align.checkpoint.save_plan import (
     with_exact_storage,
 )
 from megatron_align.checkpoint.torch_metadata import COMMON, FORMAT_FILE, FORMAT_OF_STATE, METADATA
-from megatron_align.hf.assets import copy_assets, write_config_architecture
+from megatron_align.hf.assets import AssetChanges, write_assets
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
 from megatron_align.storage.atomic_write import commit_folder, files_below, partial_folder
@@ -61,6 +61,7 @@ class CheckpointContent:
         metadata: see :func:`card.make_checkpoint_metadata`.
         assets: HF folder whose config and tokenizer are copied.
         reference: chunks of a reference model that training updates.
+        changes: of training in the copied files.
     """
 
     model: Sequence[Policy | DistributedDataParallel]
@@ -68,6 +69,7 @@ class CheckpointContent:
     metadata: dict[str, Any]
     assets: Path
     reference: Sequence[Policy] | None = None
+    changes: AssetChanges = AssetChanges()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class _SaveJob:
     optimizer: SaveableOptimizer | None
     small_files: dict[str, bytes]  # content by path; empty but on rank 0
     assets: Path
+    changes: AssetChanges
     shape: ModelShape
 
 
@@ -173,6 +176,7 @@ class Saver:
             optimizer=content.optimizer,
             small_files=_small_files(metadata, plan.common),
             assets=content.assets,
+            changes=content.changes,
             shape=unwrap(content.model)[0][0].shape,
         )
         if self._stream:
@@ -297,8 +301,7 @@ def _write(job: _SaveJob, copied: Future[None], rank: int) -> _WrittenFiles:
     if rank == 0:
         checksums |= _write_small_files(job.partial, job.small_files)
         (job.partial / ASSETS).mkdir()
-        copy_assets(job.assets, job.partial / ASSETS)
-        write_config_architecture(job.partial / ASSETS, job.shape)
+        write_assets(job.assets, job.partial / ASSETS, job.shape, job.changes)
         checksums |= hash_files(job.partial, files_below(job.partial, ASSETS))
     faults.at("save.written", job.step)
     return _WrittenFiles(checksums, locations)

@@ -347,6 +347,8 @@ class CheckpointConfig:
         resume_allow: differences from the resumed run to accept: data, tokenizer, order (seed, batch size,
             shuffling), objective, reference, schedule (learning rate, warm-up, number of steps)
         export_hf: write the trained model as a Hugging Face folder to dir/hf at the end
+        push_to_hub: upload dir/hf to this repository of the Hugging Face hub (ORG/NAME), which is created as a private
+            one if there is none; null: no upload
     """
 
     dir: str
@@ -357,9 +359,18 @@ class CheckpointConfig:
     resume: Literal["auto", "never"] = "auto"
     resume_allow: list[str] = field(default_factory=list)
     export_hf: bool = True
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
         expand_fields(self, "dir")
+        require(
+            self.push_to_hub is None or self.push_to_hub.count("/") == 1,
+            f"checkpoint.push_to_hub must be ORG/NAME, got '{self.push_to_hub}'",
+        )
+        require(
+            self.push_to_hub is None or self.export_hf,
+            f"checkpoint.push_to_hub needs checkpoint.export_hf, got {self.push_to_hub} with false",
+        )
         for name in ("save_every", "keep", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"checkpoint.{name} must be at least 1, got {value}")

@@ -14,22 +14,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_align.checkpoint.card import read_checkpoint_metadata
 from megatron_align.checkpoint.folder import ASSETS
 from megatron_align.checkpoint.integrity import verifying_while_reading
 from megatron_align.checkpoint.tensor_reader import FileRange
 from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
 from megatron_align.convert.state_reader import StateReader, TensorBlock
-from megatron_align.convert.streaming import BLOCK_BYTES, Counts, add_counts, single_threaded
+from megatron_align.convert.streaming import BLOCK_BYTES, single_threaded
 from megatron_align.hf.assets import copy_assets, write_config_dtype
+from megatron_align.hf.model_card import CARD, model_card
 from megatron_align.hf.safetensors import BLOCK_ELEMENTS
 from megatron_align.hf.writer import ShardWriter, hf_specs
 from megatron_align.model.families import rows
+from megatron_align.monitoring.metrics_file import METRICS, last_rows
 from megatron_align.storage.atomic_write import require_new, require_one_process, require_space
 from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.checksums import HashWhileReading
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.progress import Progress
-from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, require_finite
+from megatron_align.storage.tensor_digest import (
+    Counts,
+    TensorDigest,
+    add_counts,
+    count_nonfinite,
+    require_finite,
+)
 
 
 def export_hf(
@@ -82,7 +91,16 @@ def export_hf(
         require_finite({name: TensorDigest("", *writer.notes(name)) for name in specs}, source.folder)
         copy_assets(source.folder / ASSETS, writer.partial)
         write_config_dtype(writer.partial, written)
+        _write_card(source.folder, writer.partial)
     return Checkpoint(source.folder, source.shape, written)
+
+
+def _write_card(checkpoint: Path, folder: Path) -> None:
+    """Write the model card of a checkpoint that training wrote; an imported one has no training to describe."""
+    metadata = read_checkpoint_metadata(checkpoint)
+    if isinstance(metadata.get("config"), dict):
+        rows = last_rows(checkpoint.parent / METRICS, metadata["step"])
+        (folder / CARD).write_text(model_card(metadata, rows), encoding="utf-8")
 
 
 def _two_buffers(state: StateReader) -> Iterator[Tensor]:
@@ -110,8 +128,9 @@ class _Exporter:
         name, start, elements, ranges = block
         self.hashing.run(partial(self._hash, ranges))
         for part in elements.split(BLOCK_ELEMENTS):
-            add_counts(self._nonfinite, name, count_nonfinite(part))
-            self.writer.write_flat(name, start, part.to(self.dtype))
+            written = part.to(self.dtype)
+            add_counts(self._nonfinite, name, count_nonfinite(written))  # after the cast, which may overflow
+            self.writer.write_flat(name, start, written)
             start += len(part)
         self.hashing.wait()
 

@@ -18,9 +18,10 @@ from megatron_align.checkpoint.card import FORMAT, make_checkpoint_metadata
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE
 from megatron_align.convert.open_checkpoint import Checkpoint
 from megatron_align.convert.state_writer import StateWriter
-from megatron_align.convert.streaming import BLOCK_BYTES, Counts, add_counts, single_threaded
+from megatron_align.convert.streaming import BLOCK_BYTES, single_threaded
 from megatron_align.errors import InputError
 from megatron_align.hf.assets import copy_assets
+from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape, rows
@@ -35,7 +36,13 @@ from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.checksums import hash_files, without_zip_checksums, write_checksums
 from megatron_align.storage.journal import Journal, fingerprint
 from megatron_align.storage.progress import Progress
-from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, require_finite
+from megatron_align.storage.tensor_digest import (
+    Counts,
+    TensorDigest,
+    add_counts,
+    count_nonfinite,
+    require_finite,
+)
 
 
 def import_hf(
@@ -60,6 +67,7 @@ def import_hf(
         InputError: the folder does not hold a supported model, holds non-finite weights, or ``out`` is not usable.
     """
     require_one_process()
+    hf = model_folder(hf)
     weights, shape = open_hf(hf)
     require_tied_head(weights, shape)
     stored = getattr(torch, dtype) if dtype else _common_dtype(weights, shape)
@@ -123,10 +131,9 @@ class _BlockReader:
         stored = DTYPES[self.weights.dtype(name)]
         raw = target if stored == self.dtype else self._before_cast.view(stored)[: len(target)]
         self.weights.read_flat(name, start, raw)
-        counts = count_nonfinite(raw)
         if raw is not target:
             target.copy_(raw)
-        return counts
+        return count_nonfinite(target)  # after the cast, which may overflow
 
 
 def _import_tensors(weights: HFWeights, state: StateWriter, block_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Helpers shared by import and export: block size, torch on one thread, counts of non-finite elements."""
+"""Helpers shared by import and export: block size, torch on one thread."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from contextlib import contextmanager
 import torch
 
 BLOCK_BYTES = 64 << 20  # of a tensor that is streamed
-
-Counts = tuple[int, int]  # NaN, infinite
-
-
-def add_counts(totals: dict[str, Counts], name: str, counts: Counts) -> None:
-    """Add to a tensor's numbers of NaN and infinite elements."""
-    nan, inf = totals.get(name, (0, 0))
-    totals[name] = nan + counts[0], inf + counts[1]
 
 
 @contextmanager

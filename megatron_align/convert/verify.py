@@ -28,6 +28,7 @@ from megatron_align.convert.verify_logits import (
 )
 from megatron_align.convert.verify_tensors import TensorFinding, compare_tensors
 from megatron_align.convert.verify_texts import choose_texts
+from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import HEAD, open_hf, untied_head
 from megatron_align.model.families import ModelShape, rows
 
@@ -135,6 +136,7 @@ def verify(
     Raises:
         InputError: either is missing or corrupt, or the data does not fit the model.
     """
+    hf = model_folder(hf)
     weights, hf_shape = open_hf(hf)
     opened = open_checkpoint(checkpoint)
     state = open_state(opened)

@@ -170,6 +170,15 @@ class TokenStore:
             weight=weight,
         )
 
+    def last_tokens(self) -> list[int]:
+        """Return the distinct tokens that completions end with."""
+        before_C = (
+            np.cumsum(self.completion_lengths) - self.completion_lengths
+        )  # tokens of all completions before it
+        starts_C = np.repeat(self._offsets[:-1] + self.prompt_lengths, self.completion_counts)
+        within_C = before_C - np.repeat(before_C[self.completion_offsets[:-1]], self.completion_counts)
+        return np.unique(self._tokens[starts_C + within_C + self.completion_lengths - 1]).tolist()
+
     def verify(self) -> None:
         """Read every column and compare its hash with the manifest's.
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align.hf.assets import copy_assets, write_config_architecture, write_config_dtype
+from megatron_align.errors import TrainingFault
+from megatron_align.hf.assets import AssetChanges, write_assets, write_config_dtype
+from megatron_align.hf.model_card import CARD
 from megatron_align.hf.writer import ShardWriter, hf_specs
 from megatron_align.model.families import Row, rows, to_hf
 from megatron_align.model.policy import Policy
+from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, describe_nonfinite
 
 
 @torch.no_grad()
-def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bool = False) -> None:
+def export_model(
+    chunks: list[Policy],
+    folder: Path,
+    assets: Path,
+    overwrite: bool = False,
+    changes: AssetChanges = AssetChanges(),  # noqa: B008 - immutable
+    readme: str | None = None,
+) -> None:
     """Write the model as a Hugging Face folder; every rank calls this, rank 0 writes.
 
     Tensors keep the model's dtype, which config.json then states. Rank 0 holds the HF tensors of one row of the
@@ -27,27 +37,49 @@ def export_model(chunks: list[Policy], folder: Path, assets: Path, overwrite: bo
         folder: to be written.
         assets: HF folder to copy config, generation config and tokenizer from.
         overwrite: replace an existing folder.
+        changes: of training in the copied files.
+        readme: text of the model card, README.md; None: none is written.
 
     Raises:
         InputError: the folder exists and ``overwrite`` is not set.
+        TrainingFault: on every rank: the weights are not finite; nothing is written.
     """
     shape, groups = chunks[0].shape, chunks[0].pg_collection
     local = {name: parameter for chunk in chunks for name, parameter in chunk.global_parameters().items()}
+    fault: list[str | None] = [None]
     if groups.dp_cp.rank() == 0:
         dtype = chunks[0].config.params_dtype
         owners = _owners(set(local), groups.pp)
         specs, writes = hf_specs(shape, dtype), dist.get_rank() == 0
-        with ShardWriter(folder, specs, overwrite=overwrite) if writes else nullcontext() as writer:
+        nonfinite: dict[str, TensorDigest] = {}
+        with (
+            suppress(_NotFinite),
+            ShardWriter(folder, specs, overwrite=overwrite) if writes else nullcontext() as writer,
+        ):
             for row in rows(shape):
                 tensors = _collect(row, local.get(row.megatron), owners[row.megatron], chunks[0])
                 if writer:
                     for name, tensor in tensors.items():
+                        nonfinite[name] = TensorDigest("", *count_nonfinite(tensor))
                         writer.write(name, tensor)
+            fault[0] = describe_nonfinite(nonfinite)
+            if fault[0]:
+                raise _NotFinite  # the writer leaves no trace
             if writer:
-                copy_assets(assets, writer.partial)
-                write_config_architecture(writer.partial, shape)
+                write_assets(assets, writer.partial, shape, changes)
                 write_config_dtype(writer.partial, dtype)
-    dist.barrier()
+                if readme is not None:
+                    (writer.partial / CARD).write_text(readme, encoding="utf-8")
+    dist.broadcast_object_list(fault, src=0)
+    if fault[0]:
+        raise TrainingFault(
+            f"the trained weights are not finite, no Hugging Face folder was written: {fault[0]}; start from an older "
+            "checkpoint, with a smaller optimizer.lr"
+        )
+
+
+class _NotFinite(Exception):
+    """Ends the writing of weights that are not finite."""
 
 
 def _owners(names: set[str], pipeline: dist.ProcessGroup) -> dict[str, int]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_align.errors import InputError
 from megatron_align.hf.assets import copy_assets, write_config_dtype
+from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.hf.tokenizer import require_same_tokenizer
@@ -31,7 +32,15 @@ from megatron_align.storage.atomic_write import require_new, require_one_process
 from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.progress import Progress
-from megatron_align.storage.tensor_digest import RunningDigest, TensorDigest, require_finite
+from megatron_align.storage.tensor_digest import (
+    Counts,
+    RunningDigest,
+    TensorDigest,
+    add_counts,
+    count_nonfinite,
+    describe_nonfinite,
+    require_finite,
+)
 
 WINDOW_ELEMENTS = 1 << 22  # of each input, read at once
 BLOCK_ELEMENTS = 1 << 18  # merged at once: fits a core's cache
@@ -59,9 +68,12 @@ def merge(
         shard_bytes: maximum size of a file.
 
     Raises:
-        InputError: the folders do not fit each other or the method, hold non-finite weights, or ``out`` is not usable.
+        InputError: the folders do not fit each other or the method, hold non-finite weights, the result is not
+            finite, or ``out`` is not usable.
     """
     require_one_process()
+    base = None if base is None else model_folder(base)
+    models = [model_folder(model) for model in models]
     merged = _merged_folders(method, base, models)
     # the base is compared even if the formula does not use it
     checked = [Path(base)] if base is not None else []
@@ -72,6 +84,7 @@ def merge(
     require_space(target, sum(spec.nbytes for spec in specs.values()))
     key = {
         "merge": type(method).__name__,
+        "notes": 2,  # of each tensor: 1 had no counts of the result
         "options": asdict(method),
         "dtype": dtype,
         "shard_bytes": shard_bytes,
@@ -85,6 +98,7 @@ def merge(
         ]
         for source in inputs:
             require_finite(source.tensors, source.folder)
+        _require_finite_result({name: TensorDigest("", *writer.notes(name)[-1]) for name in specs}, specs)
         copy_assets(models[0], writer.partial)
         if dtype:
             write_config_dtype(writer.partial, getattr(torch, dtype))
@@ -154,10 +168,25 @@ def _merge_tensors(
                 progress.add(method.passes * sum(buffers.nbytes(name)))
                 continue
             tensor = _TensorBlocks(name, buffers, method.needs_base)
-            output.write(name, spec, method.merge(tensor, name))
+            nonfinite = output.write(name, spec, method.merge(tensor, name))
             for each in weights:
                 each.release(name)
-            writing.run(partial(writer.finish, name, [asdict(each.result()) for each in tensor.digests]))
+            notes = [*(asdict(each.result()) for each in tensor.digests), nonfinite]
+            writing.run(partial(writer.finish, name, notes))
+
+
+def _require_finite_result(tensors: dict[str, TensorDigest], specs: dict[str, TensorSpec]) -> None:
+    """Refuse a result that overflowed.
+
+    Raises:
+        InputError: naming such tensors.
+    """
+    if nonfinite := describe_nonfinite(tensors):
+        dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()})
+        raise InputError(
+            f"the merged weights are not finite in {', '.join(dtypes)}: {nonfinite}; choose other weights or scales, "
+            "or a dtype of wider range by --dtype"
+        )
 
 
 class _OutputWindows:
@@ -167,17 +196,20 @@ class _OutputWindows:
         self._writer, self._writing = writer, writing
         self._halves = list(torch.empty(2, WINDOW_ELEMENTS * torch.float64.itemsize, dtype=torch.uint8))
 
-    def write(self, name: str, spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
-        """Write a tensor; the last window may still be being written when this returns."""
+    def write(self, name: str, spec: TensorSpec, blocks: Iterable[Tensor]) -> Counts:
+        """Write a tensor and count its NaN and infinities; its last window may still be being written afterwards."""
         start = filled = 0
+        totals: dict[str, Counts] = {}
         for block_E in blocks:
             window = self._halves[0].view(spec.dtype)
-            window[filled : filled + len(block_E)].copy_(block_E)
+            written_E = window[filled : filled + len(block_E)].copy_(block_E)
+            add_counts(totals, name, count_nonfinite(written_E))
             filled += len(block_E)
             if filled == WINDOW_ELEMENTS or start + filled == math.prod(spec.shape):
                 self._writing.run(partial(self._writer.write_flat, name, start, window[:filled]))
                 self._halves.reverse()
                 start, filled = start + filled, 0
+        return totals[name]
 
 
 class _InputWindows:

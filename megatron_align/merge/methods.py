@@ -21,6 +21,8 @@ from torch import Tensor
 
 from megatron_align.errors import InputError
 
+LARGEST = torch.finfo(torch.float32).max  # formulas are computed in fp32
+
 
 class Block(NamedTuple):
     """A range of elements of one tensor, in the dtype of the computation."""
@@ -61,9 +63,15 @@ class Method:
         """
         for option, value in asdict(self).items():
             many = isinstance(value, tuple)
-            if value is not None and not all(map(math.isfinite, value if many else (value,))):
+            if value is None or option == "seed":
+                continue
+            if not all(map(math.isfinite, value if many else (value,))):
                 expected = "finite numbers" if many else "a finite number"
                 raise InputError(f"--{option} must be {expected}, got {value}")
+            if sum(map(abs, value if many else (value,))) > LARGEST:
+                raise InputError(
+                    f"--{option} must be at most {LARGEST:.3g} in magnitude, in all, got {value}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +250,11 @@ class Dare(Weighted):
         """Check the options."""
         super().check(models)
         _require_density(self.density)
+        if abs(self.scale) > LARGEST * self.density:
+            raise InputError(
+                f"--scale divided by --density must be at most {LARGEST:.3g} in magnitude, "
+                f"got {self.scale} / {self.density}"
+            )
 
     def merge(self, blocks: Blocks, name: str) -> Iterator[Tensor]:
         draws: list[torch.Generator] = []

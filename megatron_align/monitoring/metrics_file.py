@@ -32,6 +32,19 @@ def keep_until(file: Path, step: int) -> None:
     os.replace(replacement, file)
 
 
+def last_rows(file: Path, step: int) -> dict[str, dict[str, Any]]:
+    """Return the rows of a step by split: ``train``, ``validation`` and others; none if there is no file."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a kill during a write leaves an incomplete last line
+        if row["step"] == step:
+            rows[row.get("split", "train")] = row
+    return rows
+
+
 class MetricsFile:
     """An append-only file of rows. Rows that a full disk refuses are kept and written with the next one."""
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from megatron_align.errors import InputError
 
+SHOWN = 10  # tensors named in a message
+Counts = tuple[int, int]  # NaN, infinite
+
 
 @dataclass(frozen=True, slots=True)
 class TensorDigest:
@@ -49,7 +52,7 @@ class RunningDigest:
         return TensorDigest(self._hash.hexdigest(), self._nan, self._inf)
 
 
-def count_nonfinite(tensor: Tensor) -> tuple[int, int]:
+def count_nonfinite(tensor: Tensor) -> Counts:
     """Return how many elements are NaN and how many are infinite."""
     # One fast pass over the extremes shows whether anything needs counting: NaN wins in both.
     if not tensor.numel() or all(math.isfinite(extreme) for extreme in tensor.aminmax()):
@@ -63,11 +66,24 @@ def model_sha256(tensors: Mapping[str, TensorDigest]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def add_counts(totals: dict[str, Counts], name: str, counts: Counts) -> None:
+    """Add to a tensor's numbers of NaN and infinite elements."""
+    nan, inf = totals.get(name, (0, 0))
+    totals[name] = nan + counts[0], inf + counts[1]
+
+
+def describe_nonfinite(tensors: Mapping[str, TensorDigest]) -> str | None:
+    """Name the tensors that are not finite, with their numbers of NaN and infinite elements; None: there is none."""
+    nonfinite = [f"{name} holds {digest}" for name, digest in tensors.items() if not digest.finite]
+    more = f"; and {len(nonfinite) - SHOWN} more tensors" if len(nonfinite) > SHOWN else ""
+    return f"{'; '.join(nonfinite[:SHOWN])}{more}" if nonfinite else None
+
+
 def require_finite(tensors: Mapping[str, TensorDigest], source: object) -> None:
     """Refuse weights that are not finite; ``source`` is the folder they were read from.
 
     Raises:
-        InputError: naming every such tensor with its numbers of NaN and infinite elements.
+        InputError: naming such tensors with their numbers of NaN and infinite elements.
     """
-    if nonfinite := [f"{name} holds {digest}" for name, digest in tensors.items() if not digest.finite]:
-        raise InputError(f"weights must be finite: {'; '.join(nonfinite)} in {source}")
+    if nonfinite := describe_nonfinite(tensors):
+        raise InputError(f"weights must be finite: {nonfinite} in {source}")

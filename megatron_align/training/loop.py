@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from megatron_align.checkpoint.folder import HF
 from megatron_align.config import RunConfig
+from megatron_align.hf.hub import upload
 from megatron_align.model import parallel
 from megatron_align.training.finished import is_finished, report_finished
 from megatron_align.training.hooks import Hooks
 from megatron_align.training.run_context import joined_ranks, prepared_run
+from megatron_align.training.setup import RunSetup
 from megatron_align.training.standard_hooks import open_log, standard_hooks
 from megatron_align.training.stop import Interrupted
 from megatron_align.training.trainer import Trainer
@@ -21,12 +24,20 @@ def run(config: RunConfig, rank_info: parallel.RankInfo) -> bool:
         Interrupted: Ctrl-C stopped the run, after it saved.
     """
     with prepared_run(config, rank_info) as setup:
-        if is_finished(setup):
-            report_finished(setup)
-            return True
-        with joined_ranks(setup) as watchdog:
-            trainer = Trainer.build(setup, watchdog)
-            is_complete = run_trainer(trainer)
+        is_complete = _run_unless_finished(setup)
+    repository = config.checkpoint.push_to_hub
+    if is_complete and repository and rank_info.rank == 0:  # the ranks have left: none waits for an upload
+        print(f"uploaded to {upload(setup.folder / HF, repository)}", flush=True)
+    return is_complete
+
+
+def _run_unless_finished(setup: RunSetup) -> bool:
+    if is_finished(setup):
+        report_finished(setup)
+        return True
+    with joined_ranks(setup) as watchdog:
+        trainer = Trainer.build(setup, watchdog)
+        is_complete = run_trainer(trainer)
     if trainer.interrupted:
         raise Interrupted
     return is_complete

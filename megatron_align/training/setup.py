@@ -27,6 +27,8 @@ from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.data.tokenize.record_blocks import read_shapes
 from megatron_align.errors import InputError
+from megatron_align.hf.assets import AssetChanges
+from megatron_align.hf.hub import fetch_or_wait, model_folder, require_can_upload
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
@@ -35,6 +37,7 @@ from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.storage.mounts import require_replaceable
 from megatron_align.training.lone_samples import require_other_samples
+from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 from megatron_align.training.run_lock import RunLock
@@ -59,6 +62,8 @@ class RunSetup:
         train: training data.
         validation: validation data; None: the run has none.
         steps: of the complete run.
+        changes: of training in the files of ``assets``, for checkpoints and export.
+        notes: what to say about these changes at the start.
         lock: of ``checkpoint.dir``; None: a dry run, which changes nothing there.
     """
 
@@ -74,6 +79,8 @@ class RunSetup:
     train: TokenStore
     validation: TokenStore | None
     steps: int
+    changes: AssetChanges
+    notes: Notes
     lock: RunLock | None = None
 
 
@@ -98,6 +105,12 @@ def prepare_run(
     """
     config.parallel.data_parallel(rank_info.world_size)
     check_logging(config.logging)
+    if config.checkpoint.push_to_hub:
+        require_can_upload(config.checkpoint.push_to_hub)
+    for path in filter(None, (config.model.path, config.reference.path)):
+        fetch_or_wait(
+            path, rank_info.local_rank, waited_for=rank_info.world_size > 1 and scratch_cache is None
+        )
     weights, assets = locate(config.model.path)
     start = read_shape(assets)
     shape = trained_shape(start, config, assets)
@@ -129,6 +142,7 @@ def prepare_run(
         }
         _require_vocabulary(stores, shape)
         steps = _require_steps_left(config, stores, resume)
+        changes, notes = plan_asset_changes(config, shape, assets, stores.values())
         if resume is not None:
             require_same_run(config, stores["train"].path.name, resume.metadata, resume.folder, assets, steps)
     return RunSetup(
@@ -145,13 +159,22 @@ def prepare_run(
         validation=stores.get("validation"),
         steps=steps,
         lock=lock,
+        changes=changes,
+        notes=notes,
     )
 
 
-def locate(path: str) -> tuple[Path, Path]:
-    """Return the folder of a model's weights (Hugging Face folder or checkpoint), and of its config and tokenizer."""
-    checkpoint = find_checkpoint(path)
-    return (checkpoint, checkpoint / ASSETS) if checkpoint else (Path(path), Path(path))
+def locate(path: str, *, weights: bool = True) -> tuple[Path, Path]:
+    """Return the folder of a model's weights (Hugging Face folder or checkpoint), and of its config and tokenizer.
+
+    Args:
+        path: folder, checkpoint, run folder (its newest checkpoint), or name on the Hugging Face hub.
+        weights: False: of a model on the hub only the configuration and the tokenizer are downloaded.
+    """
+    if checkpoint := find_checkpoint(path):
+        return checkpoint, checkpoint / ASSETS
+    folder = model_folder(path, weights=weights)
+    return folder, folder
 
 
 def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:

@@ -8,11 +8,15 @@ import yaml
 from megatron_align import faults
 from megatron_align.checkpoint.folder import CORRUPT_SUFFIX, HF
 from megatron_align.config import to_dict
+from megatron_align.errors import TrainingFault
+from megatron_align.hf.assets import describe_assets
+from megatron_align.hf.finite import find_nonfinite_weights
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.memory import peak_memory_gb
 from megatron_align.monitoring.mfu import Utilisation
 from megatron_align.monitoring.profiling import Tracer
 from megatron_align.monitoring.timing import timing_row
+from megatron_align.storage.tensor_digest import describe_nonfinite
 from megatron_align.training import self_check
 from megatron_align.training.checkpoint_hook import Checkpointing
 from megatron_align.training.finished import write_finished_marker
@@ -89,6 +93,8 @@ class HealthCheck(Hook):
         report.columns |= health.counts
         if not problems:
             return
+        if not result.updated:
+            self._require_finite_weights(step)
         if result.updated:
             samples = self._suspects.of_outlier(report.data, report.batches, result)
             cause = f"the pack with the largest loss is {self._suspects.named(samples)}"
@@ -101,6 +107,14 @@ class HealthCheck(Hook):
         for problem in problems:
             self._log.message(f"step {step}: {skipped}{problem}; {cause}")
         report.columns["suspects"] = samples
+
+    def _require_finite_weights(self, step: int) -> None:
+        """End the run if weights hold NaN or infinity: no sample is to blame, and no later step can succeed."""
+        if nonfinite := describe_nonfinite(find_nonfinite_weights(self.trainer.chunks)):
+            raise TrainingFault(
+                f"step {step}: the weights are not finite since the update of an earlier step: {nonfinite}; "
+                "start from an older checkpoint, with a smaller optimizer.lr"
+            )
 
 
 class SelfCheck(Hook):
@@ -189,7 +203,7 @@ class Export(Hook):
         if self.trainer.config.checkpoint.export_hf:
             folder = self.trainer.setup.folder / HF
             self.trainer.export(folder)
-            self._log.message(f"exported to {folder}")
+            self._log.message(f"exported to {folder}: {describe_assets(folder)}")
         if dist.get_rank() == 0:
             write_finished_marker(self.trainer.setup.folder, self.trainer.steps)
 

@@ -40,4 +40,5 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
         ),
         ("objective", f"{config.objective.name}, every {objective.normalization} weighs the same; {size}"),
         ("steps", f"{done} done of {trainer.steps}{resumed}"),
+        *setup.notes,
     ]

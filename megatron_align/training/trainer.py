@@ -22,9 +22,11 @@ from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.hf.export import export_model
+from megatron_align.hf.model_card import model_card
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.monitoring.health import Health
+from megatron_align.monitoring.metrics_file import METRICS, last_rows
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
@@ -48,7 +50,7 @@ from megatron_align.training.setup import RunSetup
 from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import remove_requeue_marker
 from megatron_align.training.watchdog import Watchdog
-from megatron_align.training.weights import load_model_weights, load_start_weights
+from megatron_align.training.weights import load_model_weights, load_start_weights, require_finite_weights
 
 
 @dataclass(slots=True, kw_only=True)
@@ -269,6 +271,7 @@ class Trainer:
         saved = point.metadata["config"]
         reference = self.references.synced_chunks() if saved["reference"].get("sync_steps") else None
         load_checkpoint(point.folder, self.model, self.optimizer, reference)
+        require_finite_weights(self.chunks, point.folder)
         if "health_state" in point.metadata:  # older checkpoints have none
             self.health.load_state(point.metadata["health_state"])
         if saved["objective"]["name"] == self.config.objective.name:
@@ -289,7 +292,32 @@ class Trainer:
 
     def begin_save(self, saver: Saver) -> None:
         """Hand the state after the current step to ``saver``, which may write it in the background."""
-        metadata = make_checkpoint_metadata(
+        metadata = self._metadata()
+        target = step_folder(self.setup.folder, self.step)
+        gather_parameters(self.model)
+        content = CheckpointContent(
+            model=self.model,
+            optimizer=self.optimizer,
+            metadata=metadata,
+            assets=self.setup.assets,
+            reference=self.references.synced_chunks(),
+            changes=self.setup.changes,
+        )
+        saver.begin(target, content)
+
+    def export(self, folder: Path | str) -> None:
+        """Write the model as a Hugging Face folder; one that exists is replaced when the new one is complete."""
+        with self.watchdog.patient("export"):
+            gather_parameters(self.model)
+            card = model_card(self._metadata(), last_rows(self.setup.folder / METRICS, self.step))
+            export_model(self.chunks, Path(folder), self.setup.assets, True, self.setup.changes, card)
+
+    def _prepass_of(self, split: str) -> PrePass:
+        reference = self.references.of_split(split)
+        return PrePass(Scorer(self.model, self.objective), self.objective, self.groups, reference)
+
+    def _metadata(self) -> dict[str, Any]:
+        return make_checkpoint_metadata(
             self.step,
             self.setup.shape,
             self.setup.megatron.params_dtype,
@@ -301,26 +329,6 @@ class Trainer:
             objective_state=self.objective.state(),
             health_state=self.health.state(),
         )
-        target = step_folder(self.setup.folder, self.step)
-        gather_parameters(self.model)
-        content = CheckpointContent(
-            model=self.model,
-            optimizer=self.optimizer,
-            metadata=metadata,
-            assets=self.setup.assets,
-            reference=self.references.synced_chunks(),
-        )
-        saver.begin(target, content)
-
-    def export(self, folder: Path | str) -> None:
-        """Write the model as a Hugging Face folder; one that exists is replaced when the new one is complete."""
-        with self.watchdog.patient("export"):
-            gather_parameters(self.model)
-            export_model(self.chunks, Path(folder), self.setup.assets, overwrite=True)
-
-    def _prepass_of(self, split: str) -> PrePass:
-        reference = self.references.of_split(split)
-        return PrePass(Scorer(self.model, self.objective), self.objective, self.groups, reference)
 
     def _data_metadata(self) -> Mapping[str, Any]:
         return {

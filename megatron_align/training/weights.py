@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.checkpoint.load import load_checkpoint
+from megatron_align.hf.finite import find_nonfinite_weights
 from megatron_align.hf.load import load_weights
 from megatron_align.model.policy import Policy
+from megatron_align.storage.tensor_digest import require_finite
 from megatron_align.training.setup import RunSetup, locate
 
 REWARD_WEIGHT = "reward_head.weight"
@@ -38,7 +41,7 @@ def load_model_weights(
         groups: of this rank.
 
     Raises:
-        InputError: the weights are incomplete, corrupt, or of another shape.
+        InputError: the weights are incomplete, corrupt, not finite, or of another shape.
     """
     weights, assets = locate(path)
     starts_reward_head = setup.shape.is_reward and not setup.start_shape.is_reward
@@ -52,3 +55,13 @@ def load_model_weights(
         load_checkpoint(weights, list(chunks), absent=absent)
     if starts_reward_head and chunks[-1].post_process:
         chunks[-1].reward_head.initialise(REWARD_DEVIATION, setup.config.train.seed)
+    require_finite_weights(chunks, path)
+
+
+def require_finite_weights(chunks: Sequence[Policy], source: str | Path) -> None:
+    """Refuse loaded weights that are not finite; collective.
+
+    Raises:
+        InputError: on every rank, naming such tensors with their numbers of NaN and infinite elements.
+    """
+    require_finite(find_nonfinite_weights(chunks), source)

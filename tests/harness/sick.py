@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import torch
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
@@ -15,21 +18,35 @@ from megatron_align.monitoring.memory import OutOfMemory
 from megatron_align.objectives.sft import SFT
 from megatron_align.training.step import Stepper
 from tests.harness import training_ranks
-from tests.harness.tiny import byte_tokenizer, change_tensors, make_model, write_chat
+from tests.harness.tiny import byte_tokenizer, write_chat
 
 MARK = "z"  # occurs in no sum: only bad samples contain it
 
 
-def make_sick_model(folder: Path) -> Path:
-    """Save a tiny model whose log-probs are NaN after MARK."""
-    make_model(folder, "qwen2_untied")
+@contextmanager
+def nan_after_mark() -> Iterator[None]:
+    """Make all hidden states NaN after MARK, with finite weights."""
     [token] = byte_tokenizer().encode(MARK)
+    embed = VocabParallelEmbedding.forward
 
-    def poison(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.embed_tokens.weight"][token] = torch.nan
+    def poisoned(self: VocabParallelEmbedding, tokens: torch.Tensor) -> torch.Tensor:
+        rows, row = self.weight.data, token - self.vocab_start_index
+        if not 0 <= row < len(rows):
+            return embed(self, tokens)
+        before = rows[row].clone()
+        rows[row] = torch.nan
+        hidden = embed(self, tokens)
+        rows[row] = before
+        return hidden
 
-    change_tensors(folder, poison)
-    return folder
+    with mock.patch.object(VocabParallelEmbedding, "forward", poisoned):
+        yield
+
+
+def train(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
+    """Train with hidden states that are NaN after MARK."""
+    with nan_after_mark():
+        training_ranks.train(rank_info, arguments)
 
 
 def write_sick_chat(file: Path, *sick: int, in_answer: bool = False) -> Path:
@@ -44,16 +61,16 @@ def write_sick_chat(file: Path, *sick: int, in_answer: bool = False) -> Path:
 
 def train_watched(rank_info: parallel.RankInfo, arguments: list[str]) -> list[tuple[bool, bool]]:
     """Train; return for each step whether it updated the weights, and whether any bit of the state changed."""
-    seen, train = [], Stepper.train
+    seen, step = [], Stepper.train
 
     def watched(self, batches, *hooks):
         before = _digest(self)
-        result = train(self, batches, *hooks)
+        result = step(self, batches, *hooks)
         seen.append((result.updated, _digest(self) != before))
         return result
 
     with mock.patch.object(Stepper, "train", watched):
-        training_ranks.train(rank_info, arguments)
+        train(rank_info, arguments)
     return seen
 
 
@@ -88,11 +105,28 @@ def train_with_sick_loss(rank_info: parallel.RankInfo, arguments: list[str], wha
 def train_to_the_fault(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
     """Train; return the reason why training stopped."""
     try:
-        training_ranks.train(rank_info, arguments)
+        train(rank_info, arguments)
     except TrainingFault as fault:
         parallel.leave()
         return str(fault)
     return "none"
+
+
+def train_with_bad_weights(rank_info: parallel.RankInfo, arguments: list[str], name: str, step: int) -> str:
+    """Train; after the update of ``step`` a parameter holds one NaN. Return the reason why training stopped."""
+    update = Stepper.train
+
+    def spoiling(self, batches, *hooks):
+        result = update(self, batches, *hooks)
+        for chunk in self.model:
+            for own, parameter in chunk.module.global_parameters().items():
+                if own == name and next(steps) == step:
+                    parameter.data.view(-1)[3] = torch.nan
+        return result
+
+    steps = iter(range(1, 9))
+    with mock.patch.object(Stepper, "train", spoiling):
+        return train_to_the_fault(rank_info, arguments)
 
 
 def train_out_of_memory(rank_info: parallel.RankInfo, arguments: list[str]) -> str:

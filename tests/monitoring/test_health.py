@@ -13,7 +13,7 @@ import pytest
 
 from megatron_align.errors import TrainingFault
 from megatron_align.monitoring.health import MAX_CONSECUTIVE_NONFINITE, MIN_HISTORY, WINDOW, Health
-from tests.harness import sick, training_ranks
+from tests.harness import sick
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled
 
 NAN, FINE = math.nan, (1.0, 1.0)
@@ -97,20 +97,15 @@ def test_a_loaded_state_judges_as_the_saved_one():
     assert other.counts == one.counts
 
 
-@pytest.fixture(scope="module")
-def sick_model(tmp_path_factory):
-    return sick.make_sick_model(tmp_path_factory.mktemp("sick") / "model")
-
-
 @pytest.fixture
-def arguments(sick_model, tmp_path):
+def arguments(tiny_models, tmp_path):
     """``arguments(folder, **options)`` of a run whose step 2 meets the sick sample, without shuffling."""
     data = sick.write_sick_chat(tmp_path / "sick.jsonl", SICK)
 
     def make(folder, **options):
         settings = {"train__on_nonfinite": "skip", "data__shuffle": False, "train__steps": 4, **options}
         return run_arguments(
-            settings.pop("model", sick_model), settings.pop("data", data), folder, **settings
+            settings.pop("model", tiny_models("qwen2_untied")), settings.pop("data", data), folder, **settings
         )
 
     return make
@@ -146,10 +141,10 @@ def test_a_resumed_run_keeps_its_counts_and_its_bits(pool, arguments, tmp_path):
     """Adam counts updates, not steps: a resumed run must not count the skipped one."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"checkpoint__save_every": 3, "checkpoint__keep": 9, "train__steps": 5}
-    pool.run(1, training_ranks.train, arguments(whole, **options))
+    pool.run(1, sick.train, arguments(whole, **options))
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "step_000005")
-    pool.run(1, training_ranks.train, arguments(cut, **options))
+    pool.run(1, sick.train, arguments(cut, **options))
     untimed = [
         [{k: v for k, v in row.items() if "second" not in k} for row in metrics_of(folder)]
         for folder in (whole, cut)
@@ -176,17 +171,15 @@ def test_gradients_that_are_not_finite_name_their_pack(pool, arguments, tiny_mod
     assert len(rows[1]["suspects"]) < 12
 
 
-def test_an_objective_forgets_a_skipped_step(pool, sick_model, tmp_path):
+def test_an_objective_forgets_a_skipped_step(pool, tiny_models, tmp_path):
     """BCO's running mean would stay NaN for ever."""
     data = write_labelled(tmp_path / "labelled.jsonl")
     records = [json.loads(line) for line in data.read_text().splitlines()]
     records[SICK]["prompt"][0]["content"] += sick.MARK
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {"objective__name": "bco", "reference__mode": "none", "data__shuffle": False}
-    arguments = run_arguments(
-        sick_model, data, tmp_path / "run", train__on_nonfinite="skip", train__steps=3, **options
-    )
-    pool.run(1, training_ranks.train, arguments)
+    options |= {"train__on_nonfinite": "skip", "train__steps": 3}
+    pool.run(1, sick.train, run_arguments(tiny_models("qwen2_untied"), data, tmp_path / "run", **options))
     rows = metrics_of(tmp_path / "run")
     assert [row["suspects"] for row in rows if "suspects" in row] == [[SICK]]
     assert [math.isfinite(row["delta"]) for row in (rows[0], rows[2])] == [True, True]
@@ -202,3 +195,14 @@ def test_a_spike_names_the_pack_behind_it(pool, arguments, tiny_models, tmp_path
     last = metrics_of(tmp_path / "run")[-1]
     assert (last["step"], last["loss_spikes"], last["grad_norm_outliers"]) == (MIN_HISTORY + 1, 1, 1)
     assert last["suspects"] == [sample]
+
+
+@pytest.mark.parametrize(
+    "world, layout", [(1, {}), (4, {"parallel__pipeline": 2, "parallel__tensor": 2})], ids=["one", "tp2_pp2"]
+)
+def test_weights_that_are_not_finite_are_named_rather_than_samples(pool, arguments, tmp_path, world, layout):
+    name = "decoder.layers.1.input_layernorm.weight"
+    options = arguments(tmp_path / "run", **layout)
+    for said in pool.run(world, sick.train_with_bad_weights, options, name, 2):
+        assert said.startswith("step 3: the weights are not finite since the update of an earlier step: ")
+        assert "model.layers.1.input_layernorm.weight holds 1 NaN;" in said
