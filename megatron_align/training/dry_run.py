@@ -60,6 +60,7 @@ def describe(setup: RunSetup) -> str:
             f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
             step_text(placement, work, flops),
             f"steps      {done} done of {order.steps}",
+            *(f"{name:10} {text}" for name, text in setup.notes),
             memory_table(memory_of(config, placement, work.micro_batches)),
             "a dry run: nothing was trained",
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_align.config import ParallelConfig
+from megatron_align.errors import InputError
 from megatron_align.hf.load import load_weights
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
@@ -20,6 +21,16 @@ from megatron_align.training.watchdog import join_watched
 def train(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
     """Run ``megatron_align.train`` with these arguments."""
     run(parse(arguments), rank_info)
+
+
+def train_to_the_refusal(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
+    """Train; return the line with which a run is refused after the ranks have met. The pool's processes stay."""
+    try:
+        train(rank_info, arguments)
+    except InputError as refused:
+        parallel.leave()
+        return str(refused)
+    return "none"
 
 
 def decay_groups(rank_info: parallel.RankInfo, model: Path) -> tuple[list[str], list[str], bool]:
