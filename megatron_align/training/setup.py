@@ -36,8 +36,8 @@ from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.storage.mounts import require_replaceable
-from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
+from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 from megatron_align.training.run_lock import RunLock
