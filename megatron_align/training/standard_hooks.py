@@ -203,7 +203,8 @@ class Export(Hook):
         if self.trainer.config.checkpoint.export_hf:
             folder = self.trainer.setup.folder / HF
             self.trainer.export(folder)
-            self._log.message(f"exported to {folder}: {describe_assets(folder)}")
+            if dist.get_rank() == 0:
+                self._log.message(f"exported to {folder}: {describe_assets(folder)}")
         if dist.get_rank() == 0:
             write_finished_marker(self.trainer.setup.folder, self.trainer.steps)
 
