@@ -203,6 +203,6 @@ def test_a_spike_names_the_pack_behind_it(pool, arguments, tiny_models, tmp_path
 def test_weights_that_are_not_finite_are_named_rather_than_samples(pool, arguments, tmp_path, world, layout):
     name = "decoder.layers.1.input_layernorm.weight"
     options = arguments(tmp_path / "run", **layout)
-    for said in pool.run(world, sick.train_with_bad_weights, options, name, 2):
-        assert said.startswith("step 3: the weights are not finite since the update of an earlier step: ")
+    for said in pool.run(world, sick.train_with_bad_weights, options, name, 3):
+        assert said.startswith("step 4: the weights are not finite since the update of an earlier step: ")
         assert "model.layers.1.input_layernorm.weight holds 1 NaN;" in said
