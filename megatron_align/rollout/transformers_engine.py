@@ -71,7 +71,9 @@ class TransformersEngine:
         _require_language_model(folder)
         tokenizer = load_tokenizer(str(folder))
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder}: transformers could not load the model: {one_line(error)}") from error
         return cls(model.to(device), tokenizer)
@@ -84,9 +86,9 @@ class TransformersEngine:
             InputError: transformers does not have the model.
         """
         _require_language_model(assets)
-        config = AutoConfig.from_pretrained(assets, local_files_only=True)
+        config = AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.to_empty(device=device)
         model.tie_weights()
         body = model.model
