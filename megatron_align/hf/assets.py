@@ -87,7 +87,7 @@ class Padding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssetChanges:
-    """What training changes in the files of the folder that it starts from, besides the weights.
+    """Changes that training makes in the files of the folder that it starts from, besides the weights.
 
     Args:
         chat_template: text of the template that was trained with; None: the folder's own.
