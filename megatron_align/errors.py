@@ -1,17 +1,35 @@
 """One-line errors and warnings for users: bad input (the programs exit with 2) and training faults (exit code 1)."""
 
-import difflib
 import os
+import reprlib
 import sys
+from collections.abc import Iterable
 
 _warned: set[str] = set()
+MOST_LISTED = 10  # names in one line
+
+
+class _Quote(reprlib.Repr):
+    """Short representations of values, in YAML's words."""
+
+    maxlevel, maxdict, maxlist, maxstring, maxlong = 3, 6, 6, 80, 80
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
 
 
 class InputError(ValueError):
     """Bad input of any kind (configuration, data, weights, checkpoint, environment).
 
-    The message is a single line: what is wrong, what was found, where (file:line, key, tensor), and what to do.
+    The message is a single line: what is wrong, what was found, where (file:line, key, tensor), and what to do. Line
+    breaks in it, from names or values that hold some, become spaces.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 class TrainingFault(RuntimeError):
@@ -21,10 +39,51 @@ class TrainingFault(RuntimeError):
     """
 
 
-def nearest(word: str, candidates: list[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the candidate closest to ``word``, or ``""`` if none is close."""
-    match = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the candidate that ``word`` may be a misspelling of, or ``""``.
+
+    Another name of the field is not a misspelling: ``ppo`` is not a slip of the pen for ``dpo``, nor ``grpo`` for
+    ``orpo``. Up to four letters may be swapped, missing or too many, but not others.
+    """
+    close: dict[str, int] = {}
+    for candidate in candidates:
+        most, difference = max(1, len(candidate) // 4), abs(len(word) - len(candidate))
+        begun = min(len(candidate), len(word)) >= 3 and (
+            candidate.startswith(word) or word.startswith(candidate)
+        )
+        if difference <= most and (count := _slips(word, candidate)) <= most:
+            close[candidate] = count
+        elif begun and difference < 20:
+            close[candidate] = 10 + difference
+    return f"; did you mean '{min(close, key=close.__getitem__)}'?" if close else ""
+
+
+def _slips(word: str, other: str) -> int:
+    """Return the edits between two words: a letter missing, too many, another, or two swapped (Damerau 1964)."""
+    substitution = 1 if min(len(word), len(other)) > 4 else 2
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(word, 1):
+        before, last, row = row, before, [i]
+        for j, wanted in enumerate(other, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != wanted) * substitution)
+            if i > 1 and j > 1 and letter == other[j - 2] and word[i - 2] == wanted:
+                cost = min(cost, last[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
+
+
+def listed(items: Iterable[object], separator: str = ", ", most: int = MOST_LISTED) -> str:
+    """Join at most ``most`` items into one line: ``"a, b, c and 240 more"``."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
+
+
+def shown(value: object) -> str:
+    """Return a value from a file or a command line as an error quotes it: what YAML calls it, at most 80 characters."""
+    text = _Quote().repr(value)
+    return f"{text[:80]}..." if len(text) > 83 else text
 
 
 def require(condition: bool, message: str) -> None:

@@ -43,7 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str], rank: str) -> int:
     from megatron_align.errors import TrainingFault
     from megatron_align.objectives.configuration import parse
+    from megatron_align.version import versions
 
+    if "--version" in arguments:
+        print(versions())
+        return 0
     dry, ranks = _dry_run(arguments)
     config = parse(arguments)
     from megatron_align.model.parallel import RankInfo

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-ABOUT = "Tools for alignment training. To train: torchrun -m megatron_align.train --help"
+ABOUT = "Tools for alignment training. To train: torchrun -m megatron_align.train --help. Versions: --version"
 TOOLS = {
     "convert": "convert between Hugging Face folders and checkpoints, and verify that both hold the same model",
     "merge": "merge Hugging Face models into one: model stock, task arithmetic, linear and others",
@@ -34,11 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_align.errors import InputError
     from megatron_align.tools.command import choose
     from megatron_align.training.stop import SecondInterrupt, interrupted
+    from megatron_align.version import versions
 
     _quiet()
     is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if "--version" in arguments:
+            print(versions())
+            return 0
         with SecondInterrupt():
             name, rest = choose("megatron-align", ABOUT, TOOLS, arguments)
             return importlib.import_module(f"megatron_align.tools.{name}").run(rest)

@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> int:
         raise InputError(f"--write needs a new file, '{options.write}' exists")
     shape = _shape(config)
     with tempfile.TemporaryDirectory() as folder:
-        work, source = _work(config, folder)
+        work, source, known = _work(config, folder)
+        steps, epochs = known or (config.train.steps, None)
         request = PlanRequest(
             config=config,
             shape=shape,
@@ -62,6 +63,8 @@ def run(arguments: list[str]) -> int:
             chip=chip(options.chip),
             work=work,
             efficiency=options.efficiency,
+            steps=steps,
+            epochs=epochs,
         )
         print(head(request, options.chip, source))
         print(configured_layout(request))
@@ -105,7 +108,7 @@ def _arguments(parser: Parser) -> None:
         help=f"assumed share of the chip's peak FLOP/s (default: {EFFICIENCY})",
     )
     add("--count", type=_count, default=5, metavar="N", help="number of layouts to show (default: 5)")
-    add("--write", metavar="FILE", help="write the configuration with the fastest layout to a new file")
+    add("--write", metavar="FILE", help="write the configuration with the first layout to a new file")
 
 
 def _count(text: str) -> int:
@@ -139,9 +142,9 @@ def _shape(config: RunConfig) -> ModelShape:
     return trained_shape(read_shape(assets), config, assets)
 
 
-def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
-    """Return the work of a step, and a description of the lengths it is based on."""
-    from megatron_align.cost.work import full_packs, of_store
+def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str, tuple[int, float] | None]:
+    """Return the work of a step, a description of the lengths it is based on, and, with data, steps and epochs."""
+    from megatron_align.cost.work import full_packs, of_store, steps_and_epochs
     from megatron_align.data.formats.files import expand
     from megatron_align.data.store import TokenStore
     from megatron_align.data.tokenize.cache_key import StoreSpec
@@ -156,17 +159,18 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str]:
     try:
         size = sum(os.path.getsize(file) for source in spec.sources for file in expand(source))
     except InputError:
-        return full_packs(config), f"data.train does not exist: {full}"
+        return full_packs(config), f"data.train does not exist: {full}", None
     if not list(Path(assets).glob("tokenizer*")):
-        return full_packs(config), f"model.path has no tokenizer: {full}"
+        return full_packs(config), f"model.path has no tokenizer: {full}", None
     if Path(spec.cache).is_dir() and (path := spec.path(spec.inputs())).exists():
-        return of_store(TokenStore(path), config), f"lengths of the tokenised data in {path}"
-    if size > SMALL_BYTES:
-        return full_packs(
-            config
-        ), f"data.train is large and not tokenised yet (megatron-align prepare): {full}"
-    store = TokenStore(prepare(dataclasses.replace(spec, cache=folder)))
-    return of_store(store, config), f"lengths of data.train, {len(store):,} samples"
+        store, about = TokenStore(path), f"lengths of the tokenised data in {path}"
+    elif size > SMALL_BYTES:
+        large = "data.train is large and not tokenised yet (megatron-align prepare)"
+        return full_packs(config), f"{large}: {full}", None
+    else:
+        store = TokenStore(prepare(dataclasses.replace(spec, cache=folder)))
+        about = f"lengths of data.train, {len(store):,} samples"
+    return of_store(store, config), about, steps_and_epochs(store, config)
 
 
 def _write(file: str, config: RunConfig, chosen: Candidate) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from megatron_align.cost.memory import CONTEXT, FRAGMENTATION, GIB
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.search import Candidate, PlanRequest, candidates, evaluate, smallest_fitting
+from megatron_align.cost.search import (
+    HEADROOM,
+    Candidate,
+    PlanRequest,
+    candidates,
+    evaluate,
+    run_seconds,
+    smallest_fitting,
+)
 from megatron_align.cost.state import parameter_count
-from megatron_align.cost.text import PARTS, columns, layout, memory_table, recomputation, step_text
+from megatron_align.cost.text import PARTS, columns, duration, layout, memory_table, recomputation, step_text
 from megatron_align.cost.time import LINKS, mfu, one_pass_seconds
 from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import scoring_passes, step_flops
@@ -71,14 +79,33 @@ def step_lines(request: PlanRequest, one: Candidate) -> list[str]:
     if reference_mode(request.config) == "cached":
         once = one_pass_seconds(placement, work, request.chip, request.efficiency)
         lines.append(f"reference  once before training, about {once:.3g} s for the samples of each step")
+    lines.append(f"total      {_total(request, one)}")
     return lines
+
+
+def _total(request: PlanRequest, one: Candidate) -> str:
+    """Return time and GPU-hours of all steps."""
+    seconds = run_seconds(request, one)
+    if seconds is None:
+        epochs = request.config.train.epochs
+        return f"not known: {epochs} epochs of data that are not tokenised (megatron-align prepare)"
+    return (
+        f"about {duration(seconds)} and {_gpu_hours(request, seconds)} GPU-hours for {request.steps:,} steps on "
+        f"{request.gpus} GPUs, without validation and saving"
+    )
+
+
+def _gpu_hours(request: PlanRequest, seconds: float) -> str:
+    hours = seconds / 3600 * request.gpus
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def table(request: PlanRequest, fitting: list[Candidate]) -> str:
     """Return a table of the layouts that fit, with the reasons for each."""
-    rows = [("", "tensor", "pipeline", "virtual", "context", "data", "recompute", "GiB", "s/step", "why")]
+    sizes = ("tensor", "pipeline", "virtual", "context", "data", "recompute")
+    rows = [("", *sizes, "GiB", "s/step", "total", "GPU-h", "why")]
     for number, one in enumerate(fitting, 1):
-        parallel = one.placement.parallel
+        parallel, seconds = one.placement.parallel, run_seconds(request, one)
         rows.append(
             (
                 str(number),
@@ -90,15 +117,22 @@ def table(request: PlanRequest, fitting: list[Candidate]) -> str:
                 str(one.placement.recompute_layers or "-"),
                 f"{one.peak / GIB:.1f}",
                 f"{one.time.total:.3g}",
+                "-" if seconds is None else duration(seconds),
+                "-" if seconds is None else _gpu_hours(request, seconds),
                 why(request, one),
             )
         )
-    return "\nlayouts that fit, fastest first\n" + columns(rows, last_is_text=True)
+    title = (
+        f"layouts that fit, those with {HEADROOM:.0%} of the memory free before others, then fastest first"
+    )
+    return f"\n{title}\n" + columns(rows, last_is_text=True)
 
 
 def why(request: PlanRequest, one: Candidate) -> str:
     """Return the reasons for a layout: free memory, recomputation, and the shares of its time."""
     reasons = [f"{(request.bytes - one.peak) / GIB:.1f} GiB free"]
+    if not one.has_headroom(request.bytes):
+        reasons[0] += ", little headroom"
     if one.peak_unless_recomputed is not None:
         reasons.append(f"without recomputation it would need {one.peak_unless_recomputed / GIB:.1f}")
     return "; ".join((*reasons, _shares(one)))

@@ -6,20 +6,18 @@ have is an unknown key, never ignored. The objectives themselves are on a floor 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from megatron_align.config.paths import expand_home
+from megatron_align.config.arguments import Part, read_arguments, section_of_text
 from megatron_align.config.sections import (
     CheckpointConfig,
     DataConfig,
-    DataSource,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -27,11 +25,10 @@ from megatron_align.config.sections import (
     ReferenceConfig,
     TrainConfig,
 )
-from megatron_align.errors import InputError, nearest, require
-
-OptionsClass = Callable[[str], type]  # from objective.name to the dataclass of its options
-# A part of a command line: the content of a configuration file, or one argument.
-Part = dict[str, Any] | str
+from megatron_align.config.unknown_keys import OPTION_OF_TEXT, Owners, unknown_keys
+from megatron_align.config.values import convert, option_types
+from megatron_align.config.yaml_text import DEEPEST, read_yaml
+from megatron_align.errors import InputError, listed, require, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +53,19 @@ class RunConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ObjectiveNames:
+    """The names of objectives and of their options, for a configuration: objectives themselves are on a floor above.
+
+    Args:
+        options_class: from ``objective.name`` to the dataclass of its options; raises InputError for an unknown name.
+        owners: from an option to the names of the objectives that have it.
+    """
+
+    options_class: Callable[[str], type]
+    owners: Owners
+
+
 DRY_RUN = "--dry_run"  # or --dry_run=RANKS: an option of a launch, not of a run's configuration
 
 SECTIONS: dict[str, type] = {
@@ -70,160 +80,181 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def parse(arguments: Sequence[str], options_class: OptionsClass) -> RunConfig:
+def parse(arguments: Sequence[str], objectives: ObjectiveNames) -> RunConfig:
     """Build a RunConfig from command-line arguments; see :func:`.objectives.configuration.parse`."""
-    given = [argument for argument in arguments if argument.partition("=")[0] != DRY_RUN]
-    return _build(_parts(given), options_class)
+    flags = [argument.partition("=")[0] for argument in arguments]
+    given = [argument for argument, flag in zip(arguments, flags, strict=True) if flag not in _PRINTING]
+    printing = [argument for argument, flag in zip(arguments, flags, strict=True) if flag in _PRINTING]
+    parts = read_arguments([argument for argument in given if argument.partition("=")[0] != DRY_RUN])
+    return _build(parts, objectives, printing)
 
 
 def load(
     config: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | Sequence[str],
-    options_class: OptionsClass,
+    objectives: ObjectiveNames,
 ) -> RunConfig:
     """Build a RunConfig from a file or a mapping; see :func:`.objectives.configuration.load_config`."""
-    content = _plain_mapping(config) if isinstance(config, Mapping) else _read_yaml(str(config))
+    content = _plain_mapping(config) if isinstance(config, Mapping) else read_yaml(str(config))
     if not isinstance(overrides, Mapping):
         for override in overrides:
             require("=" in override, f"an override must be 'section.key=value', got '{override}'")
-        return _build([content, *(f"--{override}" for override in overrides)], options_class)
-    nested: dict[str, Any] = {}
-    for key, value in overrides.items():
-        section, _, option = key.partition(".")
-        require(bool(option), f"an override must be named section.key, got '{key}'")
-        nested.setdefault(section, {})[option] = value
-    return _build([content, _plain_mapping(nested)], options_class)
+        return _build([content, *read_arguments([f"--{override}" for override in overrides])], objectives)
+    for key in overrides:
+        require("." in key.strip("."), f"an override must be named section.key, got '{key}'")
+    return _build([content, *({key: value} for key, value in _plain_mapping(overrides).items())], objectives)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the configuration as plain dictionaries, ready for YAML or JSON."""
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
-
-    return plain(config)
+    return _as_plain(config)
 
 
-def _build(parts: list[Part], options_class: OptionsClass) -> RunConfig:
-    name = _objective_name(parts)
-    sections = {**SECTIONS, "objective": options_class(name)}
+def _as_plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _as_plain(getattr(value, f.name)) for f in fields(value)}
+    return [_as_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+_PRINTING = ("-h", "--help", "--print_config")  # options that print and end the program
+
+
+def _build(parts: list[Part], objectives: ObjectiveNames, printing: Sequence[str] = ()) -> RunConfig:
+    given = _merged(parts)
+    name = convert(given["objective"].get("name", "sft"), str, "objective.name")
+    sections = {**SECTIONS, "objective": objectives.options_class(name)}
+    given["objective"]["name"] = name
+    unknown, known = _known(given, sections)
+    if unknown and not any(flag.startswith(("-h", "--help")) for flag in printing):
+        raise InputError(unknown_keys(unknown, sections, objectives.owners))
+    values = {
+        section: {
+            option: convert(value, option_types(sections[section])[option], f"{section}.{option}")
+            for option, value in options.items()
+        }
+        for section, options in known.items()
+    }
+    if printing:
+        _print(sections, values, printing)
+    _require_all(sections, values)
+    return RunConfig(**{section: kind(**values[section]) for section, kind in sections.items()})
+
+
+def _merged(parts: list[Part]) -> dict[str, dict[str, Any]]:
+    """Merge parts into ``{section: {option: value}}``; later ones win. Keys may be dotted."""
+    merged: dict[str, Any] = {section: {} for section in (*SECTIONS, "objective")}
+    for part in parts:
+        for key, value in part.items():
+            section, dotted, option = str(key).partition(".")
+            if dotted:
+                _set(merged.setdefault(section, {}), option, value)
+                continue
+            if section in merged and isinstance(value, str):
+                value = section_of_text(section, value)
+            if section not in merged:  # unknown: reported with all others
+                merged[section] = value
+                continue
+            if not isinstance(value, Mapping):
+                raise InputError(_no_mapping(section, value))
+            for inner, content in value.items():
+                _set(merged[section], str(inner), content)
+    return merged
+
+
+def _set(options: Any, key: str, value: Any) -> None:
+    """Set ``key`` of a section's options; ``key+`` adds to a list, ``key.inner`` and a mapping change a mapping."""
+    if not isinstance(options, dict):
+        return  # an unknown section that was given a value as well
+    name, dotted, inner = key.partition(".")
+    if dotted:
+        before = options.get(name)
+        options[name] = dict(before) if isinstance(before, Mapping) else {}
+        _set(options[name], inner, value)
+    elif name.endswith("+"):
+        before = options.get(name[:-1])
+        some = [] if before is None else list(before) if isinstance(before, (list, tuple)) else [before]
+        options[name[:-1]] = [*some, *(value if isinstance(value, (list, tuple)) else [value])]
+    else:
+        options[name] = value
+
+
+def _known(
+    given: Mapping[str, Any], sections: Mapping[str, type]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Split options into those that do not exist, by key, and those that do, by section."""
+    unknown: dict[str, Any] = {section: value for section, value in given.items() if section not in sections}
+    known: dict[str, dict[str, Any]] = {}
+    for section, kind in sections.items():
+        names = option_types(kind)
+        known[section] = {}
+        for option, value in given[section].items():
+            if option in names:
+                known[section][option] = value
+            else:
+                unknown[f"{section}.{option}"] = value
+    return unknown, known
+
+
+def _require_all(sections: Mapping[str, type], values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that every option without a default was given."""
+    missing = [
+        f"{section}.{option.name}"
+        for section, kind in sections.items()
+        for option in fields(kind)
+        if option.default is MISSING
+        and option.default_factory is MISSING
+        and option.name not in values[section]
+    ]
+    require(
+        not missing,
+        f"{listed(missing)} must be given, in the file of --config or as "
+        f"{' '.join(f'--{key} VALUE' for key in missing)} (--help explains every option)",
+    )
+
+
+def _no_mapping(section: str, value: Any) -> str:
+    line = f"{section} must be a mapping of options, got {shown(value)}"
+    if isinstance(value, str) and section in OPTION_OF_TEXT:
+        return f"{line}; did you mean '{OPTION_OF_TEXT[section]}'?"
+    return line
+
+
+def _print(sections: Mapping[str, type], values: Mapping[str, Any], printing: Sequence[str]) -> None:
+    """Print help or the configuration, and end the program."""
     parser = ArgumentParser(
         prog="python -m megatron_align.train",
         description="Train a model: torchrun --nproc-per-node N -m megatron_align.train --config run.yaml. With "
-        "--dry_run[=RANKS] nothing is trained: all is checked, and layout, batch, memory and steps are printed.",
-        exit_on_error=False,
+        "--dry_run[=RANKS] nothing is trained: all is checked, and layout, batch, memory and steps are printed. "
+        "--version prints versions.",
     )
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
-    try:
-        parsed = parser.parse_args([_argument(part, name) for part in parts])
-    except ArgumentError as error:
-        raise InputError(_one_line(str(error), sections)) from error
-    for section in sections:
-        require(parsed[section] is not None, f"{section} must be a mapping of options, got null")
-    built = {section: kind(**_options(parsed[section])) for section, kind in sections.items()}
-    return RunConfig(**built)
-
-
-def _parts(arguments: Sequence[str]) -> list[Part]:
-    """Replace ``--config FILE`` by the file's content; each file is read once."""
-    parts: list[Part] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        key, joined, value = argument.partition("=")
-        if key != "--config":
-            parts.append(argument)
-        elif joined or (value := next(remaining, "")):
-            parts.append(_read_yaml(value))
-        else:
-            raise InputError("--config needs a YAML file, got none")
-    return parts
-
-
-def _objective_name(parts: list[Part]) -> str:
-    """Return objective.name before the real parse, as it decides which options exist; the last one given wins."""
-    name = "sft"
-    for i, part in enumerate(parts):
-        if isinstance(part, dict):
-            section = part.get("objective") or {}
-            require(
-                isinstance(section, dict), f"objective must be a mapping like {{name: sft}}, got {section!r}"
-            )
-            name = str(section.get("name", name))
-        else:
-            key, joined, value = part.partition("=")
-            if key == "--objective.name":
-                name = value if joined else str(parts[i + 1] if i + 1 < len(parts) else "")
-    return name
-
-
-def _argument(part: Part, name: str) -> str:
-    """Return an argument for the parser; a configuration is passed as its text, with the objective that was chosen."""
-    if isinstance(part, str):
-        return part
-    if part.get("objective"):
-        part = {**part, "objective": {**part["objective"], "name": name}}
-    return f"--config={yaml.safe_dump(part, allow_unicode=True, sort_keys=False)}"
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    file = Path(expand_home(path))
-    require(file.is_file(), f"--config needs a YAML file, found none at '{path}'")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    require(
-        isinstance(content, dict), f"{path} must hold a mapping of sections, got {type(content).__name__}"
-    )
-    return content
+    plain = {
+        section: {key: _as_plain(value) for key, value in of.items()} for section, of in values.items() if of
+    }
+    parser.parse_args([f"--config={yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)}", *printing])
 
 
 def _plain_mapping(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping as YAML can hold it: paths as strings, tuples as lists, data sources as mappings."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: Any, depth: int) -> Any:
+        require(depth <= DEEPEST, f"a configuration must be nested at most {DEEPEST} levels deep")
         if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
+            return {str(key): plain(item, depth + 1) for key, item in value.items()}
         if is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            return {f.name: plain(getattr(value, f.name), depth + 1) for f in fields(value)}
         if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
+            return [plain(item, depth + 1) for item in value]
         require(
             value is None or isinstance(value, (str, int, float, PurePath)),
-            f"a configuration holds strings, numbers, lists and mappings, got {type(value).__name__}: {value!r}",
+            f"a configuration holds strings, numbers, lists and mappings, got {type(value).__name__}: {shown(value)}",
+        )
+        require(
+            not isinstance(value, int) or value.bit_length() < 1000,
+            "a configuration holds numbers of at most 300 digits",
         )
         return str(value) if isinstance(value, PurePath) else value
 
-    return plain(sections)
-
-
-def _options(section: Namespace) -> dict[str, Any]:
-    def plain(key: str, value: Any) -> Any:
-        if key in ("betas", "profile_steps") and value is not None:
-            return tuple(value)
-        if isinstance(value, list):
-            return [DataSource(**vars(item)) if isinstance(item, Namespace) else item for item in value]
-        return value
-
-    return {key: plain(key, value) for key, value in vars(section).items()}
-
-
-def _one_line(message: str, sections: dict[str, type]) -> str:
-    """Turn jsonargparse's message into one line, with the nearest key for an unknown one."""
-    line = " ".join(message.split())
-    keys = list(sections) + [f"{s}.{f.name}" for s, kind in sections.items() for f in fields(kind)]
-    for pattern in (
-        r"[Uu]nrecognized arguments?: --([\w.]+)",
-        r"[Kk]ey '?([\w.]+)'? is not expected",
-        r"Group '(\w+)' does not accept option '(\w+)'",
-        r"does not accept option '([\w.]+)'",
-        r"Option '([\w.]+)' is not accepted",
-    ):
-        if match := re.search(pattern, line):
-            key = ".".join(match.groups())
-            return f"unknown configuration key '{key}'{nearest(key, keys)}"
-    return line
+    return plain(sections, 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_align.config.paths import expand_fields
-from megatron_align.errors import nearest, require
+from megatron_align.errors import nearest, require, shown
 
 RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference", "schedule")
 
@@ -80,8 +80,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         expand_fields(self, "train", "validation", "chat_template", "cache")
         require(
-            self.sequence_length > 1,
-            f"data.sequence_length must be at least 2 tokens, got {self.sequence_length}",
+            1 < self.sequence_length < 2**31,
+            f"data.sequence_length must be at least 2 tokens, at most 2^31, got {self.sequence_length}",
         )
 
 
@@ -106,7 +106,7 @@ class ReferenceConfig:
         expand_fields(self, "path")
         require(
             self.sync_steps is None or self.mode == "live",
-            f"reference.sync_steps needs reference.mode live, got mode {self.mode}",
+            f"reference.sync_steps needs reference.mode live, got mode {shown(self.mode)}",
         )
         require(
             self.sync_steps is None or self.sync_steps >= 1,
@@ -114,8 +114,8 @@ class ReferenceConfig:
         )
         require(
             self.mixup_alpha is None or (self.sync_steps is not None and 0 < self.mixup_alpha <= 1),
-            f"reference.mixup_alpha needs reference.sync_steps and must be in (0, 1], got {self.mixup_alpha} "
-            f"with sync_steps {self.sync_steps}",
+            f"reference.mixup_alpha needs reference.sync_steps and must be in (0, 1], got {shown(self.mixup_alpha)} "
+            f"with sync_steps {shown(self.sync_steps)}",
         )
         require(
             self.path is None or self.mode != "none",
@@ -173,7 +173,8 @@ class ParallelConfig:
             f"{self.context}",
         )
         require(
-            self.timeout_seconds > 0, f"parallel.timeout_seconds must be positive, got {self.timeout_seconds}"
+            0 < self.timeout_seconds <= 1e7,
+            f"parallel.timeout_seconds must be positive and at most 1e7, got {self.timeout_seconds}",
         )
         if self.virtual_pipeline is not None:
             require(
@@ -219,7 +220,8 @@ class ParallelConfig:
         require(
             world_size % model == 0,
             f"world size must be a multiple of tensor x pipeline x context = "
-            f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}",
+            f"{self.tensor} x {self.pipeline} x {self.context} = {model}, got {world_size}: start "
+            f"{_torchrun(-(-world_size // model) * model)}",
         )
         ranks = world_size // model
         require(
@@ -227,6 +229,12 @@ class ParallelConfig:
             "parallel.overlap_grad_reduce needs at least 2 data-parallel ranks, got 1: there is nothing to reduce",
         )
         return ranks
+
+
+def _torchrun(ranks: int) -> str:
+    """Return the command that starts this number of ranks."""
+    nodes = "" if ranks <= 8 or ranks % 8 else f"--nnodes {ranks // 8} "
+    return f"torchrun {nodes}--nproc-per-node {8 if nodes else ranks} -m megatron_align.train --config ..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +320,7 @@ class TrainConfig:
             object.__setattr__(self, "global_batch_size", 16)
         require(
             (self.steps is None) != (self.epochs is None),
-            f"give either train.steps or train.epochs, got steps {self.steps} and epochs {self.epochs}",
+            f"give either train.steps or train.epochs, got steps {shown(self.steps)} and epochs {shown(self.epochs)}",
         )
         for name in ("global_batch_size", "global_batch_tokens", "steps", "epochs", "validate_every"):
             value = getattr(self, name)

@@ -12,13 +12,16 @@ from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.memory import StageMemory, stage_memory
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, step_time
+from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
 from megatron_align.cost.work import Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import transformer_config
 from megatron_align.objectives.registry import reference_mode
 
+HEADROOM = (
+    0.08  # share of a GPU's memory that should stay free: temporaries and fragmentation are not measured
+)
 MAX_GPUS = 4096  # largest number tried when nothing fits
 
 
@@ -45,6 +48,10 @@ class Candidate:
         """Bytes on the stage that needs most."""
         return max(stage.total for stage in self.memory)
 
+    def has_headroom(self, gpu_bytes: int) -> bool:
+        """Return whether the share ``HEADROOM`` of the memory stays free on every stage."""
+        return self.peak <= gpu_bytes * (1 - HEADROOM)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
@@ -58,6 +65,8 @@ class PlanRequest:
         chip: peak rates of each GPU.
         work: function that returns the work of steps on a placement.
         efficiency: see :func:`megatron_align.cost.time.step_time`.
+        steps: of the run; None: not known, as it follows from data that are not tokenised.
+        epochs: passes over the data; None: not known.
     """
 
     config: RunConfig
@@ -67,6 +76,8 @@ class PlanRequest:
     chip: Chip
     work: WorkOf
     efficiency: float = EFFICIENCY
+    steps: int | None = None
+    epochs: float | None = None
 
 
 def evaluate(request: PlanRequest, placement: Placement) -> Candidate:
@@ -94,13 +105,16 @@ def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tu
 
 
 def candidates(request: PlanRequest) -> list[Candidate]:
-    """Return every layout that divides the model, with the recomputation it needs, fastest first."""
-    every = [_with_recompute(request, placement) for placement in _placements(request)]
-    return sorted(every, key=lambda one: (one.time.total, one.peak))
+    """Return every layout that divides the model, with the recomputation it needs.
+
+    The fastest come first, but those with headroom before those without.
+    """
+    every = [one for placement in _placements(request) for one in _with_recompute(request, placement)]
+    return sorted(every, key=lambda one: (not one.has_headroom(request.bytes), one.time.total, one.peak))
 
 
 def best(request: PlanRequest, count: int) -> list[Candidate]:
-    """Return the fastest layouts that fit, at most one per tensor x pipeline x context."""
+    """Return the first layouts that fit, at most one per tensor x pipeline x context."""
     fitting: dict[tuple[int, int, int], Candidate] = {}
     for one in candidates(request):
         parallel = one.placement.parallel
@@ -120,11 +134,11 @@ def smallest_fitting(request: PlanRequest) -> Candidate | None:
     return None
 
 
-def _with_recompute(request: PlanRequest, placement: Placement) -> Candidate:
-    """Save all activations if they fit; otherwise choose the ``recompute_layers`` that needs least memory."""
+def _with_recompute(request: PlanRequest, placement: Placement) -> list[Candidate]:
+    """Save all activations if they fit; unless with headroom, also choose the ``recompute_layers`` of least memory."""
     saved = evaluate(request, placement)
-    if saved.peak <= request.bytes:
-        return saved
+    if saved.has_headroom(request.bytes):
+        return [saved]
     per_chunk = placement.chunks(0)[0].layers
     choices = [replace(placement, recompute_layers=k) for k in _divisors(per_chunk)]
 
@@ -132,7 +146,25 @@ def _with_recompute(request: PlanRequest, placement: Placement) -> Candidate:
         stage = stage_bytes(one, 0, request.config.data.sequence_length, saved.work.micro_batches)
         return stage.held + stage.recomputed
 
-    return replace(evaluate(request, min(choices, key=activation_bytes)), peak_unless_recomputed=saved.peak)
+    recomputed = evaluate(request, min(choices, key=activation_bytes))
+    fitting = [saved] if saved.peak <= request.bytes else []
+    return [*fitting, replace(recomputed, peak_unless_recomputed=saved.peak)]
+
+
+def run_seconds(request: PlanRequest, one: Candidate) -> float | None:
+    """Estimate the seconds of all steps and of a cached reference's pass over the data; None: the steps are not known.
+
+    Validation, saving and loading are not in it.
+    """
+    if request.steps is None:
+        return None
+    seconds = request.steps * one.time.total
+    if reference_mode(request.config) == "cached":
+        steps_of_a_pass = request.steps / max(1.0, request.epochs or 1.0)
+        seconds += steps_of_a_pass * one_pass_seconds(
+            one.placement, one.work, request.chip, request.efficiency
+        )
+    return seconds
 
 
 def _placements(request: PlanRequest) -> Iterator[Placement]:

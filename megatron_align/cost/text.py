@@ -65,3 +65,11 @@ def columns(rows: Sequence[tuple[str, ...]], *, last_is_text: bool = False) -> s
             cells[-1] = row[-1]
         lines.append("  " + "  ".join(cells))
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Format an estimated duration with two or three digits."""
+    for unit, length in (("s", 1.0), ("min", 60.0), ("h", 3600.0)):
+        if seconds < 100 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds / 86400:,.3g} days"

@@ -130,6 +130,15 @@ def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
     return of_layout
 
 
+def steps_and_epochs(store: TokenStore, config: RunConfig) -> tuple[int, float]:
+    """Return the number of steps of a run over tokenised data, and how many passes over its data that makes."""
+    steps = step_order(store, config.data, config.train, config.data.train).steps
+    if config.train.epochs is not None:
+        return steps, float(config.train.epochs)
+    one = replace(config.train, steps=None, epochs=1)
+    return steps, steps / step_order(store, config.data, one, config.data.train).steps
+
+
 @dataclass(frozen=True, slots=True)
 class _StepSamples:
     """The samples of a step and their counts, the same on any layout."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_align.config import ParallelConfig
-from megatron_align.errors import require
+from megatron_align.errors import listed, require
 
 
 def layers_of_chunks(layers: int, parallel: ParallelConfig) -> list[int]:
@@ -55,7 +55,7 @@ def _even(layers: int, parallel: ParallelConfig) -> list[int]:
     require(
         counted % chunks == 0,
         f"parallel.pipeline x virtual_pipeline must divide the model's {layers} layers{extra}, "
-        f"got {parallel.pipeline} x {parallel.chunks} = {chunks}",
+        f"got {parallel.pipeline} x {parallel.chunks} = {chunks}{_way_out(layers, parallel)}",
     )
     sizes = [counted // chunks] * chunks
     sizes[0] -= parallel.count_embedding
@@ -65,6 +65,20 @@ def _even(layers: int, parallel: ParallelConfig) -> list[int]:
         f"parallel.count_embedding and count_loss must leave every chunk a layer, got {sizes} of {layers} layers",
     )
     return sizes
+
+
+def _way_out(layers: int, parallel: ParallelConfig) -> str:
+    """Return options that distribute layers which the stages do not divide."""
+    stages, chunks = parallel.pipeline, parallel.chunks
+    if parallel.count_embedding or parallel.count_loss:
+        return ""
+    fewest = layers // (stages * chunks) * chunks
+    for each in (fewest + chunks, fewest):
+        first = layers - each * (stages - 1)
+        if first > 0 and each > 0 and first % chunks == 0:
+            return f": set parallel.first_stage_layers (or last_stage_layers) {first}, the others then have {each}"
+    sizes = [size for size in range(2, layers + 1) if layers % (size * chunks) == 0]
+    return f": use parallel.pipeline {listed(sizes)}, or parallel.first_stage_layers and last_stage_layers"
 
 
 def split_options(parallel: ParallelConfig) -> dict[str, Any]:

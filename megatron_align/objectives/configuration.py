@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_align.config import run
-from megatron_align.config.run import RunConfig
+from megatron_align.config.run import ObjectiveNames, RunConfig
 from megatron_align.config.sections import ReferenceConfig
 from megatron_align.errors import require
 from megatron_align.objectives.options import ObjectiveOptions
-from megatron_align.objectives.registry import build_objective, objective_class
+from megatron_align.objectives.registry import OBJECTIVES, build_objective, objective_class
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -23,7 +24,7 @@ def parse(arguments: Sequence[str]) -> RunConfig:
         InputError: naming the key and, for a misspelt one, the nearest key that exists.
         SystemExit: after ``--help`` or ``--print_config`` has printed.
     """
-    return _checked(run.parse(arguments, _options_class))
+    return _checked(run.parse(arguments, _OBJECTIVES))
 
 
 def load_config(
@@ -38,11 +39,20 @@ def load_config(
     Raises:
         InputError: naming the key and, for a misspelt one, the nearest key that exists.
     """
-    return _checked(run.load(config, overrides, _options_class))
+    return _checked(run.load(config, overrides, _OBJECTIVES))
 
 
 def _options_class(name: str) -> type[ObjectiveOptions]:
     return objective_class(name).Options
+
+
+def _owners(option: str) -> list[str]:
+    return [
+        name for name, kind in OBJECTIVES.items() if option in (field.name for field in fields(kind.Options))
+    ]
+
+
+_OBJECTIVES = ObjectiveNames(_options_class, _owners)
 
 
 def _checked(config: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_align.data.store import TokenStore
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, require, shown
 from megatron_align.losses.divergences import DIVERGENCES
 from megatron_align.losses.dpo import DPO_LOSSES
 from megatron_align.losses.pair_loss import PairLoss, WeightedLosses
@@ -112,7 +112,7 @@ class DPOOptions(ObjectiveOptions):
         require(
             self.f_alpha_divergence_coef is None or self.f_divergence_type == "alpha_divergence",
             f"objective.f_alpha_divergence_coef belongs to f_divergence_type alpha_divergence, "
-            f"got {self.f_alpha_divergence_coef} with {self.f_divergence_type}",
+            f"got {self.f_alpha_divergence_coef} with {shown(self.f_divergence_type)}",
         )
         if self.f_divergence_type in (None, "reverse_kl"):
             return

@@ -5,14 +5,17 @@ To add one: its loss in ``losses/``, a file with its class in this folder, its c
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import fields
+from typing import Literal, get_args, get_type_hints
 
+from megatron_align.config.familiar_names import OBJECTIVES as KNOWN_AS
+from megatron_align.config.familiar_names import plain
 from megatron_align.config.run import RunConfig
 from megatron_align.data.store import TokenStore
-from megatron_align.errors import nearest, require
+from megatron_align.errors import nearest, require, shown
 from megatron_align.objectives import user_file
 from megatron_align.objectives.base import SCORED_BY, Objective
-from megatron_align.objectives.dpo import DPO
+from megatron_align.objectives.dpo import DPO, DPO_OPTIONS
 from megatron_align.objectives.kto_bco import BCO, KTO
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
@@ -35,10 +38,29 @@ def objective_class(name: str) -> type[Objective]:
         return user_file.load(name)
     require(
         name in OBJECTIVES,
-        f"objective.name must be one of {sorted(OBJECTIVES)}, or FILE.py:CLASS, "
-        f"got '{name}'{nearest(name, list(OBJECTIVES))}",
+        f"objective.name must be one of {', '.join(sorted(OBJECTIVES))}, or FILE.py:CLASS, "
+        f"got {shown(name)}{_meant(name)}",
     )
     return OBJECTIVES[name]
+
+
+def _meant(name: str) -> str:
+    """Return the objective that a name stands for elsewhere or is a misspelling of, if there is one."""
+    word = plain(name)
+    if word in OBJECTIVES:
+        return f"; did you mean '{word}'?"
+    if word in KNOWN_AS:
+        ours = KNOWN_AS[word]
+        return f"; did you mean '{ours}'?" if ours in OBJECTIVES else ": it is not available"
+    for objective, kind in OBJECTIVES.items():
+        if "loss_type" in (field.name for field in fields(kind.Options)) and word in _loss_types(kind):
+            return f": it is objective.loss_type {word} of objective.name {objective}"
+    return nearest(word, list(OBJECTIVES))
+
+
+def _loss_types(kind: type[Objective]) -> tuple[str, ...]:
+    """Return the loss types of an objective."""
+    return tuple(DPO_OPTIONS) if kind is DPO else get_args(get_type_hints(kind.Options)["loss_type"])
 
 
 def build_objective(options: ObjectiveOptions, store: TokenStore | None = None) -> Objective:

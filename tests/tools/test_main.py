@@ -4,6 +4,7 @@ nearest word and leaves nothing on the disk, and help does not wait for torch.
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,6 +76,19 @@ def test_help_does_not_load_torch(tmp_path, start, shown):
     assert shown in done.stdout
 
 
+def test_version(capsys):
+    from megatron_align.tools.main import main
+    from megatron_align.train import main as train
+
+    for command in (main, train):
+        assert command(["--version"]) == 0
+        out, err = capsys.readouterr()
+        assert re.fullmatch(
+            r"megatron_align \d+\.\d+\.\d+ \(Python [\d.]+, torch \S+, megatron-core \S+, .*\)\n", out
+        )
+        assert err == ""
+
+
 HELP = "(see megatron-align"
 MISTAKES = {
     "nothing": ((), f"megatron-align needs a command, one of {', '.join(TOOLS)} {HELP} --help)"),
@@ -88,6 +102,17 @@ MISTAKES = {
     "option=": (("convert", "export", "--ot=y"), "has no option --ot; did you mean '--out'?"),
     "abbreviated": (("convert", "export", "--check", "x", "--out", "y"), "has no option --check"),
     "missing": (("convert", "import", "--hf", "x"), "the following arguments are required: --out"),
+    "familiar": (
+        ("prepare", "--cutoff_len", "9"),
+        "has no option --cutoff_len; did you mean '--sequence-length'?",
+    ),
+    "familiar output": (("convert", "import", "--hf", "x", "--output_dir=y"), "did you mean '--out'?"),
+    "familiar folder": (("convert", "import", "--model_name_or_path", "x"), "did you mean '--hf'?"),
+    "of training": (
+        ("prepare", "--learning-rate", "1"),
+        "has no option --learning-rate: for a training run, here it is optimizer.lr, in its configuration",
+    ),
+    "underscores": (("prepare", "--sequence_length", "9"), "did you mean '--sequence-length'?"),
     "stray": (("convert", "import", "--hf", "x", "--out", "y", "z"), "unrecognized arguments: z"),
     "dtype": (("convert", "import", "--hf", "x", "--out", "y", "--dtype", "int8"), "invalid choice: 'int8'"),
     "tolerance": (

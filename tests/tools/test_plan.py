@@ -1,17 +1,20 @@
 """The planner: what it shows fits, what it writes runs, and it never needs more than a config.json."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.memory import GIB
-from megatron_align.cost.search import PlanRequest, best, candidates, smallest_fitting
+from megatron_align.cost.search import HEADROOM, PlanRequest, best, candidates, run_seconds, smallest_fitting
+from megatron_align.cost.time import one_pass_seconds
 from megatron_align.cost.work import full_packs
 from megatron_align.model.families import read_shape
 from megatron_align.objectives.configuration import parse
 from megatron_align.tools.main import main
+from megatron_align.tools.plan_text import why
 from tests.harness.sizes import write_config
 from tests.harness.tiny import run_arguments
 
@@ -54,11 +57,42 @@ def test_what_is_shown_fits_and_the_quickest_stands_first(sizes, tmp_path):
     found = best(ask, 5)
     assert len(found) >= 3
     assert all(one.peak <= ask.bytes and one.placement.world_size == 8 for one in found)
-    seconds = [one.time.total for one in found]
-    assert seconds == sorted(seconds)
-    for one in found:  # recomputed only where it must be
+    order = [(not one.has_headroom(ask.bytes), one.time.total) for one in found]
+    assert order == sorted(order)
+    for one in found:  # recomputed only where it must be, for memory that stays free
         assert (one.placement.recompute_layers > 0) == (one.peak_unless_recomputed is not None)
-        assert one.peak_unless_recomputed is None or one.peak_unless_recomputed > ask.bytes
+        assert one.peak_unless_recomputed is None or one.peak_unless_recomputed > ask.bytes * (1 - HEADROOM)
+
+
+def test_a_layout_with_headroom_comes_first(sizes, tmp_path):
+    """A faster layout that fills the memory is shown too, where no other has its ranks."""
+    ample = best(ask_for(tmp_path, sizes["qwen2_7b"], 8, 141), 1)[0]
+    tight = ask_for(tmp_path, sizes["qwen2_7b"], 8, ample.peak / GIB / 0.97)  # it would fit with 3% free
+    assert ample.placement in [one.placement for one in candidates(tight) if one.peak <= tight.bytes]
+    first = best(tight, 1)[0]
+    assert first.has_headroom(tight.bytes)
+    assert first.time.total > ample.time.total
+    assert "little headroom" in why(tight, next(one for one in candidates(tight) if one.peak == ample.peak))
+
+
+def test_the_time_of_the_run_is_steps_and_a_pass_of_the_reference(sizes, tmp_path, capsys):
+    ask = ask_for(tmp_path, sizes["qwen2_7b"], 8, 80, objective="dpo")
+    one = best(ask, 1)[0]
+    assert run_seconds(ask, one) is None
+    once = one_pass_seconds(one.placement, one.work, ask.chip)
+    total = run_seconds(replace(ask, steps=10, epochs=2.0), one)
+    assert total == pytest.approx(10 * one.time.total + 5 * once)
+    file = write_run(tmp_path, sizes["qwen2_7b"])
+    assert main(["plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "80"]) == 0
+    said = capsys.readouterr().out
+    total = re.search(
+        r"total      about ([\d.]+) (s|min) and ([\d.]+) GPU-hours for 10 steps on 8 GPUs", said
+    )
+    seconds = float(total[1]) * {"s": 1, "min": 60}[total[2]]
+    assert float(total[3]) == pytest.approx(8 * seconds / 3600, rel=0.1)
+    more = ["--train.steps=null", "--train.epochs=2"]
+    assert main(["plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "80", *more]) == 0
+    assert "total      not known: 2 epochs of data that are not tokenised" in capsys.readouterr().out
 
 
 def test_more_memory_is_never_slower(sizes, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_align.errors import InputError, nearest
+from megatron_align.errors import InputError
 from megatron_align.model.rope import RopeScaling, rope_frequencies
 
 
@@ -230,9 +230,10 @@ def _architecture(raw: Mapping[str, Any], path: Path) -> str:
     supported = list(_DEFAULTS)
     if not isinstance(named, list) or len(named) != 1 or named[0] not in supported:
         given = raw.get("architectures") or raw.get("model_type") or "nothing"
-        word = _shown(given[0] if isinstance(given, list) else given, str)
+        found = given[0] if isinstance(given, list) and len(given) == 1 else given
         raise InputError(
-            f"architectures must be one of {supported}, found {_shown(given, repr)} in {path}{nearest(word, supported)}"
+            f"architectures must be one of {', '.join(supported)}, found {_shown(found, repr)} in {path}: "
+            "models of another architecture are not trained or converted"
         )
     return named[0]
 
