@@ -20,6 +20,8 @@ from megatron_align.kernels.packed_attention import PackedLayout
 
 ContextKind = Literal["ulysses", "allgather"]
 ROLES = ("system", "user", "assistant", "tool")
+# Fields of a message that hold the assistant's reasoning; chat templates read the first, or gpt-oss's second.
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)

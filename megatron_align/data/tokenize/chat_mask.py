@@ -10,12 +10,23 @@ Shapes: L tokens of one sample.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from megatron_align.data.tokenize.chat_template import ChatTemplate
 from megatron_align.data.tokenize.encoder import Encoder, Rendering, common_prefix_length
+from megatron_align.data.tokenize.template_environment import Rendered
+from megatron_align.data.tokenize.turn_ends import turn_end_token_ids
+from megatron_align.data.tokenize.turn_prefixes import TurnPrefixes
 from megatron_align.errors import InputError
 from megatron_align.records import Conversation
+
+Span = tuple[int, int]
+_WAYS_OUT = (
+    "set data.train_turns to last, use a chat template that marks {% generation %}, "
+    "or write a record for each answer"
+)
 
 
 class ChatMask:
@@ -24,10 +35,20 @@ class ChatMask:
     Args:
         template: renders them.
         encoder: of the template's tokenizer.
+        warn: is given a kind of warning and its text.
+        last_only: ``data.train_turns: last``: how earlier turns are marked does not matter.
     """
 
-    def __init__(self, template: ChatTemplate, encoder: Encoder) -> None:
-        self._template, self._encoder = template, encoder
+    def __init__(
+        self,
+        template: ChatTemplate,
+        encoder: Encoder,
+        warn: Callable[[str, str], None],
+        last_only: bool = False,
+    ) -> None:
+        self._template, self._encoder, self._warn = template, encoder, warn
+        self._last_only = last_only
+        self._turn_ends: set[int] | None = None
 
     def trained(self, record: Conversation) -> tuple[list[int], np.ndarray]:
         """Return the token ids of a conversation, and which of them are trained (bool[L])."""
@@ -50,8 +71,9 @@ class ChatMask:
         if not turns:
             return None
         untrained_L = np.zeros(len(full.ids), dtype=bool)
+        prefixes = TurnPrefixes(self._template, record, full.text)
         for i in turns:
-            untrained_L[self._turn(record, i, full)] = True
+            untrained_L[self._turn(record, i, full, prefixes)] = True
         return untrained_L
 
     def _marked_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
@@ -60,39 +82,89 @@ class ChatMask:
                 f"{record.where}: a chat template with generation marks needs a fast tokenizer, "
                 f"got {type(self._template.tokenizer).__name__}"
             )
-        ids, scored_L = self._template.marked(record, len(record.messages))
-        for i, message in enumerate(record.messages):
-            if message.role == "assistant" and not message.train:
-                self._unmark(record, i, ids, scored_L)
+        rendered = self._template.rendered(record, len(record.messages))
+        ids, start_L, end_L = self._encoder.ids_and_spans(rendered.text)
+        full = Rendering(rendered.text, ids, self._encoder)
+        spans = self._spans_of_trained_turns(record, rendered)
+        scored_L = np.zeros(len(ids), dtype=bool)
+        for span in spans:
+            scored_L[self._tokens_of(span, full, start_L, end_L, record.where)] = True
+        self._warn_of_untrained_ends(record, full, end_L, scored_L, spans)
         return ids, scored_L
 
-    def _unmark(self, record: Conversation, i: int, ids: list[int], scored_L: np.ndarray) -> None:
-        """Leave out turn ``i``: the marked runs that the rendering up to it adds to the one before it."""
-        before = len(_runs(self._template.marked(record, i)[1])) if i else 0
-        ids_here, scored_here = self._template.marked(record, i + 1)
-        full = _runs(self._template.marked(record, len(record.messages))[1])
-        mine = list(enumerate(_runs(scored_here)))[before:]
-        for k, (start, end) in mine:
-            here = full[k] if k < len(full) else (0, 0)
-            if ids_here[start:end] != ids[slice(*here)]:
-                mine = []
-                break
-            scored_L[slice(*here)] = False
-        if not mine:
+    def _tokens_of(
+        self, span: Span, full: Rendering, start_L: np.ndarray, end_L: np.ndarray, where: str
+    ) -> slice:
+        """Return the tokens that overlap a stretch of the text, checked against the tokens of what comes before it."""
+        start, end = span
+        overlap = np.flatnonzero((start_L < end) & (end_L > start))
+        if not len(overlap):
+            return slice(0, 0)
+        first, after = int(overlap[0]), int(overlap[-1]) + 1
+        before, within = full.covered_to(start), full.covered_to(end)
+        if not (before <= first and within <= after and len(overlap) == after - first):
             raise InputError(
-                f"{record.where}: messages[{i}] with 'train': false must be marked the same whatever follows it "
-                "to be left out; the chat template marks it differently"
+                f"{where}: the tokenizer must say where its tokens are in the text for {{% generation %}} to be used, "
+                f"got tokens {first} to {after} for {full.text[start:end][:40]!r}, which are {before} to {within}"
             )
+        return slice(first, after)
+
+    def _spans_of_trained_turns(self, record: Conversation, full: Rendered) -> list[Span]:
+        """Return the marked stretches that belong to trained turns: those that each adds to the turns before it."""
+        answers = [i for i, message in enumerate(record.messages) if message.role == "assistant"]
+        if all(record.messages[i].train for i in answers):
+            return list(full.marked)
+        prefixes = TurnPrefixes(self._template, record, full.text)
+        spans: list[Span] = []
+        for i in answers:
+            trained = record.messages[i].train
+            if not trained and self._last_only:
+                continue
+            before, upto = prefixes.marked(i, full), prefixes.marked(i + 1, full)
+            mine = full.marked[len(before) : len(upto)]
+            if not mine or [full.text[slice(*span)] for span in mine] != upto[len(before) :]:
+                raise InputError(
+                    f"{record.where}: messages[{i}] with 'train': {str(trained).lower()} must be marked the same "
+                    "whatever follows it, as not all turns are trained; the chat template marks it differently"
+                )
+            spans += mine if trained else ()
+        return spans
+
+    def _warn_of_untrained_ends(
+        self,
+        record: Conversation,
+        full: Rendering,
+        end_L: np.ndarray,
+        scored_L: np.ndarray,
+        spans: list[Span],
+    ) -> None:
+        """Warn if an answer is marked without the token that ends it: the model would not learn to stop."""
+        if self._turn_ends is None:
+            self._turn_ends = set(turn_end_token_ids(self._template.tokenizer, self._template.text))
+        for start, end in spans:
+            if end <= start:
+                continue
+            last = int(np.searchsorted(end_L, end, "left"))
+            after = last + 1 if last < len(full.ids) and scored_L[last] else last
+            if after < len(full.ids) and full.ids[after] in self._turn_ends and not scored_L[after]:
+                token = self._template.tokenizer.convert_ids_to_tokens(full.ids[after])
+                self._warn(
+                    "turn end",
+                    f"{record.where}: the token that ends an answer, {token}, is not trained, so the model does not "
+                    "learn to stop; {% generation %} of the chat template should enclose it",
+                )
+                return
 
     def _assistant_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
         full = self.rendering(record)
         scored_L = np.zeros(len(full.ids), dtype=bool)
+        prefixes = TurnPrefixes(self._template, record, full.text)
         for i, message in enumerate(record.messages):
             if message.role == "assistant" and message.train:
-                scored_L[self._turn(record, i, full)] = True
+                scored_L[self._turn(record, i, full, prefixes)] = True
         return full.ids, scored_L
 
-    def _turn(self, record: Conversation, i: int, full: Rendering) -> slice:
+    def _turn(self, record: Conversation, i: int, full: Rendering, prefixes: TurnPrefixes) -> slice:
         """Return the tokens that turn ``i`` adds to the rendering before it; of a trained one, without its header."""
         name = f"{record.where}: messages[{i}]"
         if i == 0:
@@ -100,32 +172,25 @@ class ChatMask:
                 f"{name} must not be an assistant turn unless the chat template marks {{% generation %}}: "
                 "there is nothing before it to find its start by"
             )
-        before = self._template.render(record, i, prompt=record.messages[i].train)
-        start = self._nested(before, full, name)
+        # A token that straddles the end of the prefix (an answer that starts with a newline) belongs to what follows,
+        # as in TRL.
+        start = full.covered_to(self._nested(prefixes, i, record.messages[i].train, name))
         end = len(full.ids)
         if i + 1 < len(record.messages):
-            end = self._nested(self._template.render(record, i + 1), full, name)
+            end = full.covered_to(self._nested(prefixes, i + 1, False, name))
         if start >= end:
             raise InputError(f"{name} must add tokens to the conversation, got none")
         return slice(start, end)
 
-    def _nested(self, prefix: str, full: Rendering, turn: str) -> int:
-        """Return how many tokens of the full rendering the prefix covers.
-
-        A token that straddles the end of the prefix (an answer that starts with a newline) belongs to what
-        follows, as in TRL.
-        """
-        if not full.text.startswith(prefix):
-            at = common_prefix_length(prefix, full.text)
-            alone, within = prefix[at : at + 40], full.text[at : at + 40]
-            raise InputError(
-                f"{turn}: the chat template must render earlier turns the same whatever follows, or mark "
-                f"{{% generation %}}; got {alone!r} up to this turn, {within!r} in full"
-            )
-        return full.covered(prefix)
-
-
-def _runs(marked_L: np.ndarray) -> list[tuple[int, int]]:
-    """Return ``(start, end)`` of every run of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked_L, [False]]).astype(np.int8)))
-    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+    def _nested(self, prefixes: TurnPrefixes, turns: int, prompt: bool, name: str) -> int:
+        """Return the length of the rendering of the first ``turns`` messages, which the full one must start with."""
+        length = prefixes.length(turns, prompt)
+        if length is not None:
+            return length
+        prefix, full = prefixes.rendered(turns, prompt).text, prefixes.text
+        at = common_prefix_length(prefix, full)
+        alone, within = prefix[at : at + 40], full[at : at + 40]
+        raise InputError(
+            f"{name}: the chat template must render earlier turns the same whatever follows, or mark "
+            f"{{% generation %}}; got {alone!r} up to this turn, {within!r} in full; {_WAYS_OUT}"
+        )

@@ -7,12 +7,14 @@ the role's name and a newline, the same in every turn.
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -38,13 +40,17 @@ class Rendering:
 
     def covered(self, prefix: str) -> int:
         """Return how many tokens the text has in common with ``prefix``, which it starts with."""
-        inside = bisect_right(self._ends, len(prefix))
-        cut_through = inside < len(self._matches) and self._matches[inside].start() < len(prefix)
+        return self.covered_to(len(prefix))
+
+    def covered_to(self, length: int) -> int:
+        """Return how many tokens the text has in common with its first ``length`` characters."""
+        inside = bisect_right(self._ends, length)
+        cut_through = inside < len(self._matches) and self._matches[inside].start() < length
         if not inside or cut_through or len(self._indices) != len(self._ends):
-            return common_prefix_length(self._encoder.ids(prefix), self.ids)
+            return common_prefix_length(self._encoder.ids(self.text[:length]), self.ids)
         last, at = self._matches[inside - 1], self._indices[inside - 1]
         # The special token is included, so that the rest is tokenised as its continuation, not as the start of a text.
-        rest = self._encoder.short(last.group() + prefix[last.end() :])
+        rest = self._encoder.short(last.group() + self.text[last.end() : length])
         return at + common_prefix_length(rest, self.ids[at : at + len(rest)])
 
 
@@ -54,6 +60,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._backend = None
+        self._spans_are_complete = False
         if _calls_backend(tokenizer):
             tokenizer(text="")  # sets the backend up as calls without options need it
             self._backend = tokenizer.backend_tokenizer
@@ -71,6 +78,39 @@ class Encoder:
             return self._tokenizer(text=text, add_special_tokens=added)["input_ids"]
         # the same without the offsets and masks of a call, which cost a fifth of the time
         return self._backend.encode_batch_fast([text], add_special_tokens=added)[0].ids
+
+    def ids_and_spans(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Return the token ids of a text, and where each token starts and ends in it, in characters (int64[L]).
+
+        A token that is a part of a character, as of a rare emoji, spans that character; white space belongs to its
+        token. Only fast tokenizers know.
+        """
+        if self._backend is None:
+            call = self._tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, spans = call["input_ids"], call["offset_mapping"]
+        else:
+            if not self._spans_are_complete:
+                _keep_space_in_offsets(self._backend)
+                self._spans_are_complete = True
+            encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+            ids, spans = encoding.ids, encoding.offsets
+        spans_L2 = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(ids)).reshape(-1, 2)
+        return ids, spans_L2[:, 0], spans_L2[:, 1]
+
+
+def _keep_space_in_offsets(backend: Tokenizer) -> None:
+    """Turn off ``trim_offsets`` of byte-level tokenizers, which leaves white space to no token; ids stay the same."""
+    processor = backend.post_processor
+    if processor is None:
+        return
+    state = json.loads(processor.__getstate__())
+    parts = state.get("processors", []) if state.get("type") == "Sequence" else [state]
+    trimming = [part for part in parts if part.get("trim_offsets")]
+    for part in trimming:
+        part["trim_offsets"] = False
+    if trimming:
+        processor.__setstate__(json.dumps(state).encode())
+        backend.post_processor = processor
 
 
 def _calls_backend(tokenizer: PreTrainedTokenizerBase) -> bool:

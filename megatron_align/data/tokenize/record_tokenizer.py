@@ -36,8 +36,8 @@ class RecordTokenizer:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, chat_template)
         self._encoder = Encoder(tokenizer)
-        self._mask = ChatMask(self._template, self._encoder)
-        self._warned = False
+        self._mask = ChatMask(self._template, self._encoder, self._warn)
+        self._warned: set[str] = set()
 
     def sample(self, record: Record) -> Sample:
         """Tokenise one record.
@@ -52,7 +52,7 @@ class RecordTokenizer:
             tokens, scored_L = self._text(record)
         else:
             self._template.require_template(record)
-            self._template.require_tools_written(record)
+            self._template.require_fields_written(record)
             if record.prompt_messages is None:
                 tokens, scored_L = self._mask.trained(record)
             else:
@@ -92,14 +92,18 @@ class RecordTokenizer:
         return np.arange(len(all_ids)) >= start
 
     def _warn_of_divergence(self, prompt_ids: list[int], start: int, where: str) -> None:
-        if start < len(prompt_ids) and not self._warned:
-            self._warned = True
-            _log.warning(
-                "%s: the tokens of the prompt are not the first tokens of prompt + completion; training "
-                "starts where they diverge, before %r (logged once; other samples may be affected too)",
-                where,
-                self.tokenizer.decode(prompt_ids[start:]),
+        if start < len(prompt_ids) and "divergence" not in self._warned:
+            self._warn(
+                "divergence",
+                f"{where}: the tokens of the prompt are not the first tokens of prompt + completion; training starts "
+                f"where they diverge, before {self.tokenizer.decode(prompt_ids[start:])!r}",
             )
+
+    def _warn(self, kind: str, line: str) -> None:
+        """Log a kind of warning once."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _log.warning("%s (logged once; other samples may be affected too)", line)
 
     def _judged(self, record: Preference) -> Sample:
         """Lay out ``prompt | completion | ...``; the prompt ends where the first completion diverges from it."""
@@ -145,7 +149,7 @@ class RecordTokenizer:
             if j == 0:
                 self._template.require_template(full)
                 prompt_ids = self._encoder.ids(self._template.render(full, len(record.prompt), prompt=True))
-            self._template.require_tools_written(full)
+            self._template.require_fields_written(full)
             rendering = self._mask.rendering(full)
             sequences.append(rendering.ids)
             untrained.append(self._mask.untrained(full, rendering))
