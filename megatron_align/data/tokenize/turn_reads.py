@@ -32,7 +32,8 @@ def last_turn_loop(template: nodes.Template) -> nodes.For | None:
     if loop.test or loop.else_ or loop.recursive:
         return None
     assigned = {name.name for name in template.find_all(nodes.Name) if name.ctx != "load"}
-    assigned |= {part.name for part in template.find_all((nodes.NSRef, nodes.Macro, nodes.Block))}
+    for kind in (nodes.NSRef, nodes.Macro, nodes.Block):
+        assigned |= {part.name for part in template.find_all(kind)}
     read = {
         name.name
         for node in template.body[loops[-1] + 1 :]
