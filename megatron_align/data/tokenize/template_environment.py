@@ -243,7 +243,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = partial(_strftime, now)
         self.globals["dict"] = _Dictionary()
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """Join what a macro or a block has written."""
         parts = list(parts)
         limits.charge_parts(self.budget(), parts)
@@ -276,7 +276,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if self._grows and not isinstance(value, (str, int, float)):
             limits.require_modest_value(value.__dict__ if isinstance(value, Namespace) else value)
 
-    def call(  # type: ignore[override]  # the names of jinja2, which leave all others to the called
+    def call(
         __self,
         __context: Context,
         __obj: Any,
@@ -368,10 +368,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _can_grow(source: nodes.Template) -> bool:
     """Return whether a template builds containers of several computed values: such can contain one value twice."""
     for literal in source.find_all((nodes.List, nodes.Tuple, nodes.Dict)):
+        assert isinstance(literal, (nodes.List, nodes.Tuple, nodes.Dict))
         items = [item.value if isinstance(item, nodes.Pair) else item for item in literal.items]
-        if len([item for item in items if not isinstance(item, nodes.Const)]) > 1 and not (
-            isinstance(literal, nodes.Tuple) and literal.ctx == "store"
-        ):
+        stored = isinstance(literal, nodes.Tuple) and literal.ctx == "store"
+        if not stored and sum(not isinstance(item, nodes.Const) for item in items) > 1:
             return True
     return any(
         isinstance(call.node, nodes.Name) and call.node.name in ("dict", "namespace") and len(call.kwargs) > 1

@@ -35,7 +35,7 @@ class LimitError(TemplateError):
 
 
 class Budget:
-    """What is left of the limits of one rendering, and where it is in its output.
+    """The rest of the limits of one rendering, and its place in the output.
 
     Args:
         characters: of the record.

@@ -32,8 +32,8 @@ def last_turn_loop(template: nodes.Template) -> nodes.For | None:
     if loop.test or loop.else_ or loop.recursive:
         return None
     assigned = {name.name for name in template.find_all(nodes.Name) if name.ctx != "load"}
-    for kind in (nodes.NSRef, nodes.Macro, nodes.Block):
-        assigned |= {part.name for part in template.find_all(kind)}
+    assigned |= {reference.name for reference in template.find_all(nodes.NSRef)}
+    assigned |= {macro.name for macro in template.find_all(nodes.Macro)}
     read = {
         name.name
         for node in template.body[loops[-1] + 1 :]
@@ -44,7 +44,7 @@ def last_turn_loop(template: nodes.Template) -> nodes.For | None:
 
 
 class TurnReads:
-    """How far the text was when the template first looked for each message.
+    """The length of the text when the template first looked for each message.
 
     Args:
         messages: of the conversation.
@@ -58,7 +58,7 @@ class TurnReads:
         self.starts: dict[int, int] = {}
 
     def read(self, index: int, at_head: bool = False) -> None:
-        """Note that the template looks for message ``index``, with ``at_head`` because its loop goes on."""
+        """Note that the template looks for message ``index``, with ``at_head`` for the next step of its loop."""
         if index <= self._furthest:
             return
         if at_head and index == self._furthest + 1:
@@ -150,7 +150,7 @@ class _TurnIterator:
 
 
 class TurnLoop(LoopContext):
-    """Jinja's ``loop``, which knows when it goes on and when it only looks ahead (``loop.last``)."""
+    """Jinja's ``loop``, which tells its own steps from looks at the next value (``loop.last``)."""
 
     def __init__(self, iterable: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(iterable, _TurnIterator):
