@@ -150,7 +150,7 @@ class _TurnIterator:
 
 
 class TurnLoop(LoopContext):
-    """Jinja's ``loop``, which tells its own steps from looks at the next value (``loop.last``)."""
+    """Jinja's ``loop``, whose own steps differ from looks at the next value (``loop.last``)."""
 
     def __init__(self, iterable: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(iterable, _TurnIterator):
