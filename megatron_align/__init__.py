@@ -17,9 +17,11 @@ from megatron_align.version import __version__
 # Imported at first use: they need torch and megatron-core, which errors or versions do not.
 _ENTRY_POINTS = {
     "Trainer": "megatron_align.training.trainer",
+    "evaluate": "megatron_align.evaluation.run",
+    "generate": "megatron_align.evaluation.generation",
     "load_config": "megatron_align.objectives.configuration",
 }
-__all__ = ["Trainer", "__version__", "load_config"]  # noqa: F822
+__all__ = ["Trainer", "__version__", "evaluate", "generate", "load_config"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import os
 import reprlib
 import sys
+import time
 from collections.abc import Iterable
 
 _warned: set[str] = set()
@@ -103,3 +104,11 @@ def warn_once(line: str, key: str | None = None) -> None:
         return
     _warned.add(key or line)
     print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def report_once(rank: str, error: Exception, code: int) -> int:
+    """Print the error once and return the exit code: every rank raises it, and rank 0's exit stops the others."""
+    if rank != "0":
+        time.sleep(5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return code

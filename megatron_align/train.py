@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     # megatron-core warns that Apex and Transformer Engine are missing, which are not needed; torch of deprecated names.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    from megatron_align.errors import InputError
+    from megatron_align.errors import InputError, report_once
     from megatron_align.training.stop import EXIT_INTERRUPTED, Interrupted, SecondInterrupt, interrupted
 
     is_command = arguments is None
@@ -33,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             return _run(arguments, rank)
         except InputError as error:
-            return _fail(rank, error, 2)
+            return report_once(rank, error, 2)
         except Interrupted:  # the log has a line about it
             return EXIT_INTERRUPTED
         except KeyboardInterrupt:
@@ -41,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], rank: str) -> int:
-    from megatron_align.errors import TrainingFault
+    from megatron_align.errors import TrainingFault, report_once
     from megatron_align.objectives.configuration import parse
     from megatron_align.version import versions
 
@@ -63,7 +62,7 @@ def _run(arguments: list[str], rank: str) -> int:
             return 0
         return 0 if run(config, RankInfo.from_environment()) else EXIT_REQUEUE
     except (TrainingFault, OSError) as error:  # OSError: disk full, a rank that did not join in time, ...
-        return _fail(rank, error, 1)
+        return report_once(rank, error, 1)
     except (RankLost, OutOfMemory) as error:  # raised on one rank only, which prints at once
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -98,14 +97,6 @@ def _dry_run(arguments: list[str]) -> tuple[bool, int | None]:
     if ranks and not (ranks.isdecimal() and int(ranks) >= 1):
         raise InputError(f"{DRY_RUN}=RANKS needs a positive whole number, got '{ranks}'")
     return bool(flags), int(ranks) if ranks else None
-
-
-def _fail(rank: str, error: Exception, code: int) -> int:
-    """Print the error once: every rank raises it, and the launcher stops the others when rank 0 exits."""
-    if rank != "0":
-        time.sleep(5)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ FLOORS = [
     ["cost", "checkpoint", "merge", "rollout"],
     ["monitoring"],
     ["convert", "training"],
-    ["train"],
+    ["evaluation"],
+    ["train", "evaluate"],
     ["tools", "examples"],
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

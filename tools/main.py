@@ -11,21 +11,28 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 ABOUT = "Tools for alignment training. To train: torchrun -m megatron_align.train --help. Versions: --version"
 TOOLS = {
+    "chat": "talk to a model in the terminal",
     "convert": "convert between Hugging Face folders and checkpoints, and verify that both hold the same model",
+    "evaluate": "evaluate a model on tasks: loss, preference pairs, multiple choice, generated answers",
+    "generate": "generate completions for the prompts of a file, with a Hugging Face folder or a checkpoint",
     "merge": "merge Hugging Face models into one: model stock, task arithmetic, linear and others",
     "plan": "estimate memory and time of a run, and list the parallel layouts that fit",
     "prepare": "tokenise data before training, and report statistics and samples",
     "report": "draw the metrics of one or several runs: one HTML page and PNG files",
+    "sample": "make preference data: sample answers, score and filter them",
 }
 
 RESUMING = (
     "convert",
     "merge",
     "prepare",
+    "generate",
+    "sample",
 )  # after a kill or Ctrl-C; of convert not verify, which writes nothing
 
 
@@ -43,8 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "--version" in arguments:
             print(versions())
             return 0
-        with SecondInterrupt():
-            name, rest = choose("megatron-align", ABOUT, TOOLS, arguments)
+        name, rest = choose("megatron-align", ABOUT, TOOLS, arguments)
+        # In a chat every Ctrl-C stops one answer only.
+        with nullcontext() if name == "chat" else SecondInterrupt():
             return importlib.import_module(f"megatron_align.tools.{name}").run(rest)
     except KeyboardInterrupt:
         return interrupted(_interruption(arguments), ends_process=is_command)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from megatron_align.rollout.types import Completion, Prompt, Sampling
 
@@ -17,9 +18,13 @@ class Engine(Protocol):
 
     Attributes:
         weight_version: of the weights that it holds.
+        context: most tokens of a prompt with its completion.
+        tokenizer: of the model.
     """
 
     weight_version: int
+    context: int
+    tokenizer: PreTrainedTokenizerBase
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, on_token: OnToken | None = None

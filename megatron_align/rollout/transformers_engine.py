@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_align.data.tokenize.tokenizer import load_tokenizer, one_line
 from megatron_align.errors import InputError
@@ -69,6 +70,7 @@ class TransformersEngine:
             InputError: transformers cannot load it as a language model.
         """
         _require_language_model(folder)
+        disable_progress_bar()
         tokenizer = load_tokenizer(str(folder))
         try:
             model = AutoModelForCausalLM.from_pretrained(

@@ -5,14 +5,33 @@ from __future__ import annotations
 import numpy as np
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.context_parts import ContextRank
 from megatron_align.data.batching.packing import PackOptions
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.data.batching.step_batches import DataRank, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.model.context_kind import context_kind_of
+from megatron_align.model.families import ModelShape
 from megatron_align.objectives.base import Objective
 from megatron_align.training.setup import RunSetup, one_epoch
+
+
+def pack_multiples(layout: ParallelConfig) -> tuple[int, int]:
+    """Return ``multiple`` and ``micro_batch_multiple`` of :class:`PackOptions` that a layout needs."""
+    sequence_ranks = layout.tensor if layout.sequence else 1
+    # The interleaved schedule needs micro-batches in multiples of the pipeline's length.
+    return layout.context * sequence_ranks, layout.pipeline if layout.chunks > 1 else 1
+
+
+def data_rank(shape: ModelShape, layout: ParallelConfig, groups: ProcessGroupCollection) -> DataRank:
+    """Return this rank as packs are made for it."""
+    kind = context_kind_of(shape, layout)
+    return DataRank(
+        ranks=groups.dp.size(),
+        rank=groups.dp.rank(),
+        context=kind and ContextRank(ranks=groups.cp.size(), rank=groups.cp.rank(), kind=kind),
+    )
 
 
 def batches_of_split(
@@ -32,21 +51,14 @@ def batches_of_split(
         reference_C: the reference's summed log-prob of each completion of the split; None: not cached.
     """
     config = setup.config
-    layout = config.parallel
-    sequence_ranks = layout.tensor if setup.megatron.sequence_parallel else 1
-    kind = context_kind_of(setup.shape, layout)
+    multiple, micro_batch_multiple = pack_multiples(config.parallel)
     options = PackOptions.of_data(
         config.data,
         score_prompt=objective.score_prompt,
-        multiple=layout.context * sequence_ranks,
-        # The interleaved schedule needs micro-batches in multiples of the pipeline's length.
-        micro_batch_multiple=layout.pipeline if layout.chunks > 1 else 1,
+        multiple=multiple,
+        micro_batch_multiple=micro_batch_multiple,
     )
-    rank = DataRank(
-        ranks=groups.dp.size(),
-        rank=groups.dp.rank(),
-        context=kind and ContextRank(ranks=groups.cp.size(), rank=groups.cp.rank(), kind=kind),
-    )
+    rank = data_rank(setup.shape, config.parallel, groups)
     store: TokenStore = getattr(setup, split)
     train = config.train if split == "train" else one_epoch(config.train)
     order = step_order(store, config.data, train, getattr(config.data, split))

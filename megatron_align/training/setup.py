@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ def prepare_run(
             for split in ("train", "validation")
             if (store := _open_store(config, split, assets, rank_info, scratch_cache)) is not None
         }
-        _require_vocabulary(stores, shape)
+        require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
         steps = _require_steps_left(config, stores, resume)
         changes, notes = plan_asset_changes(config, shape, assets, stores.values())
         if resume is not None:
@@ -253,12 +253,13 @@ def _open_store(
     return store
 
 
-def _require_vocabulary(stores: dict[str, TokenStore], shape: ModelShape) -> None:
-    for split, store in stores.items():
+def require_vocabulary(stores: Mapping[str, TokenStore], shape: ModelShape) -> None:
+    """Check that every token of the stores, given by the name of their data, has a row in the model's vocabulary."""
+    for name, store in stores.items():
         highest = store.manifest["largest_token"]
         if highest >= shape.vocab_size:
             raise InputError(
-                f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, data.{split} has token {highest}"
+                f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, {name} has token {highest}"
             )
 
 

@@ -11,6 +11,7 @@ from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.checkpoint.load import load_checkpoint
 from megatron_align.hf.finite import find_nonfinite_weights
 from megatron_align.hf.load import load_weights
+from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import require_finite
 from megatron_align.training.setup import RunSetup, locate
@@ -43,19 +44,42 @@ def load_model_weights(
     Raises:
         InputError: the weights are incomplete, corrupt, not finite, or of another shape.
     """
-    weights, assets = locate(path)
     starts_reward_head = setup.shape.is_reward and not setup.start_shape.is_reward
     absent = frozenset({REWARD_WEIGHT} if starts_reward_head else ())
-    if weights == assets:
-        parameters = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
-        stored = {name: parameter for name, parameter in parameters.items() if name not in absent}
-        load_weights(weights, setup.start_shape, stored, groups.tp.rank(), groups.tp.size())
-    else:
-        require_intact(weights)
-        load_checkpoint(weights, list(chunks), absent=absent)
+    read_model_weights(chunks, path, setup.start_shape, groups, absent=absent)
     if starts_reward_head and chunks[-1].post_process:
         chunks[-1].reward_head.initialise(REWARD_DEVIATION, setup.config.train.seed)
     require_finite_weights(chunks, path)
+
+
+def read_model_weights(
+    chunks: Sequence[Policy],
+    path: str,
+    shape: ModelShape,
+    groups: ProcessGroupCollection,
+    *,
+    absent: frozenset[str] = frozenset(),
+) -> None:
+    """Read a Hugging Face folder or a checkpoint into this rank's chunks.
+
+    Args:
+        chunks: this rank's.
+        path: Hugging Face folder, checkpoint, or run folder (its newest checkpoint).
+        shape: of the stored model.
+        groups: of this rank.
+        absent: parameters that are not stored; they are left unchanged.
+
+    Raises:
+        InputError: the weights are incomplete, corrupt, or of another shape.
+    """
+    weights, assets = locate(path)
+    if weights == assets:
+        parameters = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
+        stored = {name: parameter for name, parameter in parameters.items() if name not in absent}
+        load_weights(weights, shape, stored, groups.tp.rank(), groups.tp.size())
+    else:
+        require_intact(weights)
+        load_checkpoint(weights, list(chunks), absent=absent)
 
 
 def require_finite_weights(chunks: Sequence[Policy], source: str | Path) -> None:

@@ -33,6 +33,20 @@ def train_to_the_refusal(rank_info: parallel.RankInfo, arguments: list[str]) -> 
     return "none"
 
 
+def evaluate(rank_info: parallel.RankInfo, config: dict) -> dict:
+    """Run an evaluation and return its results."""
+    from megatron_align.evaluation.run import evaluate
+
+    return evaluate(config, rank_info)
+
+
+def sample_data(rank_info: parallel.RankInfo, options: dict) -> None:
+    """Sample data."""
+    from megatron_align.evaluation.sample import SampleOptions, sample
+
+    sample(SampleOptions(**options))
+
+
 def decay_groups(rank_info: parallel.RankInfo, model: Path) -> tuple[list[str], list[str], bool]:
     """Return the parameters with and without decay, and whether the fp32 masters of bf16 weights equal them."""
     from megatron_align.config import OptimizerConfig

@@ -1,0 +1,211 @@
+"""Tasks whose answers are generated, then checked or compared by a judge; every rank answers a share of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.errors import require
+from megatron_align.evaluation import judge
+from megatron_align.evaluation.checks import CHECKS, Scores, extracted
+from megatron_align.evaluation.config import AnsweredTask, GenerateTask, JudgeTask
+from megatron_align.evaluation.judge import Judge, read_baselines, read_comparison
+from megatron_align.evaluation.progress import progress
+from megatron_align.evaluation.results import ITEMS, Items
+from megatron_align.model.parallel import RankInfo
+from megatron_align.rollout.engine import Engine
+from megatron_align.rollout.prompts import PromptTokenizer, read_prompts
+from megatron_align.rollout.types import Completion, Prompt, require_fitting
+from megatron_align.training.watchdog import Watchdog
+
+CHUNK = 64  # prompts of a rank between two signs of progress
+CHECK_SECONDS = 30.0  # for one answer, in a process of its own
+Scoring = Callable[
+    [Sequence[tuple[str, Any]]], list[Scores]
+]  # of answers, each with what it is compared with
+
+
+@dataclass(frozen=True, slots=True)
+class PromptedTask:
+    """An answered task with its prompts, and what their answers are compared with."""
+
+    task: AnsweredTask
+    prompts: list[Prompt]
+    expected: list[Any]
+    sources: list[int]
+
+
+def read_prompted_task(task: AnsweredTask, assets: Path, context: int) -> PromptedTask:
+    """Read and tokenise the prompts of a task.
+
+    Raises:
+        InputError: a record is malformed, lacks what the check compares with, or does not fit the context.
+    """
+    template = load_chat_template(task.chat_template) if task.chat_template else None
+    tokenizer = PromptTokenizer(load_tokenizer(str(assets)), template)
+    baselines = read_baselines(task.baseline) if isinstance(task, JudgeTask) and task.baseline else None
+    prompts: list[Prompt] = []
+    expected: list[Any] = []
+    sources: list[int] = []
+    for source, path in enumerate(task.sources):
+        for record in read_prompts(path, as_chat=task.as_chat, limit=task.limit):
+            if isinstance(task, GenerateTask):
+                expected.append(CHECKS[task.check].expected(record))
+            else:
+                # A missing one is found below, where all are counted.
+                own = None if baselines is None else (*baselines, *[""] * (len(prompts) + 1))[len(prompts)]
+                expected.append(read_comparison(record, own))
+            prompts.append(tokenizer.prompt(record, len(prompts)))
+            sources.append(source)
+    require(
+        baselines is None or len(baselines) == len(prompts),
+        f"task {task.name}: baseline must have an answer for each of the {len(prompts)} prompts, "
+        f"got {len(baselines or ())}",
+    )
+    require_fitting(prompts, context, f"prompts of task {task.name}")
+    return PromptedTask(task, prompts, expected, sources)
+
+
+def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, rank: tuple[RankInfo, Path]) -> Items:
+    """Return the scored answers of all prompts, on every rank. Collective.
+
+    Args:
+        task: with its prompts.
+        engine: of this rank.
+        watchdog: of this rank.
+        rank: this process, and the folder of the results.
+    """
+    (rank_info, out), options = rank, task.task
+    own = range(rank_info.rank, len(task.prompts), rank_info.world_size)
+    with watchdog.patient(f"answering {options.name}"):
+        answers = _generate(task, engine, watchdog, (own, rank_info.rank == 0))
+    with watchdog.patient(f"scoring {options.name}"), _scoring(options, out, rank_info.rank) as scoring:
+        texts = [
+            (completion.text, task.expected[i])
+            for i, completions in zip(own, answers, strict=True)
+            for completion in completions
+        ]
+        scores = scoring(texts)
+    count = options.completions
+    rows = [
+        {
+            "answers": [completion.text for completion in completions],
+            "scores": scores[n * count : (n + 1) * count],
+            "truncated": sum(completion.finish_reason == "length" for completion in completions) / count,
+        }
+        for n, completions in enumerate(answers)
+    ]
+    gathered: list[list[dict[str, Any]]] = [[] for _ in range(rank_info.world_size)]
+    watchdog.report(f"gathering the answers of {options.name}")
+    dist.all_gather_object(gathered, rows)
+    ranks = rank_info.world_size
+    return _items(task, [gathered[i % ranks][i // ranks] for i in range(len(task.prompts))])
+
+
+def _generate(
+    task: PromptedTask, engine: Engine, watchdog: Watchdog, own: tuple[range, bool]
+) -> list[list[Completion]]:
+    """Return the answers of this rank's prompts; ``own``: their indices, and whether progress is shown."""
+    (indices, shown), options = own, task.task
+    answers: list[list[Completion]] = []
+    with progress(f"answering {options.name}", len(indices), shown) as advance:
+
+        def on_token(*_: int) -> None:
+            watchdog.detail("generating")
+            advance(0, 1)
+
+        for start in range(0, len(indices), CHUNK):
+            prompts = [task.prompts[i] for i in indices[start : start + CHUNK]]
+            answers += engine.generate(prompts, options.sampling(), on_token)
+            advance(len(prompts), 0)
+    return answers
+
+
+def _items(task: PromptedTask, rows: list[dict[str, Any]]) -> Items:
+    options = task.task
+    is_judged = isinstance(options, JudgeTask)
+    metrics = CHECKS[options.check].metrics if isinstance(options, GenerateTask) else judge.METRICS
+    names = (*metrics, *(("length_difference",) if is_judged else ()))
+    values = {name: np.array([_mean(row["scores"], name) for row in rows]) for name in names}
+    return Items(
+        primary=metrics[0],
+        values={**values, "truncated": np.array([row["truncated"] for row in rows])},
+        sources_N=np.array(task.sources),
+        rows=[{"answers": row["answers"]} for row in rows],
+        extra=judge.extra_metrics if is_judged else None,
+    )
+
+
+def _mean(scores: list[Scores], metric: str) -> float:
+    return sum(score[metric] for score in scores) / len(scores)
+
+
+@contextmanager
+def _scoring(task: AnsweredTask, out: Path, rank: int) -> Iterator[Scoring]:
+    """Yield the function that scores a task's answers."""
+    if isinstance(task, JudgeTask):
+        yield Judge(task, out / ITEMS, rank).scores
+        return
+    assert isinstance(task, GenerateTask), "every other kind is no answered task"
+    with checking(task.check, task.extract) as scoring:
+        yield scoring
+
+
+@contextmanager
+def checking(name: str, extract: str | None = None) -> Iterator[Scoring]:
+    """Yield the function that checks answers; a check that may run forever runs in a process that is replaced.
+
+    Args:
+        name: of the check.
+        extract: see :class:`.GenerateTask`.
+    """
+    check = CHECKS[name]
+    if check.package is None:
+        yield lambda pairs: [check.judge(extracted(answer, extract), expected) for answer, expected in pairs]
+        return
+    with _process() as call:
+        yield lambda pairs: [
+            call(partial(check.judge, extracted(answer, extract), expected))
+            or dict.fromkeys(check.metrics, 0.0)
+            for answer, expected in pairs
+        ]
+
+
+@contextmanager
+def _process() -> Iterator[Callable[[Callable[[], Scores]], Scores | None]]:
+    """Yield a function that makes a call in another process; None: it took too long, or ended the process."""
+    pools: list[ProcessPoolExecutor] = []
+
+    def call(function: Callable[[], Scores]) -> Scores | None:
+        if not pools:
+            pools.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+        try:
+            return pools[0].submit(function).result(timeout=CHECK_SECONDS)
+        except (FutureTimeout, BrokenProcessPool):  # an expression that expands without end
+            _kill(pools.pop())
+            return None
+
+    try:
+        yield call
+    finally:
+        for pool in pools:
+            pool.shutdown()
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,117 @@
+"""Checks of generated answers: each turns an answer and its record into numbers from 0 to 1."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_align.data.formats.fields import RawRecord, bad_field
+from megatron_align.errors import InputError, require
+from megatron_align.evaluation import instructions
+from megatron_align.rollout.prompts import PromptRecord
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One way to judge an answer.
+
+    Args:
+        metrics: names of its numbers, the primary one first.
+        expected: reads from a record what the answer is compared with.
+        judge: ``(answer, expected) -> scores by metric``.
+        extracts: ``extract`` applies to it.
+        package: an optional package that it needs; None: none.
+    """
+
+    metrics: tuple[str, ...]
+    expected: Callable[[PromptRecord], Any]
+    judge: Callable[[str, Any], Scores]
+    extracts: bool = True
+    package: str | None = None
+
+    def require(self, task: str, extract: str | None) -> None:
+        """Check that the check can run with a task's options.
+
+        Raises:
+            InputError: a package is missing, or ``extract`` is no regular expression or does not apply.
+        """
+        require(
+            self.package is None or importlib.util.find_spec(self.package.replace("-", "_")) is not None,
+            f"task {task}: this check needs the package {self.package}, which is not installed: "
+            "pip install 'megatron-align[eval]'",
+        )
+        require(
+            self.extracts or extract is None,
+            f"task {task}: extract does not apply to this check, got {extract}",
+        )
+        try:
+            re.compile(extract or "")
+        except re.error as error:
+            raise InputError(
+                f"task {task}: extract must be a regular expression, got {extract!r}: {error}"
+            ) from error
+
+
+def extracted(answer: str, extract: str | None) -> str:
+    """Return the part of an answer that is judged: the last match of ``extract``, nothing if there is none."""
+    if extract is None:
+        return answer
+    matches = list(re.finditer(extract, answer))
+    if not matches:
+        return ""
+    return (matches[-1][1] if matches[-1].re.groups else matches[-1][0]) or ""
+
+
+def expected_answers(record: PromptRecord) -> tuple[str, ...]:
+    """Return the accepted answers of a record: ``answer`` (text, number or list), or its last assistant turn.
+
+    Raises:
+        InputError: it has neither.
+    """
+    value: Any = record.raw.get("answer", record.answer)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values):
+        raise bad_field(record.where, "answer", "text, a number or a list of them", value)
+    return tuple(str(v) for v in values)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _exact_match(answer: str, expected: tuple[str, ...]) -> Scores:
+    return {"exact_match": float(_normal(answer) in map(_normal, expected))}
+
+
+def _contains(answer: str, expected: tuple[str, ...]) -> Scores:
+    return {"contains": float(any(_normal(each) in _normal(answer) for each in expected))}
+
+
+def _math(answer: str, expected: tuple[str, ...]) -> Scores:
+    """Compare mathematically, the gold answer first, as math-verify wants it."""
+    from math_verify import parse, verify  # type: ignore[import-not-found]  # an extra
+
+    def parsed(text: str) -> Any:
+        return parse(text if "\\boxed" in text or "$" in text else f"${text}$", parsing_timeout=None)
+
+    found = parse(answer, parsing_timeout=None)
+    return {"math": float(any(verify(parsed(gold), found, timeout_seconds=None) for gold in expected))}
+
+
+def _instructions(record: PromptRecord) -> Mapping[str, Any]:
+    raw: RawRecord = record.raw
+    instructions.require_known(raw, record.where)
+    return raw
+
+
+CHECKS: dict[str, Check] = {
+    "exact_match": Check(("exact_match",), expected_answers, _exact_match),
+    "contains": Check(("contains",), expected_answers, _contains),
+    "math": Check(("math",), expected_answers, _math, package="math-verify"),
+    "ifeval": Check(instructions.METRICS, _instructions, instructions.judge, extracts=False),
+}

@@ -1,0 +1,362 @@
+"""The configuration of an evaluation: a model, a layout and a list of tasks, each kind with options of its own.
+
+The docstring of a field is its help text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from megatron_align.config import ParallelConfig
+from megatron_align.errors import InputError, nearest, require
+from megatron_align.evaluation.checks import CHECKS
+from megatron_align.rollout.endpoint import Endpoint
+from megatron_align.rollout.types import Sampling
+
+_Options = TypeVar("_Options")
+ABOUT = """Evaluate a model: the loss on chat data, preference pairs, multiple choice, generated answers.
+
+The tasks are listed in a YAML file: {model, out, precision, parallel, tasks: [{name, kind, data, ...}]}; kinds are
+loss, preference, choice, generate and judge. OUT/results.json has the metrics of each task with 95% intervals,
+OUT/items/ a row for each item. MODEL is a Hugging Face folder or a checkpoint of any layout. See docs/evaluation.md."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task of an evaluation.
+
+    Args:
+        name: of its results; the name of a file
+        kind: one of the kinds below
+        data: file, folder or glob pattern, or a list of them, each reported by itself too
+    """
+
+    name: str
+    kind: str
+    data: str | list[str]
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and not set(self.name) & set("/\\\0") and not self.name.startswith("."),
+            f"the name of a task must be usable as the name of a file, got '{self.name}'",
+        )
+        require(bool(self.sources), f"task {self.name}: data must name a file, got none")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of the data."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTask(Task):
+    """A task on data in the shapes that training reads, tokenised into a store.
+
+    Args:
+        shape: format of the records; null: recognised from each file's first record
+        chat_template: file with a Jinja chat template; null: the tokenizer's own
+        too_long: what to do with a sample longer than sequence_length: error, or drop it
+    """
+
+    shape: str | None = None
+    chat_template: str | None = None
+    too_long: Literal["error", "drop"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTask(StoredTask):
+    """Mean negative log-likelihood per trained token of chat data, and its perplexity."""
+
+    kind: Literal["loss"] = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTask(StoredTask):
+    """Share of pairs whose chosen answer has the higher score.
+
+    Args:
+        score: logprob: summed log-prob; per_token: its mean over tokens; implicit_reward: its difference to the
+            reference's; reward: the output of a reward model; null: what the model and reference allow
+        reference: the reference of implicit_reward: Hugging Face folder or checkpoint of the model's shape
+    """
+
+    kind: Literal["preference"] = "preference"
+    score: Literal["logprob", "per_token", "implicit_reward", "reward"] | None = None
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            (self.reference is not None) == (self.score == "implicit_reward") or self.score is None,
+            f"task {self.name}: reference belongs to score implicit_reward, which needs it; got score {self.score} "
+            f"with reference {self.reference}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceTask(Task):
+    """Multiple choice by log-prob: records with prompt (or question), choices and answer.
+
+    Args:
+        delimiter: text between a prompt that is text and each choice
+        chat_template: file with a Jinja chat template; null: the tokenizer's own
+        limit: first records of each source only; null: all
+    """
+
+    kind: Literal["choice"] = "choice"
+    delimiter: str = " "
+    chat_template: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_limit(self.name, self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredTask(Task):
+    """A task on answers that the model generates.
+
+    Args:
+        as_chat: a prompt that is text is the turn of a user
+        chat_template: file with a Jinja chat template; null: the tokenizer's own
+        limit: first records of each source only; null: all
+        completions: answers of each prompt; the score of a prompt is their mean
+        max_tokens: longest answer
+        temperature: 0 is greedy
+        top_p: as in generate
+        top_k: as in generate
+        stop: texts that end an answer
+        seed: of the random numbers
+    """
+
+    as_chat: bool = False
+    chat_template: str | None = None
+    limit: int | None = None
+    completions: int = 1
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_limit(self.name, self.limit)
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Return how answers are drawn."""
+        names = [f.name for f in fields(Sampling)]
+        return Sampling(**{name: getattr(self, name) for name in names} | {"stop": tuple(self.stop)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateTask(AnsweredTask):
+    """Answers that are generated and checked.
+
+    Args:
+        check: how an answer is judged, see docs/evaluation.md
+        extract: regular expression searched in the answer, the last match is judged (its first group, if it has
+            one); null: all of the answer
+    """
+
+    kind: Literal["generate"] = "generate"
+    check: Literal["exact_match", "contains", "math", "ifeval"] = "exact_match"
+    extract: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        CHECKS[self.check].require(self.name, self.extract)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeTask(AnsweredTask):
+    """Answers that a judge compares with a baseline's, in both orders; an order that decides otherwise makes a tie.
+
+    Args:
+        url: of an OpenAI-compatible endpoint; its key is read from the environment variable OPENAI_API_KEY
+        judge: name of the judging model at the endpoint
+        baseline: JSONL file that generate wrote for the same prompts, whose first completions are compared with;
+            null: each record's own answer
+        judge_tokens: longest reply of the judge
+        tries: replies requested until one has a verdict; without one the comparison counts as a tie, and is counted
+        workers: requests at once
+        failures: requests that may fail after all their tries
+    """
+
+    kind: Literal["judge"] = "judge"
+    url: str
+    judge: str
+    baseline: str | None = None
+    judge_tokens: int = 1024
+    tries: int = 3
+    workers: int = 16
+    failures: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Endpoint(self.url)
+        for name in ("judge_tokens", "tries", "workers"):
+            value = getattr(self, name)
+            require(value >= 1, f"task {self.name}: {name} must be at least 1, got {value}")
+        require(self.failures >= 0, f"task {self.name}: failures must not be negative, got {self.failures}")
+
+
+KINDS: dict[str, type[Task]] = {
+    "loss": LossTask,
+    "preference": PreferenceTask,
+    "choice": ChoiceTask,
+    "generate": GenerateTask,
+    "judge": JudgeTask,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """One evaluation.
+
+    Args:
+        model: Hugging Face folder, checkpoint of any layout, or run folder (its newest checkpoint)
+        out: folder of the results; results.json in it is replaced
+        tasks: what is evaluated, in order
+        parallel: how the model is sharded over ranks, as in training
+        precision: of weights and computation: bf16 or fp32
+        sequence_length: capacity of a pack and longest sample, in tokens; null: 4096, at most the model's positions
+    """
+
+    model: str
+    out: str
+    tasks: tuple[Task, ...]
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.tasks), "tasks must name at least one task, got none")
+        names = [task.name for task in self.tasks]
+        double = next((name for name in names if names.count(name) > 1), None)
+        require(double is None, f"each task needs a name of its own, got '{double}' twice")
+        require(
+            self.sequence_length is None or self.sequence_length > 1,
+            f"sequence_length must be at least 2 tokens, got {self.sequence_length}",
+        )
+
+
+def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
+    """Return the evaluation of command-line arguments; ``program``: the command, for messages.
+
+    Raises:
+        InputError: for an unknown or malformed argument, or a bad configuration.
+        SystemExit: after ``--help`` has printed.
+    """
+    parser = ArgumentParser(prog=program, description=ABOUT, exit_on_error=False)
+    add = parser.add_argument
+    add("--config", type=str, help="YAML file of the evaluation: model, out, parallel, tasks")
+    add("--model", type=str, help="instead of the configuration's model")
+    add("--out", type=str, help="instead of the configuration's out")
+    add("--precision", choices=("bf16", "fp32"), help="instead of the configuration's precision")
+    add("--sequence_length", type=int, help="instead of the configuration's sequence_length")
+    names = ["--config", "--model", "--out", "--precision", "--sequence_length"]
+    for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        require(name in (*names, "--help"), f"{program} has no option {name}{nearest(name, names)}")
+    try:
+        given = vars(parser.parse_args(list(arguments)))
+    except ArgumentError as error:
+        raise InputError(f"{program}: {' '.join(str(error).split())}") from error
+    path = given.pop("config")
+    require(path is not None, f"{program} needs --config EVAL.yaml, got none")
+    return load_evaluation(path, {name: value for name, value in given.items() if value is not None})
+
+
+def load_evaluation(
+    config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> EvaluationConfig:
+    """Return the evaluation that a YAML file or a mapping describes.
+
+    Args:
+        config: path of a YAML file, or ``{"model": ..., "out": ..., "tasks": [{"name", "kind", "data", ...}]}``.
+        overrides: values of ``model``, ``out``, ``precision`` and ``sequence_length`` that win over ``config``.
+
+    Raises:
+        InputError: naming the key and, for a misspelt one, the nearest key that exists.
+    """
+    where = "" if isinstance(config, Mapping) else f"{config}: "
+    content = dict(config) if isinstance(config, Mapping) else _read(Path(config))
+    content |= overrides or {}
+    if isinstance(content.get("model"), Mapping):  # as a run's configuration has it
+        content["model"] = content["model"].get("path")
+    tasks = content.pop("tasks", None)
+    require(
+        isinstance(tasks, Sequence) and not isinstance(tasks, str),
+        f"{where}tasks must be a list, got {tasks!r}",
+    )
+    parallel = _options(ParallelConfig, content.pop("parallel", None) or {}, f"{where}parallel")
+    built = tuple(_task(task, f"{where}tasks[{i}]") for i, task in enumerate(tasks or ()))
+    given = _checked(EvaluationConfig, content, f"{where.removesuffix(': ')}", ("tasks", "parallel"))
+    return EvaluationConfig(**given, tasks=built, parallel=parallel)
+
+
+def _task(content: Any, where: str) -> Task:
+    require(
+        isinstance(content, Mapping), f"{where} must be a mapping with name, kind and data, got {content!r}"
+    )
+    kind = content.get("kind")
+    require(
+        kind in KINDS,
+        f"{where}: kind must be one of {', '.join(KINDS)}, got {kind!r}{nearest(str(kind), list(KINDS))}",
+    )
+    return _options(KINDS[kind], content, f"{where} ({content.get('name', kind)})")
+
+
+def _options(kind: type[_Options], content: Any, where: str) -> _Options:
+    require(isinstance(content, Mapping), f"{where} must be a mapping of options, got {content!r}")
+    return kind(**_checked(kind, content, where))
+
+
+def _checked(
+    kind: type, content: Mapping[str, Any], where: str, left_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return options with the types of a dataclass's fields."""
+    place = f"{where}: " if where else ""
+    known = [f for f in dataclasses.fields(kind) if f.name not in left_out]
+    names = [f.name for f in known]
+    for key in content:
+        require(key in names, f"{place}unknown configuration key '{key}'{nearest(str(key), names)}")
+    for option in known:
+        needed = option.default is MISSING and option.default_factory is MISSING
+        require(
+            not needed or content.get(option.name) is not None,
+            f"{place}{option.name} must be given, got none",
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=set(left_out))
+    try:
+        parsed = parser.parse_object(dict(content))
+    except ArgumentError as error:
+        raise InputError(f"{place}{' '.join(str(error).split())}") from error
+    return {name: getattr(parsed, name) for name in names}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    require(file.is_file(), f"--config needs a YAML file, found none at '{file}'")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    require(
+        isinstance(content, dict), f"{file} must hold a mapping with model, out and tasks, got {content!r}"
+    )
+    return content
+
+
+def _require_limit(name: str, limit: int | None) -> None:
+    require(limit is None or limit >= 1, f"task {name}: limit must be at least 1, got {limit}")

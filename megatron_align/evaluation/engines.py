@@ -1,0 +1,79 @@
+"""Open a generation engine for a model on disk: a Hugging Face folder, or a checkpoint of any layout without export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_align.checkpoint.card import read_checkpoint_metadata
+from megatron_align.checkpoint.folder import STATE, find_checkpoint
+from megatron_align.checkpoint.integrity import require_intact
+from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
+from megatron_align.errors import InputError
+from megatron_align.hf.load import open_hf
+from megatron_align.hf.safetensors import DTYPES
+from megatron_align.model.families import rows
+from megatron_align.rollout.transformers_engine import TransformersEngine
+from megatron_align.training.setup import DTYPES as PRECISIONS
+from megatron_align.training.setup import locate
+
+Precision = Literal["bf16", "fp32"]
+
+
+def open_engine(model: str | Path, precision: Precision | None = None) -> TransformersEngine:
+    """Load a model into a transformers engine, on this rank's GPU or the CPU.
+
+    Args:
+        model: Hugging Face folder, checkpoint, or run folder (its newest checkpoint).
+        precision: of weights and computation; None: as stored.
+
+    Raises:
+        InputError: the model is missing, corrupt, or no language model.
+    """
+    device = (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    if find_checkpoint(model) is None:
+        weights, _ = open_hf(_folder(model))
+        stored = DTYPES[weights.dtype(weights.names[0])]
+        return TransformersEngine.from_folder(model, PRECISIONS[precision] if precision else stored, device)
+    checkpoint = open_checkpoint(model)
+    require_intact(checkpoint.folder)
+    dtype = PRECISIONS[precision] if precision else checkpoint.dtype
+    engine = TransformersEngine.from_assets(assets_of(model), dtype, device)
+    step = read_checkpoint_metadata(checkpoint.folder)["step"]
+    engine.update_weights(_tensors(checkpoint), version=step)
+    return engine
+
+
+def assets_of(model: str | Path) -> Path:
+    """Return the folder of a model's config and tokenizer."""
+    return locate(str(model))[1]
+
+
+def weights_state(model: str | Path) -> list[list[Any]]:
+    """Return name, size and time of change of each weight file of a model: another model or a newer one differs."""
+    folder = locate(str(model))[0]
+    files = sorted(folder.glob("*.safetensors")) or sorted(
+        p for p in (folder / STATE).iterdir() if p.is_file()
+    )
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _folder(model: str | Path) -> Path:
+    if not Path(model).is_dir():
+        raise InputError(f"a model must be a Hugging Face folder or a checkpoint, found nothing at {model}")
+    return Path(model)
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Hugging Face tensors of a checkpoint, one row of the weight table at a time in memory."""
+    state = open_state(checkpoint)
+    for row in rows(checkpoint.shape):
+        yield from state.read(row).items()

@@ -1,0 +1,200 @@
+"""Generate completions for the prompts of a file, into a JSONL file that a killed process continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_align.data.formats.files import expand
+from megatron_align.data.formats.turns import messages
+from megatron_align.data.store import sha256
+from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.errors import InputError, require
+from megatron_align.evaluation.engines import Precision, assets_of, open_engine, weights_state
+from megatron_align.evaluation.progress import progress
+from megatron_align.model.families import read_shape
+from megatron_align.rollout.engine import Engine
+from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
+from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
+from megatron_align.rollout.vllm_engine import VLLMEngine
+from megatron_align.storage.resumable_lines import ResumableLines
+
+CHUNK = 128  # prompts between two writes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """Model, prompts, output and options of a generation.
+
+    Args:
+        model: Hugging Face folder, checkpoint, or run folder
+        prompts: file, folder or glob pattern of prompts
+        out: JSONL file to write
+        sampling: how completions are drawn
+        precision: of weights and computation; None: as stored
+        as_chat: a prompt that is text is the turn of a user
+        chat_template: file with a Jinja chat template; None: the tokenizer's own
+        too_long: error: refuse prompts that do not fit the context; skip: write them without completions
+        limit: first prompts only; None: all
+        with_tokens: write token ids and log-probs too
+        vllm: URLs of vLLM servers that hold the model, whose folder then gives tokenizer and template; empty: none
+    """
+
+    model: str
+    prompts: str
+    out: str
+    sampling: Sampling
+    precision: Precision | None = None
+    as_chat: bool = False
+    chat_template: str | None = None
+    too_long: Literal["error", "skip"] = "error"
+    limit: int | None = None
+    with_tokens: bool = False
+    vllm: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.vllm and self.precision),
+            f"precision is the vllm servers' own, got {self.precision} with {', '.join(self.vllm)}",
+        )
+
+    def open_engine(self) -> Engine:
+        """Return the engine: the servers, or the model in this process."""
+        if self.vllm:
+            return VLLMEngine(self.vllm, load_tokenizer(str(assets_of(self.model))))
+        return open_engine(self.model, self.precision)
+
+    def key(self) -> dict[str, Any]:
+        """Return what determines the output, files by their content."""
+        template = self.chat_template and load_chat_template(self.chat_template)
+        return {
+            **{name: value for name, value in asdict(self).items() if name not in ("out", "chat_template")},
+            "weights": weights_state(self.model),
+            "data": [sha256(file) for file in expand(self.prompts)],
+            "chat_template": template,
+        }
+
+
+@dataclass(slots=True)
+class Generated:
+    """Counts of a finished generation."""
+
+    prompts: int = 0
+    resumed: int = 0  # of them, written by an earlier process
+    skipped: int = 0
+    completions: int = 0
+    tokens: int = 0
+    truncated: int = 0  # completions that ended by length
+
+
+def generate_file(options: GenerateOptions) -> Generated:
+    """Generate completions of all prompts of a file, in its order.
+
+    A row is the prompt's record with ``prompt`` and ``completions: [{content, finish_reason, tokens}]``.
+
+    Raises:
+        InputError: bad prompts, model or output; nothing has been generated then.
+    """
+    read_shape(assets_of(options.model))
+    template = load_chat_template(options.chat_template) if options.chat_template else None
+    tokenizer = PromptTokenizer(load_tokenizer(str(assets_of(options.model))), template)
+    records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))
+    prompts = [tokenizer.prompt(record, key) for key, record in enumerate(records)]
+    context = read_shape(assets_of(options.model)).max_positions
+    if options.too_long == "error":
+        require_fitting(prompts, context)
+    counts = Generated(prompts=len(records))
+    with ResumableLines(Path(options.out), options.key()) as output:
+        counts.resumed = output.done
+        if output.done < len(records):
+            engine = options.open_engine()
+            _fill(engine, list(zip(records, prompts, strict=True)), options, output, counts)
+            engine.close()
+        output.finish()
+    return counts
+
+
+def generate(
+    model: str | Path | Engine,
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    sampling: Sampling | None = None,
+    *,
+    precision: Precision | None = None,
+    **options: Any,
+) -> list[list[Completion]]:
+    """Return completions of each prompt: ``generate("runs/sft/hf", ["2 + 2 ="], temperature=0)``.
+
+    Args:
+        model: Hugging Face folder, checkpoint, run folder, or an engine of :func:`.engines.open_engine`.
+        prompts: texts, which are continued as they are, or lists of messages ``{role, content}``.
+        sampling: how completions are drawn; None: from ``options``.
+        precision: of weights and computation; None: as stored.
+        options: of :class:`.Sampling`, where ``sampling`` is None.
+
+    Raises:
+        InputError: bad prompts, model or options.
+    """
+    if sampling is not None and options:
+        raise InputError(f"give sampling or its options, got both: {', '.join(options)}")
+    sampling = sampling or Sampling(**options)
+    opened = open_engine(model, precision) if isinstance(model, (str, Path)) else model
+    tokenizer = PromptTokenizer(opened.tokenizer)
+    records = [_as_record(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    completions = opened.generate([tokenizer.prompt(r, i) for i, r in enumerate(records)], sampling)
+    if opened is not model:
+        opened.close()
+    return completions
+
+
+def _as_record(prompt: str | Sequence[Mapping[str, Any]], where: str) -> PromptRecord:
+    turns = prompt if isinstance(prompt, str) else messages([dict(turn) for turn in prompt], where, "prompt")
+    return PromptRecord(raw={}, where=where, prompt=turns)
+
+
+def _fill(
+    engine: Engine,
+    items: Sequence[tuple[PromptRecord, Prompt]],
+    options: GenerateOptions,
+    output: ResumableLines,
+    counts: Generated,
+) -> None:
+    """Generate and write what is missing, a chunk at a time."""
+    with progress("generating", len(items)) as advance:
+        advance(output.done, 0)
+        for start in range(output.done, len(items), CHUNK):
+            chunk = items[start : start + CHUNK]
+            fitting = [prompt for _, prompt in chunk if len(prompt.token_ids) < engine.context]
+            made = iter(engine.generate(fitting, options.sampling, lambda *_: advance(0, 1)))
+            lines = []
+            for record, prompt in chunk:
+                fits = len(prompt.token_ids) < engine.context
+                completions = next(made) if fits else []
+                counts.skipped += not fits
+                counts.completions += len(completions)
+                counts.tokens += sum(len(completion.token_ids) for completion in completions)
+                counts.truncated += sum(completion.finish_reason == "length" for completion in completions)
+                row = _row(record, completions, options.with_tokens)
+                if not fits:
+                    row["skipped"] = f"prompt of {len(prompt.token_ids)} tokens, context {engine.context}"
+                lines.append(json.dumps(row, ensure_ascii=False))
+            output.append(lines)
+            advance(len(chunk), 0)
+
+
+def _row(record: PromptRecord, completions: Sequence[Completion], with_tokens: bool) -> dict[str, Any]:
+    written = []
+    for completion in completions:
+        written.append(
+            {
+                "content": completion.text,
+                "finish_reason": completion.finish_reason,
+                "tokens": len(completion.token_ids),
+            }
+        )
+        if with_tokens:
+            written[-1] |= {"token_ids": completion.token_ids, "logprobs": completion.logprobs}
+    return {**record.raw, "prompt": record.prompt_field(), "completions": written}

@@ -1,0 +1,316 @@
+"""Run an evaluation: check and tokenise everything, join the ranks, score, generate, write the results.
+
+Log-prob tasks run the policy on the layout of the configuration; generated tasks give every rank the complete model and
+a share of the prompts. The reference of a task borrows the policy's memory once the policy has been scored.
+
+Shapes: N items and C completions of a task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_align.checkpoint.card import shape_differences
+from megatron_align.data.sample_table import SampleTable
+from megatron_align.data.store import TokenStore
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.errors import InputError, require
+from megatron_align.evaluation.answers import PromptedTask, answer_all, read_prompted_task
+from megatron_align.evaluation.config import (
+    AnsweredTask,
+    ChoiceTask,
+    EvaluationConfig,
+    LossTask,
+    PreferenceTask,
+    Task,
+    load_evaluation,
+)
+from megatron_align.evaluation.engines import open_engine
+from megatron_align.evaluation.likelihood import CompletionScorer
+from megatron_align.evaluation.progress import progress
+from megatron_align.evaluation.results import ITEMS, RESULTS, Items, write_atomically
+from megatron_align.evaluation.tables import Choices, open_store, read_choices
+from megatron_align.hf.load import open_hf, require_tied_head
+from megatron_align.model import parallel
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.storage.atomic_write import require_writable
+from megatron_align.training.setup import DTYPES, locate, require_vocabulary
+from megatron_align.training.watchdog import Watchdog, join_watched
+from megatron_align.training.weights import read_model_weights, require_finite_weights
+from megatron_align.version import __version__
+
+SEQUENCE_LENGTH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _LikelihoodTask:
+    """A task on log-probs with its data.
+
+    Args:
+        task: of the configuration.
+        table: its samples.
+        items: from the completions' numbers under the policy, and under the reference where there is one.
+        reference: None: the task compares with none.
+    """
+
+    task: Task
+    table: SampleTable
+    items: Callable[[np.ndarray, np.ndarray | None], Items]
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """A checked evaluation, before the ranks meet."""
+
+    config: EvaluationConfig
+    rank_info: parallel.RankInfo
+    shape: ModelShape
+    megatron: TransformerConfig
+    sequence_length: int
+    scored: list[_LikelihoodTask]
+    answered: list[PromptedTask]
+
+
+def evaluate(
+    config: EvaluationConfig | str | Path | Mapping[str, Any], rank_info: parallel.RankInfo | None = None
+) -> dict[str, Any]:
+    """Run an evaluation and return what ``results.json`` holds. Under torchrun every process calls this.
+
+    Args:
+        config: an evaluation, the path of its YAML file, or a mapping.
+        rank_info: this process among the ranks; None: from the environment.
+
+    Raises:
+        InputError: for anything that the user can correct.
+    """
+    if not isinstance(config, EvaluationConfig):
+        config = load_evaluation(config)
+    setup = _prepare(config, rank_info or parallel.RankInfo.from_environment())
+    watchdog = join_watched(setup.rank_info, config.parallel)
+    with watchdog.watching():
+        items = {**_score(setup, watchdog), **_answer(setup, watchdog)}
+        results = _results(setup, items)
+        if setup.rank_info.rank == 0:
+            _write(Path(config.out), items, results)
+        dist.barrier()
+    parallel.leave()
+    return results
+
+
+def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
+    config.parallel.data_parallel(rank_info.world_size)
+    weights, assets = locate(config.model)
+    require(
+        assets.is_dir(),
+        f"model must be a Hugging Face folder or a checkpoint, found nothing at {config.model}",
+    )
+    shape = read_shape(assets)
+    if weights == assets:
+        require_tied_head(open_hf(assets)[0], shape)
+    out = Path(config.out)
+    require(not out.exists() or out.is_dir(), f"out must be a folder, found a file at {out}")
+    require_writable(out / RESULTS)
+    length = config.sequence_length or min(SEQUENCE_LENGTH, shape.max_positions)
+    require(
+        length <= shape.max_positions,
+        f"sequence_length must not pass the model's {shape.max_positions} positions, got {length}",
+    )
+    megatron = transformer_config(shape, config.parallel, DTYPES[config.precision])
+    scored: list[_LikelihoodTask] = []
+    answered: list[PromptedTask] = []
+    for task in config.tasks:
+        require(
+            not shape.is_reward or (isinstance(task, PreferenceTask) and task.score in (None, "reward")),
+            f"task {task.name}: {shape.architecture} has rewards only: kind preference with score reward, "
+            f"got kind {task.kind}",
+        )
+        if isinstance(task, AnsweredTask):
+            answered.append(read_prompted_task(task, assets, shape.max_positions))
+        elif isinstance(task, ChoiceTask):
+            choices = read_choices(task, load_tokenizer(str(assets)), length)
+            scored.append(_LikelihoodTask(task, choices.table, partial(_choice_items, choices)))
+        else:
+            scored.append(_stored_task(task, shape, (assets, out), (rank_info, length)))
+    stores = {f"task {s.task.name}": s.table for s in scored if isinstance(s.table, TokenStore)}
+    require_vocabulary(stores, shape)
+    return _Setup(
+        config=config,
+        rank_info=rank_info,
+        shape=shape,
+        megatron=megatron,
+        sequence_length=length,
+        scored=scored,
+        answered=answered,
+    )
+
+
+def _stored_task(
+    task: Task, shape: ModelShape, folders: tuple[Path, Path], rank: tuple[parallel.RankInfo, int]
+) -> _LikelihoodTask:
+    """Return a task on chat data or pairs, tokenised."""
+    if isinstance(task, LossTask):
+        store = open_store(task, ("chat",), *folders, rank)
+        return _LikelihoodTask(task, store, partial(_loss_items, store))
+    assert isinstance(task, PreferenceTask), "every other kind is handled by the caller"
+    score = task.score or (
+        "reward" if shape.is_reward else "implicit_reward" if task.reference else "logprob"
+    )
+    require(
+        score != "reward" or shape.is_reward,
+        f"task {task.name}: score reward needs a reward model, got {shape.architecture}",
+    )
+    require(
+        (score == "implicit_reward") == (task.reference is not None),
+        f"task {task.name}: reference belongs to score implicit_reward, got score {score} with {task.reference}",
+    )
+    if task.reference is not None:
+        _require_same_shape(task, shape)
+    store = open_store(task, ("pair", "triple"), *folders, rank)
+    return _LikelihoodTask(task, store, partial(_preference_items, store, score), task.reference)
+
+
+def _require_same_shape(task: PreferenceTask, shape: ModelShape) -> None:
+    assert task.reference is not None, "checked by the caller"
+    theirs = read_shape(locate(task.reference)[1])
+    if differences := shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs)):
+        listed = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in differences.items())
+        raise InputError(
+            f"task {task.name}: reference must be of the model's shape, got {listed} in {task.reference}"
+        )
+
+
+def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
+    """Return the items of the tasks on log-probs. Collective."""
+    if not setup.scored:
+        return {}
+    config, groups = setup.config, parallel.groups()
+    chunks = build_policy(setup.megatron, setup.shape, groups)
+    score = CompletionScorer(
+        chunks=chunks,
+        parallel=config.parallel,
+        groups=groups,
+        watchdog=watchdog,
+        sequence_length=setup.sequence_length,
+    )
+    numbers = _score_tasks(setup, setup.scored, (config.model, chunks), score)
+    references: dict[str, np.ndarray] = {}
+    for path in dict.fromkeys(scored.reference for scored in setup.scored if scored.reference):
+        compared = [scored for scored in setup.scored if scored.reference == path]
+        references |= _score_tasks(setup, compared, (path, chunks), score)
+    return {
+        scored.task.name: scored.items(numbers[scored.task.name], references.get(scored.task.name))
+        for scored in setup.scored
+    }
+
+
+def _score_tasks(
+    setup: _Setup,
+    tasks: Sequence[_LikelihoodTask],
+    model: tuple[str, list[Policy]],
+    score: CompletionScorer,
+) -> dict[str, np.ndarray]:
+    """Load a model into the chunks and score the completions of some tasks, by name."""
+    path, chunks = model
+    with score.watchdog.patient(f"loading {path}"):
+        read_model_weights(chunks, path, setup.shape, score.groups)
+        require_finite_weights(chunks, path)
+    numbers = {}
+    for scored in tasks:
+        name = scored.task.name
+        with progress(f"scoring {name}", len(scored.table), setup.rank_info.rank == 0) as advance:
+            numbers[name] = score(scored.table, f"scoring {name}", advance)
+    return numbers
+
+
+def _answer(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
+    """Return the items of the generated tasks; every rank answers a share of the prompts. Collective."""
+    if not setup.answered:
+        return {}
+    rank = (setup.rank_info, Path(setup.config.out))
+    with watchdog.patient("loading the engine"):
+        engine = open_engine(setup.config.model, setup.config.precision)
+    try:
+        return {task.task.name: answer_all(task, engine, watchdog, rank) for task in setup.answered}
+    finally:
+        engine.close()
+
+
+def _loss_items(store: TokenStore, sums_C: np.ndarray, _: np.ndarray | None) -> Items:
+    counts_N = store.completion_scored.astype(np.float64)  # a chat sample is one completion
+    return Items(
+        primary="loss", values={"loss": -sums_C}, weights_N=counts_N, sources_N=np.asarray(store.sources)
+    )
+
+
+def _preference_items(
+    store: TokenStore, score: str, policy_C: np.ndarray, reference_C: np.ndarray | None
+) -> Items:
+    scores_C = policy_C
+    if score == "per_token":
+        scores_C = policy_C / store.completion_scored
+    elif score == "implicit_reward":
+        assert reference_C is not None, "it was scored"
+        scores_C = policy_C - reference_C
+    width = 3 if store.kind == "triple" else 2
+    chosen_N, rejected_N = scores_C[0::width], scores_C[1::width]
+    values = {
+        "accuracy": (chosen_N > rejected_N).astype(np.float64),
+        "margin": chosen_N - rejected_N,
+        "chosen": chosen_N,
+        "rejected": rejected_N,
+    }
+    return Items(primary="accuracy", values=values, sources_N=np.asarray(store.sources))
+
+
+def _choice_items(choices: Choices, sums_C: np.ndarray, _: np.ndarray | None) -> Items:
+    ends = choices.table.completion_offsets[1:-1]
+    right: dict[str, list[float]] = {"accuracy": [], "accuracy_norm": []}
+    rows = []
+    scores = {"accuracy": sums_C, "accuracy_norm": sums_C / choices.characters}
+    for name, scores_C in scores.items():
+        for of_question, correct in zip(np.split(scores_C, ends), choices.correct, strict=True):
+            right[name].append(float(of_question.argmax() == correct))
+    for of_question, correct in zip(np.split(sums_C, ends), choices.correct, strict=True):
+        rows.append({"logprobs": of_question.tolist(), "correct": int(correct)})
+    return Items(
+        primary="accuracy",
+        values={name: np.array(values) for name, values in right.items()},
+        sources_N=choices.table.sources,
+        rows=rows,
+    )
+
+
+def _results(setup: _Setup, items: Mapping[str, Items]) -> dict[str, Any]:
+    config = setup.config
+    return {
+        "tasks": {task.name: items[task.name].result(task.sources) for task in config.tasks},
+        "model": config.model,
+        "precision": config.precision,
+        "parallel": {
+            "ranks": setup.rank_info.world_size,
+            **{name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context")},
+        },
+        "version": __version__,
+        "configuration": {task.name: dataclasses.asdict(task) for task in config.tasks},
+    }
+
+
+def _write(out: Path, items: Mapping[str, Items], results: Mapping[str, Any]) -> None:
+    """Write the items of each task, then results.json, which says that they are complete."""
+    folder = out / ITEMS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, of_task in items.items():
+        of_task.write(folder / f"{name}.jsonl")
+    write_atomically(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,346 @@
+"""Make preference data of sampled answers, as the report does: K answers of one or several models, scored and filtered.
+
+Each stage writes its files into the output folder and is skipped when they are complete: the answers of each model,
+the scored rows, then the data with the counts of each filter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_align.config import ParallelConfig
+from megatron_align.data.sample_table import MemoryTable
+from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.errors import require
+from megatron_align.evaluation.answers import checking
+from megatron_align.evaluation.checks import CHECKS
+from megatron_align.evaluation.engines import Precision, weights_state
+from megatron_align.evaluation.generation import GenerateOptions, generate_file
+from megatron_align.evaluation.likelihood import CompletionScorer
+from megatron_align.evaluation.near_duplicates import distinct
+from megatron_align.evaluation.progress import progress
+from megatron_align.evaluation.results import write_atomically
+from megatron_align.model import parallel
+from megatron_align.model.families import read_shape
+from megatron_align.model.policy import build_policy, transformer_config
+from megatron_align.records import Message, Preference
+from megatron_align.rollout.prompts import PromptRecord, read_prompts
+from megatron_align.rollout.types import Sampling
+from megatron_align.storage.resumable_lines import ResumableLines
+from megatron_align.training.setup import DTYPES, locate
+from megatron_align.training.watchdog import join_watched
+from megatron_align.training.weights import read_model_weights, require_finite_weights
+
+Format = Literal["ranked", "pair", "all_pairs", "unpaired", "sft"]
+CHUNK = 256  # prompts scored between two writes
+ANSWERS, SCORED, DATA, COUNTS = "answers", "scored.jsonl", "data.jsonl", "report.json"
+Scorer = Callable[[Sequence[tuple[PromptRecord, list[str]]]], list[list[float]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions:
+    """Models, prompts, scores and filters of sampled data.
+
+    Args:
+        models: Hugging Face folders, checkpoints or run folders
+        prompts: file, folder or glob pattern of prompts
+        out: folder to write
+        sampling: how answers are drawn; completions is the number of each model
+        reward_model: scores the answers; None: a check does
+        check: scores answers by the record's own answer or instructions; None: a reward model does
+        extract: of the check, as in an evaluation
+        format: of the data
+        duplicates: ROUGE-L from which a later answer is a duplicate
+        all_above: prompts whose answers all score at least this are dropped; None: none are
+        tied: prompts whose best and worst scores differ by no more than this are dropped
+        threshold: formats unpaired and sft: score from which an answer is good; None: sft takes the best of each
+        as_chat: a prompt that is text is the turn of a user
+        precision: of weights and computation; None: as stored
+    """
+
+    models: tuple[str, ...]
+    prompts: str
+    out: str
+    sampling: Sampling
+    reward_model: str | None = None
+    check: str | None = None
+    extract: str | None = None
+    format: Format = "ranked"
+    duplicates: float = 0.7
+    all_above: float | None = None
+    tied: float = 0.0
+    threshold: float | None = None
+    as_chat: bool = False
+    precision: Precision | None = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.models), "sampling needs a model, got none")
+        require(
+            (self.reward_model is None) != (self.check is None),
+            f"answers are scored by a reward model or by a check, got {self.reward_model} and {self.check}",
+        )
+        if self.check is not None:
+            require(self.check in CHECKS, f"check must be one of {', '.join(CHECKS)}, got '{self.check}'")
+            CHECKS[self.check].require("sample", self.extract)
+        require(
+            self.extract is None or self.check is not None, "extract belongs to a check, got a reward model"
+        )
+        require(0 < self.duplicates <= 1, f"duplicates must be in (0, 1], got {self.duplicates}")
+        require(self.tied >= 0, f"tied must not be negative, got {self.tied}")
+        takes = self.format in ("unpaired", "sft")
+        require(
+            takes or self.threshold is None,
+            f"threshold belongs to unpaired and sft, got format {self.format}",
+        )
+        require(
+            self.format != "unpaired" or self.threshold is not None,
+            "format unpaired needs a threshold, got none",
+        )
+        answers = len(self.models) * self.sampling.completions
+        require(
+            answers > 1 or takes,
+            f"format {self.format} compares at least 2 answers of a prompt, got {answers}",
+        )
+
+
+@dataclass(slots=True)
+class SampleCounts:
+    """Prompts, answers and rows, and what each filter removed."""
+
+    prompts: int = 0
+    answers: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    truncated: int = 0  # answers cut by length: removed, as a judge of half an answer judges the cut
+    dropped: Counter[str] = field(default_factory=Counter)  # prompts by reason
+    rows: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts for JSON."""
+        names = ("prompts", "answers", "truncated", "empty", "duplicates", "rows")
+        return {**{name: getattr(self, name) for name in names}, "dropped_prompts": dict(self.dropped)}
+
+
+def sample(options: SampleOptions) -> SampleCounts:
+    """Sample, score, filter and write the data; a killed run continues.
+
+    Raises:
+        InputError: bad options, prompts, models or output.
+    """
+    out = Path(options.out)
+    require(not out.exists() or out.is_dir(), f"out must be a folder, found a file at {out}")
+    require(
+        not (out / DATA).exists(), f"out holds data already: delete it, or name another folder: {out / DATA}"
+    )
+    records = list(read_prompts(options.prompts, as_chat=options.as_chat))
+    if options.check is not None:  # a record without an answer is found before the sampling
+        for record in records:
+            CHECKS[options.check].expected(record)
+    if options.reward_model is not None:
+        shape = read_shape(locate(options.reward_model)[1])
+        require(shape.is_reward, f"reward_model must be a reward model, got {shape.architecture}")
+    counts = SampleCounts(prompts=len(records))
+    answers = _answers(options, out, records, counts)
+    scores = _scores(options, out, list(zip(records, answers, strict=True)))
+    lines = []
+    for record, texts, of_texts in zip(records, answers, scores, strict=True):
+        ranked = sorted(zip(of_texts, texts, strict=True), key=lambda pair: -pair[0])
+        lines += [json.dumps(row, ensure_ascii=False) for row in _rows(record, ranked, options, counts)]
+    counts.rows = len(lines)
+    write_atomically(out / COUNTS, json.dumps(counts.to_dict(), indent=2) + "\n")
+    write_atomically(out / DATA, "".join(f"{line}\n" for line in lines))
+    return counts
+
+
+def _answers(
+    options: SampleOptions, out: Path, records: Sequence[PromptRecord], counts: SampleCounts
+) -> list[list[str]]:
+    """Return the distinct, complete answers to each prompt, over all models."""
+    answers: list[list[str]] = [[] for _ in records]
+    for i, model in enumerate(options.models):
+        file = out / ANSWERS / f"model_{i}.jsonl"
+        if not file.exists():
+            generate_file(
+                GenerateOptions(
+                    model=model,
+                    prompts=options.prompts,
+                    out=str(file),
+                    sampling=options.sampling,
+                    precision=options.precision,
+                    as_chat=options.as_chat,
+                    too_long="skip",
+                )
+            )
+        for texts, line in zip(answers, file.read_text(encoding="utf-8").splitlines(), strict=True):
+            for completion in json.loads(line)["completions"]:
+                counts.answers += 1
+                if completion["finish_reason"] == "length":
+                    counts.truncated += 1
+                elif not completion["content"].strip():
+                    counts.empty += 1
+                else:
+                    texts.append(completion["content"])
+    kept = []
+    for texts in answers:
+        kept.append([texts[k] for k in distinct(texts, options.duplicates)])
+        counts.duplicates += len(texts) - len(kept[-1])
+    return kept
+
+
+def _scores(
+    options: SampleOptions, out: Path, items: Sequence[tuple[PromptRecord, list[str]]]
+) -> list[list[float]]:
+    """Return the score of every answer, computing those that an earlier run has not written."""
+    file = out / SCORED
+    if not file.exists():
+        key = {
+            "answers": [
+                (out / ANSWERS / f"model_{i}.jsonl").stat().st_size for i in range(len(options.models))
+            ],
+            "reward_model": options.reward_model and weights_state(options.reward_model),
+            "check": [options.check, options.extract],
+            "duplicates": options.duplicates,
+        }
+        with ResumableLines(file, key) as output, progress("scoring", len(items)) as advance:
+            advance(output.done, 0)
+            if output.done < len(items):
+                with _scorer(options) as scorer:
+                    for start in range(output.done, len(items), CHUNK):
+                        chunk = items[start : start + CHUNK]
+                        output.append([json.dumps(scores) for scores in scorer(chunk)])
+                        advance(len(chunk), 0)
+            output.finish()
+    scores = [json.loads(line) for line in file.read_text().splitlines()]
+    lengths = [len(texts) for _, texts in items]
+    require(
+        [len(each) for each in scores] == lengths,
+        f"{file} holds the scores of other answers: delete it, and the answers are scored again",
+    )
+    return scores
+
+
+@contextmanager
+def _scorer(options: SampleOptions) -> Iterator[Scorer]:
+    if options.check is not None:
+        check = CHECKS[options.check]
+        with checking(options.check, options.extract) as scoring:
+
+            def checked(items: Sequence[tuple[PromptRecord, list[str]]]) -> list[list[float]]:
+                return [
+                    [
+                        scores[check.metrics[0]]
+                        for scores in scoring([(text, check.expected(record)) for text in texts])
+                    ]
+                    for record, texts in items
+                ]
+
+            yield checked
+        return
+    assert options.reward_model is not None, "checked with the options"
+    with _rewards(options.reward_model, options.precision) as scorer:
+        yield scorer
+
+
+@contextmanager
+def _rewards(path: str, precision: Precision | None) -> Iterator[Scorer]:
+    """Yield the function that scores answers by a reward model, on one process."""
+    assets = locate(path)[1]
+    shape, tokenizer = read_shape(assets), RecordTokenizer(load_tokenizer(str(assets)))
+    layout = ParallelConfig()
+    watchdog = join_watched(parallel.RankInfo.from_environment(), layout)
+    with watchdog.watching():
+        groups = parallel.groups()
+        chunks = build_policy(transformer_config(shape, layout, DTYPES[precision or "fp32"]), shape, groups)
+        with watchdog.patient("loading the reward model"):
+            read_model_weights(chunks, path, shape, groups)
+            require_finite_weights(chunks, path)
+        score = CompletionScorer(
+            chunks=chunks,
+            parallel=layout,
+            groups=groups,
+            watchdog=watchdog,
+            sequence_length=shape.max_positions,
+        )
+
+        def rewards(items: Sequence[tuple[PromptRecord, list[str]]]) -> list[list[float]]:
+            given = [(record, texts) for record, texts in items if texts]
+            samples = [tokenizer.sample(_preference(record, texts)) for record, texts in given]
+            for (record, _), of_prompt in zip(given, samples, strict=True):
+                require(
+                    len(of_prompt.tokens_L) <= shape.max_positions,
+                    f"{record.where}: a prompt with its answers must fit into one pack of the reward model's "
+                    f"{shape.max_positions} positions, got {len(of_prompt.tokens_L)} tokens",
+                )
+            values = iter(score(MemoryTable(samples), "scoring", lambda *_: None).tolist() if samples else ())
+            return [[next(values) for _ in texts] for _, texts in items]
+
+        yield rewards
+    parallel.leave()
+
+
+def _preference(record: PromptRecord, texts: Sequence[str]) -> Preference:
+    if isinstance(record.prompt, str):
+        completions: tuple[tuple[Message, ...] | str, ...] = tuple(texts)
+    else:
+        completions = tuple((Message("assistant", text),) for text in texts)
+    return Preference(
+        kind="ranked", prompt=record.prompt, completions=completions, where=record.where, tools=record.tools
+    )
+
+
+def _rows(
+    record: PromptRecord,
+    ranked: Sequence[tuple[float, str]],
+    options: SampleOptions,
+    counts: SampleCounts,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one prompt's answers, best first; a prompt that a filter drops is counted."""
+    compares = options.format in ("ranked", "pair", "all_pairs")
+    reason = None
+    if len(ranked) < 1 + compares:
+        reason = "too_few_answers"
+    elif options.all_above is not None and ranked[-1][0] >= options.all_above:
+        reason = "all_above"
+    elif compares and ranked[0][0] - ranked[-1][0] <= options.tied:
+        reason = "tied"
+    elif options.format == "sft" and options.threshold is not None and ranked[0][0] < options.threshold:
+        reason = "none_good"
+    if reason:
+        counts.dropped[reason] += 1
+        return
+    prompt = record.prompt_field()
+    tools = {"tools": list(record.tools)} if record.tools else {}
+    if options.format == "ranked":
+        yield {"prompt": prompt, "completions": [{"content": t, "score": s} for s, t in ranked], **tools}
+    elif options.format == "sft":
+        best = _answer(record, ranked[0][1])
+        yield {"prompt": prompt, "completion": best, **tools}
+    elif options.format == "unpaired":
+        for score, text in ranked:
+            label = score >= (options.threshold or 0.0)
+            yield {"prompt": prompt, "completion": _answer(record, text), "label": label, **tools}
+    else:
+        last = [(0, len(ranked) - 1)]
+        every = [(i, j) for i in range(len(ranked)) for j in range(i + 1, len(ranked))]
+        for i, j in last if options.format == "pair" else every:
+            (high, chosen), (low, rejected) = ranked[i], ranked[j]
+            if high - low > options.tied:
+                yield {
+                    "prompt": prompt,
+                    "chosen": _answer(record, chosen),
+                    "rejected": _answer(record, rejected),
+                    "chosen_score": high,
+                    "rejected_score": low,
+                    **tools,
+                }
+
+
+def _answer(record: PromptRecord, text: str) -> str | list[dict[str, str]]:
+    return text if isinstance(record.prompt, str) else [{"role": "assistant", "content": text}]

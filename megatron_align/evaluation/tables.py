@@ -1,0 +1,162 @@
+"""The data of tasks as tables of samples: stores of chat data and pairs, and multiple choice in memory.
+
+Shapes: L tokens of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_align.data.formats.fields import RawRecord, bad_field, nonempty_list, text
+from megatron_align.data.sample_table import MemoryTable
+from megatron_align.data.store import TokenStore
+from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.data.tokenize.encoder import common_prefix_length
+from megatron_align.data.tokenize.local_ranks import prepare_or_wait
+from megatron_align.data.tokenize.record_blocks import read_shapes
+from megatron_align.errors import InputError
+from megatron_align.evaluation.config import ChoiceTask, StoredTask
+from megatron_align.model.parallel import RankInfo
+from megatron_align.objectives.base import DATA_KINDS, DataKind
+from megatron_align.records import Sample
+from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
+
+LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """Multiple-choice questions, each a prompt with its choices as completions.
+
+    Args:
+        table: the questions.
+        correct: index of the right choice of each.
+        characters: length of each choice's text, without the delimiter.
+    """
+
+    table: MemoryTable
+    correct: np.ndarray
+    characters: np.ndarray
+
+
+def open_store(
+    task: StoredTask, kinds: Sequence[DataKind], assets: Path, out: Path, rank: tuple[RankInfo, int]
+) -> TokenStore:
+    """Return the tokenised data of a task, tokenising them if need be, before the ranks meet.
+
+    Args:
+        task: of the evaluation.
+        kinds: accepted kinds of data.
+        assets: folder with the tokenizer.
+        out: folder of the results, in which tokenised data are cached.
+        rank: this process, and the longest sample in tokens.
+
+    Raises:
+        InputError: bad data, or data of another kind.
+    """
+    rank_info, sequence_length = rank
+    spec = StoreSpec(
+        sources=task.sources,
+        tokenizer=str(assets),
+        sequence_length=sequence_length,
+        too_long=task.too_long,
+        cache=str(out / CACHE_IN_RUN),
+        shape=task.shape,
+        chat_template=task.chat_template,
+    )
+    kind = read_shapes(spec)[0]
+    if kind not in kinds:
+        accepted = " or ".join(DATA_KINDS[each] for each in kinds)
+        raise InputError(
+            f"task {task.name}: must have {accepted}, got {kind} data in {', '.join(task.sources)}"
+        )
+    return TokenStore(prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1))
+
+
+def read_choices(task: ChoiceTask, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Choices:
+    """Tokenise multiple-choice records: ``prompt`` (or ``question``), ``choices``, ``answer``.
+
+    A prompt that is text is followed by the delimiter and a choice, and a choice's tokens are those that this adds to
+    the prompt's, as in lm-eval; messages are followed by the generation prompt and the choice.
+
+    Raises:
+        InputError: a record is malformed or too long; names file, line and field.
+    """
+    template = load_chat_template(task.chat_template) if task.chat_template else None
+    prompts = PromptTokenizer(tokenizer, template)
+    samples: list[Sample] = []
+    sources: list[int] = []
+    correct: list[int] = []
+    characters: list[int] = []
+    for source, path in enumerate(task.sources):
+        for record in read_prompts(path, limit=task.limit):
+            choices = _choices(record.raw, record.where)
+            samples.append(_sample(record, choices, task.delimiter, prompts))
+            length = len(samples[-1].tokens_L)
+            if length > sequence_length:
+                raise InputError(
+                    f"{record.where}: a question with its choices must fit into {sequence_length} tokens, got {length}"
+                )
+            sources.append(source)
+            correct.append(_answer(record.raw, choices, record.where))
+            characters += map(len, choices)
+    return Choices(
+        table=MemoryTable(samples, np.array(sources, np.int32)),
+        correct=np.array(correct),
+        characters=np.array(characters),
+    )
+
+
+def _choices(raw: RawRecord, where: str) -> list[str]:
+    value: Any = raw.get("choices")
+    if isinstance(value, dict) and "text" in value:  # ARC's: {text: [...], label: [...]}
+        value = value["text"]
+    listed = nonempty_list(value, where, "choices")
+    choices = [text({f"choices[{i}]": choice}, f"choices[{i}]", where) for i, choice in enumerate(listed)]
+    if len(choices) < 2 or not all(choices):
+        raise bad_field(where, "choices", "at least two texts, none of them empty", value)
+    if len(set(choices)) < len(choices):
+        raise bad_field(where, "choices", "different texts", value)
+    return choices
+
+
+def _answer(raw: RawRecord, choices: Sequence[str], where: str) -> int:
+    """Return the index of the right choice: ``answer`` is its index, its letter, its label or its text."""
+    value = raw.get("answer", raw.get("answerKey", raw.get("label")))
+    labels = raw["choices"].get("label") if isinstance(raw["choices"], dict) else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
+        return value
+    if isinstance(value, str):
+        for names in (labels, choices, LABELS[: len(choices)]):
+            if names is not None and value in list(names):
+                return list(names).index(value)
+        if value.isdecimal() and int(value) < len(choices):
+            return int(value)
+    raise bad_field(where, "answer", f"one of the {len(choices)} choices (index, letter or text)", value)
+
+
+def _sample(record: PromptRecord, choices: Sequence[str], delimiter: str, prompts: PromptTokenizer) -> Sample:
+    prompt = prompts.prompt(record, 0).token_ids
+    texts = [f"{delimiter}{choice}" if isinstance(record.prompt, str) else choice for choice in choices]
+    sequences = [prompts.continued(record, each) for each in texts]
+    start = min(common_prefix_length(list(prompt), ids) for ids in sequences)
+    if start == 0 or any(len(ids) <= start for ids in sequences):
+        raise InputError(
+            f"{record.where}: prompt and each choice must have a token, got none after tokenisation"
+        )
+    tokens = np.concatenate(
+        [np.asarray(sequences[0][:start]), *(np.asarray(ids[start:]) for ids in sequences)]
+    )
+    return Sample(
+        tokens.astype(np.int32),
+        np.arange(len(tokens)) >= start,
+        prompt_length=start,
+        completion_lengths=tuple(len(ids) - start for ids in sequences),
+    )

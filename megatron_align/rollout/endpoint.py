@@ -1,0 +1,155 @@
+"""Requests to an HTTP endpoint that speaks JSON: retries with backoff, several at once, and a budget of failures."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from megatron_align.errors import InputError, require
+
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_LONGEST_WAIT = 60.0
+_SHOWN = 200  # characters of an endpoint's answer in an error line
+_Result = TypeVar("_Result")
+_Item = TypeVar("_Item")
+
+
+class RequestFailed(RuntimeError):
+    """A request that failed after all its tries; the message is one line with the endpoint and the reason."""
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """An HTTP server that answers JSON.
+
+    Args:
+        url: its base, ``http://host:port`` or ``https://host/path``.
+        key_variable: environment variable with a key, sent as a bearer token if it is set.
+        timeout_seconds: of one try.
+        tries: of one request; waits between them double from ``first_wait``, or are what the server says.
+        first_wait: seconds before the second try.
+    """
+
+    url: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout_seconds: float = 300.0
+    tries: int = 6
+    first_wait: float = 1.0
+    _random: random.Random = field(default_factory=random.Random, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        require(
+            parts.scheme in ("http", "https") and bool(parts.hostname),
+            f"an endpoint's url must be like http://host:port, got '{self.url}'",
+        )
+        require(self.tries >= 1, f"an endpoint needs at least one try for each request, got {self.tries}")
+        require(
+            self.timeout_seconds > 0, f"an endpoint's timeout must be positive, got {self.timeout_seconds}"
+        )
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Send a JSON object and return the one that is answered.
+
+        Raises:
+            RequestFailed: no try succeeded, or the endpoint refuses the request.
+        """
+        return self._request("POST", path, body)
+
+    def get(self, path: str) -> dict[str, Any]:
+        """Return the JSON object at a path; raises as :meth:`post`."""
+        return self._request("GET", path, None)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        reason, wait = "", 0.0
+        for attempt in range(self.tries):
+            if attempt:
+                time.sleep(wait)
+            wait = min(_LONGEST_WAIT, self.first_wait * 2**attempt) * self._random.uniform(0.75, 1.25)
+            try:
+                status, after, text = self._send(method, path, body)
+            except (OSError, http.client.HTTPException) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                continue
+            if status == 200:
+                try:
+                    answer = json.loads(text) if text else {}
+                except ValueError:
+                    reason = f"it answered no JSON: {_shortened(text)}"
+                    continue
+                if isinstance(answer, dict):
+                    return answer
+                reason = f"it answered no JSON object: {_shortened(text)}"
+                continue
+            reason = f"status {status}: {_shortened(text)}"
+            if status not in _RETRIED:
+                raise RequestFailed(f"{self.url}{path} refused a request: {reason}")
+            wait = max(wait, after)
+        raise RequestFailed(f"{self.url}{path} failed {self.tries} times, the last time: {reason}")
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, float, str]:
+        """Return status, seconds to wait as the server says, and text."""
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        assert parts.hostname is not None, "checked at the start"
+        connection = kind(parts.hostname, parts.port, timeout=self.timeout_seconds)
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, parts.path.rstrip("/") + path, data, headers)
+            response = connection.getresponse()
+            text = response.read().decode("utf-8", "replace")
+            after = response.headers.get("Retry-After", "")
+            return response.status, min(float(after), _LONGEST_WAIT) if after.isdecimal() else 0.0, text
+        finally:
+            connection.close()
+
+
+class FailureBudget:
+    """Counts failed requests; too many end the run with one line that has the last reason.
+
+    Args:
+        most: failures that are allowed.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.failures = most, 0
+        self._lock = threading.Lock()
+
+    def spend(self, error: RequestFailed) -> None:
+        """Count a failure.
+
+        Raises:
+            InputError: the budget is spent.
+        """
+        with self._lock:
+            self.failures += 1
+            if self.failures > self.most:
+                raise InputError(
+                    f"{self.failures} requests failed, {self.most} are allowed; the last: {error}"
+                ) from error
+
+
+def concurrently(call: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> Iterator[_Result]:
+    """Yield ``call(item)`` of each item in order, several at a time; an error drops the calls not yet begun."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from pool.map(call, items)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."

@@ -1,0 +1,178 @@
+"""Generation by vLLM servers: their OpenAI-compatible completions, and the routes that replace their weights.
+
+Prompts are sent as token ids, one request for each sample with a seed of its own, so that results do not depend on how
+requests meet in the server. The routes of new weights exist only in servers started with ``VLLM_SERVER_DEV_MODE=1``;
+weights travel as a folder of safetensors that the servers can read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_align.errors import InputError, require
+from megatron_align.rollout.endpoint import Endpoint, FailureBudget, RequestFailed, concurrently
+from megatron_align.rollout.engine import OnToken
+from megatron_align.rollout.types import Completion, FinishReason, Prompt, Sampling, require_fitting
+
+WORKERS = 64  # requests at once to each server
+
+
+class VLLMEngine:
+    """An :class:`.Engine` of one or several vLLM servers that hold the same model.
+
+    Log-probs are vLLM's ``processed_logprobs``: start servers with ``--logprobs-mode processed_logprobs``. With top-p
+    or top-k these are of the truncated distribution, so :meth:`generate` then returns NaN.
+
+    Args:
+        urls: of the servers, ``http://host:port``.
+        tokenizer: of the model.
+        workers: requests at once to each server.
+
+    Attributes:
+        context: most tokens of a prompt with its completion, as the servers say.
+        model: name of the model in the servers.
+
+    Raises:
+        InputError: a server does not answer, or they hold different models.
+    """
+
+    def __init__(
+        self, urls: Sequence[str | Endpoint], tokenizer: PreTrainedTokenizerBase, workers: int = WORKERS
+    ) -> None:
+        require(bool(urls), "the vllm engine needs the url of a server, got none")
+        self.tokenizer, self.workers, self.weight_version = tokenizer, workers, 0
+        self.servers = [url if isinstance(url, Endpoint) else Endpoint(url) for url in urls]
+        cards = [_model_card(server) for server in self.servers]
+        self.model, self.context = cards[0]
+        for server, card in zip(self.servers, cards, strict=True):
+            require(
+                card == cards[0],
+                f"all vllm servers must hold one model, got {card} at {server.url} for {cards[0]}",
+            )
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_token: OnToken | None = None
+    ) -> list[list[Completion]]:
+        """See :class:`.Engine`; tokens are reported when their completion is complete.
+
+        Raises:
+            InputError: a prompt is too long, or a server fails after all tries.
+        """
+        require_fitting(prompts, self.context)
+        jobs = [(i, k) for i in range(len(prompts)) for k in range(sampling.completions)]
+
+        def one(job: tuple[int, int]) -> Completion:
+            i, k = job
+            server = self.servers[(i * sampling.completions + k) % len(self.servers)]
+            return self._completion(server, prompts[i], k, sampling)
+
+        results: list[list[Completion]] = [[] for _ in prompts]
+        budget = FailureBudget(0)
+        try:
+            for (i, k), completion in zip(
+                jobs, concurrently(one, jobs, self.workers * len(self.servers)), strict=True
+            ):
+                results[i].append(completion)
+                for token in completion.token_ids if on_token else ():
+                    assert on_token is not None, "checked in the line above"
+                    on_token(i, k, token)
+        except RequestFailed as error:
+            budget.spend(error)
+        return results
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See :class:`.Engine`: writes a folder, lets every server reload it, and clears their prefix caches.
+
+        Without the last step a server would answer from keys and values of the old weights.
+
+        Raises:
+            InputError: a server has no such routes, or fails.
+        """
+        with tempfile.TemporaryDirectory(prefix="megatron_align_weights_") as folder:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors},
+                Path(folder) / "model.safetensors",
+            )
+            for server in self.servers:
+                reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+                self._administer(server, "/collective_rpc", reload)
+                self._administer(server, "/reset_prefix_cache", {})
+        self.weight_version = version
+
+    def close(self) -> None:
+        """Leave the servers as they are: others may use them."""
+
+    def _completion(self, server: Endpoint, prompt: Prompt, sample: int, sampling: Sampling) -> Completion:
+        answer = server.post("/v1/completions", self._request(prompt, sample, sampling))
+        try:
+            choice = answer["choices"][0]
+            reason: FinishReason = "length" if choice["finish_reason"] == "length" else "stop"
+            token_ids = tuple(int(token) for token in choice["token_ids"])
+            logprobs = tuple(float(value) for value in choice["logprobs"]["token_logprobs"])
+            text = str(choice["text"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise RequestFailed(
+                f"{server.url}/v1/completions must answer choices with token_ids (vLLM's return_token_ids), logprobs, "
+                f"got {str(answer)[:200]}"
+            ) from error
+        if len(token_ids) != len(logprobs):
+            raise RequestFailed(
+                f"{server.url}/v1/completions answered {len(token_ids)} tokens with {len(logprobs)} log-probs"
+            )
+        truncates = sampling.top_p < 1 or sampling.top_k > 0
+        return Completion(
+            token_ids=token_ids,
+            logprobs=(float("nan"),) * len(token_ids) if truncates else logprobs,
+            text=text,
+            finish_reason=reason,
+            weight_version=self.weight_version,
+        )
+
+    def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
+        request = {
+            "model": self.model,
+            "prompt": [int(token) for token in prompt.token_ids],
+            "max_tokens": min(sampling.max_tokens, self.context - len(prompt.token_ids)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "seed": request_seed(sampling.seed, prompt.key, sample),
+        }
+        return request | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+    def _administer(self, server: Endpoint, path: str, body: dict[str, Any]) -> None:
+        try:
+            server.post(path, body)
+        except RequestFailed as error:
+            raise InputError(
+                f"the vllm server must take new weights, which needs VLLM_SERVER_DEV_MODE=1 in its environment: {error}"
+            ) from error
+
+
+def request_seed(seed: int, key: int, sample: int) -> int:
+    """Return the seed of one request, 63 bits: a function of the run's seed, the prompt's key and the sample."""
+    digest = hashlib.sha256(f"{seed}/{key}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _model_card(server: Endpoint) -> tuple[str, int]:
+    """Return name and context of the model that a server holds."""
+    try:
+        card = server.get("/v1/models")["data"][0]
+        return str(card["id"]), int(card["max_model_len"])
+    except RequestFailed as error:
+        raise InputError(f"the vllm engine needs a running server: {error}") from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{server.url}/v1/models must name a model with max_model_len, as vLLM does"
+        ) from error

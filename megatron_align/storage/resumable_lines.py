@@ -1,0 +1,113 @@
+"""A file of lines that is complete or absent, and that a killed process continues where it stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from megatron_align import faults
+from megatron_align.errors import InputError
+from megatron_align.storage.atomic_write import fsync, require_writable
+
+
+class ResumableLines:
+    """Append lines to a hidden file next to ``path`` inside a with-block; :meth:`finish` gives it its name.
+
+    ``.NAME.partial`` holds the lines, ``.NAME.partial.key`` what determines them. An incomplete last line is removed.
+
+    Args:
+        path: to be written; must not exist.
+        key: JSON object of what determines the content: the lines of another key are not continued.
+
+    Attributes:
+        done: lines that an earlier process has written.
+
+    Raises:
+        InputError: ``path`` exists, another process is writing it, or the unfinished lines have another key.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        if path.exists():
+            raise InputError(f"the output must be a new file, found one: delete it, or name another: {path}")
+        require_writable(path)
+        self.path, self._key = path, json.loads(json.dumps(key))
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._key_file = path.with_name(f".{path.name}.partial.key")
+        self._lines: IO[bytes] | None = None
+        self._lock: IO[str] | None = None
+        self.done = 0
+
+    def __enter__(self) -> ResumableLines:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self._key_file, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise InputError(f"another process is writing {self.path}: wait for it") from error
+        try:
+            self._take_over()
+            self._lines = open(self._partial, "ab")
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lines is not None:
+            self._lines.close()
+        assert self._lock is not None, "entered"
+        self._lock.close()
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Write lines, without their ends, and force them onto the disk."""
+        assert self._lines is not None, "within the with-block"
+        faults.at("row.write")
+        self._lines.write("".join(f"{line}\n" for line in lines).encode())
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        assert self._lines is not None, "within the with-block"
+        self._partial.rename(self.path)
+        self._key_file.unlink()
+        fsync(self.path.parent)
+
+    def _take_over(self) -> None:
+        """Count the complete lines of an earlier process with the same key; cut an incomplete one."""
+        assert self._lock is not None, "entered"
+        self._lock.seek(0)
+        text = self._lock.read()
+        lines = self._partial.read_bytes() if self._partial.exists() else b""
+        if lines and (found := _differences(self._key, text)):
+            raise InputError(
+                f"an unfinished output was written with other options ({found}): run that command again, or delete "
+                f"{self._partial}"
+            )
+        complete = lines[: lines.rfind(b"\n") + 1]
+        if len(complete) < len(lines):
+            os.truncate(self._partial, len(complete))
+        self.done = complete.count(b"\n")
+        self._lock.truncate(0)
+        self._lock.write(json.dumps(self._key))
+        self._lock.flush()
+
+
+def _differences(key: dict[str, Any], text: str) -> str:
+    """Return the names and values in which a stored key differs; empty: it is the same."""
+    try:
+        stored = json.loads(text)
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        return "its key is unreadable"
+    names = sorted(name for name in key.keys() | stored.keys() if key.get(name) != stored.get(name))
+    return ", ".join(f"{name} {stored.get(name)!r} instead of {key.get(name)!r}" for name in names)

@@ -1,0 +1,160 @@
+"""Sampled data hold the distinct answers of all models with their scores, each filter counts what it drops."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from megatron_align.data.formats.files import read_file
+from megatron_align.errors import InputError
+from megatron_align.evaluation import sample as sampling_module
+from megatron_align.evaluation.generation import Generated
+from megatron_align.evaluation.sample import SampleOptions, sample
+from megatron_align.rollout.types import Sampling
+from tests.harness import training_ranks
+from tests.harness.tiny import make_model
+
+PROMPTS = [
+    {"prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4"},
+    {"prompt": [{"role": "user", "content": "3 + 3"}], "answer": "6"},
+    {"prompt": [{"role": "user", "content": "4 + 4"}], "answer": "8"},
+    {"prompt": [{"role": "user", "content": "5 + 5"}], "answer": "10"},
+]
+# The answers of two models to each prompt: (text, how it ended)
+ANSWERS = [
+    [[("4", "stop"), ("five it is", "stop")], [("4", "stop"), ("half of the", "length")]],
+    [[("6", "stop"), (" ", "stop")], [("6", "stop"), ("6", "stop")]],
+    [[("9", "stop"), ("ten", "stop")], [("eleven of them", "stop"), ("12", "stop")]],
+    [[("10", "stop"), ("twenty of them", "stop")], [("thirty of them", "stop"), ("10 of 20 of 30", "stop")]],
+]
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+
+    def written(generate):
+        model = int(generate.model)
+        rows = [
+            {"completions": [{"content": text, "finish_reason": reason} for text, reason in of_prompt[model]]}
+            for of_prompt in ANSWERS
+        ]
+        file = tmp_path / generate.out
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Generated()
+
+    monkeypatch.setattr(sampling_module, "generate_file", written)
+    return {
+        "models": ("0", "1"),
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "out": str(tmp_path / "out"),
+        "sampling": Sampling(completions=2),
+        "check": "exact_match",
+    }
+
+
+def data(folder):
+    return [json.loads(line) for line in (folder / "out" / "data.jsonl").read_text().splitlines()]
+
+
+def test_ranked_data_and_the_counts_of_each_filter(options, tmp_path):
+    counts = sample(SampleOptions(**options))
+    assert counts.to_dict() == {
+        "prompts": 4,
+        "answers": 16,
+        "truncated": 1,
+        "empty": 1,
+        "duplicates": 3,
+        "rows": 2,
+        "dropped_prompts": {"too_few_answers": 1, "tied": 1},
+    }
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == counts.to_dict()
+    first, second = data(tmp_path)
+    assert first["prompt"] == PROMPTS[0]["prompt"]
+    assert first["completions"] == [{"content": "4", "score": 1.0}, {"content": "five it is", "score": 0.0}]
+    assert len(second["completions"]) == 4
+    with pytest.raises(InputError, match="holds data already"):
+        sample(SampleOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "kind"),
+    [
+        ({}, 2, "ranked"),
+        ({"format": "pair"}, 2, "pair"),
+        ({"format": "all_pairs"}, 4, "pair"),  # 1 x 1 and 1 x 3
+        ({"format": "unpaired", "threshold": 0.5}, 11, "unpaired"),
+        ({"format": "sft", "threshold": 0.5}, 3, "chat"),
+        ({"format": "sft"}, 4, "chat"),
+        ({"duplicates": 0.5}, 2, "ranked"),
+    ],
+)
+def test_every_format_is_read_by_training(options, tmp_path, changes, rows, kind):
+    counts = sample(SampleOptions(**options, **changes))
+    shape, records = read_file(str(tmp_path / "out" / "data.jsonl"))
+    assert shape.kind == kind
+    assert len(list(records)) == counts.rows == rows
+    for row in data(tmp_path):
+        if kind == "pair":
+            assert (row["chosen_score"], row["rejected_score"]) == (1.0, 0.0)
+        if kind == "unpaired":
+            answer = next(p["answer"] for p in PROMPTS if p["prompt"] == row["prompt"])
+            assert row["label"] == (row["completion"][0]["content"] == answer)
+
+
+def test_prompts_with_only_good_answers_are_dropped(options, tmp_path):
+    counts = sample(SampleOptions(**options, format="sft", all_above=1.0))
+    assert counts.dropped == {"all_above": 1}
+
+
+def test_a_killed_run_keeps_what_it_has(options, tmp_path, monkeypatch):
+    expected = sample(SampleOptions(**options))
+    before = (tmp_path / "out" / "data.jsonl").read_bytes()
+    (tmp_path / "out" / "data.jsonl").unlink()
+    monkeypatch.setattr(sampling_module, "generate_file", lambda _: pytest.fail("answers exist"))
+    monkeypatch.setattr(sampling_module, "_scorer", lambda _: pytest.fail("scores exist"))
+    assert sample(SampleOptions(**options)) == expected
+    assert (tmp_path / "out" / "data.jsonl").read_bytes() == before
+
+
+def test_a_reward_models_scores_are_transformers(pool, options, tmp_path):
+    folder = make_model(tmp_path / "reward", "qwen2_reward")
+    given = {**options, "check": None, "reward_model": str(folder)}
+    for i in range(2):  # written here: the pool's process has no patched generate_file
+        sampling_module.generate_file(
+            type("Options", (), {"model": str(i), "out": f"out/answers/model_{i}.jsonl"})()
+        )
+    pool.run(1, training_ranks.sample_data, given)
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    rows = data(tmp_path)
+    assert len(rows) == 3
+    for row in rows:
+        for completion in row["completions"]:
+            messages = [*row["prompt"], {"role": "assistant", "content": completion["content"]}]
+            ids = tokenizer.apply_chat_template(messages, return_dict=False)
+            with torch.no_grad():
+                reward = model(torch.tensor([ids])).logits[0, 0].item()
+            assert completion["score"] == pytest.approx(reward, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"models": ()}, "needs a model"),
+        ({"check": None}, "by a reward model or by a check"),
+        ({"check": "exact"}, "check must be one of"),
+        ({"duplicates": 0}, "duplicates"),
+        ({"threshold": 1.0}, "threshold belongs to"),
+        ({"format": "unpaired"}, "needs a threshold"),
+        ({"models": ("0",), "sampling": Sampling()}, "at least 2 answers"),
+        ({"extract": "("}, "regular expression"),
+    ],
+)
+def test_wrong_options_are_one_line(options, changes, line):
+    with pytest.raises(InputError, match=line):
+        SampleOptions(**{**options, **changes})

@@ -1,0 +1,77 @@
+"""A small HTTP server in a thread of the test's process, whose answers a test scripts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from safetensors.torch import load_file
+
+# (path, body) -> (status, answer): a mapping becomes JSON, text is sent as it is
+Script = Callable[[str, Any], tuple[int, Any]]
+
+
+@contextmanager
+def serving(script: Script, headers: dict[str, str] | None = None) -> Iterator[str]:
+    """Yield the URL of a server that answers as the script says."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _answer(self, body):
+            status, answer = script(self.path, body)
+            data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            self._answer(None)
+
+        def do_POST(self):
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class VLLMScript:
+    """Answers as vLLM does: the completion of a request is its seed modulo 7, as many tokens as are allowed."""
+
+    def __init__(self, context=64, rl=True):
+        self.context, self.rl = context, rl
+        self.requests, self.weights, self.resets = [], [], 0
+
+    def __call__(self, path, body):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "m", "max_model_len": self.context}]}
+        if path == "/v1/completions":
+            self.requests.append(body)
+            count = min(body["max_tokens"], 3)
+            reason = "length" if count == body["max_tokens"] else "stop"
+            tokens = [body["seed"] % 7] * count
+            choice = {"text": str(tokens), "token_ids": tokens, "finish_reason": reason}
+            return 200, {"choices": [{**choice, "logprobs": {"token_logprobs": [-0.5] * count}}]}
+        if self.rl and path == "/collective_rpc":
+            [folder] = [body["kwargs"]["weights_path"]]
+            self.weights.append(load_file(f"{folder}/model.safetensors"))
+            return 200, {}
+        if self.rl and path == "/reset_prefix_cache":
+            self.resets += 1
+            return 200, ""
+        return 404, {"detail": "Not Found"}

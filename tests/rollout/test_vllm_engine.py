@@ -1,0 +1,95 @@
+"""The vllm engine asks servers for exactly the sampling that it was given, and new weights reach every server.
+
+The servers are scripted, with the routes and fields of vLLM's API; the model itself is no part of this test.
+"""
+
+import pytest
+import torch
+
+from megatron_align.errors import InputError
+from megatron_align.rollout.endpoint import Endpoint
+from megatron_align.rollout.types import Prompt, Sampling
+from megatron_align.rollout.vllm_engine import VLLMEngine, request_seed
+from tests.harness.http_server import VLLMScript as Server
+from tests.harness.http_server import serving
+from tests.harness.tiny import byte_tokenizer
+
+
+def engine_of(*urls):
+    return VLLMEngine([Endpoint(url, first_wait=0.01, tries=2) for url in urls], byte_tokenizer())
+
+
+PROMPTS = [Prompt([5, 6], key=10), Prompt([7] * 62, key=11)]
+
+
+def test_requests_and_completions():
+    one, other = Server(), Server()
+    with serving(one) as first, serving(other) as second:
+        engine = engine_of(first, second)
+        sampling = Sampling(completions=3, max_tokens=9, temperature=0.5, stop=("x",), seed=4)
+        seen = []
+        answers = engine.generate(PROMPTS, sampling, lambda i, k, token: seen.append((i, k, token)))
+    assert len(one.requests) == len(other.requests) == 3
+    by_seed = {body["seed"]: body for body in one.requests + other.requests}
+    assert len(by_seed) == 6
+    for i, prompt in enumerate(PROMPTS):
+        for k in range(3):
+            seed = request_seed(4, prompt.key, k)
+            body = by_seed[seed]
+            assert body["prompt"] == list(prompt.token_ids)
+            assert body["max_tokens"] == (9, 2)[i]  # what the context leaves
+            assert (body["temperature"], body["top_p"], body["top_k"], body["stop"]) == (0.5, 1.0, -1, ["x"])
+            assert set(answers[i][k].token_ids) == {seed % 7}
+            assert answers[i][k].finish_reason == ("stop", "length")[i]
+            assert answers[i][k].logprobs == (-0.5,) * len(answers[i][k].token_ids)
+    assert seen == [
+        (i, k, t) for i, some in enumerate(answers) for k, a in enumerate(some) for t in a.token_ids
+    ]
+
+
+def test_log_probs_of_a_truncated_distribution_are_not_given():
+    with serving(Server()) as url:
+        [[answer], _] = engine_of(url).generate(PROMPTS, Sampling(max_tokens=2, top_p=0.9))
+    assert all(value != value for value in answer.logprobs)
+
+
+def test_new_weights_reach_every_server_and_clear_its_cache():
+    one, other = Server(), Server()
+    with serving(one) as first, serving(other) as second:
+        engine = engine_of(first, second)
+        engine.update_weights([("a", torch.arange(3.0)), ("b", torch.ones(2, 2).T)], version=7)
+        [[answer], _] = engine.generate(PROMPTS, Sampling(max_tokens=2))
+    assert answer.weight_version == 7
+    for server in (one, other):
+        [weights] = server.weights
+        assert weights["a"].tolist() == [0, 1, 2]
+        assert server.resets == 1
+
+
+def test_what_a_server_lacks_is_one_line():
+    with serving(Server(rl=False)) as url:
+        engine = engine_of(url)
+        with pytest.raises(InputError, match="VLLM_SERVER_DEV_MODE=1"):
+            engine.update_weights([("a", torch.zeros(1))], version=1)
+        assert engine.weight_version == 0
+    with pytest.raises(InputError, match="needs a running server"):
+        engine_of(url)
+    with (
+        serving(lambda path, body: (200, {"data": []})) as url,
+        pytest.raises(InputError, match="must name a model"),
+    ):
+        engine_of(url)
+    differ = pytest.raises(InputError, match="must hold one model")
+    with serving(Server()) as url, serving(Server(context=32)) as other, differ:
+        engine_of(url, other)
+    with pytest.raises(InputError, match="needs the url of a server"):
+        engine_of()
+
+
+def test_answers_without_tokens_are_refused():
+    def script(path, body):
+        good = Server()(path, body)
+        return good if path == "/v1/models" else (200, {"choices": [{"text": "x", "finish_reason": "stop"}]})
+
+    with serving(script) as url, pytest.raises(InputError, match="return_token_ids"):
+        engine_of(url).generate(PROMPTS, Sampling())
