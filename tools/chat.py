@@ -5,6 +5,7 @@ Exit code: 0 done, 2 bad input.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_align.rollout.types import Sampling
 
 PROGRAM = "megatron-align chat"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COMMANDS = """/reset: forget the conversation   /system TEXT: set the system prompt, and forget
 /retry: answer again with other random numbers   /undo: forget the last question   /save FILE: write the conversation
 /help: these lines   /quit, Ctrl-D: leave   Ctrl-C: stop the answer   end a line with \\ to write another"""
@@ -183,7 +185,8 @@ def talk(chat: Chat, questions: Iterator[str], out: TextIO) -> None:
     from megatron_align.errors import InputError
 
     def show(text: str) -> None:
-        out.write(text)
+        # A model may write escape sequences, which would move the cursor or change the title of a terminal.
+        out.write(_CONTROL.sub("\ufffd", text) if out.isatty() else text)
         out.flush()
 
     for question in questions:

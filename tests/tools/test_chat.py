@@ -59,6 +59,17 @@ def test_commands(engine, tmp_path):
     assert spoken(chat, "/quit", "never asked") == ""
 
 
+def test_a_terminal_gets_no_escape_sequences(engine, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    chat, out = Chat(engine, Sampling()), Terminal()
+    monkeypatch.setattr(chat, "ask", lambda question, show: show("a\x1b[2Jb\n\tc"))
+    talk(chat, iter(["one"]), out)
+    assert out.getvalue() == "a\ufffd[2Jb\n\tc\n"
+
+
 def test_a_question_that_does_not_fit_is_an_error_and_forgotten(engine):
     chat = Chat(engine, Sampling(max_tokens=4))
     shown = spoken(chat, "x" * 5000, "short")
