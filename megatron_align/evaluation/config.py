@@ -25,7 +25,8 @@ ABOUT = """Evaluate a model: the loss on chat data, preference pairs, multiple c
 
 The tasks are listed in a YAML file: {model, out, precision, parallel, tasks: [{name, kind, data, ...}]}; kinds are
 loss, preference, choice, generate and judge. OUT/results.json has the metrics of each task with 95% intervals,
-OUT/items/ a row for each item. MODEL is a Hugging Face folder or a checkpoint of any layout. See docs/evaluation.md."""
+OUT/items/ a row for each item; `megatron-align evaluate compare OUT OUT` compares two. MODEL is a Hugging Face folder
+or a checkpoint of any layout. See docs/evaluation.md."""
 
 
 @dataclass(frozen=True, kw_only=True)

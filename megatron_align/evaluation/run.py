@@ -21,8 +21,9 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint.card import shape_differences
+from megatron_align.data.formats.files import expand
 from megatron_align.data.sample_table import SampleTable
-from megatron_align.data.store import TokenStore
+from megatron_align.data.store import TokenStore, sha256
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, require
 from megatron_align.evaluation.answers import PromptedTask, answer_all, read_prompted_task
@@ -296,6 +297,11 @@ def _results(setup: _Setup, items: Mapping[str, Items]) -> dict[str, Any]:
     config = setup.config
     return {
         "tasks": {task.name: items[task.name].result(task.sources) for task in config.tasks},
+        "primary": {name: of_task.primary for name, of_task in items.items()},
+        "data": {
+            task.name: [sha256(file) for path in task.sources for file in expand(path)]
+            for task in config.tasks
+        },
         "model": config.model,
         "precision": config.precision,
         "parallel": {

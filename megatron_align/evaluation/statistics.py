@@ -5,6 +5,8 @@ Shapes: N items, R resamples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 RESAMPLES = 2000
@@ -12,20 +14,32 @@ _SEED = 20241014
 _ELEMENTS = 1 << 22  # indices drawn at once
 
 
-def ratio_interval(values_N: np.ndarray, weights_N: np.ndarray | None = None) -> list[float]:
+Column = tuple[np.ndarray, np.ndarray]  # values and weights of each item
+
+
+def ratio_interval(values_N: np.ndarray, weights_N: np.ndarray) -> list[float]:
     """Return the 95% interval of ``sum(values) / sum(weights)`` over resampled items: percentiles 2.5 and 97.5.
 
     Args:
         values_N: of each item, already multiplied by its weight.
-        weights_N: None: 1 each, so the ratio is a mean.
+        weights_N: of each item; all 1: the ratio is a mean.
     """
-    values_N = np.asarray(values_N, np.float64)
-    weights_N = np.ones_like(values_N) if weights_N is None else np.asarray(weights_N, np.float64)
-    count = len(values_N)
-    random, ratios = np.random.default_rng(_SEED), []
+    return list(_interval([(values_N, weights_N)], [1.0]))
+
+
+def difference_interval(first: Column, second: Column) -> tuple[float, float]:
+    """Return the 95% interval of the second ratio minus the first, over resampled items that both share."""
+    return _interval([first, second], [-1.0, 1.0])
+
+
+def _interval(columns: Sequence[Column], signs: Sequence[float]) -> tuple[float, float]:
+    """Return the interval of the signed sum of ratios; every resample takes the same items of each column."""
+    count = len(columns[0][0])
+    random, sums = np.random.default_rng(_SEED), []
     rows = max(1, min(RESAMPLES, _ELEMENTS // count))
     for start in range(0, RESAMPLES, rows):
         index_RN = random.integers(0, count, (min(rows, RESAMPLES - start), count))
-        ratios.append(values_N[index_RN].sum(1) / weights_N[index_RN].sum(1))
-    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
-    return [float(low), float(high)]
+        ratios = [values_N[index_RN].sum(1) / weights_N[index_RN].sum(1) for values_N, weights_N in columns]
+        sums.append(sum(sign * ratio_R for sign, ratio_R in zip(signs, ratios, strict=True)))
+    low, high = np.percentile(np.concatenate(sums), [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,136 @@
+"""Compare two evaluations on the same items: paired differences, their intervals, and a sentence on each.
+
+Shapes: N items of a task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_align.errors import InputError, require
+from megatron_align.evaluation.results import ITEMS, RESULTS, write_atomically
+from megatron_align.evaluation.statistics import difference_interval
+from megatron_align.model.families import read_json
+
+COMPARISON = "comparison.json"
+LOWER_IS_BETTER = ("loss",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """The primary metric of a task under two models.
+
+    Args:
+        task: its name.
+        metric: its primary metric.
+        values: under the first and the second model.
+        interval: 95%, of the second minus the first, paired by item.
+        n: items.
+    """
+
+    task: str
+    metric: str
+    values: tuple[float, float]
+    interval: tuple[float, float]
+    n: int
+
+    def sentence(self) -> str:
+        """Return one sentence that says whether the difference is real."""
+        first, second = self.values
+        low, high = self.interval
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        shown = f"{self.metric} {first:.4f} -> {second:.4f}, difference {second - first:+.4f} [{low:+.4f}, {high:+.4f}]"
+        if low <= 0 <= high:
+            verdict = "no real difference: its 95% interval holds 0"
+        else:
+            verdict = "the second model is better" if sign * low > 0 else "the first model is better"
+        return f"{self.task}: {verdict} ({shown}, {self.n:,} items)"
+
+
+def compare(first: str | Path, second: str | Path) -> list[Difference]:
+    """Return the differences of the tasks that two evaluations share, and write ``comparison.json`` into the second.
+
+    Args:
+        first: folder of the results of the model that is compared with.
+        second: folder of the results of the other.
+
+    Raises:
+        InputError: a folder has no results, no task is shared, or a shared one has other items.
+    """
+    folders = (Path(first), Path(second))
+    one, other = (_read(folder) for folder in folders)
+    shared = [name for name in one["tasks"] if name in other["tasks"]]
+    require(
+        bool(shared),
+        f"two evaluations must share a task to be compared, got {_names(one)} and {_names(other)}",
+    )
+    differences = [_difference(name, folders, (one, other)) for name in shared]
+    content = {
+        "first": one["model"],
+        "second": other["model"],
+        "tasks": {
+            each.task: {
+                "metric": each.metric,
+                "first": each.values[0],
+                "second": each.values[1],
+                "ci95": list(each.interval),
+                "n": each.n,
+                "sentence": each.sentence(),
+            }
+            for each in differences
+        },
+    }
+    write_atomically(folders[1] / COMPARISON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return differences
+
+
+def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, Any]]) -> Difference:
+    data = [result["data"].get(name) for result in results]
+    counts = [result["tasks"][name]["n"] for result in results]
+    metrics = [result["primary"].get(name) for result in results]
+    found = [f"{n} items with {metric} in {f}" for n, metric, f in zip(counts, metrics, folders, strict=True)]
+    require(
+        data[0] == data[1] and counts[0] == counts[1] and metrics[0] == metrics[1],
+        f"task {name} must have the same data and metric to be compared, got {' and '.join(found)}"
+        f"{', of other files' if data[0] != data[1] else ''}",
+    )
+    metric = metrics[0]
+    columns = [_column(folder / ITEMS / f"{name}.jsonl", metric) for folder in folders]
+    (values_N, weights_N), (others_N, other_weights_N) = columns
+    low, high = difference_interval(columns[0], columns[1])
+    return Difference(
+        task=name,
+        metric=metric,
+        values=(
+            float(values_N.sum() / weights_N.sum()),
+            float(others_N.sum() / other_weights_N.sum()),
+        ),
+        interval=(low, high),
+        n=counts[0],
+    )
+
+
+def _column(file: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a metric of each item and its weight, ``[N]`` each."""
+    require(file.is_file(), f"results must have the items of each task, found no file {file}")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    values_N = np.array([row[metric] for row in rows], np.float64)
+    return values_N, np.array([row.get("weight", 1.0) for row in rows], np.float64)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    require((folder / RESULTS).is_file(), f"no results of an evaluation in {folder}: it has no {RESULTS}")
+    results = read_json(folder / RESULTS)
+    if not all(isinstance(results.get(key), dict) for key in ("tasks", "data", "primary")):
+        raise InputError(f"results must have tasks, data and primary: {folder / RESULTS}")
+    return results
+
+
+def _names(results: dict[str, Any]) -> str:
+    return ", ".join(results["tasks"])

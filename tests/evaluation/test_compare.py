@@ -1,0 +1,91 @@
+"""Intervals hold the truth as often as they say; paired differences are found that separate intervals would miss."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_align.errors import InputError
+from megatron_align.evaluation.compare import compare
+from megatron_align.evaluation.results import Items
+from megatron_align.evaluation.statistics import difference_interval, ratio_interval
+from megatron_align.tools.main import main
+
+
+def test_an_interval_is_that_of_the_mean():
+    random = np.random.default_rng(1)
+    values = random.normal(3, 2, 400)
+    low, high = ratio_interval(values, np.ones(400))
+    error = values.std() / 20
+    assert (low, high) == pytest.approx(
+        (values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error
+    )
+    weights = random.uniform(1, 9, 400)
+    low, high = ratio_interval(values * weights, weights)
+    assert low < (values * weights).sum() / weights.sum() < high
+    assert ratio_interval(np.ones(5), np.ones(5)) == [1, 1]
+
+
+def test_intervals_hold_the_truth_in_95_of_100():
+    random = np.random.default_rng(2)
+    held = 0
+    for _ in range(100):
+        low, high = ratio_interval((random.random(200) < 0.3).astype(float), np.ones(200))
+        held += low <= 0.3 <= high
+    assert 88 <= held <= 100  # 3 standard errors below 95
+
+
+def test_pairing_finds_what_separate_intervals_miss():
+    random = np.random.default_rng(3)
+    difficulty, ones = random.normal(0, 3, 300), np.ones(300)
+    first, second = difficulty, difficulty + 0.1 + random.normal(0, 0.1, 300)
+    assert ratio_interval(first, ones)[1] > ratio_interval(second, ones)[0]
+    low, high = difference_interval((first, ones), (second, ones))
+    assert 0.05 < low < 0.1 < high < 0.15
+
+
+def write(folder, data="h", **tasks):
+    """Write results of tasks: name -> (primary metric, values, weights)."""
+    results = {"tasks": {}, "primary": {}, "data": {}, "model": folder.name}
+    (folder / "items").mkdir(parents=True)
+    for name, (metric, values, weights) in tasks.items():
+        items = Items(
+            primary=metric, values={metric: values}, weights_N=weights, sources_N=np.zeros(len(values), int)
+        )
+        items.write(folder / "items" / f"{name}.jsonl")
+        results["tasks"][name], results["primary"][name] = items.result(["x"]), metric
+        results["data"][name] = data
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_sentences_say_who_is_better(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    base, tokens = random.normal(20, 5, 200), random.integers(5, 30, 200).astype(float)
+    noise = random.normal(0, 3, 200)
+    first = write(
+        tmp_path / "a", loss=("loss", base, tokens), same=("accuracy", noise, None), only=("x", base, None)
+    )
+    second = write(tmp_path / "b", loss=("loss", base - 1, tokens), same=("accuracy", -noise, None))
+    assert main(["evaluate", "compare", str(first), str(second)]) == 0
+    loss, same = capsys.readouterr().out.splitlines()
+    assert loss.startswith("loss: the second model is better (loss ")  # lower is better
+    assert same.startswith("same: no real difference")
+    written = json.loads((second / "comparison.json").read_text())
+    assert written["tasks"]["loss"]["sentence"] == loss
+    assert (written["first"], written["second"]) == ("a", "b")
+    [back, _] = compare(second, first)
+    assert "the first model is better" in back.sentence()
+
+
+def test_other_items_are_not_compared(tmp_path):
+    values = np.arange(5.0)
+    one = write(tmp_path / "a", t=("accuracy", values, None))
+    with pytest.raises(InputError, match="same data and metric .* of other files"):
+        compare(one, write(tmp_path / "b", data="other", t=("accuracy", values, None)))
+    with pytest.raises(InputError, match="5 items with accuracy .* 4 with accuracy"):
+        compare(one, write(tmp_path / "c", t=("accuracy", values[:4], None)))
+    with pytest.raises(InputError, match="must share a task"):
+        compare(one, write(tmp_path / "d", other=("accuracy", values, None)))
+    with pytest.raises(InputError, match="no results of an evaluation"):
+        compare(one, tmp_path)
