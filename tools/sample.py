@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> int:
     add(
         "--check",
         metavar="NAME",
-        help="exact_match, contains, math or ifeval, by the record's answer or instructions",
+        help="exact_match, contains, math, code or ifeval, by the record's answer or instructions",
     )
     add("--extract", metavar="REGEX", help="part of an answer that the check judges (default: all)")
     formats = ("ranked", "pair", "all_pairs", "unpaired", "sft")

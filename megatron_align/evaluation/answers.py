@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -26,6 +27,7 @@ from megatron_align.evaluation.judge import Judge, read_baselines, read_comparis
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import ITEMS, Items
 from megatron_align.model.parallel import RankInfo
+from megatron_align.rollout.endpoint import concurrently
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.prompts import PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, require_fitting
@@ -173,6 +175,11 @@ def checking(name: str, extract: str | None = None) -> Iterator[Scoring]:
         extract: see :class:`.GenerateTask`.
     """
     check = CHECKS[name]
+    if check.waits:
+        yield lambda pairs: list(
+            concurrently(lambda pair: check.judge(*pair), pairs, len(os.sched_getaffinity(0)))
+        )
+        return
     if check.package is None:
         yield lambda pairs: [check.judge(extracted(answer, extract), expected) for answer, expected in pairs]
         return

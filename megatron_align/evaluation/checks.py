@@ -11,6 +11,7 @@ from typing import Any
 from megatron_align.data.formats.fields import RawRecord, bad_field
 from megatron_align.errors import InputError, require
 from megatron_align.evaluation import instructions
+from megatron_align.evaluation.sandbox import passes
 from megatron_align.rollout.prompts import PromptRecord
 
 Scores = dict[str, float]
@@ -26,6 +27,7 @@ class Check:
         judge: ``(answer, expected) -> scores by metric``.
         extracts: ``extract`` applies to it.
         package: an optional package that it needs; None: none.
+        waits: it waits for other processes: several answers are judged at once.
     """
 
     metrics: tuple[str, ...]
@@ -33,6 +35,7 @@ class Check:
     judge: Callable[[str, Any], Scores]
     extracts: bool = True
     package: str | None = None
+    waits: bool = False
 
     def require(self, task: str, extract: str | None) -> None:
         """Check that the check can run with a task's options.
@@ -109,7 +112,40 @@ def _instructions(record: PromptRecord) -> Mapping[str, Any]:
     return raw
 
 
+_BLOCK = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
+
+
+def _tests(record: PromptRecord) -> tuple[str, str]:
+    """Return what comes before an answer's code, and its tests: HumanEval's fields, or MBPP's.
+
+    Raises:
+        InputError: the record has neither.
+    """
+    raw, where = record.raw, record.where
+    # A prompt that is text is continued by the answer; of messages the answer holds the complete code.
+    before = f"{record.prompt}" if isinstance(record.prompt, str) else ""
+    if isinstance(raw.get("test"), str):
+        entry = raw.get("entry_point")
+        if not isinstance(entry, str) or not entry.isidentifier():
+            raise bad_field(where, "entry_point", "the name of the tested function", entry)
+        return before, f"{raw['test']}\ncheck({entry})\n"
+    tests = raw.get("test_list")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise InputError(
+            f"{where}: a task on code must have test with entry_point, or test_list; got {sorted(raw)}"
+        )
+    return before, "\n".join([raw.get("test_setup_code") or "", *tests]) + "\n"
+
+
+def _code(answer: str, expected: tuple[str, str]) -> Scores:
+    before, tests = expected
+    blocks = _BLOCK.findall(answer)
+    code = blocks[-1] if blocks and not before else answer
+    return {"pass_rate": float(passes(f"{before}{code}\n\n{tests}"))}
+
+
 CHECKS: dict[str, Check] = {
+    "code": Check(("pass_rate",), _tests, _code, extracts=False, waits=True),
     "exact_match": Check(("exact_match",), expected_answers, _exact_match),
     "contains": Check(("contains",), expected_answers, _contains),
     "math": Check(("math",), expected_answers, _math, package="math-verify"),

@@ -171,7 +171,7 @@ class GenerateTask(AnsweredTask):
     """
 
     kind: Literal["generate"] = "generate"
-    check: Literal["exact_match", "contains", "math", "ifeval"] = "exact_match"
+    check: Literal["exact_match", "contains", "math", "code", "ifeval"] = "exact_match"
     extract: str | None = None
 
     def __post_init__(self) -> None:

@@ -62,7 +62,7 @@ def test_three_ways_to_start_from_folder_to_verdict(tmp_path, tiny_models):
 @pytest.mark.parametrize(
     "start, shown",
     [
-        ((*MODULE, "--help"), "  convert  convert between Hugging Face folders and checkpoints"),
+        ((*MODULE, "--help"), "  convert   convert between Hugging Face folders and checkpoints"),
         (("tools/main.py", "-h"), "usage: megatron-align COMMAND ..."),
         ((*MODULE, "convert", "--help"), "  verify  check that a checkpoint"),
         (("tools/convert.py", "import", "--help"), "--dtype {bfloat16,float32}"),
