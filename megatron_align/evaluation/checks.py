@@ -15,6 +15,7 @@ from megatron_align.evaluation.sandbox import passes
 from megatron_align.rollout.prompts import PromptRecord
 
 Scores = dict[str, float]
+ANSWERS = ("answer", "reference", "target", "completion")  # the first that a record has is its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +72,16 @@ def extracted(answer: str, extract: str | None) -> str:
 
 
 def expected_answers(record: PromptRecord) -> tuple[str, ...]:
-    """Return the accepted answers of a record: ``answer`` (text, number or list), or its last assistant turn.
+    """Return the accepted answers of a record: its field of ``ANSWERS`` (text, number, list), or last assistant turn.
 
     Raises:
         InputError: it has neither.
     """
-    value: Any = record.raw.get("answer", record.answer)
+    name = next((name for name in ANSWERS if name in record.raw), ANSWERS[0])
+    value: Any = record.raw.get(name, record.answer)
     values = value if isinstance(value, list) else [value]
     if not values or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values):
-        raise bad_field(record.where, "answer", "text, a number or a list of them", value)
+        raise bad_field(record.where, name, "text, a number or a list of them", value)
     return tuple(str(v) for v in values)
 
 

@@ -28,6 +28,8 @@ from megatron_align.objectives.base import DATA_KINDS, DataKind
 from megatron_align.records import Sample
 from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
 
+# Names that data sets have for the choices and the right one; the first that a record has is read.
+CHOICES, RIGHT = ("choices", "options", "endings"), ("answer", "answerKey", "label", "gold")
 LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -114,23 +116,29 @@ def read_choices(task: ChoiceTask, tokenizer: PreTrainedTokenizerBase, sequence_
     )
 
 
+def _first(raw: RawRecord, names: Sequence[str]) -> str:
+    return next((name for name in names if name in raw), names[0])
+
+
 def _choices(raw: RawRecord, where: str) -> list[str]:
-    value: Any = raw.get("choices")
+    name = _first(raw, CHOICES)
+    value: Any = raw.get(name)
     if isinstance(value, dict) and "text" in value:  # ARC's: {text: [...], label: [...]}
         value = value["text"]
-    listed = nonempty_list(value, where, "choices")
-    choices = [text({f"choices[{i}]": choice}, f"choices[{i}]", where) for i, choice in enumerate(listed)]
+    listed = nonempty_list(value, where, name)
+    choices = [text({f"{name}[{i}]": choice}, f"{name}[{i}]", where) for i, choice in enumerate(listed)]
     if len(choices) < 2 or not all(choices):
-        raise bad_field(where, "choices", "at least two texts, none of them empty", value)
+        raise bad_field(where, name, "at least two texts, none of them empty", value)
     if len(set(choices)) < len(choices):
-        raise bad_field(where, "choices", "different texts", value)
+        raise bad_field(where, name, "different texts", value)
     return choices
 
 
 def _answer(raw: RawRecord, choices: Sequence[str], where: str) -> int:
     """Return the index of the right choice: ``answer`` is its index, its letter, its label or its text."""
-    value = raw.get("answer", raw.get("answerKey", raw.get("label")))
-    labels = raw["choices"].get("label") if isinstance(raw["choices"], dict) else None
+    name = _first(raw, RIGHT)
+    value, listed = raw.get(name), raw[_first(raw, CHOICES)]
+    labels = listed.get("label") if isinstance(listed, dict) else None
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
         return value
     if isinstance(value, str):
@@ -139,7 +147,7 @@ def _answer(raw: RawRecord, choices: Sequence[str], where: str) -> int:
                 return list(names).index(value)
         if value.isdecimal() and int(value) < len(choices):
             return int(value)
-    raise bad_field(where, "answer", f"one of the {len(choices)} choices (index, letter or text)", value)
+    raise bad_field(where, name, f"one of the {len(choices)} choices (index, letter or text)", value)
 
 
 def _sample(record: PromptRecord, choices: Sequence[str], delimiter: str, prompts: PromptTokenizer) -> Sample:

@@ -19,6 +19,8 @@ from megatron_align.errors import InputError
 from megatron_align.records import Conversation, Message
 from megatron_align.rollout.types import Prompt
 
+TEXT_FIELDS = ("prompt", "question", "query", "context", "ctx")  # the first that a record has is its prompt
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRecord:
@@ -48,8 +50,8 @@ class PromptRecord:
 def read_prompts(path: str, *, as_chat: bool = False, limit: int | None = None) -> Iterator[PromptRecord]:
     """Yield the prompts of a file, folder or glob pattern, in order.
 
-    A record has ``prompt`` (text or messages), ``question`` (text), ``messages``, ``conversations`` (ShareGPT) or
-    ``instruction`` (Alpaca); a conversation that ends with the assistant's turn is a prompt without that turn.
+    A record has ``prompt`` (text or messages), another of ``TEXT_FIELDS`` (text), ``messages``, ``conversations``
+    (ShareGPT) or ``instruction`` (Alpaca); a conversation that ends with the assistant's turn is a prompt without it.
 
     Args:
         path: of the data.
@@ -110,7 +112,7 @@ class PromptTokenizer:
 
 def _record(raw: RawRecord, where: str, as_chat: bool) -> PromptRecord:
     answer, tools = None, None
-    text_field = "prompt" if "prompt" in raw else "question"
+    text_field = next((name for name in TEXT_FIELDS if name in raw), "prompt")
     if isinstance(raw.get(text_field), str):
         text = nonempty_text(raw, text_field, where)
         require_encodable(text, where, text_field)
