@@ -59,19 +59,14 @@ class _Callable(ModuleType):
 
 
 def _command() -> int:
-    from megatron_align.training.stop import EXIT_INTERRUPTED, SecondInterrupt
+    from megatron_align.training.stop import SecondInterrupt, interrupted
 
     try:
         with SecondInterrupt():
             return main()
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                "interrupted: no results were written; the same command starts again",
-                file=sys.stderr,
-                flush=True,
-            )
-        return EXIT_INTERRUPTED
+        line = "interrupted: no results were written; the same command starts again"
+        return interrupted(line, ends_process=True)
 
 
 if __name__ == "__main__":

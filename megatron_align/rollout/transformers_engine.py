@@ -174,6 +174,11 @@ class TransformersEngine:
         """Draw a token for every row, and compute the logits of the next one for rows that continue."""
         uniform_B = torch.tensor([row.uniform() for row in batch.rows], dtype=torch.float64)
         token_B, logprob_B = draw(batch.logits_BV, sampling, uniform_B)
+        if logprob_B.isnan().any():
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the model's log-probs must be finite, got NaN: its weights are corrupt, or too large for {dtype}"
+            )
         for row, token, logprob in zip(batch.rows, token_B.tolist(), logprob_B.tolist(), strict=True):
             decoder.add(row, token, logprob)
             if on_token is not None:

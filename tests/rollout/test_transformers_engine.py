@@ -143,3 +143,12 @@ def test_models_that_generate_nothing_are_refused(tmp_path):
     folder = make_model(tmp_path / "reward", "qwen2_reward")
     with pytest.raises(InputError, match="needs a language model"):
         TransformersEngine.from_folder(folder, torch.float32, CPU)
+
+
+def test_a_model_that_is_not_finite_is_refused(tmp_path, prompts):
+    engine = TransformersEngine.from_folder(make_model(tmp_path / "nan"), torch.float32, CPU)
+    with torch.no_grad():
+        engine.model.model.norm.weight.fill_(float("nan"))
+    for sampling in (Sampling(max_tokens=2), Sampling(max_tokens=2, temperature=0)):
+        with pytest.raises(InputError, match="must be finite, got NaN: .*too large for float32"):
+            engine.generate(prompts, sampling)
