@@ -26,10 +26,11 @@ def run(arguments: list[str]) -> int:
     options = parser.parse(arguments)
     from megatron_align.errors import require
     from megatron_align.storage.atomic_write import require_writable
+    from megatron_align.tools.report_about import about
     from megatron_align.tools.report_charts import charts_of
     from megatron_align.tools.report_page import write_page
     from megatron_align.tools.report_png import write_pngs
-    from megatron_align.tools.report_runs import read_runs
+    from megatron_align.tools.report_runs import read_runs, summary
 
     out = Path(options.out)
     require(not out.exists() or out.is_dir(), f"--out must be a folder, got a file: {out}")
@@ -39,6 +40,9 @@ def run(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     pictures = write_pngs(out, charts, [run.name for run in runs])
     page = write_page(out, runs, charts, options.title)
+    if len(runs) == 1:
+        described = [line for line in (*about(runs[0]), *summary(runs[0])) if line[1].strip("– ·")]
+        print("\n".join(f"{name:{max(len(n) for n, _ in described)}}  {text}" for name, text in described))
     steps = ", ".join(f"{run.name} ({len(run.training)} steps)" for run in runs)
     print(f"{steps}: {len(charts)} charts\nreport: {page}\npictures: {len(pictures)} in {out / 'png'}")
     return 0

@@ -17,9 +17,10 @@ from megatron_align.monitoring.metric_names import METRICS, Metric
 from megatron_align.tools.report_runs import Run
 
 MOST_POINTS = 400  # of a line; more would not be visible
-MANY = 40  # points from which a noisy curve gets a running median and outliers are clipped
+MANY = 40  # points from which outliers are clipped
+_TREND = 24  # points from which a noisy curve gets a running median
 _PARTS = 25  # of a curve: the window of the running median is one part
-_NOISY = 4  # a curve is noisy if its total variation is more than this times its range
+_NOISY = 3  # a curve is noisy if its total variation is more than this times its range
 # Drawn only if some value is not 0.
 _QUIET = (
     "skipped_steps",
@@ -29,7 +30,8 @@ _QUIET = (
     "recomputed_samples",
 )
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 22  # of the plotting area
+RIGHT, TOP, BOTTOM = 10, 8, 22  # of the plotting area
+LETTER = 6.4  # width of a character of a label, at most
 
 Point = tuple[float, float]
 
@@ -46,7 +48,7 @@ class Line:
     def smooth(self) -> list[Point]:
         """Running median, then running mean, of a noisy curve with enough points; else empty."""
         values = [y for _, y in self.points]
-        if len(values) < MANY:
+        if len(values) < _TREND:
             return []
         first, last = _without_extremes(values)
         variation = sum(abs(b - a) for a, b in pairwise(values))
@@ -155,9 +157,10 @@ class Scale:
 def to_svg(chart: Chart, names: Sequence[str]) -> str:
     """Return a chart as SVG, with its points as data for the page's cursor; ``names`` are the runs'."""
     steps = [x for line in chart.lines for x, _ in line.points]
-    across = Scale(min(steps), max(steps), LEFT, WIDTH - RIGHT)
     up = Scale(*chart.limits, HEIGHT - BOTTOM, TOP)
-    parts = [_axes(across, up)]
+    left = 12 + LETTER * max(map(len, tick_texts(up.ticks())))  # labels stand in it
+    across = Scale(min(steps), max(steps), left, WIDTH - RIGHT)
+    parts = [_axes(across, up, left)]
     data = []
     for line in chart.lines:
         points = thinned(line.points)
@@ -187,15 +190,16 @@ def to_svg(chart: Chart, names: Sequence[str]) -> str:
     )
 
 
-def _axes(across: Scale, up: Scale) -> str:
+def _axes(across: Scale, up: Scale, left: float) -> str:
     parts = []
     for value, text in zip(up.ticks(), tick_texts(up.ticks()), strict=True):
         y = up(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
     steps = [value for value in across.ticks() if value == int(value)]
     for value, text in zip(steps, tick_texts(steps), strict=True):
-        x = min(across(value), WIDTH - RIGHT - 4)
+        half = LETTER * len(text) / 2
+        x = min(max(across(value), half), WIDTH - half)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{text}</text>')
     return "".join(parts)
 

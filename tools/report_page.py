@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megatron_align.monitoring.metric_names import BY_NAME
+from megatron_align.tools.report_about import about
 from megatron_align.tools.report_charts import Chart, to_svg
-from megatron_align.tools.report_runs import Run, differences, duration, short, summary
+from megatron_align.tools.report_runs import Run, as_text, differences, duration, short, summary
 from megatron_align.tools.report_style import SCRIPT, STYLE
 
 PAGE = "report.html"
@@ -43,12 +44,14 @@ def to_html(runs: Sequence[Run], charts: Sequence[Chart], title: str | None = No
         f'<p class="note">{_when(runs)}</p>',
         _legend(runs) if len(runs) > 1 else "",
         _summary(runs),
+        _about(runs),
         _differences(runs),
         *_sections(charts, [run.name for run in runs]),
         _histogram(runs),
         _timing(runs),
         _anomalies(runs),
         _meanings(charts),
+        _configuration(runs),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -102,6 +105,25 @@ def _summary(runs: Sequence[Run]) -> str:
     rows = [[_text(name), *(_text(of[i][1]) for of in summaries)] for i, (name, _) in enumerate(summaries[0])]
     filled = [row for row in rows if any(cell.strip("– ·") for cell in row[1:])]
     return f"<h2>Summary</h2>{_table(filled, _heads(runs))}"
+
+
+def _about(runs: Sequence[Run]) -> str:
+    """Return what each run is: model, data, objective, layout, versions."""
+    texts = [about(run) for run in runs]
+    rows = [[_text(name), *(_text(of[i][1]) for of in texts)] for i, (name, _) in enumerate(texts[0])]
+    filled = [row for row in rows if any(cell != "–" for cell in row[1:])]
+    return f"<h2>Run{'s' * (len(runs) > 1)}</h2>{_table(filled, _heads(runs) if len(runs) > 1 else ())}"
+
+
+def _configuration(runs: Sequence[Run]) -> str:
+    """Return the complete configuration of a single run, folded; of several the differences are shown."""
+    if len(runs) > 1 or not runs[0].config:
+        return ""
+    rows = [
+        [f"<code>{_text(key)}</code>", f"<code>{_text(as_text(value))}</code>"]
+        for key, value in runs[0].config.items()
+    ]
+    return f"<h2>Configuration</h2><details><summary>{len(rows)} options</summary>{_table(rows)}</details>"
 
 
 def _differences(runs: Sequence[Run]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from megatron_align.tools.report_charts import Chart, thinned
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#2563c9", "#d2462f", "#2a8f57", "#b3730b", "#7a48c4", "#0e8394", "#bd3f77", "#667085")
 _COLUMNS = 3
+_TITLE = 58  # characters of a line
+_LABEL = 40
 
 
 def write_pngs(out: Path, charts: Sequence[Chart], names: Sequence[str]) -> list[Path]:
@@ -49,7 +52,8 @@ def write_pngs(out: Path, charts: Sequence[Chart], names: Sequence[str]) -> list
 def _draw(ax: Axes, chart: Chart, names: Sequence[str]) -> None:
     for line in chart.lines:
         colour = COLOURS[line.run % len(COLOURS)]
-        label = f"{names[line.run]}, validation" if line.validation else names[line.run]
+        name = names[line.run] if len(names[line.run]) <= _LABEL else f"...{names[line.run][-_LABEL:]}"
+        label = f"{name}, validation" if line.validation else name
         style = "--" if line.validation else "-"
         marker = "o" if line.validation or len(line.points) == 1 else ""
         smooth = line.smooth
@@ -61,7 +65,8 @@ def _draw(ax: Axes, chart: Chart, names: Sequence[str]) -> None:
     low, high = chart.limits
     if chart.beyond:
         ax.set_ylim(low, high)
-    ax.set_title(f"{chart.metric.name}, {chart.metric.unit}", loc="left", fontsize=10)
+    title = "\n".join(wrap(f"{chart.metric.name}, {chart.metric.unit}", _TITLE))
+    ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel("step", fontsize=9)
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25, linewidth=0.5)

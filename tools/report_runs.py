@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_align.config.yaml_text import read_yaml
 from megatron_align.errors import InputError
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"
@@ -118,11 +117,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         return {}
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
+    content = read_yaml(str(file))
+    if not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{file} must hold sections of options, as written by a run")
     return {f"{section}.{key}": value for section, of in content.items() for key, value in of.items()}
 
@@ -130,11 +126,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Return ``{key: values of all runs}`` of the options that differ; "–" where an option is not set."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in _NAMES_A_RUN)
-    values_of = {key: [_shown(run.config.get(key)) for run in runs] for key in keys}
+    values_of = {key: [as_text(run.config.get(key)) for run in runs] for key in keys}
     return {key: values for key, values in values_of.items() if len(set(values)) > 1}
 
 
-def _shown(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Return the value of an option as text."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -17,6 +17,7 @@ p{margin:.4rem 0}.note,th,.unit{color:var(--soft)}.note{font-size:.86rem}
 background:var(--card);border:1px solid var(--edge);border-radius:10px;overflow:hidden}
 .figures div{padding:.7rem .9rem;box-shadow:1px 1px var(--edge)}.figures dt{font-size:.78rem;color:var(--soft)}
 .figures dd{margin:.1rem 0 0;font-size:1.08rem;font-weight:600;font-variant-numeric:tabular-nums}
+details{margin:0}summary{cursor:pointer;color:var(--soft);margin-bottom:.5rem}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--edge);border-radius:10px}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.42rem .9rem;vertical-align:top;border-top:1px solid var(--edge)}
@@ -26,7 +27,7 @@ code{font:.86em/1.4 ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:an
 figure{margin:0;background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:.75rem .6rem .35rem}
 figcaption{padding:0 .4rem .3rem;display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 .8rem;
 min-height:2.9rem;align-content:flex-start}
-figcaption b{font-weight:600}.unit{font-size:.8rem;font-weight:400;margin-left:.4em}
+figcaption b{font-weight:600;overflow-wrap:anywhere}.unit{font-size:.8rem;font-weight:400;margin-left:.4em}
 output{display:flex;flex-wrap:wrap;gap:0 .7em;font-size:.82rem;font-variant-numeric:tabular-nums;color:var(--soft)}
 svg{display:block;width:100%;height:auto;touch-action:pan-y}
 svg text{font:10.5px system-ui,sans-serif;fill:var(--soft);font-variant-numeric:tabular-nums}

@@ -5,13 +5,25 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import yaml
 
 from megatron_align.tools.main import main
-from megatron_align.tools.report_charts import MOST_POINTS, Line, Scale, charts_of, thinned, tick_texts, ticks
+from megatron_align.tools.report_about import about
+from megatron_align.tools.report_charts import (
+    MOST_POINTS,
+    WIDTH,
+    Line,
+    Scale,
+    charts_of,
+    thinned,
+    tick_texts,
+    ticks,
+    to_svg,
+)
 from megatron_align.tools.report_page import to_html
 from megatron_align.tools.report_runs import differences, read_runs, short, summary
 
@@ -82,6 +94,59 @@ def test_one_run_end_to_end(tmp_path, capsys):
     assert {"loss.png", "accuracy.png", "wait_seconds.png", "all.png"} <= pictures
     assert "skipped_steps.png" not in pictures  # nothing but zeros
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "out" / "png").iterdir())
+
+
+def test_the_page_says_what_the_run_is(tmp_path, capsys):
+    """From config.yaml and the newest checkpoint that can be read; without one, from config.yaml alone."""
+    options = {"model__path": "/models/q", "data__train": ["a.jsonl", {"path": "b.jsonl", "weight": 0.5}]}
+    options |= {"objective__name": "dpo", "objective__beta": 0.25, "objective__ld_alpha": None}
+    options |= {
+        "parallel__tensor": 2,
+        "parallel__pipeline": 1,
+        "parallel__context": 1,
+        "train__precision": "bf16",
+    }
+    run = write_run(tmp_path / "run", **options, reference__mode="live", optimizer__schedule="cosine")
+    [bare] = read_runs([str(run)])
+    assert dict(about(bare))["layout"] == "tensor 2 x pipeline 1 x context 1"
+    assert dict(about(bare))["versions"] == "–"
+    card = {"world_size": 8, "versions": {"torch": "2.13.0"}, "data": {"shapes": ["pair"], "samples": 1234},
+            "shape": {"architecture": "Qwen2ForCausalLM", "num_layers": 28, "hidden_size": 3584,
+                      "vocab_size": 9}}  # fmt: skip
+    for step, content in ((10, json.dumps(card)), (20, "{")):  # the newest is being written
+        (run / f"step_{step:06d}").mkdir()
+        (run / f"step_{step:06d}" / "card.json").write_text(content)
+    assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    words = html.unescape(" ".join(Page(page).words))
+    for text in (
+        "/models/q: Qwen2ForCausalLM, 28 layers, hidden 3584, vocabulary 9, bf16",
+        "a.jsonl, b.jsonl x 0.5: pair, 1,234 samples",
+        "dpo, beta 0.25; reference live",
+        "8 ranks = tensor 2 x pipeline 1 x context 1 x data 4",
+        "AdamW, lr 1e-06 cosine, betas [0.9, 0.99], seed 0",
+        "torch 2.13.0",
+    ):
+        assert text in words, text
+        assert text in printed, text
+    assert "objective.ld_alpha" in words  # the complete configuration, folded
+
+
+def test_no_label_is_cut_off(tmp_path):
+    """Every label of a chart is inside of its picture, whatever the size of the numbers."""
+    run = write_run(tmp_path / "run", steps=30)
+    for scale in (1e-9, 1.0, 123456.0, -7.25e-5):
+        lines = [Line(0, [(step * 50_000, scale * (1 + step / 1000)) for step in range(20)])]
+        for chart in charts_of(read_runs([str(run)]))[:1]:
+            svg = to_svg(replace(chart, lines=lines), ["run"])
+        texts = re.findall(r'<text x="([\d.-]+)"[^>]*text-anchor="(\w+)">([^<]*)<', svg)
+        assert len(texts) > 4
+        for x, anchor, text in texts:
+            width = 6 * len(text)
+            begin = float(x) - (width if anchor == "end" else width / 2)
+            assert begin >= 0, (scale, text)
+            assert begin + width <= WIDTH, (scale, text)
 
 
 def test_charts_carry_every_point(tmp_path):
