@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,12 @@ def _objective(run: Run) -> str:
 
 
 def _layout(run: Run, card: Mapping[str, Any]) -> str:
-    sizes = {name: run.config.get(f"parallel.{name}") for name in ("tensor", "pipeline", "context")}
-    if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+    given = {name: run.config.get(f"parallel.{name}") for name in ("tensor", "pipeline", "context")}
+    sizes = {name: size for name, size in given.items() if isinstance(size, int) and size > 0}
+    if len(sizes) < len(given):
         return ""
     text = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    ranks, model = card.get("world_size"), sizes["tensor"] * sizes["pipeline"] * sizes["context"]
+    ranks, model = card.get("world_size"), prod(sizes.values())
     if isinstance(ranks, int) and ranks % model == 0:
         text = f"{ranks} rank{'s' * (ranks != 1)} = {text} x data {ranks // model}"
     chunks = run.config.get("parallel.virtual_pipeline")
