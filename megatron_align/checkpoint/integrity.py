@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.storage.checksums import (
     CorruptChecksums,
     HashWhileReading,
@@ -84,4 +84,4 @@ def verifying_while_reading(
 
 def _raise_if_corrupt(lines: list[str]) -> None:
     if lines:
-        raise InputError(f"checkpoint is corrupt: {'; '.join(lines)}")
+        raise InputError(f"checkpoint is corrupt: {listed(lines, '; ')}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_align.checkpoint.tensor_reader import StoredTensorReader
 from megatron_align.checkpoint.torch_metadata import StoredShard, StoredTensor, read_stored_tensors
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 
 _THREADS = 4  # concurrent reads: more than one core needs, to keep the disk busy
 
@@ -54,7 +54,7 @@ def read_tensors(state: Path, requests: Sequence[ReadRequest]) -> None:
     stored = read_stored_tensors(state)
     keys = {request.key for request in requests}
     if missing := sorted(keys - stored.keys()):
-        raise InputError(f"checkpoint does not match the model: missing {', '.join(missing)} in {state}")
+        raise InputError(f"checkpoint does not match the model: missing {listed(missing)} in {state}")
     for request in requests:
         expected, actual = list(request.global_shape), list(stored[request.key].shape)
         if request.allow_padding:

@@ -11,7 +11,7 @@ import torch
 from megatron_align.checkpoint.card import checkpoint_shape, read_checkpoint_metadata, shape_differences
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE, find_checkpoint
 from megatron_align.convert.state_reader import StateReader
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.hf.safetensors import DTYPES
 from megatron_align.model.families import ModelShape, rows
 
@@ -70,7 +70,7 @@ def open_state(checkpoint: Checkpoint) -> StateReader:
     stored = {row.megatron: state.dtype(row) for row in rows(checkpoint.shape)}
     if wrong := [f"{name} is {_name(dtype)}" for name, dtype in stored.items() if dtype != checkpoint.dtype]:
         raise InputError(
-            f"checkpoint tensors must be {_name(checkpoint.dtype)} ({CARD}); found {', '.join(wrong)} in {folder}"
+            f"checkpoint tensors must be {_name(checkpoint.dtype)} ({CARD}); found {listed(wrong)} in {folder}"
         )
     return state
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_align.checkpoint.tensor_reader import FileRange, StoredTensorReader
 from megatron_align.checkpoint.torch_metadata import StoredShard, StoredTensor, read_stored_tensors
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape, rows
 from megatron_align.storage.atomic_write import advise_page_cache
 
@@ -172,10 +172,10 @@ class StateReader:
             "missing": sorted(expected - self._stored.keys()),
             "unexpected": sorted(self._stored.keys() - expected),
         }
-        listed = [f"{kind} {', '.join(names)}" for kind, names in differences.items() if names]
-        if listed:
+        found = [f"{kind} {listed(names)}" for kind, names in differences.items() if names]
+        if found:
             raise InputError(
-                f"checkpoint weights do not match {self.shape.architecture}: {'; '.join(listed)} in {self.state}"
+                f"checkpoint weights do not match {self.shape.architecture}: {'; '.join(found)} in {self.state}"
             )
 
     def _check_shapes(self) -> None:
@@ -191,7 +191,7 @@ class StateReader:
                 wrong.append(f"{row.megatron} must be {actual}, its shards do not cover it")
         if wrong:
             raise InputError(
-                f"checkpoint tensor shapes do not match config.json: {'; '.join(wrong)} in {self.state}"
+                f"checkpoint tensor shapes do not match config.json: {listed(wrong, '; ')} in {self.state}"
             )
 
     def _check_files(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.model.families import ModelShape, copy_segments, local_shape, read_shape, rows
 
@@ -41,7 +41,7 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
     tied embeddings.
 
     Raises:
-        InputError: naming every missing and unexpected tensor, or every one of a wrong dtype or shape.
+        InputError: naming missing and unexpected tensors, or those of a wrong dtype or shape, ten at most.
     """
     expected = {n: s for row in rows(shape) for n, s in zip(row.hf, row.hf_shapes(shape), strict=True)}
     present = set(weights.names)
@@ -51,7 +51,7 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
     missing, unexpected = sorted(expected.keys() - present), sorted(present - expected.keys() - redundant)
     if missing or unexpected:
         differences = [
-            f"{kind} {', '.join(n)}" for kind, n in (("missing", missing), ("unexpected", unexpected)) if n
+            f"{kind} {listed(n)}" for kind, n in (("missing", missing), ("unexpected", unexpected)) if n
         ]
         raise InputError(
             f"weights do not match {shape.architecture}: {'; '.join(differences)} in {weights.folder}"
@@ -62,13 +62,13 @@ def check_weights(weights: HFWeights, shape: ModelShape) -> None:
         if weights.shape(name) != size
     ]
     if wrong:
-        raise InputError(f"tensor shapes do not match config.json: {'; '.join(wrong)} in {weights.folder}")
+        raise InputError(f"tensor shapes do not match config.json: {listed(wrong, '; ')} in {weights.folder}")
     unsupported = [
         f"{name} is {weights.dtype(name)}" for name in expected if weights.dtype(name) not in DTYPES
     ]
     if unsupported:
         raise InputError(
-            f"tensor dtypes must be one of {list(DTYPES)}: {'; '.join(unsupported)} in {weights.folder}"
+            f"tensor dtypes must be one of {list(DTYPES)}: {listed(unsupported, '; ')} in {weights.folder}"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.model.families import Segment, read_json
 from megatron_align.storage.atomic_write import advise_page_cache, read_into
 
@@ -151,17 +151,17 @@ def _open_shards(folder: Path) -> dict[str, _SafetensorsFile]:
             )
     names = sorted(set(weight_map.values()))
     if absent := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"the index names shards that do not exist: {', '.join(absent)} in {folder}")
+        raise InputError(f"the index names shards that do not exist: {listed(absent)} in {folder}")
     files = {name: _SafetensorsFile(folder / name) for name in names}
     held = {(tensor, name) for name, file in files.items() for tensor in file.handle.keys()}  # noqa: SIM118
     indexed = set(weight_map.items())
     if missing := sorted(f"{tensor} ({name})" for tensor, name in indexed - held):
         raise InputError(
-            f"the index names tensors that their shards do not hold: {', '.join(missing)} in {folder}"
+            f"the index names tensors that their shards do not hold: {listed(missing)} in {folder}"
         )
     if unindexed := sorted(f"{tensor} ({name})" for tensor, name in held - indexed):
         raise InputError(
-            f"the shards hold tensors that the index does not name: {', '.join(unindexed)} in {folder}"
+            f"the shards hold tensors that the index does not name: {listed(unindexed)} in {folder}"
         )
     return {tensor: files[name] for tensor, name in weight_map.items()}
 

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_align.config import ParallelConfig
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.model import cpu
 
 PATIENCE = 12  # times the timeout: the limit for reading or writing a complete model
@@ -138,7 +138,7 @@ def _meet(rank_info: RankInfo, timeout: timedelta) -> dist.Store:
 
 def list_ranks(ranks: list[int]) -> str:
     """Return the ranks as text for an error line, the first eight by number: ``1, 3`` or ``0, ..., 7 and 56 more``."""
-    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return listed(ranks, most=8)
 
 
 def require_agreement(values: dict[str, Any], why: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_align.config.paths import expand_home
-from megatron_align.errors import InputError, nearest, require
+from megatron_align.errors import InputError, listed, nearest, require
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.options import ObjectiveOptions
 
@@ -39,7 +39,7 @@ def _load(file: Path, class_name: str) -> type[Objective]:
     if objective is None:
         raise InputError(
             f"objective.name: no class '{class_name}' in {file}, whose objectives are "
-            f"{', '.join(classes) or 'none'}{nearest(class_name, classes)}"
+            f"{listed(classes) or 'none'}{nearest(class_name, classes)}"
         )
     if not (isinstance(objective, type) and issubclass(objective, Objective)):
         raise InputError(

@@ -12,7 +12,7 @@ from megatron_align.checkpoint.card import read_checkpoint_metadata, require_sam
 from megatron_align.checkpoint.folder import list_steps, move_corrupt_aside
 from megatron_align.checkpoint.integrity import find_corrupt_files
 from megatron_align.config import RunConfig
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, listed
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape
 from megatron_align.training.resume_compatibility import require_same_run
@@ -64,10 +64,10 @@ def find_resume_point(
         if not (faults := find_corrupt_files(folder, quick=True)):
             require_same_model(read_checkpoint_metadata(folder), shape, folder)
             return ResumePoint(step, folder, tuple(reasons.items()))
-        reasons[folder] = "; ".join(faults)
+        reasons[folder] = listed(faults, "; ")
     if steps:
         raise InputError(
-            f"no intact checkpoint in {run}: {'; '.join(reasons.values())}; delete them to restart from scratch"
+            f"no intact checkpoint in {run}: {listed(reasons.values(), '; ')}; delete them to restart from scratch"
         )
     return None
 
@@ -88,7 +88,7 @@ def verified_resume_point(
         {"the newest step": point and point.step}, "checkpoint.dir must be the same for all ranks"
     )
     while point is not None and (faults := find_corrupt_files(point.folder)):
-        point = find_resume_point(config, run, shape, (*point.corrupt, (point.folder, "; ".join(faults))))
+        point = find_resume_point(config, run, shape, (*point.corrupt, (point.folder, listed(faults, "; "))))
     if point is None:
         return None
     require_same_run(config, data_key, point.metadata, point.folder, assets, steps)
