@@ -209,6 +209,8 @@ def _remove_empty_folders_after_bad_input(folder: Path, lock: RunLock | None) ->
         yield
     except InputError:
         if lock is not None:
+            if not lock.is_held:  # another run's folder, or rank 0's
+                raise
             lock.release()
         for path in absent:
             with suppress(OSError):
