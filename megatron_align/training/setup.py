@@ -131,7 +131,9 @@ def prepare_run(
         )
     folder = Path(config.checkpoint.dir)
     if config.checkpoint.export_hf:
-        require_replaceable(folder / HF, "checkpoint.dir/hf")
+        require_replaceable(
+            folder / HF, "checkpoint.dir/hf", "set checkpoint.export_hf: false and use convert export"
+        )
     with _remove_empty_folders_after_bad_input(folder, lock):
         _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
