@@ -34,14 +34,11 @@ def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
         # trust_remote_code: left unset, transformers asks on the terminal, and runs the folder's code after a yes
         return AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        code = (
-            ""
-            if "trust_remote_code" not in str(error)
-            else "the folder's own code would be needed and is never run; "
-        )
+        reason = one_line(error)[:300]
+        if "trust_remote_code" in reason:
+            reason = "it needs the folder's own code, which is never run"
         raise InputError(
-            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: "
-            f"{code}{one_line(error)[:300]}"
+            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: {reason}"
         ) from error
 
 
