@@ -8,7 +8,7 @@ from megatron_align.data.formats.fields import (
     RawRecord,
     bad_field,
     nonempty_text,
-    require_encodable,
+    require_renderable,
     text,
     weight,
 )
@@ -99,5 +99,7 @@ def _history(record: RawRecord, where: str) -> tuple[Message, ...]:
             raise bad_field(where, f"history[{i}]", "a [question, answer] pair of strings", pair)
         for j, role in enumerate(("user", "assistant")):
             name = f"history[{i}][{j}]"
-            turns.append(require_content(Message(role, require_encodable(pair[j], where, name)), where, name))
+            turns.append(
+                require_content(Message(role, require_renderable(pair[j], where, name)), where, name)
+            )
     return tuple(turns)

@@ -6,9 +6,13 @@ import json
 import math
 from typing import Any
 
+from megatron_align.data.formats.json_text import JsonDecoder
 from megatron_align.errors import InputError
 
 RawRecord = dict[str, Any]
+MAX_DEPTH = 100  # levels of a tool's schema or a call's arguments; chat templates recurse over them
+LARGEST = 3.4028234663852886e38  # of float32, in which a step's margins, scores and weights are
+SMALLEST = 1.1754943508222875e-38  # positive and normal in float32
 
 
 def text(record: RawRecord, name: str, where: str, *, optional: bool = False) -> str:
@@ -18,7 +22,7 @@ def text(record: RawRecord, name: str, where: str, *, optional: bool = False) ->
         return ""
     if not isinstance(value, str):
         raise bad_field(where, name, "a string", value)
-    return require_encodable(value, where, name)
+    return _require_encodable(value, where, name)
 
 
 def nonempty_text(record: RawRecord, name: str, where: str) -> str:
@@ -29,26 +33,42 @@ def nonempty_text(record: RawRecord, name: str, where: str) -> str:
     return value
 
 
-def require_encodable(value: Any, where: str, name: str) -> Any:
-    """Return the value unless a string in it holds an unpaired surrogate or a NUL: no tokenizer accepts them."""
+def require_renderable(value: Any, where: str, name: str, depth: int = 0) -> Any:
+    """Return the value if a chat template and a tokenizer can write it as it is.
+
+    Raises:
+        InputError: for an unpaired surrogate or a NUL in a string, a number that is not finite, a value that JSON
+            does not have, or nesting of more than ``MAX_DEPTH`` levels.
+    """
     if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where}: field '{name}' must be valid Unicode, got {error.reason} at {error.start}"
-            ) from error
-        if "\0" in value:
-            raise InputError(
-                f"{where}: field '{name}' must not contain NUL, got one at {value.index(chr(0))}"
-            )
-    elif isinstance(value, dict):
+        return _require_encodable(value, where, name)
+    if depth > MAX_DEPTH:
+        raise InputError(
+            f"{where}: field '{name[:57]}...' must be nested at most {MAX_DEPTH} levels deep, got more"
+        )
+    if isinstance(value, dict):
         for key, item in value.items():
-            require_encodable(key, where, name)
-            require_encodable(item, where, f"{name}.{key}")
+            require_renderable(key, where, name, depth)
+            require_renderable(item, where, f"{name}.{key}", depth + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            require_encodable(item, where, f"{name}[{i}]")
+            require_renderable(item, where, f"{name}[{i}]", depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise bad_field(where, name, "a finite number", value)
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise bad_field(where, name, "text, a number, true, false, null, a list or an object", value)
+    return value
+
+
+def _require_encodable(value: str, where: str, name: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: field '{name}' must be valid Unicode, got {error.reason} at {error.start}"
+        ) from error
+    if "\0" in value:
+        raise InputError(f"{where}: field '{name}' must not contain NUL, got one at {value.index(chr(0))}")
     return value
 
 
@@ -60,14 +80,12 @@ def nonempty_list(value: Any, where: str, name: str) -> list[Any]:
 
 
 def number(value: Any, where: str, name: str) -> float:
-    """Return a finite number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            if math.isfinite(value):
-                return float(value)
-        except OverflowError:  # an integer beyond the range of float
-            pass
-    raise bad_field(where, name, "a finite number", value)
+    """Return a finite number that float32 holds."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and -LARGEST <= value <= LARGEST:
+        return float(value)
+    beyond = is_number and LARGEST < abs(value) < 1.7e308
+    raise bad_field(where, name, "a finite number" + " in float32 (at most 3.4e38)" * beyond, value)
 
 
 def weight(record: RawRecord, where: str) -> float:
@@ -77,13 +95,16 @@ def weight(record: RawRecord, where: str) -> float:
     value = number(record["weight"], where, "weight")
     if value <= 0:
         raise bad_field(where, "weight", "positive", record["weight"])
+    if value < SMALLEST:
+        raise bad_field(where, "weight", "at least 1.2e-38, as float32 has none below", record["weight"])
     return value
 
 
 def decoded_json(value: str, where: str, name: str) -> Any:
     """Return the value of a JSON text."""
+    decoder = JsonDecoder()
     try:
-        return json.loads(value)
+        decoded = decoder.decode(value)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(
@@ -91,6 +112,11 @@ def decoded_json(value: str, where: str, name: str) -> Any:
         ) from error
     except RecursionError as error:
         raise InputError(f"{where}: field '{name}' must be JSON, got one nested too deeply") from error
+    if (key := decoder.repeated_key()) is not None:
+        raise InputError(
+            f"{where}: field '{name}' must not repeat a key of an object, got {shortened(key)} twice"
+        )
+    return decoded
 
 
 def bad_field(where: str, name: str, required: str, value: Any) -> InputError:
@@ -102,5 +128,8 @@ def bad_field(where: str, name: str, required: str, value: Any) -> InputError:
 
 def shortened(value: Any) -> str:
     """Return the repr of a value, at most 60 characters."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
+        return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__} that is too large to show"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -12,12 +12,25 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_align.data.formats.readers import Raw, read_objects
+from megatron_align.data.formats.columns import Columns, FieldUse, renamed
+from megatron_align.data.formats.open_file import Raw
+from megatron_align.data.formats.readers import is_csv, read_objects
 from megatron_align.data.formats.recognise import MixedShapes, Shape, recognise, shapes_named
+from megatron_align.data.formats.tables import cells_as_values
 from megatron_align.errors import InputError
 from megatron_align.records import Record
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".json",
+    ".json.gz",
+    ".parquet",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+)
 
 
 def expand(path: str) -> list[str]:
@@ -49,7 +62,12 @@ def expand(path: str) -> list[str]:
 
 
 def read_file(
-    path: str, shape: str | None = None, on_bad: Callable[[InputError], None] | None = None
+    path: str,
+    shape: str | None = None,
+    on_bad: Callable[[InputError], None] | None = None,
+    *,
+    columns: Columns | None = None,
+    fields: FieldUse | None = None,
 ) -> tuple[Shape, Iterator[Record]]:
     """Return the shape of one file and its records.
 
@@ -58,13 +76,16 @@ def read_file(
         shape: name of the shape, or of a kind (``pair``, ``ranked``, ``unpaired``, ``chat``); None: any, taken
             from the first well-formed record.
         on_bad: called with the error of every malformed record, which is then left out; None: it is raised.
+        columns: the column of each field that has another name in the file; None: the column is left alone.
+        fields: notes which fields of the records are used.
 
     Raises:
         InputError: for anything that is missing or malformed, naming file, line and field. A file that cannot
             be read, mixes shapes or holds no well-formed record is an error with ``on_bad`` too.
     """
     among = shapes_named(shape)
-    rows = read_objects(_data_file(path))
+    columns = columns or {}
+    rows = _fields_of(read_objects(_data_file(path)), columns, is_csv(path))
     bad = 0
     for where, raw in rows:
         try:
@@ -77,7 +98,8 @@ def read_file(
             bad += 1
             on_bad(error)
         else:
-            return recognised, _records(recognised, among, chain([(where, raw)], rows), on_bad)
+            records = _records(recognised, among, chain([(where, raw)], rows), on_bad)
+            return recognised, _noted(records, recognised, columns, fields)
     raise InputError(
         f"{path}: must hold at least one well-formed record, got {bad} malformed ones"
         if bad
@@ -85,15 +107,41 @@ def read_file(
     )
 
 
+def _fields_of(rows: Iterator[Raw], columns: Columns, of_csv: bool) -> Iterator[Raw]:
+    """Yield the records with our names of fields, the cells of CSV as values."""
+    for where, raw in rows:
+        if isinstance(raw, dict):
+            raw = renamed(raw, columns)
+            if of_csv:
+                try:
+                    raw = cells_as_values(raw, where)
+                except InputError as error:
+                    raw = error
+        yield where, raw
+
+
+def _noted(
+    records: Iterator[tuple[Record, dict[str, Any]]],
+    shape: Shape,
+    columns: Columns,
+    fields: FieldUse | None,
+) -> Iterator[Record]:
+    for record, raw in records:
+        if fields is not None:
+            fields.note(shape, raw, columns)
+        yield record
+
+
 def _records(
     shape: Shape,
     among: tuple[Shape, ...] | None,
     rows: Iterator[Raw],
     on_bad: Callable[[InputError], None] | None,
-) -> Iterator[Record]:
+) -> Iterator[tuple[Record, dict[str, Any]]]:
     for where, raw in rows:
         try:
-            record = shape.read(_require_well_formed(raw), where, among)
+            fields = _require_well_formed(raw)
+            record = shape.read(fields, where, among)
         except MixedShapes:
             raise
         except InputError as error:
@@ -101,7 +149,7 @@ def _records(
                 raise
             on_bad(error)
         else:
-            yield record
+            yield record, fields
 
 
 def _require_well_formed(raw: dict[str, Any] | InputError) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron_align.data.formats.fields import (
     nonempty_list,
     nonempty_text,
     number,
-    require_encodable,
+    require_renderable,
     shortened,
     text,
     weight,
@@ -34,7 +34,7 @@ Tools = tuple[Any, ...] | None
 
 PAIR = ("chosen", "rejected")
 GOLD = "reference"  # the third answer of a triple: TRL's name
-_SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
+SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 _HH_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -107,11 +107,11 @@ def _require_different(chosen: Turns | str, rejected: Turns | str, where: str) -
 
 
 def _pair_scores(record: RawRecord, where: str) -> tuple[float | None, ...]:
-    given = [names for names in _SCORES if any(record.get(name) is not None for name in names)]
+    given = [names for names in SCORES if any(record.get(name) is not None for name in names)]
     if not given:
         return ()
     if len(given) > 1:
-        raise InputError(f"{where}: fields '{_SCORES[0][0]}' and '{_SCORES[1][0]}' must not both be given")
+        raise InputError(f"{where}: fields '{SCORES[0][0]}' and '{SCORES[1][0]}' must not both be given")
     return tuple(None if record.get(name) is None else number(record[name], where, name) for name in given[0])
 
 
@@ -213,9 +213,9 @@ def _label(record: RawRecord, where: str) -> bool:
         raise InputError(f"{where}: fields 'label' and 'kto_tag' must not both be given")
     name = names[0] if names else ("label" if "label" in record else "kto_tag")
     value = record.get(name)
-    if not isinstance(value, bool):
-        raise bad_field(where, name, "true or false", value)
-    return value
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise bad_field(where, name, "true or false", value)
 
 
 def _split_last_turn(turns: Turns, where: str, name: str) -> tuple[Turns, Turns]:
@@ -245,7 +245,7 @@ def _completion(value: Any, where: str, name: str, prompt: Turns | str) -> Turns
 def _answer(value: Any, where: str, name: str) -> Turns:
     """Return the turns of one completion; a string is one assistant turn."""
     if isinstance(value, str):
-        turn = Message("assistant", require_encodable(value, where, name))
+        turn = Message("assistant", require_renderable(value, where, name))
         return (require_content(turn, where, name),)
     return _require_answer(messages(value, where, name), where, name)
 

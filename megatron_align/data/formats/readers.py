@@ -1,32 +1,20 @@
-"""Readers of data files: the raw records of JSON Lines, JSON arrays (plain or gzip) and Parquet, as a stream.
+"""Read the raw records of a data file as a stream: JSON, CSV or Parquet, by the file's name.
 
-Memory is bound by the longest record (JSON) or by a row group's pages (Parquet), not by the size of a file.
+One rule for nulls in every format: a null field of an object within a record is an absent one. Arrow gives all objects
+of a column the same fields, absent ones as nulls, and writes them into Parquet and JSON Lines alike. A null that is
+meant is kept where an object is given as JSON text (a tool call's ``arguments``), as that is decoded later.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import io
-import json
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from megatron_align.data.formats.json_files import json_reader
+from megatron_align.data.formats.open_file import Raw
+from megatron_align.data.formats.tables import read_csv, read_parquet
 from megatron_align.errors import InputError
-
-_READ_SIZE = 1 << 18  # characters of a JSON array, bytes of a Parquet column read at a time
-_ROWS = 64  # Parquet rows decoded at a time
-_SPACE = " \t\r\n"
-# The end of a record follows from its syntax alone: where that is broken, the next record cannot be found.
-_UNREADABLE = (
-    "; later records of a JSON array cannot be found then (JSON Lines: on_bad_record: skip continues)"
-)
-
-Raw = tuple[
-    str, dict[str, Any] | InputError
-]  # where the record is (file:line), and the record or what is wrong with it
 
 
 def read_objects(path: str) -> Iterator[Raw]:
@@ -35,10 +23,11 @@ def read_objects(path: str) -> Iterator[Raw]:
     Raises:
         InputError: if the rest of the file is unreadable; names the file.
     """
-    read = _read_rows if path.endswith(".parquet") else _read_array if _is_array(path) else _read_lines
     try:
-        for where, raw in read(path):
-            if not isinstance(raw, (dict, InputError)):
+        for where, raw in _reader(path)(path):
+            if isinstance(raw, dict):
+                drop_nulls(raw)
+            elif not isinstance(raw, InputError):
                 raw = InputError(f"{where}: a record must be a JSON object, got {type(raw).__name__}")
             yield where, raw
     except UnicodeDecodeError as error:
@@ -47,136 +36,24 @@ def read_objects(path: str) -> Iterator[Raw]:
         raise InputError(f"{path}: could not be read: {' '.join(str(error).split())}") from error
 
 
-def _open(path: str) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+def is_csv(path: str) -> bool:
+    """Return whether the file is a table of text cells."""
+    return path.removesuffix(".gz").endswith((".csv", ".tsv"))
 
 
-def _is_array(path: str) -> bool:
-    """Return whether a ``.json`` file holds a JSON array, not JSON Lines (both are common): by its first character."""
-    if ".jsonl" in Path(path).suffixes:
-        return False
-    try:
-        with _open(path) as file:
-            while block := file.read(64):
-                if first := block.removeprefix(codecs.BOM_UTF8).lstrip():
-                    return first.startswith(b"[")
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: could not be read: {' '.join(str(error).split())}") from error
-    return False
+def drop_nulls(record: dict[str, Any]) -> None:
+    """Delete null fields of the objects within a record, in place; its own fields keep their nulls."""
+    open_values = [value for value in record.values() if isinstance(value, (dict, list))]
+    while open_values:  # no recursion: fields that nobody reads may be nested deeply
+        value = open_values.pop()
+        if isinstance(value, dict):
+            for key in [key for key, item in value.items() if item is None]:
+                del value[key]
+        inner = value.values() if isinstance(value, dict) else value
+        open_values.extend(item for item in inner if isinstance(item, (dict, list)))
 
 
-def _read_lines(path: str) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.isspace():
-                yield f"{path}:{number}", _decode(line, f"{path}:{number}")
-
-
-def _decode(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return InputError(
-            f"{where}: must be UTF-8 text, got {error.reason} at byte {error.start} of the line"
-        )
-    except json.JSONDecodeError as error:
-        return InputError(f"{where}: must be a line of JSON, got {error.msg} at column {error.colno}")
-    except ValueError as error:  # an integer of thousands of digits
-        return InputError(f"{where}: must be a line of JSON, got {error}")
-    except RecursionError:
-        return InputError(f"{where}: must be a line of JSON, got one nested too deeply")
-
-
-def _read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a Parquet file, a few at a time. An absent field of a message or tool is a null there."""
-    import pyarrow as pa  # imported here: it takes longer than reading a small JSON file
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path, buffer_size=_READ_SIZE) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", {key: _without_nulls(value) for key, value in row.items()}
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: could not be read: {' '.join(str(error).split())}") from error
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _read_array(path: str) -> Iterator[tuple[str, Any]]:
-    """Decode one record after the other."""
-    with _open(path) as file:
-        text = _Window(io.TextIOWrapper(file, encoding="utf-8-sig"), path)
-        text.skip_space()
-        text.position += 1  # the opening bracket
-        number = 0
-        mark = "]" if text.skip_space() == "]" else ","
-        while mark == ",":
-            number += 1
-            yield f"{path}: record {number}", text.record(number)
-            mark = text.skip_space()
-            if mark == ",":
-                text.position += 1
-                text.skip_space()
-            elif mark != "]":
-                got = mark or "the end of the file"
-                raise InputError(
-                    f"{path}: record {number}: must be followed by ',' or ']', got {got!r}{_UNREADABLE}"
-                )
-        text.position += 1  # the closing bracket
-        if text.skip_space():
-            raise InputError(f"{path}: must end after its JSON array, got more text after record {number}")
-
-
-class _Window:
-    """A moving window of a text file: what was read is dropped, a longer record widens it."""
-
-    def __init__(self, file: IO[str], path: str) -> None:
-        self._file, self._path = file, path
-        self._text = ""
-        self._characters = self._lines = 0  # dropped so far
-        self._decoder = json.JSONDecoder()
-        self.position = 0
-
-    def skip_space(self) -> str:
-        """Move to the next character that is not white space and return it; ``""`` at the end of the file."""
-        while True:
-            while self.position < len(self._text) and self._text[self.position] in _SPACE:
-                self.position += 1
-            if self.position < len(self._text) or not self._widen():
-                return self._text[self.position : self.position + 1]
-
-    def record(self, number: int) -> Any:
-        """Decode the value at the position and move past it."""
-        while True:
-            try:
-                value, self.position = self._decoder.raw_decode(self._text, self.position)
-            except json.JSONDecodeError as error:
-                if self._widen():  # perhaps the window cut it
-                    continue
-                raise InputError(
-                    f"{self._path}:{self._lines + error.lineno}: record {number} must be JSON, "
-                    f"got {error.msg} at character {self._characters + error.pos}{_UNREADABLE}"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                reason = "one nested too deeply" if isinstance(error, RecursionError) else str(error)
-                raise InputError(
-                    f"{self._path}: record {number} must be JSON, got {reason}{_UNREADABLE}"
-                ) from error
-            return value
-
-    def _widen(self) -> bool:
-        more = self._file.read(max(_READ_SIZE, len(self._text) - self.position))
-        if more:
-            self._characters += self.position
-            self._lines += self._text.count("\n", 0, self.position)
-            self._text, self.position = self._text[self.position :] + more, 0
-        return bool(more)
+def _reader(path: str) -> Callable[[str], Iterator[tuple[str, Any]]]:
+    if path.endswith(".parquet"):
+        return read_parquet
+    return read_csv if is_csv(path) else json_reader(path)

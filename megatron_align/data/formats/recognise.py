@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_align.data.formats import chat, preference
 from megatron_align.data.formats.fields import RawRecord, shortened
-from megatron_align.data.formats.turns import refuse_unsupported
+from megatron_align.data.formats.foreign_fields import refuse_other_kinds, refuse_unsupported
 from megatron_align.errors import InputError, nearest
 from megatron_align.records import Record
 
@@ -28,7 +28,8 @@ class MixedShapes(InputError):
 class Shape:
     """One way to write a record: ``needs`` and ``form`` recognise it, ``convert`` checks its fields.
 
-    ``form`` distinguishes shapes of one kind that need the same fields; None: the fields are enough.
+    ``form`` distinguishes shapes of one kind that need the same fields; None: the fields are enough. ``optional``:
+    further fields that ``convert`` reads. ``named``: the user named the shape, or its kind.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Shape:
     needs: tuple[str, ...]
     convert: Callable[[RawRecord, str], Record]
     form: Callable[[RawRecord], bool] | None = None
+    optional: tuple[str, ...] = ()
+    named: bool = False
 
     def fits(self, record: RawRecord) -> bool:
         """Return whether the record has this shape's fields; ``kto_tag`` is another name of ``label``."""
@@ -47,6 +50,11 @@ class Shape:
     def fields(self) -> str:
         """The required fields, for messages."""
         return " + ".join(self.needs)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All fields that are read."""
+        return (*self.needs, *self.optional, *_OF_KIND[self.kind])
 
     def read(self, record: RawRecord, where: str, among: Sequence[Shape] | None = None) -> Record:
         """Convert a record of this shape; ``among``: the shapes that it was recognised among.
@@ -60,6 +68,8 @@ class Shape:
             raise MixedShapes(
                 f"{where}: must be of shape '{self.name}' like the file's first record, got '{actual.name}'"
             )
+        if not self.named:
+            refuse_other_kinds(record, where, self.name, self.kind)
         return self.convert(record, where)
 
 
@@ -107,8 +117,8 @@ def shapes_named(name: str | None) -> tuple[Shape, ...] | None:
     if name is None:
         return None
     if one := next((shape for shape in SHAPES if shape.name == name), None):
-        return (replace(one, form=None),)
-    if of_kind := tuple(shape for shape in SHAPES if shape.kind == name):
+        return (replace(one, form=None, named=True),)
+    if of_kind := tuple(replace(shape, named=True) for shape in SHAPES if shape.kind == name):
         return of_kind
     names = [*KINDS, *(shape.name for shape in SHAPES)]
     raise InputError(f"data.shape must be one of {', '.join(names)}, got '{name}'{nearest(name, names)}")
@@ -153,36 +163,60 @@ def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _pair(name: str, needs: tuple[str, ...], convert: Callable[[RawRecord, str], Record]) -> Shape:
-    return Shape(name, "pair", (*needs, *preference.PAIR), convert, _pair_form(name))
+def _pair(
+    name: str, needs: tuple[str, ...], convert: Callable[[RawRecord, str], Record], *optional: str
+) -> Shape:
+    return Shape(name, "pair", (*needs, *preference.PAIR), convert, _pair_form(name), optional)
 
 
-_TRIPLE, _ANSWERED, _RANKED, _JUDGED = (
+def _judged(
+    name: str, needs: tuple[str, ...], convert: Callable[[RawRecord, str], Record], *optional: str
+) -> Shape:
+    return Shape(name, "unpaired", (*needs, "label"), convert, optional=optional)
+
+
+_TRIPLE, _ANSWERED, _RANKED = (
     ("prompt", *preference.PAIR, preference.GOLD),
     ("prompt", "completion"),
     ("prompt", "completions"),
-    ("prompt", "completion", "label"),
 )
+_SHAREGPT, _ALPACA = ("system", "tools"), ("input", "system", "history", "tools")
+# Fields that every shape of a kind reads, where they are given.
+_OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "triple": ("weight",),
+    "pair": ("weight", "margin", *(name for names in preference.SCORES for name in names)),
+    "ranked": ("weight",),
+    "unpaired": ("weight", "label", "kto_tag"),
+    "chat": ("weight",),
+}
 
 SHAPES: tuple[Shape, ...] = (
     Shape("triple_text", "triple", _TRIPLE, preference.triple, _prompt_is_text),
-    Shape("triple_messages", "triple", _TRIPLE, preference.triple, _prompt_is_list),
+    Shape("triple_messages", "triple", _TRIPLE, preference.triple, _prompt_is_list, ("tools",)),
     _pair("pair_text", ("prompt",), preference.pair_of_text),
-    _pair("pair_messages", ("prompt",), preference.pair_of_messages),
-    _pair("pair_conversations", (), preference.pair_of_conversations),
+    _pair("pair_messages", ("prompt",), preference.pair_of_messages, "tools"),
+    _pair("pair_conversations", (), preference.pair_of_conversations, "tools"),
     _pair("pair_hh_rlhf", (), preference.pair_of_hh_rlhf),
-    _pair("pair_sharegpt", ("conversations",), preference.pair_of_sharegpt),
-    _pair("pair_alpaca", ("instruction",), preference.pair_of_alpaca),
+    _pair("pair_sharegpt", ("conversations",), preference.pair_of_sharegpt, *_SHAREGPT),
+    _pair("pair_alpaca", ("instruction",), preference.pair_of_alpaca, *_ALPACA),
     Shape("ranked_text", "ranked", _RANKED, preference.ranked, _prompt_is_text),
-    Shape("ranked_messages", "ranked", _RANKED, preference.ranked, _prompt_is_list),
-    Shape("unpaired_text", "unpaired", _JUDGED, preference.unpaired, _prompt_is_text),
-    Shape("unpaired_messages", "unpaired", _JUDGED, preference.unpaired, _prompt_is_list),
-    Shape("unpaired_conversation", "unpaired", ("messages", "label"), preference.unpaired_conversation),
-    Shape("unpaired_sharegpt", "unpaired", ("conversations", "label"), preference.unpaired_sharegpt),
-    Shape("unpaired_alpaca", "unpaired", ("instruction", "output", "label"), preference.unpaired_alpaca),
-    Shape("messages", "chat", ("messages",), chat.from_messages),
-    Shape("sharegpt", "chat", ("conversations",), chat.from_sharegpt),
-    Shape("alpaca", "chat", ("instruction", "output"), chat.from_alpaca),
+    Shape("ranked_messages", "ranked", _RANKED, preference.ranked, _prompt_is_list, ("tools",)),
+    replace(_judged("unpaired_text", _ANSWERED, preference.unpaired), form=_prompt_is_text),
+    replace(_judged("unpaired_messages", _ANSWERED, preference.unpaired, "tools"), form=_prompt_is_list),
+    _judged("unpaired_conversation", ("messages",), preference.unpaired_conversation, "tools"),
+    _judged("unpaired_sharegpt", ("conversations",), preference.unpaired_sharegpt, *_SHAREGPT),
+    _judged("unpaired_alpaca", ("instruction", "output"), preference.unpaired_alpaca, *_ALPACA),
+    Shape("messages", "chat", ("messages",), chat.from_messages, optional=("tools",)),
+    Shape("sharegpt", "chat", ("conversations",), chat.from_sharegpt, optional=_SHAREGPT),
+    Shape("alpaca", "chat", ("instruction", "output"), chat.from_alpaca, optional=_ALPACA),
     Shape("prompt_completion", "chat", _ANSWERED, chat.from_text, _prompt_is_text),
-    Shape("prompt_completion_chat", "chat", _ANSWERED, chat.from_prompt_and_completion, _prompt_is_list),
+    Shape(
+        "prompt_completion_chat",
+        "chat",
+        _ANSWERED,
+        chat.from_prompt_and_completion,
+        _prompt_is_list,
+        ("tools",),
+    ),
 )
+FIELDS = tuple(dict.fromkeys(name for shape in SHAPES for name in shape.reads))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from megatron_align.data.formats import readers
+from megatron_align.data.formats import json_files
 from megatron_align.data.formats.files import expand, read_file
 from megatron_align.errors import InputError
 from tests.data.reading import read_records
@@ -61,12 +61,12 @@ def test_an_array_is_the_same_in_reads_of_any_size(records, size, indent, tmp_pa
     path = tmp_path_factory.mktemp("array") / "array.json"
     path.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_READ_SIZE", size)
-        assert [record for _, record in readers._read_array(str(path))] == records
+        patch.setattr(json_files, "_READ_SIZE", size)
+        assert [record for _, record in json_files.read_array(str(path))] == records
 
 
 def test_lines_of_an_array_are_counted_in_reads_of_any_size(monkeypatch, tmp_path):
-    monkeypatch.setattr(readers, "_READ_SIZE", 7)
+    monkeypatch.setattr(json_files, "_READ_SIZE", 7)
     path = tmp_path / "array.json"
     path.write_text("[\n" + '{"prompt": "p",\n "completion": "c"},\n' * 3 + '{"prompt": p')
     at = len(path.read_text()) - 1
@@ -208,7 +208,7 @@ BAD_FILES = {
     "deep.json": (b"[" * 100_000, "record 1 must be JSON, got one nested too deep"),
     "comma.json": (b'[{"prompt": "p", "completion": "c"},]', "record 2 must be JSON, got Expecting value"),
     "not.parquet": (b"PAR1 no", "could not be read"),
-    "data.csv": (b"a,b", "must end in one of .jsonl.*parquet"),
+    "data.txt": (b"a,b", "must end in one of .jsonl.*parquet"),
 }
 
 

@@ -243,10 +243,10 @@ BAD = {
         ['{"prompt": "q", "chosen": "a", "rejected": "b", "margin": NaN}'],
         "'margin' must be a finite",
     ),
-    "label number": (but(JUDGED, label=1), "field 'label' must be true or false, got 1"),
+    "label number": (but(JUDGED, label=2), "field 'label' must be true or false, got 2"),
     "label text": (but(JUDGED_TALK, label="true"), "field 'label' must be true or false, got 'true'"),
     "label null": (but(JUDGED_CHAT, label=None), "field 'label' must be true or false, got nothing"),
-    "kto_tag": (but(JUDGED_SHAREGPT, kto_tag=0), "field 'kto_tag' must be true or false, got 0"),
+    "kto_tag": (but(JUDGED_SHAREGPT, kto_tag=-1), "field 'kto_tag' must be true or false, got -1"),
     "two labels": (but(JUDGED, kto_tag=False), "'label' and 'kto_tag' must not both be given"),
     # text that no tokenizer takes
     "NUL": (but(TEXT, chosen="a\0"), "field 'chosen' must not contain NUL"),

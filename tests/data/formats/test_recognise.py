@@ -132,8 +132,8 @@ BAD = {
     "empty calls": ([{"messages": [ASK, {**ANSWER, "content": "", "tool_calls": []}]}], "must not be empty"),
     "no content": ([{"messages": [{"role": "user"}, ANSWER]}], "'messages\\[0\\].content' must be a string"),
     "content of wrong type": (
-        [{"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ANSWER]}],
-        "'messages\\[0\\].content' must be a string, got \\[",
+        [{"messages": [{"role": "user", "content": {"text": "q"}}, ANSWER]}],
+        "'messages\\[0\\].content' must be a string, got {",
     ),
     "calls of wrong type": (
         [{"messages": [ASK, {**ANSWER, "tool_calls": "f"}]}],
