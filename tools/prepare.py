@@ -24,7 +24,7 @@ Either --config run.yaml, for the data of a run, or --tokenizer, --data, --seque
 changed, a second run does nothing; a killed run is resumed. Needs no GPU and no torchrun."""
 _REQUIRED = ("tokenizer", "data", "sequence_length", "cache")
 _FEW = 3  # examples of samples that are too long, on the terminal; the report lists more
-_OPTIONAL = ("shape", "chat_template", "too_long", "on_bad_record")
+_OPTIONAL = ("shape", "columns", "chat_template", "too_long", "on_bad_record")
 
 
 def run(arguments: list[str]) -> int:
@@ -61,6 +61,13 @@ def _arguments(parser: Parser) -> None:
     add("--sequence-length", type=_count, metavar="N", help="longest sample, in tokens")
     add("--cache", metavar="DIR", help="folder where stores are kept")
     add("--shape", help="shape of the records (default: recognised from each file's first record)")
+    add(
+        "--columns",
+        nargs="+",
+        type=_column,
+        metavar="FIELD=COLUMN",
+        help="columns with other names in the files, as prompt=question; NAME= leaves column NAME alone",
+    )
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add(
         "--too-long",
@@ -92,6 +99,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _column(text: str) -> tuple[str, str | None]:
+    name, equals, column = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"must be FIELD=COLUMN, got {text}")
+    return name, column or None
+
+
 def _requested(options: argparse.Namespace) -> list[tuple[str, StoreSpec, PackingSetup]]:
     """Return ``(split, spec, setup)`` of every requested store."""
     from megatron_align.errors import InputError
@@ -116,6 +130,7 @@ def _requested(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Packin
         too_long=options.too_long or "error",
         cache=options.cache,
         shape=options.shape,
+        columns=dict(options.columns or []),
         chat_template=options.chat_template,
         on_bad_record=options.on_bad_record or "error",
         processes=options.processes,
@@ -162,11 +177,14 @@ def _flag(name: str) -> str:
 
 
 def _counts(split: str, store: TokenStore, checked: bool) -> str:
+    from megatron_align.data.formats.columns import fields_text
+
     manifest: dict[str, Any] = store.manifest
     lines = [
         f"{split}: {store.path}",
         f"  {store.kind} data, shape {', '.join(manifest['shapes'])}: {manifest['samples']:,} samples, "
         f"{manifest['tokens']:,} tokens, {manifest['scored_tokens']:,} trained",
+        f"  fields: {fields_text(manifest)}",
         f"  {manifest['dropped']:,} dropped as too long, {manifest['truncated']:,} truncated, "
         f"{manifest['skipped']:,} skipped as malformed",
     ]

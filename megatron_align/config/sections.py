@@ -45,6 +45,10 @@ class DataSource:
         require(
             self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}"
         )
+        require(
+            1e-9 <= self.weight <= 1e6,
+            f"the weight of data source '{self.path}' must be within 1e-9 and 1e6 passes per epoch, got {self.weight}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,7 @@ class DataConfig:
         train: file, folder or glob pattern (.jsonl, .json, .parquet, .gz), or a list of them or of {path, weight}
         validation: the same for validation data; null: none
         shape: format of the records (messages, pair, ...); null: recognised from each file's first record
+        columns: columns with other names in the files, as {prompt: question}; {NAME: null} leaves column NAME alone
         chat_template: file with a Jinja chat template; null: the tokenizer's own
         on_bad_record: error: stop at a malformed record; skip: drop it and count it
         sequence_length: longest sample (pair, group) and capacity of one pack, in tokens
@@ -68,6 +73,7 @@ class DataConfig:
     train: str | list[str | DataSource]
     validation: str | list[str | DataSource] | None = None
     shape: str | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
     chat_template: str | None = None
     on_bad_record: Literal["error", "skip"] = "error"
     sequence_length: int = 4096

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_align.data.formats.columns import fields_text
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.training.trainer import Trainer
 
@@ -38,6 +39,7 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
             f"{data['scored_tokens']:,} trained; {data['dropped']} dropped, {data['truncated']} truncated, "
             f"{data['skipped']} skipped",
         ),
+        ("fields", fields_text(data)),
         ("objective", f"{config.objective.name}, every {objective.normalization} weighs the same; {size}"),
         ("steps", f"{done} done of {trainer.steps}{resumed}"),
         *setup.notes,

@@ -125,6 +125,10 @@ def test_configurations_are_frozen(file):
             ["--data.train", '[{"path": "a", "weight": 0}]'],
             "weight of data source 'a' must be positive, got 0",
         ),
+        (
+            ["--data.train", '[{"path": "a", "weight": 1e-12}]'],
+            "weight of data source 'a' must be within 1e-9 and 1e6 passes per epoch, got 1e-12",
+        ),
         (["--objective.name=stf"], "objective.name must be one of .*'stf'; did you mean 'sft'"),
     ],
 )

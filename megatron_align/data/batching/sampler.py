@@ -93,24 +93,28 @@ class EpochOrder:
 
     def between(self, begin: int, end: int) -> np.ndarray:
         """Return the samples (int64) from index ``begin`` up to ``end`` of the endless stream of epochs."""
-        epoch = self._epoch_of(begin)
         pieces = []
-        while (start := self.start(epoch)) < end:
-            pieces.append(self.samples(epoch)[max(0, begin - start) : end - start])
-            epoch += 1
+        while begin < end:
+            # Not simply the next one: with a small weight most epochs have no sample.
+            epoch = self.epoch_of(begin)
+            start = self.start(epoch)
+            pieces.append(self.samples(epoch)[begin - start : end - start])
+            begin = start + len(self.samples(epoch))
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def epoch_of(self, index: int) -> int:
+        """Return the epoch that has sample ``index`` of the endless stream."""
+        total = sum(self._shares)
+        # start(first) <= index < start(after), as e total <= start(e) < e total + number of sources
+        first, after = max(0, int((index - len(self._shares)) / total)), int(index / total) + 1
+        while after - first > 1:
+            middle = (first + after) // 2
+            first, after = (middle, after) if self.start(middle) <= index else (first, middle)
+        return first
 
     @property
     def _once_each(self) -> bool:
         return all(weight == 1 for weight in self._passes)
-
-    def _epoch_of(self, index: int) -> int:
-        guess = int(index / sum(self._shares)) + 1
-        while self.start(guess) > index:
-            guess -= 1
-        while self.start(guess + 1) <= index:
-            guess += 1
-        return guess
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._once_each:
@@ -241,7 +245,12 @@ class TokenSteps:
 
     def _read_epoch(self) -> None:
         """Find the steps that begin in the next epoch; the last step stays open for the epoch after it."""
-        first, lengths_N = self.order.start(self._read), self.lengths_S[self.order.samples(self._read)]
+        first = self.order.start(self._read)
+        # The epochs before this one have no sample, as all weights are small.
+        self._read = self.order.epoch_of(first)
+        if self._epochs is not None and self._read >= self._epochs:
+            return
+        lengths_N = self.lengths_S[self.order.samples(self._read)]
         samples = len(lengths_N)
         # before[j]: tokens before the epoch's sample j, counted from the start of the open step.
         before = self._open + np.concatenate([[0], np.cumsum(lengths_N, dtype=np.int64)])

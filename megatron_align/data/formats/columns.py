@@ -11,36 +11,49 @@ from megatron_align.errors import InputError, nearest
 
 Columns = Mapping[str, str | None]
 _SHOWN = 10  # names in one line
+_KEPT = 100  # names in a manifest
 
 
 @dataclass
 class FieldUse:
-    """The names of the fields that are used, and of those that are left alone, of the records read so far."""
+    """What was seen of the records read so far.
+
+    Attributes:
+        used, left: names of the fields that are used, and of those that are left alone.
+        columns: the columns of ``data.columns`` that a record had.
+        null_arguments: where a null was dropped from the arguments of a tool call in a file other than Parquet.
+    """
 
     used: dict[str, None] = field(default_factory=dict)
     left: dict[str, None] = field(default_factory=dict)
+    columns: set[str] = field(default_factory=set)
+    null_arguments: str | None = None
 
     def note(self, shape: Shape, record: Mapping[str, Any], columns: Columns) -> None:
         """Note the fields of one record (by the names in the file, where they differ)."""
         reads = shape.reads
         for name, value in record.items():
-            if name in self.used or name in self.left or value is None:
-                continue
-            theirs = columns.get(name)
-            shown = f"{name} (column {theirs})" if theirs else name
-            (self.used if name in reads else self.left)[shown] = None
+            if value is not None:
+                theirs = columns.get(name)
+                shown = f"{name} (column {theirs})" if theirs in self.columns else name
+                (self.used if name in reads else self.left)[shown] = None
 
-    def text(self) -> str:
-        """Return ``"used messages, tools; left alone id"``."""
-        left = f"; left alone {listed(self.left)}" if self.left else ""
-        return f"used {listed(self.used)}{left}"
+    def missing(self, columns: Columns) -> list[str]:
+        """Return the columns that no record had."""
+        return [theirs for theirs in columns.values() if theirs is not None and theirs not in self.columns]
+
+    def in_manifest(self) -> dict[str, list[str]]:
+        """Return what a store's manifest holds of it."""
+        return {"used": list(self.used), "left": list(self.left)[:_KEPT]}
 
 
-def listed(names: Mapping[str, Any] | list[str]) -> str:
-    """Return names in one line, at most ten of them."""
-    shown = list(names)
-    more = f" and {len(shown) - _SHOWN:,} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more
+def fields_text(manifest: Mapping[str, Any]) -> str:
+    """Return ``"messages, tools used; id left alone"`` of a store's manifest."""
+    if "fields" not in manifest:
+        return "not noted, as an earlier version tokenised the data"
+    used, left = manifest["fields"]["used"], manifest["fields"]["left"]
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    return f"{', '.join(used)} used" + (f"; {', '.join(left[:_SHOWN])}{more} left alone" if left else "")
 
 
 def require_columns(columns: Columns) -> None:

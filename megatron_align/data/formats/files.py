@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_align.data.formats.columns import Columns, FieldUse, renamed
 from megatron_align.data.formats.open_file import Raw
-from megatron_align.data.formats.readers import is_csv, read_objects
+from megatron_align.data.formats.readers import drop_nulls, is_csv, read_objects
 from megatron_align.data.formats.recognise import MixedShapes, Shape, recognise, shapes_named
 from megatron_align.data.formats.tables import cells_as_values
 from megatron_align.errors import InputError
@@ -85,7 +85,7 @@ def read_file(
     """
     among = shapes_named(shape)
     columns = columns or {}
-    rows = _fields_of(read_objects(_data_file(path)), columns, is_csv(path))
+    rows = _fields_of(_data_file(path), columns, fields)
     bad = 0
     for where, raw in rows:
         try:
@@ -107,12 +107,16 @@ def read_file(
     )
 
 
-def _fields_of(rows: Iterator[Raw], columns: Columns, of_csv: bool) -> Iterator[Raw]:
-    """Yield the records with our names of fields, the cells of CSV as values."""
-    for where, raw in rows:
+def _fields_of(path: str, columns: Columns, fields: FieldUse | None) -> Iterator[Raw]:
+    """Yield the records with our names of fields and without nulls, the cells of CSV as values."""
+    for where, raw in read_objects(path):
         if isinstance(raw, dict):
+            if fields is not None:
+                fields.columns |= {theirs for theirs in columns.values() if theirs in raw}
             raw = renamed(raw, columns)
-            if of_csv:
+            if drop_nulls(raw) and fields is not None and not path.endswith(".parquet"):
+                fields.null_arguments = fields.null_arguments or where
+            if is_csv(path):
                 try:
                     raw = cells_as_values(raw, where)
                 except InputError as error:

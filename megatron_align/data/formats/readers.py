@@ -25,9 +25,7 @@ def read_objects(path: str) -> Iterator[Raw]:
     """
     try:
         for where, raw in _reader(path)(path):
-            if isinstance(raw, dict):
-                drop_nulls(raw)
-            elif not isinstance(raw, InputError):
+            if not isinstance(raw, (dict, InputError)):
                 raw = InputError(f"{where}: a record must be a JSON object, got {type(raw).__name__}")
             yield where, raw
     except UnicodeDecodeError as error:
@@ -41,16 +39,29 @@ def is_csv(path: str) -> bool:
     return path.removesuffix(".gz").endswith((".csv", ".tsv"))
 
 
-def drop_nulls(record: dict[str, Any]) -> None:
-    """Delete null fields of the objects within a record, in place; its own fields keep their nulls."""
-    open_values = [value for value in record.values() if isinstance(value, (dict, list))]
-    while open_values:  # no recursion: fields that nobody reads may be nested deeply
-        value = open_values.pop()
+def drop_nulls(record: dict[str, Any]) -> bool:
+    """Delete null fields of the objects within a record, in place; its own fields keep their nulls.
+
+    Returns:
+        whether one of them was in the arguments of a tool call, where it may have been meant.
+    """
+    in_arguments = False
+    inner = [(value, name == "arguments") for name, value in record.items()]
+    while inner:  # no recursion: fields that nobody reads may be nested deeply
+        value, within = inner.pop()
         if isinstance(value, dict):
-            for key in [key for key, item in value.items() if item is None]:
+            nulls = [key for key, item in value.items() if item is None]
+            in_arguments |= bool(nulls) and within
+            for key in nulls:
                 del value[key]
-        inner = value.values() if isinstance(value, dict) else value
-        open_values.extend(item for item in inner if isinstance(item, (dict, list)))
+            inner.extend(
+                (item, within or key == "arguments")
+                for key, item in value.items()
+                if isinstance(item, (dict, list))
+            )
+        elif isinstance(value, list):
+            inner.extend((item, within) for item in value if isinstance(item, (dict, list)))
+    return in_arguments
 
 
 def _reader(path: str) -> Callable[[str], Iterator[tuple[str, Any]]]:

@@ -68,8 +68,6 @@ class Shape:
             raise MixedShapes(
                 f"{where}: must be of shape '{self.name}' like the file's first record, got '{actual.name}'"
             )
-        if not self.named:
-            refuse_other_kinds(record, where, self.name, self.kind)
         return self.convert(record, where)
 
 
@@ -91,6 +89,8 @@ def recognise(
     refuse_unsupported(record, where)
     fitting = _fitting(record, among or SHAPES)
     if len(fitting) == 1:
+        if not fitting[0].named:
+            refuse_other_kinds(record, where, fitting[0].name, fitting[0].kind)
         return fitting[0]
     if fitting:
         raise MixedShapes(

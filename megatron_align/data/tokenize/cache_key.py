@@ -7,8 +7,10 @@ import json
 import os
 import time
 import uuid
+import zlib
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ import transformers
 
 from megatron_align.config import DataSource, RunConfig
 from megatron_align.data.formats.files import expand
+from megatron_align.data.formats.rules_version import rules_version
 from megatron_align.data.store import VERSION, sha256
 from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.errors import InputError
@@ -45,6 +48,7 @@ class StoreSpec:
         too_long: error: refuse a longer one; drop: leave it out; truncate: keep its first tokens (chat only)
         cache: folder of stores
         shape: shape of the records; None: recognised per file
+        columns: the files' columns of fields with another name there; None: a column that is left alone
         chat_template: file with a Jinja chat template; None: the tokenizer's own
         on_bad_record: error: stop at a malformed record; skip: leave it out and count it
         processes: number of tokenising processes; None: one per core, 1 for little data
@@ -56,6 +60,7 @@ class StoreSpec:
     too_long: Literal["error", "drop", "truncate"]
     cache: str
     shape: str | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     chat_template: str | None = None
     on_bad_record: Literal["error", "skip"] = "error"
     processes: int | None = None
@@ -74,6 +79,7 @@ class StoreSpec:
             too_long=data.too_long,
             cache=data.cache or str(Path(config.checkpoint.dir) / CACHE_IN_RUN),
             shape=data.shape,
+            columns=data.columns,
             chat_template=data.chat_template,
             on_bad_record=data.on_bad_record,
         )
@@ -97,16 +103,17 @@ class StoreSpec:
             "version": VERSION,
             "transformers": transformers.__version__,
             "data": [
-                [{"file": _name(file, source), "sha256": _hash(file, remembered)} for file in files]
+                [{"file": _name(file, source), **_content(file, remembered)} for file in files]
                 for source, files in zip(self.sources, self.files(), strict=True)
             ],
             "tokenizer": {
-                str(part.relative_to(folder)): _hash(str(part), remembered)
+                str(part.relative_to(folder)): _hash(str(part))
                 for part in sorted(parts)
                 if not part.name.endswith(".index.json")
             },
             "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
             "shape": self.shape,
+            **({"columns": dict(self.columns)} if self.columns else {}),
             "on_bad_record": self.on_bad_record,
             "sequence_length": self.sequence_length,
             "too_long": self.too_long,
@@ -133,7 +140,7 @@ def remember_hashes(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, s
         for file, entry in zip(files, hashed, strict=True):
             changed = max(os.stat(file).st_mtime, os.stat(file).st_ctime)
             if file in states and time.time() - changed > SETTLED_SECONDS:
-                fresh[os.path.realpath(file)] = [states[file], entry["sha256"]]
+                fresh[os.path.realpath(file)] = [states[file], entry["sha256"], entry.get("rules", 1)]
     if fresh == remembered:
         return
     target = Path(spec.cache) / HASHES
@@ -156,7 +163,7 @@ def _state(file: str) -> str:
     return f"{s.st_dev} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
 
 
-def _remembered_hashes(cache: str) -> dict[str, list[str]]:
+def _remembered_hashes(cache: str) -> dict[str, list[Any]]:
     try:
         hashes = json.loads((Path(cache) / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -164,10 +171,21 @@ def _remembered_hashes(cache: str) -> dict[str, list[str]]:
     return hashes if isinstance(hashes, dict) else {}
 
 
-def _hash(file: str, remembered: dict[str, list[str]]) -> str:
+def _content(file: str, remembered: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return what a data file adds to the key: its hash, and the version of its rules if it is not the first."""
     entry = remembered.get(os.path.realpath(file))
-    if entry and entry[0] == _state(file):
-        return entry[1]
+    if entry and len(entry) == 3 and entry[0] == _state(file):
+        hashed, rules = entry[1], entry[2]
+    else:
+        hashed = _hash(file)
+        try:
+            rules = rules_version(file)
+        except (OSError, EOFError, zlib.error):  # named when the file is read
+            rules = 1
+    return {"sha256": hashed, **({"rules": rules} if rules > 1 else {})}
+
+
+def _hash(file: str) -> str:
     try:
         return sha256(file)
     except OSError as error:

@@ -8,6 +8,7 @@ does not grow with the data, and a preparation that was killed is resumed from i
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from megatron_align.data.formats.columns import FieldUse
 from megatron_align.data.store import MANIFEST
 from megatron_align.data.tokenize.cache_key import StoreSpec, file_states, remember_hashes
 from megatron_align.data.tokenize.part_files import Counts, counts_of, part_file, read_part
@@ -28,6 +30,8 @@ from megatron_align.data.tokenize.store_writer import join_parts
 from megatron_align.data.tokenize.work_dir import WorkDir
 from megatron_align.data.tokenize.workers import completed, processes_of, tokenising
 from megatron_align.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 
 def prepare(spec: StoreSpec) -> Path:
@@ -54,13 +58,15 @@ def _make(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, str], path:
     kind, shapes = read_shapes(spec)
     work = WorkDir(path)
     try:
-        total, parts = _tokenise(spec, work)
+        fields = FieldUse()
+        total, parts = _tokenise(spec, work, fields)
         if file_states(spec) != states:
             raise InputError(
                 f"{', '.join(spec.sources)}: must stay as they are while being tokenised, got changed files"
             )
         _require_samples(total, spec)
-        join_parts(work, parts, spec, {**inputs, "kind": kind, "shapes": shapes})
+        described = {"kind": kind, "shapes": shapes, "fields": fields.in_manifest()}
+        join_parts(work, parts, spec, {**inputs, **described})
         _publish(work.store, path)
     except (InputError, OSError):
         work.remove()
@@ -93,8 +99,8 @@ def _require_samples(total: Counts, spec: StoreSpec) -> None:
     )
 
 
-def _tokenise(spec: StoreSpec, work: WorkDir) -> tuple[Counts, int]:
-    """Write every missing part; return the counts, and the number of parts.
+def _tokenise(spec: StoreSpec, work: WorkDir, fields: FieldUse) -> tuple[Counts, int]:
+    """Write every missing part, and note the records' fields; return the counts, and the number of parts.
 
     An error that is raised is the first in the order of the records.
     """
@@ -109,13 +115,19 @@ def _tokenise(spec: StoreSpec, work: WorkDir) -> tuple[Counts, int]:
                 total.add(pending.popleft().result())
                 show(total)
 
-        for block in read_blocks(spec, failed):
+        for block in read_blocks(spec, failed, fields):
             pending.append(_reuse(work, block) or submit(block))
             parts = block.index + 1
             finish(2 * processes)
         finish(0)
     if failed:
         raise failed[0]
+    if fields.null_arguments:
+        _log.warning(
+            "%s: nulls in the arguments of tool calls are left out, here and in later records: Arrow writes them for "
+            "fields that other calls have; to train on a null give the arguments as JSON text",
+            fields.null_arguments,
+        )
     return total, parts
 
 

@@ -5,16 +5,21 @@ The blocks are the same whatever the number of processes, so an interrupted prep
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from megatron_align.data.formats.columns import FieldUse, require_columns
+from megatron_align.data.formats.fields import shortened
 from megatron_align.data.formats.files import read_file
 from megatron_align.data.tokenize.cache_key import StoreSpec
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, nearest
 from megatron_align.records import Completion, Conversation, Record
 
 BLOCK_RECORDS = 1024
+PEEKED_RECORDS = 100  # of each file, to find the columns that data.columns names
 BLOCK_CHARACTERS = 2_000_000  # bounds memory where records are long
 
 
@@ -37,12 +42,16 @@ def read_shapes(spec: StoreSpec) -> tuple[str, list[str]]:
     """Return the kind of the records of all files, and the names of their shapes.
 
     Raises:
-        InputError: if two files differ in kind, or ``too_long: truncate`` is set for preferences.
+        InputError: if two files differ in kind, ``too_long: truncate`` is set for preferences, or no record has a
+            column that ``columns`` names.
     """
+    require_columns(spec.columns)
     kinds: dict[str, str] = {}
     shapes: list[str] = []
+    fields = FieldUse()
     for file in (file for files in spec.files() for file in files):
-        shape, _ = read_file(file, spec.shape, _ignore if spec.on_bad_record == "skip" else None)
+        on_bad = _ignore if spec.on_bad_record == "skip" else None
+        shape, records = read_file(file, spec.shape, on_bad, columns=spec.columns, fields=fields)
         kinds.setdefault(shape.kind, file)
         if shape.name not in shapes:
             shapes.append(shape.name)
@@ -57,6 +66,14 @@ def read_shapes(spec: StoreSpec) -> tuple[str, list[str]]:
                 f"{file}: data.too_long: truncate is for chat data, got {shape.kind} data: a comparison of cut "
                 "completions would be another one; set it to drop, or raise data.sequence_length"
             )
+        if fields.missing(spec.columns):
+            deque(islice(records, PEEKED_RECORDS), maxlen=0)
+    if missing := fields.missing(spec.columns):
+        names = [*fields.used, *fields.left]
+        raise InputError(
+            f"{', '.join(spec.sources)}: a record must have the column '{missing[0]}' of data.columns, got "
+            f"{shortened(names)} in the first {PEEKED_RECORDS} of each file{nearest(missing[0], names)}"
+        )
     return next(iter(kinds)), shapes
 
 
@@ -64,8 +81,8 @@ def _ignore(_: InputError) -> None:
     """Drop a malformed record here: they are counted when the entire file is read."""
 
 
-def read_blocks(spec: StoreSpec, failed: list[InputError]) -> Iterator[RecordBlock]:
-    """Yield the records of all files in order, in blocks.
+def read_blocks(spec: StoreSpec, failed: list[InputError], fields: FieldUse) -> Iterator[RecordBlock]:
+    """Yield the records of all files in order, in blocks, and note their ``fields``.
 
     An InputError while reading ends the blocks and is put into ``failed`` instead of being raised: a record read
     before it may turn out bad when it is tokenised, and that error is then the first.
@@ -79,7 +96,7 @@ def read_blocks(spec: StoreSpec, failed: list[InputError]) -> Iterator[RecordBlo
             skip = spec.on_bad_record == "skip"
             on_bad = (lambda error, skipped=skipped: skipped.append(str(error))) if skip else None
             try:
-                for record in read_file(file, spec.shape, on_bad)[1]:
+                for record in read_file(file, spec.shape, on_bad, columns=spec.columns, fields=fields)[1]:
                     records.append(record)
                     characters += _characters(record)
                     if len(records) >= BLOCK_RECORDS or characters >= BLOCK_CHARACTERS:

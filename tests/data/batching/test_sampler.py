@@ -180,3 +180,18 @@ def test_the_order_is_the_same_in_another_process():
 def test_what_is_no_mixture_is_refused(sources, passes):
     with pytest.raises(ValueError, match="EpochOrder needs"):
         EpochOrder(np.array(sources, int), passes)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1e-7, 1e-9])
+def test_epochs_without_a_sample_take_no_time(weight):
+    """A source of a tiny weight alone: a step spans millions of epochs, and still each sample comes once in turn."""
+    order = EpochOrder(np.zeros(10, np.int64), [weight], seed=1)
+    seen = order.between(0, 20)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert order.between(7, 12).tolist() == seen[7:12].tolist()
+    assert order.between(10**5, 10**5 + 3).tolist() == seen[:3].tolist()
+    tokens = TokenSteps(order, np.full(10, 5), 12, epochs=None, steps=4)
+    assert [tokens.samples(step).tolist() for step in range(4)] == [
+        seen[2 * i : 2 * i + 2].tolist() for i in range(4)
+    ]
+    assert SampleSteps(order, 4, epochs=3).steps == 1
