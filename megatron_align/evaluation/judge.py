@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_align.data.formats.fields import bad_field
-from megatron_align.data.formats.readers import read_objects
+from megatron_align.data.formats.files import read_fields
 from megatron_align.errors import InputError
 from megatron_align.evaluation.checks import Scores, expected_answers
 from megatron_align.evaluation.config import JudgeTask
@@ -69,7 +69,7 @@ def read_baselines(file: str) -> list[str]:
         InputError: a row has none; names file and line.
     """
     answers = []
-    for where, raw in read_objects(file):
+    for where, raw in read_fields(file):
         if isinstance(raw, InputError):
             raise raw
         try:

@@ -9,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_align.data.formats.chat import alpaca_prompt
-from megatron_align.data.formats.fields import RawRecord, bad_field, nonempty_text, require_encodable
-from megatron_align.data.formats.files import expand
-from megatron_align.data.formats.readers import read_objects
+from megatron_align.data.formats.fields import RawRecord, bad_field, nonempty_text, require_renderable
+from megatron_align.data.formats.files import expand, read_fields
 from megatron_align.data.formats.turns import messages, sharegpt, tools_of, wrapped_tools
 from megatron_align.data.tokenize.chat_template import ChatTemplate
 from megatron_align.data.tokenize.encoder import Encoder
@@ -63,7 +62,7 @@ def read_prompts(path: str, *, as_chat: bool = False, limit: int | None = None) 
     """
     count = 0
     for file in expand(path):
-        for where, raw in read_objects(file):
+        for where, raw in read_fields(file):
             if isinstance(raw, InputError):
                 raise raw
             if count == limit:
@@ -115,7 +114,7 @@ def _record(raw: RawRecord, where: str, as_chat: bool) -> PromptRecord:
     text_field = next((name for name in TEXT_FIELDS if name in raw), "prompt")
     if isinstance(raw.get(text_field), str):
         text = nonempty_text(raw, text_field, where)
-        require_encodable(text, where, text_field)
+        require_renderable(text, where, text_field)
         return PromptRecord(
             raw=raw, where=where, prompt=(Message("user", text),) if as_chat else text, tools=None
         )

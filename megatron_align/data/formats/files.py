@@ -85,7 +85,7 @@ def read_file(
     """
     among = shapes_named(shape)
     columns = columns or {}
-    rows = _fields_of(_data_file(path), columns, fields)
+    rows = read_fields(path, columns, fields)
     bad = 0
     for where, raw in rows:
         try:
@@ -107,8 +107,16 @@ def read_file(
     )
 
 
+def read_fields(path: str, columns: Columns | None = None, fields: FieldUse | None = None) -> Iterator[Raw]:
+    """Return the raw records of one file, well-formed or not: the fields by our names, CSV's cells as values, no nulls.
+
+    Raises:
+        InputError: if there is no such file, or the rest of it is unreadable; names the file.
+    """
+    return _fields_of(_data_file(path), columns or {}, fields)
+
+
 def _fields_of(path: str, columns: Columns, fields: FieldUse | None) -> Iterator[Raw]:
-    """Yield the records with our names of fields and without nulls, the cells of CSV as values."""
     for where, raw in read_objects(path):
         if isinstance(raw, dict):
             if fields is not None:
