@@ -16,7 +16,7 @@ _KEPT = 100  # names in a manifest
 
 @dataclass
 class FieldUse:
-    """What was seen of the records read so far.
+    """Notes on the records that were read so far.
 
     Attributes:
         used, left: names of the fields that are used, and of those that are left alone.
