@@ -31,7 +31,7 @@ def task(**changes):
             config(parallel={"tensors": 2}),
             "parallel: unknown configuration key 'tensors'; did you mean 'tensor'?",
         ),
-        (config(tasks=[{"name": "a", "kind": "lost", "data": "x"}]), "got 'lost'; did you mean 'loss'?"),
+        (config(tasks=[{"name": "a", "kind": "losss", "data": "x"}]), "got 'losss'; did you mean 'loss'?"),
         (
             config(tasks=[{"name": "a", "data": "x"}]),
             "kind must be one of loss, preference, choice, generate, judge, got None",
