@@ -54,7 +54,7 @@ setup(
             "trl==1.16.0",
             "datasets>=3",
         ],
-        "eval": ["math-verify[antlr4_13_2]>=0.9,<1"],  # check: math of evaluation tasks
+        "eval": ["math-verify[antlr4-13-2]>=0.9,<1"],  # check: math of evaluation tasks
         "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

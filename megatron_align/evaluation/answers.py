@@ -35,6 +35,7 @@ from megatron_align.training.watchdog import Watchdog
 
 CHUNK = 64  # prompts of a rank between two signs of progress
 CHECK_SECONDS = 30.0  # for one answer, in a process of its own
+START_SECONDS = 300.0  # for the imports of such a process, on a busy machine
 Scoring = Callable[
     [Sequence[tuple[str, Any]]], list[Scores]
 ]  # of answers, each with what it is compared with
@@ -183,7 +184,7 @@ def checking(name: str, extract: str | None = None) -> Iterator[Scoring]:
     if check.package is None:
         yield lambda pairs: [check.judge(extracted(answer, extract), expected) for answer, expected in pairs]
         return
-    with _process() as call:
+    with _process(partial(check.judge, "1", ("1",))) as call:
         yield lambda pairs: [
             call(partial(check.judge, extracted(answer, extract), expected))
             or dict.fromkeys(check.metrics, 0.0)
@@ -192,13 +193,17 @@ def checking(name: str, extract: str | None = None) -> Iterator[Scoring]:
 
 
 @contextmanager
-def _process() -> Iterator[Callable[[Callable[[], Scores]], Scores | None]]:
-    """Yield a function that makes a call in another process; None: it took too long, or ended the process."""
+def _process(first: Callable[[], Scores]) -> Iterator[Callable[[Callable[[], Scores]], Scores | None]]:
+    """Yield a function that makes a call in another process; None: it took too long, or ended the process.
+
+    ``first`` is called when a process starts, which may take longer: it imports.
+    """
     pools: list[ProcessPoolExecutor] = []
 
     def call(function: Callable[[], Scores]) -> Scores | None:
         if not pools:
             pools.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            pools[0].submit(first).result(timeout=START_SECONDS)
         try:
             return pools[0].submit(function).result(timeout=CHECK_SECONDS)
         except (FutureTimeout, BrokenProcessPool):  # an expression that expands without end

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_align.data.formats.fields import RawRecord, bad_field
 from megatron_align.errors import InputError, require
-from megatron_align.evaluation import instructions
+from megatron_align.evaluation import instructions, math_answers
 from megatron_align.evaluation.sandbox import passes
 from megatron_align.rollout.prompts import PromptRecord
 
@@ -97,17 +97,6 @@ def _contains(answer: str, expected: tuple[str, ...]) -> Scores:
     return {"contains": float(any(_normal(each) in _normal(answer) for each in expected))}
 
 
-def _math(answer: str, expected: tuple[str, ...]) -> Scores:
-    """Compare mathematically, the gold answer first, as math-verify wants it."""
-    from math_verify import parse, verify  # type: ignore[import-not-found]  # an extra
-
-    def parsed(text: str) -> Any:
-        return parse(text if "\\boxed" in text or "$" in text else f"${text}$", parsing_timeout=None)
-
-    found = parse(answer, parsing_timeout=None)
-    return {"math": float(any(verify(parsed(gold), found, timeout_seconds=None) for gold in expected))}
-
-
 def _instructions(record: PromptRecord) -> Mapping[str, Any]:
     raw: RawRecord = record.raw
     instructions.require_known(raw, record.where)
@@ -150,6 +139,6 @@ CHECKS: dict[str, Check] = {
     "code": Check(("pass_rate",), _tests, _code, extracts=False, waits=True),
     "exact_match": Check(("exact_match",), expected_answers, _exact_match),
     "contains": Check(("contains",), expected_answers, _contains),
-    "math": Check(("math",), expected_answers, _math, package="math-verify"),
+    "math": Check(("math",), expected_answers, math_answers.judge, package="math-verify"),
     "ifeval": Check(instructions.METRICS, _instructions, instructions.judge, extracts=False),
 }
