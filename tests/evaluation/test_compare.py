@@ -83,7 +83,7 @@ def test_other_items_are_not_compared(tmp_path):
     one = write(tmp_path / "a", t=("accuracy", values, None))
     with pytest.raises(InputError, match="same data and metric .* of other files"):
         compare(one, write(tmp_path / "b", data="other", t=("accuracy", values, None)))
-    with pytest.raises(InputError, match="5 items with accuracy .* 4 with accuracy"):
+    with pytest.raises(InputError, match="5 items with accuracy .* 4 items with accuracy"):
         compare(one, write(tmp_path / "c", t=("accuracy", values[:4], None)))
     with pytest.raises(InputError, match="must share a task"):
         compare(one, write(tmp_path / "d", other=("accuracy", values, None)))
