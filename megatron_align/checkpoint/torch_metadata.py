@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    TensorStorageMetadata,
+)
 
 from megatron_align.errors import InputError
 
@@ -38,14 +42,28 @@ _CLASSES = {
         "_MEM_FORMAT_ENCODING",
     },
 }
+# Python 3.11.0 to 3.11.4 pickle an enum member as a call of this function (Debian 12 has 3.11.2); all others of 3.10 and
+# newer as a call of its class with its value. Protocols below 3 name its module as Python 2 did.
+_GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _GETATTR:
+            return _memory_format
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of torch's metadata")
+
+
+def _memory_format(enum: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """Return a member of the one enum of torch's metadata by its exact name, where a pickle calls ``getattr``."""
+    if enum is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(
+            f"it calls builtins.getattr for {name!r} of {enum!r}, which is not part of torch's metadata"
+        )
+    return _MEM_FORMAT_ENCODING.__members__[name]
 
 
 def read_torch_metadata(state: Path) -> Metadata:
