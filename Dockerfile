@@ -4,7 +4,7 @@
 #   docker build -t megatron_align --build-arg TESTS=tests/ops --build-arg FLASH_ATTN=2.8.3 .
 #   docker run --rm --gpus all --ipc=host -v /models:/models -v "$PWD:/work" megatron_align \
 #       torchrun --nproc-per-node 8 -m megatron_align.train --config run.yaml
-# No image has been built by us yet: tests/test_dockerfile.py checks what can be checked without a daemon.
+# Any base with apt and Python 3.12 will do. docs/compatibility.md says how we build it, and when it was built last.
 ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
 
 FROM ${BASE} AS base
@@ -14,6 +14,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc git make python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
+    && python3 -c 'import sys; v = sys.version_info[:2]; v == (3, 12) or sys.exit(f"error: the base needs Python 3.12, it has {v}")' \
     && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
@@ -21,7 +22,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_CONSTRAINT=/opt/constraints.txt
 COPY docker/constraints.txt /opt/constraints.txt
 # The largest layer, and the one that changes least: it does not depend on our sources.
-RUN pip install torch==2.13.0 setuptools wheel
+RUN pip install torch==2.13.0 triton setuptools wheel
 
 # Large optional packages, by version (Apex: by git revision); empty: not installed. They are compiled against this torch.
 FROM base AS extras

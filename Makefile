@@ -1,5 +1,7 @@
-# Every target works alone on a fresh machine with Python >= 3.10; the virtual environment is created when needed.
+# Every target works alone on a fresh machine with Python 3.10 to 3.13; the virtual environment is created when needed.
 PYTHON ?= python3
+MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+CONSTRAINTS := tests/constraints/python$(MINOR).txt
 # The exact version that the tests pin. For a CPU build, pass another requirement.
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -9,18 +11,22 @@ export OMP_NUM_THREADS ?= 1
 # Two test files at once; each starts up to four ranks.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help install check format test test-all soak gpu-test gpu-bench quickstart clean
+.PHONY: help install check format test test-all test-matrix constraints soak gpu-test gpu-bench quickstart clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): setup.py tests/constraints.txt
+$(STAMP): setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$(TORCH)" "numpy<2.4"
 	@# A CUDA build of torch brings its own Triton; a CPU build brings none.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q triton==3.6.0
-	$(BIN)/python -m pip install -q -e ".[test,dev]" -c tests/constraints.txt
+	$(BIN)/python -m pip install -q -e ".[test,dev]" -c $(CONSTRAINTS)
 	@touch $(STAMP)
+
+tests/constraints/python%.txt:
+	@echo "error: Python must be 3.10 to 3.13, $(PYTHON) is $*: set another, as in 'make PYTHON=python3.12 install'" >&2
+	@exit 1
 
 install: $(STAMP)  ## create .venv and install into it
 
@@ -38,6 +44,13 @@ test: $(STAMP) check  ## lint and run the tests that CI runs: all laws, on CPU
 
 test-all: $(STAMP) check  ## also run the slow tests, minutes each
 	$(BIN)/python -m pytest --durations=20
+
+test-matrix:  ## run the laws' quick form on each CPython found, with each end of megatron-core (docs/compatibility.md)
+	$(PYTHON) tests/matrix.py
+
+constraints: $(STAMP)  ## write tests/constraints/ and docker/constraints.txt again, from the package registry
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/python tests/constraints/generate.py
 
 soak: $(STAMP)  ## kill one run thirty times at random and resume it (SOAK_SEED, SOAK_KILLS)
 	$(BIN)/python -m pytest tests/soak -s

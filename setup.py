@@ -22,16 +22,20 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",
     # `megatron_align/kernels` and `megatron_align/tools` are links to the top-level folders, so this
     # one pattern finds them too, and a wheel holds real files.
     packages=find_packages(include=["megatron_align", "megatron_align.*"]),
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16.1,<0.20",  # from 0.17 on for Python 3.12 and newer only
         "transformers>=5,<6",
         "safetensors>=0.4.5",
         "sentencepiece>=0.2",
@@ -51,7 +55,7 @@ setup(
             "setuptools>=77",
             "wheel>=0.43",
             "hypothesis>=6",
-            "trl==1.16.0",
+            "trl>=1.14.2,<1.17",  # 1.14.2 is the newest for Python 3.10; tests/constraints/ has the exact ones
             "datasets>=3",
         ],
         "eval": ["math-verify[antlr4-13-2]>=0.9,<1"],  # check: math of evaluation tasks

@@ -42,8 +42,8 @@ _CLASSES = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-# Python 3.11.0 to 3.11.4 pickle an enum member as a call of this function (Debian 12 has 3.11.2); all others of 3.10 and
-# newer as a call of its class with its value. Protocols below 3 name its module as Python 2 did.
+# Python 3.11.0 to 3.11.4 pickle an enum member as a call of this function (Debian 12 has 3.11.2), other interpreters
+# as a call of its class with its value. Protocols below 3 name the module as Python 2 did.
 _GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
 
 

@@ -1,6 +1,6 @@
 """The CPU seam: where no GPU is visible, megatron-core's CUDA calls are redirected to the CPU.
 
-megatron-core 0.16 uses CUDA devices, streams and generators directly. All patches that it needs to run over gloo are in
+megatron-core uses CUDA devices, streams and generators directly. All patches that it needs to run over gloo are in
 this file. They are installed once per process, and never where a GPU is visible, so that every law is tested through
 the real megatron-core code on any machine.
 """
@@ -55,6 +55,7 @@ def install() -> bool:
 def _redirect_devices() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]  # from 0.19 on
     # torch collects the factories that `with torch.device(...)` redirects at its first use. It must collect the
     # original ones: transformers builds models under `torch.device("meta")`, and would leave buffers uninitialised.
     with torch.device("cpu"):

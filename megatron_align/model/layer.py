@@ -12,25 +12,23 @@ Saved for backward, by ``train.recompute_layers`` (k) and ``train.recompute_modu
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
-from megatron_align.model.attention import PackedCoreAttention, PackParams
+from megatron_align.model.attention import PackedCoreAttention
 from megatron_align.model.families import ModelShape
+from megatron_align.model.freed_output import FreedOutput
 
 RECOMPUTE_MODULES = {
     "attention": "core_attn",
@@ -55,8 +53,8 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension; keeps shape and dtype."""
         if not (self.recomputed and torch.is_grad_enabled()):
             return self._normalise(x)
-        self._checkpoint = CheckpointWithoutOutput(fp8=None)  # None: False would need Transformer Engine
-        return self._checkpoint.checkpoint(self._normalise, x)
+        self._freed = FreedOutput(self._normalise)
+        return self._freed.run(x)
 
     def free_output(self, user: Tensor) -> None:
         """Free the last output; backward recomputes it once the gradient of ``user`` is computed.
@@ -64,8 +62,8 @@ class RMSNorm(nn.Module):
         ``user`` must depend on the output, and every operation that saved the output must run in backward after it.
         """
         if self.recomputed and torch.is_grad_enabled():
-            self._checkpoint.discard_output_and_register_recompute(user)
-            del self._checkpoint
+            self._freed.free(user)
+            del self._freed
 
     def _normalise(self, x: Tensor) -> Tensor:
         exact = x.float()
@@ -93,24 +91,6 @@ class Layer(TransformerLayer):
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
         self.pre_mlp_layernorm.free_output(mlp_output_with_bias[0])
         return super()._forward_post_mlp(mlp_output_with_bias, residual)
-
-
-class Block(TransformerBlock):
-    """megatron-core's block; the k layers that are recomputed together need not divide the number of layers."""
-
-    def _checkpointed_forward(
-        self, hidden_states: Tensor, packed_seq_params: PackParams, **unused: object
-    ) -> Tensor:
-        merged = self.config.recompute_num_layers
-        for first in range(0, len(self.layers), merged):
-            run = partial(self._run, range(first, min(first + merged, len(self.layers))), packed_seq_params)
-            hidden_states = checkpoint(run, self.config.distribute_saved_activations, hidden_states)
-        return hidden_states
-
-    def _run(self, layers: range, pack: PackParams, hidden: Tensor) -> Tensor:
-        for i in layers:
-            hidden, _ = self.layers[i](hidden, attention_mask=None, packed_seq_params=pack)
-        return hidden
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:

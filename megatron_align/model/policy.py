@@ -41,7 +41,8 @@ from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
-from megatron_align.model.layer import RECOMPUTE_MODULES, Block, RMSNorm, layer_spec
+from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
+from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options
 from megatron_align.model.tied_embedding import head_weight, is_tied

@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_align.checkpoint.host_optimizer_state import HostOptimizerState
 from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
+from megatron_align.model.megatron_versions import grads_for_norm
 from megatron_align.model.policy import Policy
 
 # Elements per bucket of overlapped gradient reductions; None: megatron-core's choice.
@@ -64,7 +65,7 @@ class Optimizer(DistributedOptimizer):
     def grad_norm(self) -> float:
         """Copy the gradients to the optimizer's shards; return their global norm before clipping."""
         self.prepare_grads()
-        return global_norm(self.get_main_grads_for_grad_norm(), self.get_grad_stats_parallel_group())
+        return global_norm(grads_for_norm(self), self.get_grad_stats_parallel_group())
 
     def update(self, norm: float) -> None:
         """Clip, update, gather the new weights. ``norm`` is what :meth:`grad_norm` returned."""
