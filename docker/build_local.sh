@@ -29,7 +29,8 @@ if [ ! -e "$work/made" ]; then
     touch "$work/made"
 fi
 # This machine's way to packages: mirrors, certificates, pip's settings. So the base stays on this machine.
-cp -a /etc/apt/sources.list* /etc/apt/apt.conf.d "$root/etc/apt/" 2> /dev/null || true
+rm -rf "$root"/etc/apt/sources.list*
+cp -a /etc/apt/sources.list* /etc/apt/apt.conf.d "$root/etc/apt/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 for file in /etc/pip.conf "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
     if [ -e "$file" ]; then
@@ -43,6 +44,9 @@ rm -rf "$root"/usr/local/python3.12/lib/python3.12/{test,site-packages/torch*}
 for name in python3 python3.12; do
     ln -sf /usr/local/python3.12/bin/python3.12 "$root/usr/local/bin/$name"
 done
+echo /usr/local/python3.12/lib > "$root/etc/ld.so.conf.d/python3.12.conf" # where it is built as a shared library
+chroot "$root" ldconfig
+chroot "$root" python3 -c "import ssl, sqlite3, lzma, bz2, ctypes, venv"
 
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT

@@ -1,8 +1,8 @@
 """Run the laws in their quick form on every CPython that is found, with both ends of megatron-core.
 
-``make test-matrix`` looks for CPython 3.10 to 3.13 on PATH and under ``~/.pyenv/versions``. Each gets an environment in
-``.matrix/`` with its constraints (``tests/constraints/``), several GB where torch has CUDA; releases of megatron-core are
-in folders next to it. What is not found is named and left out. One table is printed at the end, that of
+``make test-matrix`` looks for CPython 3.10 to 3.13 on PATH and under ``~/.pyenv/versions``. Each gets an environment
+in ``.matrix/`` with its constraints (``tests/constraints/``), several GB where torch has CUDA; megatron-core's releases
+are in folders next to it. What is not found is named and left out. One table is printed at the end: that of
 ``docs/compatibility.md``.
 
     python tests/matrix.py --environment .venv     # only the laws, in an environment that exists, as it is

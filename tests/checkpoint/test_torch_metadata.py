@@ -1,9 +1,10 @@
 """Metadata that any supported interpreter wrote is read to the same, and reading it opens no other door.
 
-CPython 3.11.0 to 3.11.4 pickle an enum member as ``getattr(class, name)`` (the change is CPython's GH-26658 of June 2021,
-its reversal GH-105519 of June 2023, first in 3.11.5); 3.10, 3.11.5 and newer, 3.12 and 3.13 as ``class(value)``. Looked up
-in the standard libraries of 3.10.2, 3.10.13, 3.11.2, 3.11.3, 3.11.7, 3.12.1 and 3.13.0. So of the systems' own interpreters
-Debian 12's (3.11.2) is of the first kind; Debian 13's (3.13.5), Ubuntu 22.04's (3.10.12) and 24.04's (3.12.3) are of the other.
+CPython 3.11.0 to 3.11.4 pickle an enum member as ``getattr(class, name)`` (CPython's GH-26658 of June 2021, taken back
+for 3.10 before 3.10.0 by bpo-44559, and for 3.11 and 3.12 by GH-105348 and GH-105519 of 9 June 2023, three days after
+3.11.4); all others of 3.10 to 3.13 as ``class(value)``. Looked up in the standard libraries of 3.10.13, 3.11.2, 3.11.3,
+3.11.7, 3.12.1 and 3.13.0. Of the systems' own interpreters Debian 12's (3.11.2) is of the first kind, Debian 13's
+(3.13.5), Ubuntu 22.04's (3.10.12) and Ubuntu 24.04's (3.12.3) are of the second.
 """
 
 import base64
