@@ -1,4 +1,4 @@
-"""What differs between the supported releases of megatron-core, 0.16.1 to 0.19; all other code is the same for all.
+"""Differences between the supported releases of megatron-core, 0.16.1 to 0.19; all other code is the same for all.
 
 Each difference is recognised by what the installed release has, not by its number.
 ``tests/model/test_megatron_versions.py`` lists what we override, patch or use by a private name, and fails where an
