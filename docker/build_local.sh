@@ -32,19 +32,14 @@ fi
 rm -rf "$root"/etc/apt/sources.list*
 cp -a /etc/apt/sources.list* /etc/apt/apt.conf.d "$root/etc/apt/"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
-for file in /etc/pip.conf "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
+for file in /etc/pip.conf /etc/xdg/pip "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf"; do
     if [ -e "$file" ]; then
         mkdir -p "$root$(dirname "$file")"
-        cp "$file" "$root$file"
+        cp -r "$file" "$root$(dirname "$file")/"
     fi
 done
-rm -rf "$root/usr/local/python3.12"
-cp -a "$python_home" "$root/usr/local/python3.12"
-rm -rf "$root"/usr/local/python3.12/lib/python3.12/{test,site-packages/torch*}
-for name in python3 python3.12; do
-    ln -sf /usr/local/python3.12/bin/python3.12 "$root/usr/local/bin/$name"
-done
-echo /usr/local/python3.12/lib > "$root/etc/ld.so.conf.d/python3.12.conf" # where it is built as a shared library
+cp -a "$python_home/." "$root/usr/local/" # before Debian's own in PATH
+rm -rf "$root"/usr/local/lib/python3.12/{test,site-packages/torch*}
 chroot "$root" ldconfig
 chroot "$root" python3 -c "import ssl, sqlite3, lzma, bz2, ctypes, venv"
 
