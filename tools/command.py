@@ -130,7 +130,8 @@ def choose(program: str, about: str, commands: dict[str, str], arguments: list[s
         print(f"{program} COMMAND --help describes a command.")
         sys.exit(0)
     if name not in commands:
+        hint = "; to train: python -m megatron_align.train --config run.yaml" if name == "train" else ""
         raise InputError(
-            f"{program} has no command '{name}', it has {', '.join(names)}{nearest(name, names)}"
+            f"{program} has no command '{name[:80]}', it has {', '.join(names)}{hint or nearest(name, names)}"
         )
     return name, rest

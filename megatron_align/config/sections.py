@@ -328,9 +328,14 @@ class TrainConfig:
             (self.steps is None) != (self.epochs is None),
             f"give either train.steps or train.epochs, got steps {shown(self.steps)} and epochs {shown(self.epochs)}",
         )
-        for name in ("global_batch_size", "global_batch_tokens", "steps", "epochs", "validate_every"):
+        most = {"global_batch_size": 10**7, "global_batch_tokens": 10**10, "steps": 10**9, "epochs": 10**6}
+        for name in (*most, "validate_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name} must be at least 1, got {value}")
+            require(
+                value is None or value <= most.get(name, value),
+                f"train.{name} must be at most {most.get(name, 0):,}, got {value}",
+            )
         require(
             self.recompute_layers >= 0,
             f"train.recompute_layers must not be negative, got {self.recompute_layers}",

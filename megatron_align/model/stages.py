@@ -78,7 +78,8 @@ def _way_out(layers: int, parallel: ParallelConfig) -> str:
         if first > 0 and each > 0 and first % chunks == 0:
             return f": set parallel.first_stage_layers (or last_stage_layers) {first}, the others then have {each}"
     sizes = [size for size in range(2, layers + 1) if layers % (size * chunks) == 0]
-    return f": use parallel.pipeline {listed(sizes)}, or parallel.first_stage_layers and last_stage_layers"
+    uneven = ", or parallel.first_stage_layers and last_stage_layers" if layers >= stages * chunks else ""
+    return f": use parallel.pipeline {listed(sizes)}{uneven}" if sizes or uneven else ""
 
 
 def split_options(parallel: ParallelConfig) -> dict[str, Any]:

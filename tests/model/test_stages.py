@@ -1,5 +1,7 @@
 """Layers are distributed as megatron-core distributes them, each once, or the layout is refused with one line."""
 
+import re
+
 import pytest
 import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -90,3 +92,21 @@ def test_as_megatron_core_builds_them(split, shape):
 def test_refused(options, message):
     with pytest.raises(InputError, match=message):
         layers_of_chunks(6, ParallelConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "layers, options, way_out",
+    [
+        (28, {"pipeline": 3}, ": set parallel.first_stage_layers (or last_stage_layers) 8, the others then have 10"),
+        (4, {"pipeline": 3}, ": set parallel.first_stage_layers (or last_stage_layers) 2, the others then have 1"),
+        (30, {"pipeline": 4, "virtual_pipeline": 2}, " (or last_stage_layers) 6, the others then have 8"),
+        (2, {"pipeline": 3}, ": use parallel.pipeline 2"),
+    ],
+)  # fmt: skip
+def test_layers_that_do_not_divide_name_a_way_out_that_works(layers, options, way_out):
+    with pytest.raises(InputError) as error:
+        layers_of_chunks(layers, ParallelConfig(**options))
+    assert str(error.value).endswith(way_out)
+    if first := re.search(r"last_stage_layers\) (\d+)", way_out):
+        for name in ("first_stage_layers", "last_stage_layers"):
+            assert sum(layers_of_chunks(layers, ParallelConfig(**options, **{name: int(first[1])}))) == layers
