@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_align.data.formats import hub_data
 from megatron_align.data.formats.columns import Columns, FieldUse, renamed
 from megatron_align.data.formats.open_file import Raw
 from megatron_align.data.formats.readers import drop_nulls, is_csv, read_objects
@@ -34,7 +35,7 @@ SUFFIXES = (
 
 
 def expand(path: str) -> list[str]:
-    """Return the files of one source: a file, a folder's data files, or what a glob pattern matches.
+    """Return the files of one source: a file, a folder's data files, what a glob pattern matches, or a hub data set's.
 
     Folders are searched recursively for files that end in one of ``SUFFIXES``; hidden files and folders are left
     out. The files are sorted by name, so the order is the same on every machine.
@@ -42,6 +43,8 @@ def expand(path: str) -> list[str]:
     Raises:
         InputError: if there is no such file, or none in the folder, or none that matches.
     """
+    if path.startswith(hub_data.PREFIX):
+        path = hub_data.local_path(path, SUFFIXES)
     folder = Path(path)
     if folder.is_dir():
         files = _in_folder(folder)
@@ -176,10 +179,15 @@ def _in_folder(folder: Path) -> list[str]:
     return [str(folder / name) for name in shown if (folder / name).is_file()]
 
 
+def _hub_hint(path: str) -> str:
+    is_name = path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not path.endswith(SUFFIXES)
+    return f"; a data set of the Hugging Face hub is hf://{path}" if is_name else ""
+
+
 def _data_file(path: str) -> str:
     if not Path(path).is_file():
         raise InputError(
-            f"{path}: must be a data file, found {'a folder' if Path(path).is_dir() else 'nothing'}"
+            f"{path}: must be a data file, found {'a folder' if Path(path).is_dir() else f'nothing{_hub_hint(path)}'}"
         )
     if not path.endswith(SUFFIXES):
         raise InputError(f"{path}: must end in one of {', '.join(SUFFIXES)}")

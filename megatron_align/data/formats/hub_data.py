@@ -1,0 +1,80 @@
+"""Data sets of the Hugging Face hub (``hf://OWNER/NAME``, a file, folder or pattern in it), downloaded or cached."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from megatron_align.errors import InputError
+
+PREFIX = "hf://"
+_NAME = re.compile(
+    r"hf://(?:datasets/)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.+))?"
+)
+_SPLITS = {
+    "train": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+}
+
+
+@cache
+def local_path(source: str, suffixes: tuple[str, ...]) -> str:
+    """Return the path on this machine of a source on the hub: a file, folder or pattern of its snapshot.
+
+    Args:
+        source: ``hf://OWNER/NAME``, with ``@REVISION``, and ``/PATH`` for a part of the data set.
+        suffixes: of the data files that are downloaded.
+
+    Raises:
+        InputError: for another form, a data set that cannot be downloaded, or several splits.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+
+    name = _NAME.fullmatch(source)
+    if name is None:
+        raise InputError(
+            f"{source}: must be hf://OWNER/NAME, or hf://OWNER/NAME/PATH for a part of the data set"
+        )
+    repo, revision, part = name["repo"], name["revision"], (name["path"] or "").strip("/")
+    one_file = part.endswith(suffixes) or "*" in part
+    patterns = [part] if one_file else [f"{part}/*{end}" if part else f"*{end}" for end in suffixes]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, repo_type="dataset", revision=revision, allow_patterns=patterns
+        )
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{source}: the hub has no data set of this name (private or gated ones need `hf auth login`)"
+        ) from error
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(
+            f"{source}: cannot be downloaded ({reason}): where there is a connection run `hf download --repo-type "
+            f"dataset {repo}`, and give the folder that it prints"
+        ) from error
+    if not part:
+        _require_one_split(source, Path(folder), suffixes)
+    return str(Path(folder) / part)
+
+
+def _require_one_split(source: str, folder: Path, suffixes: tuple[str, ...]) -> None:
+    found: dict[str, str] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.name.endswith(suffixes):
+            words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
+            split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
+            if split is not None:
+                found.setdefault(split, str(file.relative_to(folder)))
+    if len(found) > 1:
+        files = ", ".join(f"{source}/{file}" for file in found.values())
+        raise InputError(
+            f"{source}: must be one split, found {', '.join(found)}; name its files, for example {files} "
+            "(a pattern with * works too)"
+        )
