@@ -35,6 +35,7 @@ from megatron_align.rollout.engine import OnToken
 from megatron_align.rollout.sampling import draw, uniforms
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 
+LEAST_FILL = 0.75  # share of a group's longest prompt that its shortest one has
 BATCH_TOKENS = 1 << 16  # most tokens in the cache, padding and room for completions included
 
 
@@ -112,8 +113,9 @@ class TransformersEngine:
         capacity = 0
         while waiting or batch.rows:
             if waiting and 2 * len(batch.rows) <= capacity:
-                joining = self._joining(prompts, waiting, sampling, batch)
-                batch.join([prompts[i].token_ids for i in joining], self._rows(joining, prompts, sampling))
+                for joining in _of_similar_length(self._joining(prompts, waiting, sampling, batch), prompts):
+                    rows = self._rows(joining, prompts, sampling)
+                    batch.join([prompts[i].token_ids for i in joining], rows)
                 capacity = max(len(batch.rows), 1)
             self._step(batch, sampling, decoder, on_token)
             for row in batch.drop_finished():
@@ -256,6 +258,18 @@ class _Batch:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def _of_similar_length(joining: Sequence[int], prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Split prompts, longest first, into groups that are computed together with little padding."""
+    groups: list[list[int]] = []
+    for i in joining:
+        longest = len(prompts[groups[-1][0]].token_ids) if groups else 0
+        if len(prompts[i].token_ids) >= LEAST_FILL * longest and groups:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _joined(
