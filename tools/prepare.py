@@ -24,7 +24,16 @@ Either --config run.yaml, for the data of a run, or --tokenizer, --data, --seque
 changed, a second run does nothing; a killed run is resumed. Needs no GPU and no torchrun."""
 _REQUIRED = ("tokenizer", "data", "sequence_length", "cache")
 _FEW = 3  # examples of samples that are too long, on the terminal; the report lists more
-_OPTIONAL = ("shape", "columns", "chat_template", "too_long", "on_bad_record")
+_OPTIONAL = (
+    "shape",
+    "columns",
+    "chat_template",
+    "template_date",
+    "train_turns",
+    "drop_fields",
+    "too_long",
+    "on_bad_record",
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -45,7 +54,7 @@ def run(arguments: list[str]) -> int:
         print(_counts(split, store, options.check))
         if options.report:
             folder = Path(options.report) / ("" if split == "train" else split)
-            _report(store, spec, setup, 0 if split == "validation" else options.sample, folder)
+            _report(store, spec, setup, _samples(store, options, split), folder)
     return 0
 
 
@@ -70,6 +79,22 @@ def _arguments(parser: Parser) -> None:
     )
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add(
+        "--template-date",
+        metavar="DATE",
+        help="date that the chat template reads from the clock (default: now)",
+    )
+    add(
+        "--train-turns",
+        choices=("all", "last"),
+        help="turns of conversations that are trained (default: all)",
+    )
+    add(
+        "--drop-fields",
+        nargs="+",
+        metavar="NAME",
+        help="fields of turns to leave out (reasoning_content, tools)",
+    )
+    add(
         "--too-long",
         choices=("error", "drop", "truncate"),
         help="what to do with longer samples (default: error)",
@@ -90,7 +115,16 @@ def _arguments(parser: Parser) -> None:
     add("--ranks", type=_count, metavar="N", help="report: data-parallel ranks (default: 1)")
     add("--pack-length", type=_count, metavar="L", help="report: tokens of a pack (default: sequence length)")
     add("--global-batch-size", type=_count, metavar="B", help="report: samples of a step (default: 16)")
-    add("--sample", type=int, default=0, metavar="I", help="report: index of the sample shown (default: 0)")
+    add(
+        "--sample", type=int, nargs="+", metavar="I", help="report: indices of the samples shown (default: 0)"
+    )
+    add(
+        "--random-samples",
+        type=_count,
+        metavar="N",
+        help="report: also show this many samples chosen at random",
+    )
+    add("--seed", type=int, default=0, help="report: of the random choice (default: 0)")
 
 
 def _count(text: str) -> int:
@@ -132,6 +166,9 @@ def _requested(options: argparse.Namespace) -> list[tuple[str, StoreSpec, Packin
         shape=options.shape,
         columns=dict(options.columns or []),
         chat_template=options.chat_template,
+        template_date=options.template_date,
+        train_turns=options.train_turns or "all",
+        drop_fields=tuple(sorted(set(options.drop_fields or ()))),
         on_bad_record=options.on_bad_record or "error",
         processes=options.processes,
     )
@@ -202,23 +239,42 @@ def _counts(split: str, store: TokenStore, checked: bool) -> str:
     return "\n".join(lines)
 
 
-def _report(store: TokenStore, spec: StoreSpec, setup: PackingSetup, index: int, folder: Path) -> None:
+def _samples(store: TokenStore, options: argparse.Namespace, split: str) -> list[int]:
+    """Return the indices of the samples to show."""
+    import random
+
+    from megatron_align.errors import InputError
+
+    # The indices that the user gives are of the training data.
+    chosen = options.sample if options.sample is not None and split == "train" else [0]
+    if options.random_samples:
+        others = sorted(set(range(len(store))) - set(chosen)) if len(store) < 10_000 else range(len(store))
+        count = min(options.random_samples, len(others))
+        picked = sorted(random.Random(options.seed).sample(others, count))
+        chosen = picked if options.sample is None else [*chosen, *picked]
+    for index in chosen:
+        if not 0 <= index < len(store):
+            raise InputError(f"--sample must be within 0..{len(store) - 1}, got {index}")
+    return list(dict.fromkeys(chosen))
+
+
+def _report(
+    store: TokenStore, spec: StoreSpec, setup: PackingSetup, indices: list[int], folder: Path
+) -> None:
     from megatron_align.data.report import rendered, report
     from megatron_align.data.tokenize.tokenizer import load_tokenizer
-    from megatron_align.errors import InputError
     from megatron_align.tools.prepare_report import rows, to_terminal, write_report
 
-    if not 0 <= index < len(store):
-        raise InputError(f"--sample must be within 0..{len(store) - 1}, got {index}")
-    numbers = report(store, setup)
-    sections = rendered(store.sample(index), load_tokenizer(spec.tokenizer))
-    write_report(folder, numbers, sections)
+    numbers, tokenizer = report(store, setup), load_tokenizer(spec.tokenizer)
+    samples = [(index, rendered(store.sample(index), tokenizer)) for index in indices]
+    write_report(folder, numbers, samples)
     shown = rows(numbers)
     width = max(len(name) for name, _ in shown)
     print("\n".join(f"  {name:{width}}  {text}" for name, text in shown))
     colours = sys.stdout.isatty()
-    print(f"sample {index}, trained tokens {'on green' if colours else 'between ⟦ and ⟧'}:")
-    print(to_terminal(sections, colours))
+    for index, sections in samples:
+        print(f"sample {index}, trained tokens {'on green' if colours else 'between ⟦ and ⟧'}:")
+        print(to_terminal(sections, colours))
     print(f"report: {folder / 'report.html'}")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_align.data.report import SampleSection
 
+Shown = tuple[int, list["SampleSection"]]  # index and sections of a sample
 FILES = ("report.json", "lengths.png", "report.html")
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse}td{padding:.15rem 1rem .15rem 0;vertical-align:top}
@@ -20,13 +21,13 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:1rem;
 mark{background:#b9e6c0;border-radius:2px}h3{margin-bottom:.3rem}img{max-width:100%}.note{color:#666}"""
 
 
-def write_report(folder: Path, numbers: dict[str, Any], sections: list[SampleSection]) -> None:
-    """Write the report's files into ``folder``."""
+def write_report(folder: Path, numbers: dict[str, Any], samples: list[Shown]) -> None:
+    """Write the report's files, with these samples, into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     draw_lengths(numbers, folder / "lengths.png")
-    page = to_html(numbers, sections, (folder / "lengths.png").read_bytes())
+    page = to_html(numbers, samples, (folder / "lengths.png").read_bytes())
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -81,6 +82,7 @@ def rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
             "left out",
             f"{numbers['dropped']:,} dropped as too long, {numbers['skipped']:,} skipped as malformed",
         ),
+        *dropped_lengths(numbers["dropped_lengths"]),
         ("truncated", f"{numbers['truncated']:,}"),
         (
             "layout",
@@ -109,20 +111,32 @@ def rows(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     return shown
 
 
-def to_html(numbers: dict[str, Any], sections: list[SampleSection], picture: bytes) -> str:
+def dropped_lengths(samples_of_length: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the lengths of the dropped samples: how long ``data.sequence_length`` must be to keep half, 90%, all."""
+    lengths = sorted((int(length), samples) for length, samples in samples_of_length.items())
+    total, shares = sum(samples for _, samples in lengths), []
+    for share in (0.5, 0.9, 1.0):
+        kept = 0
+        for length, samples in lengths:
+            kept += samples
+            if kept >= share * total:
+                shares.append(f"{share:.0%} within {length:,}")
+                break
+    return [("lengths of the dropped", f"{', '.join(shares)} tokens")] if lengths else []
+
+
+def to_html(numbers: dict[str, Any], samples: list[Shown], picture: bytes) -> str:
     """Return the report as one self-contained page."""
     table = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>" for name, text in rows(numbers)
     )
     image = base64.b64encode(picture).decode()
-    sample = "".join(
-        f"<h3>{html.escape(section.title)}</h3><pre>"
+    shown = "".join(
+        f"<h2>Sample {index}</h2>"
         + "".join(
-            f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
-            for text, trained in section.runs
+            f"<h3>{html.escape(section.title)}</h3><pre>{_marked(section)}</pre>" for section in sections
         )
-        + "</pre>"
-        for section in sections
+        for index, sections in samples
     )
     examples = "".join(
         f"<h3>{html.escape(what)}</h3><pre>{html.escape(chr(10).join(lines))}</pre>"
@@ -133,9 +147,16 @@ def to_html(numbers: dict[str, Any], sections: list[SampleSection], picture: byt
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Data report</title><style>{_STYLE}</style>'
         f"<h1>Data report</h1><table>{table}</table>"
         f'<p><img alt="histogram of sample lengths" src="data:image/png;base64,{image}"></p>'
-        f'<h2>A sample</h2><p class="note">Tokens on <mark>green</mark> are trained on.</p>{sample}'
+        f'<p class="note">Tokens on <mark>green</mark> are trained on.</p>{shown}'
         + (f"<h2>Left out or cut (the first of each)</h2>{examples}" if examples else "")
         + "</html>\n"
+    )
+
+
+def _marked(section: SampleSection) -> str:
+    return "".join(
+        f"<mark>{html.escape(text)}</mark>" if trained else html.escape(text)
+        for text, trained in section.runs
     )
 
 

@@ -61,6 +61,9 @@ class DataConfig:
         shape: format of the records (messages, pair, ...); null: recognised from each file's first record
         columns: columns with other names in the files, as {prompt: question}; {NAME: null} leaves column NAME alone
         chat_template: file with a Jinja chat template; null: the tokenizer's own
+        template_date: date that the chat template reads from the clock (2024-07-26); null: that of the preparation
+        train_turns: turns of a conversation that are trained: all of the assistant's, or those after the last question
+        drop_fields: fields of turns to leave out before the chat template sees them (reasoning_content, name, tools)
         on_bad_record: error: stop at a malformed record; skip: drop it and count it
         sequence_length: longest sample (pair, group) and capacity of one pack, in tokens
         packing: true: several samples per micro-batch, attention isolated between them; false: one sample each
@@ -75,6 +78,9 @@ class DataConfig:
     shape: str | None = None
     columns: dict[str, str | None] = field(default_factory=dict)
     chat_template: str | None = None
+    template_date: str | None = None
+    train_turns: Literal["all", "last"] = "all"
+    drop_fields: list[str] = field(default_factory=list)
     on_bad_record: Literal["error", "skip"] = "error"
     sequence_length: int = 4096
     packing: bool = True
@@ -89,6 +95,8 @@ class DataConfig:
             1 < self.sequence_length < 2**31,
             f"data.sequence_length must be at least 2 tokens, at most 2^31, got {self.sequence_length}",
         )
+        for name in ("role", "content"):
+            require(name not in self.drop_fields, f"data.drop_fields cannot leave out a turn's {name}")
 
 
 @dataclass(frozen=True, kw_only=True)

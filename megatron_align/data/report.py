@@ -62,6 +62,7 @@ def report(store: TokenStore, setup: PackingSetup) -> dict[str, Any]:
         "shapes": manifest["shapes"],
         "sequence_length": manifest["sequence_length"],
         **{name: manifest[name] for name in copied},
+        "dropped_lengths": manifest.get("dropped_lengths", {}),
         "trained_share": manifest["scored_tokens"] / manifest["tokens"],
         "duplicated_tokens": int(store.duplicated_lengths.sum()),
         "lengths": _distribution(store.lengths),

@@ -39,6 +39,23 @@ def require_same_tokenizer(folders: list[Path]) -> None:
             raise InputError(f"tokenizers differ: {difference} in {folder} and {folders[0]}")
 
 
+def require_tokenizer_of_reference(reference: Path, model: Path) -> None:
+    """Check that a reference reads token ids as the trained model does; a folder without a tokenizer is not checked.
+
+    Raises:
+        InputError: with the first difference.
+    """
+    has_one = any((reference / name).is_file() for name in (FAST, SENTENCEPIECE, BPE))
+    if reference.resolve() == model.resolve() or not has_one:
+        return
+    try:
+        require_same_tokenizer([model, reference])
+    except InputError as error:
+        raise InputError(
+            f"reference.path must have model.path's tokenizer, as it scores the same token ids: {error}"
+        ) from error
+
+
 def _fast(folder: Path) -> dict[str, Any]:
     content = read_json(folder / FAST)
     model = content.get("model") or {}

@@ -30,6 +30,7 @@ from megatron_align.errors import InputError
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.hf.hub import fetch_or_wait, model_folder, require_can_upload
 from megatron_align.hf.load import open_hf, require_tied_head
+from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import transformer_config
@@ -123,7 +124,7 @@ def prepare_run(
     )
     if weights == assets:
         require_tied_head(open_hf(assets)[0], start)
-    _require_same_shape(config.reference.path, shape)
+    _require_same_shape(config.reference.path, shape, model_assets=assets)
     if config.data.sequence_length > shape.max_positions:
         raise InputError(
             f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
@@ -190,7 +191,7 @@ def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelSh
     return start
 
 
-def _require_same_shape(reference: str | None, shape: ModelShape) -> None:
+def _require_same_shape(reference: str | None, shape: ModelShape, model_assets: Path) -> None:
     if reference is None:
         return
     weights, assets = locate(reference)
@@ -199,6 +200,7 @@ def _require_same_shape(reference: str | None, shape: ModelShape) -> None:
     if apart:
         facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
         raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")
+    require_tokenizer_of_reference(assets, model_assets)
     if weights == assets:
         require_tied_head(open_hf(assets)[0], shape)
 

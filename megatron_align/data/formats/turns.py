@@ -16,7 +16,7 @@ from megatron_align.data.formats.fields import (
 )
 from megatron_align.data.formats.foreign_fields import refuse_unsupported
 from megatron_align.errors import InputError, nearest
-from megatron_align.records import ROLES, Message
+from megatron_align.records import REASONING_FIELDS, ROLES, Message
 
 SPEAKERS = {
     "human": "user",
@@ -69,7 +69,9 @@ def message(item: Any, where: str, name: str) -> Message:
         )
     extra = {key: value for key, value in item.items() if key not in _OWN_FIELDS and value is not None}
     extra = _with_tool_calls(extra, role, where, name)
-    content = _content(item.get("content"), bool(extra.get("tool_calls")), where, f"{name}.content")
+    reasons = role == "assistant" and any(extra.get(field) for field in REASONING_FIELDS)
+    silent = bool(extra.get("tool_calls")) or reasons
+    content = _content(item.get("content"), silent, where, f"{name}.content")
     require_renderable(extra, where, name)
     return require_content(
         Message(role, content, extra, _trained(item, role, where, name)), where, f"{name}.content"
@@ -109,8 +111,9 @@ def _part(part: Any, where: str, name: str) -> str:
 
 
 def require_content(turn: Message, where: str, name: str) -> Message:
-    """Return the turn unless it is an empty one of the user or the assistant."""
-    is_empty = not turn.content.strip() and not turn.extra.get("tool_calls")
+    """Return the turn unless it is an empty one of the user or the assistant; it may have calls or reasoning only."""
+    given = ("tool_calls", *REASONING_FIELDS) if turn.role == "assistant" else ()
+    is_empty = not turn.content.strip() and not any(turn.extra.get(name) for name in given)
     if turn.role in ("user", "assistant") and is_empty:
         raise InputError(
             f"{where}: field '{name}' must not be empty in a turn of the {turn.role}, "

@@ -10,7 +10,8 @@ import uuid
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from megatron_align.data.formats.files import expand
 from megatron_align.data.formats.rules_version import rules_version
 from megatron_align.data.store import VERSION, sha256
 from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.data.tokenize.template_clock import parse_date, reads_of_clock, tokenizer_templates
+from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import InputError
 
 CACHE_IN_RUN = "data_cache"  # inside checkpoint.dir, where data.cache is not given
@@ -50,6 +53,9 @@ class StoreSpec:
         shape: shape of the records; None: recognised per file
         columns: the files' columns of fields with another name there; None: a column that is left alone
         chat_template: file with a Jinja chat template; None: the tokenizer's own
+        template_date: ISO date that the chat template reads from the clock; None: the time of :meth:`pinned`
+        train_turns: all: every assistant turn is trained; last: those after the last question
+        drop_fields: fields of turns (and ``tools``) that are left out
         on_bad_record: error: stop at a malformed record; skip: leave it out and count it
         processes: number of tokenising processes; None: one per core, 1 for little data
     """
@@ -62,6 +68,9 @@ class StoreSpec:
     shape: str | None = None
     columns: Mapping[str, str | None] = field(default_factory=dict)
     chat_template: str | None = None
+    template_date: str | None = None
+    train_turns: Literal["all", "last"] = "all"
+    drop_fields: tuple[str, ...] = ()
     on_bad_record: Literal["error", "skip"] = "error"
     processes: int | None = None
 
@@ -81,6 +90,9 @@ class StoreSpec:
             shape=data.shape,
             columns=data.columns,
             chat_template=data.chat_template,
+            template_date=data.template_date,
+            train_turns=data.train_turns,
+            drop_fields=tuple(sorted(set(data.drop_fields))),
             on_bad_record=data.on_bad_record,
         )
 
@@ -93,6 +105,29 @@ class StoreSpec:
     def template(self) -> str | None:
         """Return the text of ``chat_template``. Raises InputError for a file that is not a template."""
         return load_chat_template(self.chat_template) if self.chat_template else None
+
+    def turn_options(self) -> TurnOptions:
+        """Return how the turns of conversations are rendered and trained."""
+        now = None if self.template_date is None else parse_date(self.template_date)
+        return TurnOptions(now, self.train_turns == "last", self.drop_fields)
+
+    def pinned(self) -> StoreSpec:
+        """Return the spec with the present time as ``template_date``, so that all of it is tokenised at one time."""
+        return self if self.template_date else replace(self, template_date=datetime.now().isoformat())
+
+    def clock(self) -> dict[str, str]:
+        """Return what the chat template reads from the clock; empty: it does not read it."""
+        texts = [self.template() or ""] if self.chat_template else tokenizer_templates(self.tokenizer)
+        return reads_of_clock(texts, parse_date(self.template_date) if self.template_date else datetime.now())
+
+    def _changed_options(self) -> dict[str, Any]:
+        """Return the inputs that older stores did not have, where they change samples: the others keep their keys."""
+        options = {
+            "train_turns": self.train_turns,
+            "drop_fields": list(self.drop_fields),
+            "clock": self.clock(),
+        }
+        return {name: value for name, value in options.items() if value not in ("all", [], {})}
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs, files by their hashes. Raises InputError for a file that cannot be read."""
@@ -117,6 +152,7 @@ class StoreSpec:
             "on_bad_record": self.on_bad_record,
             "sequence_length": self.sequence_length,
             "too_long": self.too_long,
+            **self._changed_options(),
         }
 
     def path(self, inputs: dict[str, Any]) -> Path:

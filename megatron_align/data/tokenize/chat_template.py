@@ -184,7 +184,8 @@ def _without_each_field(record: Conversation) -> Iterator[tuple[tuple[Any, ...],
     for i, message in enumerate(record.messages):
         kind = (message.role, i < last_question, bool(message.content), "tool_calls" in message.extra)
         for name, value in message.extra.items():
-            if not value or _may_vanish(message, name):
+            context = not message.train or i < (record.prompt_messages or 0)
+            if not value or _may_vanish(message, name, context):
                 continue
             same = {name} | {other for other in REASONING_FIELDS if name in REASONING_FIELDS}
             kept = {key: v for key, v in message.extra.items() if key not in same or v != value}
@@ -193,8 +194,8 @@ def _without_each_field(record: Conversation) -> Iterator[tuple[tuple[Any, ...],
             yield (name, *kind), shown, replace(record, messages=turns)
 
 
-def _may_vanish(message: Message, name: str) -> bool:
+def _may_vanish(message: Message, name: str, context: bool) -> bool:
     """Return whether a template may leave out a field: a link of a tool's answer to its call, or earlier reasoning."""
     if name == "tool_call_id" or (name == "name" and message.role == "tool"):
         return True
-    return name in REASONING_FIELDS and message.role == "assistant" and not message.train
+    return name in REASONING_FIELDS and message.role == "assistant" and context

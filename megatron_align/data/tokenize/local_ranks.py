@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def prepare_or_wait(spec: StoreSpec, local_rank: int, *, waited_for: bool = True
         InputError: as :func:`.prepare.prepare`; on the others, if local rank 0 failed, or sent no heartbeat for
             ``heartbeat.TIMEOUT_SECONDS``.
     """
+    if waited_for and not spec.template_date:
+        _require_day(spec)
     file = Path(spec.cache) / f".{_request_name(spec)}.{socket.gethostname()}.alive"
     if local_rank == 0:
         with heartbeat(file) if waited_for else nullcontext():
@@ -50,6 +53,17 @@ def prepare_or_wait(spec: StoreSpec, local_rank: int, *, waited_for: bool = True
             )
         time.sleep(POLL_SECONDS)
     return path
+
+
+def _require_day(spec: StoreSpec) -> None:
+    """Refuse a template that reads the time of day: every rank would look for another store."""
+    morning, evening = (
+        replace(spec, template_date=f"2024-07-26T{time}").clock() for time in ("01:02:03", "22:33:44")
+    )
+    if morning != evening:
+        raise InputError(
+            f"the chat template reads the time of day ({', '.join(morning)}): set data.template_date for several ranks"
+        )
 
 
 def _request_name(spec: StoreSpec) -> str:

@@ -51,12 +51,20 @@ class Counts:
     skipped: int = 0
     largest_token: int = 0
     examples: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in LEFT_OUT})
+    warnings: dict[str, str] = field(default_factory=dict)  # kind -> line, the first of each kind
+    dropped_lengths: dict[str, int] = field(default_factory=dict)  # tokens, rounded up -> samples
 
     def note(self, reason: str, line: str) -> None:
         """Count a record that was dropped, truncated or skipped."""
         setattr(self, reason, getattr(self, reason) + 1)
         if len(self.examples[reason]) < EXAMPLES:
             self.examples[reason].append(line)
+
+    def note_dropped_length(self, tokens: int) -> None:
+        """Count the length of a dropped sample, rounded up to three digits."""
+        unit = 10 ** max(len(str(tokens)) - 3, 0)
+        length = str(-(-tokens // unit) * unit)
+        self.dropped_lengths[length] = self.dropped_lengths.get(length, 0) + 1
 
     def add(self, other: Counts) -> None:
         """Add the counts of the next records."""
@@ -65,6 +73,9 @@ class Counts:
         self.largest_token = max(self.largest_token, other.largest_token)
         for name, lines in self.examples.items():
             lines += other.examples[name][: EXAMPLES - len(lines)]
+        self.warnings = {**other.warnings, **self.warnings}
+        for length, samples in other.dropped_lengths.items():
+            self.dropped_lengths[length] = self.dropped_lengths.get(length, 0) + samples
 
 
 def part_type(name: str) -> np.dtype:

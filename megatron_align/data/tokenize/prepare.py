@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_align.data.formats.columns import FieldUse
-from megatron_align.data.store import MANIFEST
+from megatron_align.data.store import MANIFEST, read_manifest
 from megatron_align.data.tokenize.cache_key import StoreSpec, file_states, remember_hashes
 from megatron_align.data.tokenize.part_files import Counts, counts_of, part_file, read_part
 from megatron_align.data.tokenize.record_blocks import RecordBlock, read_blocks, read_shapes
@@ -41,6 +41,7 @@ def prepare(spec: StoreSpec) -> Path:
         InputError: for bad data or a bad tokenizer, a sample that is too long (``too_long`` error), no sample
             left, or a cache that cannot be written; names the file and line.
     """
+    spec = spec.pinned()
     states = file_states(spec)
     inputs = spec.inputs()
     path = spec.path(inputs)
@@ -51,6 +52,8 @@ def prepare(spec: StoreSpec) -> Path:
             reason = error.strerror or str(error)
             raise InputError(f"{spec.cache}: tokenised data could not be written: {reason}") from error
     remember_hashes(spec, inputs, states)
+    for line in read_manifest(path).get("warnings", ()):
+        _log.warning("%s (logged once; other samples may be affected too)", line)
     return path
 
 

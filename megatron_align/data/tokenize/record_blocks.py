@@ -61,6 +61,11 @@ def read_shapes(spec: StoreSpec) -> tuple[str, list[str]]:
                 f"{second}: must hold {one} data like {first}, got {other} data (shape '{shape.name}'): "
                 "one run trains on one kind"
             )
+        if shape.kind != "chat" and spec.train_turns == "last":
+            raise InputError(
+                f"{file}: data.train_turns: last is for conversations, got {shape.kind} data, whose completions are "
+                "trained; set it to all"
+            )
         if shape.kind != "chat" and spec.too_long == "truncate":
             raise InputError(
                 f"{file}: data.too_long: truncate is for chat data, got {shape.kind} data: a comparison of cut "

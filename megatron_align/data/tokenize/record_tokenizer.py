@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -18,10 +20,18 @@ from transformers import PreTrainedTokenizerBase
 from megatron_align.data.tokenize.chat_mask import ChatMask
 from megatron_align.data.tokenize.chat_template import ChatTemplate
 from megatron_align.data.tokenize.encoder import Encoder, common_prefix_length
+from megatron_align.data.tokenize.plain_text import PlainText
+from megatron_align.data.tokenize.turn_ends import special_tokens, turn_end_token_ids
+from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import InputError
 from megatron_align.records import Completion, Conversation, Preference, Record, Sample
 
 _log = logging.getLogger(__name__)
+_DEFAULTS = TurnOptions()
+# What chat templates of released models end or start turns with.
+_CONTROL_TOKEN = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>"
+)
 
 
 class RecordTokenizer:
@@ -30,14 +40,25 @@ class RecordTokenizer:
     Args:
         tokenizer: with a chat template if there are conversations, with an EOS token if there is plain text.
         chat_template: text of a Jinja template to use instead of the tokenizer's own.
+        options: of conversations.
+        warn: is given each kind of warning once; default: it is logged.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
-        self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, chat_template)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        options: TurnOptions = _DEFAULTS,
+        warn: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.tokenizer, self._options = tokenizer, options
+        self._template = ChatTemplate(tokenizer, chat_template, options.now)
         self._encoder = Encoder(tokenizer)
-        self._mask = ChatMask(self._template, self._encoder, self._warn)
+        self._mask = ChatMask(self._template, self._encoder, self._warn, options.last_only)
+        self._plain_text = PlainText(tokenizer, self._encoder, self._warn)
         self._warned: set[str] = set()
+        self._checked = False  # the template's tokens are among the tokenizer's
+        self._report = warn or _log_once
 
     def sample(self, record: Record) -> Sample:
         """Tokenise one record.
@@ -46,6 +67,7 @@ class RecordTokenizer:
             InputError: if the template is missing, fails, does not nest, or leaves nothing to train on;
                 names the record's file and line.
         """
+        record = self._options.applied(record)
         if isinstance(record, Preference):
             return self._judged(record)
         if isinstance(record, Completion):
@@ -53,6 +75,7 @@ class RecordTokenizer:
         else:
             self._template.require_template(record)
             self._template.require_fields_written(record)
+            self._check_turn_ends(record)
             if record.prompt_messages is None:
                 tokens, scored_L = self._mask.trained(record)
             else:
@@ -64,17 +87,9 @@ class RecordTokenizer:
 
     def _text(self, record: Completion) -> tuple[list[int], np.ndarray]:
         """Plain text: the completion starts where it diverges from the prompt alone."""
-        all_ids = self._text_ids(record.prompt, record.completion, record.where)
-        prompt_ids = self._encoder.ids(record.prompt, added=True)
+        all_ids = self._plain_text.ids(record.prompt, record.completion, record.where)
+        prompt_ids = self._plain_text.prompt_ids(record.prompt)
         return all_ids, self._after_prompt(prompt_ids, all_ids, record.where)
-
-    def _text_ids(self, prompt: str, completion: str, where: str) -> list[int]:
-        """Return the ids of both, ended by EOS."""
-        eos = self.tokenizer.eos_token
-        if eos is None:
-            raise InputError(f"{where}: plain text needs a tokenizer with an EOS token, got none")
-        completion = completion if completion.endswith(eos) else completion + eos
-        return self._encoder.ids(prompt + completion, added=True)
 
     def _completion_turns(self, record: Conversation) -> tuple[list[int], np.ndarray]:
         turns = record.prompt_messages
@@ -103,14 +118,37 @@ class RecordTokenizer:
         """Log a kind of warning once."""
         if kind not in self._warned:
             self._warned.add(kind)
-            _log.warning("%s (logged once; other samples may be affected too)", line)
+            self._report(kind, line)
+
+    def _check_turn_ends(self, record: Conversation) -> None:
+        """Warn once if the template ends turns with what is no token of the tokenizer."""
+        if self._checked:
+            return
+        self._checked = True
+        text = self._template.render(record, len(record.messages))
+        for message in record.messages:
+            text = text.replace(message.content, "") if message.content else text
+        known = special_tokens(self.tokenizer)
+        unknown = [token for token in dict.fromkeys(_CONTROL_TOKEN.findall(text)) if token not in known]
+        if unknown:
+            self._warn(
+                "control tokens",
+                f"{record.where}: the chat template writes {', '.join(unknown[:5])}, which the tokenizer does not have "
+                "as tokens: they are trained as ordinary text; use the template of this tokenizer, or add the tokens",
+            )
+        elif not turn_end_token_ids(self.tokenizer, self._template.text):
+            self._warn(
+                "no turn end",
+                f"{record.where}: the chat template ends an answer with no special token, so a model that is trained "
+                "with it has none to stop at",
+            )
 
     def _judged(self, record: Preference) -> Sample:
         """Lay out ``prompt | completion | ...``; the prompt ends where the first completion diverges from it."""
         if isinstance(record.prompt, str):
-            prompt_ids = self._encoder.ids(record.prompt, added=True)
+            prompt_ids = self._plain_text.prompt_ids(record.prompt)
             texts = cast("tuple[str, ...]", record.completions)  # as their prompt is
-            sequences = [self._text_ids(record.prompt, text, record.where) for text in texts]
+            sequences = [self._plain_text.ids(record.prompt, text, record.where) for text in texts]
             untrained: list[np.ndarray | None] = [None] * len(sequences)
         else:
             prompt_ids, sequences, untrained = self._judged_turns(record)
@@ -150,6 +188,7 @@ class RecordTokenizer:
                 self._template.require_template(full)
                 prompt_ids = self._encoder.ids(self._template.render(full, len(record.prompt), prompt=True))
             self._template.require_fields_written(full)
+            self._check_turn_ends(full)
             rendering = self._mask.rendering(full)
             sequences.append(rendering.ids)
             untrained.append(self._mask.untrained(full, rendering))
@@ -172,3 +211,7 @@ class RecordTokenizer:
 def _split_at_prompt(prompt_ids: list[int], sequences: list[list[int]]) -> list[list[int]]:
     """Return the prompt, then what each sequence adds to it."""
     return [prompt_ids, *(ids[len(prompt_ids) :] for ids in sequences)]
+
+
+def _log_once(kind: str, line: str) -> None:
+    _log.warning("%s (logged once; other samples may be affected too)", line)

@@ -86,6 +86,10 @@ def join_parts(work: WorkDir, parts: int, spec: StoreSpec, manifest: dict[str, A
         **_totals(total),
         "largest_token": total.largest_token,
         "examples": total.examples,
+        "warnings": list(total.warnings.values()),
+        "dropped_lengths": {
+            str(n): total.dropped_lengths[str(n)] for n in sorted(map(int, total.dropped_lengths))
+        },
         "sources": [
             {"path": path, **_totals(counts)} for path, counts in zip(spec.sources, sources, strict=True)
         ],

@@ -41,7 +41,9 @@ def turn_end_token_ids(tokenizer: PreTrainedTokenizerBase, template: str | None 
     if not chat.exists():
         return []
     ends: list[int] = []
-    special, marks = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
+    longest_first = sorted(map(re.escape, special), key=len, reverse=True)
+    marks = re.compile("|".join(longest_first) or r"(?!)")
     answer = _after_answer(
         chat, Conversation((_QUESTION, Message("assistant", _ANSWER)), "the chat template")
     )
@@ -66,10 +68,9 @@ def _after_answer(chat: ChatTemplate, record: Conversation) -> str | None:
     return after if answer else None
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern[str]]:
-    """Return the ids of added and special tokens by their text, and a pattern that finds them in a text."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of added and special tokens by their text."""
     tokens = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     for token in tokenizer.all_special_tokens:
         tokens.setdefault(token, tokenizer.convert_tokens_to_ids(token))
-    longest_first = sorted(map(re.escape, filter(None, tokens)), key=len, reverse=True)
-    return tokens, re.compile("|".join(longest_first) or r"(?!)")
+    return {token: index for token, index in tokens.items() if token}

@@ -33,7 +33,10 @@ class BlockTokenizer:
 
     def __init__(self, spec: StoreSpec, folder: Path) -> None:
         self.spec, self.folder = spec, folder
-        self._tokenizer = RecordTokenizer(load_tokenizer(spec.tokenizer), spec.template())
+        self._warnings: dict[str, str] = {}  # of the block being tokenised
+        self._tokenizer = RecordTokenizer(
+            load_tokenizer(spec.tokenizer), spec.template(), spec.turn_options(), self._warnings.__setitem__
+        )
 
     def write(self, block: RecordBlock) -> Counts:
         """Tokenise a block into its part.
@@ -46,6 +49,8 @@ class BlockTokenizer:
             counts.note("skipped", line)
         samples = [s for s in (self._sample(record, counts) for record in block.records) if s is not None]
         columns = part_columns(samples)
+        counts.warnings = dict(self._warnings)
+        self._warnings.clear()
         counts.samples, counts.tokens = len(samples), len(columns["tokens"])
         counts.scored_tokens = int(columns["scored"].sum())
         counts.largest_token = int(columns["tokens"].max(initial=0))
@@ -78,6 +83,7 @@ def _fit(sample: Sample, record: Record, spec: StoreSpec, counts: Counts) -> Sam
         counts.note("truncated", line)
         return replace(sample, tokens_L=sample.tokens_L[:limit], scored_L=sample.scored_L[:limit])
     counts.note("dropped", line)
+    counts.note_dropped_length(length)
     return None
 
 
