@@ -42,7 +42,7 @@ class PlainText:
         eos = self._tokenizer.eos_token
         if eos is None:
             raise InputError(f"{where}: plain text needs a tokenizer with an EOS token, got none")
-        if eos in completion[: -len(eos)]:
+        if eos in completion.removesuffix(eos):
             self._warn(
                 "inner EOS",
                 f"{where}: the completion has {eos} before its end; what follows it is trained too, and ends with "

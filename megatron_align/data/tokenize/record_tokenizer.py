@@ -126,10 +126,12 @@ class RecordTokenizer:
             return
         self._checked = True
         text = self._template.render(record, len(record.messages))
-        for message in record.messages:
-            text = text.replace(message.content, "") if message.content else text
-        known = special_tokens(self.tokenizer)
-        unknown = [token for token in dict.fromkeys(_CONTROL_TOKEN.findall(text)) if token not in known]
+        known, said = special_tokens(self.tokenizer), [message.content for message in record.messages]
+        unknown = [
+            token
+            for token in dict.fromkeys(_CONTROL_TOKEN.findall(text))
+            if token not in known and not any(token in content for content in said)
+        ]
         if unknown:
             self._warn(
                 "control tokens",
