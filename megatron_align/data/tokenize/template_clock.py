@@ -1,4 +1,4 @@
-"""What a chat template reads from the clock (``strftime_now``): it is in the samples, so it is in their store's key."""
+"""The date that a chat template reads (``strftime_now``): it is in the samples, so it is in their store's key."""
 
 from __future__ import annotations
 

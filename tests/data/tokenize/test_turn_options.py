@@ -81,10 +81,10 @@ def test_reasoning_is_trained_where_the_template_writes_it(tokenizer, qwen3):
         assert trained(tokenizer, sample) == ["<think>\nbecause\n</think>\n\na<|im_end|>\n"]
     alone = RecordTokenizer(tokenizer, qwen3).sample(talk(user(), answer("", reasoning_content="because")))
     assert trained(tokenizer, alone) == ["<think>\nbecause\n</think>\n\n<|im_end|>\n"]
+    options = TurnOptions(drop_fields=("reasoning_content",))
     with pytest.raises(
         InputError, match="must have more than what data.drop_fields leaves out, got only reasoning"
     ):
-        options = TurnOptions(drop_fields=("reasoning_content",))
         RecordTokenizer(tokenizer, qwen3, options).sample(
             talk(user(), answer("", reasoning_content="because"))
         )
@@ -166,7 +166,8 @@ def test_warnings_are_logged_at_every_start(make, caplog):
 
 # The clock.
 DATED = (
-    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{{ strftime_now('%d %b %Y') }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHAT = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
