@@ -34,11 +34,11 @@ def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
         # trust_remote_code: left unset, transformers asks on the terminal, and runs the folder's code after a yes
         return AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = one_line(error)[:300]
+        reason = one_line(error)
         if "trust_remote_code" in reason:
             reason = "it needs the folder's own code, which is never run"
         raise InputError(
-            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: {reason}"
+            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: {reason[:300]}"
         ) from error
 
 
