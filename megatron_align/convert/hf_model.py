@@ -38,7 +38,8 @@ def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
         if "trust_remote_code" in reason:
             reason = "it needs the folder's own code, which is never run"
         raise InputError(
-            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: {reason[:300]}"
+            f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: "
+            f"{reason[:300]}"
         ) from error
 
 
