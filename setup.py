@@ -56,6 +56,7 @@ setup(
             "wheel>=0.43",
             "hypothesis>=6",
             "trl>=1.14.2,<1.17",  # 1.14.2 is the newest for Python 3.10; tests/constraints/ has the exact ones
+            "peft>=0.21,<0.22",
             "datasets>=3",
         ],
         "eval": ["math-verify[antlr4-13-2]>=0.9,<1"],  # check: math of evaluation tasks

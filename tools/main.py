@@ -16,6 +16,7 @@ from pathlib import Path
 
 ABOUT = "Tools for alignment training. To train: torchrun -m megatron_align.train --help. Versions: --version"
 TOOLS = {
+    "adapter": "merge a low-rank adapter into its base model, or extract one from a trained model",
     "chat": "talk to a model in the terminal",
     "convert": "convert between Hugging Face folders and checkpoints, and verify that both hold the same model",
     "evaluate": "evaluate a model on tasks: loss, preference pairs, multiple choice, generated answers",

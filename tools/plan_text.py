@@ -14,7 +14,16 @@ from megatron_align.cost.search import (
     smallest_fitting,
 )
 from megatron_align.cost.state import parameter_count
-from megatron_align.cost.text import PARTS, columns, duration, layout, memory_table, recomputation, step_text
+from megatron_align.cost.text import (
+    PARTS,
+    columns,
+    duration,
+    layout,
+    memory_table,
+    recomputation,
+    step_text,
+    trained_text,
+)
 from megatron_align.cost.time import LINKS, mfu, one_pass_seconds
 from megatron_align.cost.traffic import traffic
 from megatron_align.cost.work import scoring_passes, step_flops
@@ -25,11 +34,13 @@ from megatron_align.objectives.registry import reference_mode
 def head(request: PlanRequest, chip: str, data: str) -> str:
     """Return the model, the run, the GPUs and the assumptions."""
     shape, config = request.shape, request.config
+    trained = trained_text(shape, request.adapter, request.frozen)
     peak, link, network = request.chip.bf16, request.chip.link, request.chip.network
     return "\n".join(
         (
             f"model      {shape.architecture}, {parameter_count(shape) / 1e9:.2f} billion weights, "
             f"{shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}",
+            *([f"trained    {trained}"] if trained else []),
             f"run        {config.objective.name}, {config.train.precision}, packs of up to "
             f"{config.data.sequence_length:,} tokens" + _reference(request),
             f"data       {data}",

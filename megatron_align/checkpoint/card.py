@@ -37,11 +37,6 @@ def read_checkpoint_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
-def is_of_training(folder: Path) -> bool:
-    """Return whether a checkpoint was written by training; one that was imported has no configuration."""
-    return isinstance(read_checkpoint_metadata(folder).get("config"), dict)
-
-
 def make_checkpoint_metadata(
     step: int, shape: ModelShape, dtype: torch.dtype, **entries: Any
 ) -> dict[str, Any]:
@@ -63,6 +58,19 @@ def make_checkpoint_metadata(
 def checkpoint_shape(folder: Path) -> ModelShape:
     """Return the model shape of a checkpoint, read from its config.json."""
     return read_shape(folder / ASSETS)
+
+
+def require_all_weights(folder: Path) -> None:
+    """Refuse a checkpoint that holds an adapter without the weights of its base.
+
+    Raises:
+        InputError: naming the base, and what holds the merged model.
+    """
+    if adapter := read_checkpoint_metadata(folder).get("adapter"):
+        raise InputError(
+            f"the checkpoint holds an adapter only, of {adapter['base']}, not a complete model: {folder}; its run's "
+            "folder hf/ holds the merged model, adapter/ the adapter for model.adapter.path"
+        )
 
 
 def require_same_model(metadata: dict[str, Any], shape: ModelShape, folder: Path) -> None:

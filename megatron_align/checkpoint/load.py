@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_align.checkpoint.card import read_checkpoint_metadata
 from megatron_align.checkpoint.folder import STATE
 from megatron_align.checkpoint.read_tensors import ReadRequest, read_tensors
-from megatron_align.checkpoint.save_plan import model_state, reference_state, unwrap
+from megatron_align.checkpoint.save_plan import model_state, reference_state, state_of_trained, unwrap
 from megatron_align.errors import InputError
 from megatron_align.model.policy import Policy
 
@@ -37,6 +37,7 @@ def load_checkpoint(
     reference: list[Policy] | None = None,
     *,
     absent: frozenset[str] = frozenset(),
+    base: bool = False,
 ) -> None:
     """Load weights, and optionally optimizer state and a reference model, in place; every rank calls this.
 
@@ -46,6 +47,7 @@ def load_checkpoint(
         optimizer: None: weights only.
         reference: chunks of a reference model that training updates.
         absent: parameters that the checkpoint does not have; they are left unchanged.
+        base: the checkpoint holds the base of a model with an adapter, which is left unchanged.
 
     Raises:
         InputError: the checkpoint does not fit, or has no optimizer state where it is needed.
@@ -53,7 +55,7 @@ def load_checkpoint(
     if optimizer is not None and not read_checkpoint_metadata(folder)["optimizer"]:
         raise InputError(f"cannot resume: the checkpoint holds weights only, no optimizer state: {folder}")
     chunks, groups = unwrap(model)
-    states = list(model_state(chunks, groups).values())
+    states = list(model_state(chunks, groups, base=base).values())
     for state in states:
         for name in absent:
             state.pop(name, None)
@@ -63,7 +65,7 @@ def load_checkpoint(
         for request in _model_requests(state)
     ]
     if optimizer is not None:
-        requests += _optimizer_requests(states, optimizer)
+        requests += _optimizer_requests(list(state_of_trained(chunks, groups).values()), optimizer)
     _on_all_ranks(lambda: read_tensors(folder / STATE, requests))
 
 

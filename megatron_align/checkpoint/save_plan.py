@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -151,16 +152,51 @@ def sharded_state(
     model = model_state(chunks, groups)
     state = dict(model)
     if optimizer is not None:
-        entries = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata(groups))
+        trained = state_of_trained(chunks, groups) if chunks[0].partly_frozen else model
+        entries = optimizer.sharded_state_dict(trained, is_loading=False, metadata=_metadata(groups))
         # None on ranks that have nothing to write, which megatron-core would take for a difference between ranks.
         state["optimizer"] = {key: value for key, value in entries.items() if value is not None}
     return state
 
 
-def model_state(chunks: list[Policy], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return megatron-core's sharded state dict of a model alone, by chunk."""
+def model_state(
+    chunks: list[Policy], groups: ProcessGroupCollection, *, base: bool = False
+) -> dict[str, Any]:
+    """Return megatron-core's sharded state dict of a model alone, by chunk.
+
+    Of a model with an adapter: of what is trained, or with ``base`` of everything else.
+    """
     metadata = _metadata(groups)
+    return {
+        f"model{n}": chunk.sharded_state_dict(metadata=metadata)
+        if chunk.adapter is None or base
+        else _trained_state(chunk, groups)
+        for n, chunk in enumerate(chunks)
+    }
+
+
+def state_of_trained(chunks: list[Policy], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return the sharded state dict by whose tensors those of the optimizer are named and cut.
+
+    A tensor that is stacked over layers cannot lack the frozen ones: where there are any, every layer has its own.
+    """
+    if not chunks[0].partly_frozen:
+        return model_state(chunks, groups)
+    metadata = {**_metadata(groups), "non_homogeneous_layers": True}
     return {f"model{n}": chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
+
+
+def _trained_state(chunk: Policy, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return the sharded tensors of the trained parameters, each a tensor of its own as only some layers have it."""
+    state: dict[str, Any] = {}
+    for name, parameter in chunk.trained_parameters().items():
+        options = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+        if getattr(parameter, "tensor_model_parallel", False):
+            axis = parameter.partition_dim  # type: ignore[attr-defined]  # megatron-core's
+            state[name] = make_tp_sharded_tensor_for_checkpoint(parameter, name, axis, **options)
+        else:
+            state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **options)
+    return state
 
 
 def reference_state(reference: Sequence[Policy] | None, groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from megatron_align.config.run import RunConfig, to_dict
 from megatron_align.config.sections import (
+    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     DataSource,
@@ -14,6 +15,7 @@ from megatron_align.config.sections import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
     "DataSource",

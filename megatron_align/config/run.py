@@ -51,6 +51,11 @@ class RunConfig:
             steps is None or warmup <= steps,
             f"optimizer.warmup_steps must not exceed train.steps = {steps}, got {warmup}",
         )
+        require(
+            self.model.adapter is None or self.reference.sync_steps is None,
+            "reference.sync_steps must be null with model.adapter: a reference that follows an adapter is not built, "
+            f"got {self.reference.sync_steps}",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,69 @@ RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference", "schedu
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A low-rank adapter (LoRA): the model's weights W stay as they are, and W + scale x B A is used in their place.
+
+    Args:
+        kind: lora (arXiv:2106.09685), with one A and one B for each Hugging Face module, as PEFT has them
+        rank: rows of A and columns of B; null: 16, or that of the adapter at path
+        alpha: scale = alpha / rank, with rslora alpha / sqrt(rank); null: 32, or that of the adapter at path
+        targets: all-linear (every linear layer but the output head), or a list of Hugging Face module names or
+            patterns (q_proj, layers.3.mlp.*); null: all-linear, or those of the adapter at path
+        dropout: must be 0: dropout before A is not built
+        rslora: rank-stabilised scale (arXiv:2312.03732); null: false, or that of the adapter at path
+        path: PEFT folder of an adapter of this model to start from; null: A is drawn from train.seed, B is 0
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    targets: str | list[str] | None = None
+    dropout: float = 0.0
+    rslora: bool | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
+        require(
+            self.rank is None or self.rank >= 1, f"model.adapter.rank must be at least 1, got {self.rank}"
+        )
+        require(
+            self.alpha is None or 0 < self.alpha < float("inf"),
+            f"model.adapter.alpha must be positive (at 0 the adapter has no effect and learns nothing), "
+            f"got {self.alpha}",
+        )
+        require(
+            self.dropout == 0,
+            f"model.adapter.dropout must be 0, as dropout is not built, got {self.dropout}",
+        )
+        require(
+            self.targets is None or self.targets == "all-linear" or isinstance(self.targets, list),
+            f"model.adapter.targets must be all-linear or a list of module names, got '{self.targets}'",
+        )
+        require(self.targets != [], "model.adapter.targets must name at least one module, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The model that is trained.
 
     Args:
         path: a Hugging Face folder (config.json, tokenizer, safetensors) or one of our checkpoints
+        adapter: train a low-rank adapter of the model instead of its weights; null: train its weights
+        freeze: Hugging Face tensor names or patterns that are not trained (embed_tokens.*, layers.0.*); []: none
     """
 
     path: str
+    adapter: AdapterConfig | None = None
+    freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         expand_fields(self, "path")
+        require(
+            self.adapter is None or not self.freeze,
+            f"model.freeze must be [] with model.adapter, which trains nothing else, got {self.freeze}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

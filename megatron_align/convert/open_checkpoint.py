@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 
-from megatron_align.checkpoint.card import checkpoint_shape, read_checkpoint_metadata, shape_differences
+from megatron_align.checkpoint.card import (
+    checkpoint_shape,
+    read_checkpoint_metadata,
+    require_all_weights,
+    shape_differences,
+)
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE, find_checkpoint
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.errors import InputError, listed
@@ -43,6 +48,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if folder is None:
         raise InputError(f"neither a checkpoint (a folder with {CARD}) nor a run's folder with one: {path}")
     metadata, shape = read_checkpoint_metadata(folder), checkpoint_shape(folder)
+    require_all_weights(folder)
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     if metadata.get("dtype") not in dtypes:
         raise InputError(

@@ -10,10 +10,14 @@ parallel), h hidden, q and kv columns of queries and of keys on this rank, f col
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
+from megatron_align.cost.flops import Trained
 from megatron_align.cost.placement import Placement
 from megatron_align.model.context_kind import context_kind_of, ulysses_groups
+from megatron_align.model.families import ModelShape, local_shape
+from megatron_align.model.families.adapter import Adapter, adapter_rows, layer_of, linear_rows
 
 FP32 = 4
 OF_QUERY, OF_KEY = 4 * 4, 2 * 4  # bytes: the int32 tensors of kernels.packed_attention.PackedLayout
@@ -64,7 +68,32 @@ def layer_bytes(placement: Placement, tokens: int, attention: Attention = "trito
     # The norms' outputs, which the linears after them save; or the norms' inputs, where the outputs are recomputed.
     kept = 2 * x.b * x.s * x.h + (0 if "norms" in again else 2 * _norm(x))
     kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x, attention)
-    return kept + (0 if "mlp" in again else _mlp(x))
+    return kept + (0 if "mlp" in again else _mlp(x)) + _adapter(placement, x)
+
+
+def _adapter(placement: Placement, x: Sizes) -> int:
+    """Return the bytes of an adapter in the layer that saves most: the inputs of B, A joined, B block-diagonal.
+
+    The inputs of A are counted as the inputs of the layers that it adapts. A frozen norm saves less than is counted
+    for it, so with an adapter the activations are an upper bound.
+    """
+    if placement.adapter is None:
+        return 0
+    sizes = _adapter_sizes(placement.shape, placement.adapter, placement.parallel.tensor)
+    return max(x.b * (columns * x.t + weights) for columns, weights in sizes)
+
+
+@lru_cache(maxsize=64)
+def _adapter_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> frozenset[tuple[int, int]]:
+    """Return of each kind of layer the columns that its adapter adds, and the elements of its joined A and B."""
+    of_layer: dict[int | None, list[int]] = {}
+    for row in linear_rows(shape):
+        if pairs := adapter_rows(row, shape, adapter, tensor):
+            columns = adapter.rank * len(pairs)
+            sums = of_layer.setdefault(layer_of(row), [0, 0])
+            sums[0] += columns
+            sums[1] += columns * sum(local_shape(row, shape, tensor))
+    return frozenset((columns, weights) for columns, weights in of_layer.values())
 
 
 def _norm(x: Sizes) -> int:
@@ -133,7 +162,7 @@ def layer_workspace(placement: Placement, tokens: int) -> int:
     added to the buffer; and the gathered input under sequence parallel.
     """
     x = Sizes.of(placement, tokens)
-    weight = x.b * 2 * x.f * x.h
+    weight = x.b * 2 * x.f * x.h if Trained.of(placement).layers else 0
     gathered = x.b * x.t * x.h if placement.sequence_ranks > 1 else 0
     return 5 * x.b * x.t * x.f + weight + gathered
 

@@ -8,9 +8,13 @@ padding or recomputation), and ``executed``, which adds padding, recomputation a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 from megatron_align.cost.placement import Placement
 from megatron_align.model.families import ModelShape, padded_vocab
+from megatron_align.model.families.adapter import Adapter, all_adapter_rows, linear_rows
+from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 # Backward over forward. A product y = x w has two gradients of the same size; attention's forward has two products,
 # its backward recomputes the scores and then has four (arXiv:2307.08691).
@@ -22,15 +26,45 @@ ATTENTION_BACKWARD = 2.5
 class Forward:
     """FLOPs of one forward pass, over all ranks."""
 
-    layers: int  # linear products of the layers
+    layers: int  # linear products of the layers, without an adapter's
     mlp: int  # the part of ``layers`` in the MLPs
     attention: int
     head: int
+    adapter: int = 0
 
     @property
     def total(self) -> int:
-        """Sum over layers, attention and head."""
-        return self.layers + self.attention + self.head
+        """Sum over layers, attention, head and adapter."""
+        return self.layers + self.attention + self.head + self.adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The products with a weight gradient: their share of the layers' linear products, and whether the head is one.
+
+    The gradient of a product's input is always counted: below the lowest trained layer it may not be computed.
+    """
+
+    layers: float = 1.0
+    head: bool = True
+
+    @classmethod
+    def of(cls, placement: Placement) -> Trained:
+        """Return what a placement trains."""
+        shape, frozen = placement.shape, placement.frozen
+        if placement.adapter is not None:
+            return cls(0.0, shape.is_reward)
+        if not frozen:
+            return cls()
+        head = EMBEDDING if is_tied(shape) else HEAD
+        return cls(_trained_share(shape, frozen), head not in frozen)
+
+
+@lru_cache(maxsize=64)
+def _trained_share(shape: ModelShape, frozen: frozenset[str]) -> float:
+    """Return the share of the layers' linear products whose weights are trained."""
+    sizes = {row.megatron: sum(map(prod, row.hf_shapes(shape))) for row in linear_rows(shape)}
+    return sum(size for name, size in sizes.items() if name not in frozen) / sum(sizes.values())
 
 
 def layer_flops(shape: ModelShape) -> int:
@@ -66,8 +100,22 @@ def head_flops(shape: ModelShape, scored: int, vocabulary: int | None = None) ->
     return 2 * scored * shape.hidden_size * columns
 
 
+@lru_cache(maxsize=64)
+def adapter_flops(shape: ModelShape, adapter: Adapter | None) -> int:
+    """Return the FLOPs of all of an adapter's products per token: of the inputs with A, and of the result with B."""
+    if adapter is None:
+        return 0
+    return 2 * sum(prod(row.hf_shapes(shape)[0]) for row in all_adapter_rows(shape, adapter, 1))
+
+
 def forward_flops(
-    shape: ModelShape, tokens: int, visible_keys: int, scored: int, *, vocabulary: int | None = None
+    shape: ModelShape,
+    tokens: int,
+    visible_keys: int,
+    scored: int,
+    *,
+    vocabulary: int | None = None,
+    adapter: Adapter | None = None,
 ) -> Forward:
     """Return the FLOPs of a forward pass over ``tokens`` tokens."""
     return Forward(
@@ -75,12 +123,16 @@ def forward_flops(
         mlp=shape.num_layers * mlp_flops(shape) * tokens,
         attention=shape.num_layers * attention_flops(shape, visible_keys),
         head=head_flops(shape, scored, vocabulary),
+        adapter=adapter_flops(shape, adapter) * tokens,
     )
 
 
-def model_flops(forward: Forward) -> float:
-    """Return the FLOPs a training step requires: forward, and twice that for backward."""
-    return 3.0 * forward.total
+def model_flops(forward: Forward, trained: Trained = Trained()) -> float:  # noqa: B008  # it is frozen
+    """Return the FLOPs a training step requires: forward, and as much for the gradients of inputs and of weights."""
+    weights = (
+        trained.layers * forward.layers + forward.attention + trained.head * forward.head + forward.adapter
+    )
+    return 2.0 * forward.total + weights
 
 
 def executed_flops(placement: Placement, forward: Forward) -> float:
@@ -92,14 +144,17 @@ def executed_flops(placement: Placement, forward: Forward) -> float:
         placement: model and layout, with its recomputation.
         forward: FLOPs over all computed tokens, padding included.
     """
-    return layers_executed(placement, forward) + (1 + LINEAR_BACKWARD) * forward.head
+    return layers_executed(placement, forward) + (LINEAR_BACKWARD + Trained.of(placement).head) * forward.head
 
 
 def layers_executed(placement: Placement, forward: Forward) -> float:
     """Return the FLOPs a training step executes in the layers, without the head."""
-    again = forward.layers if placement.recompute_layers else placement.runs_again("mlp") * forward.mlp
+    again = placement.runs_again("mlp") * forward.mlp
+    if placement.recompute_layers:
+        again = forward.layers + forward.adapter
     attention = (1 + placement.runs_again("attention") + ATTENTION_BACKWARD) * forward.attention
-    return (1 + LINEAR_BACKWARD) * forward.layers + again + attention
+    linear = (LINEAR_BACKWARD + Trained.of(placement).layers) * forward.layers
+    return linear + (1 + LINEAR_BACKWARD) * forward.adapter + again + attention
 
 
 def padded_vocabulary(placement: Placement) -> int:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_align.config import ParallelConfig, RunConfig
+from megatron_align.hf.adapter import resolve_adapter
 from megatron_align.model.context_kind import AttentionSplit
 from megatron_align.model.families import ModelShape
+from megatron_align.model.families.adapter import Adapter
+from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.stages import layers_of_chunks
 from megatron_align.model.tied_embedding import has_two_copies
 
@@ -16,8 +19,9 @@ BYTES = {"bf16": 2, "fp32": 4}  # per element of a weight or an activation
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One model chunk of a pipeline stage."""
+    """One model chunk of a pipeline stage; ``first`` is the number of its first layer in the model."""
 
+    first: int
     layers: int
     embeds: bool  # starts with the embedding
     ends: bool  # ends with the final norm and the head
@@ -34,6 +38,8 @@ class Placement:
         precision: dtype of weights and activations.
         recompute_layers: 0: activations are saved; k: one checkpoint per k layers.
         recompute_modules: modules of every layer that are recomputed.
+        adapter: trained instead of the model's weights; None: the weights are trained.
+        frozen: Megatron names of weights that are not trained.
     """
 
     shape: ModelShape
@@ -42,6 +48,8 @@ class Placement:
     precision: Literal["bf16", "fp32"]
     recompute_layers: int = 0
     recompute_modules: tuple[str, ...] = ()
+    adapter: Adapter | None = None
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
     def of_run(cls, config: RunConfig, shape: ModelShape, world_size: int) -> Placement:
@@ -62,6 +70,8 @@ class Placement:
             precision=config.train.precision,
             recompute_layers=config.train.recompute_layers,
             recompute_modules=tuple(config.train.recompute_modules),
+            adapter=resolve_adapter(config.model.adapter, shape),
+            frozen=frozen_tensors(shape, config.model.freeze),
         )
 
     @property
@@ -99,6 +109,11 @@ class Placement:
         """The micro-batches of a rank are a multiple of this: interleaved schedules run in rounds."""
         return self.parallel.pipeline if self.parallel.chunks > 1 else 1
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight is trained."""
+        return self.adapter is None and not self.frozen
+
     def runs_again(self, part: str) -> bool:
         """Return whether ``attention`` or ``mlp`` of each layer is recomputed in the backward pass."""
         return self.recompute_layers > 0 or part in self.recompute_modules
@@ -120,7 +135,7 @@ class Placement:
         """Return the model chunks of a pipeline stage (0-based), in the order of the layers."""
         layers = layers_of_chunks(self.shape.num_layers, self.parallel)
         indices = range(stage, len(layers), self.parallel.pipeline)
-        return [Chunk(layers[i], embeds=i == 0, ends=i == len(layers) - 1) for i in indices]
+        return [Chunk(sum(layers[:i]), layers[i], embeds=i == 0, ends=i == len(layers) - 1) for i in indices]
 
     def layers(self, stage: int) -> int:
         """Return the number of layers on a pipeline stage."""

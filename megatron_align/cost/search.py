@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -15,7 +15,10 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
 from megatron_align.cost.work import Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
+from megatron_align.hf.adapter import resolve_adapter
 from megatron_align.model.families import ModelShape
+from megatron_align.model.families.adapter import Adapter
+from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.policy import transformer_config
 from megatron_align.objectives.registry import reference_mode
 
@@ -78,6 +81,13 @@ class PlanRequest:
     efficiency: float = EFFICIENCY
     steps: int | None = None
     epochs: float | None = None
+    adapter: Adapter | None = field(init=False)
+    frozen: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        model = self.config.model
+        object.__setattr__(self, "adapter", resolve_adapter(model.adapter, self.shape))
+        object.__setattr__(self, "frozen", frozen_tensors(self.shape, model.freeze))
 
 
 def evaluate(request: PlanRequest, placement: Placement) -> Candidate:
@@ -97,7 +107,10 @@ def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tu
     """Return the memory of each stage for packs of the maximum length."""
     multiple = placement.token_multiple
     tokens = -(-config.data.sequence_length // multiple) * multiple
-    live = reference_mode(config) == "live"
+    # An adapter's reference is the policy with the adapter off.
+    live = reference_mode(config) == "live" and (
+        placement.adapter is None or config.reference.path is not None
+    )
     return tuple(
         stage_memory(placement, stage, tokens, micro_batches, live_reference=live)
         for stage in range(placement.parallel.pipeline)
@@ -211,6 +224,8 @@ def _placement(
             parallel=parallel,
             data=parallel.data_parallel(request.gpus),
             precision=config.train.precision,
+            adapter=request.adapter,
+            frozen=request.frozen,
         )
         # divisibility does not depend on the precision
         transformer_config(request.shape, parallel, torch.bfloat16)

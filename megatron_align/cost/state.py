@@ -1,7 +1,8 @@
 """Memory of the training state: weights, gradients and optimizer state of one rank.
 
-Weights and gradients are stored in megatron-core's buffers, which its distributed optimizer pads: every tensor starts
-at a multiple of 64 elements, every bucket ends at one that divides evenly over data x context ranks.
+Trained weights and their gradients are stored in megatron-core's buffers, which its distributed optimizer pads: every
+tensor starts at a multiple of 64 elements, every bucket ends at one that divides evenly over data x context ranks.
+Weights that are not trained (the base of an adapter, ``model.freeze``) are in no buffer, and have nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from functools import lru_cache
 from math import lcm, prod
 
 from megatron_align.cost.placement import Chunk, Placement
-from megatron_align.model.families import TABLES, ModelShape, Row, local_shape
+from megatron_align.hf.adapter import REWARD_HEAD
+from megatron_align.model.families import TABLES, ModelShape, Row, local_shape, rows
+from megatron_align.model.families.adapter import Adapter, all_adapter_rows, layer_of
 from megatron_align.model.tied_embedding import EMBEDDING, HEAD, has_row
 
 GRADIENT = 4  # bytes: gradients are summed in fp32
@@ -42,10 +45,12 @@ def state_bytes(placement: Placement, stage: int) -> StateBytes:
     The optimizer's share of the buffers' padding is counted, although it may hold none of it: a few bytes too many.
     fp32 weights are their own master copies. A frozen reference is not included (see :func:`parameter_bytes`).
     """
-    elements = sum(_buffer_elements(placement, chunk) for chunk in placement.chunks(stage))
+    chunks = placement.chunks(stage)
+    elements = sum(_buffer_elements(placement, chunk) for chunk in chunks)
+    frozen = 0 if placement.trains_all else sum(sum(_frozen(placement, chunk)) for chunk in chunks)
     per_element = MOMENTS + (MASTER if placement.precision == "bf16" else 0)
     return StateBytes(
-        parameters=elements * placement.itemsize,
+        parameters=(elements + frozen) * placement.itemsize,
         gradients=elements * GRADIENT,
         optimizer=elements // placement.shard_ranks * per_element,
     )
@@ -70,7 +75,7 @@ def parameter_count(shape: ModelShape) -> int:
 
 
 def tensors(placement: Placement, chunk: Chunk) -> list[int]:
-    """Return the number of elements of every tensor of a chunk on one tensor-parallel rank."""
+    """Return the number of elements of every tensor of a chunk on one tensor-parallel rank, without an adapter."""
     layer, first, last = _local_elements(placement.shape, placement.parallel.tensor)
     sizes = list(layer) * chunk.layers
     if chunk.embeds:
@@ -85,19 +90,74 @@ def tensors(placement: Placement, chunk: Chunk) -> list[int]:
 @lru_cache(maxsize=64)
 def _local_elements(shape: ModelShape, tensor: int) -> tuple[tuple[int, ...], ...]:
     """Return the elements per tensor on one rank: of a layer, of the embedding, and of all after the layers."""
-    rows = TABLES[shape.architecture]
+    table = TABLES[shape.architecture]
 
     def sizes(wanted: list[Row]) -> tuple[int, ...]:
         return tuple(prod(local_shape(row, shape, tensor)) for row in wanted)
 
-    ends = [row for row in rows if row.megatron in _AT_END]
+    ends = [row for row in table if row.megatron in _AT_END]
     if shape.tied_embeddings:
         ends = [row for row in ends if row.megatron != HEAD]
     return (
-        sizes([row.at(0) for row in rows if _of_layer(row)]),
-        sizes([row for row in rows if row.megatron == EMBEDDING]),
+        sizes([row.at(0) for row in table if _of_layer(row)]),
+        sizes([row for row in table if row.megatron == EMBEDDING]),
         sizes(ends),
     )
+
+
+def trained_count(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[str]) -> int:
+    """Return the number of parameters that are trained, without vocabulary padding; a tied embedding counts once."""
+    if adapter is not None:
+        sizes = [row.hf_shapes(shape)[0] for row in all_adapter_rows(shape, adapter, 1)]
+        return sum(map(prod, sizes)) + (shape.hidden_size if shape.is_reward else 0)
+    trained = [row for row in rows(shape) if row.megatron not in frozen]
+    return sum(prod(size) for row in trained for size in row.hf_shapes(shape))
+
+
+@lru_cache(maxsize=64)
+def _sizes_by_name(shape: ModelShape, tensor: int) -> tuple[tuple[str, int | None, int], ...]:
+    """Return name, layer (None: of no layer) and elements on one rank of every tensor of a model."""
+    return tuple((row.megatron, layer_of(row), prod(local_shape(row, shape, tensor))) for row in rows(shape))
+
+
+@lru_cache(maxsize=64)
+def _adapter_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> tuple[tuple[int | None, int], ...]:
+    """Return layer and elements on one rank of every A and B."""
+    table = all_adapter_rows(shape, adapter, tensor)
+    return tuple((layer_of(row), prod(local_shape(row, shape, tensor))) for row in table)
+
+
+def _named(placement: Placement, chunk: Chunk) -> list[tuple[str, int]]:
+    """Return name and elements of every tensor of a chunk on one tensor-parallel rank, without an adapter."""
+    named = []
+    for name, layer, size in _sizes_by_name(placement.shape, placement.parallel.tensor):
+        if layer is not None:
+            held = chunk.first <= layer < chunk.first + chunk.layers
+        else:
+            held = chunk.embeds if name == EMBEDDING else chunk.ends
+        if held:
+            named.append((name, size))
+        if name == EMBEDDING and chunk.ends and placement.tied_copies:
+            named.append((HEAD, size))
+    return named
+
+
+def _trained(placement: Placement, chunk: Chunk) -> list[int]:
+    """Return the elements of every trained tensor of a chunk on one tensor-parallel rank."""
+    shape, ranks, adapter = placement.shape, placement.parallel.tensor, placement.adapter
+    if adapter is None:
+        return [size for name, size in _named(placement, chunk) if name not in placement.frozen]
+    layers = range(chunk.first, chunk.first + chunk.layers)
+    sizes = [size for layer, size in _adapter_sizes(shape, adapter, ranks) if layer in layers]
+    return sizes + ([shape.hidden_size] if chunk.ends and shape.is_reward else [])
+
+
+def _frozen(placement: Placement, chunk: Chunk) -> list[int]:
+    """Return the elements of every tensor of a chunk that is not trained, on one tensor-parallel rank."""
+    named = _named(placement, chunk)
+    if placement.adapter is None:
+        return [size for name, size in named if name in placement.frozen]
+    return [size for name, size in named if name != REWARD_HEAD]
 
 
 def _of_layer(row: Row) -> bool:
@@ -106,9 +166,10 @@ def _of_layer(row: Row) -> bool:
 
 def _buffer_elements(placement: Placement, chunk: Chunk) -> int:
     """Return the elements of a chunk's buffer; a tied embedding that two stages share has a separate bucket."""
-    sizes = tensors(placement, chunk)
+    sizes = tensors(placement, chunk) if placement.trains_all else _trained(placement, chunk)
     buckets = [sizes]
-    if placement.tied_copies and (chunk.embeds or chunk.ends):
+    trains_embedding = placement.adapter is None and EMBEDDING not in placement.frozen
+    if placement.tied_copies and (chunk.embeds or chunk.ends) and trains_embedding:
         [shared] = _local_elements(placement.shape, placement.parallel.tensor)[1]
         sizes.remove(shared)
         buckets.append([shared])

@@ -7,8 +7,11 @@ from dataclasses import fields
 
 from megatron_align.cost.memory import GIB, StageMemory
 from megatron_align.cost.placement import Placement
+from megatron_align.cost.state import parameter_count, trained_count
 from megatron_align.cost.work import StepFlops, Work
 from megatron_align.model.context_kind import context_kind_of
+from megatron_align.model.families import ModelShape
+from megatron_align.model.families.adapter import Adapter
 
 PARTS = tuple(f.name for f in fields(StageMemory))
 
@@ -30,6 +33,20 @@ def recomputation(placement: Placement) -> str:
     if placement.recompute_modules:
         return f"{', '.join(placement.recompute_modules)} recomputed"
     return f"one checkpoint per {k} layer{'s' * (k > 1)}" if k else "activations saved"
+
+
+def trained_text(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[str]) -> str:
+    """Describe how many parameters are trained, in one line; empty if all are."""
+    if adapter is None and not frozen:
+        return ""
+    every, trained = parameter_count(shape), trained_count(shape, adapter, frozen)
+    if adapter is None:
+        return f"{trained:,} of {every:,} parameters ({trained / every:.2%}), the others are frozen"
+    return (
+        f"{trained:,} parameters, {trained / every:.2%} of the model's {every:,}: LoRA of rank {adapter.rank}, "
+        f"scale {adapter.scale:g}, on {len(adapter.modules)} linear layers"
+        + (", and the reward head" if shape.is_reward else "")
+    )
 
 
 def memory_table(memory: tuple[StageMemory, ...]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.flops import (
     LINEAR_BACKWARD,
+    Trained,
     forward_flops,
     layers_executed,
     padded_vocabulary,
@@ -104,11 +105,12 @@ def _stage_flops(placement: Placement, work: Work, stage: int, passes: int) -> f
         work.visible_keys + work.padded_tokens - work.tokens,
         work.scored,
         vocabulary=padded_vocabulary(placement),
+        adapter=placement.adapter,
     )
-    layers = layers_executed(placement, run) + passes * (run.layers + run.attention)
+    layers = layers_executed(placement, run) + passes * (run.layers + run.attention + run.adapter)
     flops = layers * placement.layers(stage) / placement.shape.num_layers
     if placement.chunks(stage)[-1].ends:
-        flops += (1 + passes + LINEAR_BACKWARD) * run.head
+        flops += (LINEAR_BACKWARD + passes + Trained.of(placement).head) * run.head
     return flops / (placement.data * work.micro_batches * parallel.tensor * parallel.context)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_align.cost.activations import boundary_bytes
+from megatron_align.cost.flops import Trained
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.state import state_bytes
+from megatron_align.cost.state import GRADIENT, state_bytes
 from megatron_align.model.context_kind import allgather_bytes, context_kind_of, ulysses_bytes
 
 
@@ -33,14 +34,19 @@ class Traffic:
 def traffic(placement: Placement, tokens: int) -> Traffic:
     """Return the traffic for packs of ``tokens`` tokens, padding included."""
     parallel = placement.parallel
-    state = [state_bytes(placement, stage) for stage in range(parallel.pipeline)]
     ranks = placement.shard_ranks
     return Traffic(
         tensor=_tensor(placement, tokens),
         context=_context(placement, tokens),
         pipeline=boundary_bytes(placement, tokens) * parallel.chunks if parallel.pipeline > 1 else 0,
-        data=max((s.gradients + s.parameters) * (ranks - 1) // ranks for s in state),
+        data=max(trained * (ranks - 1) // ranks for trained in _trained_bytes(placement)),
     )
+
+
+def _trained_bytes(placement: Placement) -> list[int]:
+    """Return the bytes of gradients and trained weights on each pipeline stage."""
+    gradients = [state_bytes(placement, stage).gradients for stage in range(placement.parallel.pipeline)]
+    return [size + size // GRADIENT * placement.itemsize for size in gradients]
 
 
 def _tensor(placement: Placement, tokens: int) -> int:
@@ -60,7 +66,8 @@ def _tensor(placement: Placement, tokens: int) -> int:
     hidden = once(shape.hidden_size)
     # with or without sequence parallel: an all-reduce is a reduce-scatter and an all-gather
     forward = 2 * 2 * hidden
-    backward = forward + (2 * hidden if placement.sequence_ranks > 1 else 0)
+    gathers = placement.sequence_ranks > 1 and Trained.of(placement).layers > 0
+    backward = forward + (2 * hidden if gathers else 0)
     if (
         shape.num_query_groups < parallel.tensor
     ):  # ranks that share a key/value head gather the full projection

@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_align.config import RunConfig
 from megatron_align.cost.flops import (
+    Trained,
     executed_flops,
     forward_flops,
     model_flops,
@@ -182,16 +183,17 @@ class StepFlops:
 def step_flops(placement: Placement, work: Work, passes: int) -> StepFlops:
     """Return the operations of a step; ``passes``: see :func:`scoring_passes`."""
     shape = placement.shape
-    needed = forward_flops(shape, work.tokens, work.visible_keys, work.scored)
+    needed = forward_flops(shape, work.tokens, work.visible_keys, work.scored, adapter=placement.adapter)
     run = forward_flops(
         shape,
         work.padded_tokens,
         work.visible_keys + work.padded_tokens - work.tokens,  # a padded token sees itself
         work.scored,
         vocabulary=padded_vocabulary(placement),
+        adapter=placement.adapter,
     )
     return StepFlops(
-        model=model_flops(needed) + passes * needed.total,
+        model=model_flops(needed, Trained.of(placement)) + passes * needed.total,
         executed=executed_flops(placement, run) + passes * run.total,
     )
 

@@ -14,6 +14,7 @@ from megatron_align.hf.assets import AssetChanges, write_assets, write_config_dt
 from megatron_align.hf.model_card import CARD
 from megatron_align.hf.writer import ShardWriter, hf_specs
 from megatron_align.model.families import Row, rows, to_hf
+from megatron_align.model.lora import merged
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, describe_nonfinite
 
@@ -27,7 +28,7 @@ def export_model(
     changes: AssetChanges = AssetChanges(),  # noqa: B008 - immutable
     readme: str | None = None,
 ) -> None:
-    """Write the model as a Hugging Face folder; every rank calls this, rank 0 writes.
+    """Write the model as a Hugging Face folder, an adapter merged; every rank calls this, rank 0 writes.
 
     Tensors keep the model's dtype, which config.json then states. Rank 0 holds the HF tensors of one row of the
     weight table at a time. The write is atomic.
@@ -45,11 +46,14 @@ def export_model(
         TrainingFault: on every rank: the weights are not finite; nothing is written.
     """
     shape, groups = chunks[0].shape, chunks[0].pg_collection
-    local = {name: parameter for chunk in chunks for name, parameter in chunk.global_parameters().items()}
+    local: dict[str, Tensor] = {
+        name: parameter for chunk in chunks for name, parameter in chunk.base_parameters().items()
+    }
+    adapters = {name: adapter for chunk in chunks for name, adapter in chunk.layer_adapters().items()}
     fault: list[str | None] = [None]
     if groups.dp_cp.rank() == 0:
         dtype = chunks[0].config.params_dtype
-        owners = _owners(set(local), groups.pp)
+        owners = owning_stages(set(local), groups.pp)
         specs, writes = hf_specs(shape, dtype), dist.get_rank() == 0
         nonfinite: dict[str, TensorDigest] = {}
         with (
@@ -57,7 +61,10 @@ def export_model(
             ShardWriter(folder, specs, overwrite=overwrite) if writes else nullcontext() as writer,
         ):
             for row in rows(shape):
-                tensors = _collect(row, local.get(row.megatron), owners[row.megatron], chunks[0])
+                shard = local.get(row.megatron)
+                if shard is not None:
+                    shard = merged(shard, adapters.get(row.megatron))
+                tensors = collect(row, shard, owners[row.megatron], chunks[0])
                 if writer:
                     for name, tensor in tensors.items():
                         nonfinite[name] = TensorDigest("", *count_nonfinite(tensor))
@@ -82,14 +89,14 @@ class _NotFinite(Exception):
     """Ends the writing of weights that are not finite."""
 
 
-def _owners(names: set[str], pipeline: dist.ProcessGroup) -> dict[str, int]:
+def owning_stages(names: set[str], pipeline: dist.ProcessGroup) -> dict[str, int]:
     """Return the first pipeline stage that holds each tensor."""
     held: list[set[str]] = [set()] * pipeline.size()
     dist.all_gather_object(held, names, group=pipeline)
     return {name: stage for stage in reversed(range(pipeline.size())) for name in held[stage]}
 
 
-def _collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[str, Tensor]:
+def collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[str, Tensor]:
     """Return the row's HF tensors on rank 0; other ranks send their shards and return nothing of use."""
     tensor, pipeline = chunk.pg_collection.tp, chunk.pg_collection.pp
     tensors: dict[str, Tensor] = {}

@@ -6,6 +6,8 @@ a job fails with the same error.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_align.data.store import sha256
 from megatron_align.errors import InputError, listed
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.model.families import ModelShape, copy_segments, local_shape, read_shape, rows
@@ -112,6 +115,13 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 def largest_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest absolute difference of two tensors of equal shape; NaN if either holds a NaN."""
     return (one.double() - other.double()).abs().max().item()
+
+
+def weights_hash(path: Path) -> str:
+    """Return one hash of all weight files of a Hugging Face folder or of a checkpoint."""
+    files = sorted(path.glob("*.safetensors")) or sorted(p for p in (path / "state").iterdir() if p.is_file())
+    hashes = [(file.name, sha256(file)) for file in files]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class _SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.handle = path, _open(path)
+        self.path, self.handle = path, open_safetensors(path)
 
     @cached_property
     def starts(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ class HFWeights:
         return self._file[name].handle.get_slice(name)
 
 
-def _open(path: Path) -> safe_open:
+def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

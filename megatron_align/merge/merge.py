@@ -77,7 +77,7 @@ def merge(
     merged = _merged_folders(method, base, models)
     # the base is compared even if the formula does not use it
     checked = [Path(base)] if base is not None else []
-    opened, shape = _open(list(dict.fromkeys([*checked, *(folder for _, folder in merged)])))
+    opened, shape = open_alike(list(dict.fromkeys([*checked, *(folder for _, folder in merged)])))
     weights = [opened[folder] for _, folder in merged]
     specs = _specs(weights, shape, dtype)
     target = require_new(out)
@@ -122,7 +122,7 @@ def _merged_folders(
     return entries
 
 
-def _open(folders: list[Path]) -> tuple[dict[Path, HFWeights], ModelShape]:
+def open_alike(folders: list[Path]) -> tuple[dict[Path, HFWeights], ModelShape]:
     """Return the weights of compatible folders, and their common shape."""
     opened = {folder: open_hf(folder) for folder in folders}
     first = asdict(opened[folders[0]][1])

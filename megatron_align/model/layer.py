@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -29,6 +28,7 @@ from megatron_align.model import cpu
 from megatron_align.model.attention import PackedCoreAttention
 from megatron_align.model.families import ModelShape
 from megatron_align.model.freed_output import FreedOutput
+from megatron_align.model.lora import ColumnLinear, RowLinear
 
 RECOMPUTE_MODULES = {
     "attention": "core_attn",
@@ -104,9 +104,9 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=ColumnLinear,
                     core_attention=PackedCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=RowLinear,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -115,7 +115,7 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -6,7 +6,7 @@ parallel), N scored rows, H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,10 @@ from megatron_align.model.attention import PackParams
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
+from megatron_align.model.families.adapter import Adapter, linear_rows
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
+from megatron_align.model.lora import ADAPTER, ColumnLinear, LayerAdapter, RowLinear, attach
 from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options
@@ -162,6 +164,7 @@ class Policy(LanguageModule):
         shape: ModelShape,
         groups: ProcessGroupCollection,
         chunk: int | None = None,
+        adapter: Adapter | None = None,
     ):
         super().__init__(config, groups)
         self.shape = shape
@@ -193,6 +196,27 @@ class Policy(LanguageModule):
             self.output_layer = VocabularyHead(config, shape, groups, tied=tied)
         if not shape.is_reward:
             self.setup_embeddings_and_output_layer()
+        # Recomputed layers and pipeline stages run backward only if their input has a gradient: that of a frozen
+        # embedding has none, and the layers after it would silently not be trained.
+        recomputes = config.recompute_granularity is not None
+        self._needs_gradient = recomputes or config.pipeline_model_parallel_size > 1
+        self.adapter, self.partly_frozen = adapter, False
+        if adapter is not None:
+            self._attach(adapter)
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Exclude the parameters of these names, with the layers' numbers in the entire model, from training."""
+        self.partly_frozen = bool(names)
+        for name, parameter in self.global_parameters().items():
+            if name in names:
+                parameter.requires_grad_(False)
+
+    def _attach(self, adapter: Adapter) -> None:
+        """Add an adapter's parameters, uninitialised; they and a reward head are then all that is trained."""
+        self.requires_grad_(False)
+        attach(self._linears(), self.shape, adapter, linear_rows(self.shape))
+        if self.post_process and self.shape.is_reward:
+            self.reward_head.requires_grad_(True)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Set the hidden states of the previous stage (called by megatron-core's schedules)."""
@@ -229,20 +253,43 @@ class Policy(LanguageModule):
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name, layers numbered over the entire model."""
-        offset = get_transformer_layer_offset(self.config, self.vp_stage, self.pp_group.rank())
-        named = {}
-        for name, parameter in self.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(int(parts[2]) + offset)
-            named[".".join(parts)] = parameter
-        return named
+        return {self._global_name(name): parameter for name, parameter in self.named_parameters()}
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of :meth:`global_parameters` that are no adapter's."""
+        return {name: p for name, p in self.global_parameters().items() if ADAPTER not in name}
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of :meth:`global_parameters` that are trained."""
+        return {name: p for name, p in self.global_parameters().items() if p.requires_grad}
+
+    def layer_adapters(self) -> dict[str, LayerAdapter]:
+        """Return the adapters of this chunk's layers by the name of the weight that each changes."""
+        return {name: m.adapter for name, m in self._linears().items() if m.adapter is not None}
+
+    def _linears(self) -> dict[str, ColumnLinear | RowLinear]:
+        """Return this chunk's linear layers by the name of their weight."""
+        return {
+            f"{self._global_name(name)}.weight": module
+            for name, module in self.named_modules()
+            if isinstance(module, ColumnLinear | RowLinear)
+        }
+
+    def _global_name(self, name: str) -> str:
+        """Return the name of a module or parameter with the layer's number in the entire model."""
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
+            offset = get_transformer_layer_offset(self.config, self.vp_stage, self.pp_group.rank())
+            parts[2] = str(int(parts[2]) + offset)
+        return ".".join(parts)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
         embedded = None
         tokens_Q, positions_Q = batch.held()
         if self.pre_process:
             embedded = self.embedding(tokens_Q[None], positions_Q[None])
+            if self._needs_gradient and torch.is_grad_enabled() and not embedded.requires_grad:
+                embedded.requires_grad_()
         cos_QD, sin_QD = rope_tables(positions_Q, self.rope_frequencies)
         pack = PackParams(layout=batch.layout, part=batch.part, cos_QD=cos_QD, sin_QD=sin_QD)
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
@@ -252,9 +299,24 @@ class Policy(LanguageModule):
 
 
 def build_policy(
-    config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection
+    config: TransformerConfig,
+    shape: ModelShape,
+    groups: ProcessGroupCollection,
+    adapter: Adapter | None = None,
+    frozen: Collection[str] = (),
 ) -> list[Policy]:
-    """Build this rank's chunks of the model with uninitialised weights."""
-    chunks = config.virtual_pipeline_model_parallel_size
-    indices = [None] if chunks is None else list(range(chunks))
-    return [Policy(config, shape, groups, index).to(cpu.device()) for index in indices]
+    """Build this rank's chunks of the model with uninitialised weights.
+
+    Args:
+        config: megatron-core's.
+        shape: of the model.
+        groups: of this rank.
+        adapter: only it is trained; None: the model's weights are.
+        frozen: Megatron names of weights that are not trained.
+    """
+    count = config.virtual_pipeline_model_parallel_size
+    indices = [None] if count is None else list(range(count))
+    chunks = [Policy(config, shape, groups, index, adapter).to(cpu.device()) for index in indices]
+    for chunk in chunks:
+        chunk.freeze(frozen)
+    return chunks

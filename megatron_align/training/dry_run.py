@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_align.config import RunConfig
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
-from megatron_align.cost.text import layout, memory_table, recomputation, step_text
+from megatron_align.cost.text import layout, memory_table, recomputation, step_text, trained_text
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.model.parallel import RankInfo
@@ -50,10 +50,12 @@ def describe(setup: RunSetup) -> str:
     order = step_order(setup.train, config.data, config.train, config.data.train)
     done = setup.resume.step if setup.resume else 0
     reference = reference_mode(config)
+    trained = trained_text(shape, setup.adapter, setup.frozen)
     return "\n".join(
         (
             f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
             f"{shape.vocab_size}, {config.train.precision}",
+            *([f"trained    {trained}"] if trained else []),
             f"layout     {placement.world_size} ranks = {layout(placement)}, {recomputation(placement)}",
             f"data       {', '.join(stored['shapes'])}: {stored['samples']:,} samples, {stored['tokens']:,} tokens, "
             f"{stored['scored_tokens']:,} trained",

@@ -44,7 +44,7 @@ class Optimizer(DistributedOptimizer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.host_state = HostOptimizerState(self)
+        self.host_state, self.updates = HostOptimizerState(self), 0
 
     def get_parameter_state_dp_zero(
         self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
@@ -56,10 +56,15 @@ class Optimizer(DistributedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return megatron-core's state dict with the step in every group, as needed without Transformer Engine."""
-        state = super().state_dict()
+        if self.optimizer.state:
+            state = super().state_dict()
+        else:  # this rank trains nothing: megatron-core looks for the step in a parameter's state
+            options = self.optimizer.state_dict()
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in options["param_groups"]]
+            state = {"optimizer": {"param_groups": groups}}
         steps = {int(own["step"]) for own in self.optimizer.state.values()}
         for group in state["optimizer"]["param_groups"]:
-            group["step"] = max(steps, default=0)
+            group["step"] = max(steps, default=self.updates)
         return state
 
     def grad_norm(self) -> float:
@@ -72,6 +77,7 @@ class Optimizer(DistributedOptimizer):
         if self.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(self.get_parameters(), self.config.clip_grad, norm)
         self.step_with_ready_grads()
+        self.updates += 1
 
 
 def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
@@ -214,5 +220,6 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 def set_updates(optimizer: Optimizer, updates: int) -> None:
     """Set the number of updates made; a checkpoint stores only masters and moments of the optimizer."""
+    optimizer.updates = updates
     for state in optimizer.optimizer.state.values():
         state["step"].fill_(updates)

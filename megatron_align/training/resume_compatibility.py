@@ -15,7 +15,7 @@ from megatron_align.training.learning_rate import learning_rate
 _CURVE = ("lr", "warmup_steps", "schedule")
 _OPTIMIZER = ("weight_decay", "betas", "eps", "clip_grad")
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens")
-_NEVER_ALLOWED = "precision"  # a group that resume_allow cannot name
+_NEVER_ALLOWED = "precision"  # a group that resume_allow cannot name: precision, and what is trained
 
 
 def require_same_run(
@@ -93,7 +93,11 @@ def differences(
         },
         "order": _changes(before, now, "data", ["shuffle"]) | _changes(before, now, "train", _SAMPLE_ORDER),
         "schedule": _schedule_changes(config, metadata, steps),
-        _NEVER_ALLOWED: _changes(before, now, "train", ["precision"]),
+        _NEVER_ALLOWED: _changes(before, now, "train", ["precision"])
+        | {
+            f"model.{key}": (before["model"].get(key) or None, now["model"][key] or None)
+            for key in ("adapter", "freeze")
+        },
     }
     for group in ("objective", "reference"):
         pairs[group] = _changes(before, now, group, [*{**before.get(group, {}), **now[group]}])

@@ -6,6 +6,7 @@ Shapes: C completions of one pack, S completions of a step, over all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_align.data.batching.step_batches import Packs, Step
 from megatron_align.model import cpu
+from megatron_align.model.lora import adapters_off
 from megatron_align.model.parallel import is_metric_rank
 from megatron_align.objectives.base import Objective, completion_sums
 from megatron_align.records import LossRows, PackedBatch
@@ -23,10 +25,16 @@ from megatron_align.training.pipeline import run_schedule
 
 
 class Scorer:
-    """Sums log-probs over completions under a model, forward only."""
+    """Sums log-probs over completions under a model, forward only.
 
-    def __init__(self, chunks: Sequence[nn.Module], objective: Objective):
-        self.chunks, self.objective = list(chunks), objective
+    Args:
+        chunks: this rank's.
+        objective: which log-probs are summed, and how they are weighted.
+        base: score with the base of a model that has an adapter, as its reference.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], objective: Objective, *, base: bool = False):
+        self.chunks, self.objective, self.base = list(chunks), objective, base
 
     def sums(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
@@ -41,14 +49,15 @@ class Scorer:
         """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others."""
         for chunk in self.chunks:
             chunk.eval()
-        return run_schedule(
-            self.chunks,
-            batches,
-            partial(self._forward, of_pack),
-            tokens=batches[0].tokens_T.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        with adapters_off(self.chunks) if self.base else nullcontext():
+            return run_schedule(
+                self.chunks,
+                batches,
+                partial(self._forward, of_pack),
+                tokens=batches[0].tokens_T.shape[0],
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
 
     def _forward(
         self,

@@ -75,6 +75,8 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
         return
     if config.reference.path not in (None, config.model.path):
         return
+    if config.model.adapter and config.model.adapter.path:
+        return  # its reference is the base, without the adapter
     bounds = {
         side: IDENTITY_BOUND[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
         for side in ("chosen", "rejected")
@@ -183,7 +185,7 @@ def _packing_faults(
 ) -> list[str]:
     policy = model[0].module
     stepper = Stepper(model, _Probe(policy.shape.is_reward), groups)
-    parameters = {name: p for chunk in model for name, p in chunk.module.global_parameters().items()}
+    parameters = {name: p for chunk in model for name, p in chunk.module.trained_parameters().items()}
     together, separate = _pack_both_ways([cut(sample) for sample in batches.shortest(step, 2)], batches)
     # Full gradients: a context rank holds other tokens of the joint pack than of the separate ones; only sums agree.
     with stepper.full_gradients():
@@ -202,6 +204,8 @@ def _packing_faults(
 
 
 def _norms(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    if not parameters:
+        return {}  # a pipeline stage of which nothing is trained
     norms = [
         torch.linalg.vector_norm(parameter.main_grad)  # type: ignore[attr-defined]  # megatron-core's
         for parameter in parameters.values()

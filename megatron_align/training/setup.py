@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_align.checkpoint.card import shape_differences
-from megatron_align.checkpoint.folder import ASSETS, HF, find_checkpoint
+from megatron_align.checkpoint.card import require_all_weights, shape_differences
+from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
 from megatron_align.data.batching.sampler import step_order
@@ -27,12 +27,15 @@ from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.data.tokenize.record_blocks import read_shapes
 from megatron_align.errors import InputError
+from megatron_align.hf.adapter import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.hf.hub import fetch_or_wait, model_folder, require_can_upload
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.families.adapter import Adapter
+from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.registry import build_objective, objective_class
@@ -56,6 +59,8 @@ class RunSetup:
         folder: ``checkpoint.dir``.
         start_shape: of the weights that training starts from.
         shape: of the model that is trained (a reward model may start from a language model).
+        adapter: of the model that is trained; None: its weights are trained.
+        frozen: Megatron names of weights that are not trained.
         assets: HF folder with config and tokenizer.
         weights: HF folder or checkpoint that training starts from.
         resume: newest checkpoint of the run; None: the run starts at step 1.
@@ -73,6 +78,8 @@ class RunSetup:
     folder: Path
     start_shape: ModelShape
     shape: ModelShape
+    adapter: Adapter | None
+    frozen: frozenset[str]
     assets: Path
     weights: Path
     resume: ResumePoint | None
@@ -124,6 +131,10 @@ def prepare_run(
     )
     if weights == assets:
         require_tied_head(open_hf(assets)[0], start)
+    else:
+        require_all_weights(weights)
+    adapter = resolve_adapter(config.model.adapter, shape)
+    frozen = frozen_tensors(shape, config.model.freeze)
     _require_same_shape(config.reference.path, shape, model_assets=assets)
     if config.data.sequence_length > shape.max_positions:
         raise InputError(
@@ -132,9 +143,9 @@ def prepare_run(
         )
     folder = Path(config.checkpoint.dir)
     if config.checkpoint.export_hf:
-        require_replaceable(
-            folder / HF, "checkpoint.dir/hf", "set checkpoint.export_hf: false and use convert export"
-        )
+        require_replaceable(folder / HF, "checkpoint.dir/hf")
+    if adapter is not None:
+        require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter")
     with _remove_empty_folders_after_bad_input(folder, lock):
         _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
@@ -154,6 +165,8 @@ def prepare_run(
         rank_info=rank_info,
         folder=folder,
         shape=shape,
+        adapter=adapter,
+        frozen=frozen,
         assets=assets,
         weights=weights,
         resume=resume,
@@ -213,8 +226,6 @@ def _remove_empty_folders_after_bad_input(folder: Path, lock: RunLock | None) ->
         yield
     except InputError:
         if lock is not None:
-            if not lock.is_held:  # another run's folder, or rank 0's
-                raise
             lock.release()
         for path in absent:
             with suppress(OSError):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_align import faults
-from megatron_align.checkpoint.folder import CORRUPT_SUFFIX, HF
+from megatron_align.checkpoint.folder import ADAPTER, CORRUPT_SUFFIX, HF
 from megatron_align.config import to_dict
 from megatron_align.errors import TrainingFault
 from megatron_align.hf.assets import describe_assets
@@ -193,15 +193,19 @@ class Validation(Hook):
 
 
 class Export(Hook):
-    """Writes ``checkpoint.dir/hf`` at the end of the complete run, and the marker that it is finished."""
+    """Writes ``checkpoint.dir/hf``, of an adapter ``adapter`` too, at the end, and the marker that it is finished."""
 
     def __init__(self, log: RunLog):
         self._log = log
 
     def finish(self) -> None:
         """See :class:`Hook`."""
+        run = self.trainer.setup.folder
+        if self.trainer.base is not None:
+            self.trainer.export_adapter(run / ADAPTER)
+            self._log.message(f"exported the adapter to {run / ADAPTER}")
         if self.trainer.config.checkpoint.export_hf:
-            folder = self.trainer.setup.folder / HF
+            folder = run / HF
             self.trainer.export(folder)
             if dist.get_rank() == 0:
                 self._log.message(f"exported to {folder}: {describe_assets(folder)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_align.cost.text import trained_text
 from megatron_align.data.formats.columns import fields_text
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.training.trainer import Trainer
@@ -22,12 +23,14 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
         else f"{train.global_batch_size} samples a step"
     )
     done, resumed = (resume.step, f", resumed from {resume.folder}") if resume else (0, "")
+    trained = trained_text(shape, setup.adapter, setup.frozen)
     return [
         (
             "model",
             f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
             f"vocabulary {shape.vocab_size}, {train.precision}",
         ),
+        *([("trained", trained)] if trained else []),
         (
             "layout",
             f"{setup.rank_info.world_size} ranks = tensor {layout.tensor} x pipeline {layout.pipeline} x "

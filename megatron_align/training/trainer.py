@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from megatron_align.config import RunConfig, to_dict
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.data.batching.step_batches import Step, StepBatches
+from megatron_align.hf.adapter import export_adapter
 from megatron_align.hf.export import export_model
 from megatron_align.hf.model_card import model_card
 from megatron_align.model import parallel
@@ -30,6 +32,7 @@ from megatron_align.monitoring.metrics_file import METRICS, last_rows
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
+from megatron_align.training.adapter import AdapterBase, adapter_base
 from megatron_align.training.batches import batches_of_split
 from megatron_align.training.finished import remove_finished_marker
 from megatron_align.training.learning_rate import learning_rate
@@ -96,6 +99,7 @@ class Trainer:
         train_batches: the steps of the training data.
         step: training steps made so far, over all starts of the run.
         steps: training steps of the complete run.
+        base: what an adapter is trained on; None: the run trains the model's weights.
         resumed: the checkpoint that the run resumed from; None: it started at step 1.
         health: non-finite steps and outliers; part of every checkpoint.
         interrupted: Ctrl-C stopped the run, after it saved.
@@ -114,6 +118,7 @@ class Trainer:
         self.groups = groups = parallel.groups()
         self.objective, self.model, self.optimizer = objective, model, optimizer
         self.references = references
+        self.base: AdapterBase | None = None
         self.health = Health(self.config.train.on_nonfinite)
         self.stepper = Stepper(model, objective, groups, optimizer, watchdog.detail)
         self.train_batches = self.batches_of("train")
@@ -158,15 +163,17 @@ class Trainer:
         objective = build_objective(config.objective, setup.train)
         reference = ReferenceBuilder(setup, objective, groups, watchdog)
         reference_hash = reference.frozen_weights_hash(resume)
-        chunks = build_policy(setup.megatron, setup.shape, groups)
+        with watchdog.patient("hashing the adapter's base"):
+            base = adapter_base(setup, resume, reference_hash)
+        chunks = build_policy(setup.megatron, setup.shape, groups, setup.adapter, setup.frozen)
         batches_of = partial(batches_of_split, setup=setup, objective=objective, groups=groups)
         columns = reference.cached_columns(chunks, batches_of, reference_hash, resume.step if resume else 0)
         with watchdog.patient("loading weights"):
-            if resume is None:
+            if resume is None or setup.adapter is not None:  # an adapter's checkpoint holds no base
                 load_start_weights(chunks, setup, groups)
             model = wrap_data_parallel(chunks, config.parallel)
             optimizer = build_optimizer(model, config.optimizer, groups)
-            live = reference.live_model()
+            live = reference.live_model(model)
             references = References(
                 mode=reference.mode,
                 columns=columns,
@@ -176,6 +183,7 @@ class Trainer:
                 weights_hash=reference_hash,
             )
             trainer = cls(setup, watchdog, objective, model, optimizer, references)
+            trainer.base = base
             if resume is not None:
                 trainer.resume(resume)
         return trainer
@@ -306,11 +314,18 @@ class Trainer:
         saver.begin(target, content)
 
     def export(self, folder: Path | str) -> None:
-        """Write the model as a Hugging Face folder; one that exists is replaced when the new one is complete."""
+        """Write the model as a Hugging Face folder, an adapter merged; one that exists is replaced at the end."""
         with self.watchdog.patient("export"):
             gather_parameters(self.model)
             card = model_card(self._metadata(), last_rows(self.setup.folder / METRICS, self.step))
             export_model(self.chunks, Path(folder), self.setup.assets, True, self.setup.changes, card)
+
+    def export_adapter(self, folder: Path | str) -> None:
+        """Write the adapter as a PEFT folder; one that exists is replaced at the end."""
+        assert self.base is not None, "the run trains an adapter"
+        with self.watchdog.patient("export"):
+            gather_parameters(self.model)
+            export_adapter(self.chunks, Path(folder), self.base.base, self.base.weights)
 
     def _prepass_of(self, split: str) -> PrePass:
         reference = self.references.of_split(split)
@@ -328,6 +343,7 @@ class Trainer:
             reference_weights=self.references.weights_hash,
             objective_state=self.objective.state(),
             health_state=self.health.state(),
+            **({"adapter": dataclasses.asdict(self.base)} if self.base else {}),
         )
 
     def _data_metadata(self) -> Mapping[str, Any]:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_align.checkpoint.card import require_all_weights
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.checkpoint.load import load_checkpoint
+from megatron_align.hf.adapter import load_adapter
 from megatron_align.hf.finite import find_nonfinite_weights
 from megatron_align.hf.load import load_weights
 from megatron_align.model.families import ModelShape
+from megatron_align.model.lora import initialise_adapters
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import require_finite
 from megatron_align.training.setup import RunSetup, locate
@@ -21,8 +24,14 @@ REWARD_DEVIATION = 0.02  # of a new reward head's initial values, as in transfor
 
 
 def load_start_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
-    """Load the weights of ``model.path``."""
+    """Load the weights of ``model.path``, and start the adapter if there is one."""
     load_model_weights(chunks, setup.config.model.path, setup, groups)
+    if (options := setup.config.model.adapter) is None:
+        return
+    if options.path is None:
+        initialise_adapters(chunks, setup.config.train.seed)
+    else:
+        load_adapter(options.path, chunks)
 
 
 def load_reference_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
@@ -34,6 +43,8 @@ def load_model_weights(
     chunks: Sequence[Policy], path: str, setup: RunSetup, groups: ProcessGroupCollection
 ) -> None:
     """Load a Hugging Face folder or a checkpoint; a reward head that it lacks is initialised from the seed.
+
+    An adapter of the chunks is left unchanged.
 
     Args:
         chunks: this rank's.
@@ -60,7 +71,7 @@ def read_model_weights(
     *,
     absent: frozenset[str] = frozenset(),
 ) -> None:
-    """Read a Hugging Face folder or a checkpoint into this rank's chunks.
+    """Read a Hugging Face folder or a checkpoint into this rank's chunks; an adapter of theirs is left unchanged.
 
     Args:
         chunks: this rank's.
@@ -74,12 +85,13 @@ def read_model_weights(
     """
     weights, assets = locate(path)
     if weights == assets:
-        parameters = {name: p for chunk in chunks for name, p in chunk.global_parameters().items()}
+        parameters = {name: p for chunk in chunks for name, p in chunk.base_parameters().items()}
         stored = {name: parameter for name, parameter in parameters.items() if name not in absent}
         load_weights(weights, shape, stored, groups.tp.rank(), groups.tp.size())
     else:
         require_intact(weights)
-        load_checkpoint(weights, list(chunks), absent=absent)
+        require_all_weights(weights)
+        load_checkpoint(weights, list(chunks), absent=absent, base=True)
 
 
 def require_finite_weights(chunks: Sequence[Policy], source: str | Path) -> None:

@@ -3,10 +3,12 @@
 Ranks run the real model on CPU; nothing here is a tolerance, as nothing is rounded.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megatron_align.config import ParallelConfig
+from megatron_align.config import AdapterConfig, ParallelConfig
 from megatron_align.cost.activations import stage_bytes, tables_bytes
 from megatron_align.cost.flops import (
     executed_flops,
@@ -16,8 +18,10 @@ from megatron_align.cost.flops import (
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, parameter_count, state_bytes
 from megatron_align.data.batching.attention_cost import visible_keys
+from megatron_align.hf.adapter import resolve_adapter
 from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
+from megatron_align.model.families.frozen import frozen_tensors
 from tests.harness import costs
 from tests.harness.pool import Pool
 from tests.harness.sizes import CONFIGS, write_config
@@ -62,6 +66,25 @@ def test_state_of_a_reward_model(pool, tiny_models):
     model = tiny_models("qwen2_tied")
     placement = placed(model, {"pipeline": 2}, 2, reward=True)
     _compare(placement, pool.run(2, costs.state, model, placement.parallel, "bf16", True))
+
+
+@pytest.mark.parametrize("trained", ["adapter", "some_layers", "reward", "frozen"])
+def test_state_of_what_is_trained(pool, tiny_models, trained):
+    """The base of an adapter, and frozen weights, have no gradient and no optimizer state."""
+    model, reward = tiny_models("qwen2_tied"), trained == "reward"
+    placement = placed(model, {"tensor": 2, "pipeline": 2}, 4, reward=reward)
+    options: dict = {"frozen": frozen_tensors(placement.shape, ["embed_tokens", "layers.0.*", "model.norm"])}
+    if trained != "frozen":
+        targets = ["q_proj", "layers.3.mlp.*"] if trained == "some_layers" else "all-linear"
+        options = {"adapter": resolve_adapter(AdapterConfig(rank=3, targets=targets), placement.shape)}
+    placement = replace(placement, **options)
+    for found in pool.run(4, costs.state, model, placement.parallel, "bf16", reward, options):
+        counted = state_bytes(placement, found["stage"])
+        assert found["parameters"] == counted.parameters
+        assert found["gradients"] == counted.gradients
+        # master and two moments of each trained parameter; the count has the buffers' padding too
+        assert found["optimizer"] == 12 * found["trained"] <= counted.optimizer
+        assert 0 < found["trained"] < 0.8 * found["plain"] / 2
 
 
 def _compare(placement, answers):

@@ -32,12 +32,18 @@ def _shape(model: Path, reward: bool) -> ModelShape:
 
 
 def state(
-    rank_info: parallel.RankInfo, model: Path, config: ParallelConfig, precision: str, reward: bool = False
+    rank_info: parallel.RankInfo,
+    model: Path,
+    config: ParallelConfig,
+    precision: str,
+    reward: bool = False,
+    trained: dict[str, Any] | None = None,
 ) -> dict[str, int]:
     """Return the bytes of weights, gradients and optimizer state on this rank, and its pipeline stage."""
     with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), _shape(model, reward)
-        chunks = build_policy(transformer_config(shape, config, DTYPES[precision]), shape, groups)
+        megatron = transformer_config(shape, config, DTYPES[precision])
+        chunks = build_policy(megatron, shape, groups, **(trained or {}))
         plain = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
         ddp = wrap_data_parallel(chunks, config)
         optimizer = build_optimizer(ddp, OptimizerConfig(), groups)
@@ -52,7 +58,9 @@ def state(
         answer = {
             "stage": groups.pp.rank(),
             "plain": plain,
-            "parameters": sum(_bytes(buffer.param_data) for buffer in buffers),
+            "trained": sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
+            "parameters": sum(_bytes(buffer.param_data) for buffer in buffers)
+            + sum(_bytes(p) for chunk in chunks for p in chunk.parameters() if not p.requires_grad),
             "gradients": sum(_bytes(buffer.grad_data) for buffer in buffers),
             "optimizer": kept,
         }

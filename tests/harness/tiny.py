@@ -90,6 +90,32 @@ def make_model(
     return folder
 
 
+def make_adapter(
+    folder: Path,
+    model: Path,
+    *,
+    rank: int = 3,
+    alpha: float = 6.0,
+    b: float = 0.1,
+    targets: object = "all-linear",
+) -> Path:
+    """Save a PEFT adapter of a model with drawn A and B (standard deviation ``b``); return the folder."""
+    from megatron_align.hf.adapter import write_adapter
+    from megatron_align.model.families import read_shape
+    from megatron_align.model.families.adapter import Adapter, all_adapter_rows, select_modules
+
+    shape, draw = read_shape(model), torch.Generator().manual_seed(6)
+    adapter = Adapter(rank=rank, alpha=alpha, rslora=False, modules=select_modules(shape, targets))
+    tensors = {}
+    for row in all_adapter_rows(shape, adapter, 1):
+        drawn = torch.randn(row.hf_shapes(shape)[0], generator=draw)
+        tensors[row.hf[0]] = drawn * (b if "lora_B" in row.hf[0] else shape.hidden_size**-0.5)
+    if shape.is_reward:
+        tensors["base_model.model.score.weight"] = torch.randn(1, shape.hidden_size, generator=draw) * 0.1
+    write_adapter(folder, tensors, adapter, shape, str(model), weights_hash=None)
+    return folder
+
+
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     """Apply ``change`` to the tensors of a folder's single safetensors file."""
     tensors = load_file(folder / "model.safetensors")

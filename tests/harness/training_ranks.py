@@ -119,11 +119,12 @@ class _GradientsAsWeights:
         with torch.no_grad():
             for chunk in self.model:
                 for parameter in chunk.parameters():
-                    parameter.copy_(parameter.main_grad)
+                    if parameter.requires_grad:
+                        parameter.copy_(parameter.main_grad)
 
 
 def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) -> None:
-    """Write the first step's gradients as a Hugging Face folder, in HF's layout."""
+    """Write the first step's gradients as a Hugging Face folder, in HF's layout; of an adapter as a PEFT folder."""
     from megatron_align.hf.export import export_model
     from megatron_align.training.run_context import joined_ranks
     from megatron_align.training.setup import prepare_run
@@ -135,7 +136,10 @@ def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) 
         trainer.stepper.optimizer = _GradientsAsWeights(trainer.model)
         with trainer.stepper.full_gradients():
             trainer.train_step(trainer.train_batches.step(0))
-        export_model(trainer.chunks, folder, setup.assets)
+        if trainer.base is not None:
+            trainer.export_adapter(folder)
+        else:
+            export_model(trainer.chunks, folder, setup.assets)
 
 
 def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:

@@ -5,7 +5,6 @@ share prompts and read the reference's log-probs from a column. Losses agree to 
 order, ten updates long), rewards to 1e-4 absolute.
 """
 
-import importlib
 import json
 
 import pytest
@@ -13,10 +12,8 @@ import torch
 
 from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
-from tests.harness.trl import TRL_SETTINGS
+from tests.harness.trl import BATCH, LENGTH, LR, STEPS, trl_rows
 
-STEPS, BATCH, LENGTH = 10, 4, 256
-LR = 3e-4
 # Ours under objective.*, TRL's configuration if it says it otherwise.
 SMOOTH = {"label_smoothing": 0.1}
 DPO = {
@@ -80,66 +77,6 @@ def triples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     return write_labelled(tmp_path_factory.mktemp("labelled") / "labelled.jsonl", samples=STEPS * BATCH)
-
-
-def trl_rows(module, kind, model, records, folder, **options):
-    """Return TRL's log of every step, unrounded."""
-    from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
-
-    trl = importlib.import_module(module)
-    parent = getattr(trl, f"{kind}Trainer")
-
-    class Recording(parent):
-        rows, loss = [], None
-
-        def training_step(self, *args, **kwargs):
-            type(self).loss = super().training_step(*args, **kwargs).item()
-            return torch.tensor(self.loss)
-
-        def log(self, logs, *args, **kwargs):
-            if "loss" in logs:
-                means = {
-                    name: sum(values) / len(values)
-                    for name, values in (
-                        self._metrics if hasattr(self, "_metrics") else self._stored_metrics
-                    )["train"].items()
-                    if values and isinstance(values[0], (int, float))
-                }
-                self.rows.append({**means, "loss": self.loss})
-            super().log(logs, *args, **kwargs)
-
-    Recording.rows = []
-    own = {"pad_to_multiple_of": None} if kind in ("DPO", "Reward") else {}
-    if "experimental" in module:
-        own = {"max_completion_length": LENGTH} if kind in ("CPO", "ORPO") else {}
-    arguments = getattr(trl, f"{kind}Config")(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        learning_rate=LR,
-        weight_decay=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        max_length=LENGTH,
-        logging_steps=1,
-        **TRL_SETTINGS,
-        **own,
-        **options,
-    )
-    auto = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
-    trainer = Recording(
-        auto.from_pretrained(model, dtype=torch.float32),
-        args=arguments,
-        train_dataset=Dataset.from_list(records),
-        processing_class=AutoTokenizer.from_pretrained(model),
-    )
-    trainer.train()
-    return Recording.rows
 
 
 def our_rows(pool, model, data, folder, **options):

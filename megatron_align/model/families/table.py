@@ -66,13 +66,13 @@ def vocab(sizes: Sequence[int], shape: ModelShape, tensor_ranks: int) -> list[li
 class Row:
     """One Megatron tensor and the HF tensors that it consists of. ``{i}`` is the (global) index of the layer.
 
-    ``dims`` names the dimensions of each HF tensor (see :meth:`hf_shapes`); ``split`` is the dimension that
-    parts are concatenated and sharded along; None for a tensor that every rank holds in full.
+    ``dims`` names the dimensions of each HF tensor (see :meth:`hf_shapes`), or gives their size; ``split`` is the
+    dimension that parts are concatenated and sharded along; None for a tensor that every rank holds in full.
     """
 
     megatron: str
     hf: tuple[str, ...]
-    dims: tuple[tuple[str, ...], ...]
+    dims: tuple[tuple[str | int, ...], ...]
     split: int | None = None
     layout: Layout = each
 
@@ -84,7 +84,7 @@ class Row:
 
     def hf_shapes(self, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
         """Return the shape of each HF tensor."""
-        sizes = {
+        sizes: dict[str | int, int] = {
             "hidden": shape.hidden_size,
             "ffn": shape.ffn_size,
             "q": shape.num_heads * shape.head_dim,
@@ -94,7 +94,7 @@ class Row:
             "vocab": shape.vocab_size,
             "labels": 1,
         }
-        return tuple(tuple(sizes[dim] for dim in dims) for dims in self.dims)
+        return tuple(tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims) for dims in self.dims)
 
 
 _L, _H = "decoder.layers.{i}.", "model.layers.{i}."

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
 
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.model.policy import Policy, build_policy
@@ -130,15 +131,23 @@ class ReferenceBuilder:
         if missing:
             with self.watchdog.patient("loading the reference"):
                 load_reference_weights(chunks, self.setup, self.groups)
-            scorer = Scorer(chunks, self.objective)
+            scorer = Scorer(chunks, self.objective, base=True)
             for split, (batches, steps) in missing.items():
                 columns[split].fill(batches, steps, scorer, self.groups, self.watchdog)
         return columns
 
-    def live_model(self) -> LiveReference | None:
-        """Build and load the second model of ``reference.mode: live``; None for other modes."""
+    def live_model(self, policy: Sequence[nn.Module]) -> LiveReference | None:
+        """Build and load the second model of ``reference.mode: live``; None for other modes.
+
+        The reference of an adapter is the policy's own chunks with the adapter off, unless ``reference.path`` differs.
+
+        Args:
+            policy: the policy's chunks.
+        """
         if self.mode != "live":
             return None
+        if self.setup.adapter is not None and self.setup.config.reference.path is None:
+            return LiveReference(Scorer(policy, self.objective, base=True), self.groups)
         chunks = build_policy(self.setup.megatron, self.setup.shape, self.groups)
         for chunk in chunks:
             chunk.requires_grad_(False)

@@ -30,9 +30,10 @@ from megatron_align.config import RunConfig
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import passes_per_epoch, step_order
 from megatron_align.data.batching.step_batches import StepBatches
-from megatron_align.data.store import TokenStore, sha256
+from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
+from megatron_align.hf.load import weights_hash
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
 from megatron_align.storage.fsync import fsync_open
@@ -111,13 +112,6 @@ def _read(file: Path, key: dict[str, Any]) -> np.ndarray:
             f"cached reference log-probs are corrupt: SHA-256 mismatch in {file} ({len(values_K)} bytes); {remedy}"
         )
     return values_K.view("<f8").astype(np.float64)
-
-
-def weights_hash(path: Path) -> str:
-    """Return one hash of all weight files of a Hugging Face folder or of a checkpoint."""
-    files = sorted(path.glob("*.safetensors")) or sorted(p for p in (path / "state").iterdir() if p.is_file())
-    hashes = [(file.name, sha256(file)) for file in files]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,304 @@
+"""PEFT folders of low-rank adapters: ``adapter_config.json`` and ``adapter_model.safetensors``, read and written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_align.config import AdapterConfig
+from megatron_align.errors import InputError, TrainingFault, listed, require
+from megatron_align.hf.export import collect, owning_stages
+from megatron_align.hf.safetensors import open_safetensors
+from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
+from megatron_align.model.families.adapter import (
+    PEFT,
+    Adapter,
+    all_adapter_rows,
+    linear_modules,
+    select_modules,
+)
+from megatron_align.model.parallel import all_reduce_sum
+from megatron_align.model.policy import Policy
+from megatron_align.storage.atomic_write import commit_folder, partial_folder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_HASH = "base_weights"  # in the safetensors metadata: a hash of the base's weight files
+RANK, ALPHA = 16, 32.0  # where neither the configuration nor an adapter says otherwise
+REWARD_HEAD = "reward_head.weight"
+# Options of PEFT's LoRA that do not change what A and B mean, or are read here. Any other one must be off.
+_KNOWN = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "megatron_config",
+        "megatron_core",
+        "eva_config",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+    ]
+)
+# The others (PiSSA, OLoRA, CorDA, ...) change the base's weights too.
+_PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter | None:
+    """Return the adapter that ``model.adapter`` describes; None: the run trains the model's weights.
+
+    Raises:
+        InputError: a target that does not exist, or options that contradict the adapter at ``path``.
+    """
+    if options is None:
+        return None
+    if options.path is None:
+        return Adapter(
+            rank=options.rank or RANK,
+            alpha=options.alpha or ALPHA,
+            rslora=bool(options.rslora),
+            modules=select_modules(shape, options.targets or "all-linear"),
+        )
+    found = read_adapter(options.path, shape)
+    modules = None if options.targets is None else select_modules(shape, options.targets)
+    for name, given, stored in (
+        ("rank", options.rank, found.rank),
+        ("alpha", options.alpha, found.alpha),
+        ("rslora", options.rslora, found.rslora),
+        ("targets", modules and sorted(modules), sorted(found.modules)),
+    ):
+        require(
+            given is None or given == stored,
+            f"model.adapter.{name} must be left out or be that of the adapter to start from, {_short(stored)}, "
+            f"got {_short(given)} (adapter {options.path})",
+        )
+    return found
+
+
+def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
+    """Return the adapter of a PEFT folder, having checked that it fits a model.
+
+    Raises:
+        InputError: it is missing, incomplete, of another model, or of a kind that is not built.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and alpha > 0):
+        raise InputError(
+            f"an adapter needs a positive r and lora_alpha, found {rank!r} and {alpha!r} in {folder / CONFIG}"
+        )
+    saved = config.get("modules_to_save") or []
+    if set(saved) - ({"score", "classifier"} if shape.is_reward else set()):
+        raise InputError(
+            f"an adapter with modules_to_save {', '.join(saved)} is not built (a reward model's score is), "
+            f"found in {folder / CONFIG}"
+        )
+    with _open(folder) as file:
+        sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    suffix = ".lora_A.weight"
+    modules = frozenset(
+        name.removeprefix(PEFT).removesuffix(suffix) for name in sizes if name.endswith(suffix)
+    )
+    adapter = Adapter(
+        rank=rank,
+        alpha=float(alpha),
+        rslora=bool(config.get("use_rslora")),
+        modules=modules & frozenset(linear_modules(shape)),
+    )
+    _check_tensors(adapter, shape, sizes, folder)
+    return adapter
+
+
+def base_hash(folder: str | Path) -> str | None:
+    """Return the hash of the base's weights that an adapter was trained on; None: it does not say."""
+    with _open(Path(folder)) as file:
+        return (file.metadata() or {}).get(BASE_HASH)
+
+
+def require_base(folder: str | Path, weights_hash: str, base: str | Path) -> None:
+    """Refuse an adapter that says that it was trained on other weights; PEFT's own adapters do not say.
+
+    Raises:
+        InputError: naming both hashes.
+    """
+    stored = base_hash(folder)
+    if stored not in (None, weights_hash):
+        raise InputError(
+            f"the adapter is of another base: it was trained on weights with sha256 {str(stored)[:16]}, those in "
+            f"{base} have {weights_hash[:16]} (adapter {folder})"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"no adapter folder at {folder}")
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"an adapter folder must hold {CONFIG}, found none in {folder}")
+    config = read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"peft_type must be LORA, found {config.get('peft_type')!r} in {folder / CONFIG}")
+    plain: dict[str, tuple[Any, ...]] = {"bias": ("none", None), "init_lora_weights": _PLAIN_INIT}
+    for key, value in config.items():
+        if key not in _KNOWN and value not in plain.get(key, (False, None, {}, [])):
+            raise InputError(
+                f"an adapter with {key} {_short(value)} is not built, found in {folder / CONFIG}"
+            )
+    return config
+
+
+def _open(folder: Path) -> safe_open:
+    if (folder / WEIGHTS).is_file():
+        return open_safetensors(folder / WEIGHTS)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    found = f"; {pickles[0]} is a pickle and is not read: convert it to safetensors first" if pickles else ""
+    raise InputError(f"an adapter folder must hold {WEIGHTS}, found none in {folder}{found}")
+
+
+def _check_tensors(
+    adapter: Adapter, shape: ModelShape, sizes: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    expected = {row.hf[0]: row.hf_shapes(shape)[0] for row in _table(shape, adapter)}
+    missing, unexpected = sorted(expected.keys() - sizes.keys()), sorted(sizes.keys() - expected.keys())
+    if missing or unexpected or not adapter.modules:
+        kinds = [("missing", missing), ("unexpected", unexpected)]
+        listed = "; ".join(f"{kind} {_short(names)}" for kind, names in kinds if names) or "it has no tensors"
+        raise InputError(f"the adapter does not match {shape.architecture}: {listed} in {folder / WEIGHTS}")
+    wrong = [
+        f"{name} must be {list(size)}, found {list(sizes[name])}"
+        for name, size in expected.items()
+        if sizes[name] != size
+    ]
+    if wrong:
+        raise InputError(
+            f"the adapter is of another size than the model or its r: {_short(wrong)} in {folder / WEIGHTS}"
+        )
+
+
+def _table(shape: ModelShape, adapter: Adapter, tensor_ranks: int = 1) -> Iterator[Row]:
+    """Yield the rows of an adapter's tensors, and of the reward head that is trained with it."""
+    yield from all_adapter_rows(shape, adapter, tensor_ranks)
+    for row in rows(shape):
+        if row.megatron == REWARD_HEAD:
+            yield Row(row.megatron, (f"{PEFT}{row.hf[0]}",), row.dims)
+
+
+@torch.no_grad()
+def load_adapter(folder: str | Path, chunks: Sequence[Policy]) -> None:
+    """Fill this rank's A and B (and reward head) from a PEFT folder, cast to their dtype.
+
+    Raises:
+        InputError: the folder does not match the model or the adapter of its chunks.
+    """
+    shape, groups = chunks[0].shape, chunks[0].pg_collection
+    adapter = read_adapter(folder, shape)
+    local = {name: p for chunk in chunks for name, p in chunk.trained_parameters().items()}
+    with _open(Path(folder)) as file:
+        for row in _table(shape, adapter, groups.tp.size()):
+            if (parameter := local.get(row.megatron)) is None:
+                continue
+            stored = file.get_tensor(row.hf[0])
+            for segment in copy_segments(row, shape, groups.tp.rank(), groups.tp.size()):
+                segment.of_megatron(parameter).copy_(segment.of_hf(stored))
+
+
+@torch.no_grad()
+def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: str) -> None:
+    """Write the adapter that all ranks hold as a PEFT folder; every rank calls this, rank 0 writes, atomically.
+
+    Rank 0 holds all of the adapter's tensors, which are small. An existing folder is replaced.
+
+    Args:
+        chunks: this rank's chunks.
+        folder: to be written.
+        base: what adapter_config.json names as the base model.
+        weights_hash: of the base's weights.
+
+    Raises:
+        TrainingFault: on every rank: the adapter is not finite; nothing is written.
+    """
+    policy = chunks[0]
+    groups, adapter = policy.pg_collection, policy.adapter
+    assert adapter is not None, "the model has an adapter"
+    local = {name: p for chunk in chunks for name, p in chunk.trained_parameters().items()}
+    bad = sum(not parameter.isfinite().all() for parameter in local.values())
+    if all_reduce_sum([float(bad)])[0]:
+        raise TrainingFault(
+            f"the trained adapter is not finite, no folder was written to {folder}; start from an older checkpoint, "
+            "with a smaller optimizer.lr"
+        )
+    if groups.dp_cp.rank() == 0:
+        owners = owning_stages(set(local), groups.pp)
+        tensors: dict[str, Tensor] = {}
+        for row in _table(policy.shape, adapter, groups.tp.size()):
+            found = collect(row, local.get(row.megatron), owners[row.megatron], policy)
+            tensors |= {name: tensor.cpu() for name, tensor in found.items()}
+        if dist.get_rank() == 0:
+            write_adapter(folder, tensors, adapter, policy.shape, base, weights_hash)
+    dist.barrier()
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    adapter: Adapter,
+    shape: ModelShape,
+    base: str,
+    weights_hash: str | None,
+) -> None:
+    """Write a PEFT folder atomically; see :func:`export_adapter`."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    metadata = {"format": "pt", **({BASE_HASH: weights_hash} if weights_hash else {})}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS, metadata)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if shape.is_reward else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": adapter.rslora,
+        "target_modules": _target_modules(adapter, shape),
+        "modules_to_save": ["score"] if shape.is_reward else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    commit_folder(partial, folder)
+
+
+def _target_modules(adapter: Adapter, shape: ModelShape) -> list[str]:
+    """Return the shortest names that PEFT finds exactly the adapted modules by: ``q_proj``, or complete names."""
+    short = {name.rpartition(".")[2] for name in adapter.modules}
+    everywhere = {name for name in linear_modules(shape) if name.rpartition(".")[2] in short}
+    return sorted(short if everywhere == adapter.modules else adapter.modules)
+
+
+def _short(value: Any) -> str:
+    """Return a value for an error line."""
+    return listed(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,211 @@
+"""Low-rank adapters and complete models: merge an adapter into its base, or extract one from a trained model.
+
+Tensors are read and written in blocks of rows. In memory are the adapter, which is small, and a few blocks; for an
+extraction the difference of one tensor and its singular vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_align.errors import InputError, require
+from megatron_align.hf.adapter import WEIGHTS, read_adapter, require_base, write_adapter
+from megatron_align.hf.assets import copy_assets, write_config_dtype
+from megatron_align.hf.load import largest_difference, open_hf, require_tied_head, weights_hash
+from megatron_align.hf.safetensors import DTYPES, HFWeights
+from megatron_align.hf.writer import ShardWriter, TensorSpec, hf_specs
+from megatron_align.merge.merge import open_alike
+from megatron_align.model.families import ModelShape
+from megatron_align.model.families.adapter import PEFT, Adapter, module_name, select_modules
+from megatron_align.storage.atomic_write import require_new, require_one_process, require_space
+from megatron_align.storage.background_worker import BackgroundWorker
+from megatron_align.storage.journal import fingerprint
+from megatron_align.storage.progress import Progress
+from megatron_align.storage.tensor_digest import count_nonfinite
+
+BLOCK_ELEMENTS = 1 << 23  # of a tensor, merged at once
+EXACT = 1024  # matrices with a side up to this are decomposed completely, others by random projections
+_OVERSAMPLING, _ITERATIONS = 16, 6
+
+
+def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None) -> int:
+    """Write ``base + scale x B A`` as a Hugging Face folder; the sum is taken in fp32 and rounded once.
+
+    The write is atomic and resumes after a kill.
+
+    Args:
+        base: Hugging Face folder.
+        adapter: PEFT folder of an adapter of the base.
+        out: folder to write, new or empty.
+        dtype: of the result (``"bfloat16"``); None: that of each base tensor.
+
+    Returns:
+        the number of tensors that the adapter changes.
+
+    Raises:
+        InputError: the adapter is not of this base, either holds non-finite values, or ``out`` is not usable.
+    """
+    require_one_process()
+    weights, shape = open_hf(base)
+    require_tied_head(weights, shape)
+    found = read_adapter(adapter, shape)
+    target = require_new(out)
+    stored = {name: getattr(torch, dtype) if dtype else DTYPES[weights.dtype(name)] for name in weights.names}
+    specs = {
+        name: TensorSpec(stored[name], size) for name, (_, size) in hf_specs(shape, torch.float32).items()
+    }
+    require_space(target, sum(spec.nbytes for spec in specs.values()))
+    require_base(adapter, weights_hash(Path(base)), base)
+    tensors = load_file(Path(adapter) / WEIGHTS)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"adapter weights must be finite, {name} is not in {Path(adapter) / WEIGHTS}")
+    key = {"adapter": [fingerprint(Path(folder)) for folder in (base, adapter)], "dtype": dtype}
+    with (
+        ShardWriter(target, specs, key=key) as writer,
+        Progress("merging", sum(spec.nbytes for spec in specs.values())) as progress,
+        BackgroundWorker() as writing,
+    ):
+        for name, spec in specs.items():
+            if not writer.has(name):
+                for start, block in _merged_blocks(weights, name, spec, found, tensors):
+                    writing.run(partial(writer.write_flat, name, start, block))
+                writing.run(partial(writer.finish, name))
+                weights.release(name)
+            progress.add(spec.nbytes)
+        writing.wait()
+        copy_assets(base, writer.partial)
+        if dtype:
+            write_config_dtype(writer.partial, getattr(torch, dtype))
+    return len(found.modules) + sum("lora_" not in name for name in tensors)
+
+
+def _merged_blocks(
+    weights: HFWeights, name: str, spec: TensorSpec, adapter: Adapter, tensors: dict[str, Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield first element and elements of each block of a merged tensor, in memory of its own."""
+    module = f"{PEFT}{module_name(name)}"
+    if f"{PEFT}{name}" in tensors:  # trained beside the adapter: a reward model's score
+        yield 0, tensors[f"{PEFT}{name}"].reshape(-1).to(spec.dtype)
+        return
+    adapted = module_name(name) in adapter.modules and name.endswith(".weight")
+    columns = math.prod(spec.shape[1:])
+    rows = max(1, BLOCK_ELEMENTS // columns)
+    for first in range(0, spec.shape[0], rows):
+        count = min(rows, spec.shape[0] - first)
+        block = torch.empty(count * columns, dtype=DTYPES[weights.dtype(name)])
+        weights.read_flat(name, first * columns, block)
+        if count_nonfinite(block) != (0, 0):
+            raise InputError(f"weights must be finite, {name} is not in {weights.folder}")
+        if adapted:
+            a, b = (tensors[f"{module}.lora_{factor}.weight"].float() for factor in "AB")
+            delta = (adapter.scale * (b[first : first + count] @ a)).reshape(-1)
+            block = block.to(torch.promote_types(block.dtype, torch.float32)) + delta
+        yield first * columns, block.to(spec.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """An extracted adapter's share of the difference of two models.
+
+    Args:
+        modules: number of adapted linear layers.
+        share: of the sum of squares of all of their differences.
+        worst: smallest share of one module.
+        worst_module: its name.
+        left_out: largest difference of each tensor that has no adapter and differs.
+    """
+
+    modules: int
+    share: float
+    worst: float
+    worst_module: str
+    left_out: dict[str, float]
+
+
+def extract_adapter(
+    base: str | Path, model: str | Path, out: str | Path, rank: int, targets: list[str] | None = None
+) -> Extracted:
+    """Write the adapter of a rank that comes nearest to ``model - base``: its largest singular values.
+
+    Args:
+        base: Hugging Face folder.
+        model: Hugging Face folder of a model of the base's architecture and sizes.
+        out: PEFT folder to write, new or empty; its alpha is the rank, so that its scale is 1.
+        rank: of the adapter.
+        targets: names or patterns of modules; None: all linear layers of the transformer.
+
+    Raises:
+        InputError: the folders do not fit each other, or nothing differs.
+    """
+    require_one_process()
+    require(rank >= 1, f"--rank must be at least 1, got {rank}")
+    target = require_new(out)
+    opened, shape = open_alike([Path(base), Path(model)])
+    ours, theirs = opened[Path(base)], opened[Path(model)]
+    adapter = Adapter(
+        rank=rank, alpha=float(rank), rslora=False, modules=select_modules(shape, targets or "all-linear")
+    )
+    _require_rank(adapter, shape)
+    tensors: dict[str, Tensor] = {}
+    left_out: dict[str, float] = {}
+    squares: dict[str, tuple[float, float]] = {}  # of the difference, and of what the adapter holds of it
+    specs = hf_specs(shape, torch.float32)
+    with Progress("extracting", sum(spec.nbytes for spec in specs.values())) as progress:
+        for name, spec in specs.items():
+            module = module_name(name)
+            if module in adapter.modules and name.endswith(".weight"):
+                difference = (_read(theirs, name) - _read(ours, name)).reshape(spec.shape)
+                a, b, held = _nearest(difference, rank)
+                tensors[f"{PEFT}{module}.lora_A.weight"] = a
+                tensors[f"{PEFT}{module}.lora_B.weight"] = b
+                squares[module] = (difference.double().square().sum().item(), held)
+            elif (largest := largest_difference(_read(theirs, name), _read(ours, name))) != 0:
+                left_out[name] = largest
+            progress.add(spec.nbytes)
+    total = sum(square for square, _ in squares.values())
+    require(total > 0, f"the models must differ in the adapted layers, {model} equals {base} there")
+    if shape.is_reward:
+        tensors[f"{PEFT}score.weight"] = _read(theirs, "score.weight").reshape(1, -1)
+        left_out.pop("score.weight", None)
+    write_adapter(target, tensors, adapter, shape, str(base), weights_hash(Path(base)))
+    shares = {module: held / square for module, (square, held) in squares.items() if square > 0}
+    worst = min(shares, key=lambda module: shares[module])
+    held = sum(held for _, held in squares.values())
+    return Extracted(len(squares), held / total, shares[worst], worst, left_out)
+
+
+def _require_rank(adapter: Adapter, shape: ModelShape) -> None:
+    sizes = hf_specs(shape, torch.float32)
+    smallest = min((min(sizes[f"{module}.weight"].shape), module) for module in adapter.modules)
+    require(
+        adapter.rank <= smallest[0],
+        f"--rank must be at most {smallest[0]}, the smaller side of {smallest[1]}, got {adapter.rank}",
+    )
+
+
+def _read(weights: HFWeights, name: str) -> Tensor:
+    """Return a tensor as one dimension of fp32."""
+    return torch.cat([block.float() for block in weights.blocks(name)])
+
+
+def _nearest(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return A and B whose product comes nearest to a matrix, and the sum of squares that they hold of it."""
+    if min(difference.shape) <= EXACT:
+        u, s, vh = torch.linalg.svd(difference, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the projections are drawn: the same result every time
+            u, s, v = torch.svd_lowrank(difference, rank + _OVERSAMPLING, niter=_ITERATIONS)
+        vh = v.T
+    root = s[:rank].sqrt()
+    a, b = (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+    return a, b, s[:rank].double().square().sum().item()

@@ -1,0 +1,142 @@
+"""Low-rank adapters of a model: which linear layers they change, and the weight-table rows of their A and B.
+
+The names are those of PEFT. In a column-parallel layer (query, key, value, gate, up) every tensor-parallel rank holds
+the complete A and its rows of B; in a row-parallel layer (output, down) its columns of A and the complete B. So ranks
+exchange activations of ``rank`` columns, and any number of ranks can share an adapter of any rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from megatron_align.errors import InputError, nearest
+from megatron_align.model.families.shape import ModelShape
+from megatron_align.model.families.table import Row, qkv, rows
+
+ALL_LINEAR = "all-linear"
+PEFT = "base_model.model."  # prefix of PEFT's tensor names
+_LINEAR = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A low-rank adapter: ``W + scale x B A`` in place of the weight W of each module.
+
+    Args:
+        rank: rows of A, columns of B.
+        alpha: numerator of the scale.
+        rslora: divide by sqrt(rank) instead of rank.
+        modules: Hugging Face names of the linear layers.
+    """
+
+    rank: int
+    alpha: float
+    rslora: bool
+    modules: frozenset[str]
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def linear_rows(shape: ModelShape) -> Iterator[Row]:
+    """Yield the rows of the weight table that are linear layers of the transformer, layer by layer."""
+    return (row for row in rows(shape) if row.megatron.endswith(_LINEAR))
+
+
+def linear_modules(shape: ModelShape) -> list[str]:
+    """Return the Hugging Face names of the linear layers of the transformer, layer by layer."""
+    return [module_name(name) for row in linear_rows(shape) for name in row.hf]
+
+
+def module_name(tensor: str) -> str:
+    """Return the Hugging Face module of a tensor: ``model.norm`` of ``model.norm.weight``."""
+    return tensor.rpartition(".")[0]
+
+
+def layer_of(row: Row) -> int | None:
+    """Return the number of the layer that a row's tensor belongs to; None: of no layer."""
+    return int(row.megatron.split(".")[2]) if row.megatron.startswith("decoder.layers.") else None
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a name, or the end of one after a dot, matches a pattern: ``q_proj``, ``layers.1.mlp.*``."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def select_modules(shape: ModelShape, targets: str | Sequence[str]) -> frozenset[str]:
+    """Return the linear layers that ``model.adapter.targets`` names.
+
+    Raises:
+        InputError: a name matches nothing, or something that cannot be a target.
+    """
+    modules = linear_modules(shape)
+    if targets == ALL_LINEAR:
+        return frozenset(modules)
+    others = {module_name(name) for row in rows(shape) for name in row.hf} | {"lm_head"}
+    selected: set[str] = set()
+    for pattern in targets:
+        found = {name for name in modules if matches(name, pattern)}
+        refused = sorted(name for name in others - set(modules) if matches(name, pattern))
+        if refused:
+            raise InputError(
+                f"model.adapter.targets must be linear layers of the transformer, '{pattern}' matches {refused[0]}: "
+                "adapters of embeddings, norms and output heads are not built"
+            )
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in modules})
+            raise InputError(
+                f"model.adapter.targets: '{pattern}' matches no linear layer of {shape.architecture}, which has "
+                f"{', '.join(known)}{nearest(pattern, known)}"
+            )
+        selected |= found
+    return frozenset(selected)
+
+
+def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> list[tuple[Row, Row]]:
+    """Return the rows of A and B of each adapted Hugging Face module of a linear layer.
+
+    Args:
+        row: of the layer's weight.
+        shape: of the model.
+        adapter: its modules are looked up.
+        tensor_ranks: that share the layer.
+    """
+    found = []
+    base = row.megatron.removesuffix("weight")
+    for name, (out, into) in zip(row.hf, row.dims, strict=True):
+        module = module_name(name)
+        if module not in adapter.modules:
+            continue
+        short = module.rpartition(".")[2]
+        column = row.split == 0
+        split_b: int | None = 0 if column else None
+        if row.layout is qkv and tensor_ranks > shape.num_query_groups:
+            split_b = None  # ranks share a key/value head: their rows of B differ in number, so each holds all of them
+        a = Row(
+            f"{base}adapter.{short}.lora_A",
+            (f"{PEFT}{module}.lora_A.weight",),
+            ((adapter.rank, into),),
+            None if column else 1,
+        )
+        layout = row.layout if len(row.hf) == 1 else a.layout
+        b = Row(
+            f"{base}adapter.{short}.lora_B",
+            (f"{PEFT}{module}.lora_B.weight",),
+            ((out, adapter.rank),),
+            split_b,
+            layout,
+        )
+        found.append((a, b))
+    return found
+
+
+def all_adapter_rows(shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> Iterator[Row]:
+    """Yield the rows of every A and B of an adapter, layer by layer."""
+    for row in linear_rows(shape):
+        for pair in adapter_rows(row, shape, adapter, tensor_ranks):
+            yield from pair

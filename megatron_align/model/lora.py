@@ -1,0 +1,303 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) inside megatron-core's column- and row-parallel linear layers.
+
+Each Hugging Face module (``q_proj``, ``gate_proj``, ...) has its own A and B, as in PEFT. Sharding is described in
+``families/adapter.py``. What ranks exchange has ``rank`` columns:
+
+- column-parallel: under sequence parallel A is applied to this rank's tokens and its result gathered; A's gradient is
+  summed over tensor-parallel ranks with those of the norms. Without it, the gradient of A's result is summed.
+- row-parallel: A's result is summed over ranks, under sequence parallel also split by tokens; B's gradient is then
+  summed over ranks too.
+
+Shapes: T tokens (s on this rank under sequence parallel), I inputs and O outputs of the layer on this rank, R rank
+times the number of adapted modules in the layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from megatron_align.model import cpu
+from megatron_align.model.families import ModelShape, Row, local_shape
+from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name
+from megatron_align.model.families.table import rank_slices
+
+ADAPTER = ".adapter."  # part of the name of every parameter of an adapter
+_A, _B = "lora_A", "lora_B"
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """megatron-core's column-parallel linear layer, to whose output an adapter may be added."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_module("adapter", None)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the output ``[T, 1, O]``, and the bias if it is left to the caller."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        if self.adapter is not None and self.adapter.enabled:
+            output = self.adapter(input_, output)
+        return output, bias
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return megatron-core's sharded state of the layer without its adapter."""
+        return _without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
+
+
+class RowLinear(RowParallelLinear):
+    """megatron-core's row-parallel linear layer, to whose output an adapter may be added."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register_module("adapter", None)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output ``[T or s, 1, O]``, and the bias if it is left to the caller."""
+        output, bias = super().forward(input_)
+        if self.adapter is not None and self.adapter.enabled:
+            output = self.adapter(input_, output)
+        return output, bias
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return megatron-core's sharded state of the layer without its adapter."""
+        return _without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
+
+
+def _without_adapter(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if ADAPTER not in name}
+
+
+class Pair(nn.Module):
+    """A and B of one Hugging Face module, uninitialised.
+
+    Args:
+        module: its Hugging Face name.
+        a: row of the weight table of A.
+        b: row of the weight table of B.
+        linear: the layer that is adapted.
+        shape: of the model.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, module: str, a: Row, b: Row, linear: ColumnLinear | RowLinear, shape: ModelShape):
+        super().__init__()
+        self.module, self.a, self.shape, self.tp_group = module, a, shape, linear.tp_group
+        config, ranks = linear.config, linear.tp_group.size()
+        for name, row in ((_A, a), (_B, b)):
+            size = local_shape(row, shape, ranks)
+            weight = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=cpu.device()))
+            if row.split is not None:
+                set_tensor_model_parallel_attributes(weight, True, row.split, 1)
+            elif isinstance(linear, ColumnLinear) == (name == _A):
+                # Applied to this rank's tokens only: megatron-core then sums the gradient over tensor-parallel ranks.
+                weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            self.register_parameter(name, weight)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return A and B. A call, as megatron-core's hooks then wait for parameters that are still being gathered."""
+        return self.lora_A, self.lora_B
+
+    def initialise(self, seed: int) -> None:
+        """Set B to 0 and draw A uniformly from +-1 / sqrt(inputs), PEFT's default; every layout draws the same A."""
+        [(rank, inputs)] = self.a.hf_shapes(self.shape)
+        drawn = torch.stack([_uniform(seed, self.module, row, inputs) for row in range(rank)])
+        own = rank_slices(self.a, self.shape, self.tp_group.rank(), self.tp_group.size())
+        parts = [drawn.narrow(self.a.split or 0, s.start, s.stop - s.start) for s in own]
+        with torch.no_grad():
+            self.lora_A.copy_(torch.cat(parts, self.a.split or 0))
+            self.lora_B.zero_()
+
+
+def _uniform(seed: int, module: str, row: int, inputs: int) -> Tensor:
+    """Return one row of A, ``[inputs]`` fp32: a function of seed, module and row, whatever the rank or layout."""
+    digest = hashlib.sha256(f"{seed}/{module}/{row}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return (2 * torch.rand(inputs, generator=generator) - 1) / math.sqrt(inputs)
+
+
+class LayerAdapter(nn.ModuleDict):
+    """The pairs of one linear layer, by the last part of their module's name.
+
+    Args:
+        linear: the layer that is adapted.
+        row: of the weight table of its weight.
+        shape: of the model.
+        adapter: rank, scale and modules.
+
+    Attributes:
+        enabled: whether the adapter is added; off, the model is the base, bit for bit.
+    """
+
+    def __init__(self, linear: ColumnLinear | RowLinear, row: Row, shape: ModelShape, adapter: Adapter):
+        super().__init__()
+        ranks = linear.tp_group.size()
+        self.enabled, self.scale = True, adapter.scale
+        for a, b in adapter_rows(row, shape, adapter, ranks):
+            module = module_name(a.hf[0]).removeprefix("base_model.model.").removesuffix(".lora_A")
+            self[module.rpartition(".")[2]] = Pair(module, a, b, linear, shape)
+        self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
+        self.split_rank = ranks > 1
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs in the order of the layer's Hugging Face modules."""
+        return list(self.values())  # type: ignore[arg-type]  # a ModuleDict holds Modules
+
+    def _pair(self, name: str) -> Pair:
+        return cast(Pair, self[name])
+
+    def delta(self) -> Tensor:
+        """Return ``scale x B A`` of this rank's weight, ``[O, I]`` fp32."""
+        a_RI, b_OR = self._factors()
+        return self.scale * (b_OR.float() @ a_RI.float())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return A ``[R, I]`` and B ``[O, R]`` of all modules of the layer."""
+        raise NotImplementedError
+
+    def _add(self, output: Tensor, projected: Tensor, b_OR: Tensor) -> Tensor:
+        """Return ``output [T, 1, O] + scale x projected [T, 1, R] B^T``."""
+        sum_TO = torch.addmm(output.flatten(0, 1), projected.flatten(0, 1), b_OR.t(), alpha=self.scale)
+        return sum_TO.view_as(output)
+
+
+class ColumnAdapter(LayerAdapter):
+    """The adapter of a column-parallel layer."""
+
+    def __init__(self, linear: ColumnLinear, row: Row, shape: ModelShape, adapter: Adapter):
+        super().__init__(linear, row, shape, adapter)
+        slices = rank_slices(row, shape, linear.tp_group.rank(), linear.tp_group.size())
+        names = [module_name(name).rpartition(".")[2] for name in row.hf]
+        # Rows of this rank's weight, module by module: those of B, and zeros for modules without an adapter.
+        positions: list[list[int]] = [[] for _ in names]
+        within: list[list[int]] = [[] for _ in names]
+        start = 0
+        for part, first, last in slices:
+            assert part is not None, "linear layers have no padding"
+            positions[part] += range(start, start + last - first)
+            within[part] += range(first, last)
+            start += last - first
+        self._parts = [
+            (name if name in self else None, len(own)) for name, own in zip(names, within, strict=True)
+        ]
+        order = [place for own in positions for place in own]
+        self._order: Tensor | None = None
+        if order != list(range(len(order))):
+            self._order = torch.tensor(order, dtype=torch.long, device=cpu.device()).argsort()
+        # Rows of a B that every rank holds in full; None: each holds its own.
+        self._own: dict[str, Tensor] = {
+            name: torch.tensor(own, dtype=torch.long, device=cpu.device())
+            for name, own in zip(names, within, strict=True)
+            if name in self and len(own) != self._pair(name).lora_B.shape[0]
+        }
+
+    def forward(self, input_: Tensor, output: Tensor) -> Tensor:
+        """Return ``output [T, 1, O]`` with the adapter's share added; ``input_`` is ``[T or s, 1, I]``."""
+        a_RI, b_OR = self._factors()
+        projected = F.linear(input_, a_RI)
+        if self.sequence_parallel:
+            projected = gather_from_sequence_parallel_region(projected, group=self.tp_group)
+        elif self.split_rank:
+            projected = copy_to_tensor_model_parallel_region(projected, group=self.tp_group)
+        return self._add(output, projected, b_OR)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return A of all modules, and their B as one block-diagonal matrix, its rows in the order of the weight's."""
+        factors = {name: self._pair(name)() for name in self}
+        a_RI = torch.cat([a for a, _ in factors.values()])
+        blocks: list[Tensor] = []
+        for name, rows in self._parts:
+            if name is None:
+                blocks.append(a_RI.new_zeros(rows, 0))
+                continue
+            weight = factors[name][1]
+            if name in self._own:
+                weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)[self._own[name]]
+            blocks.append(weight)
+        joined = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
+        return a_RI, joined if self._order is None else joined[self._order]
+
+
+class RowAdapter(LayerAdapter):
+    """The adapter of a row-parallel layer."""
+
+    def forward(self, input_: Tensor, output: Tensor) -> Tensor:
+        """Return ``output [T or s, 1, O]`` with the adapter's share added; ``input_`` is ``[T, 1, I]``."""
+        a_RI, b_OR = self._factors()
+        projected = F.linear(input_, a_RI)
+        if self.sequence_parallel:
+            projected = reduce_scatter_to_sequence_parallel_region(projected, group=self.tp_group)
+        elif self.split_rank:
+            projected = reduce_from_tensor_model_parallel_region(projected, group=self.tp_group)
+        return self._add(output, projected, b_OR)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.pairs[0]()
+
+
+def attach(
+    linears: Mapping[str, ColumnLinear | RowLinear], shape: ModelShape, adapter: Adapter, table: Iterable[Row]
+) -> None:
+    """Give every adapted layer its pairs, uninitialised.
+
+    Args:
+        linears: this rank's linear layers by the Megatron name of their weight, layers numbered over the model.
+        shape: of the model.
+        adapter: which modules have one.
+        table: the rows of the linear layers.
+    """
+    for row in table:
+        linear = linears.get(row.megatron)
+        if linear is None or not adapter_rows(row, shape, adapter, 1):
+            continue
+        kind = ColumnAdapter if isinstance(linear, ColumnLinear) else RowAdapter
+        linear.adapter = kind(linear, row, shape, adapter)
+
+
+def layer_adapters(chunks: Iterable[nn.Module]) -> Iterator[LayerAdapter]:
+    """Yield the adapters of all layers of some chunks."""
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, LayerAdapter))
+
+
+def initialise_adapters(chunks: Iterable[nn.Module], seed: int) -> None:
+    """Initialise every A from the seed, and every B with 0: the model then computes what its base computes."""
+    for adapter in layer_adapters(chunks):
+        for pair in adapter.pairs:
+            pair.initialise(seed)
+
+
+def merged(weight: Tensor, adapter: LayerAdapter | None) -> Tensor:
+    """Return a rank's weight ``W + scale x B A``, summed in fp32 and rounded to the weight's dtype."""
+    return weight if adapter is None else (weight.float() + adapter.delta()).to(weight.dtype)
+
+
+@contextmanager
+def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
+    """Compute with the base model, without its adapter, inside a with-block."""
+    adapters = list(layer_adapters(chunks))
+    for adapter in adapters:
+        adapter.enabled = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.enabled = True

@@ -1,0 +1,138 @@
+"""Law 10 for files: merged weights are base + scale B A exactly, and an adapter that exists is found again.
+
+The judge of merging is PEFT's formula in fp32; PEFT's own ``merge_and_unload`` is held against a run's export in
+``tests/training/test_adapter_trl.py``.
+"""
+
+import hashlib
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_align.errors import InputError
+from megatron_align.hf.adapter import read_adapter
+from megatron_align.merge.adapter import extract_adapter, merge_adapter
+from megatron_align.model.families import read_shape
+from megatron_align.tools.main import main
+from tests.harness.tiny import change_tensors, make_adapter, make_baichuan, make_model, make_reward
+
+FILE = "adapter_model.safetensors"
+
+
+def expected(base, adapter, dtype=None):
+    """Return the merged tensors, computed as PEFT does."""
+    tensors, shape = load_file(adapter / FILE), read_shape(base)
+    scale = read_adapter(adapter, shape).scale
+    merged = load_file(base / "model.safetensors")
+    for name, weight in merged.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" in tensors:
+            weight = weight.float() + scale * (
+                tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+            )
+        elif f"{stem}.weight" in tensors:
+            weight = tensors[f"{stem}.weight"]
+        merged[name] = weight.to(dtype or merged[name].dtype)
+    return merged
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "to_bf16", "reward", "baichuan"])
+def test_merged_weights(kind, tmp_path):
+    base = tmp_path / "base"
+    if kind == "reward":
+        make_reward(base, "llama")
+    elif kind == "baichuan":
+        make_baichuan(base)
+    else:
+        make_model(base, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    before = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    adapter = make_adapter(tmp_path / "adapter", base)
+    dtype = torch.bfloat16 if kind == "to_bf16" else None
+    merge_adapter(base, adapter, tmp_path / "out", "bfloat16" if dtype else None)
+    found, wanted = load_file(tmp_path / "out" / "model.safetensors"), expected(base, adapter, dtype)
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        assert found[name].dtype == want.dtype
+        # fp32 products of rank 3 may be summed in another order; bf16 rounds that away but for ties
+        torch.testing.assert_close(
+            found[name], want, rtol=8e-3 if want.dtype == torch.bfloat16 else 1e-6, atol=1e-7
+        )
+    assert hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_an_adapter_is_found_again_in_the_merged_model(tmp_path):
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, targets=["q_proj", "down_proj"])
+    merge_adapter(base, adapter, tmp_path / "merged")
+    found = extract_adapter(base, tmp_path / "merged", tmp_path / "found", 3, ["q_proj", "down_proj"])
+    assert (found.modules, found.left_out) == (8, {})
+    assert found.share > 1 - 1e-5  # fp32
+    merge_adapter(base, tmp_path / "found", tmp_path / "again")
+    again, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "merged"))
+    for name, want in merged.items():
+        torch.testing.assert_close(again[name], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_smaller_rank_holds_the_largest_singular_values(tmp_path):
+    base, model = make_model(tmp_path / "base"), make_model(tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    difference = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+
+    def change(tensors):
+        tensors[name] += difference
+        tensors["model.norm.weight"] += 0.5
+
+    change_tensors(model, change)
+    found = extract_adapter(base, model, tmp_path / "adapter", 5, ["up_proj"])
+    squares = torch.linalg.svdvals(difference.double()).square()
+    assert found.share == pytest.approx((squares[:5].sum() / squares.sum()).item(), rel=1e-5)
+    assert found.worst_module == name.removesuffix(".weight")
+    assert found.left_out == pytest.approx({"model.norm.weight": 0.5}, rel=1e-5)
+
+
+def test_large_matrices_are_decomposed_by_projections(tmp_path, monkeypatch):
+    from megatron_align.merge import adapter as module
+
+    monkeypatch.setattr(module, "EXACT", 8)
+    a, b = (torch.randn(*size, generator=torch.Generator().manual_seed(2)) for size in ((4, 60), (90, 4)))
+    noise = 1e-3 * torch.randn(90, 60, generator=torch.Generator().manual_seed(3))
+    found_a, found_b, held = module._nearest(b @ a + noise, 4)
+    u, s, vh = torch.linalg.svd((b @ a + noise).double())
+    torch.testing.assert_close(found_b @ found_a, ((u[:, :4] * s[:4]) @ vh[:4]).float(), rtol=1e-3, atol=1e-3)
+    assert held == pytest.approx(s[:4].square().sum().item(), rel=1e-5)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_model(tmp_path / "base")
+
+
+def test_an_adapter_of_other_weights_is_refused(base, tmp_path, capsys):
+    model = make_model(tmp_path / "model")
+    change_tensors(model, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].add_(1))
+    extract_adapter(base, model, tmp_path / "adapter", 2)
+    arguments = ["adapter", "merge", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--base", str(model)]) == 2
+    assert (
+        "error: the adapter is of another base: it was trained on weights with sha256"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--base", str(base)]) == 0
+    assert "merged 28 adapted tensors" in capsys.readouterr().out
+
+
+def test_what_cannot_be_merged_or_extracted(base, tmp_path):
+    adapter, other = make_adapter(tmp_path / "adapter", base), make_model(tmp_path / "other")
+    with pytest.raises(InputError, match="must differ in the adapted layers, .* equals"):
+        extract_adapter(base, other, tmp_path / "out", 2)
+    with pytest.raises(InputError, match="--rank must be at most 16, the smaller side of .*k_proj, got 17"):
+        extract_adapter(base, other, tmp_path / "out", 17)
+    with pytest.raises(InputError, match="output must be a new or empty folder"):
+        merge_adapter(base, adapter, other)
+    tensors = load_file(adapter / FILE)
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+    save_file(tensors, adapter / FILE)
+    with pytest.raises(InputError, match="adapter weights must be finite, .*lora_"):
+        merge_adapter(base, adapter, tmp_path / "out")
