@@ -102,12 +102,14 @@ def _export_arguments(parser: Parser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from megatron_align.checkpoint.card import is_of_training
     from megatron_align.convert.export_hf import export_hf
     from megatron_align.hf.assets import describe_assets
 
     done = export_hf(options.checkpoint, options.out, options.dtype)
-    said = describe_assets(Path(options.out))
-    print(f"exported {done}, from {done.folder} to {options.out}: {said}")
+    print(f"exported {done}, from {done.folder} to {options.out}")
+    if is_of_training(done.folder):
+        print(describe_assets(Path(options.out)))
     return 0
 
 

@@ -37,6 +37,11 @@ def read_checkpoint_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
+def is_of_training(folder: Path) -> bool:
+    """Return whether a checkpoint was written by training; one that was imported has no configuration."""
+    return isinstance(read_checkpoint_metadata(folder).get("config"), dict)
+
+
 def make_checkpoint_metadata(
     step: int, shape: ModelShape, dtype: torch.dtype, **entries: Any
 ) -> dict[str, Any]:

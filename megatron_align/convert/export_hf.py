@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.card import read_checkpoint_metadata
+from megatron_align.checkpoint.card import is_of_training, read_checkpoint_metadata
 from megatron_align.checkpoint.folder import ASSETS
 from megatron_align.checkpoint.integrity import verifying_while_reading
 from megatron_align.checkpoint.tensor_reader import FileRange
@@ -97,8 +97,8 @@ def export_hf(
 
 def _write_card(checkpoint: Path, folder: Path) -> None:
     """Write the model card of a checkpoint that training wrote; an imported one has no training to describe."""
-    metadata = read_checkpoint_metadata(checkpoint)
-    if isinstance(metadata.get("config"), dict):
+    if is_of_training(checkpoint):
+        metadata = read_checkpoint_metadata(checkpoint)
         rows = last_rows(checkpoint.parent / METRICS, metadata["step"])
         (folder / CARD).write_text(model_card(metadata, rows), encoding="utf-8")
 

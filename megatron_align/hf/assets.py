@@ -156,8 +156,8 @@ def describe_assets(folder: Path) -> str:
         if tokenizer.get("chat_template")
         else None
     )
-    stops = _token_names(folder, stop_ids_of(folder)) or "no token"
-    return f"{f'chat template in {place}' if place else 'no chat template'}, generation stops at {stops}"
+    stops = _token_names(folder, stop_ids_of(folder)) or "none"
+    return f"{f'chat template in {place}' if place else 'no chat template'}, generation stops at eos_token_id {stops}"
 
 
 def _token_names(folder: Path, ids: list[int]) -> str:

@@ -166,7 +166,7 @@ def _download(path: str, weights: bool) -> Path:
     except RevisionNotFoundError as error:
         raise InputError(f"'{repo}' has no revision '{revision}' on the hub") from error
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = one_line(error)[:200]
+        reason = one_line(error).partition(" An error happened")[0][:200]
         raise InputError(
             f"no folder '{path}' here, and it cannot be downloaded ({reason}): where there is a connection run "
             f"`{command}`, and give the snapshot folder that it prints"

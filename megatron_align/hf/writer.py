@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_align.errors import InputError
 from megatron_align.hf.safetensors import DTYPES, INDEX, SINGLE
 from megatron_align.model.families import ModelShape, rows
-from megatron_align.storage.atomic_write import commit_folder, naming_file
+from megatron_align.storage.atomic_write import commit_folder, naming_file, resolve_output
 from megatron_align.storage.direct_io import DirectFile
 from megatron_align.storage.journal import Journal
 from megatron_align.storage.mounts import require_replaceable
@@ -82,7 +82,7 @@ class ShardWriter:
         overwrite: bool = False,
         key: dict[str, Any] | None = None,
     ) -> None:
-        self.folder, self.overwrite = Path(folder).resolve(), overwrite
+        self.folder, self.overwrite = resolve_output(folder), overwrite
         self._require_free()
         self.journal = Journal(self.folder, key)
         self.partial = self.journal.partial

@@ -95,6 +95,18 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def resolve_output(folder: str | Path) -> Path:
+    """Return the absolute path of a folder to be written: a link to an empty or new place is followed.
+
+    A link to a folder with content is itself replaced, as what it leads to may be an archive.
+    """
+    path = Path(folder)
+    target = path.resolve()
+    if path.is_symlink() and target.is_dir() and any(target.iterdir()):
+        return path.parent.resolve() / path.name
+    return target
+
+
 def files_below(folder: Path, *parts: str) -> list[str]:
     """Return the sorted paths, relative to ``folder``, of all files below it or below one of its subfolders."""
     paths = folder.joinpath(*parts).rglob("*")

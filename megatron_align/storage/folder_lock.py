@@ -69,6 +69,11 @@ class FolderLock:
         self._wait(lambda dead: True, share=True)
 
     @property
+    def is_held(self) -> bool:
+        """Whether this process acquired the lock and has not released it."""
+        return self._held is not None
+
+    @property
     def lost(self) -> str | None:
         """The process that took the lock while this one was paused; None: there is none."""
         return self._held.lost if self._held else None

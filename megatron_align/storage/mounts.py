@@ -24,12 +24,13 @@ def mounts_within(folder: Path) -> list[Path]:
     return found
 
 
-def require_replaceable(folder: Path, what: str) -> None:
+def require_replaceable(folder: Path, what: str, remedy: str = "write to a folder within it") -> None:
     """Check that ``folder``, if it exists, can be renamed and replaced.
 
     Args:
         folder: that will be written atomically.
-        what: it is, for the error: ``--out``, ``checkpoint.dir/hf``.
+        what: it is, for the error: ``checkpoint.dir/hf``.
+        remedy: another way out than mounting the folder above it.
 
     Raises:
         InputError: a file system is mounted at it or below it.
@@ -37,8 +38,7 @@ def require_replaceable(folder: Path, what: str) -> None:
     if mounts := mounts_within(folder):
         raise InputError(
             f"{what} must not be a mount point or contain one, as it is written by renaming; found a file system "
-            f"mounted at {mounts[0]}; mount its parent folder instead, or write to a folder within it, such as "
-            f"{mounts[0] / 'model'}"
+            f"mounted at {mounts[0]}; mount its parent folder instead, or {remedy}"
         )
 
 

@@ -51,7 +51,9 @@ def plan_asset_changes(
         _named(stops, tokenizer) or "no token: neither template nor tokenizer has one that ends a turn"
     )
     if added := [token for token in stops if token not in before]:
-        notes["stops at"] += f"; {_named(added, tokenizer)} is added to generation_config.json of the export"
+        notes["stops at"] += (
+            f"; the export's generation_config.json gets {_named(added, tokenizer)} as eos_token_id too"
+        )
     return AssetChanges(chat_template=template, stop_ids=stops), tuple(notes.items())
 
 

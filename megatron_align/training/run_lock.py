@@ -47,6 +47,11 @@ class RunLock:
                 f"checkpoint.dir cannot be written: {error.strerror} at '{self._folder}'"
             ) from error
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the lock."""
+        return self._lock.is_held
+
     def taken_by(self, *, now: bool = False) -> str | None:
         """Return which process took the lock from this one, which was paused; None: none has.
 

@@ -143,9 +143,11 @@ def prepare_run(
         )
     folder = Path(config.checkpoint.dir)
     if config.checkpoint.export_hf:
-        require_replaceable(folder / HF, "checkpoint.dir/hf")
+        require_replaceable(
+            folder / HF, "checkpoint.dir/hf", "set checkpoint.export_hf: false and use convert export"
+        )
     if adapter is not None:
-        require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter")
+        require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter", "give another checkpoint.dir")
     with _remove_empty_folders_after_bad_input(folder, lock):
         _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
@@ -226,6 +228,8 @@ def _remove_empty_folders_after_bad_input(folder: Path, lock: RunLock | None) ->
         yield
     except InputError:
         if lock is not None:
+            if not lock.is_held:  # another run's folder, or rank 0's
+                raise
             lock.release()
         for path in absent:
             with suppress(OSError):

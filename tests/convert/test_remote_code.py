@@ -33,7 +33,7 @@ def test_the_folders_own_code_is_never_run(pool, tmp_path):
         if changes["model_type"] == "unknown":
             assert answer.code == 2
             assert answer.err.startswith(f"error: transformers cannot read {hf / 'config.json'}")
-            assert "own code would be needed and is never run" in answer.err
+            assert "it needs the folder's own code, which is never run" in answer.err
             assert answer.err.count("\n") == 1
         else:
             assert answer.code == 0, answer

@@ -124,6 +124,22 @@ def test_a_folder_that_others_filled_meanwhile_is_not_overwritten(tmp_path):
     assert names_in(tmp_path / "out") == ["precious"]
 
 
+def test_a_link_to_an_older_model_is_replaced_and_the_model_stays(tmp_path):
+    archive, link = tmp_path / "archive", tmp_path / "out"
+    archive.mkdir()
+    link.symlink_to(archive)
+    with ShardWriter(link, specs(), overwrite=True) as writer:  # an empty place is written to
+        writer.write("w", torch.ones(4))
+    assert link.is_symlink()
+    assert load_file(archive / "model.safetensors")["w"].tolist() == [1, 1, 1, 1]
+    with ShardWriter(link, specs(), overwrite=True) as writer:
+        writer.write("w", torch.zeros(4))
+    assert not link.is_symlink()
+    assert load_file(link / "model.safetensors")["w"].tolist() == [0, 0, 0, 0]
+    assert load_file(archive / "model.safetensors")["w"].tolist() == [1, 1, 1, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "out"]
+
+
 def test_files_are_as_readable_as_their_folder(tmp_path):
     write(tmp_path / "out")
     folder, file = (p.stat().st_mode for p in (tmp_path / "out", tmp_path / "out" / "model.safetensors"))

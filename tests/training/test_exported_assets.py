@@ -64,7 +64,8 @@ def test_checkpoints_hf_and_convert_export_have_the_template_and_the_stop_tokens
     [answer] = pool.run(1, cli.call, arguments)
     assert answer.code == 0, answer
     assert re.search(
-        r"chat template in chat_template.jinja, generation stops at <\|im_end\|> \(\d+\)", answer.out
+        r"chat template in chat_template.jinja, generation stops at eos_token_id <\|im_end\|> \(\d+\)",
+        answer.out,
     )
     require_trained_to_talk(tmp_path / "out")
 
@@ -93,7 +94,8 @@ def test_the_start_says_both(pool, base, chat_file, tmp_path):
     notes = dict(prepare_run(parse(arguments), RankInfo(rank=0, local_rank=0, world_size=1)).notes)
     assert notes["template"] == f"{template}, which is exported with the model"
     assert re.fullmatch(
-        r"<\|im_end\|> \(\d+\), <\|endoftext\|> \(\d+\); <\|im_end\|> \(\d+\) is added to generation_config.json.*",
+        r"<\|im_end\|> \(\d+\), <\|endoftext\|> \(\d+\); "
+        r"the export's generation_config.json gets <\|im_end\|> \(\d+\) as eos_token_id too",
         notes["stops at"],
     )
 

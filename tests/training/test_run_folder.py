@@ -8,6 +8,7 @@ from megatron_align.model.parallel import RankInfo
 from megatron_align.train import main
 from megatron_align.training.run_lock import LOCK, RunLock
 from tests.harness import training_ranks
+from tests.harness.pool import RankFailed
 from tests.harness.tiny import metrics_of, run_arguments
 
 ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
@@ -83,7 +84,6 @@ def lose_the_lock(rank_info, arguments):
     from dataclasses import replace
     from unittest import mock
 
-    from megatron_align.errors import TrainingFault
     from megatron_align.objectives.configuration import parse
     from megatron_align.storage.lock_holder import Holder
     from megatron_align.training.loop import run
@@ -101,18 +101,14 @@ def lose_the_lock(rank_info, arguments):
         return report
 
     with mock.patch.object(Trainer, "train_step", and_lose):
-        try:
-            run(parse(arguments), rank_info)
-        except TrainingFault as fault:
-            return str(fault)
+        run(parse(arguments), rank_info)
 
 
 def test_a_run_that_lost_its_folder_writes_no_checkpoint(pool, tiny_models, chat_file, tmp_path):
     arguments = run_arguments(tiny_models(), chat_file, tmp_path / "run", checkpoint__save_every=2)
-    faults = pool.run(2, lose_the_lock, arguments)
-    assert "on node7" in faults[0]
-    for fault in faults:
-        assert "took over checkpoint.dir while this run was paused; it is left unchanged" in fault
+    line = "took over checkpoint.dir while this run was paused; it is left unchanged"
+    with pytest.raises(RankFailed, match=f"TrainingFault: .*{line}"):
+        pool.run(2, lose_the_lock, arguments)
     assert list((tmp_path / "run").glob("*step_*")) == []
     assert (tmp_path / "run" / LOCK).exists()  # the other run's
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]

@@ -32,6 +32,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         # trust_remote_code: left unset, transformers prompts on the terminal and a job would hang
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except RecursionError as error:
+        raise InputError(
+            f"{folder}: tokenizer could not be loaded: a JSON file is nested too deeply"
+        ) from error
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise InputError(f"{folder}: tokenizer could not be loaded: {one_line(error)}") from error
     except Exception as error:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -107,16 +108,27 @@ def tokenising(
     # A fork server imports everything once and has no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # Ctrl-C is this process's to handle: the server inherits a mask, as it would print tracebacks while it imports.
+    resource_tracker.ensure_running()  # the server starts it too, and would then lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     pool = ProcessPoolExecutor(processes, context, _start_worker, (spec, folder))
+    interrupted = False
     try:
         yield lambda block: pool.submit(_work, block)
+    except KeyboardInterrupt:
+        interrupted = True  # the workers end with this process
+        raise
     except BrokenProcessPool as error:
         raise InputError(
             f"{', '.join(spec.sources)}: a tokenising process was killed, perhaps out of memory: "
             "use fewer processes"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=not interrupted, cancel_futures=True)
 
 
 def completed(counts: Counts) -> Future[Counts]:

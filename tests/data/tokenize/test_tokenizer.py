@@ -11,6 +11,8 @@ TOKENIZERS = {
     "broken": {"tokenizer.json": "{"},
     "empty": {"tokenizer.json": "{}"},
     "no such model": {"tokenizer.json": '{"added_tokens": [], "model": {"type": "Nope"}}'},
+    "100,000 brackets": {"tokenizer.json": "{}", "tokenizer_config.json": '{"a": ' * 100_000},
+    "5,000 digits": {"tokenizer.json": "{}", "tokenizer_config.json": f'{{"a": {"9" * 5_000}}}'},
     "own code": {
         "tokenization_x.py": "",
         "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["tokenization_x.X", null]}}',
