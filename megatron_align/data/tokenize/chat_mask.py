@@ -11,6 +11,7 @@ Shapes: L tokens of one sample.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from megatron_align.data.tokenize.template_environment import Rendered
 from megatron_align.data.tokenize.turn_ends import turn_end_token_ids
 from megatron_align.data.tokenize.turn_prefixes import TurnPrefixes
 from megatron_align.errors import InputError
-from megatron_align.records import Conversation
+from megatron_align.records import Conversation, Message
 
 Span = tuple[int, int]
 _WAYS_OUT = (
@@ -167,20 +168,35 @@ class ChatMask:
     def _turn(self, record: Conversation, i: int, full: Rendering, prefixes: TurnPrefixes) -> slice:
         """Return the tokens that turn ``i`` adds to the rendering before it; of a trained one, without its header."""
         name = f"{record.where}: messages[{i}]"
-        if i == 0:
-            raise InputError(
-                f"{name} must not be an assistant turn unless the chat template marks {{% generation %}}: "
-                "there is nothing before it to find its start by"
-            )
         # A token that straddles the end of the prefix (an answer that starts with a newline) belongs to what follows,
         # as in TRL.
-        start = full.covered_to(self._nested(prefixes, i, record.messages[i].train, name))
+        trained = record.messages[i].train
+        if i:
+            start = full.covered_to(self._nested(prefixes, i, trained, name))
+        else:
+            start = full.covered_to(self._end_of_first_header(record, full.text, name)) if trained else 0
         end = len(full.ids)
         if i + 1 < len(record.messages):
             end = full.covered_to(self._nested(prefixes, i + 1, False, name))
         if start >= end:
             raise InputError(f"{name} must add tokens to the conversation, got none")
         return slice(start, end)
+
+    def _end_of_first_header(self, record: Conversation, text: str, name: str) -> int:
+        """Return where the content of a first turn starts that is the assistant's: after the generation prompt.
+
+        No turn is before it, so the generation prompt is taken from the rendering of a question.
+        """
+        question = replace(record, messages=(Message("user", "?"),))
+        before, prompted = (self._template.render(question, 1, prompt=prompt) for prompt in (False, True))
+        header = prompted[len(before) :] if prompted.startswith(before) else ""
+        start = text.find(header)
+        if not header or start < 0:
+            raise InputError(
+                f"{name} must not be an assistant turn unless the chat template marks {{% generation %}} or has a "
+                "generation prompt: there is nothing before it to find its start by"
+            )
+        return start + len(header)
 
     def _nested(self, prefixes: TurnPrefixes, turns: int, prompt: bool, name: str) -> int:
         """Return the length of the rendering of the first ``turns`` messages, which the full one must start with."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_align.data.tokenize.template_environment import CompiledTemplate, Rendered, compiled_template
 from megatron_align.data.tokenize.tokenizer import one_line
+from megatron_align.data.tokenize.tool_calls import template_call
 from megatron_align.data.tokenize.turn_reads import TurnReads
 from megatron_align.errors import InputError
 from megatron_align.records import REASONING_FIELDS, Conversation, Message
@@ -170,6 +171,8 @@ def _for_template(message: Message) -> dict[str, Any]:
     As in transformers, ``reasoning_content`` is there if any of its names is, and so is ``thinking``.
     """
     fields = {name: value for name, value in message.for_template().items() if value is not None}
+    if "tool_calls" in fields:
+        fields["tool_calls"] = [template_call(call) for call in fields["tool_calls"]]
     reasoning = next((fields[name] for name in REASONING_FIELDS if name in fields), None)
     return fields if reasoning is None else {"thinking": reasoning, **fields, "reasoning_content": reasoning}
 

@@ -56,12 +56,25 @@ def test_generation_marks_decide_where_there_are_any(tokenizer, marked_template)
     assert trained(tokenizer, sample) == ["hello<|im_end|>", "world<|im_end|>"]
 
 
-def test_marks_allow_an_opening_assistant_turn(tokenizer, marked_template):
-    record = talk(("assistant", "hello"), ("user", "q"), ("assistant", "world"))
-    with pytest.raises(InputError, match="data.jsonl:7: messages.0. must not be an assistant turn"):
-        RecordTokenizer(tokenizer).sample(record)
+OPENING = talk(("assistant", "hello"), ("user", "q"), ("assistant", "world"))
+
+
+def test_a_conversation_may_start_with_the_assistant(tokenizer, marked_template):
+    assert trained(tokenizer, RecordTokenizer(tokenizer).sample(OPENING)) == [
+        "hello<|im_end|>\n",
+        "world<|im_end|>\n",
+    ]
     tokenizer.chat_template = marked_template
-    assert len(trained(tokenizer, RecordTokenizer(tokenizer).sample(record))) == 2
+    assert trained(tokenizer, RecordTokenizer(tokenizer).sample(OPENING)) == [
+        "hello<|im_end|>",
+        "world<|im_end|>",
+    ]
+
+
+def test_an_opening_answer_without_a_header_needs_marks(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    with pytest.raises(InputError, match="data.jsonl:7: messages.0. must not be an assistant turn unless"):
+        RecordTokenizer(tokenizer).sample(OPENING)
 
 
 UNTRAINED = {
