@@ -35,6 +35,8 @@ def plan_asset_changes(
     file = config.data.chat_template
     template = load_chat_template(file) if file else None
     notes = {"template": f"{file}, which is exported with the model"} if file else {}
+    if config.data.template_date:
+        notes["template date"] = f"{config.data.template_date}, for the entire run (data.template_date)"
     if shape.is_reward:
         padding = choose_padding(
             tokenizer,

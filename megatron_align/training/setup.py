@@ -44,6 +44,7 @@ from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
+from megatron_align.training.resumed_data import fix_template_date, key_of_same_data
 from megatron_align.training.run_lock import RunLock
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,6 +67,7 @@ class RunSetup:
         resume: newest checkpoint of the run; None: the run starts at step 1.
         megatron: megatron-core's configuration of the model.
         train: training data.
+        data_key: of the training data, for the checkpoint that the run resumes from.
         validation: validation data; None: the run has none.
         steps: of the complete run.
         changes: of training in the files of ``assets``, for checkpoints and export.
@@ -85,6 +87,7 @@ class RunSetup:
     resume: ResumePoint | None
     megatron: TransformerConfig
     train: TokenStore
+    data_key: str
     validation: TokenStore | None
     steps: int
     changes: AssetChanges
@@ -151,6 +154,7 @@ def prepare_run(
     with _remove_empty_folders_after_bad_input(folder, lock):
         _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
+        config = fix_template_date(config, assets, resume)
         stores = {
             split: store
             for split in ("train", "validation")
@@ -159,8 +163,9 @@ def prepare_run(
         require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
         steps = _require_steps_left(config, stores, resume)
         changes, notes = plan_asset_changes(config, shape, assets, stores.values())
+        data_key = key_of_same_data(stores["train"], resume)
         if resume is not None:
-            require_same_run(config, stores["train"].path.name, resume.metadata, resume.folder, assets, steps)
+            require_same_run(config, data_key, resume.metadata, resume.folder, assets, steps)
     return RunSetup(
         config=config,
         start_shape=start,
@@ -174,6 +179,7 @@ def prepare_run(
         resume=resume,
         megatron=megatron,
         train=stores["train"],
+        data_key=data_key,
         validation=stores.get("validation"),
         steps=steps,
         lock=lock,

@@ -158,7 +158,7 @@ class Trainer:
         )
         with watchdog.patient("reading the checkpoint"):
             resume = verified_resume_point(
-                config, setup.folder, setup.shape, setup.train.path.name, setup.assets, setup.steps
+                config, setup.folder, setup.shape, setup.data_key, setup.assets, setup.steps
             )
         objective = build_objective(config.objective, setup.train)
         reference = ReferenceBuilder(setup, objective, groups, watchdog)

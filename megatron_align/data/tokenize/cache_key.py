@@ -21,7 +21,7 @@ from megatron_align.config import DataSource, RunConfig
 from megatron_align.data.formats.files import expand
 from megatron_align.data.formats.rules_version import rules_version
 from megatron_align.data.store import VERSION, sha256
-from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.data.tokenize.chat_template import has_marks, load_chat_template
 from megatron_align.data.tokenize.template_clock import parse_date, reads_of_clock, tokenizer_templates
 from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import InputError
@@ -117,8 +117,11 @@ class StoreSpec:
 
     def clock(self) -> dict[str, str]:
         """Return what the chat template reads from the clock; empty: it does not read it."""
-        texts = [self.template() or ""] if self.chat_template else tokenizer_templates(self.tokenizer)
-        return reads_of_clock(texts, parse_date(self.template_date) if self.template_date else datetime.now())
+        now = parse_date(self.template_date) if self.template_date else datetime.now()
+        return reads_of_clock(self._templates(), now)
+
+    def _templates(self) -> list[str]:
+        return [self.template() or ""] if self.chat_template else tokenizer_templates(self.tokenizer)
 
     def _changed_options(self) -> dict[str, Any]:
         """Return the inputs that older stores did not have, where they change samples: the others keep their keys."""
@@ -126,8 +129,10 @@ class StoreSpec:
             "train_turns": self.train_turns,
             "drop_fields": list(self.drop_fields),
             "clock": self.clock(),
+            # 2: marked stretches are found by character spans, and their tokens are checked
+            "marks": 2 if any(map(has_marks, self._templates())) else None,
         }
-        return {name: value for name, value in options.items() if value not in ("all", [], {})}
+        return {name: value for name, value in options.items() if value not in ("all", [], {}, None)}
 
     def inputs(self) -> dict[str, Any]:
         """Return the inputs, files by their hashes. Raises InputError for a file that cannot be read."""

@@ -59,6 +59,11 @@ def parse_template(text: str) -> Any:
     return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_ANY_MARK.sub("", text))
 
 
+def has_marks(text: str) -> bool:
+    """Return whether a chat template marks what is trained with ``{% generation %}``."""
+    return bool(_ANY_MARK.search(text))
+
+
 class ChatTemplate:
     """Renders conversations with a tokenizer's chat template.
 
