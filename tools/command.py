@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -59,6 +60,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.register("type", int, whole_number)
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an argument as argparse does; in one whose ``metavar`` is of :data:`PATHS`, ``~`` is expanded."""
@@ -96,6 +98,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise argparse's error as :class:`InputError`."""
         raise InputError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def whole_number(text: str) -> int:
+    """Read a whole number as configurations do: ``1e6`` and ``3.0`` are some."""
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not number.is_integer():
+            raise argparse.ArgumentTypeError(f"must be a whole number, got '{text[:80]}'") from None
+        return int(number)
+
+
+def positive_count(text: str) -> int:
+    """Read a whole number of at least 1."""
+    number = whole_number(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text[:80]}")
+    return number
 
 
 def _path(text: str) -> str:

@@ -94,10 +94,11 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _arguments(parser: Parser) -> None:
     from megatron_align.cost.chips import CHIPS
     from megatron_align.cost.time import EFFICIENCY
+    from megatron_align.tools.command import positive_count
 
     add = parser.add_argument
     add("--config", required=True, metavar="RUN.yaml", help="configuration of a run")
-    add("--gpus", required=True, type=_count, metavar="N", help="number of GPUs")
+    add("--gpus", required=True, type=positive_count, metavar="N", help="number of GPUs")
     add("--gpu-memory", required=True, type=_positive, metavar="GIB", help="memory of each GPU, in GiB")
     add("--chip", default="h100", help=f"type of GPU: {', '.join(CHIPS)} (default: h100)")
     add(
@@ -107,14 +108,8 @@ def _arguments(parser: Parser) -> None:
         metavar="X",
         help=f"assumed share of the chip's peak FLOP/s (default: {EFFICIENCY})",
     )
-    add("--count", type=_count, default=5, metavar="N", help="number of layouts to show (default: 5)")
+    add("--count", type=positive_count, default=5, metavar="N", help="number of layouts to show (default: 5)")
     add("--write", metavar="FILE", help="write the configuration with the first layout to a new file")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
-    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -59,6 +59,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _arguments(parser: Parser) -> None:
+    from megatron_align.tools.command import positive_count
+
     add = parser.add_argument
     add(
         "--config",
@@ -67,7 +69,7 @@ def _arguments(parser: Parser) -> None:
     )
     add("--tokenizer", metavar="DIR", help="Hugging Face folder with the tokenizer")
     add("--data", nargs="+", metavar="PATH", help="files, folders or glob patterns; each is one source")
-    add("--sequence-length", type=_count, metavar="N", help="longest sample, in tokens")
+    add("--sequence-length", type=positive_count, metavar="N", help="longest sample, in tokens")
     add("--cache", metavar="DIR", help="folder where stores are kept")
     add("--shape", help="shape of the records (default: recognised from each file's first record)")
     add(
@@ -106,31 +108,35 @@ def _arguments(parser: Parser) -> None:
     )
     add(
         "--processes",
-        type=_count,
+        type=positive_count,
         metavar="N",
         help="number of tokenising processes (default: one per core, 1 for little data)",
     )
     add("--check", action="store_true", help="also read the entire store and verify the SHA-256 of its files")
     add("--report", metavar="DIR", help="write report.html, report.json and lengths.png, and show a sample")
-    add("--ranks", type=_count, metavar="N", help="report: data-parallel ranks (default: 1)")
-    add("--pack-length", type=_count, metavar="L", help="report: tokens of a pack (default: sequence length)")
-    add("--global-batch-size", type=_count, metavar="B", help="report: samples of a step (default: 16)")
+    add("--ranks", type=positive_count, metavar="N", help="report: data-parallel ranks (default: 1)")
+    add(
+        "--pack-length",
+        type=positive_count,
+        metavar="L",
+        help="report: tokens of a pack (default: sequence length)",
+    )
+    add(
+        "--global-batch-size",
+        type=positive_count,
+        metavar="B",
+        help="report: samples of a step (default: 16)",
+    )
     add(
         "--sample", type=int, nargs="+", metavar="I", help="report: indices of the samples shown (default: 0)"
     )
     add(
         "--random-samples",
-        type=_count,
+        type=positive_count,
         metavar="N",
         help="report: also show this many samples chosen at random",
     )
     add("--seed", type=int, default=0, help="report: of the random choice (default: 0)")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
-    return int(text)
 
 
 def _column(text: str) -> tuple[str, str | None]:

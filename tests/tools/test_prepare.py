@@ -142,7 +142,7 @@ def test_training_finds_what_a_configuration_prepared(pool, tokenizer, data, tmp
         ((), "needs --config, or --tokenizer, --data, --sequence-length, --cache; got no --tokenizer"),
         (("--config", "run.yaml", "--cache", "c"), "--config already names the data, got --cache as well"),
         (("--chache", "c"), "has no option --chache; did you mean '--cache'?"),
-        (("--sequence-length", "0"), "must be a positive integer, got 0"),
+        (("--sequence-length", "0"), "must be a positive whole number, got 0"),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, line):
