@@ -21,13 +21,13 @@ class FreedOutput:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
-        self._input: Tensor | None = None  # detached
+        self._context: Any = None  # of the call, in which autograd keeps the input until backward
+        self._input: Tensor | None = None  # detached, between recomputation and backward
         self._output: Tensor | None = None
         self._recomputed: Tensor | None = None  # with its graph, between recomputation and backward
 
     def run(self, x: Tensor) -> Tensor:
         """Return the function's output; backward computes it again."""
-        self._input = x.detach().requires_grad_(x.requires_grad)
         output: Tensor = _Run.apply(x, self)
         self._output = output
         return output
@@ -42,7 +42,8 @@ class FreedOutput:
     def _recompute(self, gradient: Tensor) -> None:
         if self._output is None:
             return  # done before: ``user`` is saved for backward by several operations
-        assert self._input is not None, "kept until backward"
+        (x,) = self._context.saved_tensors
+        self._input = x.detach().requires_grad_(x.requires_grad)
         with torch.enable_grad():
             self._recomputed = self._function(self._input)
         with torch.no_grad():
@@ -56,17 +57,18 @@ class FreedOutput:
         if self._recomputed is None:
             self._recompute(gradient)
         assert self._recomputed is not None, "recomputed above"
-        assert self._input is not None, "kept until here"
+        assert self._input is not None, "set by the recomputation"
         torch.autograd.backward(self._recomputed, gradient)
         result = self._input.grad
-        self._input = self._recomputed = None
+        self._context = self._input = self._recomputed = None
         return result
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: FreedOutput) -> Tensor:
-        ctx.call = call
+        ctx.save_for_backward(x)
+        ctx.call, call._context = call, ctx
         return call._function(x)
 
     @staticmethod

@@ -31,7 +31,7 @@ def test_scripts_write_rows_through_the_shared_helper():
         name for name, source in sources.items() if "csv.DictWriter" in source or "import csv" in source
     ] == []
     recorded = {
-        name for source in sources.values() for name in re.findall(r'(?:append|record)\("(\w+)"', source)
+        name for source in sources.values() for name in re.findall(r'(?:append|record)\(\s*"(\w+)"', source)
     }
     assert recorded >= {file.stem for file in FILES}
 

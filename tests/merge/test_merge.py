@@ -246,7 +246,7 @@ def change_numbers(base, model):
 
 def drop_architecture(base, model):
     change_json(model / "config.json", lambda config: config.update(architectures=["MambaForCausalLM"]))
-    return "architectures must be one of ['Qwen2ForCausalLM', 'LlamaForCausalLM', 'Qwen3ForCausalLM'"
+    return "architectures must be one of Qwen2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM"
 
 
 CHANGES = [

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_align.data.tokenize import template_limits
 from megatron_align.data.tokenize.chat_template import ChatTemplate
+from megatron_align.data.tokenize.tool_calls import template_call
 from megatron_align.errors import InputError
 from megatron_align.records import Conversation, Message
 
@@ -59,6 +60,9 @@ def test_released_templates_render_as_in_transformers(name, tokenizer):
             continue
         for prompt in (False, True):
             messages = [message.for_template() for message in record.messages]
+            for message in messages:
+                if "tool_calls" in message:  # DeepSeek's template writes the arguments as text
+                    message["tool_calls"] = [template_call(call) for call in message["tool_calls"]]
             options = {"tools": record.tools and list(record.tools), "add_generation_prompt": prompt}
             try:
                 expected = tokenizer.apply_chat_template(
