@@ -59,14 +59,22 @@ def run(arguments: list[str]) -> int:
 
 
 def _arguments(parser: Parser) -> None:
-    from megatron_align.tools.command import positive_count
-
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--config",
         metavar="RUN.yaml",
         help="run configuration: its training and validation data are prepared",
     )
+    _data_arguments(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="also read the entire store and verify the SHA-256 of its files"
+    )
+    _report_arguments(parser)
+
+
+def _data_arguments(parser: Parser) -> None:
+    from megatron_align.tools.command import positive_count
+
+    add = parser.add_argument
     add("--tokenizer", metavar="DIR", help="Hugging Face folder with the tokenizer")
     add("--data", nargs="+", metavar="PATH", help="files, folders or glob patterns; each is one source")
     add("--sequence-length", type=positive_count, metavar="N", help="longest sample, in tokens")
@@ -112,7 +120,12 @@ def _arguments(parser: Parser) -> None:
         metavar="N",
         help="number of tokenising processes (default: one per core, 1 for little data)",
     )
-    add("--check", action="store_true", help="also read the entire store and verify the SHA-256 of its files")
+
+
+def _report_arguments(parser: Parser) -> None:
+    from megatron_align.tools.command import positive_count
+
+    add = parser.add_argument
     add("--report", metavar="DIR", help="write report.html, report.json and lengths.png, and show a sample")
     add("--ranks", type=positive_count, metavar="N", help="report: data-parallel ranks (default: 1)")
     add(

@@ -1,16 +1,18 @@
 """The configuration of a run: its sections, and how they are read. ``objectives/configuration.py`` parses it."""
 
-from megatron_align.config.run import RunConfig, to_dict
-from megatron_align.config.sections import (
+from megatron_align.config.inputs import (
     AdapterConfig,
-    CheckpointConfig,
     DataConfig,
     DataSource,
-    LoggingConfig,
     ModelConfig,
+    ReferenceConfig,
+)
+from megatron_align.config.run import RunConfig, to_dict
+from megatron_align.config.sections import (
+    CheckpointConfig,
+    LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
-    ReferenceConfig,
     TrainConfig,
 )
 

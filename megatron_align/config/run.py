@@ -15,14 +15,16 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from megatron_align.config.arguments import Part, read_arguments, section_of_text
+from megatron_align.config.inputs import (
+    DataConfig,
+    ModelConfig,
+    ReferenceConfig,
+)
 from megatron_align.config.sections import (
     CheckpointConfig,
-    DataConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    ReferenceConfig,
     TrainConfig,
 )
 from megatron_align.config.unknown_keys import OPTION_OF_TEXT, Owners, unknown_keys

@@ -7,7 +7,7 @@ from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
-from megatron_align.config import familiar_names
+from megatron_align.config.familiar_names import answer, plain
 from megatron_align.errors import MOST_LISTED, listed, nearest
 
 Owners = Callable[[str], list[str]]  # from an objective's option to the objectives that have it
@@ -36,7 +36,7 @@ def unknown_keys(unknown: Mapping[str, Any], sections: Mapping[str, type], owner
     answers = [_answer(name, options, list(sections), owners) for name in names[:MOST_LISTED]]
     if len(names) == 1:
         return f"unknown configuration key '{names[0][:80]}'{answers[0] or ' (--help lists all)'}"
-    clauses = [f" ({answer.strip(' :;?')})" if answer else "" for answer in answers]
+    clauses = [f" ({text.strip(' :;?')})" if text else "" for text in answers]
     several = [f"'{name[:80]}'{clause}" for name, clause in zip_longest(names, clauses, fillvalue="")]
     return f"unknown configuration keys {listed(several)}"
 
@@ -49,7 +49,7 @@ def _known_within(key: str, value: Any, options: Sequence[str], depth: int = 0) 
         name
         for inner, content in list(value.items())[:100]
         for name in _known_within(f"{key}.{inner}", content, options, depth + 1)
-        if _same_option(name, options) or familiar_names.answer(_last(name))
+        if _same_option(name, options) or answer(_last(name))
     ]
     return inside or [key]
 
@@ -60,7 +60,7 @@ def _last(key: str) -> str:
 
 def _same_option(key: str, options: Sequence[str]) -> str | None:
     """Return the option of this name in another section."""
-    word = familiar_names.plain(_last(key))
+    word = plain(_last(key))
     return next((option for option in options if _last(option) == word), None)
 
 
@@ -70,12 +70,12 @@ def _answer(key: str, options: Sequence[str], sections: Sequence[str], owners: O
         return ""
     if (option := _same_option(key, options)) and option != key:
         return f"; did you mean '{option}'?"
-    known = familiar_names.answer(_last(key))
+    known = answer(_last(key))
     if known is not None:
         return f": {known}"
     if misspelt := nearest(key, [*options, *sections] if "." not in key else options):
         return misspelt
-    word = familiar_names.plain(_last(key))
+    word = plain(_last(key))
     if objectives := owners(word):
         return f": it is an option of objective.name {listed(objectives)}"
     if misspelt := nearest(word, [_last(option) for option in options]):

@@ -45,31 +45,16 @@ def export_model(
         InputError: the folder exists and ``overwrite`` is not set.
         TrainingFault: on every rank: the weights are not finite; nothing is written.
     """
-    shape, groups = chunks[0].shape, chunks[0].pg_collection
-    local: dict[str, Tensor] = {
-        name: parameter for chunk in chunks for name, parameter in chunk.base_parameters().items()
-    }
-    adapters = {name: adapter for chunk in chunks for name, adapter in chunk.layer_adapters().items()}
+    shape = chunks[0].shape
     fault: list[str | None] = [None]
-    if groups.dp_cp.rank() == 0:
+    if chunks[0].pg_collection.dp_cp.rank() == 0:
         dtype = chunks[0].config.params_dtype
-        owners = owning_stages(set(local), groups.pp)
         specs, writes = hf_specs(shape, dtype), dist.get_rank() == 0
-        nonfinite: dict[str, TensorDigest] = {}
         with (
             suppress(_NotFinite),
             ShardWriter(folder, specs, overwrite=overwrite) if writes else nullcontext() as writer,
         ):
-            for row in rows(shape):
-                shard = local.get(row.megatron)
-                if shard is not None:
-                    shard = merged(shard, adapters.get(row.megatron))
-                tensors = collect(row, shard, owners[row.megatron], chunks[0])
-                if writer:
-                    for name, tensor in tensors.items():
-                        nonfinite[name] = TensorDigest("", *count_nonfinite(tensor))
-                        writer.write(name, tensor)
-            fault[0] = describe_nonfinite(nonfinite)
+            fault[0] = _write_tensors(chunks, writer)
             if fault[0]:
                 raise _NotFinite  # the writer leaves no trace
             if writer:
@@ -83,6 +68,29 @@ def export_model(
             f"the trained weights are not finite, no Hugging Face folder was written: {fault[0]}; start from an older "
             "checkpoint, with a smaller optimizer.lr"
         )
+
+
+def _write_tensors(chunks: list[Policy], writer: ShardWriter | None) -> str | None:
+    """Collect and write all tensors; return what is not finite in them, where this rank writes.
+
+    Called by the ranks of the first data- and context-parallel rank.
+    """
+    local: dict[str, Tensor] = {
+        name: parameter for chunk in chunks for name, parameter in chunk.base_parameters().items()
+    }
+    adapters = {name: adapter for chunk in chunks for name, adapter in chunk.layer_adapters().items()}
+    owners = owning_stages(set(local), chunks[0].pg_collection.pp)
+    nonfinite: dict[str, TensorDigest] = {}
+    for row in rows(chunks[0].shape):
+        shard = local.get(row.megatron)
+        if shard is not None:
+            shard = merged(shard, adapters.get(row.megatron))
+        tensors = collect(row, shard, owners[row.megatron], chunks[0])
+        if writer:
+            for name, tensor in tensors.items():
+                nonfinite[name] = TensorDigest("", *count_nonfinite(tensor))
+                writer.write(name, tensor)
+    return describe_nonfinite(nonfinite)
 
 
 class _NotFinite(Exception):

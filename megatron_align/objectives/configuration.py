@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align.config import run
+from megatron_align.config.inputs import ReferenceConfig
 from megatron_align.config.run import ObjectiveNames, RunConfig
-from megatron_align.config.sections import ReferenceConfig
 from megatron_align.errors import require
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.registry import OBJECTIVES, build_objective, objective_class

@@ -118,10 +118,9 @@ def prepare_run(
     check_logging(config.logging)
     if config.checkpoint.push_to_hub:
         require_can_upload(config.checkpoint.push_to_hub)
+    waited_for = rank_info.world_size > 1 and scratch_cache is None
     for path in filter(None, (config.model.path, config.reference.path)):
-        fetch_or_wait(
-            path, rank_info.local_rank, waited_for=rank_info.world_size > 1 and scratch_cache is None
-        )
+        fetch_or_wait(path, rank_info.local_rank, waited_for=waited_for)
     weights, assets = locate(config.model.path)
     start = read_shape(assets)
     shape = trained_shape(start, config, assets)
@@ -145,21 +144,12 @@ def prepare_run(
             f"got {config.data.sequence_length}"
         )
     folder = Path(config.checkpoint.dir)
-    if config.checkpoint.export_hf:
-        require_replaceable(
-            folder / HF, "checkpoint.dir/hf", "set checkpoint.export_hf: false and use convert export"
-        )
-    if adapter is not None:
-        require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter", "give another checkpoint.dir")
+    _require_replaceable_outputs(config, folder, adapter)
     with _remove_empty_folders_after_bad_input(folder, lock):
         _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
         config = fix_template_date(config, assets, resume)
-        stores = {
-            split: store
-            for split in ("train", "validation")
-            if (store := _open_store(config, split, assets, rank_info, scratch_cache)) is not None
-        }
+        stores = _open_stores(config, assets, rank_info, scratch_cache)
         require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
         steps = _require_steps_left(config, stores, resume)
         changes, notes = plan_asset_changes(config, shape, assets, stores.values())
@@ -226,6 +216,16 @@ def _require_same_shape(reference: str | None, shape: ModelShape, model_assets: 
         require_tied_head(open_hf(assets)[0], shape)
 
 
+def _require_replaceable_outputs(config: RunConfig, folder: Path, adapter: Adapter | None) -> None:
+    """Check that the folders that the run writes at its end can be renamed into place."""
+    if config.checkpoint.export_hf:
+        require_replaceable(
+            folder / HF, "checkpoint.dir/hf", "set checkpoint.export_hf: false and use convert export"
+        )
+    if adapter is not None:
+        require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter", "give another checkpoint.dir")
+
+
 @contextmanager
 def _remove_empty_folders_after_bad_input(folder: Path, lock: RunLock | None) -> Iterator[None]:
     """Remove the folders that this run created, where they are still empty."""
@@ -260,6 +260,17 @@ def _require_writable(folder: Path, create: bool, lock: RunLock | None) -> None:
             pass
     except OSError as error:
         raise InputError(f"checkpoint.dir cannot be written: {error.strerror} at '{folder}'") from error
+
+
+def _open_stores(
+    config: RunConfig, assets: Path, rank_info: parallel.RankInfo, scratch_cache: Path | None
+) -> dict[str, TokenStore]:
+    """Open the run's stores by split, tokenising what is not in the cache."""
+    opened = {
+        split: _open_store(config, split, assets, rank_info, scratch_cache)
+        for split in ("train", "validation")
+    }
+    return {split: store for split, store in opened.items() if store is not None}
 
 
 def _open_store(

@@ -1,0 +1,189 @@
+"""The sections of what a run reads: model and adapter, data, reference. Frozen dataclasses that validate themselves.
+
+The docstring of a field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_align.config.paths import expand_fields
+from megatron_align.errors import require, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A low-rank adapter (LoRA): the model's weights W stay as they are, and W + scale x B A is used in their place.
+
+    Args:
+        kind: lora (arXiv:2106.09685), with one A and one B for each Hugging Face module, as PEFT has them
+        rank: rows of A and columns of B; null: 16, or that of the adapter at path
+        alpha: scale = alpha / rank, with rslora alpha / sqrt(rank); null: 32, or that of the adapter at path
+        targets: all-linear (every linear layer but the output head), or a list of Hugging Face module names or
+            patterns (q_proj, layers.3.mlp.*); null: all-linear, or those of the adapter at path
+        dropout: must be 0: dropout before A is not built
+        rslora: rank-stabilised scale (arXiv:2312.03732); null: false, or that of the adapter at path
+        path: PEFT folder of an adapter of this model to start from; null: A is drawn from train.seed, B is 0
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int | None = None
+    alpha: float | None = None
+    targets: str | list[str] | None = None
+    dropout: float = 0.0
+    rslora: bool | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
+        require(
+            self.rank is None or self.rank >= 1, f"model.adapter.rank must be at least 1, got {self.rank}"
+        )
+        require(
+            self.alpha is None or 0 < self.alpha < float("inf"),
+            f"model.adapter.alpha must be positive (at 0 the adapter has no effect and learns nothing), "
+            f"got {self.alpha}",
+        )
+        require(
+            self.dropout == 0,
+            f"model.adapter.dropout must be 0, as dropout is not built, got {self.dropout}",
+        )
+        require(
+            self.targets is None or self.targets == "all-linear" or isinstance(self.targets, list),
+            f"model.adapter.targets must be all-linear or a list of module names, got '{self.targets}'",
+        )
+        require(self.targets != [], "model.adapter.targets must name at least one module, got none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model that is trained.
+
+    Args:
+        path: a Hugging Face folder (config.json, tokenizer, safetensors) or one of our checkpoints
+        adapter: train a low-rank adapter of the model instead of its weights; null: train its weights
+        freeze: Hugging Face tensor names or patterns that are not trained (embed_tokens.*, layers.0.*); []: none
+    """
+
+    path: str
+    adapter: AdapterConfig | None = None
+    freeze: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
+        require(
+            self.adapter is None or not self.freeze,
+            f"model.freeze must be [] with model.adapter, which trains nothing else, got {self.freeze}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One source of a mixture.
+
+    Args:
+        path: file, folder or glob pattern
+        weight: passes over it per epoch; 0.5: half of its samples, a different half each epoch; 2: each sample twice
+    """
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
+        require(
+            self.weight > 0, f"the weight of data source '{self.path}' must be positive, got {self.weight}"
+        )
+        require(
+            1e-9 <= self.weight <= 1e6,
+            f"the weight of data source '{self.path}' must be within 1e-9 and 1e6 passes per epoch, got {self.weight}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training and validation data, and how they are packed.
+
+    Args:
+        train: file, folder or glob pattern (.jsonl, .json, .parquet, .gz), or a list of them or of {path, weight}
+        validation: the same for validation data; null: none
+        shape: format of the records (messages, pair, ...); null: recognised from each file's first record
+        columns: columns with other names in the files, as {prompt: question}; {NAME: null} leaves column NAME alone
+        chat_template: file with a Jinja chat template; null: the tokenizer's own
+        template_date: date that the chat template reads from the clock (2024-07-26); null: that of the preparation
+        train_turns: turns of a conversation that are trained: all of the assistant's, or those after the last question
+        drop_fields: fields of turns to leave out before the chat template sees them (reasoning_content, name, tools)
+        on_bad_record: error: stop at a malformed record; skip: drop it and count it
+        sequence_length: longest sample (pair, group) and capacity of one pack, in tokens
+        packing: true: several samples per micro-batch, attention isolated between them; false: one sample each
+        shuffle: true: a new order every epoch, a function of the seed; false: file order
+        share_prefix: compute the prompt of a pair or group once (no effect on chat samples)
+        too_long: what to do with a sample longer than sequence_length: error, drop or truncate it
+        cache: folder for tokenised data; null: a folder inside checkpoint.dir
+    """
+
+    train: str | list[str | DataSource]
+    validation: str | list[str | DataSource] | None = None
+    shape: str | None = None
+    columns: dict[str, str | None] = field(default_factory=dict)
+    chat_template: str | None = None
+    template_date: str | None = None
+    train_turns: Literal["all", "last"] = "all"
+    drop_fields: list[str] = field(default_factory=list)
+    on_bad_record: Literal["error", "skip"] = "error"
+    sequence_length: int = 4096
+    packing: bool = True
+    shuffle: bool = True
+    share_prefix: bool = True
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "train", "validation", "chat_template", "cache")
+        require(
+            1 < self.sequence_length < 2**31,
+            f"data.sequence_length must be at least 2 tokens, at most 2^31, got {self.sequence_length}",
+        )
+        for name in ("role", "content"):
+            require(name not in self.drop_fields, f"data.drop_fields cannot leave out a turn's {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The model that the policy is compared with (only for objectives that do so: dpo, kto, bco).
+
+    Args:
+        mode: cached: its log-probs are computed once before training and kept in a file; live: it stays in memory
+            and is run at every step; none: all its log-probs are 0; null: cached
+        path: a Hugging Face folder or one of our checkpoints, of the policy's shape; null: model.path
+        sync_steps: mode live: steps between moves of the reference towards the policy (TR-DPO); null: never
+        mixup_alpha: TR-DPO mixing weight: reference = mixup_alpha x policy + (1 - mixup_alpha) x reference; null: 0.6
+    """
+
+    mode: Literal["cached", "live", "none"] | None = None
+    path: str | None = None
+    sync_steps: int | None = None
+    mixup_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
+        require(
+            self.sync_steps is None or self.mode == "live",
+            f"reference.sync_steps needs reference.mode live, got mode {shown(self.mode)}",
+        )
+        require(
+            self.sync_steps is None or self.sync_steps >= 1,
+            f"reference.sync_steps must be at least 1, got {self.sync_steps}",
+        )
+        require(
+            self.mixup_alpha is None or (self.sync_steps is not None and 0 < self.mixup_alpha <= 1),
+            f"reference.mixup_alpha needs reference.sync_steps and must be in (0, 1], got {shown(self.mixup_alpha)} "
+            f"with sync_steps {shown(self.sync_steps)}",
+        )
+        require(
+            self.path is None or self.mode != "none",
+            f"reference.path is not read with reference.mode none, got {self.path}",
+        )
+        if self.sync_steps is not None and self.mixup_alpha is None:
+            object.__setattr__(self, "mixup_alpha", 0.6)  # TR-DPO's, arXiv:2404.09656
