@@ -14,6 +14,7 @@ from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import load_config
 from megatron_align.objectives.user_file import load
 from megatron_align.tools.command import PATHS, Parser
+from megatron_align.tools.main import TOOLS
 
 
 @pytest.fixture(autouse=True)
@@ -97,12 +98,18 @@ def parsers(monkeypatch):
 
     monkeypatch.setattr(Parser, "parse", parse)
     commands = {
+        "adapter": [["merge"], ["extract"]],
+        "chat": [[]],
         "convert": [["import"], ["export"], ["verify"]],
+        "evaluate": [["compare"]],
+        "generate": [[]],
         "merge": [["linear"], ["slerp"], ["ties"]],
         "plan": [[]],
         "prepare": [[]],
         "report": [[]],
+        "sample": [[]],
     }
+    assert commands.keys() == TOOLS.keys()
     for tool, of_tool in commands.items():
         for command in of_tool:
             with pytest.raises(InputError, match="stop"):

@@ -165,8 +165,8 @@ class _Stream:
     def finish(self, text: str) -> None:
         """Show what is new in the text."""
         if text.startswith(self.shown) and len(text) > len(self.shown):
-            self._show(text[len(self.shown) :])
-            self.shown = text
+            new, self.shown = text[len(self.shown) :], text  # before it is shown, where Ctrl-C may strike
+            self._show(new)
 
 
 def _held(text: str, stop: str) -> int:

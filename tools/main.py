@@ -28,13 +28,9 @@ TOOLS = {
     "sample": "make preference data: sample answers, score and filter them",
 }
 
-RESUMING = (
-    "convert",
-    "merge",
-    "prepare",
-    "generate",
-    "sample",
-)  # after a kill or Ctrl-C; of convert not verify, which writes nothing
+# After a kill or Ctrl-C. Of convert not verify, which writes nothing; of adapter not extract.
+RESUMING = ("adapter", "convert", "merge", "prepare", "generate", "sample")
+_NOT_RESUMING = (["convert", "verify"], ["adapter", "extract"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _interruption(arguments: Sequence[str]) -> str:
     """Return one line about a tool that Ctrl-C ended: what the same command will do."""
-    resumes = arguments[0] in RESUMING and list(arguments[:2]) != ["convert", "verify"]
+    resumes = arguments[0] in RESUMING and list(arguments[:2]) not in _NOT_RESUMING
     then = "resumes after what is complete" if resumes else "starts again"
     return f"interrupted: the output is not written; the same command {then}"
 

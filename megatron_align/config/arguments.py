@@ -43,6 +43,17 @@ def section_of_text(section: str, text: str) -> Any:
     return content if isinstance(content, dict) else text
 
 
+def content_of_text(value: Any, key: str) -> Any:
+    """Return the list or mapping that a text of a command line holds; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        content = parse_yaml(value, key)
+    except InputError:  # reported where the value is converted
+        return value
+    return content if isinstance(content, (list, dict)) else value
+
+
 def _stray(argument: str, before: str) -> str:
     """Return one line about an argument that belongs to no option."""
     line = f"unrecognized argument '{argument[:80]}'"

@@ -14,9 +14,13 @@ model.path: model_name_or_path model_name model_path model_id model_id_or_path b
     pretrained_model_name_or_path hf_model hf_model_path pretrained_checkpoint finetune_from load load_from
     load_checkpoint_path actor_model_path policy_model_path init_from tokenizer tokenizer_path tokenizer_model
     tokenizer_name tokenizer_name_or_path base_model_config checkpoint_path mcore_model
-model.adapter: lora lora_config peft peft_config use_peft use_lora tuner_type train_type finetuning_type lora_rank
-    lora_r lora_alpha lora_dropout lora_target lora_target_modules target_modules lora_modules use_rslora use_dora
-    adapter_name_or_path adapters lora_path resume_from_adapter lora_adapter_path
+model.adapter: lora lora_config peft peft_config use_peft use_lora tuner_type train_type finetuning_type
+    use_dora lora_dropout
+model.adapter.rank: lora_rank lora_r r
+model.adapter.alpha: lora_alpha
+model.adapter.targets: lora_target lora_target_modules target_modules lora_modules
+model.adapter.rslora: use_rslora
+model.adapter.path: adapter_name_or_path adapters lora_path resume_from_adapter lora_adapter_path
 model.freeze: freeze_parameters freeze_modules freeze_layers frozen_modules freeze_trainable_layers
     unfrozen_parameters freeze_llm
 data.train: dataset datasets dataset_name dataset_path dataset_dir dataset_names train_file train_files

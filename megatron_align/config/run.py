@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from megatron_align.config.arguments import Part, read_arguments, section_of_text
+from megatron_align.config.arguments import Part, content_of_text, read_arguments, section_of_text
 from megatron_align.config.inputs import (
     DataConfig,
     ModelConfig,
@@ -173,16 +173,22 @@ def _set(options: Any, key: str, value: Any) -> None:
     if not isinstance(options, dict):
         return  # an unknown section that was given a value as well
     name, dotted, inner = key.partition(".")
+    adds = not dotted and name.endswith("+")
+    name = name.removesuffix("+") if adds else name
+    before, value = content_of_text(options.get(name), name), content_of_text(value, name)
     if dotted:
-        before = options.get(name)
         options[name] = dict(before) if isinstance(before, Mapping) else {}
         _set(options[name], inner, value)
-    elif name.endswith("+"):
-        before = options.get(name[:-1])
-        some = [] if before is None else list(before) if isinstance(before, (list, tuple)) else [before]
-        options[name[:-1]] = [*some, *(value if isinstance(value, (list, tuple)) else [value])]
+    elif adds:
+        options[name] = [*_as_list(before), *_as_list(value)]
+    elif isinstance(before, Mapping) and isinstance(value, Mapping):
+        options[name] = {**before, **value}
     else:
         options[name] = value
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _known(

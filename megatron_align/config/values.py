@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from megatron_align.config.familiar_names import answer
 from megatron_align.config.yaml_text import parse_yaml
 from megatron_align.errors import InputError, listed, nearest, shown
 
@@ -168,7 +169,7 @@ def _of_member(value: Any, wanted: Any, key: str) -> Any:
         return _items(value, get_args(wanted) * len(value) if isinstance(value, (list, tuple)) else (), key)
     if origin is tuple and Ellipsis not in get_args(wanted):
         return tuple(_items(value, get_args(wanted), key))
-    if origin is dict and all(isinstance(kind, type) for kind in get_args(wanted)):
+    if origin is dict:
         return _mapping(value, get_args(wanted), key)
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         return build(value, wanted, key)
@@ -228,9 +229,10 @@ def build(value: Any, wanted: type, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise UnsuitableValue
     kinds = option_types(wanted)
-    for name in value:
-        if name not in kinds:
-            raise InputError(f"unknown configuration key '{key}.{name}'{nearest(str(name), kinds)}")
+    if unknown := [str(name) for name in value if name not in kinds]:
+        known = [f": {text}" if (text := answer(name)) else nearest(name, kinds) for name in unknown]
+        several = [f"'{key}.{name}'{text}" for name, text in zip(unknown, known, strict=True)]
+        raise InputError(f"unknown configuration key{'s' * (len(several) > 1)} {listed(several)}")
     for field in dataclasses.fields(wanted):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.init and field.name not in value:

@@ -111,10 +111,12 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         )
     saved = config.get("modules_to_save") or []
     if set(saved) - ({"score", "classifier"} if shape.is_reward else set()):
-        raise InputError(
-            f"an adapter with modules_to_save {', '.join(saved)} is not built (a reward model's score is), "
-            f"found in {folder / CONFIG}"
+        reason = (
+            "a reward model's adapter of a language model is not merged: the run's hf/ is the merged model"
+            if set(saved) <= {"score", "classifier"}
+            else f"an adapter with modules_to_save {', '.join(saved)} is not built (a reward model's score is)"
         )
+        raise InputError(f"{reason}, found in {folder / CONFIG}")
     with _open(folder) as file:
         sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     suffix = ".lora_A.weight"

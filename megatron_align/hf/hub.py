@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from megatron_align.data.tokenize.heartbeat import HeartbeatMonitor, heartbeat
 from megatron_align.data.tokenize.tokenizer import one_line
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, listed, require
 
 POLL_SECONDS = 0.2
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -190,10 +190,8 @@ def _require_no_cache_root(path: Path) -> None:
         _require_no_cache_root(path.parent)
     if models := sorted(path.glob("models--*")):
         names = [folder.name.removeprefix("models--").replace("--", "/") for folder in models]
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         raise InputError(
-            f"'{path}' is the cache of the Hugging Face hub: give one of its models by name, "
-            f"{', '.join(names[:10])}{more}"
+            f"'{path}' is the cache of the Hugging Face hub: give one of its models by name, {listed(names)}"
         )
     if (path / "hub").is_dir() and next((path / "hub").glob("models--*"), None):
         _require_no_cache_root(path / "hub")

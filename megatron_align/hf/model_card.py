@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_align.errors import listed
 from megatron_align.hf.hub import is_hub_name
 
 CARD = "README.md"
@@ -98,7 +99,7 @@ def _data(manifest: Mapping[str, Any]) -> dict[str, str]:
     files = [_name(str(source["path"])) for source in manifest.get("sources", [])]
     counts = {key: manifest.get(key) for key in ("samples", "tokens", "scored_tokens", "dropped", "skipped")}
     return {
-        "files": ", ".join(files[:10]) + (f" and {len(files) - 10} more" if len(files) > 10 else ""),
+        "files": listed(files),
         "shapes": ", ".join(manifest.get("shapes", [])),
         **{key.replace("_", " "): f"{count:,}" for key, count in counts.items() if count is not None},
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_align.errors import InputError, require
 from megatron_align.hf.adapter import WEIGHTS, read_adapter, require_base, write_adapter
 from megatron_align.hf.assets import copy_assets, write_config_dtype
+from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, require_tied_head, weights_hash
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.hf.writer import ShardWriter, TensorSpec, hf_specs
@@ -42,7 +43,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
     The write is atomic and resumes after a kill.
 
     Args:
-        base: Hugging Face folder.
+        base: Hugging Face folder, or name on the hub.
         adapter: PEFT folder of an adapter of the base.
         out: folder to write, new or empty.
         dtype: of the result (``"bfloat16"``); None: that of each base tensor.
@@ -51,9 +52,11 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
         the number of tensors that the adapter changes.
 
     Raises:
-        InputError: the adapter is not of this base, either holds non-finite values, or ``out`` is not usable.
+        InputError: the adapter is not of this base, either or the result holds non-finite values, or ``out`` is not
+            usable.
     """
     require_one_process()
+    base = model_folder(base)
     weights, shape = open_hf(base)
     require_tied_head(weights, shape)
     found = read_adapter(adapter, shape)
@@ -94,7 +97,7 @@ def _merged_blocks(
     """Yield first element and elements of each block of a merged tensor, in memory of its own."""
     module = f"{PEFT}{module_name(name)}"
     if f"{PEFT}{name}" in tensors:  # trained beside the adapter: a reward model's score
-        yield 0, tensors[f"{PEFT}{name}"].reshape(-1).to(spec.dtype)
+        yield 0, _stored(tensors[f"{PEFT}{name}"].reshape(-1), spec, name)
         return
     adapted = module_name(name) in adapter.modules and name.endswith(".weight")
     columns = math.prod(spec.shape[1:])
@@ -109,7 +112,18 @@ def _merged_blocks(
             a, b = (tensors[f"{module}.lora_{factor}.weight"].float() for factor in "AB")
             delta = (adapter.scale * (b[first : first + count] @ a)).reshape(-1)
             block = block.to(torch.promote_types(block.dtype, torch.float32)) + delta
-        yield first * columns, block.to(spec.dtype)
+        yield first * columns, _stored(block, spec, name)
+
+
+def _stored(block: Tensor, spec: TensorSpec, name: str) -> Tensor:
+    """Return a merged block in the dtype of the result. Raises InputError where it overflows."""
+    stored = block.to(spec.dtype)
+    if count_nonfinite(stored) != (0, 0):
+        raise InputError(
+            f"the merged weights are not finite in {str(spec.dtype).removeprefix('torch.')}: {name}; choose a dtype of "
+            "wider range by --dtype"
+        )
+    return stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +161,7 @@ def extract_adapter(
         InputError: the folders do not fit each other, or nothing differs.
     """
     require_one_process()
+    base, model = model_folder(base), model_folder(model)
     require(rank >= 1, f"--rank must be at least 1, got {rank}")
     target = require_new(out)
     opened, shape = open_alike([Path(base), Path(model)])
@@ -193,8 +208,11 @@ def _require_rank(adapter: Adapter, shape: ModelShape) -> None:
 
 
 def _read(weights: HFWeights, name: str) -> Tensor:
-    """Return a tensor as one dimension of fp32."""
-    return torch.cat([block.float() for block in weights.blocks(name)])
+    """Return a tensor as one dimension of fp32. Raises InputError if it is not finite."""
+    tensor = torch.cat([block.float() for block in weights.blocks(name)])
+    if count_nonfinite(tensor) != (0, 0):
+        raise InputError(f"weights must be finite, {name} is not in {weights.folder}")
+    return tensor
 
 
 def _nearest(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

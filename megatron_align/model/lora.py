@@ -100,7 +100,7 @@ class Pair(nn.Module):
 
     def __init__(self, module: str, a: Row, b: Row, linear: ColumnLinear | RowLinear, shape: ModelShape):
         super().__init__()
-        self.module, self.a, self.shape, self.tp_group = module, a, shape, linear.tp_group
+        self.module, self.a, self.b, self.shape, self.tp_group = module, a, b, shape, linear.tp_group
         config, ranks = linear.config, linear.tp_group.size()
         for name, row in ((_A, a), (_B, b)):
             size = local_shape(row, shape, ranks)
@@ -203,11 +203,12 @@ class ColumnAdapter(LayerAdapter):
         self._order: Tensor | None = None
         if order != list(range(len(order))):
             self._order = torch.tensor(order, dtype=torch.long, device=cpu.device()).argsort()
-        # Rows of a B that every rank holds in full; None: each holds its own.
+        # Own rows of each B that every rank holds in full. The table decides, for all ranks alike: a rank may own all
+        # rows of such a B, or none, and takes part in the sum of its gradient all the same.
         self._own: dict[str, Tensor] = {
             name: torch.tensor(own, dtype=torch.long, device=cpu.device())
             for name, own in zip(names, within, strict=True)
-            if name in self and len(own) != self._pair(name).lora_B.shape[0]
+            if name in self and self.split_rank and self._pair(name).b.split is None
         }
 
     def forward(self, input_: Tensor, output: Tensor) -> Tensor:

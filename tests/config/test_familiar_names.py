@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_align.config import familiar_names
+from megatron_align.config import AdapterConfig, familiar_names
 from megatron_align.config.familiar_names import FAMILIAR
 from megatron_align.config.run import SECTIONS
 from megatron_align.errors import InputError, listed, nearest, shown
@@ -13,6 +13,7 @@ from megatron_align.objectives.registry import OBJECTIVES, objective_class
 
 RUN = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"steps": 3}, "checkpoint": {"dir": "c"}}
 SECTION_OPTIONS = {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)}
+SECTION_OPTIONS |= {f"model.adapter.{field.name}" for field in fields(AdapterConfig)}
 OBJECTIVE_OPTIONS = {
     f"objective.{field.name}" for kind in OBJECTIVES.values() for field in fields(kind.Options)
 }
@@ -43,6 +44,7 @@ def test_every_answer_exists():
     lambda name: {"logging": {name: 1}},
     lambda name: {"model": {"path": "m", name: 1}},
     lambda name: {"train": {"steps": 3, "more": {name: 1}}},
+    lambda name: {"model": {"path": "m", "adapter": {name: 1}}},
     lambda name: {f"train.{name}": 1},
 ])  # fmt: skip
 def test_a_key_at_every_nesting(nest):

@@ -46,6 +46,29 @@ def test_the_command_line_wins(file):
     assert config.train.epochs == 2
 
 
+def test_parts_of_a_list_or_mapping_are_joined_in_any_order(file):
+    """Each part counts, given as text or not: none may vanish."""
+    given = ["--config", str(file)]
+    for arguments in (
+        ["--model.adapter", "{rank: 4}", "--model.adapter.alpha", "8"],
+        ["--model.adapter.alpha", "8", "--model.adapter", "{rank: 4}"],
+        ["--model.adapter.rank=4", "--model.adapter.alpha=8"],
+    ):
+        adapter = parse([*given, *arguments]).model.adapter
+        assert (adapter.rank, adapter.alpha) == (4, 8)
+    config = parse([*given, "--data.train", "a", "--data.train+", "[b, c]"])
+    assert list(config.data.train) == ["a", "b", "c"]
+    config = parse([*given, "--checkpoint.resume_allow", "[data]", "--checkpoint.resume_allow+", "schedule"])
+    assert list(config.checkpoint.resume_allow) == ["data", "schedule"]
+
+
+def test_a_mapping_of_columns_is_read_by_type(file):
+    config = parse(["--config", str(file), "--data.columns.prompt", "null", "--data.columns.completion=a"])
+    assert config.data.columns == {"prompt": None, "completion": "a"}
+    with pytest.raises(InputError, match="data.columns.prompt must be text or null, got 5"):
+        parse(["--config", str(file), "--data.columns", "{prompt: 5}"])
+
+
 @pytest.mark.parametrize("joined", [True, False])
 def test_the_command_line_chooses_the_objective(file, joined):
     """The file's own options must then be the other objective's too."""

@@ -61,6 +61,28 @@ def test_merged_weights(kind, tmp_path):
     assert hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest() == before
 
 
+def test_a_result_that_overflows_is_refused(tmp_path):
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, b=1e6)
+    with pytest.raises(
+        InputError, match="the merged weights are not finite in float16: model.layers.0.*--dtype"
+    ):
+        merge_adapter(base, adapter, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_have_no_difference(tmp_path):
+    base = make_model(tmp_path / "base")
+    bad = make_model(tmp_path / "bad")
+    change_tensors(
+        bad, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[:1].fill_(float("nan"))
+    )
+    with pytest.raises(
+        InputError, match="weights must be finite, model.layers.0.mlp.up_proj.weight is not in .*bad"
+    ):
+        extract_adapter(base, bad, tmp_path / "out", rank=2)
+
+
 def test_an_adapter_is_found_again_in_the_merged_model(tmp_path):
     base = make_model(tmp_path / "base")
     adapter = make_adapter(tmp_path / "adapter", base, targets=["q_proj", "down_proj"])

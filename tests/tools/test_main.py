@@ -266,8 +266,10 @@ def test_torchrun_is_refused(tmp_path, tiny_models):
         (["merge", "linear"], "resumes after what is complete"),
         (["prepare"], "resumes after what is complete"),
         (["plan"], "starts again"),
+        (["adapter", "merge"], "resumes after what is complete"),
+        (["adapter", "extract"], "starts again"),
     ],
-    ids=" ".join,
+    ids=str,
 )
 def test_ctrl_c_is_one_line(arguments, then, monkeypatch, capsys):
     def interrupted(arguments):

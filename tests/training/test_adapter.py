@@ -80,14 +80,17 @@ def test_layouts_agree(layout, pool, tiny_models, chat_file, tmp_path, one_rank)
 @pytest.fixture(scope="module")
 def gradients(pool, tiny_models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gradients")
-    adapter = make_adapter(folder / "start", tiny_models())
     pairs = write_pairs(folder / "pairs.jsonl")
+    adapters = {}
 
-    def run(world=1, **layout):
+    def run(world=1, model=None, **layout):
+        model = model or tiny_models()
+        if model not in adapters:
+            adapters[model] = make_adapter(folder / f"start_{len(adapters)}", model)
         run = tmp_path_factory.mktemp("run")
         options = {"objective__name": "dpo", "reference__mode": "none"}
-        options["model__adapter"] = f"{{path: {adapter}}}"
-        arguments = run_arguments(tiny_models(), pairs, run, **options, **layout)
+        options["model__adapter"] = f"{{path: {adapters[model]}}}"
+        arguments = run_arguments(model, pairs, run, **options, **layout)
         pool.run(world, training_ranks.gradients, arguments, run / "adapter")
         return load_file(run / WEIGHTS)
 
@@ -105,8 +108,18 @@ def gradients_of_one_rank(gradients):
 def test_every_gradient_is_that_of_one_rank(layout, gradients, gradients_of_one_rank):
     """What must be summed over tensor, sequence and context ranks is, in every A and every B."""
     world, options = LAYOUTS[layout]
-    found = gradients(world, **options)
-    for name, want in gradients_of_one_rank.items():
+    assert_same_gradients(gradients(world, **options), gradients_of_one_rank)
+
+
+def test_one_key_value_head_belongs_to_one_of_two_ranks(gradients, tmp_path):
+    """The other rank has no row of k and v, and yet sums their gradients with it."""
+    model = make_model(tmp_path / "model", num_key_value_heads=1)
+    assert_same_gradients(gradients(2, model, parallel__tensor=2), gradients(1, model))
+
+
+def assert_same_gradients(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
         assert want.norm() > 0, name
         # fp32 sums in another order: rounding of each element, measured against its tensor.
         assert (found[name] - want).norm() <= 1e-5 * want.norm(), name

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_align.data.formats.recognise import FIELDS, Shape
-from megatron_align.errors import InputError, nearest
+from megatron_align.errors import InputError, listed, nearest
 
 Columns = Mapping[str, str | None]
 _SHOWN = 10  # names in one line
@@ -52,8 +52,7 @@ def fields_text(manifest: Mapping[str, Any]) -> str:
     if "fields" not in manifest:
         return "not noted, as an earlier version tokenised the data"
     used, left = manifest["fields"]["used"], manifest["fields"]["left"]
-    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-    return f"{', '.join(used)} used" + (f"; {', '.join(left[:_SHOWN])}{more} left alone" if left else "")
+    return f"{', '.join(used)} used" + (f"; {listed(left, most=_SHOWN)} left alone" if left else "")
 
 
 def require_columns(columns: Columns) -> None:
