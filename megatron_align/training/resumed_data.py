@@ -28,12 +28,16 @@ def fix_template_date(config: RunConfig, assets: Path, resume: ResumePoint | Non
 def key_of_same_data(store: TokenStore, resume: ResumePoint | None) -> str:
     """Return the key of the training data: the resumed run's, if its store is still cached and holds the same samples.
 
-    A key also names rules of reading and tokenisation, whose newer versions leave most data as they were.
+    A key also names rules of reading and tokenisation, whose newer versions leave most data as they were. Another
+    ``data.sequence_length`` keeps its own key even where no sample is cut or dropped: it makes other packs.
     """
     key = store.path.name
     before = resume.metadata.get("data") if resume else None
     if before is None or before["key"] == key:
         return key
     old = store.path.with_name(before["key"])
-    same = (old / MANIFEST).is_file() and read_manifest(old)["sha256"] == store.manifest["sha256"]
+    if not (old / MANIFEST).is_file():
+        return key
+    manifest = read_manifest(old)
+    same = all(manifest.get(name) == store.manifest.get(name) for name in ("sha256", "sequence_length"))
     return before["key"] if same else key
