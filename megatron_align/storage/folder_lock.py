@@ -138,6 +138,7 @@ class _HeldLock:
     def __init__(self, path: Path, mine: Holder):
         self._path, self._mine = path, mine
         self.lost: str | None = None
+        self._beat_at = time.monotonic()  # when the last heartbeat that reached the file began
         self._is_stopping = self._ended = False
         self._beating = threading.Lock()
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -149,6 +150,7 @@ class _HeldLock:
             if self.lost is not None or self._ended:
                 return
             self._mine = replace(self._mine, beat=self._mine.beat + 1, stopping=self._is_stopping)
+            now = time.monotonic()
             try:
                 with self._path.open("r+", encoding="utf-8") as file:
                     holder = Holder.from_text(file.read())
@@ -158,9 +160,14 @@ class _HeldLock:
                     file.seek(0)
                     file.write(self._mine.to_text())
                     file.truncate()
-            except FileNotFoundError:  # somebody deleted it
-                with suppress(OSError):
-                    _create(self._path, self._mine)
+                self._beat_at = now
+            except FileNotFoundError:
+                if now - self._beat_at > STALE_SECONDS:  # others may have held the lock meanwhile, and released it
+                    self.lost = "another process"
+                    return
+                with suppress(OSError):  # somebody deleted the file
+                    if _create(self._path, self._mine):
+                        self._beat_at = now
             except OSError:
                 pass
 

@@ -181,7 +181,10 @@ def _runs(holder: Holder) -> bool:
 def _is_copy(path: Path, holder: Holder) -> bool:
     """Return whether the holder's own lock is another file: ``path`` was copied together with its folder."""
     original = read_text(Path(holder.path))
-    if original is None or os.path.samefile(holder.path, path):
+    try:
+        if original is None or os.path.samefile(holder.path, path):
+            return False
+    except FileNotFoundError:  # the holder has just released it
         return False
     holder_there = Holder.from_text(original)
     return holder_there is not None and holder_there.token == holder.token

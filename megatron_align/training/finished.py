@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_align.checkpoint.folder import HF
+from megatron_align.checkpoint.folder import ADAPTER, HF
 from megatron_align.training.setup import RunSetup
 from megatron_align.training.stop import remove_requeue_marker
 
@@ -12,7 +12,7 @@ FINISHED = "finished"  # file in the run's folder, with the number of its steps
 
 
 def write_finished_marker(run: Path, steps: int) -> None:
-    """Mark the run's folder: all steps are made and saved, and the model is exported if that is wanted."""
+    """Mark the run's folder: all steps are made and saved, everything to be exported is."""
     (run / FINISHED).write_text(f"{steps}\n", encoding="utf-8")
 
 
@@ -29,9 +29,9 @@ def is_finished(setup: RunSetup) -> bool:
         marked = (setup.folder / FINISHED).read_text(encoding="utf-8").strip()
     except OSError:
         return False
-    return marked == str(setup.steps) and (
-        (setup.folder / HF).is_dir() or not setup.config.checkpoint.export_hf
-    )
+    exports = {HF: setup.config.checkpoint.export_hf, ADAPTER: setup.adapter is not None}
+    missing = [name for name, wanted in exports.items() if wanted and not (setup.folder / name).is_dir()]
+    return marked == str(setup.steps) and not missing
 
 
 def report_finished(setup: RunSetup) -> None:

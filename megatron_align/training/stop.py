@@ -48,8 +48,9 @@ class StopRequests:
         return self.signal_name == signal.SIGINT.name
 
     def __enter__(self) -> StopRequests:
-        # A script's background process ignores Ctrl-C, which is meant for another.
-        caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        # A script's background process ignores Ctrl-C, which is meant for another. Schedulers' signals always count.
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        caught = [number for number in SIGNALS if not (ignored and number == signal.SIGINT)]
         self._before = {number: signal.signal(number, self._note) for number in caught}
         return self
 

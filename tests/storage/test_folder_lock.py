@@ -238,6 +238,21 @@ def test_a_deleted_lock_file_comes_back(tmp_path):
         assert holder_in(path).pid == os.getpid()
 
 
+def test_a_lock_file_that_is_gone_after_a_long_pause_is_lost(tmp_path):
+    """Another process may have taken the lock, done its work and released it: nothing is left to see."""
+    path = tmp_path / "lock"
+    with lock_of(path) as lock:
+        with mock.patch.object(folder_lock, "BEAT_SECONDS", 1e9):  # paused
+            lock.acquire()
+            time.sleep(0.1)  # its thread waits by now
+        path.unlink()
+        time.sleep(1.2)
+        with pytest.raises(InputError, match="another process took the lock .* while this one was paused"):
+            lock.require_held()
+        assert not path.exists()
+        lock_of(path).acquire()
+
+
 def test_heartbeats_keep_the_files_length(tmp_path):
     """So that a full disk need not refuse them."""
     path = tmp_path / "lock"
@@ -292,6 +307,26 @@ def test_a_copy_of_a_folder_in_use_is_free(tmp_path):
         assert holder_in(copy).token != holder_in(path).token
         with pytest.raises(InputError, match="in use"):
             lock_of(path).acquire()
+
+
+def test_a_lock_that_is_released_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.write_text(Holder.this_process(path, "").to_text())
+    real = lock_holder.read_text
+    calls = []
+
+    def and_release(asked):
+        text = real(asked)
+        calls.append(asked)
+        if len(calls) == 2:  # the first call is of the lock, the second of the holder's own
+            path.unlink()
+        return text
+
+    monkeypatch.setattr(lock_holder, "read_text", and_release)
+    watch = lock_holder.HolderWatch(path)
+    watch.look()
+    assert len(calls) == 2
+    assert watch.look() is lock_holder.State.FREE
 
 
 def test_a_folder_that_was_moved_while_in_use_is_not_free(tmp_path):
