@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from megatron_align.errors import InputError
 from megatron_align.evaluation import confined
@@ -21,7 +22,8 @@ def passes(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> bool
     """Return whether a Python program runs to its end without an error.
 
     It can write only into a folder that is removed afterwards, start no process, open no socket, and signal no other
-    process. Leaving early (``sys.exit``) does not count as its end.
+    process. Leaving early (``sys.exit``) does not count as its end. A program that sets out to fake its end may
+    succeed: it shares the process with what reports the end.
 
     Args:
         program: source text.
@@ -29,19 +31,22 @@ def passes(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> bool
         memory: limit of the address space, in bytes.
 
     Raises:
-        InputError: the kernel cannot confine a process (Linux with Landlock and seccomp does).
+        InputError: the kernel cannot confine a process (Linux 6.2 or newer with Landlock and seccomp does).
     """
-    token = secrets.token_hex(16)
+    token = secrets.token_hex(16).encode()
     reading, writing = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="megatron_align_code_", ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron_align_code_", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile(dir=folder) as errors,  # without a name; as large as the program's other files
+    ):
         command = [sys.executable, "-I", str(Path(confined.__file__).resolve()), folder]
         try:
             process = subprocess.Popen(
-                [*command, str(seconds), str(memory), str(writing), token],
+                [*command, str(seconds), str(memory), str(writing)],
                 cwd=folder,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                stderr=errors,
                 env={"PATH": os.defpath, "HOME": folder, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
                 pass_fds=(writing,),
                 start_new_session=True,
@@ -49,28 +54,34 @@ def passes(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> bool
         finally:
             os.close(writing)
         try:
-            reason = _wait(process, program, seconds)
-            if process.returncode == confined.UNCONFINED:
-                raise InputError(
-                    f"code can be run only where the kernel can confine it (Landlock, seccomp): {reason}"
-                )
-            return _read_all(reading, len(token)) == token
+            _wait(process, token + b"\n" + program.encode("utf-8", "replace"), seconds)
+            written = _read_all(reading, len(confined.READY + token))
         finally:
             os.close(reading)
+        if process.returncode == confined.UNCONFINED and not written:
+            raise InputError(
+                f"code can be run only where the kernel can confine it (Landlock, seccomp): {_end(errors)}"
+            )
+        return written == confined.READY + token
 
 
-def _wait(process: subprocess.Popen[bytes], program: str, seconds: float) -> str:
-    """Wait for the process, kill it when the time is over; return the end of what it wrote to stderr."""
+def _wait(process: subprocess.Popen[bytes], given: bytes, seconds: float) -> None:
+    """Send the process its input and wait for it; kill it when the time is over."""
     try:
-        _, errors = process.communicate(program.encode("utf-8", "replace"), timeout=seconds)
+        process.communicate(given, timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-    return " ".join(errors[-500:].decode("utf-8", "replace").split())
+        process.communicate()
 
 
-def _read_all(descriptor: int, size: int) -> str:
+def _end(file: IO[bytes]) -> str:
+    """Return the last 500 bytes of a file as one line."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 500))
+    return " ".join(file.read().decode("utf-8", "replace").split())
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
     data = b""
     while len(data) <= size and (piece := os.read(descriptor, size + 1)):
         data += piece
-    return data.decode("utf-8", "replace")
+    return data

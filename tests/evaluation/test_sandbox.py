@@ -1,11 +1,14 @@
 """A program passes if it runs to its end; whatever else it does is stopped and leaves nothing outside its folder."""
 
 import os
+import platform
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_align.evaluation import confined
 from megatron_align.evaluation.checks import CHECKS
 from megatron_align.evaluation.sandbox import passes
 from megatron_align.rollout.prompts import PromptRecord
@@ -21,6 +24,9 @@ FAST = {"seconds": 20.0}
         "open('here', 'w').write('x'); assert open('here').read() == 'x'",
         "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
         "import sys\nsys.stderr.write('é' * 100000)",
+        "assert 'CapPrm:\\t0000000000000000' in open('/proc/self/status').read()",
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))",
+        "import os, fcntl\nfcntl.fcntl(os.open('.', os.O_RDONLY), fcntl.F_SETFD, 1)",
         "import os\nos.makedirs('a/b'); os.rename('a/b', 'c'); open('/dev/null', 'w').write('x')",
     ],
 )
@@ -28,6 +34,83 @@ def test_harmless_programs_pass(program):
     assert passes(program, **FAST)
 
 
+# Raw calls, which are refused before their arguments are read: without the filter their error is another one.
+REFUSED = """import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number):
+    return ctypes.get_errno() if libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1 else 0
+"""
+# By name in the kernel's tables; the two architectures lack some of the other's.
+_COMMON = {
+    "pidfd_send_signal": 424,
+    "io_uring_setup": 425,
+    "io_uring_enter": 426,
+    "io_uring_register": 427,
+    "fchmodat2": 452,
+    "setxattrat": 463,
+    "removexattrat": 466,
+    "file_setattr": 469,
+    "x32 read": 0x40000000,
+}
+_X86_64 = {
+    "chmod": 90,
+    "fchmod": 91,
+    "fchmodat": 268,
+    "chown": 92,
+    "fchown": 93,
+    "lchown": 94,
+    "fchownat": 260,
+    "utime": 132,
+    "utimes": 235,
+    "futimesat": 261,
+    "utimensat": 280,
+    "setxattr": 188,
+    "lsetxattr": 189,
+    "fsetxattr": 190,
+    "removexattr": 197,
+    "lremovexattr": 198,
+    "fremovexattr": 199,
+    "setpriority": 141,
+    "sched_setparam": 142,
+    "sched_setscheduler": 144,
+    "sched_setaffinity": 203,
+    "sched_setattr": 314,
+    "ioprio_set": 251,
+    "process_vm_writev": 311,
+    "prlimit64": 302,
+    "shmget": 29,
+    "semget": 64,
+    "msgget": 68,
+    "mq_open": 240,
+}
+_AARCH64 = {
+    "fchmod": 52,
+    "fchmodat": 53,
+    "fchownat": 54,
+    "fchown": 55,
+    "utimensat": 88,
+    "setxattr": 5,
+    "lsetxattr": 6,
+    "fsetxattr": 7,
+    "removexattr": 14,
+    "lremovexattr": 15,
+    "fremovexattr": 16,
+    "setpriority": 140,
+    "sched_setparam": 118,
+    "sched_setscheduler": 119,
+    "sched_setaffinity": 122,
+    "sched_setattr": 274,
+    "ioprio_set": 30,
+    "process_vm_writev": 271,
+    "prlimit64": 261,
+    "shmget": 194,
+    "semget": 190,
+    "msgget": 186,
+    "mq_open": 180,
+}
+CALLS = {
+    machine: tuple((_COMMON | own).values()) for machine, own in (("x86_64", _X86_64), ("aarch64", _AARCH64))
+}
 OUTSIDE = Path("/tmp") / f"megatron_align_outside_{os.getpid()}"
 
 
@@ -48,6 +131,19 @@ OUTSIDE = Path("/tmp") / f"megatron_align_outside_{os.getpid()}"
         "x = bytearray(4 << 30)",
         "open('big', 'wb').write(bytes(64 << 20))",
         "open('/proc/self/oom_score_adj', 'w').write('0')",
+        "import os\nos._exit(97)",
+        "import os\nos.truncate('/tmp/OUTSIDE', 0)",
+        "import os\nos.chmod('.', 0o700)",
+        "import os\nos.chown('.', -1, -1)",
+        "import os\nos.utime('.')",
+        "import os\nos.setpriority(os.PRIO_PROCESS, 0, 10)",
+        "import os\nos.sched_setaffinity(0, os.sched_getaffinity(0))",
+        "import resource\nresource.prlimit(PARENT, resource.RLIMIT_CORE)",
+        "import os, fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, os.getpid())",
+        "import os, fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETSIG, 10)",
+        "import os, fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, 15, __import__('struct').pack('ii', 1, os.getpid()))",
+        "import sys\nsys.stderr.write('x' * (17 << 20))",
+        *(f"{REFUSED}assert call({number}) != 1" for number in CALLS.get(platform.machine(), ())),
     ],
 )
 def test_what_a_program_must_not_do_fails(program):
@@ -61,6 +157,19 @@ def test_a_program_without_end_is_stopped():
     assert not passes("while True: pass", seconds=1.0)
     assert not passes("import time\ntime.sleep(60)", seconds=1.0)
     assert time.monotonic() - began < 20
+
+
+def test_the_token_is_not_on_the_command_line():
+    program = (
+        "arguments = open('/proc/self/cmdline').read().split(chr(0))\nassert len(arguments) == 8, arguments"
+    )
+    assert passes(program, **FAST)  # python -I confined.py FOLDER SECONDS BYTES FD, and the end
+
+
+def test_an_old_landlock_confines_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(confined, "_LIBC", SimpleNamespace(syscall=lambda *_: 2))
+    with pytest.raises(OSError, match="version 3 .*got 2"):
+        confined.confine_files(str(tmp_path))
 
 
 def record(**raw):
