@@ -162,7 +162,8 @@ class _HeldLock:
                     file.truncate()
                 self._beat_at = now
             except FileNotFoundError:
-                if now - self._beat_at > STALE_SECONDS:  # others may have held the lock meanwhile, and released it
+                # Others may have held the lock meanwhile, and released it.
+                if now - self._beat_at > STALE_SECONDS:
                     self.lost = "another process"
                     return
                 with suppress(OSError):  # somebody deleted the file
