@@ -62,7 +62,7 @@ def description(wanted: Any) -> str:
         return _WORDS[wanted]
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin is Literal:
-        return f"one of {listed(arguments)}" if len(arguments) > 1 else str(arguments[0])
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(description(member) for member in sorted(arguments, key=_is_null))
     if origin is list:

@@ -109,11 +109,6 @@ class Placement:
         """The micro-batches of a rank are a multiple of this: interleaved schedules run in rounds."""
         return self.parallel.pipeline if self.parallel.chunks > 1 else 1
 
-    @property
-    def trains_all(self) -> bool:
-        """Whether every weight is trained."""
-        return self.adapter is None and not self.frozen
-
     def runs_again(self, part: str) -> bool:
         """Return whether ``attention`` or ``mlp`` of each layer is recomputed in the backward pass."""
         return self.recompute_layers > 0 or part in self.recompute_modules

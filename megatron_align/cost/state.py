@@ -13,16 +13,15 @@ from math import lcm, prod
 
 from megatron_align.cost.placement import Chunk, Placement
 from megatron_align.hf.adapter import REWARD_HEAD
-from megatron_align.model.families import TABLES, ModelShape, Row, local_shape, rows
+from megatron_align.model.families import TABLES, ModelShape, local_shape, rows
 from megatron_align.model.families.adapter import Adapter, all_adapter_rows, layer_of
-from megatron_align.model.tied_embedding import EMBEDDING, HEAD, has_row
+from megatron_align.model.tied_embedding import EMBEDDING, has_row
 
 GRADIENT = 4  # bytes: gradients are summed in fp32
 MOMENTS = 8  # bytes: Adam's two, fp32
 MASTER = 4  # bytes: the fp32 master copy of a bf16 weight
 _ALIGNED = 64
 _BUCKET = 128
-_AT_END = ("decoder.final_layernorm.weight", HEAD, "reward_head.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def state_bytes(placement: Placement, stage: int) -> StateBytes:
     """
     chunks = placement.chunks(stage)
     elements = sum(_buffer_elements(placement, chunk) for chunk in chunks)
-    frozen = 0 if placement.trains_all else sum(sum(_frozen(placement, chunk)) for chunk in chunks)
+    frozen = sum(sum(_frozen(placement, chunk)) for chunk in chunks)
     per_element = MOMENTS + (MASTER if placement.precision == "bf16" else 0)
     return StateBytes(
         parameters=(elements + frozen) * placement.itemsize,
@@ -58,7 +57,7 @@ def state_bytes(placement: Placement, stage: int) -> StateBytes:
 
 def parameter_bytes(placement: Placement, stage: int) -> int:
     """Return the bytes of a stage's weights on each rank without buffer padding, as a live reference holds them."""
-    elements = sum(sum(tensors(placement, chunk)) for chunk in placement.chunks(stage))
+    elements = sum(size for chunk in placement.chunks(stage) for _, size in _named(placement, chunk))
     return elements * placement.itemsize
 
 
@@ -67,42 +66,11 @@ def parameter_count(shape: ModelShape) -> int:
     ends, layer = 0, 0
     for row in TABLES[shape.architecture]:
         count = sum(prod(size) for size in row.hf_shapes(shape))
-        if _of_layer(row):
+        if "{i}" in row.megatron:
             layer += count
         elif has_row(row.megatron, shape):
             ends += count
     return ends + layer * shape.num_layers
-
-
-def tensors(placement: Placement, chunk: Chunk) -> list[int]:
-    """Return the number of elements of every tensor of a chunk on one tensor-parallel rank, without an adapter."""
-    layer, first, last = _local_elements(placement.shape, placement.parallel.tensor)
-    sizes = list(layer) * chunk.layers
-    if chunk.embeds:
-        sizes += first
-    if chunk.ends:
-        sizes += last
-        if placement.tied_copies:
-            sizes += first
-    return sizes
-
-
-@lru_cache(maxsize=64)
-def _local_elements(shape: ModelShape, tensor: int) -> tuple[tuple[int, ...], ...]:
-    """Return the elements per tensor on one rank: of a layer, of the embedding, and of all after the layers."""
-    table = TABLES[shape.architecture]
-
-    def sizes(wanted: list[Row]) -> tuple[int, ...]:
-        return tuple(prod(local_shape(row, shape, tensor)) for row in wanted)
-
-    ends = [row for row in table if row.megatron in _AT_END]
-    if shape.tied_embeddings:
-        ends = [row for row in ends if row.megatron != HEAD]
-    return (
-        sizes([row.at(0) for row in table if _of_layer(row)]),
-        sizes([row for row in table if row.megatron == EMBEDDING]),
-        sizes(ends),
-    )
 
 
 def trained_count(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[str]) -> int:
@@ -138,7 +106,7 @@ def _named(placement: Placement, chunk: Chunk) -> list[tuple[str, int]]:
         if held:
             named.append((name, size))
         if name == EMBEDDING and chunk.ends and placement.tied_copies:
-            named.append((HEAD, size))
+            named.append((EMBEDDING, size))
     return named
 
 
@@ -160,17 +128,13 @@ def _frozen(placement: Placement, chunk: Chunk) -> list[int]:
     return [size for name, size in named if name != REWARD_HEAD]
 
 
-def _of_layer(row: Row) -> bool:
-    return "{i}" in row.megatron
-
-
 def _buffer_elements(placement: Placement, chunk: Chunk) -> int:
     """Return the elements of a chunk's buffer; a tied embedding that two stages share has a separate bucket."""
-    sizes = tensors(placement, chunk) if placement.trains_all else _trained(placement, chunk)
+    sizes = _trained(placement, chunk)
     buckets = [sizes]
     trains_embedding = placement.adapter is None and EMBEDDING not in placement.frozen
     if placement.tied_copies and (chunk.embeds or chunk.ends) and trains_embedding:
-        [shared] = _local_elements(placement.shape, placement.parallel.tensor)[1]
+        shared = next(size for name, size in _named(placement, chunk) if name == EMBEDDING)
         sizes.remove(shared)
         buckets.append([shared])
     return sum(_bucket_elements(bucket, placement.shard_ranks) for bucket in buckets)

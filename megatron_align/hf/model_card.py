@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from megatron_align.errors import listed
-from megatron_align.hf.hub import is_hub_name
 
 CARD = "README.md"
 _NOT_SHOWN = ("step", "split", "lr", "grad_norm", "tokens_per_second", "step_seconds")
@@ -37,14 +36,14 @@ def model_card(
         "pipeline_tag": "text-classification" if reward else "text-generation",
         "tags": ["megatron-align", PurePath(objective).name],
     }
-    if is_hub_name(base):
+    if base in metadata.get("hub_models", ()):
         front["base_model"] = base.partition("@")[0]
     kind = "Reward model" if reward else "Model"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
-        f"# {kind} trained from {_name(base)} by {PurePath(objective).name}",
+        f"# {kind} trained from {_model_name(base, metadata)} by {PurePath(objective).name}",
         "",
         f"{shape['architecture']}, {metadata['dtype']}, after step {metadata['step']:,}. Made by megatron_align.",
         "",
@@ -78,9 +77,9 @@ def _training(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[st
     sizes = ", ".join(f"{name} {layout.get(name, 1)}" for name in ("tensor", "pipeline", "context"))
     template = config["data"].get("chat_template")
     return {
-        "base": _name(config["model"]["path"]),
-        "reference": _name(config["reference"].get("path") or "") or "-",
-        "chat template": _name(template) if template else "of the base",
+        "base": _model_name(config["model"]["path"], metadata),
+        "reference": _model_name(config["reference"].get("path") or "", metadata) or "-",
+        "chat template": PurePath(template).name if template else "of the base",
         "precision": train["precision"],
         "batch": f"{batch:,} tokens" if batch else f"{train['global_batch_size']:,} samples",
         "sequence length": f"{config['data']['sequence_length']:,}",
@@ -96,7 +95,7 @@ def _objective(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data(manifest: Mapping[str, Any]) -> dict[str, str]:
-    files = [_name(str(source["path"])) for source in manifest.get("sources", [])]
+    files = [PurePath(str(source["path"])).name for source in manifest.get("sources", [])]
     counts = {key: manifest.get(key) for key in ("samples", "tokens", "scored_tokens", "dropped", "skipped")}
     return {
         "files": listed(files),
@@ -105,9 +104,9 @@ def _data(manifest: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _name(path: str) -> str:
+def _model_name(path: str, metadata: Mapping[str, Any]) -> str:
     """Return a name on the hub as it is, and of a path its last part; of a run's export or checkpoint the last two."""
-    if is_hub_name(path):
+    if path in metadata.get("hub_models", ()):
         return path
     parts = [part for part in PurePath(path).parts if part not in ("/", "..")]
     return "/".join(

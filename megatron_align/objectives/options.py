@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_align.errors import listed, nearest, require, shown
+from megatron_align.errors import nearest, require, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def require_loss_types(loss_types: Sequence[str], available: Mapping[str, object
     for name in loss_types:
         require(
             name in available,
-            f"objective.loss_type must be one of {listed(available)}; got {shown(name)}{nearest(name, available)}",
+            f"objective.loss_type must be one of {', '.join(available)}; got {shown(name)}{nearest(name, available)}",
         )
 
 

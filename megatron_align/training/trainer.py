@@ -24,6 +24,7 @@ from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.hf.adapter import export_adapter
 from megatron_align.hf.export import export_model
+from megatron_align.hf.hub import is_hub_name
 from megatron_align.hf.model_card import model_card
 from megatron_align.model import parallel
 from megatron_align.model.policy import Policy, build_policy
@@ -338,6 +339,7 @@ class Trainer:
             self.setup.megatron.params_dtype,
             world_size=self.setup.rank_info.world_size,
             config=to_dict(self.config),
+            hub_models=_hub_models(self.config),
             steps=self.steps,
             data=self._data_metadata(),
             reference_weights=self.references.weights_hash,
@@ -352,6 +354,11 @@ class Trainer:
             "passes_per_epoch": list(passes_per_epoch(self.config.data.train)),
             **self.setup.train.manifest,
         }
+
+
+def _hub_models(config: RunConfig) -> list[str]:
+    """Return which models of a run are names on the hub: a path may look like one."""
+    return [path for path in (config.model.path, config.reference.path) if path and is_hub_name(path)]
 
 
 def _clean_run_folder(setup: RunSetup) -> None:

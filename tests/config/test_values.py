@@ -80,7 +80,7 @@ def test_whole_numbers_in_any_notation(text, tmp_path):
         ("data.cache", 2026, "data.cache must be text or null, got 2026: put it into quotes"),
         ("parallel.timeout_seconds", 1e30, "parallel.timeout_seconds must be positive and at most 1e7, got 1e+30"),
         ("train.global_batch_size", 9e18, "train.global_batch_size must be at most 10,000,000, got 9000000"),
-        ("objective.loss_type", "ippo", "aot and 7 more; got 'ippo'; did you mean 'ipo'?"),
+        ("objective.loss_type", "ippo", "discopop, margin, reward_aware, sft; got 'ippo'; did you mean 'ipo'?"),
     ],
 )  # fmt: skip
 def test_the_line_says_what_is_wanted(key, value, line):

@@ -7,7 +7,9 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from megatron_align.checkpoint.card import read_checkpoint_metadata
 from megatron_align.hf.assets import AssetChanges, copy_assets, write_assets
+from megatron_align.hf.model_card import model_card
 from megatron_align.model.families import read_shape
 from tests.harness import cli, training_ranks
 from tests.harness.tiny import make_model, metrics_of, run_arguments
@@ -142,3 +144,15 @@ def test_the_model_card(trained, chat_file):
     ):
         assert part in body, part
     assert str(trained.parent) not in text
+
+
+def test_only_a_name_on_the_hub_is_linked_as_the_base(trained):
+    """A path of two parts looks like one: where the card is written, neither may exist."""
+    metadata = read_checkpoint_metadata(trained / "step_000002")
+    config = {**metadata["config"], "model": {**metadata["config"]["model"], "path": "models/base"}}
+    local = model_card({**metadata, "config": config}, {})
+    assert "trained from base by" in local
+    assert "base_model" not in local
+    on_hub = model_card({**metadata, "config": config, "hub_models": ["models/base"]}, {})
+    assert "trained from models/base by" in on_hub
+    assert "base_model: models/base" in on_hub
