@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_align.config import AdapterConfig
 from megatron_align.errors import InputError, TrainingFault, listed, require
-from megatron_align.hf.export import collect, owning_stages
+from megatron_align.hf.gather import collect, owning_stages
 from megatron_align.hf.safetensors import open_safetensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
 from megatron_align.model.families.adapter import (

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_align.errors import TrainingFault
 from megatron_align.hf.assets import AssetChanges, write_assets, write_config_dtype
+from megatron_align.hf.gather import gathered_rows
 from megatron_align.hf.model_card import CARD
 from megatron_align.hf.writer import ShardWriter, hf_specs
-from megatron_align.model.families import Row, rows, to_hf
-from megatron_align.model.lora import merged
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, describe_nonfinite
 
@@ -75,17 +73,8 @@ def _write_tensors(chunks: list[Policy], writer: ShardWriter | None) -> str | No
 
     Called by the ranks of the first data- and context-parallel rank.
     """
-    local: dict[str, Tensor] = {
-        name: parameter for chunk in chunks for name, parameter in chunk.base_parameters().items()
-    }
-    adapters = {name: adapter for chunk in chunks for name, adapter in chunk.layer_adapters().items()}
-    owners = owning_stages(set(local), chunks[0].pg_collection.pp)
     nonfinite: dict[str, TensorDigest] = {}
-    for row in rows(chunks[0].shape):
-        shard = local.get(row.megatron)
-        if shard is not None:
-            shard = merged(shard, adapters.get(row.megatron))
-        tensors = collect(row, shard, owners[row.megatron], chunks[0])
+    for tensors in gathered_rows(chunks):
         if writer:
             for name, tensor in tensors.items():
                 nonfinite[name] = TensorDigest("", *count_nonfinite(tensor))
@@ -95,35 +84,3 @@ def _write_tensors(chunks: list[Policy], writer: ShardWriter | None) -> str | No
 
 class _NotFinite(Exception):
     """Ends the writing of weights that are not finite."""
-
-
-def owning_stages(names: set[str], pipeline: dist.ProcessGroup) -> dict[str, int]:
-    """Return the first pipeline stage that holds each tensor."""
-    held: list[set[str]] = [set()] * pipeline.size()
-    dist.all_gather_object(held, names, group=pipeline)
-    return {name: stage for stage in reversed(range(pipeline.size())) for name in held[stage]}
-
-
-def collect(row: Row, shard: Tensor | None, owner: int, chunk: Policy) -> dict[str, Tensor]:
-    """Return the row's HF tensors on rank 0; other ranks send their shards and return nothing of use."""
-    tensor, pipeline = chunk.pg_collection.tp, chunk.pg_collection.pp
-    tensors: dict[str, Tensor] = {}
-    if pipeline.rank() == owner:
-        assert shard is not None
-        shard = shard.detach().contiguous()
-        shards = [torch.empty_like(shard) for _ in range(tensor.size())]
-        dist.all_gather(shards, shard, group=tensor)
-        if tensor.rank() == 0:
-            tensors = to_hf(row, shards, chunk.shape)
-    if owner == 0 or tensor.rank() != 0:
-        return tensors
-    stages = dist.get_process_group_ranks(pipeline)
-    if pipeline.rank() == owner:
-        for sent in tensors.values():
-            dist.send(sent, stages[0], group=pipeline)
-    elif pipeline.rank() == 0:
-        like = next(chunk.parameters())
-        for name, size in zip(row.hf, row.hf_shapes(chunk.shape), strict=True):
-            tensors[name] = torch.empty(size, dtype=like.dtype, device=like.device)
-            dist.recv(tensors[name], stages[owner], group=pipeline)
-    return tensors

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_align.rollout.types import Completion, Prompt, Sampling
 
+UNKNOWN_VERSION = -1
 OnToken = Callable[[int, int, int], None]  # index of the prompt in the call, index of the sample, token id
 
 
@@ -17,12 +18,15 @@ class Engine(Protocol):
     """Generates completions with a copy of the model's weights.
 
     Attributes:
-        weight_version: of the weights that it holds.
+        weight_version: of the weights that it holds; 0: those that it was started with; ``UNKNOWN_VERSION``: an update
+            failed.
+        shared: the engines of all ranks use the same servers, whose weights one rank updates.
         context: most tokens of a prompt with its completion.
         tokenizer: of the model.
     """
 
     weight_version: int
+    shared: bool
     context: int
     tokenizer: PreTrainedTokenizerBase
 

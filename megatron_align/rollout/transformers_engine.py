@@ -31,7 +31,7 @@ from megatron_align.errors import InputError
 from megatron_align.hf.load import HEAD
 from megatron_align.model.families import read_shape
 from megatron_align.rollout.decoding import Decoder, Row
-from megatron_align.rollout.engine import OnToken
+from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
 from megatron_align.rollout.sampling import draw, uniforms
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 
@@ -51,6 +51,8 @@ class TransformersEngine:
         context: most tokens of a prompt with its completion.
         end_ids: tokens that end a completion: those of the generation config, and the tokenizer's EOS.
     """
+
+    shared = False
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class TransformersEngine:
         parameters = dict(self.model.named_parameters())
         tied = HEAD not in parameters
         missing = set(parameters)
+        self.weight_version = UNKNOWN_VERSION
         for name, tensor in tensors:
             if name == HEAD and tied:
                 continue  # equal to the embedding, whose tensor comes too

@@ -2,7 +2,8 @@
 
 Prompts are sent as token ids, one request for each sample with a seed of its own, so that results do not depend on how
 requests meet in the server. The routes of new weights exist only in servers started with ``VLLM_SERVER_DEV_MODE=1``;
-weights travel as a folder of safetensors that the servers can read.
+weights travel as a folder of safetensors that the servers can read. Servers keep the version of their weights, which is
+compared before and after each batch of requests, and is part of the keys of their prefix caches.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, TrainingFault, require
 from megatron_align.rollout.endpoint import Endpoint, FailureBudget, RequestFailed, concurrently
-from megatron_align.rollout.engine import OnToken
+from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
 from megatron_align.rollout.types import Completion, FinishReason, Prompt, Sampling, require_fitting
+from megatron_align.storage.atomic_write import naming_file
 
 WORKERS = 64  # requests at once to each server
 
@@ -35,6 +37,8 @@ class VLLMEngine:
         urls: of the servers, ``http://host:port``.
         tokenizer: of the model.
         workers: requests at once to each server.
+        weights_folder: where new weights are written for the servers to read, on a file system that they share unless
+            they run on this machine; None: the machine's folder for temporary files.
 
     Attributes:
         context: most tokens of a prompt with its completion, as the servers say.
@@ -44,11 +48,18 @@ class VLLMEngine:
         InputError: a server does not answer, or they hold different models.
     """
 
+    shared = True
+
     def __init__(
-        self, urls: Sequence[str | Endpoint], tokenizer: PreTrainedTokenizerBase, workers: int = WORKERS
+        self,
+        urls: Sequence[str | Endpoint],
+        tokenizer: PreTrainedTokenizerBase,
+        workers: int = WORKERS,
+        weights_folder: str | Path | None = None,
     ) -> None:
         require(bool(urls), "the vllm engine needs the url of a server, got none")
-        self.tokenizer, self.workers, self.weight_version = tokenizer, workers, 0
+        self.tokenizer, self.workers, self.weights_folder = tokenizer, workers, weights_folder
+        self.weight_version = 0
         self.servers = [url if isinstance(url, Endpoint) else Endpoint(url) for url in urls]
         cards = [_model_card(server) for server in self.servers]
         self.model, self.context = cards[0]
@@ -65,8 +76,10 @@ class VLLMEngine:
 
         Raises:
             InputError: a prompt is too long, or a server fails after all tries.
+            TrainingFault: a server has weights of another version than :meth:`update_weights` gave it.
         """
         require_fitting(prompts, self.context)
+        self._require_version()
         jobs = [(i, k) for i in range(len(prompts)) for k in range(sampling.completions)]
 
         def one(job: tuple[int, int]) -> Completion:
@@ -86,25 +99,31 @@ class VLLMEngine:
                     on_token(i, k, token)
         except RequestFailed as error:
             budget.spend(error)
+        self._require_version()
         return results
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See :class:`.Engine`: writes a folder, lets every server reload it, and clears their prefix caches.
 
-        Without the last step a server would answer from keys and values of the old weights.
+        Each tensor is a file of its own, so that one at a time is in memory. Without a cleared cache a server would
+        answer from keys and values of the old weights.
 
         Raises:
             InputError: a server has no such routes, or fails.
+            OSError: the folder could not be written.
         """
-        with tempfile.TemporaryDirectory(prefix="megatron_align_weights_") as folder:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors},
-                Path(folder) / "model.safetensors",
-            )
+        self.weight_version = UNKNOWN_VERSION
+        with tempfile.TemporaryDirectory(prefix="megatron_align_weights_", dir=self.weights_folder) as folder:
+            Path(folder).chmod(0o755)  # servers may belong to another user
+            for number, (name, tensor) in enumerate(tensors):
+                file = Path(folder) / f"model-{number:05d}.safetensors"
+                with naming_file("weights for the vllm servers", file):
+                    save_file({name: tensor.detach().cpu().contiguous()}, file, {"format": "pt"})
             for server in self.servers:
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
                 self._administer(server, "/collective_rpc", reload)
                 self._administer(server, "/reset_prefix_cache", {})
+                self._administer(server, "/update_weight_version", {"new_version": str(version)})
         self.weight_version = version
 
     def close(self) -> None:
@@ -137,7 +156,7 @@ class VLLMEngine:
         )
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
-        request = {
+        request: dict[str, Any] = {
             "model": self.model,
             "prompt": [int(token) for token in prompt.token_ids],
             "max_tokens": min(sampling.max_tokens, self.context - len(prompt.token_ids)),
@@ -148,7 +167,24 @@ class VLLMEngine:
             "return_token_ids": True,
             "seed": request_seed(sampling.seed, prompt.key, sample),
         }
+        if self.weight_version:
+            request["cache_salt"] = f"weights of version {self.weight_version}"
         return request | ({"stop": list(sampling.stop)} if sampling.stop else {})
+
+    def _require_version(self) -> None:
+        """Check that the servers still have the weights of the last update."""
+        if not self.weight_version:
+            return
+        for server in self.servers:
+            try:
+                found = server.get("/weight_info").get("weight_version")
+            except RequestFailed as error:
+                raise InputError(f"the vllm server must say which weights it has: {error}") from error
+            if found != str(self.weight_version):
+                raise TrainingFault(
+                    f"the vllm server {server.url} must have the weights of version {self.weight_version}, it has "
+                    f"version {found}: it was restarted, or another run updates it; give each run servers of its own"
+                )
 
     def _administer(self, server: Endpoint, path: str, body: dict[str, Any]) -> None:
         try:

@@ -33,6 +33,9 @@ from megatron_align.monitoring.metrics_file import METRICS, last_rows
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
+from megatron_align.rollout.engine import Engine
+from megatron_align.rollout.live_weights import live_engine, update_engine
+from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.training.adapter import AdapterBase, adapter_base
 from megatron_align.training.batches import batches_of_split
 from megatron_align.training.finished import remove_finished_marker
@@ -320,6 +323,23 @@ class Trainer:
             gather_parameters(self.model)
             card = model_card(self._metadata(), last_rows(self.setup.folder / METRICS, self.step))
             export_model(self.chunks, Path(folder), self.setup.assets, True, self.setup.changes, card)
+
+    def live_engine(self) -> TransformersEngine:
+        """Build a transformers engine of the model, on this rank; :meth:`update_engine` gives it weights."""
+        return live_engine(self.chunks, self.setup.assets, self.setup.changes)
+
+    def update_engine(self, engine: Engine | None) -> None:
+        """Give the ranks' generation engines the current weights, an adapter merged; their version is the step.
+
+        Args:
+            engine: of this rank; None: it has none.
+
+        Raises:
+            InputError: on every rank: an engine could not take the weights.
+        """
+        with self.watchdog.patient("giving the engine new weights"):
+            gather_parameters(self.model)
+            update_engine(engine, self.chunks, self.step)
 
     def export_adapter(self, folder: Path | str) -> None:
         """Write the adapter as a PEFT folder; one that exists is replaced at the end."""

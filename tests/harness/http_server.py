@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
@@ -56,7 +57,7 @@ class VLLMScript:
 
     def __init__(self, context=64, rl=True):
         self.context, self.rl = context, rl
-        self.requests, self.weights, self.resets = [], [], 0
+        self.requests, self.weights, self.resets, self.version = [], [], 0, "default"
 
     def __call__(self, path, body):
         if path == "/v1/models":
@@ -69,9 +70,14 @@ class VLLMScript:
             choice = {"text": str(tokens), "token_ids": tokens, "finish_reason": reason}
             return 200, {"choices": [{**choice, "logprobs": {"token_logprobs": [-0.5] * count}}]}
         if self.rl and path == "/collective_rpc":
-            [folder] = [body["kwargs"]["weights_path"]]
-            self.weights.append(load_file(f"{folder}/model.safetensors"))
+            files = sorted(Path(body["kwargs"]["weights_path"]).glob("*.safetensors"))
+            self.weights.append({name: tensor for file in files for name, tensor in load_file(file).items()})
             return 200, {}
+        if self.rl and path == "/update_weight_version":
+            self.version = body["new_version"]
+            return 200, {"success": True, "new_version": self.version}
+        if self.rl and path == "/weight_info":
+            return 200, {"weight_version": self.version}
         if self.rl and path == "/reset_prefix_cache":
             self.resets += 1
             return 200, ""

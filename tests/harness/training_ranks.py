@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -140,6 +141,71 @@ def gradients(rank_info: parallel.RankInfo, arguments: list[str], folder: Path) 
             trainer.export_adapter(folder)
         else:
             export_model(trainer.chunks, folder, setup.assets)
+
+
+def live_answers(rank_info: parallel.RankInfo, arguments: list[str], prompts: list, folder: Path) -> list:
+    """Train; before and after the steps answer prompts with the live weights, and export them to ``folder/STEP``.
+
+    Returns:
+        For each export the token ids and weight versions, and the most rows' bytes held at once while gathering.
+    """
+    from megatron_align.rollout.live_weights import require_version
+    from megatron_align.rollout.types import Sampling
+    from megatron_align.training.run_context import joined_ranks
+    from megatron_align.training.setup import prepare_run
+    from megatron_align.training.trainer import Trainer
+
+    setup = prepare_run(parse(arguments), rank_info)
+    seen = []
+    with joined_ranks(setup) as watchdog:
+        trainer = Trainer.build(setup, watchdog)
+        engine = trainer.live_engine()
+        for step in range(trainer.steps + 1):
+            if step:
+                trainer.train_step(trainer.train_batches.step(step - 1))
+            trainer.update_engine(engine)
+            answers = engine.generate(prompts, Sampling(temperature=0, max_tokens=12))
+            require_version(answers, step)
+            trainer.export(folder / str(step))
+            seen.append([a.token_ids for [a] in answers])
+        most = _most_tensors_alive(trainer.chunks)
+    return [seen, most]
+
+
+def _most_tensors_alive(chunks: list) -> int:
+    """Return the most tensors of the live weights that exist at once while they are taken one by one."""
+    from megatron_align.rollout.live_weights import named_weights
+
+    given: list[weakref.ref] = []
+    most = 0
+    for _, tensor in named_weights(chunks):
+        given.append(weakref.ref(tensor))
+        del tensor
+        most = max(most, sum(ref() is not None for ref in given))
+    return most
+
+
+def fail_to_update(rank_info: parallel.RankInfo, arguments: list[str], bad_rank: int) -> str:
+    """Update engines, of which one takes a tensor and fails; return this rank's error."""
+    from megatron_align.training.run_context import joined_ranks
+    from megatron_align.training.setup import prepare_run
+    from megatron_align.training.trainer import Trainer
+
+    class Bad:
+        shared, weight_version = False, 0
+
+        def update_weights(self, tensors, version):
+            next(iter(tensors))
+            raise InputError("no room")
+
+    setup = prepare_run(parse(arguments), rank_info)
+    with joined_ranks(setup) as watchdog:
+        trainer = Trainer.build(setup, watchdog)
+        try:
+            trainer.update_engine(Bad() if rank_info.rank == bad_rank else None)
+        except InputError as error:
+            return str(error)
+    return "none"
 
 
 def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:

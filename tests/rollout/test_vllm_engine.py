@@ -6,8 +6,9 @@ The servers are scripted, with the routes and fields of vLLM's API; the model it
 import pytest
 import torch
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, TrainingFault
 from megatron_align.rollout.endpoint import Endpoint
+from megatron_align.rollout.engine import UNKNOWN_VERSION
 from megatron_align.rollout.types import Prompt, Sampling
 from megatron_align.rollout.vllm_engine import VLLMEngine, request_seed
 from tests.harness.http_server import VLLMScript as Server
@@ -60,10 +61,35 @@ def test_new_weights_reach_every_server_and_clear_its_cache():
         engine.update_weights([("a", torch.arange(3.0)), ("b", torch.ones(2, 2).T)], version=7)
         [[answer], _] = engine.generate(PROMPTS, Sampling(max_tokens=2))
     assert answer.weight_version == 7
+    assert {body["cache_salt"] for body in one.requests + other.requests} == {"weights of version 7"}
     for server in (one, other):
         [weights] = server.weights
         assert weights["a"].tolist() == [0, 1, 2]
         assert server.resets == 1
+
+
+def test_a_server_with_other_weights_is_found_before_and_after_its_answers():
+    server = Server()
+    with serving(server) as url:
+        engine = engine_of(url)
+        engine.update_weights([("a", torch.zeros(1))], version=3)
+        engine.generate(PROMPTS, Sampling(max_tokens=2))
+        server.version = "default"  # it was restarted
+        asked = len(server.requests)
+        with pytest.raises(TrainingFault, match="weights of version 3, it has version default"):
+            engine.generate(PROMPTS, Sampling(max_tokens=2))
+        assert len(server.requests) == asked
+        server.version = "3"
+
+        def changed(path, body):
+            if path == "/v1/completions":
+                server.version = "4"  # another run updates it meanwhile
+            return server(path, body)
+
+        with serving(changed) as shared_url:
+            engine.servers = [Endpoint(shared_url)]
+            with pytest.raises(TrainingFault, match="weights of version 3, it has version 4"):
+                engine.generate(PROMPTS, Sampling(max_tokens=2))
 
 
 def test_what_a_server_lacks_is_one_line():
@@ -71,7 +97,7 @@ def test_what_a_server_lacks_is_one_line():
         engine = engine_of(url)
         with pytest.raises(InputError, match="VLLM_SERVER_DEV_MODE=1"):
             engine.update_weights([("a", torch.zeros(1))], version=1)
-        assert engine.weight_version == 0
+        assert engine.weight_version == UNKNOWN_VERSION
     with pytest.raises(InputError, match="needs a running server"):
         engine_of(url)
     with (

@@ -1,0 +1,68 @@
+"""An engine fed with live sharded weights answers as transformers from the exported folder, after each step anew."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_align.errors import TrainingFault
+from megatron_align.rollout.live_weights import require_version
+from megatron_align.rollout.types import Completion
+from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
+from tests.harness.tiny import run_arguments
+from tests.rollout.test_transformers_engine import prompts_of
+
+LAYOUTS = {
+    "tensor_pipeline": {"parallel__tensor": 2, "parallel__pipeline": 2},
+    "tensor_context": {"parallel__tensor": 2, "parallel__context": 2},
+    "overlapped": {
+        "parallel__pipeline": 2,
+        "parallel__overlap_grad_reduce": True,
+        "parallel__overlap_param_gather": True,
+    },
+    "virtual_adapter": {
+        "parallel__pipeline": 2,
+        "parallel__virtual_pipeline": 2,
+        "model__adapter": {"rank": 4, "alpha": 64},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", mark_slow(LAYOUTS, ["tensor_context", "overlapped", "virtual_adapter"]))
+def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file, tmp_path, layout):
+    model = tiny_models("qwen2_untied" if layout == "tensor_context" else "qwen2_tied")
+    # A learning rate at which the weights of each step give other answers.
+    options = {**LAYOUTS[layout], "train__steps": 2, "optimizer__lr": 0.02, "checkpoint__export_hf": False}
+    arguments = run_arguments(model, chat_file, tmp_path / "run", **options)
+    prompts = prompts_of([5, 30, 12])
+    answers = pool.run(4, training_ranks.live_answers, arguments, prompts, tmp_path)
+    by_step = answers[0][0]
+    for others, most in answers:
+        assert others == by_step
+        assert most <= 3  # tensors of one row: query, key and value
+    for step in range(3):
+        folder = tmp_path / str(step)
+        judge, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        for prompt, answer in zip(prompts, by_step[step], strict=True):
+            made = judge.generate(
+                torch.tensor([prompt.token_ids]),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=0,
+            )
+            assert list(answer) == made[0, len(prompt.token_ids) :].tolist()
+    assert by_step[0] != by_step[1] != by_step[2]
+
+
+def test_an_engine_that_fails_ends_the_update_on_every_rank(pool, tiny_models, chat_file, tmp_path):
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path / "run", parallel__tensor=2)
+    errors = pool.run(2, training_ranks.fail_to_update, arguments, 1)
+    assert errors == ["the engine could not take the weights of version 0: no room"] * 2
+
+
+def test_a_completion_of_other_weights_is_found():
+    made = Completion(token_ids=(1,), logprobs=(0.0,), text="", finish_reason="stop", weight_version=3)
+    require_version([[made]], 3)
+    with pytest.raises(TrainingFault, match="of version 4, the engine answered with version 3"):
+        require_version([[made], [made]], 4)
