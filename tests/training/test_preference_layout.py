@@ -135,8 +135,8 @@ def train(pool, tiny_models, data, tmp_path_factory):
             data.get(objective, data[None]),
             folder,
             train__global_batch_size=8,
-            # With the harness's 1e-3 this run diverges: by step 4 its gradient norm has grown from 0.6 to 12, and rounding
-            # from 1e-7 to 1e-5, on one rank with other packs too.
+            # At the harness's 1e-3 this run diverges: by step 4 its gradient norm has grown from 0.6 to 12, and
+            # rounding from 1e-7 to 1e-5, on one rank with other packs too.
             **({"optimizer__lr": 2e-4} if objective == "ranked" else {}),
             **given,
             **options,
