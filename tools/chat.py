@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from megatron_align.evaluation.engines import TransformersEngine
+    from megatron_align.rollout.adapters import EngineAdapters
     from megatron_align.rollout.types import Sampling
 
 PROGRAM = "megatron-align chat"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 COMMANDS = """/reset: forget the conversation   /system TEXT: set the system prompt, and forget
 /retry: answer again with other random numbers   /undo: forget the last question   /save FILE: write the conversation
+/adapter NAME: answer with this adapter from now on; base: without one
 /help: these lines   /quit, Ctrl-D: leave   Ctrl-C: stop the answer   end a line with \\ to write another"""
 ABOUT = f"""Talk to a model in the terminal, with its chat template; answers appear as they are written.
 
@@ -41,9 +43,13 @@ def run(arguments: list[str]) -> int:
     add("--system", metavar="TEXT", help="system prompt (default: none, or the template's own)")
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add("--precision", choices=("bf16", "fp32"), help="of weights and computation (default: as stored)")
+    about = "adapter of the model, a PEFT folder or a checkpoint; of several as NAME=PATH the first answers"
+    add("--adapter", nargs="+", default=[], metavar="[NAME=]PATH", help=about)
     add_sampling(parser, temperature=0.7)
     options = parser.parse(arguments)
     from megatron_align.data.tokenize.chat_template import load_chat_template
+    from megatron_align.evaluation.adapter_names import parse_adapters
+    from megatron_align.evaluation.adapters import attach_adapters
     from megatron_align.evaluation.engines import open_engine
     from megatron_align.storage.atomic_write import require_one_process
 
@@ -51,7 +57,8 @@ def run(arguments: list[str]) -> int:
     sampling = sampling_of(options)
     template = load_chat_template(options.chat_template) if options.chat_template else None
     engine = open_engine(options.model, options.precision)
-    chat = Chat(engine, sampling, options.system, template)
+    adapters = attach_adapters(engine, options.model, parse_adapters(options.adapter))
+    chat = Chat(engine, sampling, options.system, template, adapters)
     chat.prompt_ids([{"role": "user", "content": "?"}])  # a model without a chat template is refused at once
     interactive = sys.stdin.isatty()
     if interactive:
@@ -76,6 +83,7 @@ class Chat:
         sampling: how answers are drawn; the seed counts up with each answer.
         system: system prompt; None: none.
         template: text of a Jinja chat template; None: the tokenizer's own.
+        adapters: of the engine; None: it has none.
 
     Attributes:
         turns: messages so far, without the system prompt.
@@ -85,6 +93,7 @@ class Chat:
     sampling: Sampling
     system: str | None = None
     template: str | None = None
+    adapters: EngineAdapters | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def prompt_ids(self, turns: list[dict[str, str]]) -> list[int]:
@@ -219,9 +228,23 @@ def _obey(chat: Chat, command: str, rest: str, show: Callable[[str], None]) -> s
         return f"forgotten: {chat.undo()}\n" if chat.turns else "there is no question yet\n"
     if command == "/retry":
         return "\n" if chat.retry(show) else "there is no question yet\n"
+    if command == "/adapter":
+        return _use_adapter(chat, rest)
     if command == "/save":
         return _save(chat, rest)
     return f"there is no command {command}; /help lists them\n"
+
+
+def _use_adapter(chat: Chat, name: str) -> str:
+    """Answer with another adapter, or without one."""
+    from megatron_align.evaluation.adapter_names import BASE
+
+    names = chat.adapters.names if chat.adapters else ()
+    if name not in (*names, BASE):
+        return f"there is no adapter '{name}', there are {', '.join((*names, BASE))}\n"
+    if chat.adapters:
+        chat.adapters.use(None if name == BASE else name)
+    return f"answers come from {name} now\n"
 
 
 def _save(chat: Chat, name: str) -> str:

@@ -21,7 +21,7 @@ PROGRAM = "megatron-align convert"
 ABOUT = "Convert between Hugging Face folders and checkpoints, tensor by tensor, on one CPU process."
 COMMANDS = {
     "import": "Hugging Face folder -> checkpoint (weights only, no optimizer state)",
-    "export": "checkpoint -> Hugging Face folder (config, tokenizer, safetensors)",
+    "export": "checkpoint -> Hugging Face folder (config, tokenizer, safetensors); of an adapter also a PEFT folder",
     "verify": "check that a checkpoint and a Hugging Face folder hold the same model",
 }
 _MEMORY = "Needs no GPU and no torchrun. Memory: about 0.5 GB, plus {memory}."
@@ -29,7 +29,8 @@ _VERIFY = """Three checks: the sizes and constants of config.json are equal; eve
 and the logits of our model on packed texts equal those of transformers on each text alone (both in fp32, on
 random tokens and on real text). Exit code 0: everything is equal; 1: something differs or is not finite; 2: bad
 input. If logits differ, the first module that differs is named. A trained checkpoint differs from the model it
-started from: compare it with its own export."""
+started from: compare it with its own export. A checkpoint that holds an adapter is compared with its PEFT folder, or
+with the merged model, whose adapted tensors may differ by the rounding of one sum."""
 
 
 def run(arguments: list[str]) -> int:
@@ -96,12 +97,61 @@ def _export_arguments(parser: Parser) -> None:
         help="a checkpoint, or a run's folder, meaning its newest checkpoint",
     )
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="Hugging Face folder to write: new or empty"
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder to write: new or empty; of an adapter DIR/adapter, and with its base DIR/hf merged",
     )
     _add_dtype(parser)
+    _add_base(parser)
+
+
+def _add_base(parser: Parser) -> None:
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="of a checkpoint that holds an adapter: the model that it was trained on, a Hugging Face folder or a "
+        "checkpoint (default: the one that the checkpoint names)",
+    )
+
+
+def _adapter_checkpoint(options: argparse.Namespace) -> Path | None:
+    """Return the checkpoint if it holds an adapter; None: it holds a complete model, or is none."""
+    from megatron_align.checkpoint.folder import find_checkpoint
+    from megatron_align.convert.open_adapter import holds_adapter
+    from megatron_align.errors import require
+
+    folder = find_checkpoint(options.checkpoint)
+    if folder is not None and holds_adapter(folder):
+        return folder
+    require(
+        options.base is None,
+        f"--base belongs to checkpoints that hold an adapter, which {options.checkpoint} does not",
+    )
+    return None
+
+
+def _export_adapter(checkpoint: Path, options: argparse.Namespace) -> int:
+    from megatron_align.checkpoint.folder import ADAPTER, HF
+    from megatron_align.convert.export_adapter import export_adapter
+    from megatron_align.hf.assets import describe_assets
+
+    done = export_adapter(checkpoint, options.out, options.base, options.dtype)
+    adapter, out = done.stored.adapter, Path(options.out)
+    print(
+        f"exported a LoRA adapter of rank {adapter.rank} on {len(adapter.modules)} linear layers, from {checkpoint} "
+        f"to {out / ADAPTER}"
+    )
+    if done.base is None:
+        print(f"the merged model was not written: {done.missing}; give the base as --base")
+    else:
+        print(f"exported it merged into {done.base}, to {out / HF}: {describe_assets(out / HF)}")
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:
+    if (checkpoint := _adapter_checkpoint(options)) is not None:
+        return _export_adapter(checkpoint, options)
     from megatron_align.checkpoint.card import is_of_training
     from megatron_align.convert.export_hf import export_hf
     from megatron_align.hf.assets import describe_assets
@@ -137,6 +187,7 @@ def _verify_arguments(parser: Parser) -> None:
         action="store_true",
         help="compare layer by layer, with one layer of each model in memory: for models that do not fit twice",
     )
+    _add_base(parser)
     parser.add_argument("--json", metavar="REPORT", help="also write the report to this file, as JSON")
 
 
@@ -153,11 +204,16 @@ def _tolerance(text: str) -> float:
 def _verify(options: argparse.Namespace) -> int:
     _quiet_transformers()
     from megatron_align.convert.verify import verify
+    from megatron_align.convert.verify_adapter import verify_adapter
     from megatron_align.storage.atomic_write import require_writable
 
     if options.json:
         require_writable(Path(options.json))
-    findings = verify(options.hf, options.checkpoint, options.data, options.tolerance, options.deep)
+    how = (options.data, options.tolerance, options.deep)
+    if (checkpoint := _adapter_checkpoint(options)) is not None:
+        findings = verify_adapter(options.hf, checkpoint, options.base, *how)
+    else:
+        findings = verify(options.hf, options.checkpoint, *how)
     if options.json:
         text = json.dumps(findings.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         Path(options.json).write_text(text + "\n", encoding="utf-8")

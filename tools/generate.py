@@ -43,6 +43,8 @@ def run(arguments: list[str]) -> int:
     add("--tokens", action="store_true", help="write token ids and log-probs too")
     about = "vLLM servers that hold the model, in place of a model in this process"
     add("--vllm", nargs="+", default=[], metavar="URL", help=about)
+    about = "adapter of the model, a PEFT folder or a checkpoint; several as NAME=PATH: each writes OUT with its name"
+    add("--adapter", nargs="+", default=[], metavar="[NAME=]PATH", help=about)
     options = parser.parse(arguments)
     return _generate(options)
 
@@ -88,16 +90,29 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 def _generate(options: argparse.Namespace) -> int:
     from megatron_align.errors import require
-    from megatron_align.evaluation.generation import GenerateOptions, generate_file
+    from megatron_align.evaluation.adapter_names import ONLY, parse_adapters
     from megatron_align.storage.atomic_write import require_one_process
 
     require_one_process()
     require(options.limit is None or options.limit >= 1, f"--limit must be at least 1, got {options.limit}")
+    adapters = parse_adapters(options.adapter)
+    for name, adapter in (adapters or {ONLY: None}).items():
+        out = Path(options.out)
+        if len(adapters) > 1:
+            out = out.with_name(f"{out.stem}.{name}{out.suffix}")
+        _generate_file(options, str(out), adapter)
+    return 0
+
+
+def _generate_file(options: argparse.Namespace, out: str, adapter: str | None) -> None:
+    from megatron_align.evaluation.generation import GenerateOptions, generate_file
+
     counts = generate_file(
         GenerateOptions(
             model=options.model,
+            adapter=adapter,
             prompts=options.prompts,
-            out=options.out,
+            out=out,
             sampling=sampling_of(options),
             precision=options.precision,
             as_chat=options.chat,
@@ -112,9 +127,8 @@ def _generate(options: argparse.Namespace) -> int:
     resumed = f" ({counts.resumed:,} by an earlier process)" if counts.resumed else ""
     print(
         f"answered {counts.prompts:,} prompts{resumed}: {counts.completions:,} completions, {counts.tokens:,} tokens, "
-        f"{counts.truncated:,} cut by length{skipped}, to {options.out}"
+        f"{counts.truncated:,} cut by length{skipped}, to {out}"
     )
-    return 0
 
 
 if __name__ == "__main__":

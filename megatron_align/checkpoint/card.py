@@ -74,7 +74,8 @@ def require_all_weights(folder: Path) -> None:
     if adapter := read_checkpoint_metadata(folder).get("adapter"):
         raise InputError(
             f"the checkpoint holds an adapter only, of {adapter['base']}, not a complete model: {folder}; its run's "
-            "folder hf/ holds the merged model, adapter/ the adapter for model.adapter.path"
+            "folder hf/ holds the merged model, adapter/ the adapter for model.adapter.path; generate, chat and "
+            "evaluate take the base with --adapter"
         )
 
 

@@ -91,11 +91,11 @@ def export_hf(
         require_finite({name: TensorDigest("", *writer.notes(name)) for name in specs}, source.folder)
         copy_assets(source.folder / ASSETS, writer.partial)
         write_config_dtype(writer.partial, written)
-        _write_card(source.folder, writer.partial)
+        write_model_card(source.folder, writer.partial)
     return Checkpoint(source.folder, source.shape, written)
 
 
-def _write_card(checkpoint: Path, folder: Path) -> None:
+def write_model_card(checkpoint: Path, folder: Path) -> None:
     """Write the model card of a checkpoint that training wrote; an imported one has no training to describe."""
     if is_of_training(checkpoint):
         metadata = read_checkpoint_metadata(checkpoint)

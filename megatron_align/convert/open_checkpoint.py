@@ -49,11 +49,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"neither a checkpoint (a folder with {CARD}) nor a run's folder with one: {path}")
     metadata, shape = read_checkpoint_metadata(folder), checkpoint_shape(folder)
     require_all_weights(folder)
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-    if metadata.get("dtype") not in dtypes:
-        raise InputError(
-            f"dtype must be one of {list(dtypes)}, found {metadata.get('dtype')!r} in {folder / CARD}"
-        )
+    dtype = model_dtype(folder)
     stored = metadata.get("shape")
     if not isinstance(stored, dict) or (differences := shape_differences(asdict(shape), stored)):
         listed = (
@@ -62,7 +58,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             else "no shape"
         )
         raise InputError(f"{CARD} does not match {ASSETS}/config.json: {listed} in {folder}")
-    return Checkpoint(folder, shape, dtypes[metadata["dtype"]])
+    return Checkpoint(folder, shape, dtype)
+
+
+def model_dtype(checkpoint: Path) -> torch.dtype:
+    """Return the dtype of a checkpoint's model.
+
+    Raises:
+        InputError: its metadata state none that is known.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if (name := read_checkpoint_metadata(checkpoint)["dtype"]) not in known:
+        raise InputError(f"dtype must be one of {list(known)}, found {name!r} in {checkpoint / CARD}")
+    return known[name]
 
 
 def open_state(checkpoint: Checkpoint) -> StateReader:

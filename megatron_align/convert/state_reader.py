@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -47,18 +47,24 @@ class TensorBlock(NamedTuple):
 class StateReader:
     """Read the weights of a checkpoint of any layout, by the rows of the weight table.
 
+    Args:
+        state: the state folder.
+        shape: of the model.
+        table: rows of all tensors that the checkpoint holds; None: the model's.
+
     Raises:
         InputError: the state is incomplete or does not match the model; every wrong tensor is named.
     """
 
-    def __init__(self, state: Path, shape: ModelShape) -> None:
+    def __init__(self, state: Path, shape: ModelShape, table: Sequence[Row] | None = None) -> None:
         self.state, self.shape = state, shape
+        self.table = list(rows(shape)) if table is None else list(table)
         self._stored = dict(_by_layer(read_stored_tensors(state), state))
         self._check_names()
         self._check_shapes()
         self._check_files()
         # Where in a shard its elements begin is recorded at its end, which is therefore prefetched.
-        self._next = dict(pairwise(shard for row in rows(shape) for shard in self._shards(row)))
+        self._next = dict(pairwise(shard for row in self.table for shard in self._shards(row)))
 
     def dtype(self, row: Row) -> torch.dtype:
         """Return the stored dtype of a row."""
@@ -80,7 +86,7 @@ class StateReader:
     def weight_files(self) -> list[Path]:
         """Return the files that consist mostly of weights."""
         weights: Counter[str] = Counter()
-        for row in rows(self.shape):
+        for row in self.table:
             for shard in self._stored[row.megatron].shards:
                 weights[shard.file] += shard.length
         paths = {self.state / name: size for name, size in weights.items()}
@@ -167,7 +173,7 @@ class StateReader:
         return tensors, ranges
 
     def _check_names(self) -> None:
-        expected = {row.megatron for row in rows(self.shape)}
+        expected = {row.megatron for row in self.table}
         differences = {
             "missing": sorted(expected - self._stored.keys()),
             "unexpected": sorted(self._stored.keys() - expected),
@@ -180,7 +186,7 @@ class StateReader:
 
     def _check_shapes(self) -> None:
         wrong = []
-        for row in rows(self.shape):
+        for row in self.table:
             stored, expected = self._stored[row.megatron], list(local_shape(row, self.shape, 1))
             actual = list(stored.shape)
             if "vocab" in row.dims[0] and actual[1:] == expected[1:] and actual[0] >= self.shape.vocab_size:
@@ -196,7 +202,7 @@ class StateReader:
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
-        for row in rows(self.shape):
+        for row in self.table:
             for shard in self._stored[row.megatron].shards:
                 ends[shard.file] = max(ends.get(shard.file, 0), shard.start + shard.length)
         for name, end in sorted(ends.items()):
@@ -223,8 +229,8 @@ def _by_layer(stored: dict[str, StoredTensor], state: Path) -> Iterator[tuple[st
     for key, tensor in stored.items():
         if key.startswith("optimizer."):
             continue
-        if not key.startswith(_LAYERS):
-            yield key, tensor
+        if not key.startswith(_LAYERS) or key.removeprefix(_LAYERS).partition(".")[0].isdigit():
+            yield key, tensor  # of no layer, or stored for one layer
             continue
         layers: list[list[StoredShard]] = [[] for _ in range(tensor.shape[0])]
         for shard in tensor.shards:

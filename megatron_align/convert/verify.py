@@ -143,7 +143,7 @@ def verify(
     read_hf_config(hf, hf_shape)  # refused before everything is read
     require_intact(opened.folder)
     texts, notes = choose_texts(hf, data, hf_shape)
-    comparable = _tensor_sizes(hf_shape) == _tensor_sizes(opened.shape)
+    comparable = tensor_sizes(hf_shape) == tensor_sizes(opened.shape)
     tensors: list[TensorFinding] = []
     logits: list[LogitsFinding] = []
     module = None
@@ -155,12 +155,12 @@ def verify(
                 TensorFinding(HEAD, "", "", head, "differs from the embedding that it should be tied to")
             )
         with one_process() as groups:
-            logits, module = _compare_logits(models, texts, tolerance, groups, deep or opened.shape.is_reward)
+            logits, module = compare_by_kind(models, texts, tolerance, groups, deep or opened.shape.is_reward)
     return Findings(
         hf=str(hf),
         checkpoint=str(opened.folder),
         shape=shape_differences(asdict(opened.shape), asdict(hf_shape)),
-        tensors=len(_tensor_sizes(hf_shape)) if comparable else None,
+        tensors=len(tensor_sizes(hf_shape)) if comparable else None,
         tensor_findings=tensors,
         logits=logits,
         first_difference=module,
@@ -168,7 +168,7 @@ def verify(
     )
 
 
-def _compare_logits(
+def compare_by_kind(
     models: ComparedModels,
     texts: dict[str, list[Tensor]],
     tolerance: float,
@@ -191,7 +191,7 @@ def _finite(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
 
-def _tensor_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+def tensor_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     return {
         name: size for row in rows(shape) for name, size in zip(row.hf, row.hf_shapes(shape), strict=True)
     }

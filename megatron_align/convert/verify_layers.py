@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_align.config import ParallelConfig
 from megatron_align.convert.hf_model import HFModel
-from megatron_align.convert.state_reader import StateReader
+from megatron_align.convert.merged_state import RowReader
 from megatron_align.kernels import PackedLayout
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackParams
@@ -55,7 +55,7 @@ class ModuleDifference:
 class OurLayers:
     """Compute our modules one at a time, in fp32, with weights from a checkpoint."""
 
-    def __init__(self, state: StateReader, shape: ModelShape, groups: ProcessGroupCollection) -> None:
+    def __init__(self, state: RowReader, shape: ModelShape, groups: ProcessGroupCollection) -> None:
         self.state, self.shape = state, shape
         self._rows = {row.megatron: row for row in rows(shape)}
         self.config = transformer_config(replace(shape, num_layers=1), ParallelConfig(), torch.float32)

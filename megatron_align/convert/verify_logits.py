@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from megatron_align.convert.hf_model import HFModel, load_hf_model
+from megatron_align.convert.merged_state import MergedState
 from megatron_align.convert.open_checkpoint import Checkpoint
-from megatron_align.convert.our_model import load_model
+from megatron_align.convert.our_model import empty_model, fill_model, load_model
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.convert.verify_layers import ModuleDifference, OurLayers, compare_modules
 from megatron_align.data.batching.collate import pack
 from megatron_align.hf.safetensors import HFWeights
 from megatron_align.model import cpu
-from megatron_align.model.families import ModelShape
+from megatron_align.model.families import ModelShape, rows
 from megatron_align.model.policy import Policy
 from megatron_align.records import PackedBatch, Sample
 
@@ -48,13 +50,21 @@ class LogitsFinding:
 
 @dataclass(frozen=True, slots=True)
 class ComparedModels:
-    """A checkpoint and the Hugging Face folder that it is compared with."""
+    """A checkpoint (of an adapter: merged into its base) and the Hugging Face folder that it is compared with."""
 
     checkpoint: Checkpoint
-    state: StateReader
+    state: StateReader | MergedState
     hf: str | Path
     weights: HFWeights
     hf_shape: ModelShape
+
+    def policy(self, groups: ProcessGroupCollection) -> Policy:
+        """Return our complete model in fp32, with the checkpoint's weights."""
+        if isinstance(self.state, StateReader):
+            return load_model(self.checkpoint, torch.float32, groups)[0].eval()
+        chunks = empty_model(self.checkpoint.shape, torch.float32, groups)
+        fill_model(chunks, rows(self.checkpoint.shape), self.state.read)
+        return chunks[0].eval()
 
 
 @torch.no_grad()
@@ -62,8 +72,15 @@ def compare_logits(
     models: ComparedModels, texts: dict[str, list[Tensor]], tolerance: float, groups: ProcessGroupCollection
 ) -> Iterator[LogitsFinding]:
     """Yield the comparison of both complete models by kind of text; ours computes packed texts."""
-    policy = load_model(models.checkpoint, torch.float32, groups)[0].eval()
     hf_model = load_hf_model(models.hf, models.weights, models.hf_shape).to(cpu.device())
+    yield from compare_models(models.policy(groups), hf_model, texts, tolerance)
+
+
+@torch.no_grad()
+def compare_models(
+    policy: Policy, hf_model: PreTrainedModel, texts: dict[str, list[Tensor]], tolerance: float
+) -> Iterator[LogitsFinding]:
+    """Yield the comparison of our model's logits with those of transformers', by kind of text."""
     for kind, batch in texts.items():
         differences = [
             (hf_model(text[None].to(cpu.device())).logits[0] - ours).abs().amax(-1)

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError, nearest, require
+from megatron_align.evaluation.adapter_names import ONLY, parse_adapters
 from megatron_align.evaluation.checks import CHECKS
 from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.types import Sampling
@@ -229,6 +230,8 @@ class EvaluationConfig:
         model: Hugging Face folder, checkpoint of any layout, or run folder (its newest checkpoint)
         out: folder of the results; results.json in it is replaced
         tasks: what is evaluated, in order
+        adapter: PEFT folder or checkpoint of an adapter of the model; several as {NAME: PATH}, each evaluated into
+            out/NAME; null: none
         parallel: how the model is sharded over ranks, as in training
         precision: of weights and computation: bf16 or fp32
         sequence_length: capacity of a pack and longest sample, in tokens; null: 4096, at most the model's positions
@@ -237,6 +240,7 @@ class EvaluationConfig:
     model: str
     out: str
     tasks: tuple[Task, ...]
+    adapter: str | dict[str, str] | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["bf16", "fp32"] = "bf16"
     sequence_length: int | None = None
@@ -246,6 +250,7 @@ class EvaluationConfig:
         names = [task.name for task in self.tasks]
         double = next((name for name in names if names.count(name) > 1), None)
         require(double is None, f"each task needs a name of its own, got '{double}' twice")
+        require(self.adapter != {}, "adapter must name at least one adapter, or be null, got {}")
         require(
             self.sequence_length is None or self.sequence_length > 1,
             f"sequence_length must be at least 2 tokens, got {self.sequence_length}",
@@ -264,9 +269,11 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     add("--config", type=str, help="YAML file of the evaluation: model, out, parallel, tasks")
     add("--model", type=str, help="instead of the configuration's model")
     add("--out", type=str, help="instead of the configuration's out")
+    about = "instead of the configuration's adapter: PATH, or several as NAME=PATH"
+    add("--adapter", type=str, nargs="+", help=about)
     add("--precision", choices=("bf16", "fp32"), help="instead of the configuration's precision")
     add("--sequence_length", type=int, help="instead of the configuration's sequence_length")
-    names = ["--config", "--model", "--out", "--precision", "--sequence_length"]
+    names = ["--config", "--model", "--out", "--adapter", "--precision", "--sequence_length"]
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         require(name in (*names, "--help"), f"{program} has no option {name}{nearest(name, names)}")
     try:
@@ -274,6 +281,9 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     except ArgumentError as error:
         raise InputError(f"{program}: {' '.join(str(error).split())}") from error
     path = given.pop("config")
+    if given["adapter"]:
+        paths = parse_adapters(given["adapter"])
+        given["adapter"] = paths.get(ONLY, paths)
     require(path is not None, f"{program} needs --config EVAL.yaml, got none")
     return load_evaluation(path, {name: value for name, value in given.items() if value is not None})
 
@@ -285,7 +295,7 @@ def load_evaluation(
 
     Args:
         config: path of a YAML file, or ``{"model": ..., "out": ..., "tasks": [{"name", "kind", "data", ...}]}``.
-        overrides: values of ``model``, ``out``, ``precision`` and ``sequence_length`` that win over ``config``.
+        overrides: values of ``model``, ``out``, ``adapter``, ``precision`` and ``sequence_length``, which win.
 
     Raises:
         InputError: naming the key and, for a misspelt one, the nearest key that exists.

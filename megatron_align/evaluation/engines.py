@@ -14,6 +14,8 @@ from megatron_align.checkpoint.folder import STATE, find_checkpoint
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
 from megatron_align.errors import InputError
+from megatron_align.evaluation.adapter_names import ONLY
+from megatron_align.evaluation.adapters import attach_adapters
 from megatron_align.hf.load import open_hf
 from megatron_align.hf.safetensors import DTYPES
 from megatron_align.model.families import rows
@@ -24,16 +26,26 @@ from megatron_align.training.setup import locate
 Precision = Literal["bf16", "fp32"]
 
 
-def open_engine(model: str | Path, precision: Precision | None = None) -> TransformersEngine:
+def open_engine(
+    model: str | Path, precision: Precision | None = None, adapter: str | Path | None = None
+) -> TransformersEngine:
     """Load a model into a transformers engine, on this rank's GPU or the CPU.
 
     Args:
         model: Hugging Face folder, checkpoint, or run folder (its newest checkpoint).
         precision: of weights and computation; None: as stored.
+        adapter: of the model, a PEFT folder or a checkpoint; None: none.
 
     Raises:
-        InputError: the model is missing, corrupt, or no language model.
+        InputError: the model is missing, corrupt, or no language model; or the adapter is not one of it.
     """
+    engine = _open_model(model, precision)
+    if adapter is not None:
+        attach_adapters(engine, model, {ONLY: str(adapter)})
+    return engine
+
+
+def _open_model(model: str | Path, precision: Precision | None) -> TransformersEngine:
     device = (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

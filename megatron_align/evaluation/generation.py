@@ -14,6 +14,7 @@ from megatron_align.data.store import sha256
 from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, require
+from megatron_align.evaluation.adapters import open_adapter_of
 from megatron_align.evaluation.engines import Precision, assets_of, open_engine, weights_state
 from megatron_align.evaluation.progress import progress
 from megatron_align.model.families import read_shape
@@ -21,6 +22,7 @@ from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 from megatron_align.rollout.vllm_engine import VLLMEngine
+from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.resumable_lines import ResumableLines
 
 CHUNK = 128  # prompts between two writes
@@ -42,6 +44,7 @@ class GenerateOptions:
         limit: first prompts only; None: all
         with_tokens: write token ids and log-probs too
         vllm: URLs of vLLM servers that hold the model, whose folder then gives tokenizer and template; empty: none
+        adapter: PEFT folder or checkpoint of an adapter of the model; None: none
     """
 
     model: str
@@ -55,24 +58,32 @@ class GenerateOptions:
     limit: int | None = None
     with_tokens: bool = False
     vllm: tuple[str, ...] = ()
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         require(
             not (self.vllm and self.precision),
             f"precision is the vllm servers' own, got {self.precision} with {', '.join(self.vllm)}",
         )
+        require(
+            not (self.vllm and self.adapter),
+            f"adapters are loaded by the vllm servers themselves (--enable-lora), got {self.adapter} with "
+            f"{', '.join(self.vllm)}",
+        )
 
     def open_engine(self) -> Engine:
         """Return the engine: the servers, or the model in this process."""
         if self.vllm:
             return VLLMEngine(self.vllm, load_tokenizer(str(assets_of(self.model))))
-        return open_engine(self.model, self.precision)
+        return open_engine(self.model, self.precision, self.adapter)
 
     def key(self) -> dict[str, Any]:
         """Return what determines the output, files by their content."""
         template = self.chat_template and load_chat_template(self.chat_template)
+        left_out = ("out", "chat_template", "adapter")
         return {
-            **{name: value for name, value in asdict(self).items() if name not in ("out", "chat_template")},
+            **{name: value for name, value in asdict(self).items() if name not in left_out},
+            **({"adapter": fingerprint(self.adapter)} if self.adapter else {}),
             "weights": weights_state(self.model),
             "data": [sha256(file) for file in expand(self.prompts)],
             "chat_template": template,
@@ -100,6 +111,10 @@ def generate_file(options: GenerateOptions) -> Generated:
         InputError: bad prompts, model or output; nothing has been generated then.
     """
     read_shape(assets_of(options.model))
+    if options.adapter is not None:
+        open_adapter_of(
+            options.model, options.adapter, check_base=False
+        )  # refused before anything is generated
     template = load_chat_template(options.chat_template) if options.chat_template else None
     tokenizer = PromptTokenizer(load_tokenizer(str(assets_of(options.model))), template)
     records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))
@@ -124,6 +139,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     precision: Precision | None = None,
+    adapter: str | Path | None = None,
     **options: Any,
 ) -> list[list[Completion]]:
     """Return completions of each prompt: ``generate("runs/sft/hf", ["2 + 2 ="], temperature=0)``.
@@ -133,6 +149,7 @@ def generate(
         prompts: texts, which are continued as they are, or lists of messages ``{role, content}``.
         sampling: how completions are drawn; None: from ``options``.
         precision: of weights and computation; None: as stored.
+        adapter: PEFT folder or checkpoint of an adapter of a model that is given by its path; None: none.
         options: of :class:`.Sampling`, where ``sampling`` is None.
 
     Raises:
@@ -141,7 +158,11 @@ def generate(
     if sampling is not None and options:
         raise InputError(f"give sampling or its options, got both: {', '.join(options)}")
     sampling = sampling or Sampling(**options)
-    opened = open_engine(model, precision) if isinstance(model, (str, Path)) else model
+    require(
+        adapter is None or isinstance(model, (str, Path)),
+        "an adapter needs the path of its model, got an engine: open it with its adapter",
+    )
+    opened = open_engine(model, precision, adapter) if isinstance(model, (str, Path)) else model
     tokenizer = PromptTokenizer(opened.tokenizer)
     records = [_as_record(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     completions = opened.generate([tokenizer.prompt(r, i) for i, r in enumerate(records)], sampling)

@@ -21,11 +21,13 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint.card import shape_differences
+from megatron_align.convert.open_adapter import StoredAdapter, open_adapter
 from megatron_align.data.formats.files import expand
 from megatron_align.data.sample_table import SampleTable
 from megatron_align.data.store import TokenStore, sha256
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, require
+from megatron_align.evaluation.adapter_names import ONLY
 from megatron_align.evaluation.answers import PromptedTask, answer_all, read_prompted_task
 from megatron_align.evaluation.config import (
     AnsweredTask,
@@ -41,11 +43,15 @@ from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import ITEMS, RESULTS, Items, write_atomically
 from megatron_align.evaluation.tables import Choices, open_store, read_choices
+from megatron_align.hf.adapter import fill_adapter
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.lora import adapters_off
 from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.rollout.adapters import EngineAdapters
 from megatron_align.storage.atomic_write import require_writable
+from megatron_align.training.reference.cache import hash_of_rank_0
 from megatron_align.training.setup import DTYPES, locate, require_vocabulary
 from megatron_align.training.watchdog import Watchdog, join_watched
 from megatron_align.training.weights import read_model_weights, require_finite_weights
@@ -78,6 +84,7 @@ class _Setup:
     config: EvaluationConfig
     rank_info: parallel.RankInfo
     shape: ModelShape
+    adapter: StoredAdapter | None
     megatron: TransformerConfig
     sequence_length: int
     scored: list[_LikelihoodTask]
@@ -98,9 +105,12 @@ def evaluate(
     """
     if not isinstance(config, EvaluationConfig):
         config = load_evaluation(config)
+    if isinstance(config.adapter, dict):
+        return _evaluate_each(config, rank_info)
     setup = _prepare(config, rank_info or parallel.RankInfo.from_environment())
     watchdog = join_watched(setup.rank_info, config.parallel)
     with watchdog.watching():
+        _require_base(setup, watchdog)
         items = {**_score(setup, watchdog), **_answer(setup, watchdog)}
         results = _results(setup, items)
         if setup.rank_info.rank == 0:
@@ -108,6 +118,25 @@ def evaluate(
         dist.barrier()
     parallel.leave()
     return results
+
+
+def _evaluate_each(config: EvaluationConfig, rank_info: parallel.RankInfo | None) -> dict[str, Any]:
+    """Evaluate the model with each of several adapters, into a folder for each; ``tasks`` are named ADAPTER/TASK."""
+    assert isinstance(config.adapter, dict), "the caller checks it"
+    tasks: dict[str, Any] = {}
+    for name, path in config.adapter.items():
+        one = dataclasses.replace(config, adapter=path, out=str(Path(config.out) / name))
+        results = evaluate(one, rank_info)
+        tasks |= {f"{name}/{task}": result for task, result in results["tasks"].items()}
+    return {"tasks": tasks}
+
+
+def _require_base(setup: _Setup, watchdog: Watchdog) -> None:
+    """Refuse an adapter that was trained on other weights than the model's, which only rank 0 reads. Collective."""
+    if setup.adapter is None or setup.adapter.weights is None:
+        return
+    with watchdog.patient("hashing the adapter's base"):
+        setup.adapter.require_hash(hash_of_rank_0(locate(setup.config.model)[0]), setup.config.model)
 
 
 def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
@@ -120,6 +149,8 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
     shape = read_shape(assets)
     if weights == assets:
         require_tied_head(open_hf(assets)[0], shape)
+    assert not isinstance(config.adapter, dict), "each adapter is evaluated by itself"
+    adapter = None if config.adapter is None else open_adapter(config.adapter, shape)
     out = Path(config.out)
     require(not out.exists() or out.is_dir(), f"out must be a folder, found a file at {out}")
     require_writable(out / RESULTS)
@@ -150,6 +181,7 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         config=config,
         rank_info=rank_info,
         shape=shape,
+        adapter=adapter,
         megatron=megatron,
         sequence_length=length,
         scored=scored,
@@ -197,7 +229,10 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
     if not setup.scored:
         return {}
     config, groups = setup.config, parallel.groups()
-    chunks = build_policy(setup.megatron, setup.shape, groups)
+    adapter = setup.adapter
+    chunks = build_policy(setup.megatron, setup.shape, groups, adapter and adapter.adapter)
+    if adapter is not None:
+        fill_adapter(chunks, adapter.adapter, adapter.tensors.__getitem__)
     score = CompletionScorer(
         chunks=chunks,
         parallel=config.parallel,
@@ -209,7 +244,8 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
     references: dict[str, np.ndarray] = {}
     for path in dict.fromkeys(scored.reference for scored in setup.scored if scored.reference):
         compared = [scored for scored in setup.scored if scored.reference == path]
-        references |= _score_tasks(setup, compared, (path, chunks), score)
+        with adapters_off(chunks):
+            references |= _score_tasks(setup, compared, (path, chunks), score)
     return {
         scored.task.name: scored.items(numbers[scored.task.name], references.get(scored.task.name))
         for scored in setup.scored
@@ -242,6 +278,8 @@ def _answer(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
     rank = (setup.rank_info, Path(setup.config.out))
     with watchdog.patient("loading the engine"):
         engine = open_engine(setup.config.model, setup.config.precision)
+        if (adapter := setup.adapter) is not None:
+            EngineAdapters(engine.model, {ONLY: (adapter.adapter, adapter.tensors)}).use(ONLY)
     try:
         return {task.task.name: answer_all(task, engine, watchdog, rank) for task in setup.answered}
     finally:
@@ -303,6 +341,7 @@ def _results(setup: _Setup, items: Mapping[str, Items]) -> dict[str, Any]:
             for task in config.tasks
         },
         "model": config.model,
+        **({"adapter": config.adapter} if config.adapter else {}),
         "precision": config.precision,
         "parallel": {
             "ranks": setup.rank_info.world_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,34 @@ def base_hash(folder: str | Path) -> str | None:
         return (file.metadata() or {}).get(BASE_HASH)
 
 
+def base_name(folder: str | Path) -> str | None:
+    """Return the path or name of the base model that an adapter's configuration states; None: it states none."""
+    return _read_config(Path(folder)).get("base_model_name_or_path") or None
+
+
+def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors by PEFT's names, checked to be finite.
+
+    Raises:
+        InputError: there are none, or one is not finite.
+    """
+    with _open(Path(folder)) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    require_finite_tensors(tensors, Path(folder) / WEIGHTS)
+    return tensors
+
+
+def require_finite_tensors(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse an adapter that is not finite.
+
+    Raises:
+        InputError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"adapter weights must be finite, {name} is not in {source}")
+
+
 def require_base(folder: str | Path, weights_hash: str, base: str | Path) -> None:
     """Refuse an adapter that says that it was trained on other weights; PEFT's own adapters do not say.
 
@@ -181,7 +209,7 @@ def _open(folder: Path) -> safe_open:
 def _check_tensors(
     adapter: Adapter, shape: ModelShape, sizes: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
-    expected = {row.hf[0]: row.hf_shapes(shape)[0] for row in _table(shape, adapter)}
+    expected = {row.hf[0]: row.hf_shapes(shape)[0] for row in adapter_table(shape, adapter)}
     missing, unexpected = sorted(expected.keys() - sizes.keys()), sorted(sizes.keys() - expected.keys())
     if missing or unexpected or not adapter.modules:
         kinds = [("missing", missing), ("unexpected", unexpected)]
@@ -198,7 +226,7 @@ def _check_tensors(
         )
 
 
-def _table(shape: ModelShape, adapter: Adapter, tensor_ranks: int = 1) -> Iterator[Row]:
+def adapter_table(shape: ModelShape, adapter: Adapter, tensor_ranks: int = 1) -> Iterator[Row]:
     """Yield the rows of an adapter's tensors, and of the reward head that is trained with it."""
     yield from all_adapter_rows(shape, adapter, tensor_ranks)
     for row in rows(shape):
@@ -213,16 +241,22 @@ def load_adapter(folder: str | Path, chunks: Sequence[Policy]) -> None:
     Raises:
         InputError: the folder does not match the model or the adapter of its chunks.
     """
-    shape, groups = chunks[0].shape, chunks[0].pg_collection
-    adapter = read_adapter(folder, shape)
-    local = {name: p for chunk in chunks for name, p in chunk.trained_parameters().items()}
+    adapter = read_adapter(folder, chunks[0].shape)
     with _open(Path(folder)) as file:
-        for row in _table(shape, adapter, groups.tp.size()):
-            if (parameter := local.get(row.megatron)) is None:
-                continue
-            stored = file.get_tensor(row.hf[0])
-            for segment in copy_segments(row, shape, groups.tp.rank(), groups.tp.size()):
-                segment.of_megatron(parameter).copy_(segment.of_hf(stored))
+        fill_adapter(chunks, adapter, file.get_tensor)
+
+
+@torch.no_grad()
+def fill_adapter(chunks: Sequence[Policy], adapter: Adapter, tensor: Callable[[str], Tensor]) -> None:
+    """Fill this rank's A and B (and reward head), cast to their dtype; ``tensor`` returns one by PEFT's name."""
+    shape, groups = chunks[0].shape, chunks[0].pg_collection
+    local = {name: p for chunk in chunks for name, p in chunk.trained_parameters().items()}
+    for row in adapter_table(shape, adapter, groups.tp.size()):
+        if (parameter := local.get(row.megatron)) is None:
+            continue
+        stored = tensor(row.hf[0])
+        for segment in copy_segments(row, shape, groups.tp.rank(), groups.tp.size()):
+            segment.of_megatron(parameter).copy_(segment.of_hf(stored))
 
 
 @torch.no_grad()
@@ -253,7 +287,7 @@ def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: 
     if groups.dp_cp.rank() == 0:
         owners = owning_stages(set(local), groups.pp)
         tensors: dict[str, Tensor] = {}
-        for row in _table(policy.shape, adapter, groups.tp.size()):
+        for row in adapter_table(policy.shape, adapter, groups.tp.size()):
             found = collect(row, local.get(row.megatron), owners[row.megatron], policy)
             tensors |= {name: tensor.cpu() for name, tensor in found.items()}
         if dist.get_rank() == 0:

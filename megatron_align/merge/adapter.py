@@ -7,17 +7,16 @@ extraction the difference of one tensor and its singular vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_align.errors import InputError, require
-from megatron_align.hf.adapter import WEIGHTS, read_adapter, require_base, write_adapter
+from megatron_align.hf.adapter import read_adapter, read_tensors, require_base, write_adapter
 from megatron_align.hf.assets import copy_assets, write_config_dtype
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, require_tied_head, weights_hash
@@ -67,10 +66,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
     }
     require_space(target, sum(spec.nbytes for spec in specs.values()))
     require_base(adapter, weights_hash(Path(base)), base)
-    tensors = load_file(Path(adapter) / WEIGHTS)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"adapter weights must be finite, {name} is not in {Path(adapter) / WEIGHTS}")
+    tensors = read_tensors(adapter)
     key = {"adapter": [fingerprint(Path(folder)) for folder in (base, adapter)], "dtype": dtype}
     with (
         ShardWriter(target, specs, key=key) as writer,
@@ -95,11 +91,9 @@ def _merged_blocks(
     weights: HFWeights, name: str, spec: TensorSpec, adapter: Adapter, tensors: dict[str, Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield first element and elements of each block of a merged tensor, in memory of its own."""
-    module = f"{PEFT}{module_name(name)}"
     if f"{PEFT}{name}" in tensors:  # trained beside the adapter: a reward model's score
         yield 0, _stored(tensors[f"{PEFT}{name}"].reshape(-1), spec, name)
         return
-    adapted = module_name(name) in adapter.modules and name.endswith(".weight")
     columns = math.prod(spec.shape[1:])
     rows = max(1, BLOCK_ELEMENTS // columns)
     for first in range(0, spec.shape[0], rows):
@@ -108,11 +102,21 @@ def _merged_blocks(
         weights.read_flat(name, first * columns, block)
         if count_nonfinite(block) != (0, 0):
             raise InputError(f"weights must be finite, {name} is not in {weights.folder}")
-        if adapted:
-            a, b = (tensors[f"{module}.lora_{factor}.weight"].float() for factor in "AB")
-            delta = (adapter.scale * (b[first : first + count] @ a)).reshape(-1)
+        if is_adapted(name, adapter):
+            delta = weight_delta(name, slice(first, first + count), adapter, tensors).reshape(-1)
             block = block.to(torch.promote_types(block.dtype, torch.float32)) + delta
         yield first * columns, _stored(block, spec, name)
+
+
+def is_adapted(name: str, adapter: Adapter) -> bool:
+    """Return whether an adapter changes a Hugging Face tensor."""
+    return name.endswith(".weight") and module_name(name) in adapter.modules
+
+
+def weight_delta(name: str, rows: slice, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return these rows of ``scale x B A``, what an adapter adds to a Hugging Face tensor, in fp32."""
+    a, b = (tensors[f"{PEFT}{module_name(name)}.lora_{factor}.weight"].float() for factor in "AB")
+    return adapter.scale * (b[rows] @ a)
 
 
 def _stored(block: Tensor, spec: TensorSpec, name: str) -> Tensor:

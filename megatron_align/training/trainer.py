@@ -365,8 +365,14 @@ class Trainer:
             reference_weights=self.references.weights_hash,
             objective_state=self.objective.state(),
             health_state=self.health.state(),
-            **({"adapter": dataclasses.asdict(self.base)} if self.base else {}),
+            **self._adapter_metadata(),
         )
+
+    def _adapter_metadata(self) -> dict[str, Any]:
+        if self.base is None or (adapter := self.setup.adapter) is None:
+            return {}
+        options = {"rank": adapter.rank, "alpha": adapter.alpha, "rslora": adapter.rslora}
+        return {"adapter": {**dataclasses.asdict(self.base), **options}}
 
     def _data_metadata(self) -> Mapping[str, Any]:
         return {

@@ -1,0 +1,166 @@
+"""Open an adapter for use outside of training: a PEFT folder, or a checkpoint of a run that trained an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_align.checkpoint.card import checkpoint_shape, read_checkpoint_metadata, shape_differences
+from megatron_align.checkpoint.folder import ADAPTER, ASSETS, CARD, STATE, find_checkpoint
+from megatron_align.checkpoint.integrity import require_intact
+from megatron_align.checkpoint.torch_metadata import StoredTensor, read_stored_tensors
+from megatron_align.convert.state_reader import StateReader
+from megatron_align.errors import InputError, listed
+from megatron_align.hf.adapter import (
+    ALPHA,
+    CONFIG,
+    adapter_table,
+    base_hash,
+    base_name,
+    read_adapter,
+    read_tensors,
+)
+from megatron_align.hf.load import weights_hash
+from megatron_align.model.families import ModelShape
+from megatron_align.model.families.adapter import Adapter, linear_modules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """An adapter on disk.
+
+    Args:
+        folder: PEFT folder or checkpoint that holds it.
+        shape: of the model that it adapts.
+        adapter: rank, scale and modules.
+        tensors: by PEFT's name, a reward model's score among them; stored dtypes.
+        base: path or name of the base that it names; None: it names none.
+        weights: hash of the base's weights; None: it does not say.
+    """
+
+    folder: Path
+    shape: ModelShape
+    adapter: Adapter
+    tensors: Mapping[str, Tensor]
+    base: str | None
+    weights: str | None
+
+    def require_base(self, weights: str | Path) -> None:
+        """Refuse a base with other weights than those that the adapter was trained on; it may not say.
+
+        Args:
+            weights: Hugging Face folder or checkpoint of the base. All of its files are read.
+
+        Raises:
+            InputError: naming both hashes.
+        """
+        if self.weights is not None:
+            self.require_hash(weights_hash(Path(weights)), weights)
+
+    def require_hash(self, weights_hash: str, base: str | Path) -> None:
+        """Refuse a base whose weights have another hash; see :meth:`require_base`."""
+        if self.weights not in (None, weights_hash):
+            raise InputError(
+                f"the adapter is of another base: it was trained on weights with sha256 {str(self.weights)[:16]}, "
+                f"those in {base} have {weights_hash[:16]} (adapter {self.folder})"
+            )
+
+
+def open_adapter(path: str | Path, shape: ModelShape) -> StoredAdapter:
+    """Return the adapter at ``path``: a PEFT folder, a checkpoint that holds an adapter, or the newest one of a run.
+
+    Args:
+        path: of the folder; also one whose ``adapter/`` is a PEFT folder.
+        shape: of the model that it must fit.
+
+    Raises:
+        InputError: there is none, it is corrupt, or of another architecture or size.
+    """
+    path = Path(path)
+    checkpoint = None if (path / CONFIG).is_file() else find_checkpoint(path)
+    if checkpoint is None:
+        is_inside = not (path / CONFIG).is_file() and (path / ADAPTER / CONFIG).is_file()
+        return _open_peft(path / ADAPTER if is_inside else path, shape)
+    found = open_adapter_checkpoint(checkpoint)
+    if differences := shape_differences(asdict(shape), asdict(found.shape)):
+        facts = ", ".join(f"{key} {theirs!r} for {ours!r}" for key, (ours, theirs) in differences.items())
+        raise InputError(f"the adapter is of another model: {facts} in {checkpoint}")
+    return found
+
+
+def _open_peft(folder: Path, shape: ModelShape) -> StoredAdapter:
+    return StoredAdapter(
+        folder=folder,
+        shape=shape,
+        adapter=read_adapter(folder, shape),
+        tensors=read_tensors(folder),
+        base=base_name(folder),
+        weights=base_hash(folder),
+    )
+
+
+def holds_adapter(checkpoint: Path) -> bool:
+    """Return whether a checkpoint holds an adapter instead of a complete model."""
+    return bool(read_checkpoint_metadata(checkpoint).get("adapter"))
+
+
+def open_adapter_checkpoint(folder: Path) -> StoredAdapter:
+    """Return the adapter of a checkpoint, having verified its checksums.
+
+    Raises:
+        InputError: it holds a complete model, is corrupt, or contradicts itself.
+    """
+    metadata, shape = read_checkpoint_metadata(folder), checkpoint_shape(folder)
+    if not (entry := metadata.get("adapter")):
+        raise InputError(f"the checkpoint holds a complete model, not an adapter: {folder}")
+    if differences := shape_differences(asdict(shape), metadata["shape"]):
+        raise InputError(f"{CARD} does not match {ASSETS}/config.json: {listed(differences)} in {folder}")
+    require_intact(folder)
+    stored = read_stored_tensors(folder / STATE)
+    adapter = _adapter_of(stored, shape, _options(metadata, folder), folder)
+    table = list(adapter_table(shape, adapter))
+    state = StateReader(folder / STATE, shape, table)
+    return StoredAdapter(
+        folder=folder,
+        shape=shape,
+        adapter=adapter,
+        tensors={name: tensor for row in table for name, tensor in state.read(row).items()},
+        base=entry["base"],
+        weights=entry["weights"],
+    )
+
+
+def _options(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return alpha and rslora of a checkpoint's adapter; older ones have them in their run's configuration only."""
+    entry, options = metadata["adapter"], metadata["config"]["model"]["adapter"]
+    if "alpha" in entry:
+        return {"alpha": entry["alpha"], "rslora": entry["rslora"]}
+    if (start := options["path"]) is None:
+        return {"alpha": float(options["alpha"] or ALPHA), "rslora": bool(options["rslora"])}
+    try:
+        found = read_adapter(start, checkpoint_shape(folder))
+    except InputError as error:
+        raise InputError(
+            f"the checkpoint does not say the adapter's alpha, which the adapter that it started from has: {error}"
+        ) from error
+    return {"alpha": found.alpha, "rslora": found.rslora}
+
+
+def _adapter_of(
+    stored: Mapping[str, StoredTensor], shape: ModelShape, options: dict[str, Any], folder: Path
+) -> Adapter:
+    """Return the adapter whose A and B are stored: its modules and rank are those of the tensors."""
+    every = Adapter(rank=1, modules=frozenset(linear_modules(shape)), **options)
+    first = {
+        row.hf[0]: stored[row.megatron].shape for row in adapter_table(shape, every) if row.megatron in stored
+    }
+    ranks = {size[0] for name, size in first.items() if "lora_A" in name}
+    if len(ranks) != 1:
+        found = f"ranks {listed(sorted(ranks))}" if ranks else "no A"
+        raise InputError(f"a checkpoint's adapter must have one rank, found {found} in {folder / STATE}")
+    modules = frozenset(name for name in every.modules if any(f".{name}.lora_A" in full for full in first))
+    return Adapter(rank=ranks.pop(), modules=modules, **options)

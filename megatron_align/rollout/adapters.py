@@ -1,0 +1,57 @@
+"""Low-rank adapters of a transformers model in this process: several by name, one of them, or none, in use.
+
+The base's weights stay as they are, so that switching is free and exact: an adapter's share is added to the output of
+each adapted module, as in training and in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from megatron_align.model.families.adapter import PEFT, Adapter
+
+
+class EngineAdapters:
+    """The adapters of a model; none is in use at first.
+
+    Args:
+        model: of transformers. Its parameters are left unchanged.
+        adapters: options and tensors (by PEFT's names) of each adapter, by name.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, adapters: Mapping[str, tuple[Adapter, Mapping[str, Tensor]]]
+    ) -> None:
+        self.names = tuple(adapters)
+        self._factors: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
+        for name, (adapter, tensors) in adapters.items():
+            self._factors[name] = {
+                module: (*_factors(model, tensors, module), adapter.scale) for module in adapter.modules
+            }
+        self._active: Mapping[str, tuple[Tensor, Tensor, float]] = {}
+        for module in {module for factors in self._factors.values() for module in factors}:
+            model.get_submodule(module).register_forward_hook(self._hook(module))
+
+    def use(self, name: str | None) -> None:
+        """Compute with an adapter from now on; None: with the base."""
+        self._active = {} if name is None else self._factors[name]
+
+    def _hook(self, name: str):  # noqa: ANN202 - a forward hook of torch
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name not in self._active:
+                return output
+            a_RI, b_OR, scale = self._active[name]
+            return output + F.linear(F.linear(inputs[0], a_RI), b_OR) * scale
+
+        return add
+
+
+def _factors(model: PreTrainedModel, tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
+    """Return A and B of a module on the model's device, in its dtype."""
+    like = next(model.get_submodule(module).parameters())
+    a, b = (tensors[f"{PEFT}{module}.lora_{factor}.weight"].to(like) for factor in "AB")
+    return a, b
