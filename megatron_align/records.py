@@ -287,6 +287,9 @@ class PackedBatch:
     layout: PackedLayout
     rows: LossRows
     part: ContextPart | None = None  # of a pack split over context ranks; None: it is not split
+    dropout_T: Tensor | None = (
+        None  # int64: what an adapter's dropout is drawn from; None: nothing is dropped
+    )
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on ``device``."""
@@ -296,6 +299,7 @@ class PackedBatch:
             self.layout.to(device),
             self.rows.to(device),
             self.part and self.part.to(device),
+            None if self.dropout_T is None else self.dropout_T.to(device, non_blocking=True),
         )
 
     def held(self) -> tuple[Tensor, Tensor]:
@@ -303,3 +307,9 @@ class PackedBatch:
         if self.part is None:
             return self.tokens_T, self.positions_T
         return self.tokens_T[self.part.token_Q], self.positions_T[self.part.token_Q]
+
+    def held_dropout(self) -> Tensor | None:
+        """Return ``dropout_T`` of the tokens that this rank computes."""
+        if self.part is None or self.dropout_T is None:
+            return self.dropout_T
+        return self.dropout_T[self.part.token_Q]

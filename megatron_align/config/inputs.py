@@ -22,7 +22,7 @@ class AdapterConfig:
         alpha: scale = alpha / rank, with rslora alpha / sqrt(rank); null: 32, or that of the adapter at path
         targets: all-linear (every linear layer but the output head), or a list of Hugging Face module names or
             patterns (q_proj, layers.3.mlp.*); null: all-linear, or those of the adapter at path
-        dropout: must be 0: dropout before A is not built
+        dropout: probability that an element of the input of A is dropped in training, as PEFT's lora_dropout
         rslora: rank-stabilised scale (arXiv:2312.03732); null: false, or that of the adapter at path
         path: PEFT folder of an adapter of this model to start from; null: A is drawn from train.seed, B is 0
     """
@@ -46,8 +46,7 @@ class AdapterConfig:
             f"got {self.alpha}",
         )
         require(
-            self.dropout == 0,
-            f"model.adapter.dropout must be 0, as dropout is not built, got {self.dropout}",
+            0 <= self.dropout < 1, f"model.adapter.dropout must be at least 0 and below 1, got {self.dropout}"
         )
         require(
             self.targets is None or self.targets == "all-linear" or isinstance(self.targets, list),

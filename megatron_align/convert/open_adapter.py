@@ -135,10 +135,10 @@ def open_adapter_checkpoint(folder: Path) -> StoredAdapter:
 
 
 def _options(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return alpha and rslora of a checkpoint's adapter; older ones have them in their run's configuration only."""
+    """Return alpha, rslora and dropout of a checkpoint's adapter; older ones have them in their configuration only."""
     entry, options = metadata["adapter"], metadata["config"]["model"]["adapter"]
     if "alpha" in entry:
-        return {"alpha": entry["alpha"], "rslora": entry["rslora"]}
+        return {name: entry[name] for name in ("alpha", "rslora", "dropout")}
     if (start := options["path"]) is None:
         return {"alpha": float(options["alpha"] or ALPHA), "rslora": bool(options["rslora"])}
     try:

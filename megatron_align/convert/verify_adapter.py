@@ -7,7 +7,7 @@ rounding of their sums, as the order of products of fp32 is nobody's to choose.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,11 @@ def _verify_peft(
 ) -> Findings:
     theirs = open_adapter(hf, stored.shape)
     options = [
-        {**asdict(one.adapter), "modules": sorted(one.adapter.modules), "base_weights": one.weights}
+        {
+            **asdict(replace(one.adapter, dropout=0)),
+            "modules": sorted(one.adapter.modules),
+            "base_weights": one.weights,
+        }
         for one in (stored, theirs)
     ]
     differing = {key: (ours, options[1][key]) for key, ours in options[0].items() if ours != options[1][key]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
             alpha=options.alpha or ALPHA,
             rslora=bool(options.rslora),
             modules=select_modules(shape, options.targets or "all-linear"),
+            dropout=options.dropout,
         )
     found = read_adapter(options.path, shape)
     modules = None if options.targets is None else select_modules(shape, options.targets)
@@ -93,7 +95,7 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
             f"model.adapter.{name} must be left out or be that of the adapter to start from, {_short(stored)}, "
             f"got {_short(given)} (adapter {options.path})",
         )
-    return found
+    return replace(found, dropout=options.dropout)
 
 
 def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
@@ -315,7 +317,7 @@ def write_adapter(
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
         "target_modules": _target_modules(adapter, shape),
         "modules_to_save": ["score"] if shape.is_reward else None,

@@ -31,6 +31,7 @@ class PackParams(PackedSeqParams):
     cos_QD: Tensor = field(kw_only=True)
     sin_QD: Tensor = field(kw_only=True)
     part: ContextPart | None = field(default=None, kw_only=True)  # as in PackedBatch
+    dropout_Q: Tensor | None = field(default=None, kw_only=True)  # of PackedBatch.held_dropout
 
 
 class PackedCoreAttention(nn.Module):

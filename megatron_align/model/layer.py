@@ -12,6 +12,7 @@ Saved for backward, by ``train.recompute_layers`` (k) and ``train.recompute_modu
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from megatron_align.model import cpu
 from megatron_align.model.attention import PackedCoreAttention
+from megatron_align.model.dropout import current_keys, dropout_keys
 from megatron_align.model.families import ModelShape
 from megatron_align.model.freed_output import FreedOutput
 from megatron_align.model.lora import ColumnLinear, RowLinear
@@ -72,7 +74,10 @@ class RMSNorm(nn.Module):
 
 
 class Layer(TransformerLayer):
-    """megatron-core's layer; norms are recomputed here, as megatron-core's implementation needs Transformer Engine."""
+    """megatron-core's layer; norms are recomputed here, as megatron-core's implementation needs Transformer Engine.
+
+    The keys of a pack's dropout are set for the adapters inside, also when parts of the layer are computed again.
+    """
 
     recompute_input_layernorm: bool
     recompute_pre_mlp_layernorm: bool
@@ -83,6 +88,22 @@ class Layer(TransformerLayer):
         self.pre_mlp_layernorm.recomputed = self.recompute_pre_mlp_layernorm
         self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False
 
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the layer's output, as megatron-core's layer does."""
+        with dropout_keys(kwargs["packed_seq_params"].dropout_Q):
+            return super().forward(*args, **kwargs)
+
+    def _forward_mlp(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.recompute_mlp or current_keys() is None:
+            return super()._forward_mlp(*args, **kwargs)
+        # In backward the network is computed again outside of ``forward``, perhaps after another pack's: what
+        # megatron-core's checkpoint calls then brings the keys of its own pack.
+        self.__dict__["mlp"] = partial(_with_keys, self.mlp, current_keys())
+        try:
+            return super()._forward_mlp(*args, **kwargs)
+        finally:
+            del self.__dict__["mlp"]
+
     def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         hidden, context = super()._forward_attention(*args, **kwargs)
         self.input_layernorm.free_output(hidden)
@@ -91,6 +112,11 @@ class Layer(TransformerLayer):
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
         self.pre_mlp_layernorm.free_output(mlp_output_with_bias[0])
         return super()._forward_post_mlp(mlp_output_with_bias, residual)
+
+
+def _with_keys(module: nn.Module, keys_Q: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with dropout_keys(keys_Q):
+        return module(*args, **kwargs)
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:

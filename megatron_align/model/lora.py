@@ -8,8 +8,8 @@ Each Hugging Face module (``q_proj``, ``gate_proj``, ...) has its own A and B, a
 - row-parallel: A's result is summed over ranks, under sequence parallel also split by tokens; B's gradient is then
   summed over ranks too.
 
-Shapes: T tokens (s on this rank under sequence parallel), I inputs and O outputs of the layer on this rank, R rank
-times the number of adapted modules in the layer.
+Shapes: T tokens (s on this rank under sequence parallel; S: either), I inputs and O outputs of the layer on this rank,
+R rank times the number of adapted modules in the layer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
+from megatron_align.model.dropout import current_keys, dropped_linear, feature_keys
 from megatron_align.model.families import ModelShape, Row, local_shape
 from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name
 from megatron_align.model.families.table import rank_slices
@@ -101,6 +102,7 @@ class Pair(nn.Module):
     def __init__(self, module: str, a: Row, b: Row, linear: ColumnLinear | RowLinear, shape: ModelShape):
         super().__init__()
         self.module, self.a, self.b, self.shape, self.tp_group = module, a, b, shape, linear.tp_group
+        self._features: Tensor | None = None
         config, ranks = linear.config, linear.tp_group.size()
         for name, row in ((_A, a), (_B, b)):
             size = local_shape(row, shape, ranks)
@@ -115,6 +117,19 @@ class Pair(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return A and B. A call, as megatron-core's hooks then wait for parameters that are still being gathered."""
         return self.lora_A, self.lora_B
+
+    def features(self) -> Tensor:
+        """Return the numbers that the dropout of this rank's features of the input is drawn from, ``[2, I]``."""
+        if self._features is None:
+            own = rank_slices(self.a, self.shape, self.tp_group.rank(), self.tp_group.size())
+            [(_, inputs)] = self.a.hf_shapes(self.shape)
+            held = (
+                torch.cat([torch.arange(s.start, s.stop) for s in own])
+                if self.a.split
+                else torch.arange(inputs)
+            )
+            self._features = feature_keys(self.module, held.to(cpu.device()))
+        return self._features
 
     def initialise(self, seed: int) -> None:
         """Set B to 0 and draw A uniformly from +-1 / sqrt(inputs), PEFT's default; every layout draws the same A."""
@@ -150,7 +165,7 @@ class LayerAdapter(nn.ModuleDict):
     def __init__(self, linear: ColumnLinear | RowLinear, row: Row, shape: ModelShape, adapter: Adapter):
         super().__init__()
         ranks = linear.tp_group.size()
-        self.enabled, self.scale = True, adapter.scale
+        self.enabled, self.scale, self.dropout = True, adapter.scale, adapter.dropout
         for a, b in adapter_rows(row, shape, adapter, ranks):
             module = module_name(a.hf[0]).removeprefix("base_model.model.").removesuffix(".lora_A")
             self[module.rpartition(".")[2]] = Pair(module, a, b, linear, shape)
@@ -173,6 +188,20 @@ class LayerAdapter(nn.ModuleDict):
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return A ``[R, I]`` and B ``[O, R]`` of all modules of the layer."""
         raise NotImplementedError
+
+    def _project(self, input_: Tensor, a_RI: Tensor) -> Tensor:
+        """Return ``input_ [S, 1, I]`` times A of all of the layer's modules, each with a dropout of its own."""
+        keys_S = current_keys()
+        if not (self.dropout and self.training) or keys_S is None:
+            return F.linear(input_, a_RI)
+        if len(keys_S) != len(input_):  # under sequence parallelism each rank has a part of the tokens
+            keys_S = keys_S.chunk(self.tp_group.size())[self.tp_group.rank()]
+        parts = a_RI.split([pair.a.dims[0][0] for pair in self.pairs])
+        projected = [
+            dropped_linear(input_, part, keys_S, pair.features(), self.dropout)
+            for pair, part in zip(self.pairs, parts, strict=True)
+        ]
+        return torch.cat(projected, -1)
 
     def _add(self, output: Tensor, projected: Tensor, b_OR: Tensor) -> Tensor:
         """Return ``output [T, 1, O] + scale x projected [T, 1, R] B^T``."""
@@ -214,7 +243,7 @@ class ColumnAdapter(LayerAdapter):
     def forward(self, input_: Tensor, output: Tensor) -> Tensor:
         """Return ``output [T, 1, O]`` with the adapter's share added; ``input_`` is ``[T or s, 1, I]``."""
         a_RI, b_OR = self._factors()
-        projected = F.linear(input_, a_RI)
+        projected = self._project(input_, a_RI)
         if self.sequence_parallel:
             projected = gather_from_sequence_parallel_region(projected, group=self.tp_group)
         elif self.split_rank:
@@ -244,7 +273,7 @@ class RowAdapter(LayerAdapter):
     def forward(self, input_: Tensor, output: Tensor) -> Tensor:
         """Return ``output [T or s, 1, O]`` with the adapter's share added; ``input_`` is ``[T, 1, I]``."""
         a_RI, b_OR = self._factors()
-        projected = F.linear(input_, a_RI)
+        projected = self._project(input_, a_RI)
         if self.sequence_parallel:
             projected = reduce_scatter_to_sequence_parallel_region(projected, group=self.tp_group)
         elif self.split_rank:

@@ -291,7 +291,13 @@ class Policy(LanguageModule):
             if self._needs_gradient and torch.is_grad_enabled() and not embedded.requires_grad:
                 embedded.requires_grad_()
         cos_QD, sin_QD = rope_tables(positions_Q, self.rope_frequencies)
-        pack = PackParams(layout=batch.layout, part=batch.part, cos_QD=cos_QD, sin_QD=sin_QD)
+        pack = PackParams(
+            layout=batch.layout,
+            part=batch.part,
+            cos_QD=cos_QD,
+            sin_QD=sin_QD,
+            dropout_Q=batch.held_dropout(),
+        )
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
 
     def _head(self) -> Tensor:

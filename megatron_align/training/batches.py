@@ -65,4 +65,7 @@ def batches_of_split(
     if reference_C is not None:
         store = store.with_completion_columns({"reference_logprobs": reference_C})
     mismatched = "mismatched_logprobs" in objective.needs
-    return StepBatches(store, order, options, rank, objective.normalization, mismatched=mismatched)
+    drops = split == "train" and setup.adapter is not None and setup.adapter.dropout > 0
+    batches = StepBatches(store, order, options, rank, objective.normalization, mismatched=mismatched)
+    batches.dropout_seed = config.train.seed if drops else None
+    return batches

@@ -50,7 +50,7 @@ class PrePass:
         if "mismatched_logprobs" in self.objective.needs:
             seen["mismatched_logprobs"] = self._mismatched_sums(step)
         if "batch_statistics" in self.objective.needs:
-            seen["batch_statistics"] = self._step_sums(batches, step)
+            seen["batch_statistics"] = self._step_sums(batches, step, training)
         return self._with_statistics(batches, step, seen, training) if seen else batches
 
     def _mismatched_sums(self, step: Step) -> StepSums:
@@ -58,8 +58,9 @@ class PrePass:
         reference_S = (self.reference or ZeroReference()).mismatched_logprobs(step)
         return StepSums(policy_S, reference_S, torch.ones_like(policy_S))
 
-    def _step_sums(self, batches: list[PackedBatch], step: Step) -> StepSums:
-        scores = self.policy.sums(batches)
+    def _step_sums(self, batches: list[PackedBatch], step: Step, training: bool) -> StepSums:
+        drops = training and batches[0].dropout_T is not None  # the loss is then that of what training drops
+        scores = self.policy.sums(batches, training=drops)
         completions = [batch.rows.completions for batch in batches] if scores else []
         references = [c.columns["reference_logprobs"] for c in completions] if self.objective.compares else []
         columns = (scores, references, [c.length_C for c in completions])

@@ -36,19 +36,31 @@ class Scorer:
     def __init__(self, chunks: Sequence[nn.Module], objective: Objective, *, base: bool = False):
         self.chunks, self.objective, self.base = list(chunks), objective, base
 
-    def sums(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+    def sums(self, batches: Sequence[PackedBatch], *, training: bool = False) -> list[Tensor]:
         """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
         return self.collect(
-            batches, lambda logprobs_N, rows: completion_sums(self.objective.weighted(logprobs_N, rows), rows)
+            batches,
+            lambda logprobs_N, rows: completion_sums(self.objective.weighted(logprobs_N, rows), rows),
+            training=training,
         )
 
     @torch.no_grad()
     def collect(
-        self, batches: Sequence[PackedBatch], of_pack: Callable[[Tensor, LossRows], Tensor]
+        self,
+        batches: Sequence[PackedBatch],
+        of_pack: Callable[[Tensor, LossRows], Tensor],
+        *,
+        training: bool = False,
     ) -> list[Tensor]:
-        """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others."""
+        """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others.
+
+        Args:
+            batches: packs.
+            of_pack: called with the values of a pack.
+            training: drop what the training on these packs drops.
+        """
         for chunk in self.chunks:
-            chunk.eval()
+            chunk.train(training)
         with adapters_off(self.chunks) if self.base else nullcontext():
             return run_schedule(
                 self.chunks,

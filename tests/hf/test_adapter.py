@@ -71,7 +71,7 @@ def test_targets(shape, targets, count):
         ({"alpha": 0}, "model.adapter.alpha must be positive .* got 0"),
         ({"alpha": float("nan")}, "model.adapter.alpha must be positive .* got nan"),
         ({"rank": 0}, "model.adapter.rank must be at least 1, got 0"),
-        ({"dropout": 0.1}, "model.adapter.dropout must be 0, as dropout is not built, got 0.1"),
+        ({"dropout": 1.0}, "model.adapter.dropout must be at least 0 and below 1, got 1.0"),
         ({"targets": "q_proj"}, "targets must be all-linear or a list of module names, got 'q_proj'"),
         ({"targets": []}, "targets must name at least one module"),
         ({"targets": ["q_prj"]}, r"'q_prj' matches no linear layer of Qwen2.*; did you mean 'q_proj'\?"),

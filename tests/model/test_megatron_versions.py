@@ -36,7 +36,9 @@ OVERRIDES = {
     ("model.attention", "PackParams", "qkv_format"): ALWAYS,
     ("model.head", "VocabularyHead", "forward"): ALWAYS,
     ("model.layer", "Layer", "_forward_attention"): ALWAYS,
+    ("model.layer", "Layer", "_forward_mlp"): ALWAYS,
     ("model.layer", "Layer", "_forward_post_mlp"): ALWAYS,
+    ("model.layer", "Layer", "forward"): ALWAYS,
     ("model.lora", "ColumnLinear", "forward"): ALWAYS,
     ("model.lora", "ColumnLinear", "sharded_state_dict"): ALWAYS,
     ("model.lora", "RowLinear", "forward"): ALWAYS,
@@ -78,6 +80,7 @@ ATTRIBUTES = {
     },
     ("transformer.transformer_layer", "TransformerLayer"): {
         "recompute_input_layernorm": ALWAYS,
+        "recompute_mlp": ALWAYS,
         "recompute_pre_mlp_layernorm": ALWAYS,
     },
 }

@@ -6,9 +6,10 @@ Shapes: B samples of one step and C their completions, S samples of the table.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from megatron_align.data.batching.attention_cost import visible_keys
 from megatron_align.data.batching.collate import PackValues, pack
@@ -21,6 +22,7 @@ from megatron_align.data.batching.normalization import (
 )
 from megatron_align.data.batching.packing import PackOptions, packed_lengths, plan_samples, plan_step
 from megatron_align.data.batching.sampler import SampleSteps, TokenSteps
+from megatron_align.data.batching.token_keys import token_keys
 from megatron_align.data.sample_table import SampleTable
 from megatron_align.records import PackedBatch, Sample
 
@@ -101,6 +103,7 @@ class StepBatches:
 
     Attributes:
         steps: number of steps of the run.
+        dropout_seed: of an adapter's dropout; None, at first: nothing is dropped.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class StepBatches:
         self.table, self.options, self.rank, self.normalization = table, options, rank, normalization
         self.steps = order.steps
         self._order, self._mismatched = order, mismatched
+        self.dropout_seed: int | None = None
         self._packed_S = packed_lengths(table, options.share_prefix)
         self._visible_S = visible_keys(
             table.prompt_lengths, table.completion_counts, table.completion_lengths, options.share_prefix
@@ -143,6 +147,11 @@ class StepBatches:
             )
             for positions, of_pack in zip(own, indices, strict=True)
         ]
+        if self.dropout_seed is not None:
+            batches = [
+                replace(batch, dropout_T=self._dropout_keys(step, samples_B, positions, plan.tokens))
+                for batch, positions in zip(batches, own, strict=True)
+            ]
         counts = StepCounts(
             samples=len(samples_B),
             tokens=int(table.lengths[samples_B].sum()),
@@ -158,6 +167,15 @@ class StepBatches:
         )
         mismatched = self._mismatches(samples_B) if self._mismatched else None
         return Step(step, self._packs(batches, indices), counts, completions.stored_C, mismatched)
+
+    def _dropout_keys(
+        self, step: int, samples_B: np.ndarray, positions: np.ndarray, tokens: int
+    ) -> torch.Tensor:
+        assert self.dropout_seed is not None, "the caller checks it"
+        samples = [self.table.sample(int(i)) for i in samples_B[positions]]
+        shared = self.options.share_prefix
+        keys_T = token_keys(self.dropout_seed, step, positions.tolist(), samples, tokens, shared)
+        return torch.from_numpy(keys_T)
 
     def stored(self, step: int) -> np.ndarray:
         """Return the index of each completion of a 0-based step in the table (int64)."""

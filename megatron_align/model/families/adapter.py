@@ -30,12 +30,14 @@ class Adapter:
         alpha: numerator of the scale.
         rslora: divide by sqrt(rank) instead of rank.
         modules: Hugging Face names of the linear layers.
+        dropout: probability that an element of A's input is dropped in training.
     """
 
     rank: int
     alpha: float
     rslora: bool
     modules: frozenset[str]
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
