@@ -45,7 +45,13 @@ def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     except OSError as error:
         return report_once(rank, error, 1)
     if rank == "0":
-        print(f"{table_of(results['tasks'])}\nresults: {config.out}/results.json")
+        folders = (
+            [f"{config.out}/{name}" for name in config.adapter]
+            if isinstance(config.adapter, dict)
+            else [config.out]
+        )
+        written = ", ".join(f"{folder}/results.json" for folder in folders)
+        print(f"{table_of(results['tasks'])}\nresults: {written}")
     return 0
 
 

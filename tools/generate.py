@@ -90,17 +90,18 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
 
 def _generate(options: argparse.Namespace) -> int:
     from megatron_align.errors import require
-    from megatron_align.evaluation.adapter_names import ONLY, parse_adapters
+    from megatron_align.evaluation.adapter_names import parse_adapters
     from megatron_align.storage.atomic_write import require_one_process
 
     require_one_process()
     require(options.limit is None or options.limit >= 1, f"--limit must be at least 1, got {options.limit}")
     adapters = parse_adapters(options.adapter)
-    for name, adapter in (adapters or {ONLY: None}).items():
-        out = Path(options.out)
-        if len(adapters) > 1:
-            out = out.with_name(f"{out.stem}.{name}{out.suffix}")
-        _generate_file(options, str(out), adapter)
+    out = Path(options.out)
+    if len(adapters) < 2:
+        _generate_file(options, str(out), next(iter(adapters.values()), None))
+    else:
+        for name, adapter in adapters.items():
+            _generate_file(options, str(out.with_name(f"{out.stem}.{name}{out.suffix}")), adapter)
     return 0
 
 

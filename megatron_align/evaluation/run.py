@@ -105,30 +105,37 @@ def evaluate(
     """
     if not isinstance(config, EvaluationConfig):
         config = load_evaluation(config)
-    if isinstance(config.adapter, dict):
-        return _evaluate_each(config, rank_info)
-    setup = _prepare(config, rank_info or parallel.RankInfo.from_environment())
-    watchdog = join_watched(setup.rank_info, config.parallel)
+    rank_info = rank_info or parallel.RankInfo.from_environment()
+    setups = [_prepare(one, rank_info) for one in _of_each_adapter(config)]
+    watchdog = join_watched(rank_info, config.parallel)
     with watchdog.watching():
-        _require_base(setup, watchdog)
-        items = {**_score(setup, watchdog), **_answer(setup, watchdog)}
-        results = _results(setup, items)
-        if setup.rank_info.rank == 0:
-            _write(Path(config.out), items, results)
+        results = [_evaluate(setup, watchdog) for setup in setups]
         dist.barrier()
     parallel.leave()
+    if not isinstance(config.adapter, dict):
+        return results[0]
+    named = zip(config.adapter, results, strict=True)
+    return {"tasks": {f"{name}/{task}": found for name, of in named for task, found in of["tasks"].items()}}
+
+
+def _of_each_adapter(config: EvaluationConfig) -> list[EvaluationConfig]:
+    """Return the evaluation of the model with each of its adapters, which has a folder of its own if several."""
+    if not isinstance(config.adapter, dict):
+        return [config]
+    return [
+        dataclasses.replace(config, adapter=path, out=str(Path(config.out) / name))
+        for name, path in config.adapter.items()
+    ]
+
+
+def _evaluate(setup: _Setup, watchdog: Watchdog) -> dict[str, Any]:
+    """Return the results of one model, which rank 0 writes. Collective."""
+    _require_base(setup, watchdog)
+    items = {**_score(setup, watchdog), **_answer(setup, watchdog)}
+    results = _results(setup, items)
+    if setup.rank_info.rank == 0:
+        _write(Path(setup.config.out), items, results)
     return results
-
-
-def _evaluate_each(config: EvaluationConfig, rank_info: parallel.RankInfo | None) -> dict[str, Any]:
-    """Evaluate the model with each of several adapters, into a folder for each; ``tasks`` are named ADAPTER/TASK."""
-    assert isinstance(config.adapter, dict), "the caller checks it"
-    tasks: dict[str, Any] = {}
-    for name, path in config.adapter.items():
-        one = dataclasses.replace(config, adapter=path, out=str(Path(config.out) / name))
-        results = evaluate(one, rank_info)
-        tasks |= {f"{name}/{task}": result for task, result in results["tasks"].items()}
-    return {"tasks": tasks}
 
 
 def _require_base(setup: _Setup, watchdog: Watchdog) -> None:
@@ -229,10 +236,10 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
     if not setup.scored:
         return {}
     config, groups = setup.config, parallel.groups()
-    adapter = setup.adapter
-    chunks = build_policy(setup.megatron, setup.shape, groups, adapter and adapter.adapter)
-    if adapter is not None:
-        fill_adapter(chunks, adapter.adapter, adapter.tensors.__getitem__)
+    stored = setup.adapter
+    chunks = build_policy(setup.megatron, setup.shape, groups, None if stored is None else stored.adapter)
+    if stored is not None:
+        fill_adapter(chunks, stored.adapter, stored.tensors.__getitem__)
     score = CompletionScorer(
         chunks=chunks,
         parallel=config.parallel,

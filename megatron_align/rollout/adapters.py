@@ -6,7 +6,7 @@ each adapted module, as in training and in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class EngineAdapters:
         """Compute with an adapter from now on; None: with the base."""
         self._active = {} if name is None else self._factors[name]
 
-    def _hook(self, name: str):  # noqa: ANN202 - a forward hook of torch
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name not in self._active:
                 return output

@@ -1,4 +1,4 @@
-"""Law 10 with dropout: the same gradients on every layout, packed, shared, recomputed or not, and the losses of PEFT."""
+"""Law 10 with dropout: the same gradients on every layout, packed, shared, recomputed or not, and losses of PEFT."""
 
 import pytest
 import torch
