@@ -30,7 +30,7 @@ from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, 
 
 @dataclass(frozen=True, slots=True)
 class ExportedAdapter:
-    """What was exported of an adapter's checkpoint.
+    """An exported adapter, and the base that it was merged into.
 
     Args:
         stored: the adapter.

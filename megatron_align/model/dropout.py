@@ -80,12 +80,13 @@ class _DroppedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        input_, a_RI, *drawn = ctx.saved_tensors
+        input_, a_RI, keys_S, features_2I = ctx.saved_tensors
         d_input = d_a = None
         if ctx.needs_input_grad[0]:
-            d_input = _dropped(grad @ a_RI, *drawn, ctx.probability)
+            d_input = _dropped(grad @ a_RI, keys_S, features_2I, ctx.probability)
         if ctx.needs_input_grad[1]:
-            d_a = grad.flatten(0, 1).T @ _dropped(input_, *drawn, ctx.probability).flatten(0, 1)
+            dropped = _dropped(input_, keys_S, features_2I, ctx.probability)
+            d_a = grad.flatten(0, 1).T @ dropped.flatten(0, 1)
         return d_input, d_a, None, None, None
 
 

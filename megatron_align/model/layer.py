@@ -114,7 +114,7 @@ class Layer(TransformerLayer):
         return super()._forward_post_mlp(mlp_output_with_bias, residual)
 
 
-def _with_keys(module: nn.Module, keys_Q: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _with_keys(module: nn.Module, keys_Q: Tensor | None, *args: Any, **kwargs: Any) -> Any:
     with dropout_keys(keys_Q):
         return module(*args, **kwargs)
 
