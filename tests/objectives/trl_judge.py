@@ -42,7 +42,7 @@ class Bigram(nn.Module):
         return SimpleNamespace(
             log_probs=torch.where(trained, token_logprobs, 0.0),
             log_sum_sq_probs=(2 * logprobs.detach()).logsumexp(-1),
-            entropy=torch.zeros_like(token_logprobs),
+            entropy=-(logprobs.detach().exp() * logprobs.detach()).sum(-1),
             mean_logits=torch.zeros_like(token_logprobs),
             is_top1=trained,
         )

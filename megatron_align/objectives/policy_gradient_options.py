@@ -1,0 +1,227 @@
+"""Options of policy gradients on sampled completions, with TRL's names and defaults where TRL has them.
+
+Every option that the others leave without effect is refused. Formulas: losses/policy_gradient.py and
+losses/advantage_estimator.py; docs/online.md says where peers differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_align.errors import require
+from megatron_align.losses.advantage_estimator import WHITENED, AdvantageEstimator
+from megatron_align.losses.policy_gradient import POLICY_LOSSES, PolicyGradient
+from megatron_align.objectives.options import (
+    ObjectiveOptions,
+    require_loss_types,
+    require_positive,
+    require_used,
+)
+
+_OPTIONS_OF = {name: loss.options for name, loss in POLICY_LOSSES.items()}
+_LOSS_OPTIONS = sorted({option for options in _OPTIONS_OF.values() for option in options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientOptions(ObjectiveOptions):
+    """Policy gradient on sampled completions: GRPO and its relatives.
+
+    Args:
+        loss_type: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo
+        epsilon: clip of the ratio below 1 (and above, without epsilon_high); null: 0.2. cispo: a lower bound of 1 -
+            epsilon, null: none
+        epsilon_high: clip of the ratio above 1; null: epsilon. cispo: the upper bound itself; null: 0.2
+        delta: bound of the ratio where the advantage is negative (dual clip), above 1 + epsilon_high; null: none
+        sapo_temperature_pos: sapo: temperature where the advantage is positive; null: 1
+        sapo_temperature_neg: sapo: temperature elsewhere; null: 1.05
+        vespo_k_pos: vespo: k where the advantage is not negative; null: 2
+        vespo_lambda_pos: vespo: lambda there; null: 3
+        vespo_k_neg: vespo: k where the advantage is negative; null: 3
+        vespo_lambda_neg: vespo: lambda there; null: 2
+        importance_sampling_level: ratio of each token, or of its completion (sequence: GSPO, with loss_type grpo)
+        sequence_ratio: level sequence: exponential of the mean log-ratio or of its sum; null: mean
+        log_ratio_bound: clamp log-ratios to plus and minus this before exponentials; null: not
+        off_policy_mask_threshold: drop completions of negative advantage whose policy has drifted further, in nats per
+            token; null: none
+        max_completion_length: dr_grpo: tokens that its sums are divided by; null: the limit of generation
+        mask_truncated_completions: answers that were cut off have no part in the loss
+        truncated_in_baseline: rewards of answers that were cut off count in means and deviations
+        top_entropy_quantile: share of the step's tokens, those of highest entropy, whose policy loss is kept
+        advantage: group, rloo, opo, reinforce, reinforce_baseline or gae
+        scale_rewards: group: deviation that divides: of the group, of the batch, or none; null: group
+        std_eps: added to deviations that divide; null: 1e-4
+        unbiased_std: deviations by n - 1, or by n; null: true
+        normalize_advantages: whiten advantages; null: true for reinforce, reinforce_baseline and gae
+        reward_clip_range: smallest and largest reward; null: not clipped
+        gamma: discount of token rewards; null: 1
+        gae_lambda: gae: lambda; null: 1
+        beta: KL coefficient; 0: no reference
+        kl_in: loss, token_reward (the report's) or sequence_reward; null: loss
+        kl_estimator: k1, k2 or k3; null: k3 in the loss, k1 in a reward
+        use_bias_correction_kl: weigh the KL term of the loss by the ratio; null: true
+        correct_kl: weigh the KL term of the loss by the engine's correction too; null: false
+        overlong_buffer: tokens before the limit of generation over which answers are penalised; null: none
+        overlong_factor: penalty at the limit; null: 1
+    """
+
+    loss_type: str = "dapo"
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    delta: float | None = None
+    sapo_temperature_pos: float | None = None
+    sapo_temperature_neg: float | None = None
+    vespo_k_pos: float | None = None
+    vespo_lambda_pos: float | None = None
+    vespo_k_neg: float | None = None
+    vespo_lambda_neg: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    sequence_ratio: Literal["mean", "sum"] | None = None
+    log_ratio_bound: float | None = None
+    off_policy_mask_threshold: float | None = None
+    max_completion_length: int | None = None
+    mask_truncated_completions: bool = False
+    truncated_in_baseline: bool = True
+    top_entropy_quantile: float = 1.0
+    advantage: Literal["group", "rloo", "opo", "reinforce", "reinforce_baseline", "gae"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    std_eps: float | None = None
+    unbiased_std: bool | None = None
+    normalize_advantages: bool | None = None
+    reward_clip_range: list[float] | None = None
+    gamma: float | None = None
+    gae_lambda: float | None = None
+    beta: float = 0.0
+    kl_in: Literal["loss", "token_reward", "sequence_reward"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    use_bias_correction_kl: bool | None = None
+    correct_kl: bool | None = None
+    overlong_buffer: int | None = None
+    overlong_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        require_loss_types([self.loss_type], POLICY_LOSSES)
+        self._check_ratio()
+        self._check_rewards()
+        self._check_advantage()
+        self._check_kl()
+
+    def policy_gradient(self) -> PolicyGradient:
+        """Return the loss that these options describe."""
+        own = {option: getattr(self, option) for option in _OPTIONS_OF[self.loss_type]}
+        return PolicyGradient(
+            loss_type=self.loss_type,
+            options={option: value for option, value in own.items() if value is not None},
+            importance_sampling_level=self.importance_sampling_level,
+            sequence_ratio=self.sequence_ratio or "mean",
+            log_ratio_bound=self.log_ratio_bound,
+            beta=self.beta if self.kl_place == "loss" else 0.0,
+            kl_estimator=self.kl_estimator or "k3",
+            use_bias_correction_kl=self.use_bias_correction_kl is not False,
+            correct_kl=bool(self.correct_kl),
+            off_policy_mask_threshold=self.off_policy_mask_threshold,
+        )
+
+    def advantage_estimator(self) -> AdvantageEstimator:
+        """Return the estimator of advantages that these options describe."""
+        clip = self.reward_clip_range
+        return AdvantageEstimator(
+            advantage=self.advantage,
+            scale_rewards=self.scale_rewards or "group",
+            std_eps=1e-4 if self.std_eps is None else self.std_eps,
+            unbiased_std=self.unbiased_std is not False,
+            normalize_advantages=self.whitens,
+            beta=0.0 if self.kl_place == "loss" else self.beta,
+            kl_in=self.kl_place,
+            kl_estimator=self.kl_estimator or "k1",
+            gamma=1.0 if self.gamma is None else self.gamma,
+            gae_lambda=1.0 if self.gae_lambda is None else self.gae_lambda,
+            reward_clip_range=None if clip is None else (clip[0], clip[1]),
+        )
+
+    @property
+    def whitens(self) -> bool:
+        """Whether advantages are whitened."""
+        return self.advantage in WHITENED if self.normalize_advantages is None else self.normalize_advantages
+
+    @property
+    def kl_place(self) -> Literal["loss", "token_reward", "sequence_reward"]:
+        """The place of the KL penalty: the loss, or the reward of tokens or answers."""
+        return self.kl_in or "loss"
+
+    def _check_ratio(self) -> None:
+        options = {option: getattr(self, option) for option in _LOSS_OPTIONS}
+        require_used(options, [self.loss_type], _OPTIONS_OF)
+        rest = {"off_policy_mask_threshold", "log_ratio_bound", "max_completion_length"}
+        given = options | {option: getattr(self, option) for option in rest}
+        require_positive(**{option: value for option, value in given.items() if value is not None})
+        epsilon = 0.2 if self.epsilon is None else self.epsilon
+        require(epsilon < 1, f"objective.epsilon must be below 1, got {self.epsilon}")
+        lowest = 1 + (epsilon if self.epsilon_high is None else self.epsilon_high)
+        require(
+            self.delta is None or self.delta > lowest,
+            f"objective.delta must be above 1 + epsilon_high = {lowest:g}, where the clip is; got {self.delta}",
+        )
+        self._require_for("sequence_ratio", self.importance_sampling_level == "sequence", "level sequence")
+        clamps_itself = self.loss_type == "vespo"
+        require(
+            not (clamps_itself and self.importance_sampling_level == "sequence"),
+            "objective.importance_sampling_level must be token with loss_type vespo, whose ratio is that of the answer "
+            "already; got sequence",
+        )
+        self._require_for(
+            "log_ratio_bound", not clamps_itself, "every loss_type but vespo, which has its own"
+        )
+        self._require_for("max_completion_length", self.loss_type == "dr_grpo", "loss_type dr_grpo")
+        require(
+            0 < self.top_entropy_quantile <= 1,
+            f"objective.top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}",
+        )
+
+    def _check_rewards(self) -> None:
+        clip = self.reward_clip_range
+        require(
+            clip is None or (len(clip) == 2 and clip[0] < clip[1]),
+            f"objective.reward_clip_range must be two rewards, the smaller first; got {clip}",
+        )
+        self._require_for("overlong_factor", self.overlong_buffer is not None, "an overlong_buffer")
+        given = {name: getattr(self, name) for name in ("overlong_buffer", "overlong_factor")}
+        require_positive(**{name: value for name, value in given.items() if value is not None})
+
+    def _check_advantage(self) -> None:
+        self._require_for("scale_rewards", self.advantage == "group", "advantage group")
+        divides = self.whitens or (self.advantage == "group" and self.scale_rewards != "none")
+        for name in ("std_eps", "unbiased_std"):
+            self._require_for(name, divides, "advantages that a deviation divides")
+        discounts = self.advantage in ("reinforce", "gae") or self.kl_place == "token_reward"
+        self._require_for("gamma", discounts, "advantage reinforce or gae, or kl_in token_reward")
+        self._require_for("gae_lambda", self.advantage == "gae", "advantage gae")
+        for name in ("gamma", "gae_lambda"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"objective.{name} must be in [0, 1], got {value}")
+        require(
+            self.std_eps is None or self.std_eps >= 0,
+            f"objective.std_eps must not be negative, got {self.std_eps}",
+        )
+
+    def _check_kl(self) -> None:
+        require(self.beta >= 0, f"objective.beta must not be negative, got {self.beta}")
+        for name in ("kl_in", "kl_estimator", "use_bias_correction_kl", "correct_kl"):
+            self._require_for(name, self.beta > 0, "a KL penalty, beta above 0")
+        for name in ("use_bias_correction_kl", "correct_kl"):
+            self._require_for(name, self.kl_place == "loss", "kl_in loss")
+        require(
+            not (
+                self.beta > 0
+                and self.kl_place == "loss"
+                and self.kl_estimator == "k1"
+                and self.use_bias_correction_kl is False
+            ),
+            "objective.kl_estimator k1 in the loss needs use_bias_correction_kl: without the ratio its gradient is 0 "
+            "in expectation, so beta would have no effect; got false",
+        )
+
+    def _require_for(self, name: str, used: bool, user: str) -> None:
+        """Check that an option that was given (is not null) has an effect."""
+        value = getattr(self, name)
+        require(value is None or used, f"objective.{name} belongs to {user}; got {value} without it")
