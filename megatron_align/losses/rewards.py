@@ -39,8 +39,8 @@ def combine_rewards(
     if len(bad):
         r, c = bad[0].tolist()
         raise InputError(
-            f"reward {names[r]} must return a finite number or None, got {number_RC[r][c]} for completion {c} of the step "
-            "(counting from 0)"
+            f"reward {names[r]} must return a finite number or None, got {number_RC[r][c]} for completion {c} of the "
+            "step (counting from 0)"
         )
     weights = torch.tensor(list(weight_R), dtype=torch.float64)
     return (weights[:, None] * reward_RC).sum(0), scored_RC.any(0)
