@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 from megatron_align import faults
-from megatron_align.errors import warn_once
+from megatron_align.errors import TrainingFault, warn_once
 from megatron_align.storage.checksums import CHECKSUMS
 from megatron_align.storage.deletion import delete_folder, discard, hide, why_undeletable
 
@@ -39,6 +39,13 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
         return []
     matches = [(match, path) for path in run.iterdir() if (match := _STEP.fullmatch(path.name))]
     return sorted((int(match[1]), path) for match, path in matches if path.is_dir())
+
+
+def folder_taken(taken_by: str | None) -> TrainingFault:
+    """Return the error of a run whose folder another process took while it was paused; None: rank 0 knows which."""
+    return TrainingFault(
+        f"{taken_by or 'another run'} took over checkpoint.dir while this run was paused; it is left unchanged"
+    )
 
 
 def find_checkpoint(path: str | Path) -> Path | None:

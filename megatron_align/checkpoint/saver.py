@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_align import faults
-from megatron_align.checkpoint.folder import ASSETS, CARD, STATE
+from megatron_align.checkpoint.folder import ASSETS, CARD, STATE, folder_taken
 from megatron_align.checkpoint.host_optimizer_state import SaveableOptimizer
 from megatron_align.checkpoint.save_plan import (
     RankSavePlan,
@@ -42,13 +42,16 @@ from megatron_align.checkpoint.torch_metadata import COMMON, FORMAT_FILE, FORMAT
 from megatron_align.hf.assets import AssetChanges, write_assets
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
-from megatron_align.storage.atomic_write import commit_folder, files_below, partial_folder
+from megatron_align.storage.atomic_write import CommitFailed, commit_folder, files_below, partial_folder
 from megatron_align.storage.checksums import HashingFile, hash_files, without_zip_checksums, write_checksums
 from megatron_align.storage.deletion import discard
 
 
 class SaveFailed(OSError):
-    """A rank could not write its part of a checkpoint; raised on all ranks, and the partial files are deleted."""
+    """A rank could not write its part of a checkpoint; raised on all ranks, and the partial files are deleted.
+
+    A complete checkpoint that could not be renamed stays under its hidden name.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +128,17 @@ class Saver:
         background: write while training continues. Needs host memory for a copy of this rank's part, kept for the
             next save.
         before: called on rank 0 before each save, to force rows onto the disk; its OSError fails the save.
+        taken_by: called on rank 0 before anything is created, renamed or deleted: returns which process took the
+            run's folder from this one, or None. The save then ends without touching the folder.
     """
 
-    def __init__(self, background: bool = False, before: Callable[[], None] | None = None) -> None:
-        self.background, self._before = background, before or (lambda: None)
+    def __init__(
+        self,
+        background: bool = False,
+        before: Callable[[], None] = lambda: None,
+        taken_by: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.background, self._before, self._taken_by = background, before, taken_by
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._plans = SavePlanCache()
         self._host_copies: dict[MetadataIndex, Tensor] = {}
@@ -152,6 +162,7 @@ class Saver:
 
         Raises:
             SaveFailed: on every rank, if the folder cannot be created.
+            TrainingFault: on every rank, if another process took the run's folder.
         """
         assert self._pending is None, "one save at a time"
         started = time.perf_counter()
@@ -161,7 +172,7 @@ class Saver:
             self._before()
             _create(partial, step)
 
-        _on_rank_0(partial, create)
+        self._on_rank_0(partial, create)
         plan = self._plans.plan(content.model, content.optimizer, content.reference)
         copies: list[tuple[Tensor, Tensor]] = []
         if self.background or torch.cuda.is_available():
@@ -201,6 +212,7 @@ class Saver:
 
         Raises:
             SaveFailed: on every rank, if any of them could not write its part (a full disk, for example).
+            TrainingFault: on every rank, if another process took the run's folder.
         """
         save, self._pending = self._pending, None
         assert save is not None, "no save has begun"
@@ -211,7 +223,7 @@ class Saver:
             result = error
         results: list[Any] = [None] * dist.get_world_size()
         dist.gather_object(result, results if dist.get_rank() == 0 else None)
-        size = _on_rank_0(save.job.partial, lambda: _complete(save.job, results))
+        size = self._on_rank_0(save.job.partial, lambda: _complete(save.job, results))
         now = time.perf_counter()
         return Saved(save.job.step, save.job.folder, size, save.pause + now - resumed, now - save.started)
 
@@ -219,6 +231,43 @@ class Saver:
         """Write a checkpoint and wait for it: :meth:`begin` and :meth:`finish`."""
         self.begin(folder, content)
         return self.finish()
+
+    def _on_rank_0(self, partial: Path, call: Callable[[], Any]) -> Any:
+        """Make a call that uses the disk on rank 0, if the folder is still the run's; return its result on every rank.
+
+        Raises:
+            SaveFailed: on every rank; the partial folder is deleted, which frees the space on a full disk, unless it is
+                complete and could not be renamed.
+            TrainingFault: on every rank, if another process took the run's folder; nothing is changed there.
+        """
+        answer: list[Any] = [None, None, None]  # result, reason of a failure, who took the folder
+        if dist.get_rank() == 0:
+            taken_by = self._taken_by()
+            answer = [None, None, taken_by] if taken_by else self._attempt(partial, call)
+        dist.broadcast_object_list(answer, src=0)
+        result, failure, taken_by = answer
+        if taken_by:
+            raise folder_taken(taken_by)
+        if failure is not None:
+            raise SaveFailed(f"writing the checkpoint failed at {partial}: {failure}")
+        return result
+
+    def _attempt(self, partial: Path, call: Callable[[], Any]) -> list[Any]:
+        try:
+            return [call(), None, None]
+        except CommitFailed as error:
+            return [
+                None,
+                f"{_reason(error)}; rename it before the next start of this run, which deletes it",
+                None,
+            ]
+        except OSError as error:
+            taken_by = (
+                self._taken_by()
+            )  # then the other run has deleted the files, and may write its own there
+            if not taken_by and os.path.lexists(partial):
+                discard(partial)
+            return [None, _reason(error), taken_by]
 
     def _with_host_copies(self, plan: RankSavePlan) -> tuple[RankSavePlan, list[tuple[Tensor, Tensor]]]:
         """Return the plan with host memory in place of the tensors that training changes, and the copies to make.
@@ -352,26 +401,6 @@ def _complete(job: _SaveJob, results: list[_WrittenFiles | OSError]) -> int:
     return size
 
 
-def _on_rank_0(partial: Path, call: Callable[[], Any]) -> Any:
-    """Make a call that uses the disk on rank 0; return its result on every rank.
-
-    Raises:
-        SaveFailed: on every rank; the partial folder is deleted, which frees the space on a full disk.
-    """
-    answer: list[Any] = [None, None]  # result, reason of a failure
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = call()
-        except OSError as error:
-            if os.path.lexists(partial):
-                discard(partial)
-            answer[1] = _reason(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise SaveFailed(f"writing the checkpoint failed at {partial}: {answer[1]}")
-    return answer[0]
-
-
 def _reason(error: OSError) -> str:
-    reason = " ".join(str(error.strerror or error).split())[:300] or type(error).__name__
+    reason = " ".join(str(error.strerror or error).split())[:1000] or type(error).__name__
     return f"{reason} in {error.filename}" if error.filename else reason

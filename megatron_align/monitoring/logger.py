@@ -6,7 +6,7 @@ Only rank 0 writes. The other ranks hold a :class:`RunLog` without any output, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class RunLog:
         rows: metrics.jsonl; None: not written.
         console: the terminal; None: nothing is shown.
         trackers: TensorBoard, Weights & Biases, MLflow.
+        taken_by: returns which process took the run's folder from this one; None: none has. Nothing more is recorded
+            then, as the other run records the same steps.
     """
 
     def __init__(
@@ -31,12 +33,20 @@ class RunLog:
         rows: MetricsFile | None = None,
         console: ConsoleDisplay | None = None,
         trackers: Sequence[TrackerThread] = (),
+        taken_by: Callable[[], str | None] = lambda: None,
     ):
         self._rows, self._console, self._trackers = rows, console, list(trackers)
+        self._taken_by = taken_by
 
     @classmethod
     def open(
-        cls, folder: Path, config: LoggingConfig, settings: Mapping[str, Any], done: int, steps: int
+        cls,
+        folder: Path,
+        config: LoggingConfig,
+        settings: Mapping[str, Any],
+        done: int,
+        steps: int,
+        taken_by: Callable[[], str | None] = lambda: None,
     ) -> RunLog:
         """Open rank 0's outputs.
 
@@ -46,11 +56,13 @@ class RunLog:
             settings: the run's resolved configuration, for the trackers.
             done: steps already made; rows after them are dropped, as a resumed run writes them again.
             steps: of the complete run.
+            taken_by: see :class:`RunLog`.
         """
         keep_until(folder / METRICS, done)
         rows = MetricsFile(folder / METRICS)
         console = ConsoleDisplay(done, steps)
-        return cls(rows, console, open_trackers(folder, config, settings, done, console.message))
+        trackers = open_trackers(folder, config, settings, done, console.message)
+        return cls(rows, console, trackers, taken_by)
 
     def __enter__(self) -> RunLog:
         if self._console:
@@ -62,7 +74,7 @@ class RunLog:
             self._console.stop()
         try:
             if self._rows:
-                self._rows.close()
+                self._rows.close(discard=self._taken_by() is not None)
         finally:
             for tracker in self._trackers:
                 tracker.close(failed=error[0] is not None)
@@ -89,10 +101,14 @@ class RunLog:
     def write(self, row: Mapping[str, Any], unrecorded: Mapping[str, float] | None = None) -> None:
         """Record one row: of a training step, or of a validation, a timing or a checkpoint (``split``).
 
+        Without effect once another process has taken the run's folder: the run ends after this step.
+
         Args:
             row: JSON values; a number that is not finite is recorded as null, as JSON has no NaN.
             unrecorded: numbers that are only shown on the terminal.
         """
+        if self._taken_by():
+            return
         row = {name: _finite_or_null(value) for name, value in row.items()}
         if self._rows and (refusal := self._rows.add(row)):
             self.message(f"warning: {METRICS}: {refusal}; its rows wait in memory")

@@ -91,11 +91,12 @@ class MetricsFile:
         self.flush()
         fsync_open(self._file.fileno(), self._path)
 
-    def close(self) -> None:
-        """Write the remaining rows and close.
+    def close(self, discard: bool = False) -> None:
+        """Write the remaining rows and close; ``discard`` drops them, as the file is another run's by now.
 
         Raises:
             OSError: it could not be written.
         """
         with self._file:
-            self.flush()
+            if not discard:
+                self.flush()

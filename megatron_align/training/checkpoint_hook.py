@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from megatron_align.checkpoint.folder import prune
+from megatron_align.checkpoint.folder import folder_taken, prune
 from megatron_align.checkpoint.saver import SaveFailed, Saver
 from megatron_align.config import CheckpointConfig
-from megatron_align.errors import TrainingFault
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.training.hooks import Hook
@@ -44,7 +43,6 @@ class Checkpointing(Hook):
 
     def __init__(self, config: CheckpointConfig, log: RunLog):
         self._config, self._log = config, log
-        self._saver = Saver(background=config.async_save, before=log.sync)
         self._stop = StopRequests(self._announce_stop)
         self._saved_step: int | None = None
         self._failed_at: float | None = None
@@ -54,6 +52,9 @@ class Checkpointing(Hook):
         """Delete checkpoints beyond the retention limit (a kill may have come before that) and catch stop signals."""
         super().start(trainer)
         self._watchdog, self._lock = trainer.watchdog, trainer.setup.lock
+        self._saver = Saver(
+            background=self._config.async_save, before=self._log.sync, taken_by=trainer.setup.taken_by
+        )
         self._prune()
         self._stop.__enter__()
 
@@ -112,15 +113,12 @@ class Checkpointing(Hook):
         due = every is not None and step % every == 0
         retry = self._failed_at is not None and time.monotonic() - self._failed_at > RETRY_SECONDS
         writing = self._saver.pending and not self._saver.written()
-        saves = self._saver.pending or due or step == self.trainer.steps
-        taken_by = self._lock and self._lock.taken_by(now=saves)
+        taken_by = self.trainer.setup.taken_by()
         flags = (bool(self._stop.signal_name), retry, writing, self._stop.interrupted, bool(taken_by))
         stops, retries, writers, interrupts, losses = parallel.all_reduce_sum([float(flag) for flag in flags])
         if losses:
             self._is_folder_lost = True
-            raise TrainingFault(
-                f"{taken_by or 'another run'} took over checkpoint.dir while this run was paused; it is left unchanged"
-            )
+            raise folder_taken(taken_by)
         if stops:
             self._announce_stop()  # another rank may have received the signal
         return _Agreement(due, stops > 0, retries > 0, writers > 0, interrupts > 0)

@@ -45,6 +45,7 @@ def _run_unless_finished(setup: RunSetup) -> bool:
 
 def run_trainer(trainer: Trainer) -> bool:
     """Make the remaining steps with the standard log and hooks; return False if a signal stopped the run."""
+    trainer.setup.require_folder()
     with open_log(trainer) as log:
         return fit(trainer, standard_hooks(trainer, log))
 

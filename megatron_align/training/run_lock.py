@@ -52,14 +52,9 @@ class RunLock:
         """Whether this process holds the lock."""
         return self._lock.is_held
 
-    def taken_by(self, *, now: bool = False) -> str | None:
-        """Return which process took the lock from this one, which was paused; None: none has.
-
-        Args:
-            now: read the file; otherwise the answer is up to a heartbeat old.
-        """
-        if now:
-            self._lock.beat()
+    def taken_by(self) -> str | None:
+        """Return which process took the lock from this one, which was paused; None: none has. It reads the file."""
+        self._lock.beat()
         return self._lock.lost
 
     def mark_stopping(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.checkpoint.card import require_all_weights, shape_differences
-from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint
+from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
 from megatron_align.data.batching.sampler import step_order
@@ -93,6 +93,21 @@ class RunSetup:
     changes: AssetChanges
     notes: Notes
     lock: RunLock | None = None
+
+    def taken_by(self) -> str | None:
+        """Return on rank 0 which process took the folder from this run, which was paused; None: none has."""
+        return self.lock.taken_by() if self.lock else None
+
+    def require_folder(self) -> None:
+        """Check that the folder is still this run's, before anything is changed there; collective.
+
+        Raises:
+            TrainingFault: on every rank: another process took it while this run was paused.
+        """
+        taken_by = self.taken_by()
+        [losses] = parallel.all_reduce_sum([float(bool(taken_by))])
+        if losses:
+            raise folder_taken(taken_by)
 
 
 def prepare_run(

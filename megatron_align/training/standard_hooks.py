@@ -31,10 +31,11 @@ def open_log(trainer: Trainer) -> RunLog:
     """Write config.yaml and open the log on rank 0; return a log without outputs on the other ranks."""
     if dist.get_rank() != 0:
         return RunLog()
-    folder, settings = trainer.setup.folder, to_dict(trainer.config)
+    setup, settings = trainer.setup, to_dict(trainer.config)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
-    return RunLog.open(folder, trainer.config.logging, settings, trainer.step, trainer.steps)
+    (setup.folder / "config.yaml").write_text(text, encoding="utf-8")
+    config = trainer.config.logging
+    return RunLog.open(setup.folder, config, settings, trainer.step, trainer.steps, setup.taken_by)
 
 
 class Summary(Hook):
@@ -209,6 +210,7 @@ class Export(Hook):
             self.trainer.export(folder)
             if dist.get_rank() == 0:
                 self._log.message(f"exported to {folder}: {describe_assets(folder)}")
+        self.trainer.setup.require_folder()
         if dist.get_rank() == 0:
             write_finished_marker(self.trainer.setup.folder, self.trainer.steps)
 

@@ -296,8 +296,9 @@ class Trainer:
 
         Raises:
             SaveFailed: on every rank, if any of them could not write its part.
+            TrainingFault: on every rank, if another process took the run's folder.
         """
-        saver = Saver()
+        saver = Saver(taken_by=self.setup.taken_by)
         with self.watchdog.patient(f"saving step {self.step}"):
             self.begin_save(saver)
             return saver.finish()
@@ -319,6 +320,7 @@ class Trainer:
 
     def export(self, folder: Path | str) -> None:
         """Write the model as a Hugging Face folder, an adapter merged; one that exists is replaced at the end."""
+        self.setup.require_folder()
         with self.watchdog.patient("export"):
             gather_parameters(self.model)
             card = model_card(self._metadata(), last_rows(self.setup.folder / METRICS, self.step))
@@ -344,6 +346,7 @@ class Trainer:
     def export_adapter(self, folder: Path | str) -> None:
         """Write the adapter as a PEFT folder; one that exists is replaced at the end."""
         assert self.base is not None, "the run trains an adapter"
+        self.setup.require_folder()
         with self.watchdog.patient("export"):
             gather_parameters(self.model)
             export_adapter(self.chunks, Path(folder), self.base.base, self.base.weights)
@@ -389,6 +392,7 @@ def _hub_models(config: RunConfig) -> list[str]:
 
 def _clean_run_folder(setup: RunSetup) -> None:
     """Remove what a killed run left unfinished, and the markers of how it ended: this run continues it."""
+    setup.require_folder()
     if dist.get_rank() == 0:
         clean_up_after_kill(setup.folder)
         remove_requeue_marker(setup.folder)

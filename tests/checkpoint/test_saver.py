@@ -2,8 +2,11 @@
 training changes once it is copied, and however late it is copied and gathered.
 """
 
+import errno
 import os
 import time
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -118,3 +121,26 @@ def test_a_rank_that_cannot_write_is_reported_by_all(pool, tiny_models, tmp_path
         assert message.endswith(f".step_000001.partial: rank {rank}: No space left on device")
         assert left == []
     assert find_corrupt_files(tmp_path / "step_000002") == []
+
+
+def fail_to_rename(rank_info, model, folder):
+    """In a process of the pool: the folder of the checkpoint is a mount point by the time it is complete."""
+    content = build(rank_info, model, ParallelConfig(), torch.float32)
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(self, target)
+
+    with mock.patch.object(Path, "rename", refuse), pytest.raises(SaveFailed) as failure:
+        Saver().save(folder / "step_000001", content)
+    parallel.leave()
+    return str(failure.value)
+
+
+def test_a_complete_checkpoint_that_cannot_be_renamed_is_kept(pool, tiny_models, tmp_path):
+    partial = tmp_path / ".step_000001.partial"
+    for message in pool.run(2, fail_to_rename, tiny_models(), tmp_path):
+        assert f"stays at {partial}: Device or resource busy; rename it before the next start" in message
+    assert find_corrupt_files(partial) == []

@@ -79,36 +79,50 @@ def test_bad_input_leaves_neither_lock_nor_folder(tiny_models, tmp_path, capsys)
     assert not (tmp_path / "a").exists()
 
 
-def lose_the_lock(rank_info, arguments):
-    """In a process of the pool: another machine takes the folder after the first step."""
+MOMENTS = {  # of the call before which the lock is lost: its place, name; then the steps in rows, what the folder holds
+    "step": ("training.trainer", "Trainer", "train_step", [], []),
+    "copy": ("checkpoint.saver", "Saver", "begin", [1, 2], []),
+    "save": ("checkpoint.saver", "Saver", "finish", [1, 2], [".step_000002.partial"]),
+    "export": ("training.trainer", "Trainer", "export", [1, 2, 3], ["step_000002", "step_000003"]),
+}
+
+
+def lose_the_lock(rank_info, arguments, moment):
+    """In a process of the pool: another machine takes the folder just before a call is made."""
+    import importlib
     from dataclasses import replace
+    from pathlib import Path
     from unittest import mock
 
     from megatron_align.objectives.configuration import parse
     from megatron_align.storage.lock_holder import Holder
     from megatron_align.training.loop import run
-    from megatron_align.training.trainer import Trainer
 
-    train_step = Trainer.train_step
+    module, owner, name, *_ = MOMENTS[moment]
+    owner, config = getattr(importlib.import_module(f"megatron_align.{module}"), owner), parse(arguments)
+    path, call = Path(config.checkpoint.dir) / LOCK, getattr(owner, name)
 
-    def and_lose(self, *arguments):
-        report = train_step(self, *arguments)
-        if self.step == 1 and rank_info.rank == 0:
-            other = replace(
-                Holder.this_process(self.setup.folder / LOCK, ""), host="node7", machine="another boot"
-            )
-            (self.setup.folder / LOCK).write_text(other.to_text())
-        return report
+    def lose_first(self, *arguments):
+        if rank_info.rank == 0:
+            other = replace(Holder.this_process(path, ""), host="node7", machine="another boot")
+            path.write_text(other.to_text())
+        return call(self, *arguments)
 
-    with mock.patch.object(Trainer, "train_step", and_lose):
-        run(parse(arguments), rank_info)
+    with mock.patch.object(owner, name, lose_first):
+        run(config, rank_info)
 
 
-def test_a_run_that_lost_its_folder_writes_no_checkpoint(pool, tiny_models, chat_file, tmp_path):
-    arguments = run_arguments(tiny_models(), chat_file, tmp_path / "run", checkpoint__save_every=2)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_lost_its_folder_writes_neither_rows_nor_checkpoints(
+    pool, tiny_models, chat_file, tmp_path, moment
+):
+    run, options = tmp_path / "run", {"train__steps": 3, "checkpoint__save_every": 2}
+    arguments = run_arguments(tiny_models(), chat_file, run, **options, checkpoint__export_hf=True)
     line = "took over checkpoint.dir while this run was paused; it is left unchanged"
     with pytest.raises(RankFailed, match=f"TrainingFault: .*{line}"):
-        pool.run(2, lose_the_lock, arguments)
-    assert list((tmp_path / "run").glob("*step_*")) == []
-    assert (tmp_path / "run" / LOCK).exists()  # the other run's
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2]
+        pool.run(2, lose_the_lock, arguments, moment)
+    *_, steps, left = MOMENTS[moment]
+    assert sorted(path.name for path in run.glob("*step_*")) == left
+    assert [row["step"] for row in metrics_of(run)] == steps
+    assert (run / LOCK).exists()  # the other run's
+    assert not any((run / name).exists() for name in ("hf", "finished", "requeue"))
