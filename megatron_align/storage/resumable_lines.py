@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -12,13 +11,16 @@ from typing import IO, Any
 
 from megatron_align import faults
 from megatron_align.errors import InputError
-from megatron_align.storage.atomic_write import fsync, require_writable
+from megatron_align.storage.atomic_write import require_writable
+from megatron_align.storage.folder_lock import FolderLock
+from megatron_align.storage.fsync import fsync, fsync_open
 
 
 class ResumableLines:
     """Append lines to a hidden file next to ``path`` inside a with-block; :meth:`finish` gives it its name.
 
-    ``.NAME.partial`` holds the lines, ``.NAME.partial.key`` what determines them. An incomplete last line is removed.
+    ``.NAME.partial`` holds the lines, ``.NAME.partial.key`` what determines them, ``.NAME.lock`` names the process that
+    writes them. An incomplete last line is removed.
 
     Args:
         path: to be written; must not exist.
@@ -32,29 +34,28 @@ class ResumableLines:
     """
 
     def __init__(self, path: Path, key: dict[str, Any]) -> None:
-        if path.exists():
-            raise InputError(f"the output must be a new file, found one: delete it, or name another: {path}")
-        require_writable(path)
         self.path, self._key = path, json.loads(json.dumps(key))
+        self._require_new()
+        require_writable(path)
         self._partial = path.with_name(f".{path.name}.partial")
         self._key_file = path.with_name(f".{path.name}.partial.key")
         self._lines: IO[bytes] | None = None
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(
+            path.with_name(f".{path.name}.lock"),
+            f"another process is writing {path}",
+            "wait until it ends, or name another output",
+        )
         self.done = 0
 
     def __enter__(self) -> ResumableLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._key_file, "a+", encoding="utf-8")
+        self._lock.acquire()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise InputError(f"another process is writing {self.path}: wait for it") from error
-        try:
+            self._require_new()  # another process may have finished it
             self._take_over()
             self._lines = open(self._partial, "ab")
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
@@ -63,29 +64,42 @@ class ResumableLines:
     ) -> None:
         if self._lines is not None:
             self._lines.close()
-        assert self._lock is not None, "entered"
-        self._lock.close()
+        self._lock.release()
 
     def append(self, lines: Sequence[str]) -> None:
-        """Write lines, without their ends, and force them onto the disk."""
+        """Write lines, without their ends, and force them onto the disk.
+
+        Raises:
+            InputError: another process took the lock while this one was paused, and writes the same file.
+        """
         assert self._lines is not None, "within the with-block"
+        self._lock.require_held()
         faults.at("row.write")
         self._lines.write("".join(f"{line}\n" for line in lines).encode())
         self._lines.flush()
-        os.fsync(self._lines.fileno())
+        fsync_open(self._lines.fileno(), self._partial)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Give the file its name.
+
+        Raises:
+            InputError: another process took the lock while this one was paused, and writes the same file.
+        """
         assert self._lines is not None, "within the with-block"
+        self._lock.require_held()
         self._partial.rename(self.path)
-        self._key_file.unlink()
+        self._key_file.unlink(missing_ok=True)
         fsync(self.path.parent)
+
+    def _require_new(self) -> None:
+        if self.path.exists():
+            raise InputError(
+                f"the output must be a new file, found one: delete it, or name another: {self.path}"
+            )
 
     def _take_over(self) -> None:
         """Count the complete lines of an earlier process with the same key; cut an incomplete one."""
-        assert self._lock is not None, "entered"
-        self._lock.seek(0)
-        text = self._lock.read()
+        text = self._key_file.read_text(encoding="utf-8") if self._key_file.exists() else ""
         lines = self._partial.read_bytes() if self._partial.exists() else b""
         if lines and (found := _differences(self._key, text)):
             raise InputError(
@@ -96,9 +110,9 @@ class ResumableLines:
         if len(complete) < len(lines):
             os.truncate(self._partial, len(complete))
         self.done = complete.count(b"\n")
-        self._lock.truncate(0)
-        self._lock.write(json.dumps(self._key))
-        self._lock.flush()
+        if not lines:
+            self._key_file.write_text(json.dumps(self._key), encoding="utf-8")
+            fsync(self._key_file)
 
 
 def _differences(key: dict[str, Any], text: str) -> str:

@@ -59,19 +59,26 @@ def local_path(source: str, suffixes: tuple[str, ...]) -> str:
             f"{source}: cannot be downloaded ({reason}): where there is a connection run `hf download --repo-type "
             f"dataset {repo}`, and give the folder that it prints"
         ) from error
-    if not part:
-        _require_one_split(source, Path(folder), suffixes)
-    return str(Path(folder) / part)
+    path = Path(folder) / part
+    if not one_file and _split_of(part) is None:
+        _require_one_split(source.rstrip("/"), path, suffixes)
+    return str(path)
+
+
+def _split_of(path: str) -> str | None:
+    """Return the split that a word of a path within the data set names; None: no word does."""
+    words = re.split(r"[^a-z]+", path.lower())
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
 
 
 def _require_one_split(source: str, folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Check that the data files below a folder, whose own name says nothing, are of one split."""
     found: dict[str, str] = {}
     for file in sorted(folder.rglob("*")):
         if file.name.endswith(suffixes):
-            words = re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())
-            split = next((_SPLITS[word] for word in words if word in _SPLITS), None)
-            if split is not None:
-                found.setdefault(split, str(file.relative_to(folder)))
+            name = str(file.relative_to(folder))
+            if (split := _split_of(name)) is not None:
+                found.setdefault(split, name)
     if len(found) > 1:
         files = ", ".join(f"{source}/{file}" for file in found.values())
         raise InputError(

@@ -219,4 +219,6 @@ SHAPES: tuple[Shape, ...] = (
         ("tools",),
     ),
 )
+# Prompts and completions as text; the others are rendered by a chat template.
+PLAIN_TEXT = ("triple_text", "pair_text", "ranked_text", "unpaired_text", "prompt_completion")
 FIELDS = tuple(dict.fromkeys(name for shape in SHAPES for name in shape.reads))

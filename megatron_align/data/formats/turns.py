@@ -69,9 +69,7 @@ def message(item: Any, where: str, name: str) -> Message:
         )
     extra = {key: value for key, value in item.items() if key not in _OWN_FIELDS and value is not None}
     extra = _with_tool_calls(extra, role, where, name)
-    reasons = role == "assistant" and any(extra.get(field) for field in REASONING_FIELDS)
-    silent = bool(extra.get("tool_calls")) or reasons
-    content = _content(item.get("content"), silent, where, f"{name}.content")
+    content = _content(item.get("content"), _speaks_without_content(role, extra), where, f"{name}.content")
     require_renderable(extra, where, name)
     return require_content(
         Message(role, content, extra, _trained(item, role, where, name)), where, f"{name}.content"
@@ -85,11 +83,17 @@ def _turns(value: Any, where: str, name: str) -> list[Any]:
     return nonempty_list(value, where, name)
 
 
-def _content(value: Any, calls: bool, where: str, name: str) -> str:
+def _speaks_without_content(role: str, extra: RawRecord) -> bool:
+    """Return whether a turn has calls or reasoning, so that its content may be null."""
+    reasons = role == "assistant" and any(extra.get(field) for field in REASONING_FIELDS)
+    return reasons or bool(extra.get("tool_calls"))
+
+
+def _content(value: Any, may_be_null: bool, where: str, name: str) -> str:
     """Return a turn's text; a list of text parts is joined, as chat templates that know parts join them."""
     if isinstance(value, list):
         value = "".join(_part(part, where, f"{name}[{i}]") for i, part in enumerate(value))
-    value = "" if value is None and calls else value
+    value = "" if value is None and may_be_null else value
     if not isinstance(value, str):
         raise bad_field(where, name, "a string", value)
     return require_renderable(value, where, name)
@@ -149,11 +153,11 @@ def sharegpt_turn(item: Any, where: str, name: str) -> Message:
     extra = {key: item[key] for key in _SHAREGPT_EXTRA if item.get(key) is not None}
     extra = _with_tool_calls(extra, role, where, name)
     require_renderable(extra, where, name)
-    value = _content(item.get("value"), bool(extra.get("tool_calls")), where, f"{name}.value")
+    value = _content(item.get("value"), _speaks_without_content(role, extra), where, f"{name}.value")
     train = _trained(item, role, where, name)
-    if speaker == "function_call":
-        calls = _function_calls(value, where, f"{name}.value")
-        return Message(role, "", {**extra, "tool_calls": calls}, train)
+    if speaker == "function_call" and (value.strip() or "tool_calls" not in extra):
+        extra = _with_called(extra, _function_calls(value, where, f"{name}.value"), where, name)
+        value = ""
     return require_content(Message(role, value, extra, train), where, f"{name}.value")
 
 
@@ -272,6 +276,23 @@ def _object(value: Any, where: str, name: str) -> RawRecord:
     if not isinstance(value, dict):
         raise bad_field(where, name, "an object, or its JSON text", value)
     return value
+
+
+def _with_called(extra: RawRecord, called: list[RawRecord], where: str, name: str) -> RawRecord:
+    """Return a turn's further fields with the calls of its text, which ``tool_calls`` may give once more."""
+    given = extra.get("tool_calls", [])
+    functions = [_function_of(call) for call in given]
+    if given and functions != [_function_of(call) for call in called]:
+        raise InputError(
+            f"{where}: field '{name}.tool_calls' must be left out or give the calls of '{name}.value', got "
+            f"{shortened(functions)} and {shortened([_function_of(call) for call in called])}"
+        )
+    return {**extra, "tool_calls": given or called}
+
+
+def _function_of(call: RawRecord) -> RawRecord:
+    function = call.get("function", call)
+    return {"name": function["name"], "arguments": function["arguments"]}
 
 
 def _function_calls(value: str, where: str, name: str) -> list[RawRecord]:

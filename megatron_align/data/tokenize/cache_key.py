@@ -18,10 +18,12 @@ from typing import Any, Literal
 import transformers
 
 from megatron_align.config import DataSource, RunConfig
-from megatron_align.data.formats.files import expand
-from megatron_align.data.formats.rules_version import rules_version
+from megatron_align.data.formats.files import expand, read_file
+from megatron_align.data.formats.recognise import PLAIN_TEXT
+from megatron_align.data.formats.rules_version import may_hold, rules_version
 from megatron_align.data.store import VERSION, sha256
 from megatron_align.data.tokenize.chat_template import has_marks, load_chat_template
+from megatron_align.data.tokenize.plain_text import changed_since_first_version
 from megatron_align.data.tokenize.template_clock import parse_date, reads_of_clock, tokenizer_templates
 from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import InputError
@@ -139,18 +141,26 @@ class StoreSpec:
         remembered = _remembered_hashes(self.cache)
         folder, template = Path(self.tokenizer), self.template()
         parts = {part for pattern in _TOKENIZER_PARTS for part in folder.glob(pattern) if part.is_file()}
+        tokenizer = {
+            str(part.relative_to(folder)): _hash(str(part))
+            for part in sorted(parts)
+            if not part.name.endswith(".index.json")
+        }
         return {
             "version": VERSION,
             "transformers": transformers.__version__,
             "data": [
-                [{"file": _name(file, source), **_content(file, remembered)} for file in files]
+                [
+                    {
+                        "file": _name(file, source),
+                        **_content(file, remembered),
+                        **self._plain_text_rules(file, tokenizer, remembered),
+                    }
+                    for file in files
+                ]
                 for source, files in zip(self.sources, self.files(), strict=True)
             ],
-            "tokenizer": {
-                str(part.relative_to(folder)): _hash(str(part))
-                for part in sorted(parts)
-                if not part.name.endswith(".index.json")
-            },
+            "tokenizer": tokenizer,
             "chat_template": template and hashlib.sha256(template.encode()).hexdigest(),
             "shape": self.shape,
             **({"columns": dict(self.columns)} if self.columns else {}),
@@ -159,6 +169,24 @@ class StoreSpec:
             "too_long": self.too_long,
             **self._changed_options(),
         }
+
+    def _plain_text_rules(
+        self, file: str, tokenizer: dict[str, str], remembered: dict[str, list[Any]]
+    ) -> dict[str, int]:
+        """Return the version of the rules of plain text, if the file has samples that the first one made otherwise."""
+        start, all_changed = self.changed_plain_text(file, tokenizer)
+        return {"plain_text": 2} if all_changed or (start and _holds(file, start, remembered)) else {}
+
+    def changed_plain_text(self, file: str, tokenizer: dict[str, str]) -> tuple[str | None, bool]:
+        """Return :func:`changed_since_first_version` for the tokenizer with these hashes; no change for other data."""
+        on_bad = (lambda error: None) if self.on_bad_record == "skip" else None
+        try:
+            shape, _ = read_file(file, self.shape, on_bad, columns=self.columns)
+        except InputError:  # named when the file is tokenised
+            return None, False
+        if shape.name not in PLAIN_TEXT:
+            return None, False
+        return changed_since_first_version(self.tokenizer, json.dumps(tokenizer))
 
     def path(self, inputs: dict[str, Any]) -> Path:
         """Return the folder of the store with these inputs."""
@@ -182,6 +210,9 @@ def remember_hashes(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, s
             changed = max(os.stat(file).st_mtime, os.stat(file).st_ctime)
             if file in states and time.time() - changed > SETTLED_SECONDS:
                 fresh[os.path.realpath(file)] = [states[file], entry["sha256"], entry.get("rules", 1)]
+                start, all_changed = spec.changed_plain_text(file, inputs["tokenizer"])
+                if start and not all_changed:
+                    fresh[_place_of_search(file, start)] = [states[file], "plain_text" in entry]
     if fresh == remembered:
         return
     target = Path(spec.cache) / HASHES
@@ -224,6 +255,21 @@ def _content(file: str, remembered: dict[str, list[Any]]) -> dict[str, Any]:
         except (OSError, EOFError, zlib.error):  # named when the file is read
             rules = 1
     return {"sha256": hashed, **({"rules": rules} if rules > 1 else {})}
+
+
+def _holds(file: str, text: str, remembered: dict[str, list[Any]]) -> bool:
+    entry = remembered.get(_place_of_search(file, text))
+    if entry and len(entry) == 2 and entry[0] == _state(file):
+        return bool(entry[1])
+    try:
+        return may_hold(file, text)
+    except (OSError, EOFError, zlib.error):  # named when the file is read
+        return False
+
+
+def _place_of_search(file: str, text: str) -> str:
+    """Return under which name the result of a search for a text in a file is remembered."""
+    return f"{os.path.realpath(file)} holds {text}"
 
 
 def _hash(file: str) -> str:

@@ -32,10 +32,10 @@ def prepare_or_wait(spec: StoreSpec, local_rank: int, *, waited_for: bool = True
         waited_for: other local ranks may wait: local rank 0 writes a heartbeat file, which stays if it fails.
 
     Raises:
-        InputError: as :func:`.prepare.prepare`; on the others, if local rank 0 failed, or sent no heartbeat for
-            ``heartbeat.TIMEOUT_SECONDS``.
+        InputError: as :func:`.prepare.prepare`; several ranks would read several times of day from the clock; on the
+            others, if local rank 0 failed, or sent no heartbeat for ``heartbeat.TIMEOUT_SECONDS``.
     """
-    if waited_for and not spec.template_date:
+    if waited_for and not spec.template_date:  # an evaluation: training fixes the date for the entire run
         _require_day(spec)
     file = Path(spec.cache) / f".{_request_name(spec)}.{socket.gethostname()}.alive"
     if local_rank == 0:
@@ -62,7 +62,8 @@ def _require_day(spec: StoreSpec) -> None:
     )
     if morning != evening:
         raise InputError(
-            f"the chat template reads the time of day ({', '.join(morning)}): set data.template_date for several ranks"
+            f"the chat template reads the time of day ({', '.join(morning)}), which differs between ranks: evaluate "
+            "with one rank, or give the task a chat_template that does not read it"
         )
 
 

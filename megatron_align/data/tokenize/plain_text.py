@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_align.data.tokenize.encoder import Encoder
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError
+
+
+class AddedTokens(NamedTuple):
+    """The special tokens that a tokenizer puts around every text.
+
+    Args:
+        start: those before it.
+        ends: whether there are some after it.
+    """
+
+    start: list[int]
+    ends: bool
 
 
 class PlainText:
@@ -61,7 +76,29 @@ class PlainText:
 
     def _start_ids(self) -> list[int]:
         if self._start is None:
-            alone, around = self._encoder.ids("a"), self._encoder.ids("a", added=True)
-            found = (i for i in range(len(around)) if around[i : i + len(alone)] == alone)
-            self._start = around[: next(found, 0)]
+            self._start = _added_tokens(self._encoder).start
         return self._start
+
+
+@lru_cache(maxsize=4)
+def changed_since_first_version(folder: str, content: str) -> tuple[str | None, bool]:
+    """Return which plain text the first version tokenised otherwise: it put all of the tokenizer's tokens around it.
+
+    Args:
+        folder: of the tokenizer.
+        content: identifies what the folder holds; only for the memory of this function.
+
+    Returns:
+        the token that the tokenizer puts before every text: texts that begin with it had it twice; None: there is no
+        such token. And whether all texts changed, as they had tokens after their EOS.
+    """
+    tokenizer = load_tokenizer(folder)
+    start, ends = _added_tokens(Encoder(tokenizer))
+    return tokenizer.convert_ids_to_tokens(start[0]) if start else None, ends
+
+
+def _added_tokens(encoder: Encoder) -> AddedTokens:
+    alone, around = encoder.ids("a"), encoder.ids("a", added=True)
+    found = (i for i in range(len(around)) if around[i : i + len(alone)] == alone)
+    before = next(found, 0)
+    return AddedTokens(around[:before], len(around) > before + len(alone))

@@ -315,8 +315,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         turn_loop = last_turn_loop(source)
         self.has_turn_loop = turn_loop is not None
         for loop in list(source.find_all(nodes.For)):
-            name = _TURN_LOOP if loop is turn_loop else _COUNTED
-            counted = nodes.Filter(loop.iter, name, [], [], None, None, lineno=loop.lineno)
+            counter = _TURN_LOOP if loop is turn_loop else _COUNTED
+            counted = nodes.Filter(loop.iter, counter, [], [], None, None, lineno=loop.lineno)
             counted.set_environment(self)
             loop.iter = counted
         self._grows = _can_grow(source)

@@ -234,6 +234,9 @@ def test_only_data_that_newer_rules_read_have_another_key(jsonl, tmp_path):
     parquet.write_table(pa.Table.from_pylist([CHAT]), tmp_path / "plain.parquet")
     parquet.write_table(pa.Table.from_pylist([calls]), tmp_path / "calls.parquet")
     assert [rules_version(str(tmp_path / f"{n}.parquet")) for n in ("plain", "calls")] == [1, 2]
+    named = [{"from": "human", "value": "q", "name": "Ann"}, {"from": "gpt", "value": "a"}]
+    assert rules_version(jsonl([{"conversations": named}])) == 2  # the name goes to the template
+    assert rules_version(jsonl([{"messages": [{**ASK, "name": "Ann"}, ANSWER]}])) == 1  # it always did
     day = pa.table({"messages": MESSAGES, "day": pa.array([datetime.date(2026, 1, 1)] * 2)})
     parquet.write_table(day, tmp_path / "day.parquet")
     assert rules_version(str(tmp_path / "day.parquet")) == 1

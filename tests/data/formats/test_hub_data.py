@@ -37,7 +37,8 @@ def test_files_folders_and_patterns_of_a_data_set(hub):
     train = [str(folder / f"data/train-{i}.jsonl") for i in (0, 1)]
     assert expand("hf://org/name/data/train-*") == train
     assert expand("hf://datasets/org/name@v1/data/train-1.jsonl") == train[1:]
-    assert len(expand("hf://org/name/data")) == 3
+    (folder / "data/test-0.jsonl").unlink()
+    assert expand("hf://org/name/data") == train
     assert [(repo, o["repo_type"], o["revision"]) for repo, o in calls] == [
         ("org/name", "dataset", None),
         ("org/name", "dataset", "v1"),
@@ -49,15 +50,24 @@ def test_files_folders_and_patterns_of_a_data_set(hub):
     assert len(calls) == 3  # each is looked up once
 
 
-def test_a_data_set_of_several_splits_needs_one_named(hub):
+@pytest.mark.parametrize("source", ["hf://org/name", "hf://org/name/data", "hf://org/name/data/"])
+def test_a_data_set_or_folder_of_several_splits_needs_one_named(hub, source):
     folder, _ = hub
-    with pytest.raises(
-        InputError, match="must be one split, found test, train; name its files, .*test-0.jsonl"
-    ):
-        expand("hf://org/name")
+    with pytest.raises(InputError, match="must be one split, found test, train; name its files, ") as refused:
+        expand(source)
+    named = str(refused.value).partition("for example ")[2].split(", ")[0]
+    assert expand(named) == [str(folder / "data/test-0.jsonl")]
     (folder / "data/test-0.jsonl").unlink()
     hub_data.local_path.cache_clear()
-    assert len(expand("hf://org/name")) == 2
+    assert len(expand(source)) == 2
+
+
+def test_a_folder_named_for_a_split_is_one_split(hub):
+    folder, _ = hub
+    (folder / "train").mkdir()
+    for name in ("a-test-of-strength.jsonl", "dev-notes.jsonl"):
+        (folder / "train" / name).write_text(RECORD)
+    assert len(expand("hf://org/name/train")) == 2
 
 
 def test_what_cannot_be_downloaded_is_one_line(monkeypatch, tmp_path):

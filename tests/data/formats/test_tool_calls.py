@@ -51,6 +51,21 @@ SHAPES = {  # a record with the arguments, and where its message with the call i
         lambda a: {"conversations": [HUMAN, {"from": "gpt", "value": "", "tool_calls": [call(a)]}]},
         lambda r: r.messages[1],
     ),
+    "sharegpt, in tool_calls alone": (
+        lambda a: {
+            "conversations": [HUMAN, {"from": "function_call", "value": None, "tool_calls": [call(a)]}]
+        },
+        lambda r: r.messages[1],
+    ),
+    "sharegpt, twice": (
+        lambda a: {
+            "conversations": [
+                HUMAN,
+                {**function_call({"name": "tide", "arguments": a}), "tool_calls": [call(a)]},
+            ]
+        },
+        lambda r: r.messages[1],
+    ),
     "conversations with roles": (lambda a: {"conversations": [ASK, turn(call(a))]}, lambda r: r.messages[1]),
     "prompt and completion": (
         lambda a: {"prompt": [ASK], "completion": [turn(call(a))]},
@@ -95,6 +110,27 @@ def test_arguments_are_an_object_in_every_shape(name, jsonl):
         expected = ARGUMENTS if kind in ("object", "text") else {}
         assert made.get("function", made)["arguments"] == expected, kind
         assert ("function" in made) == (name != "bare")
+
+
+def test_a_call_is_never_dropped_for_another_one(jsonl):
+    twice = {**function_call({"name": "tide", "arguments": {}}), "tool_calls": [call({"day": 3})]}
+    with pytest.raises(
+        InputError, match="tool_calls' must be left out or give the calls of 'conversations.1..value'"
+    ):
+        read_records(jsonl([{"conversations": [HUMAN, twice]}]))
+
+
+@pytest.mark.parametrize("form", [HUMAN, ASK], ids=["sharegpt", "messages"])
+def test_a_turn_of_reasoning_only_may_have_null_content_and_null_reasoning_is_none(jsonl, form):
+    """Arrow writes nulls for what other turns have."""
+    key = next(key for key, value in form.items() if value == "q")
+    speaker = {"from": "gpt"} if key == "value" else {"role": "assistant"}
+    thinks = {**speaker, key: None, "reasoning_content": "hm", "reasoning": None}
+    (record,) = read_records(jsonl([{"conversations": [form, thinks]}]))
+    assert (record.messages[1].content, record.messages[1].extra) == ("", {"reasoning_content": "hm"})
+    silent = {**thinks, "reasoning_content": None}
+    with pytest.raises(InputError, match=f"{key}' must be a string"):
+        read_records(jsonl([{"conversations": [form, silent]}]))
 
 
 @pytest.mark.parametrize(
