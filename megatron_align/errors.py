@@ -21,6 +21,11 @@ class _Quote(reprlib.Repr):
     def repr_bool(self, value: bool, level: int) -> str:
         return "true" if value else "false"
 
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 10_000:  # Python refuses to write more than 4,300 digits
+            return "a whole number of thousands of digits"
+        return super().repr_int(value, level)
+
 
 class InputError(ValueError):
     """Bad input of any kind (configuration, data, weights, checkpoint, environment).
@@ -85,6 +90,17 @@ def shown(value: object) -> str:
     """Return a value from a file or a command line as an error quotes it: what YAML calls it, at most 80 characters."""
     text = _Quote().repr(value)
     return f"{text[:80]}..." if len(text) > 83 else text
+
+
+def one_line(message: object, most: int | None = None) -> str:
+    """Return somebody else's message (an exception, a server's answer) on one line, of at most ``most`` characters.
+
+    An exception without a message gives the name of its type.
+    """
+    line = " ".join(str(message).split())
+    if not line and isinstance(message, BaseException):
+        line = type(message).__name__
+    return line if most is None or len(line) <= most else f"{line[: most - 3]}..."
 
 
 def require(condition: bool, message: str) -> None:

@@ -39,6 +39,7 @@ from megatron_align.checkpoint.save_plan import (
     with_exact_storage,
 )
 from megatron_align.checkpoint.torch_metadata import COMMON, FORMAT_FILE, FORMAT_OF_STATE, METADATA
+from megatron_align.errors import one_line
 from megatron_align.hf.assets import AssetChanges, write_assets
 from megatron_align.model.families import ModelShape
 from megatron_align.model.policy import Policy
@@ -402,5 +403,5 @@ def _complete(job: _SaveJob, results: list[_WrittenFiles | OSError]) -> int:
 
 
 def _reason(error: OSError) -> str:
-    reason = " ".join(str(error.strerror or error).split())[:1000] or type(error).__name__
+    reason = one_line(error.strerror or error, 1000)
     return f"{reason} in {error.filename}" if error.filename else reason

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_align.checkpoint.torch_metadata import StoredShard
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 from megatron_align.storage.atomic_write import read_into
 
 
@@ -78,7 +78,7 @@ class StoredTensorReader:
         return shard.start + begin
 
     def _unreadable(self, path: Path, error: Exception) -> InputError:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         return InputError(f"checkpoint is corrupt: {self.name} cannot be read in {path}: {reason}")
 
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 
 COMMON, FORMAT_FILE, METADATA = "common.pt", "metadata.json", ".metadata"
 # dist_checkpointing.load recognises the format by these entries.
@@ -78,7 +78,7 @@ def read_torch_metadata(state: Path) -> Metadata:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"checkpoint is incomplete: no file {path}") from error
     except Exception as error:  # a corrupt pickle can raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise InputError(f"checkpoint is corrupt: {path} cannot be read: {reason}") from error
     if not isinstance(metadata, Metadata):
         raise InputError(f"checkpoint is corrupt: {path} holds a {type(metadata).__name__}, not Metadata")

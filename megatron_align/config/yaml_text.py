@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_align.config.paths import expand_home
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, one_line, require
 
 MOST_BYTES = 8_000_000
 MOST_NODES = 500_000  # with every alias written out
@@ -142,4 +142,4 @@ def parse_yaml(text: str, where: str) -> Any:
         reason = ", ".join(filter(None, (error.problem, error.context)))
         raise InputError(f"{where} is not valid YAML{line}: {' '.join(reason.split())}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"{where} is not valid YAML: {one_line(error, 200)}") from error

@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_align.data.tokenize.tokenizer import one_line
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.model.families import ModelShape, read_json
 
@@ -39,7 +38,7 @@ def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
             reason = "it needs the folder's own code, which is never run"
         raise InputError(
             f"transformers cannot read {Path(hf) / 'config.json'}, so there is nothing to verify against: "
-            f"{reason[:300]}"
+            f"{one_line(reason, 300)}"
         ) from error
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 from megatron_align.records import Sample
 
 VERSION = 4
@@ -210,7 +210,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: must be JSON, got {' '.join(str(error).split())}: {_REMEDY}") from error
+        raise InputError(f"{file}: must be JSON, got {one_line(error)}: {_REMEDY}") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
         raise InputError(f"{file}: must have version {VERSION}, got {version}: {_REMEDY}")

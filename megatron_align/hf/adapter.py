@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_align.config import AdapterConfig
-from megatron_align.errors import InputError, TrainingFault, listed, require
+from megatron_align.errors import InputError, TrainingFault, listed, require, shown
 from megatron_align.hf.gather import collect, owning_stages
 from megatron_align.hf.safetensors import open_safetensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
@@ -92,8 +92,8 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
     ):
         require(
             given is None or given == stored,
-            f"model.adapter.{name} must be left out or be that of the adapter to start from, {_short(stored)}, "
-            f"got {_short(given)} (adapter {options.path})",
+            f"model.adapter.{name} must be left out or be that of the adapter to start from, {shown(stored)}, "
+            f"got {shown(given)} (adapter {options.path})",
         )
     return replace(found, dropout=options.dropout)
 
@@ -194,9 +194,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     plain: dict[str, tuple[Any, ...]] = {"bias": ("none", None), "init_lora_weights": _PLAIN_INIT}
     for key, value in config.items():
         if key not in _KNOWN and value not in plain.get(key, (False, None, {}, [])):
-            raise InputError(
-                f"an adapter with {key} {_short(value)} is not built, found in {folder / CONFIG}"
-            )
+            raise InputError(f"an adapter with {key} {shown(value)} is not built, found in {folder / CONFIG}")
     return config
 
 
@@ -215,8 +213,8 @@ def _check_tensors(
     missing, unexpected = sorted(expected.keys() - sizes.keys()), sorted(sizes.keys() - expected.keys())
     if missing or unexpected or not adapter.modules:
         kinds = [("missing", missing), ("unexpected", unexpected)]
-        listed = "; ".join(f"{kind} {_short(names)}" for kind, names in kinds if names) or "it has no tensors"
-        raise InputError(f"the adapter does not match {shape.architecture}: {listed} in {folder / WEIGHTS}")
+        reason = "; ".join(f"{kind} {listed(names)}" for kind, names in kinds if names) or "it has no tensors"
+        raise InputError(f"the adapter does not match {shape.architecture}: {reason} in {folder / WEIGHTS}")
     wrong = [
         f"{name} must be {list(size)}, found {list(sizes[name])}"
         for name, size in expected.items()
@@ -224,7 +222,7 @@ def _check_tensors(
     ]
     if wrong:
         raise InputError(
-            f"the adapter is of another size than the model or its r: {_short(wrong)} in {folder / WEIGHTS}"
+            f"the adapter is of another size than the model or its r: {listed(wrong)} in {folder / WEIGHTS}"
         )
 
 
@@ -335,8 +333,3 @@ def _target_modules(adapter: Adapter, shape: ModelShape) -> list[str]:
     short = {name.rpartition(".")[2] for name in adapter.modules}
     everywhere = {name for name in linear_modules(shape) if name.rpartition(".")[2] in short}
     return sorted(short if everywhere == adapter.modules else adapter.modules)
-
-
-def _short(value: Any) -> str:
-    """Return a value for an error line."""
-    return listed(value) if isinstance(value, list) else str(value)

@@ -24,8 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from megatron_align.data.tokenize.heartbeat import HeartbeatMonitor, heartbeat
-from megatron_align.data.tokenize.tokenizer import one_line
-from megatron_align.errors import InputError, listed, require
+from megatron_align.errors import InputError, listed, one_line, require
 
 POLL_SECONDS = 0.2
 _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -123,7 +122,7 @@ def upload(folder: Path, repo: str) -> str:
         )
     except (OSError, HTTPError) as error:
         raise OSError(
-            f"the model is complete in {folder}, but it could not be uploaded to {repo} ({one_line(error)[:200]}): "
+            f"the model is complete in {folder}, but it could not be uploaded to {repo} ({one_line(error, 200)}): "
             f"run `hf upload {repo} {folder}`"
         ) from error
 
@@ -166,7 +165,7 @@ def _download(path: str, weights: bool) -> Path:
     except RevisionNotFoundError as error:
         raise InputError(f"'{repo}' has no revision '{revision}' on the hub") from error
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = one_line(error).partition(" An error happened")[0][:200]
+        reason = one_line(one_line(error).partition(" An error happened")[0], 200)
         raise InputError(
             f"no folder '{path}' here, and it cannot be downloaded ({reason}): where there is a connection run "
             f"`{command}`, and give the snapshot folder that it prints"

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_align.config import ParallelConfig
-from megatron_align.errors import InputError, listed
+from megatron_align.errors import InputError, listed, one_line
 from megatron_align.model import cpu
 
 PATIENCE = 12  # times the timeout: the limit for reading or writing a complete model
@@ -120,7 +120,7 @@ def _meet(rank_info: RankInfo, timeout: timedelta) -> dist.Store:
         )
     except dist.DistError as error:
         raise TimeoutError(
-            f"rank {rank_info.rank} cannot reach the store at {address}:{port}: {' '.join(str(error).split())}"
+            f"rank {rank_info.rank} cannot reach the store at {address}:{port}: {one_line(error)}"
         ) from error
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"joined/{rank_info.rank}", "")

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from megatron_align.errors import one_line
+
 RETRY_SECONDS = 60.0
 OPEN_SECONDS = 30.0  # for which the first step waits, so that a login prompt or an error comes before it
 CLOSE_SECONDS = 60.0  # for which the end of the run waits
@@ -110,7 +112,7 @@ class TrackerThread:
     def _warn(self, error: BaseException, then: str) -> None:
         if not self._warned:
             self._warned = True
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             self._message(f"warning: {self._name} failed ({type(error).__name__}: {reason}){then}")
 
     def _send(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_align.config.paths import expand_home
-from megatron_align.errors import InputError, listed, nearest, require
+from megatron_align.errors import InputError, listed, nearest, one_line, require
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.options import ObjectiveOptions
 
@@ -69,7 +69,7 @@ def _module(file: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything
         del sys.modules[name]
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"objective.name: {file} raised {type(error).__name__} when imported: {reason}"
         ) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, one_line, require
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _LONGEST_WAIT = 60.0
@@ -78,19 +78,19 @@ class Endpoint:
             try:
                 status, after, text = self._send(method, path, body)
             except (OSError, http.client.HTTPException) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = one_line(error)
                 continue
             if status == 200:
                 try:
                     answer = json.loads(text) if text else {}
                 except ValueError:
-                    reason = f"it answered no JSON: {_shortened(text)}"
+                    reason = f"it answered no JSON: {one_line(text, _SHOWN)}"
                     continue
                 if isinstance(answer, dict):
                     return answer
-                reason = f"it answered no JSON object: {_shortened(text)}"
+                reason = f"it answered no JSON object: {one_line(text, _SHOWN)}"
                 continue
-            reason = f"status {status}: {_shortened(text)}"
+            reason = f"status {status}: {one_line(text, _SHOWN)}"
             if status not in _RETRIED:
                 raise RequestFailed(f"{self.url}{path} refused a request: {reason}")
             wait = max(wait, after)
@@ -148,8 +148,3 @@ def concurrently(call: Callable[[_Item], _Result], items: Sequence[_Item], worke
         yield from pool.map(call, items)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _shortened(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."

@@ -26,8 +26,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_align.data.tokenize.tokenizer import load_tokenizer, one_line
-from megatron_align.errors import InputError
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.errors import InputError, one_line
 from megatron_align.hf.load import HEAD
 from megatron_align.model.families import read_shape
 from megatron_align.rollout.decoding import Decoder, Row

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from megatron_align.data.formats.json_text import JsonDecoder
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, shown
 
 RawRecord = dict[str, Any]
 MAX_DEPTH = 100  # levels of a tool's schema or a call's arguments; chat templates recurse over them
@@ -29,7 +29,7 @@ def nonempty_text(record: RawRecord, name: str, where: str) -> str:
     """Return a string field that is not blank."""
     value = text(record, name, where)
     if not value.strip():
-        raise InputError(f"{where}: field '{name}' must not be empty, got {shortened(value)}")
+        raise InputError(f"{where}: field '{name}' must not be empty, got {shown(value)}")
     return value
 
 
@@ -107,14 +107,12 @@ def decoded_json(value: str, where: str, name: str) -> Any:
         decoded = decoder.decode(value)
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(
-            f"{where}: field '{name}' must be JSON, got {reason} in {shortened(value)}"
-        ) from error
+        raise InputError(f"{where}: field '{name}' must be JSON, got {reason} in {shown(value)}") from error
     except RecursionError as error:
         raise InputError(f"{where}: field '{name}' must be JSON, got one nested too deeply") from error
     if (key := decoder.repeated_key()) is not None:
         raise InputError(
-            f"{where}: field '{name}' must not repeat a key of an object, got {shortened(key)} twice"
+            f"{where}: field '{name}' must not repeat a key of an object, got {shown(key)} twice"
         )
     return decoded
 
@@ -122,14 +120,5 @@ def decoded_json(value: str, where: str, name: str) -> Any:
 def bad_field(where: str, name: str, required: str, value: Any) -> InputError:
     """Return the error for a field that is not as ``required``."""
     return InputError(
-        f"{where}: field '{name}' must be {required}, got {'nothing' if value is None else shortened(value)}"
+        f"{where}: field '{name}' must be {required}, got {'nothing' if value is None else shown(value)}"
     )
-
-
-def shortened(value: Any) -> str:
-    """Return the repr of a value, at most 60 characters."""
-    try:
-        shown = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
-        return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__} that is too large to show"
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_align.data.formats.fields import RawRecord, shortened
-from megatron_align.errors import InputError
+from megatron_align.data.formats.fields import RawRecord
+from megatron_align.errors import InputError, shown
 
 _TEXT_ONLY = "cannot be trained, as only text is"
 _REFERENCE = "is not read: the run computes the log-probs of its reference (reference.path)"
@@ -56,7 +56,7 @@ def refuse_unsupported(item: RawRecord, where: str, prefix: str = "") -> None:
         if _is_given(item[name]):
             remedy = "" if prefix else f"; data.columns {{{name}: null}} leaves it alone"
             raise InputError(
-                f"{where}: field '{prefix}{name}' {refused[name]}, got {shortened(item[name])}{remedy}"
+                f"{where}: field '{prefix}{name}' {refused[name]}, got {shown(item[name])}{remedy}"
             )
 
 

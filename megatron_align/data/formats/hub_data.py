@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 
 PREFIX = "hf://"
 _NAME = re.compile(
@@ -54,7 +54,7 @@ def local_path(source: str, suffixes: tuple[str, ...]) -> str:
             f"{source}: the hub has no data set of this name (private or gated ones need `hf auth login`)"
         ) from error
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise InputError(
             f"{source}: cannot be downloaded ({reason}): where there is a connection run `hf download --repo-type "
             f"dataset {repo}`, and give the folder that it prints"

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from megatron_align.data.formats.json_text import JsonDecoder
 from megatron_align.data.formats.open_file import open_file
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, shown
 
 _READ_SIZE = 1 << 18  # characters read at a time
 _SPACE = " \t\r\n"
@@ -126,8 +126,7 @@ def _hint(line: bytes) -> str:
 def _without_repeated_keys(value: Any, decoder: JsonDecoder, where: str) -> Any:
     if (key := decoder.repeated_key()) is None:
         return value
-    shown = repr(key) if len(key) <= 60 else f"{key[:57]!r}..."
-    return InputError(f"{where}: an object must not repeat a key, got {shown} twice")
+    return InputError(f"{where}: an object must not repeat a key, got {shown(key)} twice")
 
 
 # What a .json file holds.

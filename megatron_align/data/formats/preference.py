@@ -14,7 +14,6 @@ from megatron_align.data.formats.fields import (
     nonempty_text,
     number,
     require_renderable,
-    shortened,
     text,
     weight,
 )
@@ -26,7 +25,7 @@ from megatron_align.data.formats.turns import (
     tools_of,
     wrapped_tools,
 )
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, shown
 from megatron_align.records import Message, Preference
 
 Turns = tuple[Message, ...]
@@ -276,7 +275,7 @@ def _split_common_start(conversations: list[Turns], where: str) -> tuple[Turns, 
     if not shared:
         raise InputError(
             f"{where}: fields 'chosen' and 'rejected' must start with the same turns (the prompt), "
-            f"got {shortened(chosen[0]['content'])} and {shortened(rejected[0]['content'])}"
+            f"got {shown(chosen[0]['content'])} and {shown(rejected[0]['content'])}"
         )
     for name, turns in zip(PAIR, conversations, strict=True):
         if len(turns) == shared:
@@ -296,7 +295,7 @@ def _hh_turns(record: RawRecord, name: str, where: str) -> Turns:
     if before.strip() or not parts:
         raise InputError(
             f"{where}: field '{name}' must have the form '\\n\\nHuman: ...\\n\\nAssistant: ...' "
-            f"(or come with a 'prompt'), got {shortened(value)}"
+            f"(or come with a 'prompt'), got {shown(value)}"
         )
     spoken = zip(parts[::2], parts[1::2], strict=True)
     return tuple(

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_align.data.formats.json_files import json_reader
 from megatron_align.data.formats.open_file import Raw
 from megatron_align.data.formats.tables import read_csv, read_parquet
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 
 
 def read_objects(path: str) -> Iterator[Raw]:
@@ -31,7 +31,7 @@ def read_objects(path: str) -> Iterator[Raw]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8 text, got {error.reason}") from error
     except (EOFError, OSError, zlib.error) as error:
-        raise InputError(f"{path}: could not be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: could not be read: {one_line(error)}") from error
 
 
 def is_csv(path: str) -> bool:

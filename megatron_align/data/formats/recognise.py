@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_align.data.formats import chat, preference
-from megatron_align.data.formats.fields import RawRecord, shortened
+from megatron_align.data.formats.fields import RawRecord
 from megatron_align.data.formats.foreign_fields import refuse_other_kinds, refuse_unsupported
-from megatron_align.errors import InputError, nearest
+from megatron_align.errors import InputError, nearest, shown
 from megatron_align.records import Record
 
 Kind = Literal["triple", "pair", "ranked", "unpaired", "chat"]
@@ -99,7 +99,7 @@ def recognise(
         )
     if among and (others := _fitting(record, SHAPES)):
         raise MixedShapes(f"{where}: must be of shape {_names(among)}, got {_names(others)}")
-    fields = shortened(sorted(record))
+    fields = shown(sorted(record))
     if expected is not None:
         raise InputError(
             f"{where}: must have the fields of '{expected.name}' ({expected.fields}), got {fields}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_align.data.formats.fields import decoded_json
 from megatron_align.data.formats.open_file import open_file
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -64,7 +64,7 @@ def read_parquet(path: str) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}: row {number}", {name: cells[i] for name, cells in columns.items()}
     except pa.ArrowException as error:
-        raise InputError(f"{path}: could not be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path}: could not be read: {one_line(error)}") from error
 
 
 def _cells(column: pyarrow.Array) -> list[Any]:
@@ -78,7 +78,7 @@ def _cell(column: pyarrow.Array, i: int) -> Any:
     try:
         return column[i].as_py()
     except _NO_VALUE as error:
-        return Unreadable(" ".join(str(error).split()))
+        return Unreadable(one_line(error))
 
 
 # What Arrow raises for a value out of Python's range, text that is not UTF-8, an unknown time zone, deep nesting, ...

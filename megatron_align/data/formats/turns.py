@@ -11,11 +11,10 @@ from megatron_align.data.formats.fields import (
     decoded_json,
     nonempty_list,
     require_renderable,
-    shortened,
     text,
 )
 from megatron_align.data.formats.foreign_fields import refuse_unsupported
-from megatron_align.errors import InputError, nearest
+from megatron_align.errors import InputError, nearest, shown
 from megatron_align.records import REASONING_FIELDS, ROLES, Message
 
 SPEAKERS = {
@@ -65,7 +64,7 @@ def message(item: Any, where: str, name: str) -> Message:
         known = [*ROLES, *_OTHER_ROLES]
         raise InputError(
             f"{where}: field '{name}.role' must be one of {', '.join(known)}, "
-            f"got {shortened(role)}{nearest(role, known)}"
+            f"got {shown(role)}{nearest(role, known)}"
         )
     extra = {key: value for key, value in item.items() if key not in _OWN_FIELDS and value is not None}
     extra = _with_tool_calls(extra, role, where, name)
@@ -107,7 +106,7 @@ def _part(part: Any, where: str, name: str) -> str:
     kind = part.get("type", "text")
     if kind not in _TEXT_PARTS:
         raise InputError(
-            f"{where}: field '{name}.type' must be text, as only text is trained, got {shortened(kind)}"
+            f"{where}: field '{name}.type' must be text, as only text is trained, got {shown(kind)}"
         )
     if not isinstance(part.get("text"), str):
         raise bad_field(where, f"{name}.text", "a string", part.get("text"))
@@ -121,7 +120,7 @@ def require_content(turn: Message, where: str, name: str) -> Message:
     if turn.role in ("user", "assistant") and is_empty:
         raise InputError(
             f"{where}: field '{name}' must not be empty in a turn of the {turn.role}, "
-            f"got {shortened(turn.content)}"
+            f"got {shown(turn.content)}"
         )
     return turn
 
@@ -147,7 +146,7 @@ def sharegpt_turn(item: Any, where: str, name: str) -> Message:
     if speaker not in SPEAKERS:
         raise InputError(
             f"{where}: field '{name}.from' must be one of {', '.join(SPEAKERS)}, "
-            f"got {shortened(speaker)}{nearest(speaker, list(SPEAKERS))}"
+            f"got {shown(speaker)}{nearest(speaker, list(SPEAKERS))}"
         )
     role = SPEAKERS[speaker]
     extra = {key: item[key] for key in _SHAREGPT_EXTRA if item.get(key) is not None}
@@ -285,7 +284,7 @@ def _with_called(extra: RawRecord, called: list[RawRecord], where: str, name: st
     if given and functions != [_function_of(call) for call in called]:
         raise InputError(
             f"{where}: field '{name}.tool_calls' must be left out or give the calls of '{name}.value', got "
-            f"{shortened(functions)} and {shortened([_function_of(call) for call in called])}"
+            f"{shown(functions)} and {shown([_function_of(call) for call in called])}"
         )
     return {**extra, "tool_calls": given or called}
 

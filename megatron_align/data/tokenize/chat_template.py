@@ -14,10 +14,9 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_align.data.tokenize.template_environment import CompiledTemplate, Rendered, compiled_template
-from megatron_align.data.tokenize.tokenizer import one_line
 from megatron_align.data.tokenize.tool_calls import template_call
 from megatron_align.data.tokenize.turn_reads import TurnReads
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 from megatron_align.records import REASONING_FIELDS, Conversation, Message
 
 _ANY_MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from megatron_align.errors import one_line
+
 BEAT_SECONDS = 5.0
 TIMEOUT_SECONDS = 300.0  # a shared disk may stall for minutes
 
@@ -39,7 +41,7 @@ def heartbeat(file: Path) -> Iterator[None]:
     except BaseException as error:
         done.set()
         thread.join()
-        _write(file, " ".join(str(error).split()) or type(error).__name__)
+        _write(file, one_line(error))
         raise
     done.set()
     thread.join()

@@ -12,10 +12,9 @@ from itertools import islice
 from typing import Any
 
 from megatron_align.data.formats.columns import FieldUse, require_columns
-from megatron_align.data.formats.fields import shortened
 from megatron_align.data.formats.files import read_file
 from megatron_align.data.tokenize.cache_key import StoreSpec
-from megatron_align.errors import InputError, nearest
+from megatron_align.errors import InputError, nearest, shown
 from megatron_align.records import Completion, Conversation, Record
 
 BLOCK_RECORDS = 1024
@@ -77,7 +76,7 @@ def read_shapes(spec: StoreSpec) -> tuple[str, list[str]]:
         names = [*fields.used, *fields.left]
         raise InputError(
             f"{', '.join(spec.sources)}: a record must have the column '{missing[0]}' of data.columns, got "
-            f"{shortened(names)} in the first {PEEKED_RECORDS} of each file{nearest(missing[0], names)}"
+            f"{shown(names)} in the first {PEEKED_RECORDS} of each file{nearest(missing[0], names)}"
         )
     return next(iter(kinds)), shapes
 

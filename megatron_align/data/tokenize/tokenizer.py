@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,8 +43,3 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         if type(error) is not Exception:
             raise
         raise InputError(f"{folder}: tokenizer could not be loaded: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the error's message on one line; its type's name if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -7,14 +7,14 @@ compute differently from ``transformers`` is refused, never approximated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, one_line, shown
 from megatron_align.model.rope import RopeScaling, rope_frequencies
 
 
@@ -127,7 +127,7 @@ class _Keys:
         self.values, self.source = values, source
 
     def error(self, key: str, expected: str) -> InputError:
-        found = _shown(self.values[key]) if key in self.values else "nothing"
+        found = shown(self.values[key]) if key in self.values else "nothing"
         return InputError(f"{key} must be {expected}, found {found} in {self.source}")
 
     def count(self, key: str, largest: int = LARGEST_COUNT) -> int:
@@ -168,23 +168,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: malformed, not UTF-8, a number of 5,000 digits
-        reason = "nested too deeply" if isinstance(error, RecursionError) else _shortened(str(error), 200)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 200)
         raise InputError(f"{path} is not valid JSON: {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must contain a JSON object, found a {type(content).__name__}")
     return content
-
-
-def _shown(value: Any, written: Callable[[Any], str] = json.dumps) -> str:
-    """Return a value of a JSON file as text for an error message, shortened."""
-    try:
-        return _shortened(written(value))
-    except RecursionError:
-        return f"a {type(value).__name__}, nested too deeply"
-
-
-def _shortened(text: str, length: int = 100) -> str:
-    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
 
 
 def read_shape(folder: str | Path) -> ModelShape:
@@ -232,7 +220,7 @@ def _architecture(raw: Mapping[str, Any], path: Path) -> str:
         given = raw.get("architectures") or raw.get("model_type") or "nothing"
         found = given[0] if isinstance(given, list) and len(given) == 1 else given
         raise InputError(
-            f"architectures must be one of {', '.join(supported)}, found {_shown(found, repr)} in {path}: "
+            f"architectures must be one of {', '.join(supported)}, found {shown(found)} in {path}: "
             "models of another architecture are not trained or converted"
         )
     return named[0]
@@ -269,9 +257,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
         names = values.get("id2label")
         labels = values.get("num_labels", len(names) if isinstance(names, dict) and names else 2)
         if labels != 1:
-            raise InputError(
-                f"a reward model must have num_labels 1, found {_shown(labels)} in {keys.source}"
-            )
+            raise InputError(f"a reward model must have num_labels 1, found {shown(labels)} in {keys.source}")
     if values.get("quantization_config") is not None:
         raise keys.error("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
     if values["hidden_act"] not in ("silu", "swish"):
@@ -291,7 +277,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
         if type(first) is not int or first < keys.count("num_hidden_layers"):
             raise keys.error(
                 "use_sliding_window",
-                f"false: sliding windows are not supported, they start at layer {_shown(first)}",
+                f"false: sliding windows are not supported, they start at layer {shown(first)}",
             )
 
 
@@ -319,9 +305,7 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise InputError(
-            f"rope_type must be 'default' or 'llama3', found {_shown(kind, repr)} in {rope.source}"
-        )
+        raise InputError(f"rope_type must be 'default' or 'llama3', found {shown(kind)} in {rope.source}")
     # In transformers the top-level key takes precedence over the inner one; the fallback is max_position_embeddings.
     outer = keys if "original_max_position_embeddings" in values else rope
     inside = "original_max_position_embeddings" in outer.values
