@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = runpy.run_path(str(HERE / "megatron_align" / "version.py"))["__version__"]
+EVAL = ["math-verify[antlr4-13-2]>=0.9,<1"]  # check: math of evaluation tasks
 
 setup(
     name="megatron-align",
@@ -50,6 +51,7 @@ setup(
     ],
     extras_require={
         "test": [
+            *EVAL,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "setuptools>=77",
@@ -59,7 +61,7 @@ setup(
             "peft>=0.21,<0.22",
             "datasets>=3",
         ],
-        "eval": ["math-verify[antlr4-13-2]>=0.9,<1"],  # check: math of evaluation tasks
+        "eval": EVAL,
         "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

@@ -1,11 +1,13 @@
 """Which checkpoints of a run are kept, and what a start makes of folders that a kill has left."""
 
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 
 from megatron_align import errors
 from megatron_align.checkpoint.folder import clean_up_after_kill, find_checkpoint, list_steps, prune
+from tests.harness import refusals
 
 
 @pytest.fixture
@@ -75,23 +77,30 @@ def test_a_checkpoint_that_is_a_link_stays_with_its_archive(run, tmp_path_factor
     assert f"is a link to {archive}" in line
 
 
-@pytest.mark.parametrize("what", ["card.json", "."])
-def test_an_immutable_checkpoint_ends_no_run(run, no_warnings_yet, capsys, what):
-    """Neither its file nor its folder can be deleted, or even renamed; the others are."""
-    if subprocess.run(
-        ["chattr", "+i", run / "step_000003" / what], capture_output=True, check=False
-    ).returncode:
+@contextmanager
+def changed_attribute(path):
+    """Set the attribute of the file system until the with-block ends; the checkpoint may be renamed meanwhile."""
+    run = path.parent if path.is_dir() else path.parent.parent
+    if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
         pytest.skip("chattr needs root and a file system that has the attribute")
     try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-R", "-i", run], check=True)
+
+
+@pytest.mark.parametrize("immutable", [changed_attribute, refusals.immutable], ids=["chattr", "simulated"])
+@pytest.mark.parametrize("what", ["card.json", ""])
+def test_an_immutable_checkpoint_ends_no_run(run, no_warnings_yet, capsys, immutable, what):
+    """Neither its file nor its folder can be deleted, or even renamed; the others are."""
+    with immutable(run / "step_000003" / what):
         prune(run, keep=1)
         clean_up_after_kill(run)
         left = [path.name for path in run.iterdir() if path.name != "step_000010"]
         assert len(left) == 1
-        assert (left == ["step_000003"]) == (what == ".")
+        assert (left == ["step_000003"]) == (what == "")
         first = capsys.readouterr().err.splitlines()
         assert "the old checkpoint of step 3 is not deleted" in first[0]
         prune(run, keep=1)
         clean_up_after_kill(run)
         assert capsys.readouterr().err == ""
-    finally:
-        subprocess.run(["chattr", "-R", "-i", run], check=True)

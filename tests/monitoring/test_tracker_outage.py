@@ -17,6 +17,7 @@ from megatron_align.monitoring import tracker_thread
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.tracker_thread import TrackerThread
 from megatron_align.monitoring.trackers import TensorBoard
+from tests.harness import refusals
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -183,14 +184,54 @@ def test_true_names_the_project_like_the_run(tmp_path, monkeypatch):
     assert [(call["project"], call["name"]) for call in calls] == [("sft_7b", "sft_7b"), ("team", "sft_7b")]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
+class SmallDisk:
+    """A disk that another program fills, and frees again."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def fill(self):
+        with (self.folder / "filler").open("wb", buffering=0) as file:
+            try:
+                while file.write(b"x" * 1000):
+                    pass
+            except OSError:
+                pass
+
+    def free(self):
+        (self.folder / "filler").unlink()
+
+
+class SimulatedDisk:
+    """The same for TensorBoard's file alone: it is full in the middle of a row."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self._size, init = folder, 1 << 30, TensorBoard.__init__
+
+        def on_this_disk(tracker, *arguments):
+            init(tracker, *arguments)
+            tracker._file = refusals.FullFile(tracker._file, lambda: self._size)
+
+        monkeypatch.setattr(TensorBoard, "__init__", on_this_disk)
+
+    def fill(self):
+        self._size = 1000
+
+    def free(self):
+        self._size = 1 << 30
+
+
+@pytest.fixture(params=["mounted", "simulated"])
+def small_disk(request, tmp_path, monkeypatch):
     folder = tmp_path / "disk"
     folder.mkdir()
+    if request.param == "simulated":
+        yield SimulatedDisk(folder, monkeypatch)
+        return
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting needs root")
-    yield folder
+    yield SmallDisk(folder)
     subprocess.run(["umount", folder], check=True)
 
 
@@ -199,24 +240,18 @@ def test_tensorboard_survives_a_full_disk(small_disk):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lines = []
-    thread = TrackerThread("TensorBoard", lambda: TensorBoard(small_disk, 0), lines.append)
-    filler = small_disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"x" * 1000):
-                pass
-        except OSError:
-            pass
+    thread = TrackerThread("TensorBoard", lambda: TensorBoard(small_disk.folder, 0), lines.append)
+    small_disk.fill()
     steps = range(1, 201)
     for step in steps:
         thread.log({"train/loss": float(step), "train/lr": 1e-5}, step)
     wait_until(lambda: lines)
-    filler.unlink()
+    small_disk.free()
     wait_until(lambda: len(lines) == 2)
     thread.close(failed=False)
     assert lines[0].startswith("warning: TensorBoard failed (OSError: [Errno 28] No space left on device)")
     assert lines[1] == "TensorBoard works again"
-    events = EventAccumulator(str(small_disk / "tensorboard"))
+    events = EventAccumulator(str(small_disk.folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(steps)
 

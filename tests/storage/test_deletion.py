@@ -7,6 +7,7 @@ import pytest
 
 from megatron_align import errors
 from megatron_align.storage.deletion import delete_folder, discard
+from tests.harness import refusals
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +24,14 @@ def folder(tmp_path):
     return folder
 
 
-@pytest.fixture
-def immutable(folder):
+@pytest.fixture(params=["chattr", "simulated"])
+def immutable(request, folder):
     """A file that even root cannot delete."""
     file = folder / "state" / "b"
+    if request.param == "simulated":
+        with refusals.immutable(file):
+            yield file
+        return
     if subprocess.run(["chattr", "+i", file], capture_output=True, check=False).returncode:
         pytest.skip("chattr needs root and a file system that has the attribute")
     yield file

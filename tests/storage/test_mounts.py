@@ -1,6 +1,7 @@
 """A mount point cannot be renamed: it is refused before the first byte is written, whatever kind of mount it is."""
 
 import subprocess
+from contextlib import ExitStack
 
 import pytest
 
@@ -8,6 +9,7 @@ from megatron_align.errors import InputError
 from megatron_align.storage.atomic_write import CommitFailed, commit_folder, partial_folder, require_new
 from megatron_align.storage.deletion import delete_folder
 from megatron_align.storage.mounts import mounts_within, require_replaceable
+from tests.harness import refusals
 
 KINDS = {
     "tmpfs": lambda tmp_path: ["-t", "tmpfs", "tmpfs"],
@@ -15,25 +17,32 @@ KINDS = {
         "--bind",
         tmp_path / "volume",
     ],  # on the same file system: a device number tells nothing
+    "simulated": None,  # needs no rights
 }
 
 
 @pytest.fixture(params=KINDS)
 def mounted(request, tmp_path):
     """``mounted(folder)`` mounts at a folder until the test ends."""
-    mounts = []
+    mounts, make = [], KINDS[request.param]
     (tmp_path / "volume").mkdir()
 
     def mount(folder):
         folder.mkdir(parents=True)
-        command = ["mount", *KINDS[request.param](tmp_path), folder]
+        if make is None:
+            mounts.append(folder)
+            return folder
+        command = ["mount", *make(tmp_path), folder]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("mounting needs root")
         mounts.append(folder)
         return folder
 
-    yield mount
-    for folder in mounts:
+    with ExitStack() as simulated:
+        if make is None:
+            simulated.enter_context(refusals.mounted(mounts, tmp_path / "mountinfo"))
+        yield mount
+    for folder in mounts if make else ():
         subprocess.run(["umount", folder], check=True)
 
 

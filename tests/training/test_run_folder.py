@@ -7,26 +7,34 @@ import pytest
 from megatron_align.model.parallel import RankInfo
 from megatron_align.train import main
 from megatron_align.training.run_lock import LOCK, RunLock
-from tests.harness import training_ranks
+from tests.harness import refusals, training_ranks
 from tests.harness.pool import RankFailed
 from tests.harness.tiny import metrics_of, run_arguments
 
 ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
 
 
-@pytest.fixture
-def mount(tmp_path):
+@pytest.fixture(params=["bind", "simulated"])
+def mount(request, tmp_path):
     """``mount(folder)`` mounts another folder of the same disk there, as a container's volume is."""
     mounted = []
     (tmp_path / "volume").mkdir()
 
     def bind(folder):
         folder.mkdir(parents=True)
+        if request.param == "simulated":
+            mounted.append(folder)
+            return
         command = ["mount", "--bind", tmp_path / "volume", folder]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("mounting needs root")
         mounted.append(folder)
 
+    bind.is_simulated = request.param == "simulated"
+    if bind.is_simulated:
+        with refusals.mounted(mounted, tmp_path / "mountinfo"):
+            yield bind
+        return
     yield bind
     for folder in mounted:
         subprocess.run(["umount", "--lazy", folder], check=True)  # workers still map its data
@@ -51,13 +59,24 @@ def test_a_mounted_export_folder_is_refused_before_the_first_byte(
     assert [path.name for path in run.iterdir()] == ["hf"]
 
 
+def train_in(rank_info, arguments, mounted, listed_in):
+    """In a process of the pool: train where folders are mount points."""
+    with refusals.mounted(mounted, listed_in):
+        return training_ranks.train(rank_info, arguments)
+
+
 def test_the_folder_itself_may_be_a_mount_point(pool, tiny_models, chat_file, tmp_path, mount):
     run = tmp_path / "run"
     mount(run)
     options = {"train__steps": 2, "checkpoint__export_hf": True}
-    pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, run, **options))
-    assert (tmp_path / "volume" / "hf" / "model.safetensors").exists()
-    assert (tmp_path / "volume" / "step_000002").is_dir()
+    arguments = run_arguments(tiny_models(), chat_file, run, **options)
+    if mount.is_simulated:
+        pool.run(1, train_in, arguments, [run], tmp_path / "mountinfo")
+    else:
+        pool.run(1, training_ranks.train, arguments)
+    volume = run if mount.is_simulated else tmp_path / "volume"
+    assert (volume / "hf" / "model.safetensors").exists()
+    assert (volume / "step_000002").is_dir()
     assert not (run / LOCK).exists()
 
 
@@ -81,7 +100,6 @@ def test_bad_input_leaves_neither_lock_nor_folder(tiny_models, tmp_path, capsys)
 
 MOMENTS = {  # of the call before which the lock is lost: its place, name; then the steps in rows, what the folder holds
     "step": ("training.trainer", "Trainer", "train_step", [], []),
-    "copy": ("checkpoint.saver", "Saver", "begin", [1, 2], []),
     "save": ("checkpoint.saver", "Saver", "finish", [1, 2], [".step_000002.partial"]),
     "export": ("training.trainer", "Trainer", "export", [1, 2, 3], ["step_000002", "step_000003"]),
 }
@@ -117,7 +135,8 @@ def test_a_run_that_lost_its_folder_writes_neither_rows_nor_checkpoints(
     pool, tiny_models, chat_file, tmp_path, moment
 ):
     run, options = tmp_path / "run", {"train__steps": 3, "checkpoint__save_every": 2}
-    arguments = run_arguments(tiny_models(), chat_file, run, **options, checkpoint__export_hf=True)
+    options |= {"checkpoint__export_hf": True, "checkpoint__async_save": False}
+    arguments = run_arguments(tiny_models(), chat_file, run, **options)
     line = "took over checkpoint.dir while this run was paused; it is left unchanged"
     with pytest.raises(RankFailed, match=f"TrainingFault: .*{line}"):
         pool.run(2, lose_the_lock, arguments, moment)
