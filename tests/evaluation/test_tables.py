@@ -65,7 +65,7 @@ def test_the_delimiter_and_the_limit(tmp_path):
             {"prompt": "q", "options": ["a", "b"], "label": 2},
             "field 'label' must be one of the 2 choices .*got 2",
         ),
-        ({"prompt": "q", "choices": ["a", "b"], "answer": True}, "got True"),
+        ({"prompt": "q", "choices": ["a", "b"], "answer": True}, "got true"),
         ({"choices": ["a", "b"], "answer": 0}, "must have a prompt"),
         ({"prompt": "q" * 198, "choices": ["a", "b"], "answer": 0}, "must fit into 200 tokens, got 202"),
     ],

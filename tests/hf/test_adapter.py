@@ -101,9 +101,9 @@ def test_an_adapter_brings_its_own_options(shape, adapter):
     "options, message",
     [
         ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
-        ({"use_dora": True}, "an adapter with use_dora True is not built"),
-        ({"bias": "all"}, "an adapter with bias all is not built"),
-        ({"init_lora_weights": "pissa"}, "an adapter with init_lora_weights pissa is not built"),
+        ({"use_dora": True}, "an adapter with use_dora true is not built"),
+        ({"bias": "all"}, "an adapter with bias 'all' is not built"),
+        ({"init_lora_weights": "pissa"}, "an adapter with init_lora_weights 'pissa' is not built"),
         ({"some_new_kind": 3}, "an adapter with some_new_kind 3 is not built"),
         ({"rank_pattern": {"q_proj": 4}}, "an adapter with rank_pattern .* is not built"),
         ({"modules_to_save": ["lm_head"]}, "an adapter with modules_to_save lm_head is not built"),

@@ -177,8 +177,8 @@ REFUSED = {
     ),
     "sliding layer": (
         qwen2(layer_types=["full_attention", "sliding_attention"]),
-        'layer_types must be "full_attention" for every layer, found '
-        '["full_attention", "sliding_attention"] in {path}',
+        "layer_types must be 'full_attention' for every layer, found "
+        "['full_attention', 'sliding_attention'] in {path}",
     ),
     "rope type": (
         llama(rope_scaling={"type": "yarn", "factor": 4.0}),
@@ -187,7 +187,7 @@ REFUSED = {
     "rope per layer type": (
         qwen2(rope_parameters={"full_attention": {"rope_theta": 1.0}}),
         "rope_parameters must be one flat object that is valid for every layer, "
-        'found {{"full_attention": {{"rope_theta": 1.0}}}} in {path}',
+        "found {{'full_attention': {{'rope_theta': 1.0}}}} in {path}",
     ),
     "partial rotary": (
         llama(partial_rotary_factor=0.5),
@@ -201,7 +201,7 @@ REFUSED = {
         llama(rope_scaling={"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}),
         "high_freq_factor must be more than low_freq_factor = 1.0, found 1.0 in rope_scaling of {path}",
     ),
-    "activation": (llama(hidden_act="gelu"), 'hidden_act must be "silu", found "gelu" in {path}'),
+    "activation": (llama(hidden_act="gelu"), "hidden_act must be 'silu', found 'gelu' in {path}"),
     "attention bias": (
         llama(attention_bias=True),
         "attention_bias must be false: this architecture is supported without biases, found true in {path}",
@@ -213,7 +213,7 @@ REFUSED = {
     "quantized": (
         llama(quantization_config={"quant_method": "gptq"}),
         "quantization_config must be absent: training needs fp32, fp16 or bf16 weights, "
-        'found {{"quant_method": "gptq"}} in {path}',
+        "found {{'quant_method': 'gptq'}} in {path}",
     ),
     "dropout": (
         llama(attention_dropout=0.1),
@@ -225,7 +225,7 @@ REFUSED = {
     ),
     "size of a wrong kind": (
         llama(vocab_size="131"),
-        'vocab_size must be a positive whole number, found "131" in {path}',
+        "vocab_size must be a positive whole number, found '131' in {path}",
     ),
     "flag of a wrong kind": (
         llama(tie_word_embeddings=1),

@@ -28,6 +28,8 @@ from tests.harness.tiny import (
 )
 
 ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
+# Law 1's tolerance: fp32 sums in another order (7e-8 measured).
+LAYOUT = 1e-5
 ADAPTER = {"model__adapter": "{rank: 3, alpha: 6}", "optimizer__lr": 1e-2}
 WEIGHTS = "adapter/adapter_model.safetensors"
 # Rank 3 is divided by no number of ranks. On 4 tensor ranks two share a key/value head, so their rows of B differ.
@@ -68,8 +70,8 @@ def test_layouts_agree(layout, pool, tiny_models, chat_file, tmp_path, one_rank)
         world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **ADAPTER, **options)
     )
     for row, same in zip(metrics_of(tmp_path), metrics_of(one_rank), strict=True):
-        assert row["loss"] == pytest.approx(same["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-5)
+        assert row["loss"] == pytest.approx(same["loss"], rel=LAYOUT)
+        assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=LAYOUT)
     found, wanted = load_file(tmp_path / WEIGHTS), load_file(one_rank / WEIGHTS)
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
@@ -171,8 +173,8 @@ def test_a_checkpoint_holds_the_adapter_and_resumes_on_another_layout(pool, tiny
     layout = {"parallel__tensor": 4}
     pool.run(4, training_ranks.train, run_arguments(tiny_models(), chat_file, cut, **options, **layout))
     for got, want in zip(metrics_of(cut), metrics_of(whole), strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        assert got["loss"] == pytest.approx(want["loss"], rel=LAYOUT)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=LAYOUT)
 
 
 def test_a_resumed_adapter_needs_its_base_and_options(pool, chat_file, tmp_path):
@@ -197,8 +199,8 @@ def test_only_some_layers_on_two_stages(pool, tiny_models, chat_file, tmp_path):
         arguments = run_arguments(tiny_models(), chat_file, tmp_path / name, **options, **layout)
         pool.run(2 if layout else 1, training_ranks.train, arguments)
     for got, want in zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"), strict=True):
-        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        assert got["loss"] == pytest.approx(want["loss"], rel=LAYOUT)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=LAYOUT)
     tensors = load_file(tmp_path / "two" / WEIGHTS)
     assert len(tensors) == 2
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())

@@ -82,7 +82,8 @@ def test_ten_steps_equal_trl_with_peft(objective, pool, tiny_models, tmp_path):
     ours = metrics_of(tmp_path / "ours")
     records = [json.loads(line) for line in data.read_text().splitlines()]
     theirs = trl_rows("trl", trainer, model, records, tmp_path / "trl", adapter=adapter, learning_rate=lr)
-    # absolutely where a loss is nearly 0: it then magnifies what rounding does to a margin
+    # Law 3's tolerance: ten steps at a large rate add up what fp32 sums in another order differ by (6e-5 measured; 8e-5
+    # of margins of size 5). Absolutely where a loss is nearly 0: it then magnifies what rounding does to a margin.
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-4, abs=1e-5)
     for name, own in names.items():
         assert [row[own] for row in ours] == pytest.approx([row[name] for row in theirs], abs=1e-4), name
@@ -122,8 +123,10 @@ def test_peft_loads_the_exported_adapter(reward, pool, tiny_models, chat_file, t
     tokens = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = adapted(tokens).logits
-        assert (logits - loaded(run / "hf")(tokens).logits).abs().max() < 1e-5
+        # Logits of size 2: W x + s B (A x) rounds elsewhere than (W + s B A) x does, 3e-7 measured.
+        assert (logits - loaded(run / "hf")(tokens).logits).abs().max() < 2e-6
         assert (logits - loaded(model)(tokens).logits).abs().max() > 1e-2  # the adapter does something
     merged = adapted.merge_and_unload().state_dict()
     for name, weight in load_file(run / "hf" / "model.safetensors").items():
-        assert (weight - merged[name]).abs().max() <= 1e-6, name
+        # Both are summed in fp32; weights are smaller than 2, so this is one rounding.
+        assert (weight - merged[name]).abs().max() <= 2**-23, name

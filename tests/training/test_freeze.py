@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, numbers, run_arguments
 
+LAYOUT = 1e-5  # law 1's tolerance: fp32 sums in another order (5e-8 measured)
 FROZEN = "[embed_tokens, layers.0.*, layers.3.mlp.*]"  # the embedding is tied: the head too
 
 
@@ -40,8 +41,8 @@ def test_layouts_agree(world, layout, pool, tiny_models, chat_file, tmp_path, on
     options = {"model__freeze": FROZEN, **layout}
     pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
     for row, same in zip(metrics_of(tmp_path), metrics_of(one_rank), strict=True):
-        assert row["loss"] == pytest.approx(same["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-5)
+        assert row["loss"] == pytest.approx(same["loss"], rel=LAYOUT)
+        assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=LAYOUT)
 
 
 def test_an_adapter_of_a_checkpoint_is_that_of_its_export(pool, chat_file, tmp_path, one_rank):

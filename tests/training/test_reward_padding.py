@@ -65,7 +65,8 @@ def test_the_exported_model_scores_as_it_was_trained(pool, tmp_path, special, pa
     scores = scores_of(run / "hf", data, expected)
     for side in (0, 1):
         mean = sum(pair[side] for pair in scores) / len(scores)
-        assert mean == pytest.approx(trained[("chosen_reward", "rejected_reward")[side]], abs=1e-5)
+        # Scores of size 0.6: our fp32 sums and transformers' round differently, by 1e-7 at most.
+        assert mean == pytest.approx(trained[("chosen_reward", "rejected_reward")[side]], abs=1e-6)
 
 
 def scores_of(folder, data, padding):
@@ -86,7 +87,7 @@ def scores_of(folder, data, padding):
             for text in texts:
                 ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
                 by_hand = model.score(model.model(ids).last_hidden_state)[0, -1, 0].item()
-                assert model(ids).logits.item() == pytest.approx(by_hand, abs=1e-6)
+                assert model(ids).logits.item() == by_hand  # the same operations on the same numbers
                 pair.append(by_hand)
             if padding is None:
                 batch = torch.zeros(2, 3, dtype=torch.long)
@@ -97,7 +98,8 @@ def scores_of(folder, data, padding):
                     batch = tokenizer(
                         texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt"
                     )
-                    assert model(**batch).logits[:, 0].tolist() == pytest.approx(pair, abs=1e-5)
+                    # A batch's matrix products sum in another order than a text's: 2e-7 for scores of size 0.6.
+                    assert model(**batch).logits[:, 0].tolist() == pytest.approx(pair, abs=1e-6)
             found.append(pair)
     return found
 

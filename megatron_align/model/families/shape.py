@@ -261,7 +261,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
     if values.get("quantization_config") is not None:
         raise keys.error("quantization_config", "absent: training needs fp32, fp16 or bf16 weights")
     if values["hidden_act"] not in ("silu", "swish"):
-        raise keys.error("hidden_act", '"silu"')
+        raise keys.error("hidden_act", "'silu'")
     for key in ("attention_bias", "mlp_bias"):
         if values.get(key):
             raise keys.error(key, "false: this architecture is supported without biases")
@@ -271,7 +271,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str) -> None:
     if layer_types is not None and (
         type(layer_types) is not list or any(kind != "full_attention" for kind in layer_types)
     ):
-        raise keys.error("layer_types", '"full_attention" for every layer')
+        raise keys.error("layer_types", "'full_attention' for every layer")
     if layer_types is None and values["use_sliding_window"] and values.get("sliding_window") is not None:
         first = values.get("max_window_layers", 0)
         if type(first) is not int or first < keys.count("num_hidden_layers"):

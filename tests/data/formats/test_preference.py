@@ -224,7 +224,7 @@ BAD = {
         "'completions\\[1\\].score' must be a finite number",
     ),
     "score text": (ranked(ONE, {**TWO, "score": "2"}), "score' must be a finite number, got '2'"),
-    "score boolean": (ranked(ONE, {**TWO, "score": True}), "score' must be a finite number, got True"),
+    "score boolean": (ranked(ONE, {**TWO, "score": True}), "score' must be a finite number, got true"),
     "no score": (
         ranked(ONE, {"content": "b"}),
         "'completions\\[1\\].score' must be a finite number, got nothing",

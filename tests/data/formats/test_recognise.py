@@ -233,7 +233,7 @@ BAD_WEIGHTS = {
     "turn weight": (with_turn(weight=0.5), "'messages\\[3\\].weight' must be 0 or 1, got 0.5"),
     "turn weight of wrong type": (
         with_turn(weight=True),
-        "'messages\\[3\\].weight' must be 0 or 1, got True",
+        "'messages\\[3\\].weight' must be 0 or 1, got true",
     ),
     "both": (with_turn(weight=1, train=False), "'messages\\[3\\].weight' must agree with 'train'"),
     "trained user": (
@@ -257,7 +257,7 @@ BAD_WEIGHTS = {
     "infinite weight": ([{**GOOD, "weight": 1e999}], "field 'weight' must be a finite number, got inf"),
     "huge weight": ([{**GOOD, "weight": 10**400}], "field 'weight' must be a finite number, got 1000"),
     "weight of wrong type": ([{**GOOD, "weight": "2"}], "field 'weight' must be a finite number, got '2'"),
-    "weight a boolean": ([{**GOOD, "weight": True}], "field 'weight' must be a finite number, got True"),
+    "weight a boolean": ([{**GOOD, "weight": True}], "field 'weight' must be a finite number, got true"),
     "NUL": (
         ['{"prompt": "p", "completion": "a\\u0000b"}'],
         "field 'completion' must not contain NUL, got one at 1",

@@ -117,7 +117,7 @@ def test_a_call_is_never_dropped_for_another_one(jsonl):
     with pytest.raises(
         InputError, match="tool_calls' must be left out or give the calls of 'conversations.1..value'"
     ):
-        read_records(jsonl([{"conversations": [HUMAN, twice]}]))
+        list(read_records(jsonl([{"conversations": [HUMAN, twice]}])))
 
 
 @pytest.mark.parametrize("form", [HUMAN, ASK], ids=["sharegpt", "messages"])
@@ -130,7 +130,7 @@ def test_a_turn_of_reasoning_only_may_have_null_content_and_null_reasoning_is_no
     assert (record.messages[1].content, record.messages[1].extra) == ("", {"reasoning_content": "hm"})
     silent = {**thinks, "reasoning_content": None}
     with pytest.raises(InputError, match=f"{key}' must be a string"):
-        read_records(jsonl([{"conversations": [form, silent]}]))
+        list(read_records(jsonl([{"conversations": [form, silent]}])))
 
 
 @pytest.mark.parametrize(
