@@ -13,7 +13,7 @@ MOST_LISTED = 10  # names in one line
 class _Quote(reprlib.Repr):
     """Short representations of values, in YAML's words."""
 
-    maxlevel, maxdict, maxlist, maxstring, maxlong, maxother = 3, 6, 6, 80, 80, 80
+    maxlevel, maxdict, maxlist, maxstring, maxlong, maxother = 3, 6, 6, 80, 80, 1000
 
     def repr_NoneType(self, value: None, level: int) -> str:
         return "null"

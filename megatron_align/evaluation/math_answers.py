@@ -13,7 +13,7 @@ def judge(answer: str, expected: Sequence[str]) -> dict[str, float]:
     Time limits are the caller's: math-verify's own use signals, which only a main thread gets.
     """
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that time limits are the caller's
-    from math_verify import parse, verify  # type: ignore[import-not-found]  # an extra
+    from math_verify import parse, verify
 
     def parsed(text: str) -> Any:
         return parse(text if "\\boxed" in text or "$" in text else f"${text}$", parsing_timeout=None)

@@ -43,7 +43,9 @@ def test_texts():
 
 
 def test_mathematics_is_compared_and_what_never_ends_is_no_answer(monkeypatch):
-    monkeypatch.setattr(answers, "CHECK_SECONDS", 5.0)
+    monkeypatch.setattr(
+        answers, "CHECK_SECONDS", 2.0
+    )  # an answer takes milliseconds, imports are not counted
     pairs = [
         ("The answer is \\boxed{1/2}", ("0.5",)),
         ("so $x = \\frac{3}{4}$", ("\\frac{6}{8}",)),

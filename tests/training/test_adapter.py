@@ -75,8 +75,8 @@ def test_layouts_agree(layout, pool, tiny_models, chat_file, tmp_path, one_rank)
     found, wanted = load_file(tmp_path / WEIGHTS), load_file(one_rank / WEIGHTS)
     assert found.keys() == wanted.keys()
     for name, want in wanted.items():
-        # Rounding of sums in another order, and what Adam makes of gradients that are nearly 0.
-        assert (found[name] - want).norm() <= 1e-3 * want.norm(), name
+        # Rounding of sums in another order, and what Adam makes of gradients that are nearly 0 (1e-5 measured).
+        assert (found[name] - want).norm() <= 1e-4 * want.norm(), name
 
 
 @pytest.fixture(scope="module")
