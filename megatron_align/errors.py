@@ -13,7 +13,11 @@ MOST_LISTED = 10  # names in one line
 class _Quote(reprlib.Repr):
     """Short representations of values, in YAML's words."""
 
-    maxlevel, maxdict, maxlist, maxstring, maxlong, maxother = 3, 6, 6, 80, 80, 1000
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist = 3, 6, 6
+        self.maxstring = self.maxlong = 80
+        self.maxother = 1000  # cut by the caller, from the end
 
     def repr_NoneType(self, value: None, level: int) -> str:
         return "null"
