@@ -1,14 +1,16 @@
 """A run has its folder alone, wherever it is mounted: what cannot work is refused before anything is written there."""
 
+import re
 import subprocess
 
 import pytest
 
+from megatron_align.errors import TrainingFault
+from megatron_align.model import parallel
 from megatron_align.model.parallel import RankInfo
 from megatron_align.train import main
 from megatron_align.training.run_lock import LOCK, RunLock
 from tests.harness import refusals, training_ranks
-from tests.harness.pool import RankFailed
 from tests.harness.tiny import metrics_of, run_arguments
 
 ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
@@ -106,7 +108,7 @@ MOMENTS = {  # of the call before which the lock is lost: its place, name; then 
 
 
 def lose_the_lock(rank_info, arguments, moment):
-    """In a process of the pool: another machine takes the folder just before a call is made."""
+    """In a process of the pool: another machine takes the folder just before a call is made; return the error."""
     import importlib
     from dataclasses import replace
     from pathlib import Path
@@ -126,8 +128,10 @@ def lose_the_lock(rank_info, arguments, moment):
             path.write_text(other.to_text())
         return call(self, *arguments)
 
-    with mock.patch.object(owner, name, lose_first):
+    with mock.patch.object(owner, name, lose_first), pytest.raises(TrainingFault) as fault:
         run(config, rank_info)
+    parallel.leave()
+    return str(fault.value)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -138,8 +142,9 @@ def test_a_run_that_lost_its_folder_writes_neither_rows_nor_checkpoints(
     options |= {"checkpoint__export_hf": True, "checkpoint__async_save": False}
     arguments = run_arguments(tiny_models(), chat_file, run, **options)
     line = "took over checkpoint.dir while this run was paused; it is left unchanged"
-    with pytest.raises(RankFailed, match=f"TrainingFault: .*{line}"):
-        pool.run(2, lose_the_lock, arguments, moment)
+    first, second = pool.run(2, lose_the_lock, arguments, moment)
+    assert re.fullmatch(f"process .* on node7, .* {line}", first)
+    assert second.endswith(line)
     *_, steps, left = MOMENTS[moment]
     assert sorted(path.name for path in run.glob("*step_*")) == left
     assert [row["step"] for row in metrics_of(run)] == steps
