@@ -46,11 +46,11 @@ def dq_kernel(
     lse2 = load_numbers(lse2_ptr + head * queries, first, queries, BLOCK_Q)
     dq = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
 
-    tiles, count = key_tiles(
+    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
         prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K
     )
     for step in range(count):
-        tile, full = key_tile(tiles, step)
+        tile, full = key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d)
         k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
         v = load_rows(v_ptr, tile * BLOCK_K, v_stride, tokens, BLOCK_K, D, D_PADDED)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse2[:, None])

@@ -42,11 +42,11 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     highest = tl.full([BLOCK_Q], LOWEST, tl.float32)
 
-    tiles, count = key_tiles(
+    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
         prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K
     )
     for step in range(count):
-        tile, full = key_tile(tiles, step)
+        tile, full = key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d)
         k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if not full:

@@ -29,7 +29,7 @@ def key_tiles(
     """Return the range of key tiles that rows ``first`` to ``last`` (both included) visit, and their number.
 
     The range is ``a <= b <= c <= d`` of the prefix and then of the own interval: tiles ``[a, d)`` are visited, of which
-    ``[b, c)`` need no mask.
+    ``[b, c)`` need no mask. All nine numbers are returned flat: Triton 3.2 has no tuples within tuples.
     """
     prefix_start = tl.load(prefix_start_ptr + first)
     prefix_end = tl.load(prefix_end_ptr + first)
@@ -64,13 +64,12 @@ def key_tiles(
     own_d = tl.cdiv(last_own_end, BLOCK_K)
     own_b = tl.minimum(tl.maximum(tl.cdiv(last_own_start, BLOCK_K), own_a), own_d)
     own_c = tl.maximum(own_end // BLOCK_K, own_b)
-    return (a, b, c, d, own_a, own_b, own_c, own_d), d - a + own_d - own_a
+    return a, b, c, d, own_a, own_b, own_c, own_d, d - a + own_d - own_a
 
 
 @triton.jit
-def key_tile(tiles, step):
+def key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d):
     """Return the ``step``-th tile of ``key_tiles``, and whether it is fully visible and needs no mask."""
-    a, b, c, d, own_a, own_b, own_c, own_d = tiles
     tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
     full = ((b <= tile) & (tile < c)) | ((own_b <= tile) & (tile < own_c))
     return tile, full

@@ -1,7 +1,7 @@
 """Our merges equal mergekit's on the same folders.
 
-mergekit's pins do not fit ours, so it is no test dependency. To run this file, put it beside, and in the way of
-nothing else: ``pip install --no-deps --target judge_packages mergekit immutables peft scipy protobuf`` and
+mergekit's pins do not fit ours, so it is no test dependency. To run this file, install it into a folder of its own:
+``pip install --no-deps --target judge_packages mergekit immutables peft scipy protobuf`` and
 ``PYTHONPATH=judge_packages:. pytest tests/merge/test_mergekit.py``. Run with mergekit 0.1.5.
 """
 
