@@ -72,7 +72,10 @@ def compiling_for(chip: str) -> Iterator[list[Built]]:
         pytest.skip("the interpreter does not compile: run without TRITON_INTERPRET")
     built: list[Built] = []
     held = vars(driver)  # read without asking for an active driver: there is none without a GPU
-    run, before = JITFunction.run, held["_active"] if "_active" in held else held["active"]  # before Triton 3.4
+    run, before = (
+        JITFunction.run,
+        held["_active"] if "_active" in held else held["active"],
+    )  # before Triton 3.4
     target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
 
     def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object):
