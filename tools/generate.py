@@ -22,6 +22,8 @@ continued as it is, or messages), messages, conversations or instruction. A row 
 completions: [{content, finish_reason, tokens}]. A killed run continues when the same command is run again, and writes
 the same file. Every draw depends on the seed, the prompt's index, the sample and the position only."""
 
+TEMPLATE_DATE = "date that the chat template reads, such as 2024-07-26 (default: that of the first start)"
+
 
 def run(arguments: list[str]) -> int:
     """Run with the arguments after ``generate``; return the exit code."""
@@ -36,6 +38,7 @@ def run(arguments: list[str]) -> int:
     add_sampling(parser, temperature=1.0)
     add("--chat", action="store_true", help="a prompt that is text is a user's turn, not text to continue")
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
+    add("--template-date", metavar="DATE", help=TEMPLATE_DATE)
     add("--precision", choices=("bf16", "fp32"), help="of weights and computation (default: as stored)")
     about = "prompts that do not fit the model's context: refuse all, or write them without completions"
     add("--too-long", choices=("error", "skip"), default="error", help=f"{about} (default: error)")
@@ -118,6 +121,7 @@ def _generate_file(options: argparse.Namespace, out: str, adapter: str | None) -
             precision=options.precision,
             as_chat=options.chat,
             chat_template=options.chat_template,
+            template_date=options.template_date,
             too_long=options.too_long,
             limit=options.limit,
             with_tokens=options.tokens,

@@ -87,15 +87,13 @@ def _read_rows(folder: Path) -> dict[str, list[Row]]:
         hint = f"; it contains runs: {', '.join(children[:4])}" if children else ""
         raise InputError(f"{folder} is not the folder of a run: it has no {METRICS}{hint}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        *lines, _ = file.read_text(encoding="utf-8").split("\n")  # the last one is empty, or incomplete
     except UnicodeDecodeError as error:
         raise InputError(
             f"{file} must be JSON Lines in UTF-8, got {error.reason} at {error.start}"
         ) from error
     rows: dict[str, list[Row]] = {}
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break  # the run is writing it, or was killed while writing it
         row = _row(line, f"{file}:{number}")
         rows.setdefault(row.get("split", "train"), []).append(row)
     if not rows.get("train"):

@@ -21,7 +21,7 @@ continues when the same command is run again. With --format sft this is rejectio
 def run(arguments: list[str]) -> int:
     """Run with the arguments after ``sample``; return the exit code."""
     from megatron_align.tools.command import Parser
-    from megatron_align.tools.generate import add_sampling
+    from megatron_align.tools.generate import TEMPLATE_DATE, add_sampling
 
     parser = Parser(PROGRAM, ABOUT)
     add = parser.add_argument
@@ -58,6 +58,7 @@ def run(arguments: list[str]) -> int:
     add("--tied", type=float, default=0.0, metavar="S", help=about)
     add("--threshold", type=float, metavar="S", help="unpaired, sft: score from which an answer is good")
     add("--chat", action="store_true", help="a prompt that is text is a user's turn, not text to continue")
+    add("--template-date", metavar="DATE", help=TEMPLATE_DATE)
     add("--precision", choices=("bf16", "fp32"), help="of weights and computation (default: as stored)")
     return _sample(parser.parse(arguments))
 
@@ -79,7 +80,7 @@ def _sample(options: argparse.Namespace) -> int:
         "all_above",
         "tied",
     )
-    given = {name: getattr(options, name) for name in (*names, "threshold", "precision")}
+    given = {name: getattr(options, name) for name in (*names, "threshold", "template_date", "precision")}
     counts = sample(
         SampleOptions(
             models=tuple(options.models), sampling=sampling_of(options), as_chat=options.chat, **given

@@ -27,7 +27,7 @@ def expand_home(path: str) -> str:
 
 
 def expand_fields(section: Any, *names: str) -> None:
-    """Expand ``~`` in fields of a frozen dataclass, from its ``__post_init__``: paths, or lists of paths."""
+    """Expand ``~`` in fields of a frozen dataclass, from its ``__post_init__``: paths, or lists or mappings of paths."""
     for name in names:
         object.__setattr__(section, name, _expanded(getattr(section, name)))
 
@@ -35,4 +35,6 @@ def expand_fields(section: Any, *names: str) -> None:
 def _expanded(value: Any) -> Any:
     if isinstance(value, list):
         return [_expanded(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _expanded(item) for name, item in value.items()}
     return expand_home(value) if isinstance(value, str) else value

@@ -102,14 +102,14 @@ def load(
     objectives: ObjectiveNames,
 ) -> RunConfig:
     """Build a RunConfig from a file or a mapping; see :func:`.objectives.configuration.load_config`."""
-    content = _plain_mapping(config) if isinstance(config, Mapping) else read_yaml(str(config))
+    content = plain_mapping(config) if isinstance(config, Mapping) else read_yaml(str(config))
     if not isinstance(overrides, Mapping):
         for override in overrides:
             require("=" in override, f"an override must be 'section.key=value', got '{override}'")
         return _build([content, *read_arguments([f"--{override}" for override in overrides])], objectives)
     for key in overrides:
         require("." in key.strip("."), f"an override must be named section.key, got '{key}'")
-    return _build([content, *({key: value} for key, value in _plain_mapping(overrides).items())], objectives)
+    return _build([content, *({key: value} for key, value in plain_mapping(overrides).items())], objectives)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _print(sections: Mapping[str, type], values: Mapping[str, Any], printing: Se
     parser.parse_args([f"--config={yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)}", *printing])
 
 
-def _plain_mapping(sections: Mapping[str, Any]) -> dict[str, Any]:
+def plain_mapping(sections: Mapping[str, Any]) -> dict[str, Any]:
     """Return a mapping as YAML can hold it: paths as strings, tuples as lists, data sources as mappings."""
 
     def plain(value: Any, depth: int) -> Any:

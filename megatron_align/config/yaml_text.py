@@ -92,8 +92,8 @@ _EXPONENT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[
 _Loader.add_implicit_resolver(_PREFIX + "float", _EXPONENT, list("-+.0123456789"))
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a mapping of sections from a YAML file.
+def read_yaml(path: str, holds: str = "sections (model, data, train, ...)") -> dict[str, Any]:
+    """Read a mapping from a YAML file; ``holds``: what it is of, for errors.
 
     Raises:
         InputError: there is no such file, it cannot be read, is no YAML, or holds something else.
@@ -112,7 +112,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     content = parse_yaml(text, path)
     if not isinstance(content, dict):
         found = "nothing" if content is None else "a list" if isinstance(content, list) else "text"
-        raise InputError(f"{path} must hold a mapping of sections (model, data, train, ...), got {found}")
+        raise InputError(f"{path} must hold a mapping of {holds}, got {found}")
     return content
 
 

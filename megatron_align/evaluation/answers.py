@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -51,14 +53,22 @@ class PromptedTask:
     sources: list[int]
 
 
-def read_prompted_task(task: AnsweredTask, assets: Path, context: int) -> PromptedTask:
+def read_prompted_task(
+    task: AnsweredTask, assets: Path, context: int, now: datetime | None = None
+) -> PromptedTask:
     """Read and tokenise the prompts of a task.
+
+    Args:
+        task: of the evaluation.
+        assets: folder of the model's tokenizer.
+        context: most tokens of a prompt with its answer.
+        now: what the chat template reads from the clock; None: the time of each rendering.
 
     Raises:
         InputError: a record is malformed, lacks what the check compares with, or does not fit the context.
     """
     template = load_chat_template(task.chat_template) if task.chat_template else None
-    tokenizer = PromptTokenizer(load_tokenizer(str(assets)), template)
+    tokenizer = PromptTokenizer(load_tokenizer(str(assets)), template, now)
     baselines = read_baselines(task.baseline) if isinstance(task, JudgeTask) and task.baseline else None
     prompts: list[Prompt] = []
     expected: list[Any] = []
@@ -158,28 +168,28 @@ def _mean(scores: list[Scores], metric: str) -> float:
 
 @contextmanager
 def _scoring(task: AnsweredTask, out: Path, rank: int) -> Iterator[Scoring]:
-    """Yield the function that scores a task's answers."""
+    """Yield the function that scores a task's answers. Collective."""
     if isinstance(task, JudgeTask):
         yield Judge(task, out / ITEMS, rank).scores
         return
     assert isinstance(task, GenerateTask), "every other kind is no answered task"
-    with checking(task.check, task.extract) as scoring:
+    with checking(task.check, task.extract, share_of_cores()) as scoring:
         yield scoring
 
 
 @contextmanager
-def checking(name: str, extract: str | None = None) -> Iterator[Scoring]:
+def checking(name: str, extract: str | None = None, programs: int | None = None) -> Iterator[Scoring]:
     """Yield the function that checks answers; a check that may run forever runs in a process that is replaced.
 
     Args:
         name: of the check.
         extract: see :class:`.GenerateTask`.
+        programs: run at once; None: one per processor core.
     """
     check = CHECKS[name]
     if check.waits:
-        yield lambda pairs: list(
-            concurrently(lambda pair: check.judge(*pair), pairs, len(os.sched_getaffinity(0)))
-        )
+        workers = programs or len(os.sched_getaffinity(0))
+        yield lambda pairs: list(concurrently(lambda pair: check.judge(*pair), pairs, workers))
         return
     if check.package is None:
         yield lambda pairs: [check.judge(extracted(answer, extract), expected) for answer, expected in pairs]
@@ -190,6 +200,18 @@ def checking(name: str, extract: str | None = None) -> Iterator[Scoring]:
             or dict.fromkeys(check.metrics, 0.0)
             for answer, expected in pairs
         ]
+
+
+def share_of_cores() -> int:
+    """Return the number of processor cores that this rank may keep busy, at least 1. Collective.
+
+    Ranks of one machine that may run on the same cores share them.
+    """
+    own = (socket.gethostname(), os.sched_getaffinity(0))
+    ranks = [own] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    sharing = sum(host == own[0] and not cores.isdisjoint(own[1]) for host, cores in ranks)
+    return max(1, len(own[1]) // sharing)
 
 
 @contextmanager

@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, listed, require, shown
 from megatron_align.evaluation.results import ITEMS, RESULTS, write_atomically
 from megatron_align.evaluation.statistics import difference_interval
 from megatron_align.model.families import read_json
+from megatron_align.storage.resumable_lines import read_rows
 
 COMPARISON = "comparison.json"
 LOWER_IS_BETTER = ("loss",)
+# Options that do not define a task: its data are compared by their content, the others only say how it is run.
+_FREE = {"data", "workers", "failures"}
+_FILES = ("chat_template", "baseline")  # compared by their content too, wherever they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
         second: folder of the results of the other.
 
     Raises:
-        InputError: a folder has no results, no task is shared, or a shared one has other items.
+        InputError: a folder has no results, no task is shared, or a shared one has other items or is defined otherwise.
     """
     folders = (Path(first), Path(second))
     one, other = (_read(folder) for folder in folders)
@@ -91,6 +95,10 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
 
 
 def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, Any]]) -> Difference:
+    if differing := _other_definition(name, results):
+        raise InputError(
+            f"task {name} must be defined alike to be compared, got {differing} in {' and '.join(map(str, folders))}"
+        )
     data = [result["data"].get(name) for result in results]
     counts = [result["tasks"][name]["n"] for result in results]
     metrics = [result["primary"].get(name) for result in results]
@@ -116,10 +124,28 @@ def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, 
     )
 
 
+def _other_definition(name: str, results: Sequence[dict[str, Any]]) -> str:
+    """Return the options of a task in which two evaluations differ, and what its templates read; empty: none."""
+    one, other = (_definition(result.get("configuration", {}).get(name, {})) for result in results)
+    names = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    found = [f"{key} {shown(one.get(key))} and {shown(other.get(key))}" for key in names]
+    clocks = [result.get("clock", {}).get(name) for result in results]
+    if None not in clocks and clocks[0] != clocks[1]:
+        dates = " and ".join(str(result.get("template_date")) for result in results)
+        found.append(f"template_date {dates} (set it to evaluate as of one day)")
+    return listed(found)
+
+
+def _definition(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that define a task; of files only whether there are any."""
+    given = {name: value for name, value in options.items() if name not in _FREE}
+    return given | {name: "a file" for name in _FILES if given.get(name)}
+
+
 def _column(file: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a metric of each item and its weight, ``[N]`` each."""
     require(file.is_file(), f"results must have the items of each task, found no file {file}")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(file)
     values_N = np.array([row[metric] for row in rows], np.float64)
     return values_N, np.array([row.get("weight", 1.0) for row in rows], np.float64)
 

@@ -11,10 +11,14 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from megatron_align.config import ParallelConfig
+from megatron_align.config.paths import expand_fields
+from megatron_align.config.run import plain_mapping
+from megatron_align.config.values import convert, option_types
+from megatron_align.config.yaml_text import read_yaml
+from megatron_align.data.tokenize.template_clock import parse_date
 from megatron_align.errors import InputError, nearest, require
 from megatron_align.evaluation.adapter_names import ONLY, parse_adapters
 from megatron_align.evaluation.checks import CHECKS
@@ -22,6 +26,8 @@ from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.types import Sampling
 
 _Options = TypeVar("_Options")
+_PATHS = ("data", "chat_template", "reference", "baseline")  # options of tasks that are paths
+_HOLDS = "model, out and tasks"
 ABOUT = """Evaluate a model: the loss on chat data, preference pairs, multiple choice, generated answers.
 
 The tasks are listed in a YAML file: {model, out, precision, parallel, tasks: [{name, kind, data, ...}]}; kinds are
@@ -50,6 +56,7 @@ class Task:
             f"the name of a task must be usable as the name of a file, got '{self.name}'",
         )
         require(bool(self.sources), f"task {self.name}: data must name a file, got none")
+        expand_fields(self, *(name for name in _PATHS if hasattr(self, name)))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -235,6 +242,7 @@ class EvaluationConfig:
         parallel: how the model is sharded over ranks, as in training
         precision: of weights and computation: bf16 or fp32
         sequence_length: capacity of a pack and longest sample, in tokens; null: 4096, at most the model's positions
+        template_date: date that chat templates read from the clock (2024-07-26); null: today; results.json has it
     """
 
     model: str
@@ -244,8 +252,12 @@ class EvaluationConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["bf16", "fp32"] = "bf16"
     sequence_length: int | None = None
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
+        expand_fields(self, "model", "out", "adapter")
+        if self.template_date is not None:
+            parse_date(self.template_date, "template_date")
         require(bool(self.tasks), "tasks must name at least one task, got none")
         names = [task.name for task in self.tasks]
         double = next((name for name in names if names.count(name) > 1), None)
@@ -272,8 +284,10 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     about = "instead of the configuration's adapter: PATH, or several as NAME=PATH"
     add("--adapter", type=str, nargs="+", help=about)
     add("--precision", choices=("bf16", "fp32"), help="instead of the configuration's precision")
-    add("--sequence_length", type=int, help="instead of the configuration's sequence_length")
-    names = ["--config", "--model", "--out", "--adapter", "--precision", "--sequence_length"]
+    add("--sequence_length", type=str, help="instead of the configuration's sequence_length")
+    add("--template_date", type=str, help="instead of the configuration's template_date")
+    options = ("model", "out", "adapter", "precision", "sequence_length", "template_date")
+    names = ["--config", *(f"--{name}" for name in options)]
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         require(name in (*names, "--help"), f"{program} has no option {name}{nearest(name, names)}")
     try:
@@ -295,13 +309,13 @@ def load_evaluation(
 
     Args:
         config: path of a YAML file, or ``{"model": ..., "out": ..., "tasks": [{"name", "kind", "data", ...}]}``.
-        overrides: values of ``model``, ``out``, ``adapter``, ``precision`` and ``sequence_length``, which win.
+        overrides: values of ``model``, ``out`` and other options of the top level that win over ``config``.
 
     Raises:
         InputError: naming the key and, for a misspelt one, the nearest key that exists.
     """
     where = "" if isinstance(config, Mapping) else f"{config}: "
-    content = dict(config) if isinstance(config, Mapping) else _read(Path(config))
+    content = plain_mapping(config) if isinstance(config, Mapping) else read_yaml(str(config), _HOLDS)
     content |= overrides or {}
     if isinstance(content.get("model"), Mapping):  # as a run's configuration has it
         content["model"] = content["model"].get("path")
@@ -336,7 +350,7 @@ def _options(kind: type[_Options], content: Any, where: str) -> _Options:
 def _checked(
     kind: type, content: Mapping[str, Any], where: str, left_out: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return options with the types of a dataclass's fields."""
+    """Return the given options, with the types of a dataclass's fields."""
     place = f"{where}: " if where else ""
     known = [f for f in dataclasses.fields(kind) if f.name not in left_out]
     names = [f.name for f in known]
@@ -348,25 +362,8 @@ def _checked(
             not needed or content.get(option.name) is not None,
             f"{place}{option.name} must be given, got none",
         )
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, skip=set(left_out))
-    try:
-        parsed = parser.parse_object(dict(content))
-    except ArgumentError as error:
-        raise InputError(f"{place}{' '.join(str(error).split())}") from error
-    return {name: getattr(parsed, name) for name in names}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    require(file.is_file(), f"--config needs a YAML file, found none at '{file}'")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    require(
-        isinstance(content, dict), f"{file} must hold a mapping with model, out and tasks, got {content!r}"
-    )
-    return content
+    kinds = option_types(kind)
+    return {name: convert(content[name], kinds[name], f"{place}{name}") for name in names if name in content}
 
 
 def _require_limit(name: str, limit: int | None) -> None:

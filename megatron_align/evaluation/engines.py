@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_align.checkpoint.card import read_checkpoint_metadata
-from megatron_align.checkpoint.folder import STATE, find_checkpoint
+from megatron_align.checkpoint.folder import find_checkpoint
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
 from megatron_align.errors import InputError
@@ -20,6 +22,7 @@ from megatron_align.hf.load import open_hf
 from megatron_align.hf.safetensors import DTYPES
 from megatron_align.model.families import rows
 from megatron_align.rollout.transformers_engine import TransformersEngine
+from megatron_align.storage.journal import fingerprint
 from megatron_align.training.setup import DTYPES as PRECISIONS
 from megatron_align.training.setup import locate
 
@@ -69,13 +72,10 @@ def assets_of(model: str | Path) -> Path:
     return locate(str(model))[1]
 
 
-def weights_state(model: str | Path) -> list[list[Any]]:
-    """Return name, size and time of change of each weight file of a model: another model or a newer one differs."""
-    folder = locate(str(model))[0]
-    files = sorted(folder.glob("*.safetensors")) or sorted(
-        p for p in (folder / STATE).iterdir() if p.is_file()
-    )
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def weights_state(model: str | Path) -> str:
+    """Return a hash of the state of a model's files, tokenizer and template too: another or a newer one differs."""
+    folders = dict.fromkeys(locate(str(model)))
+    return hashlib.sha256(json.dumps([fingerprint(folder) for folder in folders]).encode()).hexdigest()[:16]
 
 
 def _folder(model: str | Path) -> Path:

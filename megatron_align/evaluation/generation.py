@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from megatron_align.data.formats.files import expand
 from megatron_align.data.formats.turns import messages
 from megatron_align.data.store import sha256
 from megatron_align.data.tokenize.chat_template import load_chat_template
+from megatron_align.data.tokenize.template_clock import fixed_date, parse_date, tokenizer_templates
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, require
 from megatron_align.evaluation.adapters import open_adapter_of
@@ -23,7 +24,7 @@ from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_p
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.storage.journal import fingerprint
-from megatron_align.storage.resumable_lines import ResumableLines
+from megatron_align.storage.resumable_lines import ResumableLines, stored_key
 
 CHUNK = 128  # prompts between two writes
 
@@ -40,6 +41,7 @@ class GenerateOptions:
         precision: of weights and computation; None: as stored
         as_chat: a prompt that is text is the turn of a user
         chat_template: file with a Jinja chat template; None: the tokenizer's own
+        template_date: ISO date that the chat template reads from the clock; None: that of the first start
         too_long: error: refuse prompts that do not fit the context; skip: write them without completions
         limit: first prompts only; None: all
         with_tokens: write token ids and log-probs too
@@ -54,6 +56,7 @@ class GenerateOptions:
     precision: Precision | None = None
     as_chat: bool = False
     chat_template: str | None = None
+    template_date: str | None = None
     too_long: Literal["error", "skip"] = "error"
     limit: int | None = None
     with_tokens: bool = False
@@ -70,6 +73,28 @@ class GenerateOptions:
             f"adapters are loaded by the vllm servers themselves (--enable-lora), got {self.adapter} with "
             f"{', '.join(self.vllm)}",
         )
+        if self.template_date is not None:
+            parse_date(self.template_date, "template_date")
+
+    def dated(self, before: Mapping[str, Any]) -> GenerateOptions:
+        """Return the options with a ``template_date`` if the chat template reads the clock, else without one.
+
+        Args:
+            before: key of an unfinished output, whose date is kept.
+        """
+        given, earlier = self.template_date, before.get("template_date")
+        return replace(self, template_date=fixed_date(self._templates(), given, earlier))
+
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Return what renders and tokenises the prompts."""
+        template = load_chat_template(self.chat_template) if self.chat_template else None
+        now = parse_date(self.template_date) if self.template_date else None
+        return PromptTokenizer(load_tokenizer(str(assets_of(self.model))), template, now)
+
+    def _templates(self) -> list[str]:
+        if self.chat_template:
+            return [load_chat_template(self.chat_template)]
+        return tokenizer_templates(str(assets_of(self.model)))
 
     def open_engine(self) -> Engine:
         """Return the engine: the servers, or the model in this process."""
@@ -108,25 +133,25 @@ def generate_file(options: GenerateOptions) -> Generated:
     A row is the prompt's record with ``prompt`` and ``completions: [{content, finish_reason, tokens}]``.
 
     Raises:
-        InputError: bad prompts, model or output; nothing has been generated then.
+        InputError: bad prompts, model, servers or output; nothing has been generated then.
     """
-    read_shape(assets_of(options.model))
+    shape = read_shape(assets_of(options.model))
     if options.adapter is not None:
         open_adapter_of(
             options.model, options.adapter, check_base=False
         )  # refused before anything is generated
-    template = load_chat_template(options.chat_template) if options.chat_template else None
-    tokenizer = PromptTokenizer(load_tokenizer(str(assets_of(options.model))), template)
+    options = options.dated(stored_key(Path(options.out)))
+    tokenizer = options.prompt_tokenizer()
     records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))
     prompts = [tokenizer.prompt(record, key) for key, record in enumerate(records)]
-    context = read_shape(assets_of(options.model)).max_positions
+    engine = options.open_engine() if options.vllm else None  # servers may hold it with another context
     if options.too_long == "error":
-        require_fitting(prompts, context)
+        require_fitting(prompts, engine.context if engine else shape.max_positions)
     counts = Generated(prompts=len(records))
     with ResumableLines(Path(options.out), options.key()) as output:
         counts.resumed = output.done
         if output.done < len(records):
-            engine = options.open_engine()
+            engine = engine or options.open_engine()
             _fill(engine, list(zip(records, prompts, strict=True)), options, output, counts)
             engine.close()
         output.finish()

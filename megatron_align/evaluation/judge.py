@@ -126,7 +126,8 @@ class Judge:
         one, other = answers
         shown = f"# Conversation\n\n{conversation}\n\n# Answer A\n\n{one}\n\n# Answer B\n\n{other}"
         messages = [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": shown}]
-        key = hashlib.sha256(json.dumps([self._task.judge, messages]).encode()).hexdigest()
+        asked = [self._task.url, self._task.judge, self._task.judge_tokens, messages]
+        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         replies = self._known.get(key, [])
         for attempt in range(self._task.tries):
             if attempt < len(replies):

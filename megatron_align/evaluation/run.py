@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from megatron_align.evaluation.engines import open_engine
 from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import ITEMS, RESULTS, Items, write_atomically
-from megatron_align.evaluation.tables import Choices, open_store, read_choices
+from megatron_align.evaluation.tables import Choices, TaskContext, open_store, read_choices
 from megatron_align.hf.adapter import fill_adapter
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
@@ -89,6 +90,7 @@ class _Setup:
     sequence_length: int
     scored: list[_LikelihoodTask]
     answered: list[PromptedTask]
+    context: TaskContext
 
 
 def evaluate(
@@ -109,6 +111,10 @@ def evaluate(
     setups = [_prepare(one, rank_info) for one in _of_each_adapter(config)]
     watchdog = join_watched(rank_info, config.parallel)
     with watchdog.watching():
+        parallel.require_agreement(
+            {"template_date": setups[0].context.template_date},
+            "chat templates must read one date on all ranks",
+        )
         results = [_evaluate(setup, watchdog) for setup in setups]
         dist.barrier()
     parallel.leave()
@@ -167,6 +173,13 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         f"sequence_length must not pass the model's {shape.max_positions} positions, got {length}",
     )
     megatron = transformer_config(shape, config.parallel, DTYPES[config.precision])
+    context = TaskContext(
+        assets=assets,
+        out=out,
+        rank_info=rank_info,
+        sequence_length=length,
+        template_date=config.template_date or date.today().isoformat(),
+    )
     scored: list[_LikelihoodTask] = []
     answered: list[PromptedTask] = []
     for task in config.tasks:
@@ -176,12 +189,12 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
             f"got kind {task.kind}",
         )
         if isinstance(task, AnsweredTask):
-            answered.append(read_prompted_task(task, assets, shape.max_positions))
+            answered.append(read_prompted_task(task, assets, shape.max_positions, context.now))
         elif isinstance(task, ChoiceTask):
-            choices = read_choices(task, load_tokenizer(str(assets)), length)
+            choices = read_choices(task, load_tokenizer(str(assets)), length, context.now)
             scored.append(_LikelihoodTask(task, choices.table, partial(_choice_items, choices)))
         else:
-            scored.append(_stored_task(task, shape, (assets, out), (rank_info, length)))
+            scored.append(_stored_task(task, shape, context))
     stores = {f"task {s.task.name}": s.table for s in scored if isinstance(s.table, TokenStore)}
     require_vocabulary(stores, shape)
     return _Setup(
@@ -193,15 +206,14 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         sequence_length=length,
         scored=scored,
         answered=answered,
+        context=context,
     )
 
 
-def _stored_task(
-    task: Task, shape: ModelShape, folders: tuple[Path, Path], rank: tuple[parallel.RankInfo, int]
-) -> _LikelihoodTask:
+def _stored_task(task: Task, shape: ModelShape, context: TaskContext) -> _LikelihoodTask:
     """Return a task on chat data or pairs, tokenised."""
     if isinstance(task, LossTask):
-        store = open_store(task, ("chat",), *folders, rank)
+        store = open_store(task, ("chat",), context)
         return _LikelihoodTask(task, store, partial(_loss_items, store))
     assert isinstance(task, PreferenceTask), "every other kind is handled by the caller"
     score = task.score or (
@@ -217,7 +229,7 @@ def _stored_task(
     )
     if task.reference is not None:
         _require_same_shape(task, shape)
-    store = open_store(task, ("pair", "triple"), *folders, rank)
+    store = open_store(task, ("pair", "triple"), context)
     return _LikelihoodTask(task, store, partial(_preference_items, store, score), task.reference)
 
 
@@ -340,16 +352,16 @@ def _choice_items(choices: Choices, sums_C: np.ndarray, _: np.ndarray | None) ->
 
 def _results(setup: _Setup, items: Mapping[str, Items]) -> dict[str, Any]:
     config = setup.config
+    clocks = {task.name: reads for task in config.tasks if (reads := setup.context.clock(task))}
     return {
         "tasks": {task.name: items[task.name].result(task.sources) for task in config.tasks},
         "primary": {name: of_task.primary for name, of_task in items.items()},
-        "data": {
-            task.name: [sha256(file) for path in task.sources for file in expand(path)]
-            for task in config.tasks
-        },
+        "data": {task.name: [sha256(file) for file in _files(task)] for task in config.tasks},
         "model": config.model,
         **({"adapter": config.adapter} if config.adapter else {}),
         "precision": config.precision,
+        "template_date": setup.context.template_date if clocks else None,
+        "clock": clocks,
         "parallel": {
             "ranks": setup.rank_info.world_size,
             **{name: getattr(config.parallel, name) for name in ("tensor", "pipeline", "context")},
@@ -357,6 +369,12 @@ def _results(setup: _Setup, items: Mapping[str, Items]) -> dict[str, Any]:
         "version": __version__,
         "configuration": {task.name: dataclasses.asdict(task) for task in config.tasks},
     }
+
+
+def _files(task: Task) -> list[str]:
+    """Return the files that a task reads, its data first."""
+    others = [getattr(task, name, None) for name in ("chat_template", "baseline")]
+    return [file for path in task.sources for file in expand(path)] + [file for file in others if file]
 
 
 def _write(out: Path, items: Mapping[str, Items], results: Mapping[str, Any]) -> None:

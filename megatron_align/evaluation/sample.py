@@ -1,39 +1,44 @@
 """Make preference data of sampled answers, as the report does: K answers of one or several models, scored and filtered.
 
-Each stage writes its files into the output folder and is skipped when they are complete: the answers of each model,
-the scored rows, then the data with the counts of each filter.
+Each stage writes its files into the output folder and is skipped when they are complete and what it reads is the same:
+the answers of each model, the scored rows, then the data with the counts of each filter.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_align.config import ParallelConfig
+from megatron_align.data.formats.files import expand
 from megatron_align.data.sample_table import MemoryTable
+from megatron_align.data.store import sha256
 from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
+from megatron_align.data.tokenize.template_clock import fixed_date, parse_date, tokenizer_templates
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import require
 from megatron_align.evaluation.answers import checking
 from megatron_align.evaluation.checks import CHECKS
-from megatron_align.evaluation.engines import Precision, weights_state
+from megatron_align.evaluation.engines import Precision, assets_of, weights_state
 from megatron_align.evaluation.generation import GenerateOptions, generate_file
 from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.near_duplicates import distinct
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import write_atomically
+from megatron_align.evaluation.stages import is_complete, noted_key
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.records import Message, Preference
 from megatron_align.rollout.prompts import PromptRecord, read_prompts
 from megatron_align.rollout.types import Sampling
-from megatron_align.storage.resumable_lines import ResumableLines
+from megatron_align.storage.resumable_lines import ResumableLines, read_rows
 from megatron_align.training.setup import DTYPES, locate
 from megatron_align.training.watchdog import join_watched
 from megatron_align.training.weights import read_model_weights, require_finite_weights
@@ -62,6 +67,7 @@ class SampleOptions:
         tied: prompts whose best and worst scores differ by no more than this are dropped
         threshold: formats unpaired and sft: score from which an answer is good; None: sft takes the best of each
         as_chat: a prompt that is text is the turn of a user
+        template_date: ISO date that chat templates read from the clock; None: that of the first start
         precision: of weights and computation; None: as stored
     """
 
@@ -78,6 +84,7 @@ class SampleOptions:
     tied: float = 0.0
     threshold: float | None = None
     as_chat: bool = False
+    template_date: str | None = None
     precision: Precision | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +93,8 @@ class SampleOptions:
             (self.reward_model is None) != (self.check is None),
             f"answers are scored by a reward model or by a check, got {self.reward_model} and {self.check}",
         )
+        if self.template_date is not None:
+            parse_date(self.template_date, "template_date")
         if self.check is not None:
             require(self.check in CHECKS, f"check must be one of {', '.join(CHECKS)}, got '{self.check}'")
             CHECKS[self.check].require("sample", self.extract)
@@ -165,21 +174,26 @@ def _answers(
     """Return the distinct, complete answers to each prompt, over all models."""
     answers: list[list[str]] = [[] for _ in records]
     for i, model in enumerate(options.models):
-        file = out / ANSWERS / f"model_{i}.jsonl"
-        if not file.exists():
-            generate_file(
-                GenerateOptions(
-                    model=model,
-                    prompts=options.prompts,
-                    out=str(file),
-                    sampling=options.sampling,
-                    precision=options.precision,
-                    as_chat=options.as_chat,
-                    too_long="skip",
-                )
-            )
-        for texts, line in zip(answers, file.read_text(encoding="utf-8").splitlines(), strict=True):
-            for completion in json.loads(line)["completions"]:
+        file = _answers_file(out, i)
+        generating = GenerateOptions(
+            model=model,
+            prompts=options.prompts,
+            out=str(file),
+            sampling=options.sampling,
+            precision=options.precision,
+            as_chat=options.as_chat,
+            template_date=options.template_date,
+            too_long="skip",
+        ).dated(noted_key(file) or {})
+        if not is_complete(file, generating.key()):
+            generate_file(generating)
+        rows = read_rows(file)
+        require(
+            len(rows) == len(records),
+            f"{file} must have a row for each of the {len(records)} prompts, got {len(rows)}: delete it",
+        )
+        for texts, row in zip(answers, rows, strict=True):
+            for completion in row["completions"]:
                 counts.answers += 1
                 if completion["finish_reason"] == "length":
                     counts.truncated += 1
@@ -194,30 +208,38 @@ def _answers(
     return kept
 
 
+def _answers_file(out: Path, model: int) -> Path:
+    return out / ANSWERS / f"model_{model}.jsonl"
+
+
 def _scores(
     options: SampleOptions, out: Path, items: Sequence[tuple[PromptRecord, list[str]]]
 ) -> list[list[float]]:
     """Return the score of every answer, computing those that an earlier run has not written."""
     file = out / SCORED
-    if not file.exists():
-        key = {
-            "answers": [
-                (out / ANSWERS / f"model_{i}.jsonl").stat().st_size for i in range(len(options.models))
-            ],
-            "reward_model": options.reward_model and weights_state(options.reward_model),
-            "check": [options.check, options.extract],
-            "duplicates": options.duplicates,
-        }
+    template_date = _date_of_rewards(options, noted_key(file) or {})
+    key = {
+        "answers": [sha256(str(_answers_file(out, i))) for i in range(len(options.models))],
+        "prompts": [sha256(prompts) for prompts in expand(options.prompts)],
+        "as_chat": options.as_chat,
+        "reward_model": options.reward_model and weights_state(options.reward_model),
+        "precision": options.reward_model and options.precision,
+        "check": options.check,
+        "extract": options.extract,
+        "duplicates": options.duplicates,
+        "template_date": template_date,
+    }
+    if not is_complete(file, key):
         with ResumableLines(file, key) as output, progress("scoring", len(items)) as advance:
             advance(output.done, 0)
             if output.done < len(items):
-                with _scorer(options) as scorer:
+                with _scorer(options, template_date) as scorer:
                     for start in range(output.done, len(items), CHUNK):
                         chunk = items[start : start + CHUNK]
                         output.append([json.dumps(scores) for scores in scorer(chunk)])
                         advance(len(chunk), 0)
             output.finish()
-    scores = [json.loads(line) for line in file.read_text().splitlines()]
+    scores = read_rows(file)
     lengths = [len(texts) for _, texts in items]
     require(
         [len(each) for each in scores] == lengths,
@@ -226,8 +248,16 @@ def _scores(
     return scores
 
 
+def _date_of_rewards(options: SampleOptions, before: Mapping[str, Any]) -> str | None:
+    """Return the date that the reward model's chat template reads; None: it reads none."""
+    if options.reward_model is None:
+        return None
+    templates = tokenizer_templates(str(assets_of(options.reward_model)))
+    return fixed_date(templates, options.template_date, before.get("template_date"))
+
+
 @contextmanager
-def _scorer(options: SampleOptions) -> Iterator[Scorer]:
+def _scorer(options: SampleOptions, template_date: str | None) -> Iterator[Scorer]:
     if options.check is not None:
         check = CHECKS[options.check]
         with checking(options.check, options.extract) as scoring:
@@ -244,15 +274,16 @@ def _scorer(options: SampleOptions) -> Iterator[Scorer]:
             yield checked
         return
     assert options.reward_model is not None, "checked with the options"
-    with _rewards(options.reward_model, options.precision) as scorer:
+    with _rewards(options.reward_model, options.precision, template_date) as scorer:
         yield scorer
 
 
 @contextmanager
-def _rewards(path: str, precision: Precision | None) -> Iterator[Scorer]:
+def _rewards(path: str, precision: Precision | None, template_date: str | None) -> Iterator[Scorer]:
     """Yield the function that scores answers by a reward model, on one process."""
     assets = locate(path)[1]
-    shape, tokenizer = read_shape(assets), RecordTokenizer(load_tokenizer(str(assets)))
+    turns = TurnOptions(parse_date(template_date) if template_date else None)
+    shape, tokenizer = read_shape(assets), RecordTokenizer(load_tokenizer(str(assets)), options=turns)
     layout = ParallelConfig()
     watchdog = join_watched(parallel.RankInfo.from_environment(), layout)
     with watchdog.watching():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.encoder import common_prefix_length
 from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.record_blocks import read_shapes
+from megatron_align.data.tokenize.template_clock import parse_date, reads_of_clock, tokenizer_templates
 from megatron_align.errors import InputError
-from megatron_align.evaluation.config import ChoiceTask, StoredTask
+from megatron_align.evaluation.config import ChoiceTask, StoredTask, Task
 from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.base import DATA_KINDS, DataKind
 from megatron_align.records import Sample
@@ -48,30 +50,56 @@ class Choices:
     characters: np.ndarray
 
 
-def open_store(
-    task: StoredTask, kinds: Sequence[DataKind], assets: Path, out: Path, rank: tuple[RankInfo, int]
-) -> TokenStore:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskContext:
+    """What tasks are read for.
+
+    Args:
+        assets: folder of the model's config and tokenizer.
+        out: folder of the results, in which tokenised data are cached.
+        rank_info: this process.
+        sequence_length: longest sample, in tokens.
+        template_date: ISO date that chat templates read from the clock.
+    """
+
+    assets: Path
+    out: Path
+    rank_info: RankInfo
+    sequence_length: int
+    template_date: str
+
+    @property
+    def now(self) -> datetime:
+        """The time that chat templates read."""
+        return parse_date(self.template_date)
+
+    def clock(self, task: Task) -> dict[str, str]:
+        """Return what the chat template of a task reads from the clock; empty: nothing."""
+        given = getattr(task, "chat_template", None)
+        texts = [load_chat_template(given)] if given else tokenizer_templates(str(self.assets))
+        return reads_of_clock(texts, self.now)
+
+
+def open_store(task: StoredTask, kinds: Sequence[DataKind], context: TaskContext) -> TokenStore:
     """Return the tokenised data of a task, tokenising them if need be, before the ranks meet.
 
     Args:
         task: of the evaluation.
         kinds: accepted kinds of data.
-        assets: folder with the tokenizer.
-        out: folder of the results, in which tokenised data are cached.
-        rank: this process, and the longest sample in tokens.
+        context: of the evaluation.
 
     Raises:
         InputError: bad data, or data of another kind.
     """
-    rank_info, sequence_length = rank
     spec = StoreSpec(
         sources=task.sources,
-        tokenizer=str(assets),
-        sequence_length=sequence_length,
+        tokenizer=str(context.assets),
+        sequence_length=context.sequence_length,
         too_long=task.too_long,
-        cache=str(out / CACHE_IN_RUN),
+        cache=str(context.out / CACHE_IN_RUN),
         shape=task.shape,
         chat_template=task.chat_template,
+        template_date=context.template_date,
     )
     kind = read_shapes(spec)[0]
     if kind not in kinds:
@@ -79,10 +107,13 @@ def open_store(
         raise InputError(
             f"task {task.name}: must have {accepted}, got {kind} data in {', '.join(task.sources)}"
         )
-    return TokenStore(prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1))
+    rank = context.rank_info
+    return TokenStore(prepare_or_wait(spec, rank.local_rank, waited_for=rank.world_size > 1))
 
 
-def read_choices(task: ChoiceTask, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Choices:
+def read_choices(
+    task: ChoiceTask, tokenizer: PreTrainedTokenizerBase, sequence_length: int, now: datetime | None = None
+) -> Choices:
     """Tokenise multiple-choice records: ``prompt`` (or ``question``), ``choices``, ``answer``.
 
     A prompt that is text is followed by the delimiter and a choice, and a choice's tokens are those that this adds to
@@ -92,7 +123,7 @@ def read_choices(task: ChoiceTask, tokenizer: PreTrainedTokenizerBase, sequence_
         InputError: a record is malformed or too long; names file, line and field.
     """
     template = load_chat_template(task.chat_template) if task.chat_template else None
-    prompts = PromptTokenizer(tokenizer, template)
+    prompts = PromptTokenizer(tokenizer, template, now)
     samples: list[Sample] = []
     sources: list[int] = []
     correct: list[int] = []

@@ -79,10 +79,13 @@ def _sentencepiece(folder: Path) -> dict[str, Any]:
 
 def _bpe(folder: Path) -> dict[str, Any]:
     merges = folder / "merges.txt"
-    lines = merges.read_text(encoding="utf-8").splitlines() if merges.is_file() else []
+    lines = merges.read_text(encoding="utf-8").split("\n") if merges.is_file() else []
     added = folder / "added_tokens.json"
     vocabulary = {**read_json(folder / BPE), **(read_json(added) if added.is_file() else {})}
-    return {"vocabulary": vocabulary, "merges": [line for line in lines if not line.startswith("#version")]}
+    return {
+        "vocabulary": vocabulary,
+        "merges": [line for line in lines if line and not line.startswith("#version")],
+    }
 
 
 def _difference(first: dict[str, Any], other: dict[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ def keep_until(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -35,7 +35,7 @@ def keep_until(file: Path, step: int) -> None:
 def last_rows(file: Path, step: int) -> dict[str, dict[str, Any]]:
     """Return the rows of a step by split: ``train``, ``validation`` and others; none if there is no file."""
     rows: dict[str, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from megatron_align.errors import InputError, one_line, require
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_NO_ACCESS = (401, 403)
 _LONGEST_WAIT = 60.0
 _SHOWN = 200  # characters of an endpoint's answer in an error line
 _Result = TypeVar("_Result")
@@ -92,9 +93,16 @@ class Endpoint:
                 continue
             reason = f"status {status}: {one_line(text, _SHOWN)}"
             if status not in _RETRIED:
-                raise RequestFailed(f"{self.url}{path} refused a request: {reason}")
+                raise RequestFailed(f"{self.url}{path} refused a request: {reason}{self._about_key(status)}")
             wait = max(wait, after)
         raise RequestFailed(f"{self.url}{path} failed {self.tries} times, the last time: {reason}")
+
+    def _about_key(self, status: int) -> str:
+        """Return where the key is read, if it is the key that the endpoint refuses."""
+        if status not in _NO_ACCESS:
+            return ""
+        found = "set" if os.environ.get(self.key_variable) else "not set"
+        return f"; its key is read from the environment variable {self.key_variable}, which is {found}"
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, float, str]:
         """Return status, seconds to wait as the server says, and text."""

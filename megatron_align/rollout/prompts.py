@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -79,10 +80,16 @@ class PromptTokenizer:
     Args:
         tokenizer: of the model.
         chat_template: text of a Jinja template to use instead of the tokenizer's own.
+        now: what the template reads from the clock; None: the time of each rendering.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
-        self._template, self._encoder = ChatTemplate(tokenizer, chat_template), Encoder(tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        now: datetime | None = None,
+    ) -> None:
+        self._template, self._encoder = ChatTemplate(tokenizer, chat_template, now), Encoder(tokenizer)
 
     def prompt(self, record: PromptRecord, key: int) -> Prompt:
         """Return a record's prompt, ended by the generation prompt if it is messages.

@@ -24,7 +24,19 @@ from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
 from megatron_align.rollout.types import Completion, FinishReason, Prompt, Sampling, require_fitting
 from megatron_align.storage.atomic_write import naming_file
 
+KEY_VARIABLE = "VLLM_API_KEY"  # the one that `vllm serve` reads
 WORKERS = 64  # requests at once to each server
+# Sent with every request: a server fills in what is left out from the model's generation_config.json, or from its own
+# --override-generation-config, and draws from another distribution.
+_NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "n": 1,
+    "min_tokens": 0,
+    "ignore_eos": False,
+}
 
 
 class VLLMEngine:
@@ -34,7 +46,7 @@ class VLLMEngine:
     or top-k these are of the truncated distribution, so :meth:`generate` then returns NaN.
 
     Args:
-        urls: of the servers, ``http://host:port``.
+        urls: of the servers, ``http://host:port``; their key is read from the environment variable VLLM_API_KEY.
         tokenizer: of the model.
         workers: requests at once to each server.
         weights_folder: where new weights are written for the servers to read, on a file system that they share unless
@@ -60,7 +72,7 @@ class VLLMEngine:
         require(bool(urls), "the vllm engine needs the url of a server, got none")
         self.tokenizer, self.workers, self.weights_folder = tokenizer, workers, weights_folder
         self.weight_version = 0
-        self.servers = [url if isinstance(url, Endpoint) else Endpoint(url) for url in urls]
+        self.servers = [url if isinstance(url, Endpoint) else Endpoint(url, KEY_VARIABLE) for url in urls]
         cards = [_model_card(server) for server in self.servers]
         self.model, self.context = cards[0]
         for server, card in zip(self.servers, cards, strict=True):
@@ -163,6 +175,7 @@ class VLLMEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
+            **_NEUTRAL,
             "logprobs": 0,
             "return_token_ids": True,
             "seed": request_seed(sampling.seed, prompt.key, sample),

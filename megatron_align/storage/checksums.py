@@ -126,7 +126,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     if match is None or match[1] != hashlib.sha256(lines).hexdigest():
         raise CorruptChecksums(f"{path}: SHA-256 mismatch of the list itself")
     checksums = {}
-    for line in lines.decode().splitlines():
+    for line in filter(None, lines.decode().split("\n")):
         if (entry := _LINE.fullmatch(line)) is None:
             raise CorruptChecksums(f"{path} is not a list of checksums")
         checksums[entry[2]] = entry[1]

@@ -110,8 +110,15 @@ class Journal:
 
 
 def fingerprint(folder: str | Path) -> list[list[Any]]:
-    """Return names, sizes and modification times of a folder's files: they change whenever a file does."""
-    files = sorted(path for path in Path(folder).resolve().rglob("*") if path.is_file())
+    """Return names, sizes and modification times of a folder's files: they change whenever a file does.
+
+    Hidden files are no part of it: an unfinished output may be next to its input.
+    """
+    root = Path(folder).resolve()
+    shown = (
+        path for path in root.rglob("*") if not any(p.startswith(".") for p in path.relative_to(root).parts)
+    )
+    files = sorted(path for path in shown if path.is_file())
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
@@ -127,5 +134,4 @@ def _append(file: IO[str], entry: Any) -> None:
 
 
 def _read(path: Path) -> list[Any]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

@@ -44,8 +44,9 @@ def require_replaceable(folder: Path, what: str, remedy: str = "write to a folde
 
 def _mount_points() -> list[Path]:
     try:
-        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        text = os.fsdecode(_MOUNTS.read_bytes())
     except OSError:
         return []
-    # The fifth field; spaces and the like are written as octal numbers.
-    return [Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), line.split(" ")[4])) for line in lines]
+    # The fifth field; spaces, tabs and line ends are written as octal numbers, other separators of lines are not.
+    fields = [line.split(" ")[4] for line in text.split("\n") if line]
+    return [Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), field)) for field in fields]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from megatron_align import faults
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, shown
 from megatron_align.storage.atomic_write import require_writable
 from megatron_align.storage.folder_lock import FolderLock
 from megatron_align.storage.fsync import fsync, fsync_open
@@ -115,13 +115,37 @@ class ResumableLines:
             fsync(self._key_file)
 
 
+def read_rows(file: Path) -> list[Any]:
+    """Return the JSON values of a complete file of lines. Only a line feed ends a line: texts hold other separators."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def stored_key(path: Path) -> dict[str, Any]:
+    """Return the key of the unfinished lines of a file; empty: there are none, or it is unreadable."""
+    try:
+        key = json.loads(path.with_name(f".{path.name}.partial.key").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return key if isinstance(key, dict) else {}
+
+
+def describe_differences(key: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """Return the names and values in which a stored key differs, ``seed 1 instead of 2``; empty: it is the same."""
+    found = []
+    for name in sorted(key.keys() | stored.keys()):
+        ours, theirs = key.get(name), stored.get(name)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            inner = describe_differences(ours, theirs)
+            found += [inner] if inner else []
+        elif ours != theirs:
+            found.append(f"{name} {shown(theirs)} instead of {shown(ours)}")
+    return ", ".join(found)
+
+
 def _differences(key: dict[str, Any], text: str) -> str:
-    """Return the names and values in which a stored key differs; empty: it is the same."""
+    """Return how a stored key differs; empty: it is the same."""
     try:
         stored = json.loads(text)
     except ValueError:
         stored = None
-    if not isinstance(stored, dict):
-        return "its key is unreadable"
-    names = sorted(name for name in key.keys() | stored.keys() if key.get(name) != stored.get(name))
-    return ", ".join(f"{name} {stored.get(name)!r} instead of {key.get(name)!r}" for name in names)
+    return describe_differences(key, stored) if isinstance(stored, dict) else "its key is unreadable"

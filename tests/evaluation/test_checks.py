@@ -1,11 +1,16 @@
 """Checks of answers: what is extracted, what counts as equal, and mathematics that never ends."""
 
+import threading
+import time
+from dataclasses import replace
+
 import pytest
 
 from megatron_align.errors import InputError
 from megatron_align.evaluation import answers
 from megatron_align.evaluation.checks import CHECKS, expected_answers, extracted
 from megatron_align.rollout.prompts import PromptRecord
+from tests.harness import training_ranks
 
 
 @pytest.mark.parametrize(
@@ -55,3 +60,29 @@ def test_mathematics_is_compared_and_what_never_ends_is_no_answer(monkeypatch):
     ]
     with answers.checking("math") as scoring:
         assert [score["math"] for score in scoring(pairs)] == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_a_machine_share_its_cores(pool, ranks):
+    """Each of 8 ranks that ran a program per core would run 8 programs on every core, and none in time."""
+    for share, cores in pool.run(ranks, training_ranks.cores_of_each):
+        assert share == max(1, cores // ranks)
+
+
+def test_no_more_programs_run_than_the_share(monkeypatch):
+    running, most, lock = 0, 0, threading.Lock()
+
+    def judge(answer, expected):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return {"pass_rate": 1.0}
+
+    monkeypatch.setitem(CHECKS, "code", replace(CHECKS["code"], judge=judge))
+    with answers.checking("code", None, 3) as scoring:
+        assert len(scoring([("", "")] * 12)) == 12
+    assert most == 3

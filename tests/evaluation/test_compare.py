@@ -78,6 +78,45 @@ def test_sentences_say_who_is_better(tmp_path, capsys):
     assert "the first model is better" in back.sentence()
 
 
+def test_other_definitions_are_not_compared(tmp_path):
+    values = np.arange(5.0)
+
+    def defined(name, clock=None, **options):
+        folder = write(tmp_path / name, t=("accuracy", values, None))
+        results = json.loads((folder / "results.json").read_text())
+        results["configuration"] = {"t": {"name": "t", "kind": "generate", "max_tokens": 8, **options}}
+        results |= {"clock": {"t": clock} if clock else {}, "template_date": clock and clock["%d"]}
+        (folder / "results.json").write_text(json.dumps(results))
+        return folder
+
+    one = defined("a", data="x.jsonl", workers=3)
+    compare(one, defined("b", data="elsewhere/x.jsonl", workers=4))  # the same items, wherever their file is
+    with pytest.raises(
+        InputError, match=r"task t must be defined alike .*got max_tokens 8 and 9, stop null and 'absent' in"
+    ):
+        compare(one, defined("c", max_tokens=9, stop="absent"))
+    with pytest.raises(InputError, match="got chat_template null and 'a file'"):
+        compare(one, defined("d", chat_template="t.jinja"))
+    with pytest.raises(InputError, match=r"template_date 01 and 02"):
+        compare(defined("e", clock={"%d": "01"}), defined("f", clock={"%d": "02"}))
+    compare(one, tmp_path / "f")  # the first one's template reads no date
+
+
+def test_texts_with_other_line_separators_are_one_item(tmp_path):
+    values, texts = np.arange(5.0), ["\u2028", "\u2029", "\x85", "\x0b\x0c", "\x1c\x1d\x1e"]
+    folders = []
+    for name in "ab":
+        folders.append(write(tmp_path / name, t=("accuracy", values, None)))
+        items = Items(
+            primary="accuracy",
+            values={"accuracy": values},
+            sources_N=np.zeros(5, int),
+            rows=[{"answers": [f"one{text}line"]} for text in texts],
+        )
+        items.write(folders[-1] / "items" / "t.jsonl")
+    assert compare(*folders)[0].n == 5
+
+
 def test_other_items_are_not_compared(tmp_path):
     values = np.arange(5.0)
     one = write(tmp_path / "a", t=("accuracy", values, None))

@@ -71,6 +71,47 @@ def test_wrong_configurations_are_one_line(content, line, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_files_are_read_as_configurations_of_training_are(tmp_path, monkeypatch):
+    """One reader of YAML, one conversion, and ``~`` in every path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "eval.yaml"
+    tasks = "tasks: [{name: a, kind: generate, data: [~/a.jsonl, b.jsonl], max_tokens: 1e2, chat_template: ~/t.jinja}, "
+    tasks += "{name: j, kind: judge, data: ~/c.jsonl, url: 'http://x', judge: m, baseline: ~/s.jsonl}]\n"
+    file.write_text(f"model: ~/m\nout: ~/o\nsequence_length: 4.0\n{tasks}")
+    loaded = load_evaluation("~/eval.yaml", {"sequence_length": "1e3"})
+    home = str(tmp_path)
+    assert (loaded.model, loaded.out, loaded.sequence_length) == (f"{home}/m", f"{home}/o", 1000)
+    generated, judged = loaded.tasks
+    assert generated.sources == (f"{home}/a.jsonl", "b.jsonl")
+    assert (generated.max_tokens, generated.chat_template) == (100, f"{home}/t.jinja")
+    assert (judged.sources, judged.baseline) == ((f"{home}/c.jsonl",), f"{home}/s.jsonl")
+    preference = {
+        "name": "a",
+        "kind": "preference",
+        "data": "x",
+        "score": "implicit_reward",
+        "reference": "~/r",
+    }
+    assert load_evaluation(config(tasks=[preference])).tasks[0].reference == f"{home}/r"
+    for text, line in (
+        ("model: m\nmodel: n\n", "line 2.*'model' is given twice"),
+        ("- model\n", "must hold a mapping of model, out and tasks, got a list"),
+        (f"model: m\nout: o\ntasks: {'[' * 99}\n", "not valid YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=line):
+            load_evaluation(file)
+    for changes, line in (
+        ({"sequence_length": True}, "sequence_length must be a whole number or null, got true"),
+        ({"template_date": "yesterday"}, "template_date must be a date such as 2024-07-26"),
+        ({"out": 3}, "out must be text, got 3: put it into quotes"),
+    ):
+        with pytest.raises(InputError, match=line):
+            load_evaluation(config(**changes))
+    with pytest.raises(InputError, match=r"tasks\[0\] \(a\): max_tokens must be a whole number, got 1.5"):
+        load_evaluation(task(max_tokens=1.5))
+
+
 def test_the_command_line_wins_over_the_file(tmp_path):
     file = tmp_path / "eval.yaml"
     file.write_text(

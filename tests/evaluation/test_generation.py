@@ -65,6 +65,23 @@ def test_a_killed_generation_continues_to_the_same_file(options, tmp_path, monke
     assert out.read_bytes() == expected
 
 
+def test_a_template_that_reads_the_date_keeps_that_of_the_first_start(options, tmp_path, monkeypatch):
+    """A generation that is continued on another day writes the same file."""
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
+    options |= {"chat_template": str(tmp_path / "dated.jinja"), "limit": 8}
+    expected = GenerateOptions(**{**options, "out": str(tmp_path / "b.jsonl")}, template_date="2020-02-29")
+    generate_file(expected)
+    writes = iter((None, "full"))
+    monkeypatch.setattr(faults, "at", lambda *_: None if next(writes, None) is None else disk_full())
+    with pytest.raises(OSError):
+        generate_file(GenerateOptions(**options, template_date="2020-02-29"))
+    monkeypatch.setattr(faults, "at", lambda *_: None)
+    assert generate_file(GenerateOptions(**options)).resumed == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    with pytest.raises(InputError, match="template_date must be a date"):
+        GenerateOptions(**options, template_date="today")
+
+
 def disk_full():
     raise OSError(28, "No space left on device")
 
@@ -173,5 +190,14 @@ def test_servers_answer_in_place_of_a_model(options, tmp_path):
         counts = generate_file(GenerateOptions(**options, vllm=(url,)))
     assert (counts.prompts, counts.completions) == (11, 22)
     assert all(len(row["completions"]) == 2 for row in rows_of(tmp_path / "out.jsonl"))
+    (tmp_path / "out.jsonl").unlink()
+    with (
+        serving(Server(context=32)) as url,
+        pytest.raises(InputError, match="context of 32 tokens, got .* of 11"),
+    ):
+        generate_file(GenerateOptions(**options, vllm=(url,)))
+    with serving(Server(context=32)) as url:
+        counts = generate_file(GenerateOptions(**options, vllm=(url,), too_long="skip"))
+    assert counts.skipped == 11
     with pytest.raises(InputError, match="precision is the vllm servers' own"):
         GenerateOptions(**options, vllm=("http://x",), precision="fp32")

@@ -65,16 +65,29 @@ def test_a_judge_that_prefers_a_place_makes_ties(tmp_path):
 
 def test_replies_are_kept_and_never_requested_twice(tmp_path):
     answers = [("3", Comparison("q", "1")), ("1", Comparison("q", "2"))]
-    first = scores(Script(better), tmp_path, answers)
-    [file] = tmp_path.iterdir()
-    replies = [json.loads(line)["reply"] for line in file.read_text().splitlines()]
-    assert sorted(replies) == ["Thinking.\n[[A]]", "Thinking.\n[[A]]", "[[B]]", "[[B]]"]
-    file.write_text(file.read_text() + '{"key": "cut')  # killed within a line
     script = Script(better)
-    assert scores(script, tmp_path, answers) == first
-    assert not script.bodies
-    scores(script, tmp_path, [*answers, ("5", Comparison("q", "2"))])
+    with serving(script) as url:
+        first = Judge(task(url), tmp_path, 0).scores(answers)
+        [file] = tmp_path.iterdir()
+        replies = [json.loads(line)["reply"] for line in file.read_text().splitlines()]
+        assert sorted(replies) == ["Thinking.\n[[A]]", "Thinking.\n[[A]]", "[[B]]", "[[B]]"]
+        file.write_text(file.read_text() + '{"key": "cut')  # killed within a line
+        script.bodies.clear()
+        assert Judge(task(url), tmp_path, 0).scores(answers) == first
+        assert not script.bodies
+        Judge(task(url), tmp_path, 0).scores([*answers, ("5", Comparison("q", "2"))])
     assert len(script.bodies) == 2
+
+
+def test_replies_of_another_endpoint_or_length_are_not_used(tmp_path):
+    answers = [("3", Comparison("q", "1"))]
+    one, other = Script(better), Script(better)
+    with serving(one) as first, serving(other) as second:
+        Judge(task(first), tmp_path, 0).scores(answers)
+        Judge(task(second), tmp_path, 0).scores(answers)
+        Judge(task(first, judge_tokens=99), tmp_path, 0).scores(answers)
+    assert (len(one.bodies), len(other.bodies)) == (4, 2)
+    assert [body["max_tokens"] for body in one.bodies] == [1024, 1024, 99, 99]
 
 
 def test_a_judge_without_a_verdict_is_asked_again_and_counted(tmp_path):

@@ -1,11 +1,14 @@
 """Law 12: every score equals a loop over transformers, on every layout, of a folder and of a checkpoint."""
 
 import json
+from datetime import date
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from megatron_align.errors import InputError
+from megatron_align.evaluation.compare import compare
 from tests.harness import training_ranks
 from tests.harness.tiny import make_model, run_arguments, write_pairs
 
@@ -199,6 +202,32 @@ def test_scores_equal_transformers_on_every_layout(pool, tiny_models, tasks, exp
     results = pool.run(RANKS.get(layout, 2), training_ranks.evaluate, {**config, "tasks": tasks})
     assert all(other == results[0] for other in results)
     check(tmp_path, results[0], expected)
+
+
+def test_the_date_that_templates_read_is_fixed_and_recorded(pool, tiny_models, files, tmp_path):
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b') }}{% for m in messages %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    data = {"chat_template": str(template), "limit": 2}
+    asked = {"name": "asked", "kind": "generate", "data": str(files["asked"]), "max_tokens": 2, **data}
+    chat = {"name": "chat", "kind": "loss", "data": str(files["chat"]), "chat_template": str(template)}
+    plain = {"name": "plain", "kind": "loss", "data": str(files["chat"])}
+    config = {"model": str(tiny_models()), "precision": "fp32", "tasks": [asked, chat, plain]}
+    results = {}
+    for day in ("2024-02-28", "2024-02-29", None):
+        given = {**config, "out": str(tmp_path / str(day)), "template_date": day}
+        [results[day]] = pool.run(1, training_ranks.evaluate, given)
+    one, other, today = results.values()
+    assert one["template_date"] == "2024-02-28"
+    assert one["clock"] == {"asked": {"%d %b": "28 Feb"}, "chat": {"%d %b": "28 Feb"}}
+    assert one["tasks"]["plain"] == other["tasks"]["plain"]
+    assert one["tasks"]["chat"]["loss"] != other["tasks"]["chat"]["loss"]
+    assert date.fromisoformat(today["template_date"]) >= date(2026, 1, 1)
+    with pytest.raises(
+        InputError, match="asked must be defined alike .* template_date 2024-02-28 and 2024-02-29"
+    ):
+        compare(tmp_path / "2024-02-28", tmp_path / "2024-02-29")
 
 
 def test_a_sharded_checkpoint_is_evaluated_without_export(pool, tiny_models, chat_file, tasks, tmp_path):

@@ -1,6 +1,7 @@
 """Sampled data hold the distinct answers of all models with their scores, each filter counts what it drops."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def options(tmp_path, monkeypatch):
 
 
 def data(folder):
-    return [json.loads(line) for line in (folder / "out" / "data.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "out" / "data.jsonl").read_text().split("\n")[:-1]]
 
 
 def test_ranked_data_and_the_counts_of_each_filter(options, tmp_path):
@@ -117,6 +118,44 @@ def test_a_killed_run_keeps_what_it_has(options, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling_module, "_scorer", lambda _: pytest.fail("scores exist"))
     assert sample(SampleOptions(**options)) == expected
     assert (tmp_path / "out" / "data.jsonl").read_bytes() == before
+
+
+def test_a_stage_that_read_something_else_is_refused(options, tmp_path):
+    """Silently taking over its file would mix two configurations."""
+    sample(SampleOptions(**options))
+    (tmp_path / "out" / "data.jsonl").unlink()
+    with pytest.raises(InputError, match=r"model_0.jsonl was written .*seed 1234 instead of 7\): delete it"):
+        sample(SampleOptions(**{**options, "sampling": Sampling(completions=2, seed=7)}))
+    for changes, name in (
+        ({"duplicates": 0.5}, "duplicates 0.7"),
+        ({"check": "contains"}, "check 'exact_match'"),
+    ):
+        with pytest.raises(InputError, match=rf"scored.jsonl was written .*{name} instead of"):
+            sample(SampleOptions(**{**options, **changes}))
+    changed = [{**prompt, "answer": "0"} for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in changed))
+    with pytest.raises(InputError, match=r"model_0.jsonl was written with other options \(data "):
+        sample(SampleOptions(**options))
+    for i in range(2):
+        (tmp_path / "out" / "answers" / f"model_{i}.jsonl").unlink()
+    with pytest.raises(InputError, match=r"scored.jsonl was written with other options \(prompts "):
+        sample(SampleOptions(**options))
+    (tmp_path / "out" / "scored.jsonl").unlink()
+    assert sample(SampleOptions(**options)).dropped == {"too_few_answers": 1, "tied": 3}
+
+
+def test_answers_hold_any_separator_of_lines(options, tmp_path, monkeypatch):
+    odd = ["4", "a\u2028b", "c\x85d", "e\x0bf \x1c g"]
+
+    def written(generate):
+        rows = [{"completions": [{"content": text, "finish_reason": "stop"} for text in odd]}] * 4
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(generate.out).write_text(lines, encoding="utf-8")
+
+    monkeypatch.setattr(sampling_module, "generate_file", written)
+    counts = sample(SampleOptions(**{**options, "models": ("0",), "duplicates": 1.0}))
+    assert (counts.answers, counts.rows) == (16, 1)
+    assert {c["content"] for c in data(tmp_path)[0]["completions"]} == set(odd)
 
 
 def test_a_reward_models_scores_are_transformers(pool, options, tmp_path):

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ Script = Callable[[str, Any], tuple[int, Any]]
 
 
 @contextmanager
-def serving(script: Script, headers: dict[str, str] | None = None) -> Iterator[str]:
-    """Yield the URL of a server that answers as the script says."""
+def serving(
+    script: Script, headers: dict[str, str] | None = None, received: list[Message] | None = None
+) -> Iterator[str]:
+    """Yield the URL of a server that answers as the script says; the headers of requests go to ``received``."""
 
     class Handler(BaseHTTPRequestHandler):
         def _answer(self, body):
+            if received is not None:
+                received.append(self.headers)
             status, answer = script(self.path, body)
             data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
             self.send_response(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from pathlib import Path
@@ -39,6 +40,16 @@ def evaluate(rank_info: parallel.RankInfo, config: dict) -> dict:
     from megatron_align.evaluation.run import evaluate
 
     return evaluate(config, rank_info)
+
+
+def cores_of_each(rank_info: parallel.RankInfo) -> tuple[int, int]:
+    """Return the rank's share of cores, and the number of cores that it may use."""
+    from megatron_align.evaluation.answers import share_of_cores
+
+    with join_watched(rank_info, ParallelConfig()).watching():
+        share = share_of_cores()
+    parallel.leave()
+    return share, len(os.sched_getaffinity(0))
 
 
 def sample_data(rank_info: parallel.RankInfo, options: dict) -> None:

@@ -61,11 +61,21 @@ def test_the_server_may_say_how_long_to_wait():
     assert time.monotonic() - began >= 1
 
 
-def test_a_key_is_sent(monkeypatch):
+def test_a_key_is_sent_and_never_shown(monkeypatch):
+    received = []
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with serving(answers((400, "no"))) as url, pytest.raises(RequestFailed) as error:
+    monkeypatch.setenv("VLLM_API_KEY", "other")
+    with serving(answers((200, {})), received=received) as url:
+        quick(url).post("/a", {})
+        quick(url, key_variable="VLLM_API_KEY").get("/a")
+        monkeypatch.delenv("OPENAI_API_KEY")
+        quick(url).get("/a")
+    assert [headers["Authorization"] for headers in received] == ["Bearer secret", "Bearer other", None]
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving(answers((401, "no"))) as url, pytest.raises(RequestFailed) as error:
         quick(url).post("/a", {})
     assert "secret" not in str(error.value)
+    assert "its key is read from the environment variable OPENAI_API_KEY, which is set" in str(error.value)
 
 
 def test_a_budget_of_failures_ends_the_run():

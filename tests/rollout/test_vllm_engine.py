@@ -23,6 +23,20 @@ def engine_of(*urls):
 PROMPTS = [Prompt([5, 6], key=10), Prompt([7] * 62, key=11)]
 
 
+# What vLLM takes from the model's generation_config.json, or from --override-generation-config, where it is not sent;
+# temperature, top_p, top_k and max_tokens are sent as sampling says.
+NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def test_a_server_gets_its_own_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "of another service")
+    monkeypatch.setenv("VLLM_API_KEY", "of the server")
+    received = []
+    with serving(Server(), received=received) as url:
+        VLLMEngine([url], byte_tokenizer()).generate(PROMPTS[:1], Sampling(max_tokens=1))
+    assert [headers["Authorization"] for headers in received] == ["Bearer of the server"] * 2
+
+
 def test_requests_and_completions():
     one, other = Server(), Server()
     with serving(one) as first, serving(other) as second:
@@ -40,6 +54,7 @@ def test_requests_and_completions():
             assert body["prompt"] == list(prompt.token_ids)
             assert body["max_tokens"] == (9, 2)[i]  # what the context leaves
             assert (body["temperature"], body["top_p"], body["top_k"], body["stop"]) == (0.5, 1.0, -1, ["x"])
+            assert {name: body[name] for name in NEUTRAL} == NEUTRAL
             assert set(answers[i][k].token_ids) == {seed % 7}
             assert answers[i][k].finish_reason == ("stop", "length")[i]
             assert answers[i][k].logprobs == (-0.5,) * len(answers[i][k].token_ids)

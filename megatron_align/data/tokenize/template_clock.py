@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,30 @@ _FUNCTION = "strftime_now"
 _ANY_FORMAT = "%Y-%m-%d %H:%M:%S"  # of a template that computes its format
 
 
-def parse_date(text: str) -> datetime:
-    """Return ``data.template_date``. Raises InputError if it is no ISO date."""
+def parse_date(text: str, option: str = "data.template_date") -> datetime:
+    """Return the date that an option gives. Raises InputError if it is no ISO date."""
     try:
         return datetime.fromisoformat(text)
     except ValueError as error:
         raise InputError(
-            f"data.template_date must be a date such as 2024-07-26, or a date and time, got '{text}'"
+            f"{option} must be a date such as 2024-07-26, or a date and time, got '{text}'"
         ) from error
+
+
+def fixed_date(texts: list[str], given: str | None, before: str | None = None) -> str | None:
+    """Return the ISO date that chat templates read for as long as a job takes, over all its starts.
+
+    Args:
+        texts: of the templates.
+        given: date of the options; None: none.
+        before: date of an earlier start of the same job; None: there was none.
+
+    Returns:
+        ``given``, else ``before``, else today; None: no template reads the clock.
+    """
+    if not reads_of_clock(texts, datetime.now()):
+        return None
+    return given or before or date.today().isoformat()
 
 
 def reads_of_clock(texts: list[str], now: datetime) -> dict[str, str]:
