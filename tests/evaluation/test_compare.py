@@ -92,7 +92,8 @@ def test_other_definitions_are_not_compared(tmp_path):
     one = defined("a", data="x.jsonl", workers=3)
     compare(one, defined("b", data="elsewhere/x.jsonl", workers=4))  # the same items, wherever their file is
     with pytest.raises(
-        InputError, match=r"task t must be defined alike .*got max_tokens 8 and 9, stop null and 'absent' in"
+        InputError,
+        match=r"task t must be defined identically .*got max_tokens 8 and 9, stop null and 'absent' in",
     ):
         compare(one, defined("c", max_tokens=9, stop="absent"))
     with pytest.raises(InputError, match="got chat_template null and 'a file'"):

@@ -225,7 +225,7 @@ def test_the_date_that_templates_read_is_fixed_and_recorded(pool, tiny_models, f
     assert one["tasks"]["chat"]["loss"] != other["tasks"]["chat"]["loss"]
     assert date.fromisoformat(today["template_date"]) >= date(2026, 1, 1)
     with pytest.raises(
-        InputError, match="asked must be defined alike .* template_date 2024-02-28 and 2024-02-29"
+        InputError, match="asked must be defined identically .* template_date 2024-02-28 and 2024-02-29"
     ):
         compare(tmp_path / "2024-02-28", tmp_path / "2024-02-29")
 
