@@ -27,7 +27,7 @@ def expand_home(path: str) -> str:
 
 
 def expand_fields(section: Any, *names: str) -> None:
-    """Expand ``~`` in fields of a frozen dataclass, from its ``__post_init__``: paths, or lists or mappings of paths."""
+    """Expand ``~`` in fields of a frozen dataclass, from its ``__post_init__``: paths, lists or mappings of some."""
     for name in names:
         object.__setattr__(section, name, _expanded(getattr(section, name)))
 

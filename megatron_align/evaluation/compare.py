@@ -97,7 +97,8 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
 def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, Any]]) -> Difference:
     if differing := _other_definition(name, results):
         raise InputError(
-            f"task {name} must be defined identically to be compared, got {differing} in {' and '.join(map(str, folders))}"
+            f"task {name} must be defined identically to be compared, got {differing} in "
+            f"{' and '.join(map(str, folders))}"
         )
     data = [result["data"].get(name) for result in results]
     counts = [result["tasks"][name]["n"] for result in results]
