@@ -52,7 +52,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskContext:
-    """What tasks are read for.
+    """The model, folders and date with which tasks are read.
 
     Args:
         assets: folder of the model's config and tokenizer.
