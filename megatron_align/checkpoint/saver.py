@@ -254,18 +254,15 @@ class Saver:
         return result
 
     def _attempt(self, partial: Path, call: Callable[[], Any]) -> list[Any]:
+        """Make the call; return its result, the reason if it failed, and who has taken the folder meanwhile."""
         try:
             return [call(), None, None]
         except CommitFailed as error:
-            return [
-                None,
-                f"{_reason(error)}; rename it before the next start of this run, which deletes it",
-                None,
-            ]
+            remedy = "rename it before the next start of this run, which deletes it"
+            return [None, f"{_reason(error)}; {remedy}", None]
         except OSError as error:
-            taken_by = (
-                self._taken_by()
-            )  # then the other run has deleted the files, and may write its own there
+            # Once the folder is taken, the other run has deleted the files, and may write its own there.
+            taken_by = self._taken_by()
             if not taken_by and os.path.lexists(partial):
                 discard(partial)
             return [None, _reason(error), taken_by]

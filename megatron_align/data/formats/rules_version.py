@@ -49,7 +49,7 @@ def may_hold(path: str, text: str) -> bool:
     escaped = json.dumps(text)[1:-1]
     for_web = escaped.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})  # as some encoders write them
     forms = {
-        form.lower().encode() for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], escaped, for_web)
+        form.encode().lower() for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], escaped, for_web)
     }
     blocks = _overlapping_blocks(path, max(map(len, forms)))
     return any(form in block.lower() for block in blocks for form in forms)
