@@ -168,12 +168,7 @@ class Saver:
         assert self._pending is None, "one save at a time"
         started = time.perf_counter()
         partial, step = partial_folder(folder), content.metadata["step"]
-
-        def create() -> None:
-            self._before()
-            _create(partial, step)
-
-        self._on_rank_0(partial, create)
+        self._on_rank_0(partial, lambda: _create(partial, step, self._before))
         plan = self._plans.plan(content.model, content.optimizer, content.reference)
         copies: list[tuple[Tensor, Tensor]] = []
         if self.background or torch.cuda.is_available():
@@ -294,8 +289,9 @@ def _is_changed_by_training(index: MetadataIndex, data: Tensor) -> bool:
     return data.is_cuda or not index.fqn.startswith("optimizer.")
 
 
-def _create(partial: Path, step: int) -> None:
-    """Create the hidden folder, empty."""
+def _create(partial: Path, step: int, before: Callable[[], None]) -> None:
+    """Force the rows onto the disk, and create the hidden folder, empty."""
+    before()
     if os.path.lexists(partial):
         discard(partial)
     (partial / STATE).mkdir(parents=True)
