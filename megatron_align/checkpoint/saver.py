@@ -49,10 +49,7 @@ from megatron_align.storage.deletion import discard
 
 
 class SaveFailed(OSError):
-    """A rank could not write its part of a checkpoint; raised on all ranks, and the partial files are deleted.
-
-    A complete checkpoint that could not be renamed stays under its hidden name.
-    """
+    """A checkpoint could not be written; raised on all ranks. Its files are deleted, unless only renaming failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
