@@ -61,7 +61,7 @@ setup(
             "peft>=0.21,<0.22",
             "datasets>=3",
         ],
-        "eval": EVAL,
+        "eval": [*EVAL, "lm_eval>=0.4.13,<0.5"],  # kind: lm_eval of evaluation tasks
         "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

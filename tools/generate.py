@@ -6,6 +6,7 @@ Exit code: 0 done, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,10 @@ def run(arguments: list[str]) -> int:
     add("--tokens", action="store_true", help="write token ids and log-probs too")
     about = "vLLM servers that hold the model, in place of a model in this process"
     add("--vllm", nargs="+", default=[], metavar="URL", help=about)
+    about = "start a vLLM server of the model with this interpreter of an environment that has vLLM; log: OUT.vllm.log"
+    add("--vllm-python", metavar="PYTHON", help=about)
+    about = "options of that server, as of `vllm serve`, in one argument: '--tensor-parallel-size 2'"
+    add("--vllm-options", default="", metavar="TEXT", help=about)
     about = "adapter of the model, a PEFT folder or a checkpoint; several as NAME=PATH: each writes OUT with its name"
     add("--adapter", nargs="+", default=[], metavar="[NAME=]PATH", help=about)
     options = parser.parse(arguments)
@@ -126,6 +131,8 @@ def _generate_file(options: argparse.Namespace, out: str, adapter: str | None) -
             limit=options.limit,
             with_tokens=options.tokens,
             vllm=tuple(options.vllm),
+            vllm_python=options.vllm_python,
+            vllm_options=tuple(shlex.split(options.vllm_options)),
         )
     )
     skipped = f", {counts.skipped:,} prompts skipped as too long" if counts.skipped else ""

@@ -12,7 +12,9 @@ PROGRAM = "megatron-align report"
 ABOUT = """Draw the metrics of finished or running runs: report.html, a self-contained page, and a PNG of each chart.
 
 Several runs are drawn into the same charts, and the differences of their configurations are listed. The page explains
-every metric. Needs no GPU and no torchrun; writes only into --out."""
+every metric. Folders of evaluations (with results.json) are drawn with intervals and sample items, and each is compared
+with the first on the same items; runs and evaluations may share a page. Needs no GPU and no torchrun; writes only into
+--out."""
 
 
 def run(arguments: list[str]) -> int:
@@ -20,7 +22,9 @@ def run(arguments: list[str]) -> int:
     from megatron_align.tools.command import Parser
 
     parser = Parser(PROGRAM, ABOUT)
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="folder of a run, with metrics.jsonl")
+    parser.add_argument(
+        "runs", nargs="+", metavar="DIR", help="folder of a run, with metrics.jsonl, or of an evaluation"
+    )
     parser.add_argument("--out", default="report", metavar="DIR", help="output folder (default: report)")
     parser.add_argument("--title", help="title of the page (default: names of the runs)")
     options = parser.parse(arguments)
@@ -35,17 +39,38 @@ def run(arguments: list[str]) -> int:
     out = Path(options.out)
     require(not out.exists() or out.is_dir(), f"--out must be a folder, got a file: {out}")
     require_writable(out / "report.html")
-    runs = read_runs(options.runs)
+    is_evaluation = [(Path(folder) / "results.json").is_file() for folder in options.runs]
+    evaluated = [Path(folder) for folder, yes in zip(options.runs, is_evaluation, strict=True) if yes]
+    trained = [folder for folder, yes in zip(options.runs, is_evaluation, strict=True) if not yes]
+    runs = read_runs(trained) if trained else []
     charts = charts_of(runs)
+    sections, lines = _evaluations(evaluated, [run.folder for run in runs])
     out.mkdir(parents=True, exist_ok=True)
-    pictures = write_pngs(out, charts, [run.name for run in runs])
-    page = write_page(out, runs, charts, options.title)
+    pictures = write_pngs(out, charts, [run.name for run in runs]) if charts else []
+    names = [*(run.name for run in runs), *(folder.resolve().name for folder in evaluated)]
+    page = write_page(out, runs, charts, options.title or " · ".join(names), sections)
     if len(runs) == 1:
         described = [line for line in (*about(runs[0]), *summary(runs[0])) if line[1].strip("– ·")]
         print("\n".join(f"{name:{max(len(n) for n, _ in described)}}  {text}" for name, text in described))
+    print("\n".join(lines), end="\n" if lines else "")
     steps = ", ".join(f"{run.name} ({len(run.training)} steps)" for run in runs)
-    print(f"{steps}: {len(charts)} charts\nreport: {page}\npictures: {len(pictures)} in {out / 'png'}")
+    print(f"{steps}: {len(charts)} charts" if runs else f"{len(evaluated)} evaluation(s)")
+    print(f"report: {page}" + (f"\npictures: {len(pictures)} in {out / 'png'}" if runs else ""))
     return 0
+
+
+def _evaluations(evaluated: list[Path], runs: list[Path]) -> tuple[list[str], list[str]]:
+    """Return sections of evaluations and of answers during training, and lines for the terminal."""
+    if not evaluated and not any((folder / "samples.jsonl").is_file() for folder in runs):
+        return [], []
+    from megatron_align.evaluation.results import (
+        table_of,
+    )  # imports torch: only if there is something to draw
+    from megatron_align.tools.report_evaluation import evaluation_sections, read_evaluation, sample_sections
+
+    evaluations = [read_evaluation(folder) for folder in evaluated]
+    lines = [f"{each.name}:\n{table_of(each.results['tasks'])}" for each in evaluations]
+    return [*evaluation_sections(evaluations), *sample_sections(runs)], lines
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from megatron_align.monitoring.metric_names import BY_NAME
 from megatron_align.tools.report_about import about
 from megatron_align.tools.report_charts import Chart, to_svg
+from megatron_align.tools.report_html import escaped, table
 from megatron_align.tools.report_runs import Run, as_text, differences, duration, short, summary
 from megatron_align.tools.report_style import SCRIPT, STYLE
 
@@ -23,24 +23,40 @@ _PHASES = {
 }
 
 
-def write_page(out: Path, runs: Sequence[Run], charts: Sequence[Chart], title: str | None) -> Path:
-    """Write ``report.html`` into a folder; return the file."""
+def write_page(
+    out: Path, runs: Sequence[Run], charts: Sequence[Chart], title: str | None, sections: Sequence[str] = ()
+) -> Path:
+    """Write ``report.html`` into a folder; return the file. Arguments as of :func:`to_html`."""
     file = out / PAGE
-    file.write_text(to_html(runs, charts, title), encoding="utf-8")
+    file.write_text(to_html(runs, charts, title, sections), encoding="utf-8")
     return file
 
 
-def to_html(runs: Sequence[Run], charts: Sequence[Chart], title: str | None = None) -> str:
+def to_html(
+    runs: Sequence[Run], charts: Sequence[Chart], title: str | None = None, sections: Sequence[str] = ()
+) -> str:
     """Return the HTML of the page.
 
     Args:
-        runs: at least one.
+        runs: perhaps none.
         charts: of these runs.
         title: None: the runs' names.
+        sections: HTML that follows the runs.
     """
     title = title or " · ".join(run.name for run in runs)
-    parts = [
-        f"<h1>{_text(title)}</h1>",
+    parts = [f"<h1>{escaped(title)}</h1>", *(_of_runs(runs, charts) if runs else ()), *sections]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head><body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _of_runs(runs: Sequence[Run], charts: Sequence[Chart]) -> list[str]:
+    """Return the sections of at least one run."""
+    return [
         f'<p class="note">{_when(runs)}</p>',
         _legend(runs) if len(runs) > 1 else "",
         _summary(runs),
@@ -53,17 +69,6 @@ def to_html(runs: Sequence[Run], charts: Sequence[Chart], title: str | None = No
         _meanings(charts),
         _configuration(runs),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
-    )
-
-
-def _text(text: object) -> str:
-    return html.escape(str(text))
 
 
 def _when(runs: Sequence[Run]) -> str:
@@ -77,22 +82,12 @@ def _swatch(number: int) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    entries = "".join(f"<li>{_swatch(i)}{_text(run.name)}</li>" for i, run in enumerate(runs))
+    entries = "".join(f"<li>{_swatch(i)}{escaped(run.name)}</li>" for i, run in enumerate(runs))
     return f'<ul class="legend">{entries}</ul>'
 
 
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Return a table of cells that are already HTML; the first cell of a row is its name."""
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"] if head else []
-    lines += [
-        f'<tr><td class="key">{row[0]}</td>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    ]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
 def _heads(runs: Sequence[Run]) -> list[str]:
-    return ["", *(f"{_swatch(i)}{_text(run.name)}" for i, run in enumerate(runs))]
+    return ["", *(f"{_swatch(i)}{escaped(run.name)}" for i, run in enumerate(runs))]
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -100,19 +95,23 @@ def _summary(runs: Sequence[Run]) -> str:
     summaries = [summary(run) for run in runs]
     if len(runs) == 1:
         shown = [(name, text) for name, text in summaries[0] if text.strip("– ·")]
-        cards = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(text)}</dd></div>" for name, text in shown)
+        cards = "".join(
+            f"<div><dt>{escaped(name)}</dt><dd>{escaped(text)}</dd></div>" for name, text in shown
+        )
         return f'<dl class="figures">{cards}</dl>'
-    rows = [[_text(name), *(_text(of[i][1]) for of in summaries)] for i, (name, _) in enumerate(summaries[0])]
+    rows = [
+        [escaped(name), *(escaped(of[i][1]) for of in summaries)] for i, (name, _) in enumerate(summaries[0])
+    ]
     filled = [row for row in rows if any(cell.strip("– ·") for cell in row[1:])]
-    return f"<h2>Summary</h2>{_table(filled, _heads(runs))}"
+    return f"<h2>Summary</h2>{table(filled, _heads(runs))}"
 
 
 def _about(runs: Sequence[Run]) -> str:
     """Return what each run is: model, data, objective, layout, versions."""
     texts = [about(run) for run in runs]
-    rows = [[_text(name), *(_text(of[i][1]) for of in texts)] for i, (name, _) in enumerate(texts[0])]
+    rows = [[escaped(name), *(escaped(of[i][1]) for of in texts)] for i, (name, _) in enumerate(texts[0])]
     filled = [row for row in rows if any(cell != "–" for cell in row[1:])]
-    return f"<h2>Run{'s' * (len(runs) > 1)}</h2>{_table(filled, _heads(runs) if len(runs) > 1 else ())}"
+    return f"<h2>Run{'s' * (len(runs) > 1)}</h2>{table(filled, _heads(runs) if len(runs) > 1 else ())}"
 
 
 def _configuration(runs: Sequence[Run]) -> str:
@@ -120,10 +119,10 @@ def _configuration(runs: Sequence[Run]) -> str:
     if len(runs) > 1 or not runs[0].config:
         return ""
     rows = [
-        [f"<code>{_text(key)}</code>", f"<code>{_text(as_text(value))}</code>"]
+        [f"<code>{escaped(key)}</code>", f"<code>{escaped(as_text(value))}</code>"]
         for key, value in runs[0].config.items()
     ]
-    return f"<h2>Configuration</h2><details><summary>{len(rows)} options</summary>{_table(rows)}</details>"
+    return f"<h2>Configuration</h2><details><summary>{len(rows)} options</summary>{table(rows)}</details>"
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -131,14 +130,14 @@ def _differences(runs: Sequence[Run]) -> str:
         return ""
     different = differences(runs)
     if bare := [run.name for run in runs if not run.config]:
-        note = f'<p class="note">without a config.yaml: {_text(", ".join(bare))}</p>'
+        note = f'<p class="note">without a config.yaml: {escaped(", ".join(bare))}</p>'
     else:
         note = "" if different else '<p class="note">None: the configurations are the same.</p>'
     rows = [
-        [f"<code>{_text(key)}</code>", *(f"<code>{_text(v)}</code>" for v in of)]
+        [f"<code>{escaped(key)}</code>", *(f"<code>{escaped(v)}</code>" for v in of)]
         for key, of in different.items()
     ]
-    return f"<h2>Configuration differences</h2>{note}{_table(rows, _heads(runs)) if rows else ''}"
+    return f"<h2>Configuration differences</h2>{note}{table(rows, _heads(runs)) if rows else ''}"
 
 
 def _sections(charts: Sequence[Chart], names: Sequence[str]) -> list[str]:
@@ -154,13 +153,13 @@ def _panel(chart: Chart, names: Sequence[str]) -> str:
     metric = chart.metric
     shown = [line for line in chart.lines if not line.validation] or chart.lines
     last = "".join(
-        f'<span class="run{line.run % 8}" title="{_text(names[line.run])}">{short(line.points[-1][1])}</span>'
+        f'<span class="run{line.run % 8}" title="{escaped(names[line.run])}">{short(line.points[-1][1])}</span>'
         for line in shown
     )
     unit = metric.unit + (f", {chart.beyond} outside" if chart.beyond else "")
     return (
-        f'<figure title="{_text(metric.meaning)}"><figcaption><span><b>{metric.name}</b>'
-        f'<span class="unit">{_text(unit)}</span></span><output>last{last}</output></figcaption>'
+        f'<figure title="{escaped(metric.meaning)}"><figcaption><span><b>{metric.name}</b>'
+        f'<span class="unit">{escaped(unit)}</span></span><output>last{last}</output></figcaption>'
         f"{to_svg(chart, names)}</figure>"
     )
 
@@ -185,7 +184,7 @@ def _histogram(runs: Sequence[Run]) -> str:
             if edge % 4 == 0
         )
         panels.append(
-            f"<figure><figcaption><b>{_text(run.name)}</b><output>step {rows[-1]['step']:,}</output></figcaption>"
+            f"<figure><figcaption><b>{escaped(run.name)}</b><output>step {rows[-1]['step']:,}</output></figcaption>"
             f'<svg viewBox="0 0 360 170" role="img" aria-label="rewards">{bars}{marks}</svg></figure>'
         )
     return f'<h2>Rewards, newest</h2><div class="panels">{"".join(panels)}</div>' if panels else ""
@@ -211,7 +210,7 @@ def _timing(runs: Sequence[Run]) -> str:
             f"; slowest: rank {often} in {late.count(often)} of {len(late)}" if late else ""
         )
         bars.append(
-            f'<div>{_text(run.name)}<br><span class="note">{note}</span></div><div class="bar">{spans}</div>'
+            f'<div>{escaped(run.name)}<br><span class="note">{note}</span></div><div class="bar">{spans}</div>'
         )
     if not bars:
         return ""
@@ -229,18 +228,18 @@ def _anomalies(runs: Sequence[Run]) -> str:
             samples = ", ".join(map(str, row["suspects"][:8])) or "none alone"
             more = " …" if len(row["suspects"]) > 8 else ""
             rows.append(
-                [f"{_swatch(i)}{_text(run.name)}", f"{row['step']:,}", short(row.get("loss")),
+                [f"{_swatch(i)}{escaped(run.name)}", f"{row['step']:,}", short(row.get("loss")),
                  short(row.get("grad_norm")), f"{samples}{more}"]
             )  # fmt: skip
     if not rows:
         return ""
     note = '<p class="note">The newest of each run; sample numbers are those of the token store.</p>'
-    return f"<h2>Anomalous steps</h2>{note}{_table(rows, ['run', 'step', 'loss', 'grad_norm', 'samples'])}"
+    return f"<h2>Anomalous steps</h2>{note}{table(rows, ['run', 'step', 'loss', 'grad_norm', 'samples'])}"
 
 
 def _meanings(charts: Sequence[Chart]) -> str:
     rows = [
-        [f"<code>{name}</code>", _text(BY_NAME[name].unit), _text(BY_NAME[name].meaning)]
+        [f"<code>{name}</code>", escaped(BY_NAME[name].unit), escaped(BY_NAME[name].meaning)]
         for name in dict.fromkeys(chart.metric.name for chart in charts)
     ]
-    return f"<h2>Metrics</h2>{_table(rows, ['metric', 'unit', 'meaning'])}"
+    return f"<h2>Metrics</h2>{table(rows, ['metric', 'unit', 'meaning'])}"

@@ -37,6 +37,8 @@ polyline.validation{stroke-dasharray:5 3}rect{stroke:none}
 .run0{stroke:var(--c0);color:var(--c0)}.run1{stroke:var(--c1);color:var(--c1)}.run2{stroke:var(--c2);color:var(--c2)}
 .run3{stroke:var(--c3);color:var(--c3)}.run4{stroke:var(--c4);color:var(--c4)}.run5{stroke:var(--c5);color:var(--c5)}
 .run6{stroke:var(--c6);color:var(--c6)}.run7{stroke:var(--c7);color:var(--c7)}circle,.column{fill:currentColor}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;max-width:48rem;min-width:14rem}
+hr{border:0;border-top:1px solid var(--edge)}
 .bars{display:grid;gap:.5rem .9rem;grid-template-columns:max-content 1fr;align-items:center;padding:.9rem}
 .bar{display:flex;height:1.5rem;border-radius:5px;overflow:hidden}
 .bar span{min-width:1px;font-size:.76rem;line-height:1.5rem;color:#fff;text-align:center;overflow:hidden}

@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from megatron_align.errors import InputError, one_line
-from megatron_align.hf.safetensors import DTYPES, HFWeights
-from megatron_align.model.families import ModelShape, read_json
+from megatron_align.hf.baichuan import llama_config, llama_tensors, stored_name
+from megatron_align.hf.safetensors import HFWeights
+from megatron_align.model.families import ModelShape
 
 
 def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
@@ -28,7 +27,7 @@ def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
         InputError: transformers cannot read it, or only by running the folder's code.
     """
     if shape.norm_head:
-        return _llama_config(Path(hf))
+        return llama_config(hf)
     try:
         # trust_remote_code: left unset, transformers asks on the terminal, and runs the folder's code after a yes
         return AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
@@ -45,8 +44,7 @@ def read_hf_config(hf: str | Path, shape: ModelShape) -> PretrainedConfig:
 class HFModel:
     """A transformers model whose weights are loaded module by module with :meth:`fill` and freed with :meth:`empty`.
 
-    transformers has no Baichuan, and its remote code is not executed: the model is then the Llama that computes the
-    same (query, key and value rows separated, the output head's rows normalised to unit length).
+    Of Baichuan2 it is the Llama that computes the same (``hf/baichuan.py``).
 
     Args:
         hf: Hugging Face folder.
@@ -83,17 +81,11 @@ class HFModel:
             name = "model.embed_tokens.weight"
         if not self.shape.norm_head:
             return self._read(name)
-        if name == "lm_head.weight":
-            return F.normalize(self._read(name))
-        for part, letter in enumerate("qkv"):
-            if name.endswith(f"self_attn.{letter}_proj.weight"):
-                return self._read(name.replace(f"{letter}_proj", "W_pack")).chunk(3)[part]
-        return self._read(name)
+        stored = stored_name(name)
+        return dict(llama_tensors([(stored, self._read(stored))]))[name]
 
     def _read(self, name: str) -> Tensor:
-        flat = torch.empty(self.weights.numel(name), dtype=DTYPES[self.weights.dtype(name)])
-        self.weights.read_flat(name, 0, flat)
-        return flat.view(self.weights.shape(name)).float()
+        return self.weights.tensor(name).float()
 
 
 def load_hf_model(hf: str | Path, weights: HFWeights, shape: ModelShape) -> PreTrainedModel:
@@ -109,10 +101,3 @@ def load_hf_model(hf: str | Path, weights: HFWeights, shape: ModelShape) -> PreT
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
-
-
-def _llama_config(folder: Path) -> LlamaConfig:
-    config = read_json(folder / "config.json")
-    for key in ("architectures", "auto_map", "model_type"):
-        config.pop(key, None)
-    return LlamaConfig(**config)

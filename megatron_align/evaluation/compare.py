@@ -20,7 +20,7 @@ from megatron_align.model.families import read_json
 from megatron_align.storage.resumable_lines import read_rows
 
 COMPARISON = "comparison.json"
-LOWER_IS_BETTER = ("loss",)
+LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 # Options that do not define a task: its data are compared by their content, the others only say how it is run.
 _FREE = {"data", "workers", "failures"}
 _FILES = ("chat_template", "baseline")  # compared by their content too, wherever they are
@@ -48,13 +48,16 @@ class Difference:
         """Return one sentence that says whether the difference is real."""
         first, second = self.values
         low, high = self.interval
-        sign = -1 if self.metric in LOWER_IS_BETTER else 1
         shown = f"{self.metric} {first:.4f} -> {second:.4f}, difference {second - first:+.4f} [{low:+.4f}, {high:+.4f}]"
+        return f"{self.task}: {self.verdict()} ({shown}, {self.n:,} items)"
+
+    def verdict(self) -> str:
+        """Return which model is better, if the difference is real."""
+        low, high = self.interval
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if low <= 0 <= high:
-            verdict = "no real difference: its 95% interval holds 0"
-        else:
-            verdict = "the second model is better" if sign * low > 0 else "the first model is better"
-        return f"{self.task}: {verdict} ({shown}, {self.n:,} items)"
+            return "no real difference: its 95% interval holds 0"
+        return "the second model is better" if sign * low > 0 else "the first model is better"
 
 
 def compare(first: str | Path, second: str | Path) -> list[Difference]:
@@ -67,14 +70,8 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
     Raises:
         InputError: a folder has no results, no task is shared, or a shared one has other items or is defined otherwise.
     """
-    folders = (Path(first), Path(second))
-    one, other = (_read(folder) for folder in folders)
-    shared = [name for name in one["tasks"] if name in other["tasks"]]
-    require(
-        bool(shared),
-        f"two evaluations must share a task to be compared, got {_names(one)} and {_names(other)}",
-    )
-    differences = [_difference(name, folders, (one, other)) for name in shared]
+    found = differences(first, second)
+    one, other = (read_results(folder) for folder in (first, second))
     content = {
         "first": one["model"],
         "second": other["model"],
@@ -87,11 +84,23 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
                 "n": each.n,
                 "sentence": each.sentence(),
             }
-            for each in differences
+            for each in found
         },
     }
-    write_atomically(folders[1] / COMPARISON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return differences
+    write_atomically(Path(second) / COMPARISON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return found
+
+
+def differences(first: str | Path, second: str | Path) -> list[Difference]:
+    """Return the differences of the tasks that two evaluations share; arguments and errors as of :func:`compare`."""
+    folders = (Path(first), Path(second))
+    one, other = (read_results(folder) for folder in folders)
+    shared = [name for name in one["tasks"] if name in other["tasks"]]
+    require(
+        bool(shared),
+        f"two evaluations must share a task to be compared, got {_names(one)} and {_names(other)}",
+    )
+    return [_difference(name, folders, (one, other)) for name in shared]
 
 
 def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, Any]]) -> Difference:
@@ -110,7 +119,7 @@ def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, 
         f"{', of other files' if data[0] != data[1] else ''}",
     )
     metric = metrics[0]
-    columns = [_column(folder / ITEMS / f"{name}.jsonl", metric) for folder in folders]
+    columns = [_column(folder, name, metric) for folder in folders]
     (values_N, weights_N), (others_N, other_weights_N) = columns
     low, high = difference_interval(columns[0], columns[1])
     return Difference(
@@ -143,20 +152,40 @@ def _definition(options: dict[str, Any]) -> dict[str, Any]:
     return given | {name: "a file" for name in _FILES if given.get(name)}
 
 
-def _column(file: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _column(folder: Path, task: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a metric of each item and its weight, ``[N]`` each."""
-    require(file.is_file(), f"results must have the items of each task, found no file {file}")
-    rows = read_rows(file)
+    rows = read_items(folder, task)
+    require(
+        all(metric in row for row in rows),
+        f"task {task}: each item must have {metric} to be compared, found one without in {folder}",
+    )
     values_N = np.array([row[metric] for row in rows], np.float64)
     return values_N, np.array([row.get("weight", 1.0) for row in rows], np.float64)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    require((folder / RESULTS).is_file(), f"no results of an evaluation in {folder}: it has no {RESULTS}")
-    results = read_json(folder / RESULTS)
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Return what the ``results.json`` of a folder holds.
+
+    Raises:
+        InputError: it has none, or another file of that name.
+    """
+    file = Path(folder) / RESULTS
+    require(file.is_file(), f"no results of an evaluation in {folder}: it has no {RESULTS}")
+    results = read_json(file)
     if not all(isinstance(results.get(key), dict) for key in ("tasks", "data", "primary")):
-        raise InputError(f"results must have tasks, data and primary: {folder / RESULTS}")
+        raise InputError(f"results must have tasks, data and primary: {file}")
     return results
+
+
+def read_items(folder: str | Path, task: str) -> list[dict[str, Any]]:
+    """Return the rows of a task's items.
+
+    Raises:
+        InputError: there is no file of items.
+    """
+    file = Path(folder) / ITEMS / f"{task}.jsonl"
+    require(file.is_file(), f"results must have the items of each task, found no file {file}")
+    return read_rows(file)
 
 
 def _names(results: dict[str, Any]) -> str:

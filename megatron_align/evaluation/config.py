@@ -6,6 +6,7 @@ The docstring of a field is its help text.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -26,12 +27,12 @@ from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.types import Sampling
 
 _Options = TypeVar("_Options")
-_PATHS = ("data", "chat_template", "reference", "baseline")  # options of tasks that are paths
+_PATHS = ("data", "chat_template", "reference", "baseline", "include_path")  # options of tasks that are paths
 _HOLDS = "model, out and tasks"
 ABOUT = """Evaluate a model: the loss on chat data, preference pairs, multiple choice, generated answers.
 
 The tasks are listed in a YAML file: {model, out, precision, parallel, tasks: [{name, kind, data, ...}]}; kinds are
-loss, preference, choice, generate and judge. OUT/results.json has the metrics of each task with 95% intervals,
+loss, preference, choice, generate, judge and lm_eval. OUT/results.json has the metrics of each task with 95% intervals,
 OUT/items/ a row for each item; `megatron-align evaluate compare OUT OUT` compares two. MODEL is a Hugging Face folder
 or a checkpoint of any layout. See docs/evaluation.md."""
 
@@ -220,12 +221,48 @@ class JudgeTask(AnsweredTask):
         require(self.failures >= 0, f"task {self.name}: failures must not be negative, got {self.failures}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LMEvalTask(Task):
+    """Tasks of lm-eval, run on the sharded model.
+
+    Args:
+        data: names of lm-eval's tasks, groups or tags, or YAML files of tasks
+        include_path: folder with further task files; null: none
+        num_fewshot: examples in the prompt; null: the task's own
+        limit: first documents of each task only; null: all
+        apply_chat_template: prompts are messages, rendered with the tokenizer's template
+        system_instruction: system prompt; null: none
+        fewshot_as_multiturn: with a chat template the examples are turns of a conversation
+        gen_kwargs: options of generation in place of the tasks': until, max_gen_toks, do_sample, temperature, ...
+    """
+
+    kind: Literal["lm_eval"] = "lm_eval"
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+    gen_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_limit(self.name, self.limit)
+        line = f"task {self.name}: kind lm_eval needs the package lm_eval: pip install 'megatron-align[eval]'"
+        require(importlib.util.find_spec("lm_eval") is not None, line)
+        line = f"task {self.name}: num_fewshot must not be negative, got {self.num_fewshot}"
+        require(self.num_fewshot is None or self.num_fewshot >= 0, line)
+        line = f"task {self.name}: include_path must be a folder, found none at {self.include_path}"
+        require(self.include_path is None or Path(self.include_path).is_dir(), line)
+
+
 KINDS: dict[str, type[Task]] = {
     "loss": LossTask,
     "preference": PreferenceTask,
     "choice": ChoiceTask,
     "generate": GenerateTask,
     "judge": JudgeTask,
+    "lm_eval": LMEvalTask,
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +21,12 @@ from megatron_align.evaluation.adapters import open_adapter_of
 from megatron_align.evaluation.engines import Precision, assets_of, open_engine, weights_state
 from megatron_align.evaluation.progress import progress
 from megatron_align.model.families import read_shape
+from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 from megatron_align.rollout.vllm_engine import VLLMEngine
+from megatron_align.rollout.vllm_server import VLLMServer
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.resumable_lines import ResumableLines, stored_key
 
@@ -47,6 +51,8 @@ class GenerateOptions:
         with_tokens: write token ids and log-probs too
         vllm: URLs of vLLM servers that hold the model, whose folder then gives tokenizer and template; empty: none
         adapter: PEFT folder or checkpoint of an adapter of the model; None: none
+        vllm_python: interpreter of an environment with vLLM, in which a server of the model is started; None: none
+        vllm_options: of that server, as of ``vllm serve``
     """
 
     model: str
@@ -62,16 +68,26 @@ class GenerateOptions:
     with_tokens: bool = False
     vllm: tuple[str, ...] = ()
     adapter: str | None = None
+    vllm_python: str | None = None
+    vllm_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require(
-            not (self.vllm and self.precision),
-            f"precision is the vllm servers' own, got {self.precision} with {', '.join(self.vllm)}",
+            not (self.vllm and self.vllm_python),
+            f"vllm servers run already or are started, got {', '.join(self.vllm)} and vllm_python {self.vllm_python}",
         )
         require(
-            not (self.vllm and self.adapter),
-            f"adapters are loaded by the vllm servers themselves (--enable-lora), got {self.adapter} with "
-            f"{', '.join(self.vllm)}",
+            not self.vllm_options or self.vllm_python is not None,
+            f"vllm_options are those of a server that vllm_python starts, got {shlex.join(self.vllm_options)} without",
+        )
+        servers = ", ".join(self.vllm) or self.vllm_python
+        require(
+            not (servers and self.precision),
+            f"precision is the vllm servers' own, got {self.precision} with {servers}",
+        )
+        require(
+            not (servers and self.adapter),
+            f"adapters are loaded by the vllm servers themselves (--enable-lora), got {self.adapter} with {servers}",
         )
         if self.template_date is not None:
             parse_date(self.template_date, "template_date")
@@ -96,18 +112,34 @@ class GenerateOptions:
             return [load_chat_template(self.chat_template)]
         return tokenizer_templates(str(assets_of(self.model)))
 
-    def open_engine(self) -> Engine:
-        """Return the engine: the servers, or the model in this process."""
-        if self.vllm:
-            return VLLMEngine(self.vllm, load_tokenizer(str(assets_of(self.model))))
-        return open_engine(self.model, self.precision, self.adapter)
+    @contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """Give the engine within a with-block: servers, or the model in this process."""
+        with ExitStack() as opened:
+            servers: list[str | Endpoint] = list(self.vllm)
+            if self.vllm_python is not None:
+                out = Path(self.out)
+                log = out.with_name(f"{out.name}.vllm.log")
+                server = VLLMServer(self.vllm_python, self.model, log, self.vllm_options)
+                servers = [opened.enter_context(server).endpoint()]
+            engine: Engine
+            if servers:
+                engine = VLLMEngine(servers, load_tokenizer(str(assets_of(self.model))))
+            else:
+                engine = open_engine(self.model, self.precision, self.adapter)
+            yield engine
+            engine.close()
 
     def key(self) -> dict[str, Any]:
         """Return what determines the output, files by their content."""
         template = self.chat_template and load_chat_template(self.chat_template)
         left_out = ("out", "chat_template", "adapter")
         return {
-            **{name: value for name, value in asdict(self).items() if name not in left_out},
+            **{
+                name: value
+                for name, value in asdict(self).items()
+                if name not in left_out and (value or not name.startswith("vllm_"))
+            },
             **({"adapter": fingerprint(self.adapter)} if self.adapter else {}),
             "weights": weights_state(self.model),
             "data": [sha256(file) for file in expand(self.prompts)],
@@ -144,16 +176,19 @@ def generate_file(options: GenerateOptions) -> Generated:
     tokenizer = options.prompt_tokenizer()
     records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))
     prompts = [tokenizer.prompt(record, key) for key, record in enumerate(records)]
-    engine = options.open_engine() if options.vllm else None  # servers may hold it with another context
-    if options.too_long == "error":
-        require_fitting(prompts, engine.context if engine else shape.max_positions)
     counts = Generated(prompts=len(records))
-    with ResumableLines(Path(options.out), options.key()) as output:
+    with ExitStack() as opened:
+        # Servers may hold the model with another context.
+        engine = opened.enter_context(options.engine()) if options.vllm else None
+        if options.too_long == "error":
+            require_fitting(prompts, engine.context if engine else shape.max_positions)
+        output = opened.enter_context(ResumableLines(Path(options.out), options.key()))
         counts.resumed = output.done
         if output.done < len(records):
-            engine = engine or options.open_engine()
+            engine = engine or opened.enter_context(options.engine())
+            if options.too_long == "error":
+                require_fitting(prompts, engine.context)
             _fill(engine, list(zip(records, prompts, strict=True)), options, output, counts)
-            engine.close()
         output.finish()
     return counts
 

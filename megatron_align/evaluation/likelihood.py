@@ -1,6 +1,6 @@
 """Score completions under a policy on any layout: a number for each completion of a table of samples.
 
-Shapes: C completions of a table, N scored rows of a pack.
+Shapes: C completions of a table, N scored rows of a pack, K numbers of each completion.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from megatron_align.training.batches import data_rank, pack_multiples
 from megatron_align.training.scoring import Scorer, gather_step
 from megatron_align.training.watchdog import Watchdog
 
+Advance = Callable[[int, int], None]  # samples done since the last call, and 0
 SAMPLES = 64  # of each data-parallel rank in one pass through the pipeline
 
 
@@ -47,7 +49,7 @@ class CompletionScorer:
     watchdog: Watchdog
     sequence_length: int
 
-    def __call__(self, table: SampleTable, doing: str, advance: Callable[[int, int], None]) -> np.ndarray:
+    def __call__(self, table: SampleTable, doing: str, advance: Advance) -> np.ndarray:
         """Return the summed log-prob of each completion, of a reward model its reward: ``[C]`` fp64. Collective.
 
         Args:
@@ -55,6 +57,29 @@ class CompletionScorer:
             doing: name of the phase.
             advance: called with the number of samples of each pass.
         """
+        of_pack = _rewards if self.chunks[0].shape.is_reward else _sums
+        scorer = Scorer(self.chunks, SFT(SFTOptions()))
+        return self._columns(scorer, of_pack, 1, table, (doing, advance))[0]
+
+    def with_greedy(self, table: SampleTable, doing: str, advance: Advance) -> tuple[np.ndarray, np.ndarray]:
+        """Return the summed log-prob of each completion, and whether greedy decoding would write it: ``[C]`` each.
+
+        Arguments as of a call. Collective.
+        """
+        scorer = Scorer(self.chunks, SFT(SFTOptions()), likeliest=True)
+        sums_C, others_C = self._columns(scorer, _sums_and_others, 2, table, (doing, advance))
+        return sums_C, others_C == 0
+
+    def _columns(
+        self,
+        scorer: Scorer,
+        of_pack: Callable[[Tensor, LossRows], Tensor],
+        count: int,
+        table: SampleTable,
+        shown: tuple[str, Advance],
+    ) -> np.ndarray:
+        """Return ``[count, C]``: what ``of_pack`` makes of each pack, in the table's order."""
+        doing, advance = shown
         shape = self.chunks[0].shape
         order = EpochOrder(table.sources, [1.0] * (int(table.sources.max()) + 1), shuffle=False)
         steps = SampleSteps(order, SAMPLES * self.groups.dp.size(), epochs=1)
@@ -63,22 +88,29 @@ class CompletionScorer:
             capacity=self.sequence_length, multiple=multiple, micro_batch_multiple=micro_batches
         )
         batches = StepBatches(table, steps, options, data_rank(shape, self.parallel, self.groups), "sample")
-        scorer = Scorer(self.chunks, SFT(SFTOptions()))
-        of_pack = _rewards if shape.is_reward else _sums
-        values_C = np.full(int(table.completion_offsets[-1]), np.nan)
+        values = np.full((count, int(table.completion_offsets[-1])), np.nan)
         with Prefetcher(range(batches.steps), batches.step) as made:
             for step in made:
                 self.watchdog.report(f"{doing}, batch {step.number + 1} of {batches.steps}")
                 of_packs = scorer.collect(step.batches, of_pack)
-                values_C[step.stored_C] = gather_step(of_packs, step.packs, step, self.groups).numpy()
+                for k in range(count):
+                    of_column = [of_pack_KC[k] for of_pack_KC in of_packs]
+                    gathered_S = gather_step(of_column, step.packs, step, self.groups)
+                    values[k, step.stored_C] = gathered_S.numpy()
                 advance(step.counts.samples, 0)
-        return values_C
+        return values
 
 
 def _sums(logprobs_N: Tensor, rows: LossRows) -> Tensor:
     """Sum in fp64: the sum of a thousand fp32 log-probs would lose two digits."""
-    return completion_sums(logprobs_N.double(), rows)
+    return completion_sums(logprobs_N.double(), rows)[None]
+
+
+def _sums_and_others(values_2N: Tensor, rows: LossRows) -> Tensor:
+    """Return summed log-probs, and how many targets are not the likeliest token."""
+    logprobs_N, likeliest_N = values_2N.double()
+    return torch.stack([completion_sums(column_N, rows) for column_N in (logprobs_N, 1 - likeliest_N)])
 
 
 def _rewards(rewards_C: Tensor, rows: LossRows) -> Tensor:
-    return rewards_C
+    return rewards_C[None]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,28 @@ from megatron_align.evaluation.statistics import ratio_interval
 from megatron_align.storage.atomic_write import fsync
 
 RESULTS, ITEMS = "results.json", "items"
+
+
+class TaskResult(Protocol):
+    """The result of a task, on every rank."""
+
+    @property
+    def primary(self) -> str:
+        """The metric that the interval is of."""
+        ...
+
+    @property
+    def data(self) -> list[str] | None:
+        """Hashes of the data where they are not files; None: they are the files of the task's sources."""
+        ...
+
+    def result(self, sources: Sequence[str]) -> dict[str, Any]:
+        """Return the task's entry of results.json; ``sources``: their names, in order."""
+        ...
+
+    def write(self, file: Path) -> None:
+        """Write a row of JSON for each item."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +61,10 @@ class Items:
     weights_N: np.ndarray | None = None
     rows: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
     extra: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] | None = None
+
+    @property
+    def data(self) -> None:
+        """None: the data are the files of the task's sources."""
 
     def __len__(self) -> int:
         return len(self.sources_N)
@@ -98,7 +124,7 @@ def table_of(results: Mapping[str, Mapping[str, Any]]) -> str:
             *((f"  {source}", each) for source, each in of_sources.items()),
         ):
             metrics = {k: v for k, v in numbers.items() if isinstance(v, float)}
-            low, high = numbers["ci95"]
+            low, high = numbers["ci95"] or (math.nan, math.nan)  # lm-eval has metrics without one
             shown = "  ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
             lines.append(f"{name:24}  {shown}  [{low:.4f}, {high:.4f}]  n {numbers['n']:,}")
     return "\n".join(lines)

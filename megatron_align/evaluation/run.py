@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
@@ -34,6 +34,7 @@ from megatron_align.evaluation.config import (
     AnsweredTask,
     ChoiceTask,
     EvaluationConfig,
+    LMEvalTask,
     LossTask,
     PreferenceTask,
     Task,
@@ -42,7 +43,7 @@ from megatron_align.evaluation.config import (
 from megatron_align.evaluation.engines import open_engine
 from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.progress import progress
-from megatron_align.evaluation.results import ITEMS, RESULTS, Items, write_atomically
+from megatron_align.evaluation.results import ITEMS, RESULTS, Items, TaskResult, write_atomically
 from megatron_align.evaluation.tables import Choices, TaskContext, open_store, read_choices
 from megatron_align.hf.adapter import fill_adapter
 from megatron_align.hf.load import open_hf, require_tied_head
@@ -57,6 +58,9 @@ from megatron_align.training.setup import DTYPES, locate, require_vocabulary
 from megatron_align.training.watchdog import Watchdog, join_watched
 from megatron_align.training.weights import read_model_weights, require_finite_weights
 from megatron_align.version import __version__
+
+if TYPE_CHECKING:
+    from megatron_align.evaluation.lm_eval_results import LoadedTask
 
 SEQUENCE_LENGTH = 4096
 
@@ -91,6 +95,7 @@ class _Setup:
     scored: list[_LikelihoodTask]
     answered: list[PromptedTask]
     context: TaskContext
+    lm_eval: list[LoadedTask]
 
 
 def evaluate(
@@ -137,7 +142,7 @@ def _of_each_adapter(config: EvaluationConfig) -> list[EvaluationConfig]:
 def _evaluate(setup: _Setup, watchdog: Watchdog) -> dict[str, Any]:
     """Return the results of one model, which rank 0 writes. Collective."""
     _require_base(setup, watchdog)
-    items = {**_score(setup, watchdog), **_answer(setup, watchdog)}
+    items: dict[str, TaskResult] = {**_score(setup, watchdog), **_answer(setup, watchdog)}
     results = _results(setup, items)
     if setup.rank_info.rank == 0:
         _write(Path(setup.config.out), items, results)
@@ -182,6 +187,7 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
     )
     scored: list[_LikelihoodTask] = []
     answered: list[PromptedTask] = []
+    lm_eval: list[LoadedTask] = []
     for task in config.tasks:
         require(
             not shape.is_reward or (isinstance(task, PreferenceTask) and task.score in (None, "reward")),
@@ -190,6 +196,10 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         )
         if isinstance(task, AnsweredTask):
             answered.append(read_prompted_task(task, assets, shape.max_positions, context.now))
+        elif isinstance(task, LMEvalTask):
+            from megatron_align.evaluation.lm_eval_results import load_lm_eval  # an optional package
+
+            lm_eval.append(load_lm_eval(task))
         elif isinstance(task, ChoiceTask):
             choices = read_choices(task, load_tokenizer(str(assets)), length, context.now)
             scored.append(_LikelihoodTask(task, choices.table, partial(_choice_items, choices)))
@@ -207,6 +217,7 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         scored=scored,
         answered=answered,
         context=context,
+        lm_eval=lm_eval,
     )
 
 
@@ -243,9 +254,9 @@ def _require_same_shape(task: PreferenceTask, shape: ModelShape) -> None:
         )
 
 
-def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
-    """Return the items of the tasks on log-probs. Collective."""
-    if not setup.scored:
+def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, TaskResult]:
+    """Return the items of the tasks on the sharded policy. Collective."""
+    if not setup.scored and not setup.lm_eval:
         return {}
     config, groups = setup.config, parallel.groups()
     stored = setup.adapter
@@ -260,15 +271,31 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
         sequence_length=setup.sequence_length,
     )
     numbers = _score_tasks(setup, setup.scored, (config.model, chunks), score)
+    items = _run_lm_eval(setup, score)
     references: dict[str, np.ndarray] = {}
     for path in dict.fromkeys(scored.reference for scored in setup.scored if scored.reference):
         compared = [scored for scored in setup.scored if scored.reference == path]
         with adapters_off(chunks):
             references |= _score_tasks(setup, compared, (path, chunks), score)
-    return {
-        scored.task.name: scored.items(numbers[scored.task.name], references.get(scored.task.name))
-        for scored in setup.scored
-    }
+    for scored in setup.scored:
+        name = scored.task.name
+        items[name] = scored.items(numbers[name], references.get(name))
+    return items
+
+
+def _run_lm_eval(setup: _Setup, score: CompletionScorer) -> dict[str, TaskResult]:
+    """Return the results of lm-eval's tasks on the loaded policy. Collective."""
+    if not setup.lm_eval:
+        return {}
+    from megatron_align.evaluation.lm_eval import PolicyLM
+    from megatron_align.evaluation.lm_eval_results import run_lm_eval
+
+    lm = PolicyLM(score, setup.context.assets)
+    results: dict[str, TaskResult] = {}
+    for loaded in setup.lm_eval:
+        with score.watchdog.patient(f"running {loaded.task.name}"):
+            results[loaded.task.name] = run_lm_eval(loaded, lm)
+    return results
 
 
 def _score_tasks(
@@ -350,13 +377,16 @@ def _choice_items(choices: Choices, sums_C: np.ndarray, _: np.ndarray | None) ->
     )
 
 
-def _results(setup: _Setup, items: Mapping[str, Items]) -> dict[str, Any]:
+def _results(setup: _Setup, items: Mapping[str, TaskResult]) -> dict[str, Any]:
     config = setup.config
     clocks = {task.name: reads for task in config.tasks if (reads := setup.context.clock(task))}
+    given = {name: of_task.data for name, of_task in items.items()}
     return {
         "tasks": {task.name: items[task.name].result(task.sources) for task in config.tasks},
         "primary": {name: of_task.primary for name, of_task in items.items()},
-        "data": {task.name: [sha256(file) for file in _files(task)] for task in config.tasks},
+        "data": {
+            task.name: given[task.name] or [sha256(file) for file in _files(task)] for task in config.tasks
+        },
         "model": config.model,
         **({"adapter": config.adapter} if config.adapter else {}),
         "precision": config.precision,
@@ -377,7 +407,7 @@ def _files(task: Task) -> list[str]:
     return [file for path in task.sources for file in expand(path)] + [file for file in others if file]
 
 
-def _write(out: Path, items: Mapping[str, Items], results: Mapping[str, Any]) -> None:
+def _write(out: Path, items: Mapping[str, TaskResult], results: Mapping[str, Any]) -> None:
     """Write the items of each task, then results.json, which says that they are complete."""
     folder = out / ITEMS
     folder.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,12 @@ class HFWeights:
         except EOFError as error:
             raise InputError(f"safetensors file is truncated: {file.path} ends within {name}") from error
 
+    def tensor(self, name: str) -> Tensor:
+        """Return a complete tensor in the stored dtype, on the CPU; raises as :meth:`read_flat`."""
+        flat = torch.empty(self.numel(name), dtype=DTYPES[self.dtype(name)])
+        self.read_flat(name, 0, flat)
+        return flat.view(self.shape(name))
+
     def release(self, name: str) -> None:
         """Drop a tensor that will not be read again from the page cache.
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequ
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs
+from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs, token_scores
 from megatron_align.model import cpu
 from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
@@ -80,6 +80,7 @@ class VocabularyHead(ColumnParallelLinear):
         objective: RowObjective | None,
         *,
         weight: Tensor,
+        likeliest: bool = False,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
 
@@ -88,6 +89,7 @@ class VocabularyHead(ColumnParallelLinear):
             batch: the pack and its scored rows.
             objective: evaluated on the log-probs, slab by slab; None: return log-probs.
             weight: this module's, or the embedding's if tied on this rank.
+            likeliest: return ``[2, N]``: log-probs, and 1 where no token is likelier than the target.
         """
         if self.unit_rows:  # here, as the weight is certainly gathered inside this module's forward
             weight = F.normalize(weight)
@@ -109,6 +111,18 @@ class VocabularyHead(ColumnParallelLinear):
         context_slabs = ContextSlabs(
             [slab.row_N.shape[0] for slab in slabs], None if part is None else part.rows, self.context
         )
+        if likeliest:
+            columns_2n = [
+                _with_likeliest(hidden_nH[a:b], weight, target_n[a:b], self.tp_group, self.vocab_size)
+                for a, b in context_slabs.ranges
+            ]
+            columns = zip(*columns_2n, strict=True)
+            return torch.stack(
+                [
+                    torch.cat([context_slabs.gather(i, part_n) for i, part_n in enumerate(column)])
+                    for column in columns
+                ]
+            )
         if objective is None:
             # Cut as for a loss of complete samples: the same GEMMs, so bit-identical log-probs.
             parts = [
@@ -150,6 +164,17 @@ class VocabularyHead(ColumnParallelLinear):
                 hidden = hidden[own_M]
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden[row_n]
+
+
+def _with_likeliest(
+    hidden_nH: Tensor, weight_VH: Tensor, target_n: Tensor, group: dist.ProcessGroup, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs, and 1.0 where the target is the likeliest token."""
+    if not len(target_n):  # a context-parallel rank may have no row of a slab
+        return hidden_nH.new_zeros(0, dtype=torch.float32), hidden_nH.new_zeros(0, dtype=torch.float32)
+    scores = token_scores(hidden_nH, weight_VH, target_n, top_k=1, group=group, vocab_size=vocab_size)
+    assert scores.top_tokens_NK is not None, "one was requested"
+    return scores.logprobs_N, (scores.top_tokens_NK[:, 0] == target_n).to(scores.logprobs_N.dtype)
 
 
 class RewardHead(nn.Module):

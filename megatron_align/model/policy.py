@@ -222,14 +222,16 @@ class Policy(LanguageModule):
         """Set the hidden states of the previous stage (called by megatron-core's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, batch: PackedBatch, objective: RowObjective | None = None) -> Tensor | PackLoss:
+    def forward(
+        self, batch: PackedBatch, objective: RowObjective | None = None, *, likeliest: bool = False
+    ) -> Tensor | PackLoss:
         """Return hidden states ``[Q or Q / TP, 1, H]``; on the last stage the result of the head's ``forward``."""
         hidden = self._hidden(batch)
         if not self.post_process:
             return hidden
         if self.shape.is_reward:
             return self.reward_head(hidden, batch, objective, self.pg_collection)
-        return self.output_layer(hidden, batch, objective, weight=self._head())
+        return self.output_layer(hidden, batch, objective, weight=self._head(), likeliest=likeliest)
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:

@@ -38,6 +38,7 @@ class Endpoint:
         timeout_seconds: of one try.
         tries: of one request; waits between them double from ``first_wait``, or are what the server says.
         first_wait: seconds before the second try.
+        gone: returns why the server will never answer again, None if it may: no further try is made then.
     """
 
     url: str
@@ -45,6 +46,7 @@ class Endpoint:
     timeout_seconds: float = 300.0
     tries: int = 6
     first_wait: float = 1.0
+    gone: Callable[[], str | None] = field(default=lambda: None, repr=False)
     _random: random.Random = field(default_factory=random.Random, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class Endpoint:
                 status, after, text = self._send(method, path, body)
             except (OSError, http.client.HTTPException) as error:
                 reason = one_line(error)
+                if (end := self.gone()) is not None:
+                    raise RequestFailed(end) from error
                 continue
             if status == 200:
                 try:

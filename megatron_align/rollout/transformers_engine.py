@@ -28,8 +28,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, one_line
-from megatron_align.hf.load import HEAD
-from megatron_align.model.families import read_shape
+from megatron_align.hf.baichuan import llama_config, llama_tensors
+from megatron_align.hf.load import HEAD, open_hf
+from megatron_align.model.families import ModelShape, read_shape, rows
 from megatron_align.rollout.decoding import Decoder, Row
 from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
 from megatron_align.rollout.sampling import draw, uniforms
@@ -46,6 +47,7 @@ class TransformersEngine:
         model: a causal language model; it stays on its device, in its dtype.
         tokenizer: of the model.
         batch_tokens: most tokens in the cache of one batch; a single prompt may take more.
+        is_baichuan: the model is the Llama that computes what Baichuan2 does, and new weights are Baichuan2's.
 
     Attributes:
         context: most tokens of a prompt with its completion.
@@ -59,9 +61,11 @@ class TransformersEngine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_tokens: int = BATCH_TOKENS,
+        *,
+        is_baichuan: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.batch_tokens = model.eval(), tokenizer, batch_tokens
-        self.weight_version = 0
+        self.weight_version, self._is_baichuan = 0, is_baichuan
         self.context = int(model.config.max_position_embeddings)
         self.end_ids = _end_ids(model, tokenizer)
 
@@ -72,8 +76,16 @@ class TransformersEngine:
         Raises:
             InputError: transformers cannot load it as a language model.
         """
-        _require_language_model(folder)
+        shape = _require_language_model(folder)
         disable_progress_bar()
+        if shape.norm_head:
+            engine = cls.from_assets(folder, dtype, device)
+            weights = open_hf(folder)[0]
+            names = [
+                name for row in rows(shape) for name in row.hf
+            ]  # a folder may hold tables that are no weights
+            engine.update_weights(((name, weights.tensor(name)) for name in names), version=0)
+            return engine
         tokenizer = load_tokenizer(str(folder))
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -88,10 +100,14 @@ class TransformersEngine:
         """Build the model of a folder with config and tokenizer; :meth:`update_weights` gives it weights.
 
         Raises:
-            InputError: transformers does not have the model.
+            InputError: it is no language model.
         """
-        _require_language_model(assets)
-        config = AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+        shape = _require_language_model(assets)
+        config = (
+            llama_config(assets)
+            if shape.norm_head
+            else AutoConfig.from_pretrained(assets, local_files_only=True, trust_remote_code=False)
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         model.to_empty(device=device)
@@ -100,7 +116,7 @@ class TransformersEngine:
         body.rotary_emb = type(body.rotary_emb)(config=config).to(device)  # its frequencies are not weights
         if (Path(assets) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(assets, local_files_only=True)
-        return cls(model, load_tokenizer(str(assets)))
+        return cls(model, load_tokenizer(str(assets)), is_baichuan=shape.norm_head)
 
     @torch.no_grad()
     def generate(
@@ -131,7 +147,7 @@ class TransformersEngine:
         tied = HEAD not in parameters
         missing = set(parameters)
         self.weight_version = UNKNOWN_VERSION
-        for name, tensor in tensors:
+        for name, tensor in llama_tensors(tensors) if self._is_baichuan else tensors:
             if name == HEAD and tied:
                 continue  # equal to the embedding, whose tensor comes too
             if name not in parameters:
@@ -296,11 +312,8 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
-def _require_language_model(folder: str | Path) -> None:
+def _require_language_model(folder: str | Path) -> ModelShape:
     shape = read_shape(folder)
     if shape.is_reward:
         raise InputError(f"{folder}: generation needs a language model, got {shape.architecture}")
-    if shape.norm_head:
-        raise InputError(
-            f"{folder}: the transformers engine generates with models that transformers has, got {shape.architecture}"
-        )
+    return shape

@@ -31,10 +31,18 @@ class Scorer:
         chunks: this rank's.
         objective: which log-probs are summed, and how they are weighted.
         base: score with the base of a model that has an adapter, as its reference.
+        likeliest: of a language model collect ``[2, N]``: log-probs, and 1 where no token is likelier.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], objective: Objective, *, base: bool = False):
-        self.chunks, self.objective, self.base = list(chunks), objective, base
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        objective: Objective,
+        *,
+        base: bool = False,
+        likeliest: bool = False,
+    ):
+        self.chunks, self.objective, self.base, self.likeliest = list(chunks), objective, base, likeliest
 
     def sums(self, batches: Sequence[PackedBatch], *, training: bool = False) -> list[Tensor]:
         """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
@@ -79,7 +87,8 @@ class Scorer:
         *_: Any,
     ) -> tuple[Tensor, Any]:
         batch = next(batches).to(cpu.device())
-        return model(batch), lambda values, non_loss_data: of_pack(values, batch.rows)
+        output = model(batch, likeliest=True) if self.likeliest else model(batch)
+        return output, lambda values, non_loss_data: of_pack(values, batch.rows)
 
 
 def mismatched_sums(scorer: Scorer, step: Step, groups: ProcessGroupCollection) -> Tensor:

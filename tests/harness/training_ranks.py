@@ -52,6 +52,33 @@ def cores_of_each(rank_info: parallel.RankInfo) -> tuple[int, int]:
     return share, len(os.sched_getaffinity(0))
 
 
+def lm_eval_loglikelihood(
+    rank_info: parallel.RankInfo, model: Path, layout: dict, longest: int, pairs: list
+) -> list[tuple[float, bool]]:
+    """Return log-prob and greedy flag of each (context, continuation) as lm-eval requests them."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_align.evaluation.likelihood import CompletionScorer
+    from megatron_align.evaluation.lm_eval import PolicyLM
+    from megatron_align.training.setup import locate
+    from megatron_align.training.weights import read_model_weights
+
+    config = ParallelConfig(**layout)
+    with join_watched(rank_info, config).watching() as watchdog:
+        assets = locate(str(model))[1]
+        groups, shape = parallel.groups(), read_shape(assets)
+        chunks = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
+        read_model_weights(chunks, str(model), shape, groups)
+        score = CompletionScorer(
+            chunks=chunks, parallel=config, groups=groups, watchdog=watchdog, sequence_length=longest
+        )
+        answers = PolicyLM(score, assets).loglikelihood(
+            [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+        )
+    parallel.leave()
+    return answers
+
+
 def sample_data(rank_info: parallel.RankInfo, options: dict) -> None:
     """Sample data."""
     from megatron_align.evaluation.sample import SampleOptions, sample

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_align.convert.hf_model import load_hf_model
 from megatron_align.errors import InputError
+from megatron_align.hf.load import open_hf
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.rollout.types import Prompt, Sampling
-from tests.harness.tiny import make_model
+from tests.harness.tiny import make_baichuan, make_model
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 40, 1, 17, 90, 5, 5, 33)
@@ -137,6 +139,25 @@ def test_new_weights_replace_the_old_ones(tmp_path, tiny_models, prompts):
             engine.update_weights([(name, torch.zeros(2, 2))], version=5)
         with pytest.raises(InputError, match="no tensor x"):
             engine.update_weights([("x", torch.zeros(2))], version=5)
+
+
+def test_baichuan2_generates_as_its_llama_and_takes_its_own_tensors(tmp_path, prompts):
+    """Greedy answers equal a step-by-step argmax of the model that ``convert verify`` compares with."""
+    folder = make_baichuan(tmp_path / "baichuan")
+    weights, shape = open_hf(folder)
+    judge = load_hf_model(folder, weights, shape)
+    sampling = Sampling(temperature=0, max_tokens=6)
+    engine = TransformersEngine.from_folder(folder, torch.float32, CPU)
+    answers = engine.generate(prompts[:3], sampling)
+    for prompt, [answer] in zip(prompts, answers, strict=False):
+        tokens = list(prompt.token_ids)
+        for token in answer.token_ids:
+            with torch.no_grad():
+                assert token == judge(torch.tensor([tokens])).logits[0, -1].argmax().item()
+            tokens.append(token)
+    live = TransformersEngine.from_assets(folder, torch.float32, CPU)
+    live.update_weights(((name, weights.tensor(name)) for name in weights.names), version=2)
+    assert [a.token_ids for [a] in live.generate(prompts[:3], sampling)] == [a.token_ids for [a] in answers]
 
 
 def test_models_that_generate_nothing_are_refused(tmp_path):
