@@ -39,15 +39,18 @@ def run(arguments: list[str]) -> int:
     out = Path(options.out)
     require(not out.exists() or out.is_dir(), f"--out must be a folder, got a file: {out}")
     require_writable(out / "report.html")
-    is_evaluation = [(Path(folder) / "results.json").is_file() for folder in options.runs]
-    evaluated = [Path(folder) for folder, yes in zip(options.runs, is_evaluation, strict=True) if yes]
-    trained = [folder for folder, yes in zip(options.runs, is_evaluation, strict=True) if not yes]
+    evaluated = [Path(folder) for folder in options.runs if (Path(folder) / "results.json").is_file()]
+    trained = [  # a run's folder may hold the results of an evaluation too
+        folder
+        for folder in options.runs
+        if Path(folder) not in evaluated or (Path(folder) / "metrics.jsonl").is_file()
+    ]
     runs = read_runs(trained) if trained else []
     charts = charts_of(runs)
     sections, lines = _evaluations(evaluated, [run.folder for run in runs])
     out.mkdir(parents=True, exist_ok=True)
     pictures = write_pngs(out, charts, [run.name for run in runs]) if charts else []
-    names = [*(run.name for run in runs), *(folder.resolve().name for folder in evaluated)]
+    names = dict.fromkeys([*(run.name for run in runs), *(folder.resolve().name for folder in evaluated)])
     page = write_page(out, runs, charts, options.title or " · ".join(names), sections)
     if len(runs) == 1:
         described = [line for line in (*about(runs[0]), *summary(runs[0])) if line[1].strip("– ·")]
