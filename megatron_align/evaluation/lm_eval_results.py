@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,12 +50,18 @@ class LoadedTask:
     manager: TaskManager
 
 
-def load_lm_eval(task: LMEvalTask) -> LoadedTask:
+def load_lm_eval(task: LMEvalTask, *, quiet: bool = False) -> LoadedTask:
     """Load lm-eval's tasks with their data, before the ranks meet.
+
+    Args:
+        task: of the configuration.
+        quiet: lm-eval logs errors only, on other ranks than the first.
 
     Raises:
         InputError: lm-eval does not know a task, or cannot read its file or data.
     """
+    if quiet:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = all(Path(name).is_file() for name in task.sources)
     try:
         manager = TaskManager(include_path=task.include_path, include_defaults=not files)

@@ -199,7 +199,7 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         elif isinstance(task, LMEvalTask):
             from megatron_align.evaluation.lm_eval_results import load_lm_eval  # an optional package
 
-            lm_eval.append(load_lm_eval(task))
+            lm_eval.append(load_lm_eval(task, quiet=rank_info.rank > 0))
         elif isinstance(task, ChoiceTask):
             choices = read_choices(task, load_tokenizer(str(assets)), length, context.now)
             scored.append(_LikelihoodTask(task, choices.table, partial(_choice_items, choices)))
