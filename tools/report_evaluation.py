@@ -250,8 +250,9 @@ def _items(evaluations: Sequence[Evaluation]) -> str:
     """Return the worst and best items of each task of each evaluation, folded."""
     parts = []
     for each in evaluations:
-        for task, metric in each.results["primary"].items():
-            rows = read_items(each.folder, task)
+        for task in each.results["tasks"]:
+            metric = each.results["primary"][task]
+            rows = [_per_weight(row, metric) for row in read_items(each.folder, task)]
             scored = [row for row in rows if isinstance(row.get(metric), int | float)]
             chosen = _extremes(scored, metric) or rows[: 2 * _MOST_ITEMS]
             head = list(dict.fromkeys(key for row in chosen for key in row))
@@ -263,8 +264,15 @@ def _items(evaluations: Sequence[Evaluation]) -> str:
     return f"<h2>Items</h2>{''.join(parts)}" if parts else ""
 
 
+def _per_weight(row: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Return an item whose metric is that of the item itself: a loss per token, where a sum and a weight are stored."""
+    if row.get("weight") and isinstance(row.get(metric), int | float):
+        return {**row, metric: row[metric] / row["weight"]}
+    return row
+
+
 def _extremes(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """Return the worst and the best items by a metric, worst first; all if they are few."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    ordered = sorted(rows, key=lambda row: sign * row[metric] / (row.get("weight") or 1.0))
+    ordered = sorted(rows, key=lambda row: sign * row[metric])
     return ordered if len(ordered) <= 2 * _MOST_ITEMS else ordered[:_MOST_ITEMS] + ordered[-_MOST_ITEMS:]

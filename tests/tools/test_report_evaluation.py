@@ -78,7 +78,9 @@ def test_items_are_the_worst_and_the_best(tmp_path, capsys):
     page, _ = report(capsys, tmp_path / "out", folder)
     start = page.words.index("one, chat: 10 of 40 items, worst first")
     shown = [word for word in page.words[start:] if word.strip()]
-    assert [shown[4 + 3 * i] for i in range(10)] == [str(i) for i in (39, 38, 37, 36, 35, 4, 3, 2, 1, 0)]
+    order = (39, 38, 37, 36, 35, 4, 3, 2, 1, 0)
+    assert [shown[4 + 3 * i] for i in range(10)] == [str(i) for i in order]
+    assert [shown[5 + 3 * i] for i in range(10)] == [str(i) for i in order]  # the loss of each token
 
 
 def test_evaluations_of_other_data_are_drawn_and_not_compared(tmp_path, capsys):
