@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from megatron_align.errors import InputError, one_line, require
 from megatron_align.evaluation.config import LMEvalTask
+from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.lm_eval import PolicyLM
 from megatron_align.evaluation.results import write_atomically
 from megatron_align.evaluation.statistics import ratio_interval
@@ -113,12 +114,26 @@ class LMEvalItems:
         write_atomically(file, "".join(lines))
 
 
-def run_lm_eval(loaded: LoadedTask, lm: PolicyLM) -> LMEvalItems:
-    """Run lm-eval's tasks and return their results, on every rank. Collective.
+def run_lm_eval(tasks: Sequence[LoadedTask], score: CompletionScorer, assets: Path) -> dict[str, LMEvalItems]:
+    """Run lm-eval's tasks on the policy and return their results by name, on every rank. Collective.
+
+    Args:
+        tasks: loaded.
+        score: see :class:`.PolicyLM`.
+        assets: see :class:`.PolicyLM`.
 
     Raises:
         InputError: a request that the policy cannot answer.
     """
+    lm = PolicyLM(score, assets)
+    results = {}
+    for loaded in tasks:
+        with score.watchdog.patient(f"running {loaded.task.name}"):
+            results[loaded.task.name] = _run(loaded, lm)
+    return results
+
+
+def _run(loaded: LoadedTask, lm: PolicyLM) -> LMEvalItems:
     task = loaded.task
     found = simple_evaluate(
         model=lm,

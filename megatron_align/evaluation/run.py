@@ -271,7 +271,11 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, TaskResult]:
         sequence_length=setup.sequence_length,
     )
     numbers = _score_tasks(setup, setup.scored, (config.model, chunks), score)
-    items = _run_lm_eval(setup, score)
+    items: dict[str, TaskResult] = {}
+    if setup.lm_eval:
+        from megatron_align.evaluation.lm_eval_results import run_lm_eval  # an optional package
+
+        items |= run_lm_eval(setup.lm_eval, score, setup.context.assets)
     references: dict[str, np.ndarray] = {}
     for path in dict.fromkeys(scored.reference for scored in setup.scored if scored.reference):
         compared = [scored for scored in setup.scored if scored.reference == path]
@@ -281,21 +285,6 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, TaskResult]:
         name = scored.task.name
         items[name] = scored.items(numbers[name], references.get(name))
     return items
-
-
-def _run_lm_eval(setup: _Setup, score: CompletionScorer) -> dict[str, TaskResult]:
-    """Return the results of lm-eval's tasks on the loaded policy. Collective."""
-    if not setup.lm_eval:
-        return {}
-    from megatron_align.evaluation.lm_eval import PolicyLM
-    from megatron_align.evaluation.lm_eval_results import run_lm_eval
-
-    lm = PolicyLM(score, setup.context.assets)
-    results: dict[str, TaskResult] = {}
-    for loaded in setup.lm_eval:
-        with score.watchdog.patient(f"running {loaded.task.name}"):
-            results[loaded.task.name] = run_lm_eval(loaded, lm)
-    return results
 
 
 def _score_tasks(
