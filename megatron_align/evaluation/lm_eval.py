@@ -69,7 +69,7 @@ class PolicyLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context consists of: the tokenizer's BOS, or its EOS if it has none."""
+        """The token of an empty context: the tokenizer's BOS, or its EOS if it has none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
