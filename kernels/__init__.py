@@ -27,6 +27,8 @@ else:
     from megatron_align.kernels.token_logprobs import (
         RECOMPUTED,
         TokenScores,
+        column_logits,
+        column_logits_reference,
         slab_loss,
         slab_loss_reference,
         slab_rows,
@@ -40,6 +42,8 @@ else:
         "RECOMPUTED",
         "PackedLayout",
         "TokenScores",
+        "column_logits",
+        "column_logits_reference",
         "packed_attention",
         "packed_attention_reference",
         "slab_loss",

@@ -12,11 +12,19 @@ summed over slabs in fp32.
 
 Files: ``public`` validates, ``autograd`` holds the differentiable functions, ``slab_loop`` runs a loss over slabs,
 ``slab`` the buffer of logits, ``vocab_parallel_softmax`` the two passes over it (``softmax_kernels``: in Triton),
-``gradients`` the accumulation, ``scores`` scoring with entropy and top k, ``reference`` plain PyTorch.
+``gradients`` the accumulation, ``columns`` logits of given tokens, ``scores`` scoring with entropy and top k,
+``reference`` plain PyTorch.
 """
 
-from megatron_align.kernels.token_logprobs.public import TokenScores, slab_loss, token_logprobs, token_scores
+from megatron_align.kernels.token_logprobs.public import (
+    TokenScores,
+    column_logits,
+    slab_loss,
+    token_logprobs,
+    token_scores,
+)
 from megatron_align.kernels.token_logprobs.reference import (
+    column_logits_reference,
     slab_loss_reference,
     token_logprobs_reference,
     token_scores_reference,
@@ -27,6 +35,8 @@ from megatron_align.kernels.token_logprobs.slab_loop import RECOMPUTED
 __all__ = [
     "RECOMPUTED",
     "TokenScores",
+    "column_logits",
+    "column_logits_reference",
     "slab_loss",
     "slab_loss_reference",
     "slab_rows",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_align.kernels.token_logprobs.autograd import SlabLoss, TokenLogprobs
+from megatron_align.kernels.token_logprobs.columns import ColumnLogits, check_columns
 from megatron_align.kernels.token_logprobs.options import GradientOptions, HeadOptions
 from megatron_align.kernels.token_logprobs.reference import SlabFunction, TokenScores
 from megatron_align.kernels.token_logprobs.scores import score
@@ -44,6 +45,33 @@ def token_logprobs(
     """
     shard = open_shard(hidden_NH, weight_VH, targets_N, **options)
     return TokenLogprobs.apply(hidden_NH, weight_VH, targets_N, shard)
+
+
+def column_logits(
+    hidden_NH: Tensor, weight_VH: Tensor, columns_NK: Tensor, **options: Unpack[GradientOptions]
+) -> Tensor:
+    """Return the logits of K given tokens of each row: a teacher's top k, for a divergence over them.
+
+    Differentiable, 6 NHV in total; of the logits of a slab only these columns are kept. Teachers' tokens and log-probs
+    come from :func:`token_scores`.
+
+    Args:
+        hidden_NH: as :func:`token_logprobs`.
+        weight_VH: as :func:`token_logprobs`.
+        columns_NK: ``[N, K]`` int64 in ``[0, vocab_size)``, 1 to ``vocab_size`` of them, the same on every rank; values
+            are checked on CPU only.
+        options: as :func:`token_logprobs`.
+
+    Returns:
+        ``[N, K]`` fp32 (fp64 for fp64 inputs), the same on every rank of ``group``.
+
+    Raises:
+        ValueError: as :func:`token_logprobs`, and on columns.
+    """
+    first_N = torch.zeros(hidden_NH.shape[:1], dtype=torch.int64, device=hidden_NH.device)
+    shard = open_shard(hidden_NH, weight_VH, first_N, **options)
+    check_columns(hidden_NH, columns_NK, shard)
+    return ColumnLogits.apply(hidden_NH, weight_VH, columns_NK, shard)
 
 
 @torch.no_grad()

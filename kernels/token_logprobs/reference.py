@@ -27,14 +27,21 @@ class TokenScores(NamedTuple):
     top_tokens_NK: Tensor | None  # their tokens, int64
 
 
-def _log_softmax(
+def _logits(
     hidden_NH: Tensor, weight_VH: Tensor, temperature: float = 1.0, softcap: float | None = None
 ) -> Tensor:
     exact = torch.promote_types(hidden_NH.dtype, torch.float32)
     logits_NV = (hidden_NH @ weight_VH.T).to(exact)
     if softcap is not None:
         logits_NV = softcap * (logits_NV / softcap).tanh()
-    return (logits_NV / temperature).log_softmax(-1)
+    return logits_NV / temperature
+
+
+def column_logits_reference(
+    hidden_NH: Tensor, weight_VH: Tensor, columns_NK: Tensor, **options: Unpack[LogitOptions]
+) -> Tensor:
+    """Return the logits of given tokens from full logits, differentiable. Arguments as :func:`column_logits`."""
+    return _logits(hidden_NH, weight_VH, **options).gather(1, columns_NK)
 
 
 def token_logprobs_reference(
@@ -44,7 +51,7 @@ def token_logprobs_reference(
     **options: Unpack[LogitOptions],
 ) -> Tensor:
     """Return log-probs from full logits, differentiable by autograd. Arguments as :func:`token_logprobs`."""
-    logprobs_NV = _log_softmax(hidden_NH, weight_VH, **options)
+    logprobs_NV = _logits(hidden_NH, weight_VH, **options).log_softmax(-1)
     return logprobs_NV.gather(1, targets_N[:, None])[:, 0]
 
 
@@ -57,7 +64,7 @@ def token_scores_reference(
     **options: Unpack[LogitOptions],
 ) -> TokenScores:
     """Return log-probs, entropy, log sum p^2 and top k from full logits. Arguments as :func:`token_scores`."""
-    logprobs_NV = _log_softmax(hidden_NH, weight_VH, **options)
+    logprobs_NV = _logits(hidden_NH, weight_VH, **options).log_softmax(-1)
     return TokenScores(
         logprobs_NV.gather(1, targets_N[:, None])[:, 0],
         -(logprobs_NV.exp() * logprobs_NV).sum(1),

@@ -31,6 +31,26 @@ def logprobs(
     return values.detach(), hidden.grad, mine.grad
 
 
+def columns(
+    rank_info: parallel.RankInfo,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    columns: torch.Tensor,
+    vocab_size: int,
+):
+    """Return logits of given tokens and both gradients, the vocabulary sharded over all ranks."""
+    from megatron_align.kernels import column_logits
+
+    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
+        group = parallel.groups().tp
+        mine = weight.chunk(rank_info.world_size)[rank_info.rank].clone().requires_grad_()
+        hidden = hidden.clone().requires_grad_()
+        values = column_logits(hidden, mine, columns, group=group, vocab_size=vocab_size)
+        values.square().sum().backward()
+    parallel.leave()
+    return values.detach(), hidden.grad, mine.grad
+
+
 def slab_loss_grads(
     rank_info: parallel.RankInfo,
     hidden: torch.Tensor,
