@@ -21,7 +21,7 @@ from megatron_align.tools.report_runs import short
 
 SAMPLES = "samples.jsonl"
 _MOST_ITEMS = 5  # best, and worst, of each task
-_MOST_SAMPLES = 20  # newest rows of samples.jsonl
+_MOST_PROMPTS, _NEWEST = 20, 3  # of samples.jsonl: prompts, and answers of each next to its first
 _MOST_CHARACTERS = 2000  # of a text
 _HIDDEN = ("n", "ci95", "sources", "length_difference")
 _WIDTH, _ROW = 720, 30  # of the chart of intervals
@@ -59,17 +59,27 @@ def evaluation_sections(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def sample_sections(folders: Sequence[Path]) -> list[str]:
-    """Return the HTML of the answers that runs gave while they were trained, where there are any."""
+    """Return the HTML of the answers that runs gave while they were trained, prompt by prompt, where there are any."""
     parts = []
     for folder in folders:
         rows = _rows(folder / SAMPLES)
-        if rows:
-            head, name = list(dict.fromkeys(key for row in rows for key in row)), folder.resolve().name
-            cells = [[_cell(row.get(key, "")) for key in head] for row in rows[-_MOST_SAMPLES:]]
-            note = f'<p class="note">{escaped(name)}: newest {len(cells)} of {len(rows):,} in {SAMPLES}</p>'
-            parts.append(
-                f"<h2>Answers during training</h2>{note}{table(cells, [escaped(key) for key in head])}"
-            )
+        if not rows:
+            continue
+        by_prompt: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            by_prompt.setdefault(json.dumps(row.get("prompt"), sort_keys=True), []).append(row)
+        head = list(dict.fromkeys(["prompt", *(key for row in rows for key in row)]))
+        cells = []
+        for of_prompt in list(by_prompt.values())[:_MOST_PROMPTS]:
+            shown = of_prompt if len(of_prompt) <= _NEWEST else [of_prompt[0], *of_prompt[-_NEWEST:]]
+            for n, row in enumerate(shown):
+                cells.append([_cell(row.get(key, "")) if n == 0 or key != "prompt" else "" for key in head])
+        name, prompts = escaped(folder.resolve().name), min(len(by_prompt), _MOST_PROMPTS)
+        note = (
+            f'<p class="note">{name}: the first and the newest {_NEWEST} answers to {prompts} of {len(by_prompt):,} '
+            f"prompts; {SAMPLES} has {len(rows):,} answers</p>"
+        )
+        parts.append(f"<h2>Answers during training</h2>{note}{table(cells, [escaped(key) for key in head])}")
     return parts
 
 

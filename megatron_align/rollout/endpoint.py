@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from megatron_align.errors import InputError, one_line, require
 
+VLLM_KEY_VARIABLE = "VLLM_API_KEY"  # the one that `vllm serve` reads
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _NO_ACCESS = (401, 403)
 _LONGEST_WAIT = 60.0

@@ -19,12 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_align.errors import InputError, TrainingFault, require
-from megatron_align.rollout.endpoint import Endpoint, FailureBudget, RequestFailed, concurrently
+from megatron_align.rollout.endpoint import (
+    VLLM_KEY_VARIABLE,
+    Endpoint,
+    FailureBudget,
+    RequestFailed,
+    concurrently,
+)
 from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
 from megatron_align.rollout.types import Completion, FinishReason, Prompt, Sampling, require_fitting
 from megatron_align.storage.atomic_write import naming_file
 
-KEY_VARIABLE = "VLLM_API_KEY"  # the one that `vllm serve` reads
 WORKERS = 64  # requests at once to each server
 # Sent with every request: a server fills in what is left out from the model's generation_config.json, or from its own
 # --override-generation-config, and draws from another distribution.
@@ -72,7 +77,9 @@ class VLLMEngine:
         require(bool(urls), "the vllm engine needs the url of a server, got none")
         self.tokenizer, self.workers, self.weights_folder = tokenizer, workers, weights_folder
         self.weight_version = 0
-        self.servers = [url if isinstance(url, Endpoint) else Endpoint(url, KEY_VARIABLE) for url in urls]
+        self.servers = [
+            url if isinstance(url, Endpoint) else Endpoint(url, VLLM_KEY_VARIABLE) for url in urls
+        ]
         cards = [_model_card(server) for server in self.servers]
         self.model, self.context = cards[0]
         for server, card in zip(self.servers, cards, strict=True):

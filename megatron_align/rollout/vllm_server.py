@@ -15,8 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from megatron_align.errors import InputError, require
-from megatron_align.rollout.endpoint import Endpoint, RequestFailed
-from megatron_align.rollout.vllm_engine import KEY_VARIABLE
+from megatron_align.rollout.endpoint import VLLM_KEY_VARIABLE, Endpoint, RequestFailed
 from megatron_align.storage.atomic_write import require_writable
 
 START_SECONDS = 1800.0  # until it answers: it loads a large model and compiles
@@ -101,7 +100,7 @@ class VLLMServer:
 
     def endpoint(self) -> Endpoint:
         """Return the server's endpoint, whose requests fail at once when the server is dead."""
-        return Endpoint(self.url, key_variable=KEY_VARIABLE, gone=self.death)
+        return Endpoint(self.url, key_variable=VLLM_KEY_VARIABLE, gone=self.death)
 
     def death(self) -> str | None:
         """Return one line that says how the server died; None: it runs."""

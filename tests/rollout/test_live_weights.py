@@ -39,7 +39,8 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
     by_step = answers[0][0]
     for others, most in answers:
         assert others == by_step
-        assert most <= 3  # tensors of one row: query, key and value
+        # Of about 50 tensors those of one row (query, key and value), and of another that gloo's threads are letting go.
+        assert most <= 6
     for step in range(3):
         folder = tmp_path / str(step)
         judge, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -92,16 +92,25 @@ def test_evaluations_of_other_data_are_drawn_and_not_compared(tmp_path, capsys):
 def test_answers_during_training_and_evaluations_share_the_page_of_a_run(tmp_path, capsys):
     run = write_run(tmp_path / "run", steps=3)
     rows = [
-        {"step": i, "prompt": [{"role": "user", "content": f"question {i}"}], "answers": ["<i>yes</i>"]}
-        for i in range(1, 30)
+        {
+            "step": step,
+            "prompt": [{"role": "user", "content": f"question {n}"}],
+            "completion": f"<i>{step}.{n}</i>",
+        }
+        for step in range(1, 10)
+        for n in range(30)
     ]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "pro')
     page, printed = report(capsys, tmp_path / "out", run, write_evaluation(tmp_path / "dpo", 8))
     text = " ".join(page.words)
-    assert "newest 20 of 29 in samples.jsonl" in text
-    assert "user: question 29" in text
-    assert "<i>yes</i>" in text
-    assert "user: question 9 " not in text
+    assert (
+        "run: the first and the newest 3 answers to 20 of 30 prompts; samples.jsonl has 270 answers" in text
+    )
+    assert [word for word in page.words if word.endswith(".19</i>")] == [
+        f"<i>{n}.19</i>" for n in (1, 7, 8, 9)
+    ]
+    assert sum(word == "user: question 19" for word in page.words) == 1
+    assert "question 20" not in text
     assert "run (3 steps)" in printed
     assert "n 8" in text
 
