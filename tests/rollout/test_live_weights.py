@@ -39,7 +39,7 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
     by_step = answers[0][0]
     for others, most in answers:
         assert others == by_step
-        # Of about 50 tensors those of one row (query, key and value), and of another that gloo's threads are letting go.
+        # Of about 50 tensors: one row's (query, key and value), and another's that gloo's threads still hold.
         assert most <= 6
     for step in range(3):
         folder = tmp_path / str(step)
