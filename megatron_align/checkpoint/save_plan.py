@@ -193,7 +193,9 @@ def _trained_state(chunk: Policy, groups: ProcessGroupCollection) -> dict[str, A
         options = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
         if getattr(parameter, "tensor_model_parallel", False):
             axis = parameter.partition_dim  # type: ignore[attr-defined]  # megatron-core's
-            state[name] = make_tp_sharded_tensor_for_checkpoint(parameter, name, axis, **options)
+            # vocabulary padding depends on the number of ranks
+            padded = {"allow_shape_mismatch": True} if name.startswith("output_layer.") else {}
+            state[name] = make_tp_sharded_tensor_for_checkpoint(parameter, name, axis, **options, **padded)
         else:
             state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **options)
     return state

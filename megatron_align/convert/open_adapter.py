@@ -26,7 +26,7 @@ from megatron_align.hf.adapter import (
 )
 from megatron_align.hf.load import weights_hash
 from megatron_align.model.families import ModelShape
-from megatron_align.model.families.adapter import Adapter, linear_modules
+from megatron_align.model.families.adapter import Adapter, adaptable_modules, adapter_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,13 +154,15 @@ def _adapter_of(
     stored: Mapping[str, StoredTensor], shape: ModelShape, options: dict[str, Any], folder: Path
 ) -> Adapter:
     """Return the adapter whose A and B are stored: its modules and rank are those of the tensors."""
-    every = Adapter(rank=1, modules=frozenset(linear_modules(shape)), **options)
+    every = Adapter(rank=1, modules=frozenset(adaptable_modules(shape)), **options)
     first = {
         row.hf[0]: stored[row.megatron].shape for row in adapter_table(shape, every) if row.megatron in stored
     }
-    ranks = {size[0] for name, size in first.items() if "lora_A" in name}
+    ranks = {
+        size[0] for name, size in first.items() if name.endswith((".lora_A.weight", ".lora_embedding_A"))
+    }
     if len(ranks) != 1:
         found = f"ranks {listed(sorted(ranks))}" if ranks else "no A"
         raise InputError(f"a checkpoint's adapter must have one rank, found {found} in {folder / STATE}")
-    modules = frozenset(name for name in every.modules if any(f".{name}.lora_A" in full for full in first))
+    modules = frozenset(name for name in every.modules if adapter_tensors(name)[0] in first)
     return Adapter(rank=ranks.pop(), modules=modules, **options)

@@ -80,7 +80,7 @@ def _adapter(placement: Placement, x: Sizes) -> int:
     if placement.adapter is None:
         return 0
     sizes = _adapter_sizes(placement.shape, placement.adapter, placement.parallel.tensor)
-    return max(x.b * (columns * x.t + weights) for columns, weights in sizes)
+    return max((x.b * (columns * x.t + weights) for columns, weights in sizes), default=0)
 
 
 @lru_cache(maxsize=64)

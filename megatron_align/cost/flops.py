@@ -13,7 +13,14 @@ from math import prod
 
 from megatron_align.cost.placement import Placement
 from megatron_align.model.families import ModelShape, padded_vocab
-from megatron_align.model.families.adapter import Adapter, all_adapter_rows, linear_rows
+from megatron_align.model.families.adapter import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    Adapter,
+    adapter_tensors,
+    all_adapter_rows,
+    linear_rows,
+)
 from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 # Backward over forward. A product y = x w has two gradients of the same size; attention's forward has two products,
@@ -53,7 +60,7 @@ class Trained:
         """Return what a placement trains."""
         shape, frozen = placement.shape, placement.frozen
         if placement.adapter is not None:
-            return cls(0.0, shape.is_reward)
+            return cls(0.0, shape.is_reward or LM_HEAD in placement.adapter.modules)
         if not frozen:
             return cls()
         head = EMBEDDING if is_tied(shape) else HEAD
@@ -102,10 +109,22 @@ def head_flops(shape: ModelShape, scored: int, vocabulary: int | None = None) ->
 
 @lru_cache(maxsize=64)
 def adapter_flops(shape: ModelShape, adapter: Adapter | None) -> int:
-    """Return the FLOPs of all of an adapter's products per token: of the inputs with A, and of the result with B."""
+    """Return the FLOPs of an adapter's products per token: of the inputs with A, and of the result with B.
+
+    The embedding's A is looked up, not multiplied; the output head's are in :func:`adapter_head_flops`.
+    """
     if adapter is None:
         return 0
-    return 2 * sum(prod(row.hf_shapes(shape)[0]) for row in all_adapter_rows(shape, adapter, 1))
+    left_out = {adapter_tensors(EMBED_TOKENS)[0], *adapter_tensors(LM_HEAD)}
+    table = [row for row in all_adapter_rows(shape, adapter, 1) if row.hf[0] not in left_out]
+    return 2 * sum(prod(row.hf_shapes(shape)[0]) for row in table)
+
+
+def adapter_head_flops(shape: ModelShape, adapter: Adapter | None, vocabulary: int | None) -> int:
+    """Return the FLOPs of an adapter of the output head per scored row, whose products are some more columns of it."""
+    if adapter is None or LM_HEAD not in adapter.modules:
+        return 0
+    return 2 * adapter.rank * (shape.hidden_size + (vocabulary or shape.vocab_size))
 
 
 def forward_flops(
@@ -122,7 +141,7 @@ def forward_flops(
         layers=shape.num_layers * layer_flops(shape) * tokens,
         mlp=shape.num_layers * mlp_flops(shape) * tokens,
         attention=shape.num_layers * attention_flops(shape, visible_keys),
-        head=head_flops(shape, scored, vocabulary),
+        head=head_flops(shape, scored, vocabulary) + adapter_head_flops(shape, adapter, vocabulary) * scored,
         adapter=adapter_flops(shape, adapter) * tokens,
     )
 

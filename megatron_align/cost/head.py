@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_align.cost.placement import Placement
 from megatron_align.kernels.token_logprobs.slab import SLAB_BYTES
 from megatron_align.model.families import padded_vocab
+from megatron_align.model.families.adapter import LM_HEAD
 
 
 def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
@@ -22,7 +23,16 @@ def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
     hidden = (2 * rows + gathered) * shape.hidden_size * b
     if shape.is_reward:
         return hidden
-    return hidden + slab_bytes(placement, scored_rows)
+    return hidden + slab_bytes(placement, scored_rows) + _adapted_head(placement)
+
+
+def _adapted_head(placement: Placement) -> int:
+    """Return the bytes of the weight with an adapter's columns, and of its fp32 gradient; 0 without one of the head."""
+    shape, adapter = placement.shape, placement.adapter
+    if adapter is None or LM_HEAD not in adapter.modules:
+        return 0
+    columns = padded_vocab(shape.vocab_size, placement.parallel.tensor) // placement.parallel.tensor
+    return columns * (shape.hidden_size + adapter.rank) * (placement.itemsize + 4)
 
 
 def slab_bytes(placement: Placement, scored_rows: int) -> int:

@@ -89,10 +89,12 @@ def _sizes_by_name(shape: ModelShape, tensor: int) -> tuple[tuple[str, int | Non
 
 
 @lru_cache(maxsize=64)
-def _adapter_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> tuple[tuple[int | None, int], ...]:
-    """Return layer and elements on one rank of every A and B."""
+def _adapter_sizes(
+    shape: ModelShape, adapter: Adapter, tensor: int
+) -> tuple[tuple[str, int | None, int], ...]:
+    """Return name, layer (None: of no layer) and elements on one rank of every A and B."""
     table = all_adapter_rows(shape, adapter, tensor)
-    return tuple((layer_of(row), prod(local_shape(row, shape, tensor))) for row in table)
+    return tuple((row.megatron, layer_of(row), prod(local_shape(row, shape, tensor))) for row in table)
 
 
 def _named(placement: Placement, chunk: Chunk) -> list[tuple[str, int]]:
@@ -116,7 +118,17 @@ def _trained(placement: Placement, chunk: Chunk) -> list[int]:
     if adapter is None:
         return [size for name, size in _named(placement, chunk) if name not in placement.frozen]
     layers = range(chunk.first, chunk.first + chunk.layers)
-    sizes = [size for layer, size in _adapter_sizes(shape, adapter, ranks) if layer in layers]
+    sizes = [
+        size
+        for name, layer, size in _adapter_sizes(shape, adapter, ranks)
+        if (
+            layer in layers
+            if layer is not None
+            else chunk.embeds
+            if name.startswith("embedding.")
+            else chunk.ends
+        )
+    ]
     return sizes + ([shape.hidden_size] if chunk.ends and shape.is_reward else [])
 
 

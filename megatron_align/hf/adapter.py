@@ -21,14 +21,18 @@ from megatron_align.hf.gather import collect, owning_stages
 from megatron_align.hf.safetensors import open_safetensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
 from megatron_align.model.families.adapter import (
+    EMBED_TOKENS,
+    LM_HEAD,
     PEFT,
     Adapter,
+    adaptable_modules,
+    adapter_tensors,
     all_adapter_rows,
-    linear_modules,
     select_modules,
 )
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.model.policy import Policy
+from megatron_align.model.tied_embedding import is_tied
 from megatron_align.storage.atomic_write import commit_folder, partial_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -121,18 +125,32 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         raise InputError(f"{reason}, found in {folder / CONFIG}")
     with _open(folder) as file:
         sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    suffix = ".lora_A.weight"
-    modules = frozenset(
-        name.removeprefix(PEFT).removesuffix(suffix) for name in sizes if name.endswith(suffix)
-    )
+    modules = frozenset(module for module in adaptable_modules(shape) if adapter_tensors(module)[0] in sizes)
     adapter = Adapter(
         rank=rank,
         alpha=float(alpha),
         rslora=bool(config.get("use_rslora")),
-        modules=modules & frozenset(linear_modules(shape)),
+        modules=modules,
     )
-    _check_tensors(adapter, shape, sizes, folder)
+    _require_no_tied(adapter, shape, folder)
+    _check_tensors(adapter, shape, _without_base(sizes, adapter), folder)
     return adapter
+
+
+def _require_no_tied(adapter: Adapter, shape: ModelShape, folder: Path) -> None:
+    if EMBED_TOKENS in adapter.modules and is_tied(shape):
+        raise InputError(
+            f"an adapter of embed_tokens that is tied to lm_head is not built, found in {folder / WEIGHTS}"
+        )
+
+
+def _without_base(sizes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return the tensors without the base's embedding and head, which PEFT stores with an adapter of either."""
+    ends = [f"{PEFT}{module}." for module in (EMBED_TOKENS, LM_HEAD)]
+    if not adapter.modules & {EMBED_TOKENS, LM_HEAD}:
+        return dict(sizes)
+    base = [f"{end}{name}" for end in ends for name in ("weight", "base_layer.weight")]
+    return {name: size for name, size in sizes.items() if name not in base}
 
 
 def base_hash(folder: str | Path) -> str | None:
@@ -153,7 +171,8 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
         InputError: there are none, or one is not finite.
     """
     with _open(Path(folder)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = [name for name in file.keys() if not name.endswith("base_layer.weight")]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
     require_finite_tensors(tensors, Path(folder) / WEIGHTS)
     return tensors
 
@@ -331,5 +350,5 @@ def write_adapter(
 def _target_modules(adapter: Adapter, shape: ModelShape) -> list[str]:
     """Return the shortest names that PEFT finds exactly the adapted modules by: ``q_proj``, or complete names."""
     short = {name.rpartition(".")[2] for name in adapter.modules}
-    everywhere = {name for name in linear_modules(shape) if name.rpartition(".")[2] in short}
+    everywhere = {name for name in adaptable_modules(shape) if name.rpartition(".")[2] in short}
     return sorted(short if everywhere == adapter.modules else adapter.modules)

@@ -24,7 +24,14 @@ from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.hf.writer import ShardWriter, TensorSpec, hf_specs
 from megatron_align.merge.merge import open_alike
 from megatron_align.model.families import ModelShape
-from megatron_align.model.families.adapter import PEFT, Adapter, module_name, select_modules
+from megatron_align.model.families.adapter import (
+    EMBED_TOKENS,
+    PEFT,
+    Adapter,
+    adapter_tensors,
+    module_name,
+    select_modules,
+)
 from megatron_align.storage.atomic_write import require_new, require_one_process, require_space
 from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.journal import fingerprint
@@ -115,7 +122,10 @@ def is_adapted(name: str, adapter: Adapter) -> bool:
 
 def weight_delta(name: str, rows: slice, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return these rows of ``scale x B A``, what an adapter adds to a Hugging Face tensor, in fp32."""
-    a, b = (tensors[f"{PEFT}{module_name(name)}.lora_{factor}.weight"].float() for factor in "AB")
+    module = module_name(name)
+    a, b = (tensors[factor].float() for factor in adapter_tensors(module))
+    if module == EMBED_TOKENS:  # of an embedding A has the vocabulary
+        return adapter.scale * (a.T[rows] @ b.T)
     return adapter.scale * (b[rows] @ a)
 
 
@@ -183,9 +193,8 @@ def extract_adapter(
             module = module_name(name)
             if module in adapter.modules and name.endswith(".weight"):
                 difference = (_read(theirs, name) - _read(ours, name)).reshape(spec.shape)
-                a, b, held = _nearest(difference, rank)
-                tensors[f"{PEFT}{module}.lora_A.weight"] = a
-                tensors[f"{PEFT}{module}.lora_B.weight"] = b
+                a, b, held = _nearest(difference.T if module == EMBED_TOKENS else difference, rank)
+                tensors |= dict(zip(adapter_tensors(module), (a, b), strict=True))
                 squares[module] = (difference.double().square().sum().item(), held)
             elif (largest := largest_difference(_read(theirs, name), _read(ours, name))) != 0:
                 left_out[name] = largest

@@ -7,7 +7,7 @@ n of them on this context-parallel rank, H hidden, M rows that each tensor-paral
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logpr
 from megatron_align.model import cpu
 from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
+from megatron_align.model.lora import HeadAdapter, without_adapter
 from megatron_align.records import LossRows, PackedBatch
 
 
@@ -72,6 +73,8 @@ class VocabularyHead(ColumnParallelLinear):
             tp_group=groups.tp,
         )
         self.vocab_size, self.unit_rows, self.context = shape.vocab_size, shape.norm_head, groups.cp
+        self.adapter: HeadAdapter | None
+        self.register_module("adapter", None)
 
     def forward(
         self,
@@ -99,6 +102,10 @@ class VocabularyHead(ColumnParallelLinear):
         else:
             hidden_nH = self._scored(hidden, part.rows.row_n, part.rows.host_row_n)
             target_n = rows.target_N[part.rows.number_n]
+        if self.adapter is not None:
+            number_n = slice(None) if part is None else part.rows.number_n
+            keys_n = None if batch.dropout_T is None else batch.dropout_T[rows.row_N[number_n]]
+            hidden_nH, weight = self.adapted(hidden_nH, weight, keys_n)
         # Under sequence parallelism the gradient is summed over ranks by the reduce-scatter.
         options = {
             "group": self.tp_group,
@@ -150,6 +157,24 @@ class VocabularyHead(ColumnParallelLinear):
             # Ranks hold different rows of a sample: report the maximum over context ranks.
             dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=self.context)
         return PackLoss(value, sums)
+
+    def adapted(
+        self, hidden_nH: Tensor, weight_VH: Tensor, keys_n: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states and weight whose product are the logits, with the columns of an adapter if there is one.
+
+        Args:
+            hidden_nH: rows that are scored.
+            weight_VH: of the base.
+            keys_n: of the rows' tokens, for dropout; None: nothing is dropped.
+        """
+        if self.adapter is None or not self.adapter.enabled:
+            return hidden_nH, weight_VH
+        return self.adapter(hidden_nH, weight_VH, keys_n)
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return megatron-core's sharded state of the layer without its adapter."""
+        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
 
     def _scored(self, hidden: Tensor, row_n: Tensor, host_row_n: np.ndarray) -> Tensor:
         """Return the scored rows ``[n, H]``; gathered under sequence parallelism, alone if that moves less."""

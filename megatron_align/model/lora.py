@@ -14,9 +14,7 @@ R rank times the number of adapted modules in the layer.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,6 +23,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -34,13 +33,15 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
-from megatron_align.model.dropout import current_keys, dropped_linear, feature_keys
+from megatron_align.model.adapter_start import normal_row, uniform_row
+from megatron_align.model.dropout import current_keys, dropout_keys, dropped_linear, feature_keys
 from megatron_align.model.families import ModelShape, Row, local_shape
-from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name
+from megatron_align.model.families.adapter import EMBED_TOKENS, Adapter, adapter_rows, module_name, module_of
 from megatron_align.model.families.table import rank_slices
 
 ADAPTER = ".adapter."  # part of the name of every parameter of an adapter
 _A, _B = "lora_A", "lora_B"
+Adaptable = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -59,7 +60,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return megatron-core's sharded state of the layer without its adapter."""
-        return _without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
+        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
 
 
 class RowLinear(RowParallelLinear):
@@ -78,10 +79,11 @@ class RowLinear(RowParallelLinear):
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return megatron-core's sharded state of the layer without its adapter."""
-        return _without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
+        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
 
 
-def _without_adapter(state: dict[str, Any]) -> dict[str, Any]:
+def without_adapter(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a sharded state without the tensors of adapters."""
     return {name: value for name, value in state.items() if ADAPTER not in name}
 
 
@@ -99,7 +101,7 @@ class Pair(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, module: str, a: Row, b: Row, linear: ColumnLinear | RowLinear, shape: ModelShape):
+    def __init__(self, module: str, a: Row, b: Row, linear: Adaptable, shape: ModelShape):
         super().__init__()
         self.module, self.a, self.b, self.shape, self.tp_group = module, a, b, shape, linear.tp_group
         self._features: Tensor | None = None
@@ -109,7 +111,7 @@ class Pair(nn.Module):
             weight = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=cpu.device()))
             if row.split is not None:
                 set_tensor_model_parallel_attributes(weight, True, row.split, 1)
-            elif isinstance(linear, ColumnLinear) == (name == _A):
+            elif isinstance(linear, ColumnParallelLinear) == (name == _A):
                 # Applied to this rank's tokens only: megatron-core then sums the gradient over tensor-parallel ranks.
                 weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, weight)
@@ -132,21 +134,23 @@ class Pair(nn.Module):
         return self._features
 
     def initialise(self, seed: int) -> None:
-        """Set B to 0 and draw A uniformly from +-1 / sqrt(inputs), PEFT's default; every layout draws the same A."""
+        """Set B to 0 and draw A uniformly from +-1 / sqrt(inputs), PEFT's default; every layout draws the same A.
+
+        Of the embedding A is 0, and B has normal values.
+        """
         [(rank, inputs)] = self.a.hf_shapes(self.shape)
-        drawn = torch.stack([_uniform(seed, self.module, row, inputs) for row in range(rank)])
+        if self.module == EMBED_TOKENS:
+            with torch.no_grad():
+                self.lora_A.zero_()
+                rows = [normal_row(seed, self.module, row, rank) for row in range(self.lora_B.shape[0])]
+                self.lora_B.copy_(torch.stack(rows))
+            return
+        drawn = torch.stack([uniform_row(seed, self.module, row, inputs) for row in range(rank)])
         own = rank_slices(self.a, self.shape, self.tp_group.rank(), self.tp_group.size())
         parts = [drawn.narrow(self.a.split or 0, s.start, s.stop - s.start) for s in own]
         with torch.no_grad():
             self.lora_A.copy_(torch.cat(parts, self.a.split or 0))
             self.lora_B.zero_()
-
-
-def _uniform(seed: int, module: str, row: int, inputs: int) -> Tensor:
-    """Return one row of A, ``[inputs]`` fp32: a function of seed, module and row, whatever the rank or layout."""
-    digest = hashlib.sha256(f"{seed}/{module}/{row}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return (2 * torch.rand(inputs, generator=generator) - 1) / math.sqrt(inputs)
 
 
 class LayerAdapter(nn.ModuleDict):
@@ -162,14 +166,14 @@ class LayerAdapter(nn.ModuleDict):
         enabled: whether the adapter is added; off, the model is the base, bit for bit.
     """
 
-    def __init__(self, linear: ColumnLinear | RowLinear, row: Row, shape: ModelShape, adapter: Adapter):
+    def __init__(self, linear: Adaptable, row: Row, shape: ModelShape, adapter: Adapter):
         super().__init__()
         ranks = linear.tp_group.size()
         self.enabled, self.scale, self.dropout = True, adapter.scale, adapter.dropout
         for a, b in adapter_rows(row, shape, adapter, ranks):
-            module = module_name(a.hf[0]).removeprefix("base_model.model.").removesuffix(".lora_A")
+            module = module_of(a.hf[0])
             self[module.rpartition(".")[2]] = Pair(module, a, b, linear, shape)
-        self.tp_group, self.sequence_parallel = linear.tp_group, linear.sequence_parallel
+        self.tp_group, self.sequence_parallel = linear.tp_group, linear.config.sequence_parallel
         self.split_rank = ranks > 1
 
     @property
@@ -207,6 +211,49 @@ class LayerAdapter(nn.ModuleDict):
         """Return ``output [T, 1, O] + scale x projected [T, 1, R] B^T``."""
         sum_TO = torch.addmm(output.flatten(0, 1), projected.flatten(0, 1), b_OR.t(), alpha=self.scale)
         return sum_TO.view_as(output)
+
+
+class EmbeddingAdapter(LayerAdapter):
+    """The adapter of the embedding, whose A is sharded over the vocabulary."""
+
+    def __init__(self, linear: VocabParallelEmbedding, row: Row, shape: ModelShape, adapter: Adapter):
+        super().__init__(linear, row, shape, adapter)
+        self.first, self.last = linear.vocab_start_index, linear.vocab_end_index
+
+    def forward(self, tokens_T: Tensor, output: Tensor) -> Tensor:
+        """Return the embedded tokens ``output [T or s, 1, H]`` with the adapter's share added."""
+        a_RV, b_HR = self.pairs[0]()
+        is_own_T = (tokens_T >= self.first) & (tokens_T < self.last)
+        own_T = torch.where(is_own_T, tokens_T - self.first, 0)
+        projected = torch.where(is_own_T[:, None], F.embedding(own_T, a_RV.T), 0)[:, None]
+        if self.sequence_parallel:
+            projected = reduce_scatter_to_sequence_parallel_region(projected, group=self.tp_group)
+        elif self.split_rank:
+            projected = reduce_from_tensor_model_parallel_region(projected, group=self.tp_group)
+        return self._add(output, projected, b_HR)
+
+    def delta(self) -> Tensor:
+        """See :class:`LayerAdapter`; the embedding's weight is ``[V, H]``."""
+        a_RV, b_HR = self.pairs[0]()
+        return self.scale * (a_RV.T.float() @ b_HR.T.float())
+
+
+class HeadAdapter(LayerAdapter):
+    """The adapter of the output head, which never stores logits: A's result is appended to the hidden states.
+
+    ``[h | scale x h A^T] [W | B]^T`` are the logits, so that the log-prob engine computes them in slabs as usual. Under
+    sequence parallelism the gradient of A is then summed over ranks, as that of hidden states is.
+    """
+
+    def forward(self, hidden_nH: Tensor, weight_VH: Tensor, keys_n: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return scored rows and weight with ``rank`` more columns; ``keys_n``: of the rows' tokens."""
+        a_RH, b_VR = self._factors()
+        with dropout_keys(keys_n):
+            projected = self._project(hidden_nH[:, None], a_RH)[:, 0]
+        return torch.cat([hidden_nH, self.scale * projected], 1), torch.cat([weight_VH, b_VR], 1)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.pairs[0]()
 
 
 class ColumnAdapter(LayerAdapter):
@@ -285,22 +332,29 @@ class RowAdapter(LayerAdapter):
 
 
 def attach(
-    linears: Mapping[str, ColumnLinear | RowLinear], shape: ModelShape, adapter: Adapter, table: Iterable[Row]
+    linears: Mapping[str, Adaptable], shape: ModelShape, adapter: Adapter, table: Iterable[Row]
 ) -> None:
     """Give every adapted layer its pairs, uninitialised.
 
     Args:
-        linears: this rank's linear layers by the Megatron name of their weight, layers numbered over the model.
+        linears: this rank's layers by the Megatron name of their weight, layers numbered over the model.
         shape: of the model.
         adapter: which modules have one.
-        table: the rows of the linear layers.
+        table: the rows of the layers.
     """
     for row in table:
         linear = linears.get(row.megatron)
         if linear is None or not adapter_rows(row, shape, adapter, 1):
             continue
-        kind = ColumnAdapter if isinstance(linear, ColumnLinear) else RowAdapter
-        linear.adapter = kind(linear, row, shape, adapter)
+        linear.adapter = _kind(linear)(linear, row, shape, adapter)
+
+
+def _kind(linear: Adaptable) -> Callable[..., LayerAdapter]:
+    if isinstance(linear, VocabParallelEmbedding):
+        return EmbeddingAdapter
+    if isinstance(linear, RowLinear):
+        return RowAdapter
+    return ColumnAdapter if isinstance(linear, ColumnLinear) else HeadAdapter
 
 
 def layer_adapters(chunks: Iterable[nn.Module]) -> Iterator[LayerAdapter]:

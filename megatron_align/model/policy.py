@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
@@ -40,10 +41,10 @@ from megatron_align.model.attention import PackParams
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
-from megatron_align.model.families.adapter import Adapter, linear_rows
+from megatron_align.model.families.adapter import Adapter, adaptable_rows
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
-from megatron_align.model.lora import ADAPTER, ColumnLinear, LayerAdapter, RowLinear, attach
+from megatron_align.model.lora import ADAPTER, Adaptable, ColumnLinear, LayerAdapter, RowLinear, attach
 from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options
@@ -214,7 +215,7 @@ class Policy(LanguageModule):
     def _attach(self, adapter: Adapter) -> None:
         """Add an adapter's parameters, uninitialised; they and a reward head are then all that is trained."""
         self.requires_grad_(False)
-        attach(self._linears(), self.shape, adapter, linear_rows(self.shape))
+        attach(self._adaptable(), self.shape, adapter, adaptable_rows(self.shape))
         if self.post_process and self.shape.is_reward:
             self.reward_head.requires_grad_(True)
 
@@ -240,7 +241,8 @@ class Policy(LanguageModule):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         weight_VH = F.normalize(self._head()) if self.shape.norm_head else self._head()
-        logits_QV = hidden.squeeze(1) @ weight_VH.T
+        hidden_QH, weight_VH = self.output_layer.adapted(hidden.squeeze(1), weight_VH)
+        logits_QV = hidden_QH @ weight_VH.T
         logits_QV = gather_from_tensor_model_parallel_region(logits_QV, group=self.tp_group)
         logits_QV = logits_QV[:, : self.shape.vocab_size]
         if batch.part is None:
@@ -267,14 +269,16 @@ class Policy(LanguageModule):
 
     def layer_adapters(self) -> dict[str, LayerAdapter]:
         """Return the adapters of this chunk's layers by the name of the weight that each changes."""
-        return {name: m.adapter for name, m in self._linears().items() if m.adapter is not None}
+        adapters = {name: getattr(m, "adapter", None) for name, m in self._adaptable().items()}
+        return {name: adapter for name, adapter in adapters.items() if adapter is not None}
 
-    def _linears(self) -> dict[str, ColumnLinear | RowLinear]:
-        """Return this chunk's linear layers by the name of their weight."""
+    def _adaptable(self) -> dict[str, Adaptable]:
+        """Return this chunk's layers that can have an adapter by the name of their weight."""
+        kinds = (ColumnLinear, RowLinear, VocabParallelEmbedding, VocabularyHead)
         return {
             f"{self._global_name(name)}.weight": module
             for name, module in self.named_modules()
-            if isinstance(module, ColumnLinear | RowLinear)
+            if isinstance(module, kinds)
         }
 
     def _global_name(self, name: str) -> str:
@@ -290,6 +294,9 @@ class Policy(LanguageModule):
         tokens_Q, positions_Q = batch.held()
         if self.pre_process:
             embedded = self.embedding(tokens_Q[None], positions_Q[None])
+            adapter = getattr(self.embedding.word_embeddings, "adapter", None)
+            if adapter is not None and adapter.enabled:
+                embedded = adapter(tokens_Q, embedded)
             if self._needs_gradient and torch.is_grad_enabled() and not embedded.requires_grad:
                 embedded.requires_grad_()
         cos_QD, sin_QD = rope_tables(positions_Q, self.rope_frequencies)

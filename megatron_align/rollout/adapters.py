@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_align.model.families.adapter import PEFT, Adapter
+from megatron_align.model.families.adapter import Adapter, adapter_tensors
 
 
 class EngineAdapters:
@@ -45,7 +45,9 @@ class EngineAdapters:
             if name not in self._active:
                 return output
             a_RI, b_OR, scale = self._active[name]
-            return output + F.linear(F.linear(inputs[0], a_RI), b_OR) * scale
+            is_embedding = isinstance(module, nn.Embedding)
+            projected = F.embedding(inputs[0], a_RI.T) if is_embedding else F.linear(inputs[0], a_RI)
+            return output + F.linear(projected, b_OR) * scale
 
         return add
 
@@ -53,5 +55,5 @@ class EngineAdapters:
 def _factors(model: PreTrainedModel, tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
     """Return A and B of a module on the model's device, in its dtype."""
     like = next(model.get_submodule(module).parameters())
-    a, b = (tensors[f"{PEFT}{module}.lora_{factor}.weight"].to(like) for factor in "AB")
+    a, b = (tensors[factor].to(like) for factor in adapter_tensors(module))
     return a, b

@@ -35,6 +35,7 @@ ALWAYS = "0.16", "1"  # from the first release to before the second
 OVERRIDES = {
     ("model.attention", "PackParams", "qkv_format"): ALWAYS,
     ("model.head", "VocabularyHead", "forward"): ALWAYS,
+    ("model.head", "VocabularyHead", "sharded_state_dict"): ALWAYS,
     ("model.layer", "Layer", "_forward_attention"): ALWAYS,
     ("model.layer", "Layer", "_forward_mlp"): ALWAYS,
     ("model.layer", "Layer", "_forward_post_mlp"): ALWAYS,

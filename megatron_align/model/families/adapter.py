@@ -2,7 +2,8 @@
 
 The names are those of PEFT. In a column-parallel layer (query, key, value, gate, up) every tensor-parallel rank holds
 the complete A and its rows of B; in a row-parallel layer (output, down) its columns of A and the complete B. So ranks
-exchange activations of ``rank`` columns, and any number of ranks can share an adapter of any rank.
+exchange activations of ``rank`` columns, and any number of ranks can share an adapter of any rank. The embedding is
+sharded over the vocabulary like a row-parallel layer over its inputs, the output head like a column-parallel one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from fnmatch import fnmatchcase
 
 from megatron_align.errors import InputError, nearest
 from megatron_align.model.families.shape import ModelShape
-from megatron_align.model.families.table import Row, qkv, rows
+from megatron_align.model.families.table import Row, qkv, rows, vocab
+from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 ALL_LINEAR = "all-linear"
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 PEFT = "base_model.model."  # prefix of PEFT's tensor names
 _LINEAR = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
 
@@ -55,6 +58,28 @@ def linear_modules(shape: ModelShape) -> list[str]:
     return [module_name(name) for row in linear_rows(shape) for name in row.hf]
 
 
+def adaptable_rows(shape: ModelShape) -> Iterator[Row]:
+    """Yield the rows of the weight table that can have an adapter: linear layers, the embedding and the output head."""
+    return (row for row in rows(shape) if row.megatron.endswith(_LINEAR) or row.megatron in (EMBEDDING, HEAD))
+
+
+def adaptable_modules(shape: ModelShape) -> list[str]:
+    """Return the Hugging Face names of all modules that can have an adapter."""
+    return [module_name(name) for row in adaptable_rows(shape) for name in row.hf]
+
+
+def adapter_tensors(module: str) -> tuple[str, str]:
+    """Return PEFT's names of A and B of a module."""
+    if module == EMBED_TOKENS:
+        return f"{PEFT}{module}.lora_embedding_A", f"{PEFT}{module}.lora_embedding_B"
+    return f"{PEFT}{module}.lora_A.weight", f"{PEFT}{module}.lora_B.weight"
+
+
+def module_of(tensor: str) -> str:
+    """Return the Hugging Face module of A or B by PEFT's name of it."""
+    return tensor.removeprefix(PEFT).partition(".lora_")[0]
+
+
 def module_name(tensor: str) -> str:
     """Return the Hugging Face module of a tensor: ``model.norm`` of ``model.norm.weight``."""
     return tensor.rpartition(".")[0]
@@ -71,14 +96,14 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def select_modules(shape: ModelShape, targets: str | Sequence[str]) -> frozenset[str]:
-    """Return the linear layers that ``model.adapter.targets`` names.
+    """Return the modules that ``model.adapter.targets`` names; all-linear: the linear layers of the transformer.
 
     Raises:
         InputError: a name matches nothing, or something that cannot be a target.
     """
-    modules = linear_modules(shape)
     if targets == ALL_LINEAR:
-        return frozenset(modules)
+        return frozenset(linear_modules(shape))
+    modules = adaptable_modules(shape)
     others = {module_name(name) for row in rows(shape) for name in row.hf} | {"lm_head"}
     selected: set[str] = set()
     for pattern in targets:
@@ -86,8 +111,8 @@ def select_modules(shape: ModelShape, targets: str | Sequence[str]) -> frozenset
         refused = sorted(name for name in others - set(modules) if matches(name, pattern))
         if refused:
             raise InputError(
-                f"model.adapter.targets must be linear layers of the transformer, '{pattern}' matches {refused[0]}: "
-                "adapters of embeddings, norms and output heads are not built"
+                f"model.adapter.targets must be linear layers, embed_tokens or lm_head, '{pattern}' matches "
+                f"{refused[0]}: adapters of others are not built"
             )
         if not found:
             known = sorted({name.rpartition(".")[2] for name in modules})
@@ -96,7 +121,21 @@ def select_modules(shape: ModelShape, targets: str | Sequence[str]) -> frozenset
                 f"{', '.join(known)}{nearest(pattern, known)}"
             )
         selected |= found
+    _require_no_tied(shape, selected)
     return frozenset(selected)
+
+
+def _require_no_tied(shape: ModelShape, selected: set[str]) -> None:
+    """Refuse an embedding that is tied to the output head, and a head whose rows the model normalises."""
+    if EMBED_TOKENS in selected and is_tied(shape):
+        raise InputError(
+            "model.adapter.targets must not name embed_tokens where it is tied to lm_head, as in this model: PEFT "
+            "would adapt the embedding alone, and merging that would change both"
+        )
+    if LM_HEAD in selected and shape.norm_head:
+        raise InputError(
+            f"model.adapter.targets must not name lm_head of {shape.architecture}, which normalises its rows"
+        )
 
 
 def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> list[tuple[Row, Row]]:
@@ -108,27 +147,29 @@ def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: in
         adapter: its modules are looked up.
         tensor_ranks: that share the layer.
     """
+    if row.megatron == EMBEDDING:
+        return _embedding_rows(row, adapter)
     found = []
     base = row.megatron.removesuffix("weight")
     for name, (out, into) in zip(row.hf, row.dims, strict=True):
         module = module_name(name)
         if module not in adapter.modules:
             continue
-        short = module.rpartition(".")[2]
+        short, (name_a, name_b) = module.rpartition(".")[2], adapter_tensors(module)
         column = row.split == 0
         split_b: int | None = 0 if column else None
         if row.layout is qkv and tensor_ranks > shape.num_query_groups:
             split_b = None  # ranks share a key/value head: their rows of B differ in number, so each holds all of them
         a = Row(
             f"{base}adapter.{short}.lora_A",
-            (f"{PEFT}{module}.lora_A.weight",),
+            (name_a,),
             ((adapter.rank, into),),
             None if column else 1,
         )
         layout = row.layout if len(row.hf) == 1 else a.layout
         b = Row(
             f"{base}adapter.{short}.lora_B",
-            (f"{PEFT}{module}.lora_B.weight",),
+            (name_b,),
             ((out, adapter.rank),),
             split_b,
             layout,
@@ -137,8 +178,17 @@ def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: in
     return found
 
 
+def _embedding_rows(row: Row, adapter: Adapter) -> list[tuple[Row, Row]]:
+    if EMBED_TOKENS not in adapter.modules:
+        return []
+    names = adapter_tensors(EMBED_TOKENS)
+    base = f"{row.megatron.removesuffix('weight')}adapter.embed_tokens."
+    a = Row(f"{base}lora_A", (names[0],), ((adapter.rank, "vocab"),), 1, vocab)
+    return [(a, Row(f"{base}lora_B", (names[1],), (("hidden", adapter.rank),)))]
+
+
 def all_adapter_rows(shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> Iterator[Row]:
-    """Yield the rows of every A and B of an adapter, layer by layer."""
-    for row in linear_rows(shape):
+    """Yield the rows of every A and B of an adapter, in the order of the model."""
+    for row in adaptable_rows(shape):
         for pair in adapter_rows(row, shape, adapter, tensor_ranks):
             yield from pair
