@@ -21,7 +21,7 @@ class AdapterConfig:
         rank: rows of A and columns of B; null: 16, or that of the adapter at path
         alpha: scale = alpha / rank, with rslora alpha / sqrt(rank); null: 32, or that of the adapter at path
         targets: all-linear (every linear layer but the output head), or a list of Hugging Face module names or
-            patterns (q_proj, layers.3.mlp.*); null: all-linear, or those of the adapter at path
+            patterns (q_proj, layers.3.mlp.*, embed_tokens, lm_head); null: all-linear, or those of the adapter at path
         dropout: probability that an element of the input of A is dropped in training, as PEFT's lora_dropout
         rslora: rank-stabilised scale (arXiv:2312.03732); null: false, or that of the adapter at path
         path: PEFT folder of an adapter of this model to start from; null: A is drawn from train.seed, B is 0

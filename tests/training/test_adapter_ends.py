@@ -1,4 +1,4 @@
-"""Law 10 for adapters of the embedding and the output head: PEFT's gradients, on every layout, and files that PEFT loads."""
+"""Law 10 for adapters of embedding and output head: PEFT's gradients, on every layout, and files that PEFT loads."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def test_gradients_are_pefts(gradients, adapter, tiny_models, chat_file, tmp_pat
 
 
 def test_a_run_is_saved_resumed_and_exported(pool, tiny_models, chat_file, tmp_path):
-    """A new adapter starts as its base; another layout goes on with its checkpoint; PEFT and our tools read the files."""
+    """Another layout goes on with its checkpoint; PEFT and our tools read the files."""
     base, run = tiny_models(VARIANT), tmp_path / "run"
     options = {
         "model__adapter": f"{{rank: 3, alpha: 6, targets: [{', '.join(TARGETS)}]}}",
