@@ -23,6 +23,8 @@ class AdapterConfig:
         targets: all-linear (every linear layer but the output head), or a list of Hugging Face module names or
             patterns (q_proj, layers.3.mlp.*, embed_tokens, lm_head); null: all-linear, or those of the adapter at path
         dropout: probability that an element of the input of A is dropped in training, as PEFT's lora_dropout
+        dora: scale each row of W + scale x B A to a trained magnitude (DoRA, arXiv:2402.09353); null: false, or that of
+            the adapter at path
         rslora: rank-stabilised scale (arXiv:2312.03732); null: false, or that of the adapter at path
         path: PEFT folder of an adapter of this model to start from; null: A is drawn from train.seed, B is 0
     """
@@ -32,6 +34,7 @@ class AdapterConfig:
     alpha: float | None = None
     targets: str | list[str] | None = None
     dropout: float = 0.0
+    dora: bool | None = None
     rslora: bool | None = None
     path: str | None = None
 
@@ -51,6 +54,11 @@ class AdapterConfig:
         require(
             self.targets is None or self.targets == "all-linear" or isinstance(self.targets, list),
             f"model.adapter.targets must be all-linear or a list of module names, got '{self.targets}'",
+        )
+        require(
+            not (self.dora and self.dropout),
+            f"model.adapter.dropout must be 0 with dora, which would need the base's output of the dropped input, got "
+            f"{self.dropout}",
         )
         require(self.targets != [], "model.adapter.targets must name at least one module, got none")
 

@@ -20,7 +20,7 @@ from megatron_align.errors import InputError
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import DTYPES, HFWeights
-from megatron_align.merge.adapter import BLOCK_ELEMENTS, is_adapted, weight_delta
+from megatron_align.merge.adapter import BLOCK_ELEMENTS, is_adapted, merged_rows, weight_delta
 from megatron_align.model.families import ModelShape, Row
 from megatron_align.model.families.adapter import PEFT
 
@@ -115,8 +115,8 @@ class MergedState:
         step = max(1, BLOCK_ELEMENTS // math.prod(weight.shape[1:]))
         for first in range(0, len(weight), step):
             rows = slice(first, first + step)
-            delta = weight_delta(name, rows, self.adapter.adapter, self.adapter.tensors)
-            merged[rows] = (weight[rows].float() + delta).to(self.written)
+            adapter, tensors = self.adapter.adapter, self.adapter.tensors
+            merged[rows] = merged_rows(name, rows, weight[rows], adapter, tensors).to(self.written)
         return merged
 
     def rounding(self, name: str, merged: Tensor) -> Tensor:
@@ -132,4 +132,7 @@ class MergedState:
             * torch.finfo(torch.float32).eps
             * (terms + merged.double().abs())
         )
-        return fp32 + torch.finfo(self.written).eps * merged.double().abs()
+        lengths = (
+            torch.finfo(self.trained).eps if self.adapter.adapter.dora else 0.0
+        )  # rounded to another neighbour
+        return fp32 + (torch.finfo(self.written).eps + lengths) * merged.double().abs()

@@ -138,7 +138,7 @@ def _options(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return alpha, rslora and dropout of a checkpoint's adapter; older ones have them in their configuration only."""
     entry, options = metadata["adapter"], metadata["config"]["model"]["adapter"]
     if "alpha" in entry:
-        return {name: entry[name] for name in ("alpha", "rslora", "dropout")}
+        return {name: entry[name] for name in ("alpha", "rslora", "dropout", "dora") if name in entry}
     if (start := options["path"]) is None:
         return {"alpha": float(options["alpha"] or ALPHA), "rslora": bool(options["rslora"])}
     try:

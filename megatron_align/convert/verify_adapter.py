@@ -29,7 +29,7 @@ from megatron_align.errors import InputError
 from megatron_align.hf.adapter import CONFIG, adapter_table
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, same_bytes
-from megatron_align.merge.adapter import is_adapted, weight_delta
+from megatron_align.merge.adapter import is_adapted, merged_rows
 from megatron_align.model import cpu
 from megatron_align.model.families import rows
 
@@ -137,7 +137,8 @@ def _compare_with_base(
     with torch.no_grad():
         for name, parameter in hf_model.named_parameters():
             if is_adapted(name, theirs.adapter):
-                parameter += weight_delta(name, slice(None), theirs.adapter, theirs.tensors)
+                merged = merged_rows(name, slice(None), parameter, theirs.adapter, theirs.tensors)
+                parameter.copy_(merged)
     chunks = empty_model(shape, torch.float32, groups, stored.adapter)
     reader = open_base(base)[1]
     fill_model(chunks, rows(shape), lambda row: {n: t.to(trained) for n, t in reader.read(row).items()})

@@ -116,7 +116,11 @@ def adapter_flops(shape: ModelShape, adapter: Adapter | None) -> int:
     if adapter is None:
         return 0
     left_out = {adapter_tensors(EMBED_TOKENS)[0], *adapter_tensors(LM_HEAD)}
-    table = [row for row in all_adapter_rows(shape, adapter, 1) if row.hf[0] not in left_out]
+    table = [
+        row
+        for row in all_adapter_rows(shape, adapter, 1)
+        if row.hf[0] not in left_out and len(row.dims[0]) == 2
+    ]
     return 2 * sum(prod(row.hf_shapes(shape)[0]) for row in table)
 
 

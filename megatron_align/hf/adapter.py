@@ -53,6 +53,7 @@ _KNOWN = frozenset(
         "lora_alpha",
         "lora_dropout",
         "use_rslora",
+        "use_dora",
         "target_modules",
         "exclude_modules",
         "layers_to_transform",
@@ -79,19 +80,23 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
     if options is None:
         return None
     if options.path is None:
-        return Adapter(
+        adapter = Adapter(
             rank=options.rank or RANK,
             alpha=options.alpha or ALPHA,
             rslora=bool(options.rslora),
             modules=select_modules(shape, options.targets or "all-linear"),
             dropout=options.dropout,
+            dora=bool(options.dora),
         )
+        _require_linear(adapter, "model.adapter.dora")
+        return adapter
     found = read_adapter(options.path, shape)
     modules = None if options.targets is None else select_modules(shape, options.targets)
     for name, given, stored in (
         ("rank", options.rank, found.rank),
         ("alpha", options.alpha, found.alpha),
         ("rslora", options.rslora, found.rslora),
+        ("dora", options.dora, found.dora),
         ("targets", modules and sorted(modules), sorted(found.modules)),
     ):
         require(
@@ -99,7 +104,19 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
             f"model.adapter.{name} must be left out or be that of the adapter to start from, {shown(stored)}, "
             f"got {shown(given)} (adapter {options.path})",
         )
+    require(
+        not (found.dora and options.dropout),
+        f"model.adapter.dropout must be 0 with DoRA, which the adapter has, got {options.dropout} ({options.path})",
+    )
     return replace(found, dropout=options.dropout)
+
+
+def _require_linear(adapter: Adapter, what: str) -> None:
+    ends = sorted(adapter.modules & {EMBED_TOKENS, LM_HEAD})
+    require(
+        not (adapter.dora and ends),
+        f"{what} is built for linear layers of the transformer, got {', '.join(ends)} among the targets",
+    )
 
 
 def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
@@ -131,8 +148,10 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         alpha=float(alpha),
         rslora=bool(config.get("use_rslora")),
         modules=modules,
+        dora=bool(config.get("use_dora")),
     )
     _require_no_tied(adapter, shape, folder)
+    _require_linear(adapter, f"use_dora in {folder / CONFIG}")
     _check_tensors(adapter, shape, _without_base(sizes, adapter), folder)
     return adapter
 
@@ -336,6 +355,7 @@ def write_adapter(
         "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
         "target_modules": _target_modules(adapter, shape),
         "modules_to_save": ["score"] if shape.is_reward else None,
         "bias": "none",

@@ -26,6 +26,7 @@ from megatron_align.merge.merge import open_alike
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import (
     EMBED_TOKENS,
+    MAGNITUDE,
     PEFT,
     Adapter,
     adapter_tensors,
@@ -110,8 +111,8 @@ def _merged_blocks(
         if count_nonfinite(block) != (0, 0):
             raise InputError(f"weights must be finite, {name} is not in {weights.folder}")
         if is_adapted(name, adapter):
-            delta = weight_delta(name, slice(first, first + count), adapter, tensors).reshape(-1)
-            block = block.to(torch.promote_types(block.dtype, torch.float32)) + delta
+            rows_of_block = slice(first, first + count)
+            block = merged_rows(name, rows_of_block, block.view(count, columns), adapter, tensors).reshape(-1)
         yield first * columns, _stored(block, spec, name)
 
 
@@ -127,6 +128,26 @@ def weight_delta(name: str, rows: slice, adapter: Adapter, tensors: Mapping[str,
     if module == EMBED_TOKENS:  # of an embedding A has the vocabulary
         return adapter.scale * (a.T[rows] @ b.T)
     return adapter.scale * (b[rows] @ a)
+
+
+def merged_rows(
+    name: str, rows: slice, weight: Tensor, adapter: Adapter, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """Return rows of a Hugging Face tensor with the adapter, at least in fp32.
+
+    Args:
+        name: of the tensor.
+        rows: of it.
+        weight: these rows of the base, in whose dtype DoRA's lengths are rounded.
+        adapter: options.
+        tensors: of the adapter, by PEFT's names.
+    """
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(exact) + weight_delta(name, rows, adapter, tensors)
+    if adapter.dora:
+        magnitude = tensors[f"{PEFT}{module_name(name)}{MAGNITUDE}"][rows].to(exact)
+        merged *= (magnitude / merged.norm(dim=1).to(weight.dtype).to(exact))[:, None]
+    return merged
 
 
 def _stored(block: Tensor, spec: TensorSpec, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -29,19 +30,17 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
-from megatron_align.model.adapter_start import normal_row, uniform_row
-from megatron_align.model.dropout import current_keys, dropout_keys, dropped_linear, feature_keys
-from megatron_align.model.families import ModelShape, Row, local_shape
-from megatron_align.model.families.adapter import EMBED_TOKENS, Adapter, adapter_rows, module_name, module_of
+from megatron_align.model.dora import row_norms, scaled
+from megatron_align.model.dropout import current_keys, dropout_keys, dropped_linear
+from megatron_align.model.families import ModelShape, Row
+from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name, module_of
 from megatron_align.model.families.table import rank_slices
+from megatron_align.model.lora_pair import Adaptable, Pair
 
 ADAPTER = ".adapter."  # part of the name of every parameter of an adapter
-_A, _B = "lora_A", "lora_B"
-Adaptable = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -87,72 +86,6 @@ def without_adapter(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if ADAPTER not in name}
 
 
-class Pair(nn.Module):
-    """A and B of one Hugging Face module, uninitialised.
-
-    Args:
-        module: its Hugging Face name.
-        a: row of the weight table of A.
-        b: row of the weight table of B.
-        linear: the layer that is adapted.
-        shape: of the model.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def __init__(self, module: str, a: Row, b: Row, linear: Adaptable, shape: ModelShape):
-        super().__init__()
-        self.module, self.a, self.b, self.shape, self.tp_group = module, a, b, shape, linear.tp_group
-        self._features: Tensor | None = None
-        config, ranks = linear.config, linear.tp_group.size()
-        for name, row in ((_A, a), (_B, b)):
-            size = local_shape(row, shape, ranks)
-            weight = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=cpu.device()))
-            if row.split is not None:
-                set_tensor_model_parallel_attributes(weight, True, row.split, 1)
-            elif isinstance(linear, ColumnParallelLinear) == (name == _A):
-                # Applied to this rank's tokens only: megatron-core then sums the gradient over tensor-parallel ranks.
-                weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            self.register_parameter(name, weight)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Return A and B. A call, as megatron-core's hooks then wait for parameters that are still being gathered."""
-        return self.lora_A, self.lora_B
-
-    def features(self) -> Tensor:
-        """Return the numbers that the dropout of this rank's features of the input is drawn from, ``[2, I]``."""
-        if self._features is None:
-            own = rank_slices(self.a, self.shape, self.tp_group.rank(), self.tp_group.size())
-            [(_, inputs)] = self.a.hf_shapes(self.shape)
-            held = (
-                torch.cat([torch.arange(s.start, s.stop) for s in own])
-                if self.a.split
-                else torch.arange(inputs)
-            )
-            self._features = feature_keys(self.module, held.to(cpu.device()))
-        return self._features
-
-    def initialise(self, seed: int) -> None:
-        """Set B to 0 and draw A uniformly from +-1 / sqrt(inputs), PEFT's default; every layout draws the same A.
-
-        Of the embedding A is 0, and B has normal values.
-        """
-        [(rank, inputs)] = self.a.hf_shapes(self.shape)
-        if self.module == EMBED_TOKENS:
-            with torch.no_grad():
-                self.lora_A.zero_()
-                rows = [normal_row(seed, self.module, row, rank) for row in range(self.lora_B.shape[0])]
-                self.lora_B.copy_(torch.stack(rows))
-            return
-        drawn = torch.stack([uniform_row(seed, self.module, row, inputs) for row in range(rank)])
-        own = rank_slices(self.a, self.shape, self.tp_group.rank(), self.tp_group.size())
-        parts = [drawn.narrow(self.a.split or 0, s.start, s.stop - s.start) for s in own]
-        with torch.no_grad():
-            self.lora_A.copy_(torch.cat(parts, self.a.split or 0))
-            self.lora_B.zero_()
-
-
 class LayerAdapter(nn.ModuleDict):
     """The pairs of one linear layer, by the last part of their module's name.
 
@@ -170,9 +103,11 @@ class LayerAdapter(nn.ModuleDict):
         super().__init__()
         ranks = linear.tp_group.size()
         self.enabled, self.scale, self.dropout = True, adapter.scale, adapter.dropout
-        for a, b in adapter_rows(row, shape, adapter, ranks):
-            module = module_of(a.hf[0])
-            self[module.rpartition(".")[2]] = Pair(module, a, b, linear, shape)
+        self.dora = adapter.dora
+        self.__dict__["linear"] = linear  # not a module of this one
+        for pair in adapter_rows(row, shape, adapter, ranks):
+            module = module_of(pair[0].hf[0])
+            self[module.rpartition(".")[2]] = Pair(module, pair, linear, shape)
         self.tp_group, self.sequence_parallel = linear.tp_group, linear.config.sequence_parallel
         self.split_rank = ranks > 1
 
@@ -188,6 +123,37 @@ class LayerAdapter(nn.ModuleDict):
         """Return ``scale x B A`` of this rank's weight, ``[O, I]`` fp32."""
         a_RI, b_OR = self._factors()
         return self.scale * (b_OR.float() @ a_RI.float())
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return this rank's weight with the adapter, summed in fp32 and rounded to the weight's dtype."""
+        merged = weight.float() + self.delta()
+        if self.dora:
+            merged *= self._row_factors(*self._factors()).float()[:, None]
+        return merged.to(weight.dtype)
+
+    def initialise(self, seed: int) -> None:
+        """Initialise A and B of every module; DoRA's magnitudes are the lengths of the base's rows."""
+        for pair in self.pairs:
+            pair.initialise(seed)
+        if self.dora:
+            self._set_magnitudes(self._norms(*self._factors()))
+
+    def _norms(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """Return the length of each row of the sum of weight and adapter, ``[O]``."""
+        group = self.tp_group if isinstance(self.linear, RowLinear) and self.split_rank else None
+        return row_norms(self.linear.weight, a_RI, b_OR, self.scale, group)
+
+    def _row_factors(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        """Return DoRA's magnitude over length of each row of this rank's weight, ``[O]``."""
+        return self._magnitudes(norms_O := self._norms(a_RI, b_OR)) / norms_O
+
+    def _magnitudes(self, norms_O: Tensor) -> Tensor:
+        """Return the magnitude of each row, ``[O]``; of rows without an adapter the length that they have."""
+        return self.pairs[0].magnitude
+
+    @torch.no_grad()
+    def _set_magnitudes(self, norms_O: Tensor) -> None:
+        self.pairs[0].magnitude.copy_(norms_O)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return A ``[R, I]`` and B ``[O, R]`` of all modules of the layer."""
@@ -206,6 +172,13 @@ class LayerAdapter(nn.ModuleDict):
             for pair, part in zip(self.pairs, parts, strict=True)
         ]
         return torch.cat(projected, -1)
+
+    def _result(self, output: Tensor, projected: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the layer's output ``[T, 1, O]`` from that of its base and ``projected [T, 1, R]``."""
+        if not self.dora:
+            return self._add(output, projected, factors[1])
+        share = self.scale * F.linear(projected, factors[1])
+        return scaled(output, self.linear.bias, share, self._row_factors(*factors))
 
     def _add(self, output: Tensor, projected: Tensor, b_OR: Tensor) -> Tensor:
         """Return ``output [T, 1, O] + scale x projected [T, 1, R] B^T``."""
@@ -275,6 +248,11 @@ class ColumnAdapter(LayerAdapter):
         self._parts = [
             (name if name in self else None, len(own)) for name, own in zip(names, within, strict=True)
         ]
+        self._names = names
+        self._rows = {
+            name: torch.tensor(own, dtype=torch.long, device=cpu.device())
+            for name, own in zip(names, positions, strict=True)
+        }
         order = [place for own in positions for place in own]
         self._order: Tensor | None = None
         if order != list(range(len(order))):
@@ -295,7 +273,7 @@ class ColumnAdapter(LayerAdapter):
             projected = gather_from_sequence_parallel_region(projected, group=self.tp_group)
         elif self.split_rank:
             projected = copy_to_tensor_model_parallel_region(projected, group=self.tp_group)
-        return self._add(output, projected, b_OR)
+        return self._result(output, projected, (a_RI, b_OR))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return A of all modules, and their B as one block-diagonal matrix, its rows in the order of the weight's."""
@@ -306,12 +284,36 @@ class ColumnAdapter(LayerAdapter):
             if name is None:
                 blocks.append(a_RI.new_zeros(rows, 0))
                 continue
-            weight = factors[name][1]
-            if name in self._own:
-                weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)[self._own[name]]
-            blocks.append(weight)
+            blocks.append(self._own_rows(name, factors[name][1]))
         joined = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]
         return a_RI, joined if self._order is None else joined[self._order]
+
+    def _own_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return this rank's rows of B, or of a magnitude, of a module, of which it may hold others' too."""
+        if name not in self._own:
+            return rows
+        return copy_to_tensor_model_parallel_region(rows, group=self.tp_group)[self._own[name]]
+
+    def _magnitudes(self, norms_O: Tensor) -> Tensor:
+        parts = []
+        for name in self._names:
+            if name in self:
+                parts.append(self._own_rows(name, self._pair(name).magnitude))
+            else:
+                parts.append(norms_O[self._rows[name]])
+        joined = torch.cat(parts)
+        return joined if self._order is None else joined[self._order]
+
+    @torch.no_grad()
+    def _set_magnitudes(self, norms_O: Tensor) -> None:
+        for name in self:
+            magnitude, own = self._pair(name).magnitude, norms_O[self._rows[name]]
+            if name in self._own:
+                magnitude.zero_()
+                magnitude[self._own[name]] = own
+                dist.all_reduce(magnitude, group=self.tp_group)
+            else:
+                magnitude.copy_(own)
 
 
 class RowAdapter(LayerAdapter):
@@ -325,7 +327,7 @@ class RowAdapter(LayerAdapter):
             projected = reduce_scatter_to_sequence_parallel_region(projected, group=self.tp_group)
         elif self.split_rank:
             projected = reduce_from_tensor_model_parallel_region(projected, group=self.tp_group)
-        return self._add(output, projected, b_OR)
+        return self._result(output, projected, (a_RI, b_OR))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.pairs[0]()
@@ -365,13 +367,12 @@ def layer_adapters(chunks: Iterable[nn.Module]) -> Iterator[LayerAdapter]:
 def initialise_adapters(chunks: Iterable[nn.Module], seed: int) -> None:
     """Initialise every A from the seed, and every B with 0: the model then computes what its base computes."""
     for adapter in layer_adapters(chunks):
-        for pair in adapter.pairs:
-            pair.initialise(seed)
+        adapter.initialise(seed)
 
 
 def merged(weight: Tensor, adapter: LayerAdapter | None) -> Tensor:
     """Return a rank's weight ``W + scale x B A``, summed in fp32 and rounded to the weight's dtype."""
-    return weight if adapter is None else (weight.float() + adapter.delta()).to(weight.dtype)
+    return weight if adapter is None else adapter.merged(weight)
 
 
 @contextmanager

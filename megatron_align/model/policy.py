@@ -44,7 +44,8 @@ from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.families.adapter import Adapter, adaptable_rows
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
-from megatron_align.model.lora import ADAPTER, Adaptable, ColumnLinear, LayerAdapter, RowLinear, attach
+from megatron_align.model.lora import ADAPTER, ColumnLinear, LayerAdapter, RowLinear, attach
+from megatron_align.model.lora_pair import Adaptable
 from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from megatron_align.model.families.adapter import Adapter, adapter_tensors
+from megatron_align.model.dora import row_norms, scaled
+from megatron_align.model.families.adapter import MAGNITUDE, PEFT, Adapter, adapter_tensors
+
+Factors = tuple[Tensor, Tensor, float, Tensor | None]  # A, B, scale, and of DoRA the factor of each row
 
 
 class EngineAdapters:
@@ -27,12 +30,12 @@ class EngineAdapters:
         self, model: PreTrainedModel, adapters: Mapping[str, tuple[Adapter, Mapping[str, Tensor]]]
     ) -> None:
         self.names = tuple(adapters)
-        self._factors: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
+        self._factors: dict[str, dict[str, Factors]] = {}
         for name, (adapter, tensors) in adapters.items():
             self._factors[name] = {
-                module: (*_factors(model, tensors, module), adapter.scale) for module in adapter.modules
+                module: _factors(model, tensors, module, adapter) for module in adapter.modules
             }
-        self._active: Mapping[str, tuple[Tensor, Tensor, float]] = {}
+        self._active: Mapping[str, Factors] = {}
         for module in {module for factors in self._factors.values() for module in factors}:
             model.get_submodule(module).register_forward_hook(self._hook(module))
 
@@ -44,16 +47,23 @@ class EngineAdapters:
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name not in self._active:
                 return output
-            a_RI, b_OR, scale = self._active[name]
+            a_RI, b_OR, scale, factor_O = self._active[name]
             is_embedding = isinstance(module, nn.Embedding)
             projected = F.embedding(inputs[0], a_RI.T) if is_embedding else F.linear(inputs[0], a_RI)
-            return output + F.linear(projected, b_OR) * scale
+            share = F.linear(projected, b_OR) * scale
+            if factor_O is None:
+                return output + share
+            return scaled(output, module.bias, share, factor_O)
 
         return add
 
 
-def _factors(model: PreTrainedModel, tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
-    """Return A and B of a module on the model's device, in its dtype."""
-    like = next(model.get_submodule(module).parameters())
-    a, b = (tensors[factor].to(like) for factor in adapter_tensors(module))
-    return a, b
+def _factors(model: PreTrainedModel, tensors: Mapping[str, Tensor], module: str, adapter: Adapter) -> Factors:
+    """Return A, B, the scale and DoRA's factors of a module, tensors on the model's device and in its dtype."""
+    weight = model.get_submodule(module).get_parameter("weight")
+    a, b = (tensors[factor].to(weight) for factor in adapter_tensors(module))
+    factor_O = None
+    if adapter.dora:
+        magnitude_O = tensors[f"{PEFT}{module}{MAGNITUDE}"].to(weight)
+        factor_O = magnitude_O / row_norms(weight, a, b, adapter.scale, None)
+    return a, b, adapter.scale, factor_O

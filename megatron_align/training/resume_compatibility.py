@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_align.checkpoint.folder import ASSETS
-from megatron_align.config import OptimizerConfig, RunConfig, to_dict
+from megatron_align.config import AdapterConfig, OptimizerConfig, RunConfig, to_dict
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.errors import InputError
 from megatron_align.hf.tokenizer import require_same_tokenizer
@@ -95,8 +96,8 @@ def differences(
         "schedule": _schedule_changes(config, metadata, steps),
         _NEVER_ALLOWED: _changes(before, now, "train", ["precision"])
         | {
-            f"model.{key}": (before["model"].get(key) or None, now["model"][key] or None)
-            for key in ("adapter", "freeze")
+            "model.adapter": (_adapter_options(before["model"]), _adapter_options(now["model"])),
+            "model.freeze": (before["model"].get("freeze") or None, now["model"]["freeze"] or None),
         },
     }
     for group in ("objective", "reference"):
@@ -106,6 +107,12 @@ def differences(
         for group, of_group in pairs.items()
     }
     return {group: lines for group, lines in found.items() if lines}
+
+
+def _adapter_options(model: dict[str, Any]) -> dict[str, Any] | None:
+    """Return ``model.adapter``, with the defaults of options that older checkpoints lack."""
+    options = model.get("adapter")
+    return {**asdict(AdapterConfig()), **options} if options else None
 
 
 def harmless_differences(config: RunConfig, metadata: dict[str, Any]) -> list[str]:

@@ -374,7 +374,7 @@ class Trainer:
     def _adapter_metadata(self) -> dict[str, Any]:
         if self.base is None or (adapter := self.setup.adapter) is None:
             return {}
-        options = {name: getattr(adapter, name) for name in ("rank", "alpha", "rslora", "dropout")}
+        options = {name: getattr(adapter, name) for name in ("rank", "alpha", "rslora", "dropout", "dora")}
         return {"adapter": {**dataclasses.asdict(self.base), **options}}
 
     def _data_metadata(self) -> Mapping[str, Any]:

@@ -98,18 +98,22 @@ def make_adapter(
     alpha: float = 6.0,
     b: float = 0.1,
     targets: object = "all-linear",
+    dora: bool = False,
 ) -> Path:
-    """Save a PEFT adapter of a model with drawn A and B (standard deviation ``b``); return the folder."""
+    """Save a PEFT adapter of a model with drawn A, B (standard deviation ``b``) and magnitudes; return the folder."""
     from megatron_align.hf.adapter import write_adapter
     from megatron_align.model.families import read_shape
     from megatron_align.model.families.adapter import Adapter, all_adapter_rows, select_modules
 
     shape, draw = read_shape(model), torch.Generator().manual_seed(6)
-    adapter = Adapter(rank=rank, alpha=alpha, rslora=False, modules=select_modules(shape, targets))
+    modules = select_modules(shape, targets)
+    adapter = Adapter(rank=rank, alpha=alpha, rslora=False, modules=modules, dora=dora)
     tensors = {}
     for row in all_adapter_rows(shape, adapter, 1):
         drawn = torch.randn(row.hf_shapes(shape)[0], generator=draw)
         tensors[row.hf[0]] = drawn * (b if "lora_B" in row.hf[0] else shape.hidden_size**-0.5)
+        if drawn.ndim == 1:
+            tensors[row.hf[0]] = 0.2 + 0.05 * drawn.abs()  # about the lengths of the rows
     if shape.is_reward:
         tensors["base_model.model.score.weight"] = torch.randn(1, shape.hidden_size, generator=draw) * 0.1
     write_adapter(folder, tensors, adapter, shape, str(model), weights_hash=None)

@@ -1,16 +1,15 @@
 """Law 10 for adapters of embedding and output head: PEFT's gradients, on every layout, and files that PEFT loads."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from megatron_align.evaluation.generation import generate
-from tests.harness import cli, training_ranks
+from tests.harness import cli, peft, training_ranks
 from tests.harness.marks import mark_slow
 from tests.harness.tiny import make_adapter, metrics_of, run_arguments, write_pairs
 
@@ -25,10 +24,6 @@ LAYOUTS = {
         {"parallel__context": 2, "parallel__context_kind": "allgather", "parallel__tensor": 2},
     ),
 }
-
-
-def loaded(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -74,31 +69,10 @@ def test_every_gradient_is_that_of_one_rank(layout, gradients, of_one_rank):
 
 
 def test_gradients_are_pefts(gradients, adapter, tiny_models, chat_file, tmp_path):
-    few = tmp_path / "chat.jsonl"
-    chats = [json.loads(line) for line in chat_file.read_text().splitlines()]
-    chats = [chat for chat in chats if len(chat["messages"]) == 2][:3]
-    few.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    few = peft.first_chats(chat_file, tmp_path / "chat.jsonl")
     options = {"objective__name": "sft", "reference__mode": "cached", "train__global_batch_size": 3}
     found = gradients(data=few, dropout=0, **options)
-    model, tokenizer = (
-        PeftModel.from_pretrained(loaded(tiny_models(VARIANT)), adapter, is_trainable=True),
-        None,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models(VARIANT))
-    total, scored = 0.0, 0
-    for chat in chats:
-        ids = tokenizer.apply_chat_template(chat["messages"], return_dict=False)
-        prompt = len(
-            tokenizer.apply_chat_template(chat["messages"][:1], add_generation_prompt=True, return_dict=False)
-        )
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        total = total - sum(logprobs[t - 1, ids[t]] for t in range(prompt, len(ids)))
-        scored += len(ids) - prompt
-    (total / scored).backward()
-    theirs = {
-        name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.grad is not None
-    }
-    assert_same(found, theirs)
+    assert_same(found, peft.sft_gradients(tiny_models(VARIANT), adapter, few))
 
 
 def test_a_run_is_saved_resumed_and_exported(pool, tiny_models, chat_file, tmp_path):
@@ -121,15 +95,15 @@ def test_a_run_is_saved_resumed_and_exported(pool, tiny_models, chat_file, tmp_p
         [row["loss"] for row in metrics_of(run)], rel=1e-5
     )
 
-    adapted = PeftModel.from_pretrained(loaded(base), run / "adapter").eval()
+    adapted = PeftModel.from_pretrained(peft.load(base), run / "adapter").eval()
     stored, held = load_file(run / WEIGHTS), get_peft_model_state_dict(adapted, save_embedding_layers=False)
     assert stored.keys() == held.keys()
     assert stored["base_model.model.model.embed_tokens.lora_embedding_A"].norm() > 0
     tokens = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = adapted(tokens).logits
-        assert (logits - loaded(run / "hf")(tokens).logits).abs().max() < 1e-5
-        assert (logits - loaded(base)(tokens).logits).abs().max() > 1e-2
+        assert (logits - peft.load(run / "hf")(tokens).logits).abs().max() < 1e-5
+        assert (logits - peft.load(base)(tokens).logits).abs().max() > 1e-2
     ids = AutoTokenizer.from_pretrained(base)("2 + 2 =", return_tensors="pt", add_special_tokens=False)[
         "input_ids"
     ]

@@ -19,6 +19,7 @@ from megatron_align.model.families.table import Row, qkv, rows, vocab
 from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 ALL_LINEAR = "all-linear"
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, at the end of PEFT's name
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 PEFT = "base_model.model."  # prefix of PEFT's tensor names
 _LINEAR = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
@@ -34,6 +35,7 @@ class Adapter:
         rslora: divide by sqrt(rank) instead of rank.
         modules: Hugging Face names of the linear layers.
         dropout: probability that an element of A's input is dropped in training.
+        dora: each row of the sum is scaled to a trained magnitude.
     """
 
     rank: int
@@ -41,6 +43,7 @@ class Adapter:
     rslora: bool
     modules: frozenset[str]
     dropout: float = 0.0
+    dora: bool = False
 
     @property
     def scale(self) -> float:
@@ -138,8 +141,8 @@ def _require_no_tied(shape: ModelShape, selected: set[str]) -> None:
         )
 
 
-def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> list[tuple[Row, Row]]:
-    """Return the rows of A and B of each adapted Hugging Face module of a linear layer.
+def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> list[tuple[Row, ...]]:
+    """Return the rows of A and B, and of DoRA's magnitude, of each adapted Hugging Face module of a layer.
 
     Args:
         row: of the layer's weight.
@@ -149,7 +152,7 @@ def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: in
     """
     if row.megatron == EMBEDDING:
         return _embedding_rows(row, adapter)
-    found = []
+    found: list[tuple[Row, ...]] = []
     base = row.megatron.removesuffix("weight")
     for name, (out, into) in zip(row.hf, row.dims, strict=True):
         module = module_name(name)
@@ -174,11 +177,13 @@ def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: in
             split_b,
             layout,
         )
-        found.append((a, b))
+        name_m = f"{PEFT}{module}{MAGNITUDE}"
+        magnitude = Row(f"{base}adapter.{short}.magnitude", (name_m,), ((out,),), split_b, layout)
+        found.append((a, b, magnitude) if adapter.dora else (a, b))
     return found
 
 
-def _embedding_rows(row: Row, adapter: Adapter) -> list[tuple[Row, Row]]:
+def _embedding_rows(row: Row, adapter: Adapter) -> list[tuple[Row, ...]]:
     if EMBED_TOKENS not in adapter.modules:
         return []
     names = adapter_tensors(EMBED_TOKENS)
