@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs, token_scores
 from megatron_align.model import cpu
+from megatron_align.model.adapted_linear import without_adapter
 from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
-from megatron_align.model.lora import HeadAdapter, without_adapter
+from megatron_align.model.lora import HeadAdapter
 from megatron_align.records import LossRows, PackedBatch
 
 

@@ -26,11 +26,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
+from megatron_align.model.adapted_linear import ColumnLinear, RowLinear
 from megatron_align.model.attention import PackedCoreAttention
 from megatron_align.model.dropout import current_keys, dropout_keys
 from megatron_align.model.families import ModelShape
 from megatron_align.model.freed_output import FreedOutput
-from megatron_align.model.lora import ColumnLinear, RowLinear
 
 RECOMPUTE_MODULES = {
     "attention": "core_attn",

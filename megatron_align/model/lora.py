@@ -16,74 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
+from megatron_align.model.adapted_linear import ColumnLinear, RowLinear
 from megatron_align.model.dora import row_norms, scaled
 from megatron_align.model.dropout import current_keys, dropout_keys, dropped_linear
 from megatron_align.model.families import ModelShape, Row
 from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name, module_of
 from megatron_align.model.families.table import rank_slices
 from megatron_align.model.lora_pair import Adaptable, Pair
-
-ADAPTER = ".adapter."  # part of the name of every parameter of an adapter
-
-
-class ColumnLinear(ColumnParallelLinear):
-    """megatron-core's column-parallel linear layer, to whose output an adapter may be added."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.register_module("adapter", None)
-
-    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the output ``[T, 1, O]``, and the bias if it is left to the caller."""
-        output, bias = super().forward(input_, *args, **kwargs)
-        if self.adapter is not None and self.adapter.enabled:
-            output = self.adapter(input_, output)
-        return output, bias
-
-    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return megatron-core's sharded state of the layer without its adapter."""
-        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
-
-
-class RowLinear(RowParallelLinear):
-    """megatron-core's row-parallel linear layer, to whose output an adapter may be added."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.register_module("adapter", None)
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output ``[T or s, 1, O]``, and the bias if it is left to the caller."""
-        output, bias = super().forward(input_)
-        if self.adapter is not None and self.adapter.enabled:
-            output = self.adapter(input_, output)
-        return output, bias
-
-    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return megatron-core's sharded state of the layer without its adapter."""
-        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
-
-
-def without_adapter(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a sharded state without the tensors of adapters."""
-    return {name: value for name, value in state.items() if ADAPTER not in name}
 
 
 class LayerAdapter(nn.ModuleDict):
@@ -94,21 +49,24 @@ class LayerAdapter(nn.ModuleDict):
         row: of the weight table of its weight.
         shape: of the model.
         adapter: rank, scale and modules.
+        config: megatron-core's.
 
     Attributes:
         enabled: whether the adapter is added; off, the model is the base, bit for bit.
     """
 
-    def __init__(self, linear: Adaptable, row: Row, shape: ModelShape, adapter: Adapter):
+    def __init__(
+        self, linear: Adaptable, row: Row, shape: ModelShape, adapter: Adapter, config: TransformerConfig
+    ):
         super().__init__()
         ranks = linear.tp_group.size()
         self.enabled, self.scale, self.dropout = True, adapter.scale, adapter.dropout
         self.dora = adapter.dora
-        self.__dict__["linear"] = linear  # not a module of this one
+        self._base = [linear]  # in a list, as it is no module of this one
         for pair in adapter_rows(row, shape, adapter, ranks):
             module = module_of(pair[0].hf[0])
-            self[module.rpartition(".")[2]] = Pair(module, pair, linear, shape)
-        self.tp_group, self.sequence_parallel = linear.tp_group, linear.config.sequence_parallel
+            self[module.rpartition(".")[2]] = Pair(module, pair, linear, shape, config)
+        self.tp_group, self.sequence_parallel = linear.tp_group, config.sequence_parallel
         self.split_rank = ranks > 1
 
     @property
@@ -137,6 +95,11 @@ class LayerAdapter(nn.ModuleDict):
             pair.initialise(seed)
         if self.dora:
             self._set_magnitudes(self._norms(*self._factors()))
+
+    @property
+    def linear(self) -> Adaptable:
+        """The layer that is adapted."""
+        return self._base[0]
 
     def _norms(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
         """Return the length of each row of the sum of weight and adapter, ``[O]``."""
@@ -178,7 +141,7 @@ class LayerAdapter(nn.ModuleDict):
         if not self.dora:
             return self._add(output, projected, factors[1])
         share = self.scale * F.linear(projected, factors[1])
-        return scaled(output, self.linear.bias, share, self._row_factors(*factors))
+        return scaled(output, getattr(self.linear, "bias", None), share, self._row_factors(*factors))
 
     def _add(self, output: Tensor, projected: Tensor, b_OR: Tensor) -> Tensor:
         """Return ``output [T, 1, O] + scale x projected [T, 1, R] B^T``."""
@@ -189,8 +152,15 @@ class LayerAdapter(nn.ModuleDict):
 class EmbeddingAdapter(LayerAdapter):
     """The adapter of the embedding, whose A is sharded over the vocabulary."""
 
-    def __init__(self, linear: VocabParallelEmbedding, row: Row, shape: ModelShape, adapter: Adapter):
-        super().__init__(linear, row, shape, adapter)
+    def __init__(
+        self,
+        linear: VocabParallelEmbedding,
+        row: Row,
+        shape: ModelShape,
+        adapter: Adapter,
+        config: TransformerConfig,
+    ):
+        super().__init__(linear, row, shape, adapter, config)
         self.first, self.last = linear.vocab_start_index, linear.vocab_end_index
 
     def forward(self, tokens_T: Tensor, output: Tensor) -> Tensor:
@@ -232,8 +202,15 @@ class HeadAdapter(LayerAdapter):
 class ColumnAdapter(LayerAdapter):
     """The adapter of a column-parallel layer."""
 
-    def __init__(self, linear: ColumnLinear, row: Row, shape: ModelShape, adapter: Adapter):
-        super().__init__(linear, row, shape, adapter)
+    def __init__(
+        self,
+        linear: ColumnLinear,
+        row: Row,
+        shape: ModelShape,
+        adapter: Adapter,
+        config: TransformerConfig,
+    ):
+        super().__init__(linear, row, shape, adapter, config)
         slices = rank_slices(row, shape, linear.tp_group.rank(), linear.tp_group.size())
         names = [module_name(name).rpartition(".")[2] for name in row.hf]
         # Rows of this rank's weight, module by module: those of B, and zeros for modules without an adapter.
@@ -334,7 +311,11 @@ class RowAdapter(LayerAdapter):
 
 
 def attach(
-    linears: Mapping[str, Adaptable], shape: ModelShape, adapter: Adapter, table: Iterable[Row]
+    linears: Mapping[str, Adaptable],
+    shape: ModelShape,
+    adapter: Adapter,
+    table: Iterable[Row],
+    config: TransformerConfig,
 ) -> None:
     """Give every adapted layer its pairs, uninitialised.
 
@@ -343,12 +324,13 @@ def attach(
         shape: of the model.
         adapter: which modules have one.
         table: the rows of the layers.
+        config: megatron-core's.
     """
     for row in table:
         linear = linears.get(row.megatron)
         if linear is None or not adapter_rows(row, shape, adapter, 1):
             continue
-        linear.adapter = _kind(linear)(linear, row, shape, adapter)
+        linear.adapter = _kind(linear)(linear, row, shape, adapter, config)
 
 
 def _kind(linear: Adaptable) -> Callable[..., LayerAdapter]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_align.model import cpu
@@ -15,7 +18,7 @@ from megatron_align.model.families.adapter import EMBED_TOKENS
 from megatron_align.model.families.table import rank_slices
 
 _A, _B, _MAGNITUDE = "lora_A", "lora_B", "magnitude"
-Adaptable = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
+Adaptable: TypeAlias = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
 
 
 class Pair(nn.Module):
@@ -26,18 +29,26 @@ class Pair(nn.Module):
         rows: of the weight table: of A, B and DoRA's magnitude.
         linear: the layer that is adapted.
         shape: of the model.
+        config: megatron-core's.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter  # of DoRA only
 
-    def __init__(self, module: str, rows: tuple[Row, ...], linear: Adaptable, shape: ModelShape):
+    def __init__(
+        self,
+        module: str,
+        rows: tuple[Row, ...],
+        linear: Adaptable,
+        shape: ModelShape,
+        config: TransformerConfig,
+    ):
         super().__init__()
         a, b, *_ = rows
         self.module, self.a, self.b, self.shape, self.tp_group = module, a, b, shape, linear.tp_group
         self._features: Tensor | None = None
-        config, ranks = linear.config, linear.tp_group.size()
+        ranks = linear.tp_group.size()
         for name, row in zip((_A, _B, _MAGNITUDE), rows, strict=False):
             size = local_shape(row, shape, ranks)
             weight = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=cpu.device()))

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
+from megatron_align.model.adapted_linear import ADAPTER, ColumnLinear, RowLinear
 from megatron_align.model.attention import PackParams
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.context_parallel import gather_rows
@@ -44,7 +45,7 @@ from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.families.adapter import Adapter, adaptable_rows
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
-from megatron_align.model.lora import ADAPTER, ColumnLinear, LayerAdapter, RowLinear, attach
+from megatron_align.model.lora import LayerAdapter, attach
 from megatron_align.model.lora_pair import Adaptable
 from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
@@ -216,7 +217,7 @@ class Policy(LanguageModule):
     def _attach(self, adapter: Adapter) -> None:
         """Add an adapter's parameters, uninitialised; they and a reward head are then all that is trained."""
         self.requires_grad_(False)
-        attach(self._adaptable(), self.shape, adapter, adaptable_rows(self.shape))
+        attach(self._adaptable(), self.shape, adapter, adaptable_rows(self.shape), self.config)
         if self.post_process and self.shape.is_reward:
             self.reward_head.requires_grad_(True)
 

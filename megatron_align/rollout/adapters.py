@@ -53,7 +53,7 @@ class EngineAdapters:
             share = F.linear(projected, b_OR) * scale
             if factor_O is None:
                 return output + share
-            return scaled(output, module.bias, share, factor_O)
+            return scaled(output, getattr(module, "bias", None), share, factor_O)
 
         return add
 
