@@ -139,7 +139,7 @@ def _export_adapter(checkpoint: Path, options: argparse.Namespace) -> int:
     done = export_adapter(checkpoint, options.out, options.base, options.dtype)
     adapter, out = done.stored.adapter, Path(options.out)
     print(
-        f"exported a LoRA adapter of rank {adapter.rank} on {len(adapter.modules)} linear layers, from {checkpoint} "
+        f"exported a LoRA adapter of rank {adapter.rank} on {adapter.described_modules}, from {checkpoint} "
         f"to {out / ADAPTER}"
     )
     if done.base is None:

@@ -43,8 +43,8 @@ def trained_text(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[s
     if adapter is None:
         return f"{trained:,} of {every:,} parameters ({trained / every:.2%}), the others are frozen"
     return (
-        f"{trained:,} parameters, {trained / every:.2%} of the model's {every:,}: LoRA of rank {adapter.rank}, "
-        f"scale {adapter.scale:g}, on {len(adapter.modules)} linear layers"
+        f"{trained:,} parameters, {trained / every:.2%} of the model's {every:,}: {'DoRA' if adapter.dora else 'LoRA'} of rank {adapter.rank}, "
+        f"scale {adapter.scale:g}, on {adapter.described_modules}"
         + (", and the reward head" if shape.is_reward else "")
     )
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_align.convert.open_adapter import StoredAdapter
 from megatron_align.data.formats.files import expand
 from megatron_align.data.formats.turns import messages
 from megatron_align.data.store import sha256
@@ -130,6 +131,10 @@ class GenerateOptions:
             yield engine
             engine.close()
 
+    def open_adapter(self) -> StoredAdapter | None:
+        """Return the adapter, having checked that it fits the model; None: there is none."""
+        return open_adapter_of(self.model, self.adapter, check_base=False) if self.adapter else None
+
     def key(self) -> dict[str, Any]:
         """Return what determines the output, files by their content."""
         template = self.chat_template and load_chat_template(self.chat_template)
@@ -140,7 +145,7 @@ class GenerateOptions:
                 for name, value in asdict(self).items()
                 if name not in left_out and (value or not name.startswith("vllm_"))
             },
-            **({"adapter": fingerprint(self.adapter)} if self.adapter else {}),
+            **({"adapter": fingerprint(adapter.folder)} if (adapter := self.open_adapter()) else {}),
             "weights": weights_state(self.model),
             "data": [sha256(file) for file in expand(self.prompts)],
             "chat_template": template,
@@ -168,10 +173,7 @@ def generate_file(options: GenerateOptions) -> Generated:
         InputError: bad prompts, model, servers or output; nothing has been generated then.
     """
     shape = read_shape(assets_of(options.model))
-    if options.adapter is not None:
-        open_adapter_of(
-            options.model, options.adapter, check_base=False
-        )  # refused before anything is generated
+    options.open_adapter()  # refused before anything is generated
     options = options.dated(stored_key(Path(options.out)))
     tokenizer = options.prompt_tokenizer()
     records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))

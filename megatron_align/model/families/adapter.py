@@ -50,6 +50,11 @@ class Adapter:
         """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def described_modules(self) -> str:
+        """The number of modules, for messages."""
+        return f"{len(self.modules)} {'modules' if EMBED_TOKENS in self.modules else 'linear layers'}"
+
 
 def linear_rows(shape: ModelShape) -> Iterator[Row]:
     """Yield the rows of the weight table that are linear layers of the transformer, layer by layer."""
