@@ -134,6 +134,7 @@ def test_another_base_and_none(convert, run, tiny_models, tmp_path):
     assert convert("verify", "--hf", run / "hf", "--checkpoint", moved, "--base", tiny_models()).code == 0
 
 
+@pytest.mark.slow
 def test_a_reward_models_adapter_has_a_language_model_as_base(convert, pool, tiny_models, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     options = {

@@ -23,6 +23,7 @@ from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
 from megatron_align.model.families.frozen import frozen_tensors
 from tests.harness import costs
+from tests.harness.marks import mark_slow
 from tests.harness.pool import Pool
 from tests.harness.sizes import CONFIGS, write_config
 
@@ -68,15 +69,18 @@ def test_state_of_a_reward_model(pool, tiny_models):
     _compare(placement, pool.run(2, costs.state, model, placement.parallel, "bf16", True))
 
 
-@pytest.mark.parametrize("trained", ["adapter", "some_layers", "reward", "frozen"])
+@pytest.mark.parametrize(
+    "trained", mark_slow(["adapter", "some_layers", "reward", "frozen", "ends", "dora"], ["dora"])
+)
 def test_state_of_what_is_trained(pool, tiny_models, trained):
     """The base of an adapter, and frozen weights, have no gradient and no optimizer state."""
-    model, reward = tiny_models("qwen2_tied"), trained == "reward"
+    model, reward = tiny_models("qwen2_untied" if trained == "ends" else "qwen2_tied"), trained == "reward"
     placement = placed(model, {"tensor": 2, "pipeline": 2}, 4, reward=reward)
     options: dict = {"frozen": frozen_tensors(placement.shape, ["embed_tokens", "layers.0.*", "model.norm"])}
     if trained != "frozen":
-        targets = ["q_proj", "layers.3.mlp.*"] if trained == "some_layers" else "all-linear"
-        options = {"adapter": resolve_adapter(AdapterConfig(rank=3, targets=targets), placement.shape)}
+        targets = {"some_layers": ["q_proj", "layers.3.mlp.*"], "ends": ["embed_tokens", "lm_head", "o_proj"]}
+        adapter = AdapterConfig(rank=3, targets=targets.get(trained, "all-linear"), dora=trained == "dora")
+        options = {"adapter": resolve_adapter(adapter, placement.shape)}
     placement = replace(placement, **options)
     for found in pool.run(4, costs.state, model, placement.parallel, "bf16", reward, options):
         counted = state_bytes(placement, found["stage"])

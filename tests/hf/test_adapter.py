@@ -72,6 +72,7 @@ def test_targets(shape, targets, count):
         ({"alpha": float("nan")}, "model.adapter.alpha must be positive .* got nan"),
         ({"rank": 0}, "model.adapter.rank must be at least 1, got 0"),
         ({"dropout": 1.0}, "model.adapter.dropout must be at least 0 and below 1, got 1.0"),
+        ({"dora": True, "dropout": 0.1}, "dropout must be 0 with dora, .* got 0.1"),
         ({"targets": "q_proj"}, "targets must be all-linear or a list of module names, got 'q_proj'"),
         ({"targets": []}, "targets must name at least one module"),
         ({"targets": ["q_prj"]}, r"'q_prj' matches no linear layer of Qwen2.*; did you mean 'q_proj'\?"),
@@ -101,7 +102,7 @@ def test_an_adapter_brings_its_own_options(shape, adapter):
     "options, message",
     [
         ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
-        ({"use_dora": True}, "an adapter with use_dora true is not built"),
+        ({"use_dora": True}, "does not match Qwen2ForCausalLM: missing .*lora_magnitude_vector"),
         ({"bias": "all"}, "an adapter with bias 'all' is not built"),
         ({"init_lora_weights": "pissa"}, "an adapter with init_lora_weights 'pissa' is not built"),
         ({"some_new_kind": 3}, "an adapter with some_new_kind 3 is not built"),

@@ -44,7 +44,7 @@ def run_gradients(pool, tiny_models, adapter, few, run, world=1, **layout):
     return load_file(run / WEIGHTS)
 
 
-@pytest.mark.parametrize("layout", mark_slow(["one", *LAYOUTS], ["tp2_sp_pp2", "tp4_sp"]))
+@pytest.mark.parametrize("layout", mark_slow(["one", *LAYOUTS], list(LAYOUTS)))
 def test_gradients_are_pefts(layout, pool, tiny_models, adapter, few, expected, tmp_path):
     world, options = LAYOUTS.get(layout, (1, {}))
     found = run_gradients(pool, tiny_models, adapter, few, tmp_path, world, **options)

@@ -37,7 +37,8 @@ def gradients(pool, tiny_models, adapter, tmp_path_factory):
 
     def run(world=1, data=pairs, dropout=0.3, **options):
         run = tmp_path_factory.mktemp("run")
-        options = {"objective__name": "dpo", "reference__mode": "none", **options}
+        if data == pairs:
+            options = {"objective__name": "dpo", "reference__mode": "none", **options}
         options["model__adapter"] = f"{{path: {adapter}, dropout: {dropout}}}"
         pool.run(
             world,
@@ -70,11 +71,11 @@ def test_every_gradient_is_that_of_one_rank(layout, gradients, of_one_rank):
 
 def test_gradients_are_pefts(gradients, adapter, tiny_models, chat_file, tmp_path):
     few = peft.first_chats(chat_file, tmp_path / "chat.jsonl")
-    options = {"objective__name": "sft", "reference__mode": "cached", "train__global_batch_size": 3}
-    found = gradients(data=few, dropout=0, **options)
+    found = gradients(data=few, dropout=0, train__global_batch_size=3)
     assert_same(found, peft.sft_gradients(tiny_models(VARIANT), adapter, few))
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_resumed_and_exported(pool, tiny_models, chat_file, tmp_path):
     """Another layout goes on with its checkpoint; PEFT and our tools read the files."""
     base, run = tiny_models(VARIANT), tmp_path / "run"
