@@ -15,7 +15,6 @@ model.path: model_name_or_path model_name model_path model_id model_id_or_path b
     load_checkpoint_path actor_model_path policy_model_path init_from tokenizer tokenizer_path tokenizer_model
     tokenizer_name tokenizer_name_or_path base_model_config checkpoint_path mcore_model
 model.adapter: lora lora_config peft peft_config use_peft use_lora tuner_type train_type finetuning_type
-
 model.adapter.dropout: lora_dropout
 model.adapter.dora: use_dora
 model.adapter.rank: lora_rank lora_r r
