@@ -80,7 +80,7 @@ def test_a_run_is_saved_resumed_and_exported(pool, tiny_models, chat_file, tmp_p
     """Another layout goes on with its checkpoint; PEFT and our tools read the files."""
     base, run = tiny_models(VARIANT), tmp_path / "run"
     options = {
-        "model__adapter": f"{{rank: 3, alpha: 6, targets: [{', '.join(TARGETS)}]}}",
+        "model__adapter": f"{{rank: 3, alpha: 6, dropout: 0.2, targets: [{', '.join(TARGETS)}]}}",
         "optimizer__lr": 1e-2,
         "train__steps": 4,
         "checkpoint__save_every": 2,
