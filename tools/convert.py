@@ -137,11 +137,8 @@ def _export_adapter(checkpoint: Path, options: argparse.Namespace) -> int:
     from megatron_align.hf.assets import describe_assets
 
     done = export_adapter(checkpoint, options.out, options.base, options.dtype)
-    adapter, out = done.stored.adapter, Path(options.out)
-    print(
-        f"exported a LoRA adapter of rank {adapter.rank} on {adapter.described_modules}, from {checkpoint} "
-        f"to {out / ADAPTER}"
-    )
+    out = Path(options.out)
+    print(f"exported the adapter, {done.stored.adapter}, from {checkpoint} to {out / ADAPTER}")
     if done.base is None:
         print(f"the merged model was not written: {done.missing}; give the base as --base")
     else:

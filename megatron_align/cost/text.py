@@ -42,11 +42,8 @@ def trained_text(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[s
     every, trained = parameter_count(shape), trained_count(shape, adapter, frozen)
     if adapter is None:
         return f"{trained:,} of {every:,} parameters ({trained / every:.2%}), the others are frozen"
-    kind = "DoRA" if adapter.dora else "LoRA"
-    return (
-        f"{trained:,} parameters, {trained / every:.2%} of the model's {every:,}: {kind} of rank {adapter.rank}, "
-        f"scale {adapter.scale:g}, on {adapter.described_modules}"
-        + (", and the reward head" if shape.is_reward else "")
+    return f"{trained:,} parameters, {trained / every:.2%} of the model's {every:,}: {adapter}" + (
+        ", and the reward head" if shape.is_reward else ""
     )
 
 

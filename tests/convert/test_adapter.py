@@ -45,7 +45,7 @@ def exported(convert, run, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "out"
     answer = convert("export", "--checkpoint", run, "--out", out)
     assert answer.code == 0, answer.err
-    assert "a LoRA adapter of rank 3 on 28 linear layers" in answer.out
+    assert "exported the adapter, LoRA of rank 3, scale 4.33013, on 28 linear layers, from" in answer.out
     return out
 
 

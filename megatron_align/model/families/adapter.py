@@ -50,10 +50,10 @@ class Adapter:
         """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    @property
-    def described_modules(self) -> str:
-        """The number of modules, for messages."""
-        return f"{len(self.modules)} {'modules' if EMBED_TOKENS in self.modules else 'linear layers'}"
+    def __str__(self) -> str:
+        modules = "modules" if EMBED_TOKENS in self.modules else "linear layers"
+        kind = "DoRA" if self.dora else "LoRA"
+        return f"{kind} of rank {self.rank}, scale {self.scale:g}, on {len(self.modules)} {modules}"
 
 
 def linear_rows(shape: ModelShape) -> Iterator[Row]:
