@@ -10,11 +10,21 @@ from megatron_align.monitoring.metric_names import BY_NAME
 from megatron_align.tools.report_about import about
 from megatron_align.tools.report_charts import Chart, to_svg
 from megatron_align.tools.report_html import escaped, table
-from megatron_align.tools.report_runs import Run, as_text, differences, duration, short, summary
+from megatron_align.tools.report_runs import (
+    Run,
+    as_prompt,
+    as_text,
+    differences,
+    duration,
+    read_samples,
+    short,
+    summary,
+)
 from megatron_align.tools.report_style import SCRIPT, STYLE
 
 PAGE = "report.html"
 _MOST_SUSPECTS = 20  # rows shown of each run
+_MOST_ANSWERED = 10  # steps whose answers are shown of each run
 _PHASES = {
     "data": "data",
     "forward_backward": "forward and backward",
@@ -66,6 +76,7 @@ def _of_runs(runs: Sequence[Run], charts: Sequence[Chart]) -> list[str]:
         _histogram(runs),
         _timing(runs),
         _anomalies(runs),
+        _answers(runs),
         _meanings(charts),
         _configuration(runs),
     ]
@@ -235,6 +246,25 @@ def _anomalies(runs: Sequence[Run]) -> str:
         return ""
     note = '<p class="note">The newest of each run; sample numbers are those of the token store.</p>'
     return f"<h2>Anomalous steps</h2>{note}{table(rows, ['run', 'step', 'loss', 'grad_norm', 'samples'])}"
+
+
+def _answers(runs: Sequence[Run]) -> str:
+    """Return the newest answers of validation.generate of each run, folded by step."""
+    parts = []
+    for i, run in enumerate(runs):
+        rows = read_samples(run.folder)
+        steps = sorted({row["step"] for row in rows}, reverse=True)[:_MOST_ANSWERED]
+        for n, step in enumerate(steps):
+            cells = [
+                [escaped(as_prompt(row["prompt"])), escaped(row["completion"]), escaped(row["finish_reason"])]
+                for row in rows
+                if row["step"] == step
+            ]
+            parts.append(
+                f"<details{' open' * (n == 0)}><summary>{_swatch(i)}{escaped(run.name)}, step {step:,}</summary>"
+                f"{table(cells, ['prompt', 'answer', 'ended by'])}</details>"
+            )
+    return f"<h2>Answers during training</h2>{''.join(parts)}" if parts else ""
 
 
 def _meanings(charts: Sequence[Chart]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_align.config.yaml_text import read_yaml
 from megatron_align.errors import InputError
 
-METRICS, CONFIG = "metrics.jsonl", "config.yaml"
+METRICS, CONFIG, SAMPLES = "metrics.jsonl", "config.yaml", "samples.jsonl"
 _NAMES_A_RUN = ("checkpoint.dir",)  # always differs between runs
 _LAST = 0.1  # of the steps: final values are means over them
 
@@ -99,6 +99,28 @@ def _read_rows(folder: Path) -> dict[str, list[Row]]:
     if not rows.get("train"):
         raise InputError(f"{file} has no row of a training step")
     return rows
+
+
+def read_samples(folder: Path) -> list[Row]:
+    """Return the answers of validation.generate, oldest first; none if the run has no samples.jsonl.
+
+    Raises:
+        InputError: the file is corrupt; names the line.
+    """
+    file = folder / SAMPLES
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    rows = [_row(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in ("prompt", "completion", "finish_reason") if name not in row]:
+            raise InputError(f"{file}:{number}: must have {', '.join(missing)}, as a run writes it")
+    return rows
+
+
+def as_prompt(prompt: Any) -> str:
+    """Return a prompt of samples.jsonl as text: messages one after the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
 
 
 def _row(line: str, where: str) -> Row:

@@ -62,16 +62,17 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return steps[-1][1] if steps else None
 
 
-def prune(run: Path, keep: int, keep_every: int | None = None) -> None:
+def prune(run: Path, keep: int, keep_every: int | None = None, best: int | None = None) -> None:
     """Delete old checkpoints; call it on one rank, after a save. One that cannot be deleted stays, with a warning.
 
     Args:
         run: folder of the run.
         keep: number of most recent checkpoints to retain.
         keep_every: also retain steps divisible by this.
+        best: also retain this step.
     """
     for step, path in list_steps(run)[:-keep]:
-        if keep_every is not None and step % keep_every == 0:
+        if step == best or (keep_every is not None and step % keep_every == 0):
             continue
         _delete(path, step)
 

@@ -95,6 +95,10 @@ train.recompute_layers: gradient_checkpointing activation_checkpointing use_grad
 train.recompute_modules: recompute_activations selective_recompute activation_checkpointing_modules
 train.validate_every: eval_steps eval_interval eval_strategy evaluation_strategy eval_freq val_check_interval
     evals_per_epoch eval_every test_freq val_interval do_eval eval_on_start eval_iters validation_steps
+train.early_stopping: early_stopping_patience early_stopping_threshold metric_for_best_model early_stopping_metric
+    greater_is_better early_stopping_monitor
+checkpoint.keep_best: load_best_model_at_end save_best save_best_only keep_best_checkpoint checkpoint_metric
+validation.generate: generate_samples eval_prompts sample_prompts log_completions predict_with_generate
 train.on_nonfinite: skip_nan_steps check_for_nan_in_loss_and_grad logging_nan_inf_filter
 parallel.tensor: tp tp_size tensor_parallel tensor_parallel_size tensor_model_parallel_size model_parallel_size
     tensor_parallelism tensor_model_parallel tensor_size

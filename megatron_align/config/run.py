@@ -28,6 +28,7 @@ from megatron_align.config.sections import (
     TrainConfig,
 )
 from megatron_align.config.unknown_keys import OPTION_OF_TEXT, Owners, unknown_keys
+from megatron_align.config.validation import ValidationConfig
 from megatron_align.config.values import convert, option_types
 from megatron_align.config.yaml_text import DEEPEST, read_yaml
 from megatron_align.errors import InputError, listed, require, shown
@@ -46,6 +47,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
@@ -53,6 +55,14 @@ class RunConfig:
             steps is None or warmup <= steps,
             f"optimizer.warmup_steps must not exceed train.steps = {steps}, got {warmup}",
         )
+        for option, value in (
+            ("train.early_stopping", self.train.early_stopping),
+            ("checkpoint.keep_best", self.checkpoint.keep_best),
+        ):
+            require(
+                value is None or self.data.validation is not None,
+                f"{option} needs data.validation, whose metrics it follows, got none",
+            )
         require(
             self.model.adapter is None or self.reference.sync_steps is None,
             "reference.sync_steps must be null with model.adapter: a reference that follows an adapter is not built, "
@@ -84,6 +94,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "validation": ValidationConfig,
 }
 
 

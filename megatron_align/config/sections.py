@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_align.config.paths import expand_fields
+from megatron_align.config.validation import EarlyStoppingConfig
 from megatron_align.errors import nearest, require, shown
 
 RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference", "schedule")
@@ -182,6 +183,7 @@ class TrainConfig:
         recompute_modules: parts of every layer whose activations are recomputed in backward: attention, mlp,
             norms; not together with recompute_layers
         validate_every: steps between validations, besides the one after the last step; null: only that one
+        early_stopping: {metric, patience, mode}: end the run when a validation metric no longer improves; null: never
         on_nonfinite: when loss or gradients are NaN or infinite: stop: end the run; skip: continue without the
             step's update, at most 10 times in a row
         self_check: before the first step, resumed or not, check that ranks agree and that packing changes nothing;
@@ -197,6 +199,7 @@ class TrainConfig:
     recompute_layers: int = 0
     recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
     validate_every: int | None = None
+    early_stopping: EarlyStoppingConfig | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     self_check: bool = True
 
@@ -233,6 +236,10 @@ class TrainConfig:
             len(set(self.recompute_modules)) == len(self.recompute_modules),
             f"train.recompute_modules must name each part once, got {', '.join(self.recompute_modules)}",
         )
+        require(
+            self.early_stopping is None or self.validate_every is not None,
+            "train.early_stopping needs train.validate_every, got none",
+        )
         require(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
 
 
@@ -245,6 +252,8 @@ class CheckpointConfig:
         save_every: steps between checkpoints, besides the one after the last step; null: only that one
         keep: number of most recent checkpoints to retain
         keep_every: also retain checkpoints of steps divisible by this, permanently; null: none
+        keep_best: also retain the checkpoint of the best validation by this metric (loss, accuracy, ...; of loss and
+            names that end in it the lowest); it is saved when it is validated; null: none
         async_save: write checkpoints in the background; needs host memory for a copy of the state
         resume: auto: resume from the newest intact checkpoint in dir, if any; never: refuse a dir that has one
         resume_allow: differences from the resumed run to accept: data, tokenizer, order (seed, batch size,
@@ -258,6 +267,7 @@ class CheckpointConfig:
     save_every: int | None = None
     keep: int = 2
     keep_every: int | None = None
+    keep_best: str | None = None
     async_save: bool = True
     resume: Literal["auto", "never"] = "auto"
     resume_allow: list[str] = field(default_factory=list)

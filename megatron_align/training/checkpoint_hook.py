@@ -13,6 +13,7 @@ from megatron_align.checkpoint.saver import SaveFailed, Saver
 from megatron_align.config import CheckpointConfig
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import RunLog
+from megatron_align.training.best import KeepBest
 from megatron_align.training.hooks import Hook
 from megatron_align.training.stop import StopRequests, write_requeue_marker
 from megatron_align.training.trainer import Trainer
@@ -39,10 +40,11 @@ class Checkpointing(Hook):
     Args:
         config: intervals and retention.
         log: of the run.
+        best: has the checkpoint of the best validation saved and kept; None: none is.
     """
 
-    def __init__(self, config: CheckpointConfig, log: RunLog):
-        self._config, self._log = config, log
+    def __init__(self, config: CheckpointConfig, log: RunLog, best: KeepBest | None = None):
+        self._config, self._log, self._best = config, log, best
         self._stop = StopRequests(self._announce_stop)
         self._saved_step: int | None = None
         self._failed_at: float | None = None
@@ -110,7 +112,7 @@ class Checkpointing(Hook):
             TrainingFault: on every rank: rank 0 has lost the folder to another run.
         """
         every = self._config.save_every
-        due = every is not None and step % every == 0
+        due = (every is not None and step % every == 0) or (self._best is not None and self._best.is_due)
         retry = self._failed_at is not None and time.monotonic() - self._failed_at > RETRY_SECONDS
         writing = self._saver.pending and not self._saver.written()
         taken_by = self.trainer.setup.taken_by()
@@ -171,4 +173,5 @@ class Checkpointing(Hook):
 
     def _prune(self) -> None:
         if dist.get_rank() == 0:
-            prune(self.trainer.setup.folder, self._config.keep, self._config.keep_every)
+            best = self._best.kept() if self._best else None
+            prune(self.trainer.setup.folder, self._config.keep, self._config.keep_every, best)

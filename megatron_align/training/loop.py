@@ -61,5 +61,7 @@ def fit(trainer: Trainer, hooks: Hooks) -> bool:
             hooks.after_step(report)
             if hooks.end_step(step):  # validates, saves
                 return False
+            if step == trainer.steps:  # the planned last one, or an earlier one by early stopping
+                break
         hooks.finish()
     return True

@@ -18,10 +18,12 @@ from megatron_align.monitoring.profiling import Tracer
 from megatron_align.monitoring.timing import timing_row
 from megatron_align.storage.tensor_digest import describe_nonfinite
 from megatron_align.training import self_check
+from megatron_align.training.best import EarlyStopping, KeepBest
 from megatron_align.training.checkpoint_hook import Checkpointing
-from megatron_align.training.finished import write_finished_marker
+from megatron_align.training.finished import steps_made, write_finished_marker
 from megatron_align.training.hooks import Hook, Hooks
 from megatron_align.training.resume_compatibility import harmless_differences
+from megatron_align.training.samples import Samples
 from megatron_align.training.summary import run_summary
 from megatron_align.training.suspects import Suspects
 from megatron_align.training.trainer import StepReport, Trainer
@@ -188,7 +190,9 @@ class Validation(Hook):
         trainer, every = self.trainer, self.trainer.config.train.validate_every
         due = step == trainer.steps or (every is not None and step % every == 0)
         if trainer.setup.validation and due:
-            self._log.write({"step": step, "split": "validation", **trainer.evaluate()})
+            metrics = trainer.evaluate()
+            trainer.validated = {step: metrics}
+            self._log.write({"step": step, "split": "validation", **metrics})
         faults.at("step.logged", step)
         return False
 
@@ -212,14 +216,21 @@ class Export(Hook):
                 self._log.message(f"exported to {folder}: {describe_assets(folder)}")
         self.trainer.setup.require_folder()
         if dist.get_rank() == 0:
-            write_finished_marker(self.trainer.setup.folder, self.trainer.steps)
+            write_finished_marker(run, steps_made(self.trainer.setup, self.trainer.steps))
 
 
 def standard_hooks(trainer: Trainer, log: RunLog) -> Hooks:
     """Return the hooks of a run, in the order in which they are called.
 
-    Health comes before the rows, which hold its counts; validation before checkpoints, see :class:`Validation`.
+    Health comes before the rows, which hold its counts; validation, and what follows its metrics, before checkpoints,
+    see :class:`Validation`.
     """
+    early, keep_best, samples = (
+        trainer.config.train.early_stopping,
+        trainer.config.checkpoint.keep_best,
+        trainer.config.validation.generate,
+    )
+    best = None if keep_best is None else KeepBest(log, keep_best)
     return Hooks(
         [
             Summary(log),
@@ -228,7 +239,10 @@ def standard_hooks(trainer: Trainer, log: RunLog) -> Hooks:
             SelfCheck(),
             MetricsLog(log),
             Validation(log),
-            Checkpointing(trainer.config.checkpoint, log),
+            *([] if early is None else [EarlyStopping(log, early.metric, early.mode, early.patience)]),
+            *([] if best is None else [best]),
+            *([] if samples is None else [Samples(log, samples)]),
+            Checkpointing(trainer.config.checkpoint, log, best),
             Export(log),
         ]
     )

@@ -102,10 +102,11 @@ class Trainer:
         groups: process groups of this rank.
         train_batches: the steps of the training data.
         step: training steps made so far, over all starts of the run.
-        steps: training steps of the complete run.
+        steps: training steps of the complete run; early stopping lowers it.
         base: what an adapter is trained on; None: the run trains the model's weights.
         resumed: the checkpoint that the run resumed from; None: it started at step 1.
         health: non-finite steps and outliers; part of every checkpoint.
+        validated: the metrics of the newest validation that this process made, by its step.
         interrupted: Ctrl-C stopped the run, after it saved.
     """
 
@@ -128,6 +129,7 @@ class Trainer:
         self.train_batches = self.batches_of("train")
         self.step, self.steps = 0, self.train_batches.steps
         self.resumed: ResumePoint | None = None
+        self.validated: dict[int, dict[str, Any]] = {}
         self.interrupted = False
         self._prepass = self._prepass_of("train")
         self._began: float | None = None
@@ -363,7 +365,7 @@ class Trainer:
             world_size=self.setup.rank_info.world_size,
             config=to_dict(self.config),
             hub_models=_hub_models(self.config),
-            steps=self.steps,
+            steps=self.train_batches.steps,  # as planned: the schedule's
             data=self._data_metadata(),
             reference_weights=self.references.weights_hash,
             objective_state=self.objective.state(),

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from megatron_align.errors import InputError
 from megatron_align.tools.main import main
 from megatron_align.tools.report_about import about
 from megatron_align.tools.report_charts import (
@@ -292,3 +293,20 @@ def test_a_scale_keeps_what_is_beyond_at_its_edge():
     scale = Scale(0.0, 10.0, 100.0, 0.0)
     assert [scale(value) for value in (0, 5, 10, 99, -1)] == [100, 50, 0, 0, 100]
     assert Scale(3.0, 3.0, 0.0, 10.0)(3.0) == 5
+
+
+def test_the_newest_answers_are_shown(tmp_path):
+    run = write_run(tmp_path / "run") or tmp_path / "run"
+    turn = {"role": "user", "content": "2 < 3?"}
+    rows = [
+        {"step": step, "prompt": [turn], "completion": f"yes\u2028, says {step}", "finish_reason": "stop"}
+        for step in range(1, 15)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (run / "samples.jsonl").write_text(text + '{"cut', encoding="utf-8")
+    page = to_html(read_runs([str(run)]), [])
+    assert "user: 2 &lt; 3?" in page
+    assert [f"says {step}<" in page for step in (14, 5, 4)] == [True, True, False]
+    (run / "samples.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match=r"samples.jsonl:1: must have prompt, completion, finish_reason"):
+        to_html(read_runs([str(run)]), [])
