@@ -1,4 +1,4 @@
-"""What is measured while a run trains, and what follows from it. The docstring of a field is its help text."""
+"""Options of validation: answers during training, and early stopping. The docstring of a field is its help text."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """What is shown of the model while it is trained, besides the metrics of data.validation.
+    """Answers of the model while it is trained, besides the metrics of data.validation.
 
     Args:
         generate: a few prompts that it answers, into the log and checkpoint.dir/samples.jsonl:

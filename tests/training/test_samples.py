@@ -1,4 +1,4 @@
-"""Answers during training are those of the checkpoint of their step, of shards too, and change no number of training."""
+"""Answers during training are those of the checkpoint of their step, of shards too; no number of training changes."""
 
 import json
 
