@@ -185,7 +185,7 @@ def live_answers(rank_info: parallel.RankInfo, arguments: list[str], prompts: li
     """Train; before and after the steps answer prompts with the live weights, and export them to ``folder/STEP``.
 
     Returns:
-        For each export the token ids and weight versions, and the most rows' bytes held at once while gathering.
+        For each export the token ids and log-probs of each answer, and the most tensors held at once while gathering.
     """
     from megatron_align.rollout.live_weights import require_version
     from megatron_align.rollout.types import Sampling
@@ -205,7 +205,7 @@ def live_answers(rank_info: parallel.RankInfo, arguments: list[str], prompts: li
             answers = engine.generate(prompts, Sampling(temperature=0, max_tokens=12))
             require_version(answers, step)
             trainer.export(folder / str(step))
-            seen.append([a.token_ids for [a] in answers])
+            seen.append([(a.token_ids, a.logprobs) for [a] in answers])
         most = _most_tensors_alive(trainer.chunks)
     return [seen, most]
 

@@ -44,7 +44,7 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
     for step in range(3):
         folder = tmp_path / str(step)
         judge, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        for prompt, answer in zip(prompts, by_step[step], strict=True):
+        for prompt, (answer, logprobs) in zip(prompts, by_step[step], strict=True):
             made = judge.generate(
                 torch.tensor([prompt.token_ids]),
                 max_new_tokens=12,
@@ -53,6 +53,10 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
                 pad_token_id=0,
             )
             assert list(answer) == made[0, len(prompt.token_ids) :].tolist()
+            with torch.no_grad():
+                logits = judge(made).logits[0, len(prompt.token_ids) - 1 : -1]
+            expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+            assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)  # fp32, with and without a cache
     assert by_step[0] != by_step[1] != by_step[2]
 
 
