@@ -53,8 +53,8 @@ class Samples(Hook):
         super().start(trainer)
         setup, data = trainer.setup, trainer.config.data
         require(
-            not setup.shape.is_reward and not setup.shape.norm_head,
-            f"validation.generate needs a language model that transformers has, got {setup.shape.architecture}",
+            not setup.shape.is_reward,
+            f"validation.generate needs a language model, got {setup.shape.architecture}",
         )
         template = load_chat_template(data.chat_template) if data.chat_template else None
         now = parse_date(data.template_date) if data.template_date else None

@@ -106,6 +106,7 @@ def test_every_change_is_found(convert, run, exported, tmp_path):
     assert f"{UP}: differs by more than the rounding of W + scale B A" in answer.out
 
 
+@pytest.mark.slow
 def test_another_base_and_none(convert, run, tiny_models, tmp_path):
     other = make_model(tmp_path / "other")
     change_tensors(other, lambda tensors: tensors["model.norm.weight"].add_(1))

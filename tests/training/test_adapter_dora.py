@@ -55,6 +55,7 @@ def test_gradients_are_pefts(layout, pool, tiny_models, adapter, few, expected, 
         assert (found[name] - want).norm() <= 2e-5 * want.norm(), name  # fp32 sums in another order
 
 
+@pytest.mark.slow
 def test_a_new_adapter_is_its_base_and_moves(pool, tiny_models, tmp_path):
     """Its first reward is exactly 0; a resumed run writes the same rows; PEFT and our tools read the files."""
     base, pairs, run = tiny_models(), write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "run"
