@@ -30,10 +30,11 @@ tests/constraints/python%.txt:
 
 install: $(STAMP)  ## create .venv and install into it
 
-check: $(STAMP)  ## lint, formatting and types
+check: $(STAMP)  ## lint, formatting and types (these on Python 3.11 or newer)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
-	$(BIN)/mypy
+	@# The newest NumPy for Python 3.10 declares its arrays differently.
+	@if [ "$(MINOR)" = 3.10 ]; then echo "types are not checked: that needs Python 3.11 or newer"; else echo $(BIN)/mypy; $(BIN)/mypy; fi
 
 format: $(STAMP)  ## fix what ruff can fix automatically
 	$(BIN)/ruff check --fix -q .
