@@ -87,12 +87,20 @@ def test_error_is_within_that_of_the_same_dtype_reference(shape, dtype, slack, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
-@pytest.mark.parametrize("shape", [(637, 3584, 152064), (723, 896, 151936), (1530, 2048, 32256)])
+@pytest.mark.parametrize(
+    "shape, dtype, slack",
+    [
+        ((637, 3584, 152064), torch.float32, 1e-6),
+        ((723, 896, 151936), torch.float32, 1e-6),
+        ((1530, 2048, 32256), torch.float32, 1e-6),
+        # CPUs without bf16 instructions take a hundred times as long for a product as for one of fp32: the least head.
+        ((230, 2048, 32256), torch.bfloat16, 1e-3),
+    ],
+)
 def test_real_heads(shape, dtype, slack):
-    """Vocabularies and widths of models in use, three slabs and more of rows; minutes, and up to 20 GB."""
+    """Vocabularies and widths of models in use, several slabs of rows; minutes, and up to 20 GB."""
     tensors = draw(*shape, dtype)
-    slabs = cut(shape[0], [200, 300])
+    slabs = cut(shape[0], [60, 200, 300])
     loss = PairLoss(slabs)
     got, same = (gradients(f, tensors, slabs, loss)[0] for f in (slab_loss, slab_loss_reference))
     assert_within(got, same, exact_gradients(tensors, slabs, loss), slack)
