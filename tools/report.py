@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
     ]
     runs = read_runs(trained) if trained else []
     charts = charts_of(runs)
-    sections, lines = _evaluations(evaluated, [run.folder for run in runs])
+    sections, lines = _evaluations(evaluated)
     out.mkdir(parents=True, exist_ok=True)
     pictures = write_pngs(out, charts, [run.name for run in runs]) if charts else []
     names = dict.fromkeys([*(run.name for run in runs), *(folder.resolve().name for folder in evaluated)])
@@ -62,18 +62,17 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluations(evaluated: list[Path], runs: list[Path]) -> tuple[list[str], list[str]]:
-    """Return sections of evaluations and of answers during training, and lines for the terminal."""
-    if not evaluated and not any((folder / "samples.jsonl").is_file() for folder in runs):
+def _evaluations(evaluated: list[Path]) -> tuple[list[str], list[str]]:
+    """Return sections of evaluations, and lines for the terminal."""
+    if not evaluated:
         return [], []
-    from megatron_align.evaluation.results import (
-        table_of,
-    )  # imports torch: only if there is something to draw
-    from megatron_align.tools.report_evaluation import evaluation_sections, read_evaluation, sample_sections
+    # They import torch: only if there is something to draw.
+    from megatron_align.evaluation.results import table_of
+    from megatron_align.tools.report_evaluation import evaluation_sections, read_evaluation
 
     evaluations = [read_evaluation(folder) for folder in evaluated]
     lines = [f"{each.name}:\n{table_of(each.results['tasks'])}" for each in evaluations]
-    return [*evaluation_sections(evaluations), *sample_sections(runs)], lines
+    return evaluation_sections(evaluations), lines
 
 
 if __name__ == "__main__":

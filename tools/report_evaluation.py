@@ -19,9 +19,7 @@ from megatron_align.evaluation.compare import (
 from megatron_align.tools.report_html import escaped, table
 from megatron_align.tools.report_runs import short
 
-SAMPLES = "samples.jsonl"
 _MOST_ITEMS = 5  # best, and worst, of each task
-_MOST_PROMPTS, _NEWEST = 20, 3  # of samples.jsonl: prompts, and answers of each next to its first
 _MOST_CHARACTERS = 2000  # of a text
 _HIDDEN = ("n", "ci95", "sources", "length_difference")
 _WIDTH, _ROW = 720, 30  # of the chart of intervals
@@ -56,44 +54,6 @@ def evaluation_sections(evaluations: Sequence[Evaluation]) -> list[str]:
         _differences(evaluations),
         _items(evaluations),
     ]
-
-
-def sample_sections(folders: Sequence[Path]) -> list[str]:
-    """Return the HTML of the answers that runs gave while they were trained, prompt by prompt, where there are any."""
-    parts = []
-    for folder in folders:
-        rows = _rows(folder / SAMPLES)
-        if not rows:
-            continue
-        by_prompt: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_prompt.setdefault(json.dumps(row.get("prompt"), sort_keys=True), []).append(row)
-        head = list(dict.fromkeys(["prompt", *(key for row in rows for key in row)]))
-        cells = []
-        for of_prompt in list(by_prompt.values())[:_MOST_PROMPTS]:
-            shown = of_prompt if len(of_prompt) <= _NEWEST else [of_prompt[0], *of_prompt[-_NEWEST:]]
-            for n, row in enumerate(shown):
-                cells.append([_cell(row.get(key, "")) if n == 0 or key != "prompt" else "" for key in head])
-        name, prompts = escaped(folder.resolve().name), min(len(by_prompt), _MOST_PROMPTS)
-        note = (
-            f'<p class="note">{name}: the first and the newest {_NEWEST} answers to {prompts} of {len(by_prompt):,} '
-            f"prompts; {SAMPLES} has {len(rows):,} answers</p>"
-        )
-        parts.append(f"<h2>Answers during training</h2>{note}{table(cells, [escaped(key) for key in head])}")
-    return parts
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a JSONL file; its last line may be in the writing."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def _cell(value: Any) -> str:

@@ -253,7 +253,7 @@ class CheckpointConfig:
         keep: number of most recent checkpoints to retain
         keep_every: also retain checkpoints of steps divisible by this, permanently; null: none
         keep_best: also retain the checkpoint of the best validation by this metric (loss, accuracy, ...; of loss and
-            names that end in it the lowest); it is saved when it is validated; null: none
+            nll the lowest, else the highest); it is saved when it is validated; null: none
         async_save: write checkpoints in the background; needs host memory for a copy of the state
         resume: auto: resume from the newest intact checkpoint in dir, if any; never: refuse a dir that has one
         resume_allow: differences from the resumed run to accept: data, tokenizer, order (seed, batch size,

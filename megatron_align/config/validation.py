@@ -16,7 +16,7 @@ class EarlyStoppingConfig:
     Args:
         metric: of the validation rows: loss, accuracy, ...
         patience: validations in a row that do not improve the metric; the last of them ends the run
-        mode: min: lower is better; max: higher is; null: min for loss and names that end in it, max for all others
+        mode: min: lower is better; max: higher is; null: min for loss and nll, max for all others
     """
 
     metric: str = "loss"

@@ -20,6 +20,7 @@ class Metric:
         trl: its name in TRL's logs (and so in Weights & Biases); empty: TRL has none of the same meaning.
         written: which rows have it; an objective's own metrics need not say so.
         curve: a report draws it as a curve over the steps.
+        lower_is_better: what early stopping and ``checkpoint.keep_best`` take for better.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Metric:
     trl: str = ""
     written: str = "all"
     curve: bool = True
+    lower_is_better: bool = False
 
 
 NLL = Metric(
@@ -37,6 +39,7 @@ NLL = Metric(
     unit="nats per token",
     meaning="the likelihood term on chosen responses, where the loss has one",
     trl="nll_loss",
+    lower_is_better=True,
 )
 REWARD_MARGIN = Metric(
     name="reward_margin",

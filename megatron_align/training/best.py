@@ -6,6 +6,7 @@ What is known about earlier validations is read from metrics.jsonl, so a killed 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_align.checkpoint.folder import list_steps
-from megatron_align.errors import nearest, require
+from megatron_align.errors import InputError, nearest, require
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.metrics_file import METRICS
@@ -31,12 +32,12 @@ class History:
 
     Args:
         metric: its name.
-        mode: min: lower is better; None: for ``loss`` and names that end in it.
+        mode: min: lower is better; max: higher is.
     """
 
-    def __init__(self, metric: str, mode: Mode | None = None):
-        self.metric, self.values = metric.removeprefix(f"{SPLIT}/"), dict[int, float]()
-        self._sign = -1.0 if (mode or ("min" if self.metric.endswith("loss") else "max")) == "min" else 1.0
+    def __init__(self, metric: str, mode: Mode):
+        self.metric, self.values = metric, dict[int, float]()
+        self._sign = -1.0 if mode == "min" else 1.0
 
     def read(self, file: Path, until: int) -> None:
         """Take over the validations that an earlier process wrote, up to a step."""
@@ -47,14 +48,15 @@ class History:
     def add(self, step: int, row: Mapping[str, Any]) -> None:
         """Note the metric of a validation; one that is not finite never is the best."""
         value = row.get(self.metric)
-        self.values[step] = self._sign * value if isinstance(value, (int, float)) else float("-inf")
-        if self.values[step] != self.values[step]:
-            self.values[step] = float("-inf")
+        is_finite = isinstance(value, (int, float)) and math.isfinite(
+            value
+        )  # metrics.jsonl has null for others
+        self.values[step] = self._sign * value if is_finite else -math.inf
 
     def best(self, among: Iterable[int] | None = None) -> int | None:
         """Return the step of the best validation, the first of equal ones; None: there is none."""
         steps = sorted(self.values if among is None else self.values.keys() & set(among))
-        finite = [step for step in steps if self.values[step] > float("-inf")]
+        finite = [step for step in steps if self.values[step] > -math.inf]
         return max(finite, key=lambda step: self.values[step], default=None)
 
     def value(self, step: int) -> float:
@@ -68,28 +70,44 @@ class History:
 
 
 class _Tracking(Hook):
-    """Follows a metric of the validations."""
+    """Follows a metric of the validations.
+
+    Args:
+        option: that names the metric.
+        metric: its name.
+        mode: min: lower is better; max: higher is; None: as the metric's description says.
+    """
+
+    _history: History
 
     def __init__(self, option: str, metric: str, mode: Mode | None = None):
-        self._option, self._history = option, History(metric, mode)
+        self._option, self._metric, self._mode = option, metric.removeprefix(f"{SPLIT}/"), mode
 
     def start(self, trainer: Trainer) -> None:
         """Check the metric's name, and read the validations of earlier processes."""
         super().start(trainer)
-        known = ("loss", *trainer.objective.sum_names)
-        known = tuple(dict.fromkeys((*known, *(metric.name for metric in trainer.objective.metrics))))
-        name = self._history.metric
+        lower = {metric.name: metric.lower_is_better for metric in trainer.objective.metrics if metric.curve}
+        lower["loss"] = True
         require(
-            name in known,
-            f"{self._option} must name a metric of the validation ({', '.join(known)}), got '{name}'"
-            f"{nearest(name, list(known))}",
+            self._metric in lower,
+            f"{self._option} must name a metric of the validation ({', '.join(sorted(lower))}), got '{self._metric}'"
+            f"{nearest(self._metric, list(lower))}",
         )
+        self._history = History(self._metric, self._mode or ("min" if lower[self._metric] else "max"))
         if dist.get_rank() == 0:
             self._history.read(trainer.setup.folder / METRICS, trainer.step)
 
     def end_step(self, step: int) -> bool:
-        """Note the step's validation, if there was one."""
+        """Note the step's validation, if there was one.
+
+        Raises:
+            InputError: on every rank: these options or data have no such metric.
+        """
         if (row := self.trainer.validated.get(step)) is not None:
+            if self._metric not in row:
+                raise InputError(
+                    f"{self._option}: this run's validation has no {self._metric}; it has {', '.join(row)}"
+                )
             # Through JSON, as a resumed run reads it.
             self._history.add(step, json.loads(json.dumps(row)))
         return False
@@ -147,16 +165,25 @@ class KeepBest(_Tracking):
         return False
 
     def kept(self) -> int | None:
-        """Return the best step among those that have a checkpoint, and write best.json; call it on rank 0."""
+        """Return the best step among those that have a checkpoint; call it on rank 0."""
+        return self._history.best(dict(list_steps(self.trainer.setup.folder)))
+
+    def write(self) -> None:
+        """Name the best checkpoint in best.json; call it on rank 0. A full disk is a warning."""
         folder = self.trainer.setup.folder
         steps = dict(list_steps(folder))
         best = self._history.best(steps)
-        if best is not None:
-            found = {"step": best, "metric": self._history.metric, "value": self._history.value(best)}
-            partial = folder / f".{BEST}.partial"
+        if best is None:
+            return
+        found = {"step": best, "metric": self._history.metric, "value": self._history.value(best)}
+        partial = folder / f".{BEST}.partial"
+        try:
             partial.write_text(json.dumps({**found, "checkpoint": steps[best].name}) + "\n", encoding="utf-8")
             partial.rename(folder / BEST)
-        return best
+        except OSError as error:
+            self._log.message(
+                f"warning: {BEST} could not be written: {error.strerror}; the checkpoint of step {best} is kept"
+            )
 
     def finish(self) -> None:
         """Say which checkpoint is the best."""

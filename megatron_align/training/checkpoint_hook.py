@@ -175,3 +175,5 @@ class Checkpointing(Hook):
         if dist.get_rank() == 0:
             best = self._best.kept() if self._best else None
             prune(self.trainer.setup.folder, self._config.keep, self._config.keep_every, best)
+            if self._best:
+                self._best.write()

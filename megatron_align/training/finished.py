@@ -58,8 +58,11 @@ def report_finished(setup: RunSetup) -> None:
         return
     remove_requeue_marker(setup.folder)
     model = f", the model is in {setup.folder / HF}" if setup.config.checkpoint.export_hf else ""
+    assert setup.resume is not None, "the run is finished"
+    stopped_early = setup.resume.step != setup.steps
+    more = "train.early_stopping.patience, or remove train.early_stopping" if stopped_early else "train.steps"
     print(
-        f"already finished: {_done(setup)}{model}; for more steps raise train.steps, for another run "
+        f"already finished: {_done(setup)}{model}; for more steps raise {more}, for another run "
         "give another checkpoint.dir",
         flush=True,
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -14,10 +13,9 @@ from megatron_align.data.tokenize.template_clock import parse_date
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, TrainingFault, require
 from megatron_align.monitoring.logger import RunLog
-from megatron_align.monitoring.metrics_file import keep_until
+from megatron_align.monitoring.metrics_file import MetricsFile, keep_until
 from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
-from megatron_align.storage.fsync import fsync_open
 from megatron_align.training.hooks import Hook
 from megatron_align.training.trainer import Trainer
 
@@ -43,6 +41,7 @@ class Samples(Hook):
         )
         self._records: list[PromptRecord] = []
         self._prompts: list[Prompt] = []
+        self._file: MetricsFile | None = None
 
     def start(self, trainer: Trainer) -> None:
         """Read and tokenise the prompts, and drop the answers of steps that a resumed run makes again.
@@ -65,6 +64,7 @@ class Samples(Hook):
         require_fitting(self._prompts, setup.shape.max_positions, "prompts of validation.generate")
         if dist.get_rank() == 0:
             keep_until(setup.folder / SAMPLES, trainer.step)
+            self._file = MetricsFile(setup.folder / SAMPLES)
 
     def end_step(self, step: int) -> bool:
         """See :class:`Hook`."""
@@ -78,8 +78,9 @@ class Samples(Hook):
         """Generate and write the answers. Collective.
 
         Raises:
-            TrainingFault: on every rank: rank 0 could not.
+            TrainingFault: on every rank: rank 0 could not, or the folder is another run's by now.
         """
+        self.trainer.setup.require_folder()
         fault: str | None = None
         engine = None
         if dist.get_rank() == 0:
@@ -101,7 +102,7 @@ class Samples(Hook):
             raise TrainingFault(f"validation.generate failed after step {step}: {faults[0]}")
 
     def _write(self, step: int, completions: list[Completion]) -> None:
-        rows = []
+        assert self._file is not None, "rank 0 writes"
         for record, completion in zip(self._records, completions, strict=True):
             prompt = record.prompt_field()
             row: dict[str, Any] = {
@@ -111,14 +112,21 @@ class Samples(Hook):
                 "finish_reason": completion.finish_reason,
                 "tokens": len(completion.token_ids),
             }
-            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+            if refusal := self._file.add(row):
+                self._log.message(f"warning: {SAMPLES}: {refusal}; its rows wait in memory")
             asked = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
             self._log.message(f"step {step}: {_one_line(asked[-_SHOWN:])} -> {_one_line(completion.text)}")
-        file = Path(self.trainer.setup.folder) / SAMPLES
-        with file.open("a", encoding="utf-8") as out:
-            out.writelines(rows)
-            out.flush()
-            fsync_open(out.fileno(), file)
+        with suppress(OSError):  # the warning has said so
+            self._file.sync()
+
+    def close(self, error: BaseException | None) -> None:
+        """Write the answers that a full disk refused, unless the folder is another run's by now."""
+        if self._file is None:
+            return
+        try:
+            self._file.close(discard=self.trainer.setup.taken_by() is not None)
+        except OSError as refusal:
+            self._log.message(f"warning: {SAMPLES}: {refusal.strerror}; its last rows are lost")
 
 
 def _one_line(text: str) -> str:

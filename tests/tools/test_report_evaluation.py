@@ -91,28 +91,13 @@ def test_evaluations_of_other_data_are_drawn_and_not_compared(tmp_path, capsys):
 
 def test_answers_during_training_and_evaluations_share_the_page_of_a_run(tmp_path, capsys):
     run = write_run(tmp_path / "run", steps=3)
-    rows = [
-        {
-            "step": step,
-            "prompt": [{"role": "user", "content": f"question {n}"}],
-            "completion": f"<i>{step}.{n}</i>",
-        }
-        for step in range(1, 10)
-        for n in range(30)
-    ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 30, "pro')
+    row = {"step": 3, "prompt": "question", "completion": "<i>answer</i>", "finish_reason": "stop"}
+    (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
     page, printed = report(capsys, tmp_path / "out", run, write_evaluation(tmp_path / "dpo", 8))
-    text = " ".join(page.words)
-    assert (
-        "run: the first and the newest 3 answers to 20 of 30 prompts; samples.jsonl has 270 answers" in text
-    )
-    assert [word for word in page.words if word.endswith(".19</i>")] == [
-        f"<i>{n}.19</i>" for n in (1, 7, 8, 9)
-    ]
-    assert sum(word == "user: question 19" for word in page.words) == 1
-    assert "question 20" not in text
+    assert page.words.count("Answers during training") == 1
+    assert page.words.count("<i>answer</i>") == 1
     assert "run (3 steps)" in printed
-    assert "n 8" in text
+    assert "n 8" in " ".join(page.words)
 
 
 def test_an_evaluation_without_its_items_is_one_line(tmp_path, capsys):

@@ -3,13 +3,20 @@
 The metrics are global, so that every layout decides the same; rank 0 decides for all.
 """
 
+import errno
 import json
+import math
+import os
 import shutil
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import load_config
+from megatron_align.objectives.dpo import DPO
+from megatron_align.training import best
 from megatron_align.training.best import History
 from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, numbers, run_arguments, write_chat
@@ -73,11 +80,16 @@ def test_the_best_checkpoint_is_saved_and_kept(pool, tiny_models, chat_file, val
     }
     pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, run, **options))
     losses = {row["step"]: row["loss"] for row in metrics_of(run, "validation")}
-    best = min(losses, key=losses.get)
-    assert best < 5, losses
-    assert steps_of(run) == [best, 5]
+    lowest = min(losses, key=losses.get)
+    assert lowest < 5, losses
+    assert steps_of(run) == [lowest, 5]
     found = json.loads((run / "best.json").read_text())
-    assert found == {"step": best, "metric": "loss", "value": losses[best], "checkpoint": f"step_{best:06d}"}
+    assert found == {
+        "step": lowest,
+        "metric": "loss",
+        "value": losses[lowest],
+        "checkpoint": f"step_{lowest:06d}",
+    }
 
 
 def test_an_unknown_metric_is_named_with_the_known_ones(pool, tiny_models, chat_file, validation, tmp_path):
@@ -108,12 +120,60 @@ def test_options_that_do_not_fit_are_one_line(changes, line):
         load_config(run, changes)
 
 
+@pytest.fixture
+def tracking(tmp_path, monkeypatch):
+    """``tracking(metric)``: a started KeepBest of a DPO run on one rank, and what it logs."""
+    monkeypatch.setattr(best.dist, "get_rank", lambda: 0)
+    metrics = SimpleNamespace(metrics=DPO.metrics)
+    setup = SimpleNamespace(folder=tmp_path)
+    trainer = SimpleNamespace(objective=metrics, setup=setup, step=0, validated={})
+
+    def start(metric):
+        lines = []
+        hook = best.KeepBest(SimpleNamespace(message=lines.append), metric)
+        hook.start(trainer)
+        return hook, lines
+
+    return start
+
+
+@pytest.mark.parametrize(("metric", "lowest"), [("loss", True), ("nll", True), ("accuracy", False)])
+def test_what_is_better_is_the_metrics_own(tracking, metric, lowest):
+    hook, _ = tracking(metric)
+    for step, value in ((1, 2.0), (2, 1.0)):
+        hook._history.add(step, {metric: value})
+    assert hook._history.best() == (2 if lowest else 1)
+
+
+def test_a_metric_that_the_validation_lacks_is_refused(tracking):
+    """Without a likelihood term no row has nll."""
+    hook, _ = tracking("nll")
+    hook.trainer.validated = {1: {"loss": 1.0, "accuracy": 0.5}}
+    with pytest.raises(InputError, match="has no nll; it has loss, accuracy"):
+        best.KeepBest.end_step(hook, 1)
+
+
+def test_a_full_disk_refuses_best_json_and_ends_nothing(tracking, tmp_path, monkeypatch):
+    hook, lines = tracking("loss")
+    monkeypatch.setattr(best, "list_steps", lambda folder: [(1, tmp_path / "step_000001")])
+    hook._history.add(1, {"loss": 1.0})
+    with mock.patch.object(
+        best.Path, "write_text", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    ):
+        hook.write()
+    assert lines == [
+        "warning: best.json could not be written: No space left on device; the checkpoint of step 1 is kept"
+    ]
+    hook.write()
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
+
+
 def test_the_best_is_the_first_of_equal_ones_and_never_one_that_is_not_finite():
-    history = History("eval_loss")
-    for step, value in ((1, 3.0), (2, float("nan")), (3, 2.0), (4, None), (5, 2.0), (6, 2.5)):
-        history.add(step, {"eval_loss": value})
-    assert (history.best(), history.without_improvement(), history.best([1, 5, 6])) == (3, 3, 5)
-    highest = History("accuracy")
+    history = History("loss", "min")
+    for step, value in ((1, 3.0), (2, float("nan")), (3, 2.0), (4, None), (5, 2.0), (6, 2.5), (7, -math.inf)):
+        history.add(step, {"loss": value})
+    assert (history.best(), history.without_improvement(), history.best([1, 5, 6])) == (3, 4, 5)
+    highest = History("accuracy", "max")
     assert (highest.best(), highest.without_improvement()) == (None, 0)
     highest.add(1, {"accuracy": None})
     assert (highest.best(), highest.without_improvement()) == (None, 1)
