@@ -93,7 +93,10 @@ class AdvantageEstimator:
     reward_clip_range: tuple[float, float] | None = None
 
     def __call__(self, experience: Experience) -> tuple[Tensor, Tensor | None]:
-        """Return advantages ``[N]`` fp64, 0 where a completion was not scored, and for gae the returns."""
+        """Return advantages ``[N]`` fp64, 0 where a completion was not scored, and for gae the returns.
+
+        The return of a completion that was not scored is the critic's own value: nothing to learn.
+        """
         penalty_N = self._penalty(experience)
         groups = self._scores(experience, penalty_N)
         penalty_N = penalty_N if self.kl_in == "token_reward" else None
@@ -120,6 +123,8 @@ class AdvantageEstimator:
         if self.normalize_advantages and self.advantage in WHITENED:
             advantage_N = self._whiten(advantage_N, counting_N)
         scored_N = per_token(groups.scored_C, experience.length_C)
+        if returns_N is not None and experience.value_N is not None:
+            returns_N = torch.where(scored_N, returns_N, experience.value_N.double())
         return advantage_N.masked_fill(~scored_N, 0.0), returns_N
 
     def _penalty(self, experience: Experience) -> Tensor | None:

@@ -36,7 +36,8 @@ def engine_correction(
             to ``[floor, cap]``; mask: 0 outside. TRL's names; TRL's default is sequence_mask with cap 3.
         cap: None: no upper bound.
         floor: None: no lower bound.
-        mask_N: bool: tokens that count; the others do not enter a sequence's sum, and their own weight is 1.
+        mask_N: bool: tokens that count; the log-ratio of the others counts as 0. In a sequence mode they too have the
+            weight of their completion.
     """
     log_N = difference_N.nan_to_num(nan=0.0)
     if mask_N is not None:

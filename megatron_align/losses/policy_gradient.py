@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_align.errors import require
 from megatron_align.losses.kl import KL_ESTIMATORS
 from megatron_align.losses.segments import per_token, segment_sums
 
@@ -104,12 +105,23 @@ def cispo(
     too small: TRL recommends 5 (arXiv:2510.13786). With ``epsilon`` the ratio is at least ``1 - epsilon`` too (verl,
     NeMo-RL; not in TRL).
     """
-    low, high = _cispo_bounds(epsilon, epsilon_high)
+    low, high = cispo_bounds(epsilon, epsilon_high)
     return -ratio_N.detach().clamp(low, high) * tokens.advantage_N * tokens.policy_N
 
 
-def _cispo_bounds(epsilon: float | None, epsilon_high: float | None) -> tuple[float, float]:
-    return 0.0 if epsilon is None else 1 - epsilon, 0.2 if epsilon_high is None else epsilon_high
+def cispo_bounds(epsilon: float | None, epsilon_high: float | None) -> tuple[float, float]:
+    """Return the smallest and largest ratio of :func:`cispo`.
+
+    Raises:
+        InputError: the largest is not above the smallest.
+    """
+    low, high = 0.0 if epsilon is None else 1 - epsilon, 0.2 if epsilon_high is None else epsilon_high
+    require(
+        low < high,
+        f"epsilon_high of loss_type cispo, the largest ratio itself, must be above the smallest, 1 - epsilon = "
+        f"{low:g}; got {'none, which is 0.2' if epsilon_high is None else epsilon_high}",
+    )
+    return low, high
 
 
 def sapo(
@@ -289,7 +301,14 @@ class PolicyGradient:
         """Return the terms of each token; ``entropy_kept_N``: bool, tokens whose surrogate stays (KL terms always do).
 
         As in TRL, the KL term is added after the surrogate was masked and, but for ``correct_kl``, corrected.
+
+        Raises:
+            ValueError: a KL term without the reference's log-probs, or ``correct_kl`` without a correction.
         """
+        if self.beta > 0 and tokens.reference_N is None:
+            raise ValueError(f"beta {self.beta} needs log-probs of the reference, got none")
+        if self.correct_kl and tokens.correction_N is None:
+            raise ValueError("correct_kl needs the correction of the engine's log-probs, got none")
         loss = POLICY_LOSSES[self.loss_type]
         ratio_N = importance_ratio(
             tokens,
@@ -322,7 +341,7 @@ class PolicyGradient:
         function, advantage_N = POLICY_LOSSES[self.loss_type].function, tokens.advantage_N
         low, high = -math.inf, math.inf
         if function is cispo:
-            low, high = _cispo_bounds(self.options.get("epsilon"), self.options.get("epsilon_high"))
+            low, high = cispo_bounds(self.options.get("epsilon"), self.options.get("epsilon_high"))
         elif function is clipped:
             epsilon = self.options.get("epsilon", 0.2)
             low, high = 1 - epsilon, 1 + self.options.get("epsilon_high", epsilon)

@@ -24,8 +24,13 @@ def combine_rewards(
         names: of each function, for errors.
 
     Raises:
-        InputError: a function returned another number of rewards than the first, or NaN or infinity.
+        InputError: a function returned another number of rewards than the first, or NaN or infinity; or there is not
+            one weight for each function.
     """
+    if len(weight_R) != len(names):
+        raise InputError(
+            f"each of the {len(names)} rewards ({', '.join(names)}) needs a weight, got {len(weight_R)} weights"
+        )
     for name, values in zip(names, rewards, strict=True):
         if len(values) != len(rewards[0]):
             raise InputError(

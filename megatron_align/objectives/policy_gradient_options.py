@@ -1,7 +1,11 @@
 """Options of policy gradients on sampled completions, with TRL's names and defaults where TRL has them.
 
-Every option that the others leave without effect is refused. Formulas: losses/policy_gradient.py and
-losses/advantage_estimator.py; docs/online.md says where peers differ.
+Every option that the others leave without effect is refused, and each of the rest is read by a method: the order of the
+methods is that of a step. Formulas: losses/policy_gradient.py and losses/advantage_estimator.py; docs/online.md has an
+example and says where peers differ.
+
+Shapes: C completions of G prompts, one prompt's after the other; N tokens of them, one completion after the other; S
+tokens that count in the step, over all ranks.
 """
 
 from __future__ import annotations
@@ -9,9 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from megatron_align.errors import require
-from megatron_align.losses.advantage_estimator import WHITENED, AdvantageEstimator
-from megatron_align.losses.policy_gradient import POLICY_LOSSES, PolicyGradient
+from megatron_align.losses.advantage_estimator import COMPARING, WHITENED, AdvantageEstimator
+from megatron_align.losses.advantages import ScoredGroups
+from megatron_align.losses.policy_gradient import (
+    POLICY_LOSSES,
+    PolicyGradient,
+    PolicyTokens,
+    cispo_bounds,
+    entropy_threshold,
+    token_weights,
+)
+from megatron_align.losses.rewards import overlong_penalty
+from megatron_align.losses.segments import per_token
 from megatron_align.objectives.options import (
     ObjectiveOptions,
     require_loss_types,
@@ -30,7 +46,7 @@ class PolicyGradientOptions(ObjectiveOptions):
     Args:
         loss_type: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo
         epsilon: clip of the ratio below 1 (and above, without epsilon_high); null: 0.2. cispo: a lower bound of 1 -
-            epsilon, null: none
+            epsilon, below epsilon_high; null: none
         epsilon_high: clip of the ratio above 1; null: epsilon. cispo: the upper bound itself; null: 0.2
         delta: bound of the ratio where the advantage is negative (dual clip), above 1 + epsilon_high; null: none
         sapo_temperature_pos: sapo: temperature where the advantage is positive; null: 1
@@ -46,14 +62,15 @@ class PolicyGradientOptions(ObjectiveOptions):
             token; null: none
         max_completion_length: dr_grpo: tokens that its sums are divided by; null: the limit of generation
         mask_truncated_completions: answers that were cut off have no part in the loss
-        truncated_in_baseline: rewards of answers that were cut off count in means and deviations
+        truncated_in_baseline: rewards of answers that were cut off count in the means and deviations of group, rloo,
+            opo and reinforce_baseline
         top_entropy_quantile: share of the step's tokens, those of highest entropy, whose policy loss is kept
         advantage: group, rloo, opo, reinforce, reinforce_baseline or gae
         scale_rewards: group: deviation that divides: of the group, of the batch, or none; null: group
         std_eps: added to deviations that divide; null: 1e-4
         unbiased_std: deviations by n - 1, or by n; null: true
         normalize_advantages: whiten advantages; null: true for reinforce, reinforce_baseline and gae
-        reward_clip_range: smallest and largest reward; null: not clipped
+        reward_clip_range: smallest and largest reward, overlong penalty included; null: not clipped
         gamma: discount of token rewards; null: 1
         gae_lambda: gae: lambda; null: 1
         beta: KL coefficient; 0: no reference
@@ -106,6 +123,54 @@ class PolicyGradientOptions(ObjectiveOptions):
         self._check_advantage()
         self._check_kl()
 
+    def scored_groups(
+        self,
+        reward_C: Tensor,
+        size_G: Tensor,
+        *,
+        length_C: Tensor,
+        truncated_C: Tensor,
+        limit: int,
+        scored_C: Tensor | None = None,
+    ) -> ScoredGroups:
+        """Return the rewards in their groups, less the overlong penalty.
+
+        Args:
+            reward_C: of each completion, see :meth:`.ScoredGroups.of`.
+            size_G: completions of each prompt.
+            length_C: tokens of each completion.
+            truncated_C: bool: it was cut off, see :func:`.rewards.truncated`.
+            limit: the limit of generation, in tokens.
+            scored_C: bool; None: all were scored.
+
+        Raises:
+            InputError: a reward is NaN or infinite, or overlong_buffer is above the limit.
+        """
+        if self.overlong_buffer is not None:
+            factor = 1.0 if self.overlong_factor is None else self.overlong_factor
+            reward_C = reward_C + overlong_penalty(
+                length_C, limit=limit, buffer=self.overlong_buffer, factor=factor
+            )
+        counted_C = None if self.truncated_in_baseline else ~truncated_C
+        return ScoredGroups.of(reward_C, size_G, scored_C=scored_C, counted_C=counted_C)
+
+    def loss_mask(self, truncated_C: Tensor, length_C: Tensor, mask_N: Tensor | None = None) -> Tensor | None:
+        """Return which tokens count, ``[N]`` bool: of ``mask_N``, without truncated answers if so chosen; None: all.
+
+        For the loss, and as in TRL for the experience too: then a masked answer's KL penalty is 0, and its weight in
+        opo's baseline.
+        """
+        if not self.mask_truncated_completions:
+            return mask_N
+        complete_N = per_token(~truncated_C, length_C)
+        return complete_N if mask_N is None else complete_N & mask_N
+
+    def entropy_kept(self, entropy_N: Tensor, entropy_S: Tensor) -> Tensor | None:
+        """Return which of some tokens keep their policy loss, ``[N]`` bool, by the entropies of the step; None: all."""
+        if self.top_entropy_quantile == 1:
+            return None
+        return entropy_N >= entropy_threshold(entropy_S, self.top_entropy_quantile)
+
     def policy_gradient(self) -> PolicyGradient:
         """Return the loss that these options describe."""
         own = {option: getattr(self, option) for option in _OPTIONS_OF[self.loss_type]}
@@ -139,6 +204,26 @@ class PolicyGradientOptions(ObjectiveOptions):
             reward_clip_range=None if clip is None else (clip[0], clip[1]),
         )
 
+    def token_weights(
+        self,
+        tokens: PolicyTokens,
+        *,
+        completion_weight: float | Tensor,
+        token_weight: float | Tensor,
+        limit: int,
+    ) -> Tensor:
+        """Return the weight of each token in the step's loss, ``[N]``, see :func:`.policy_gradient.token_weights`.
+
+        ``limit``: of generation, in tokens: dr_grpo divides by it where ``max_completion_length`` is null.
+        """
+        return token_weights(
+            POLICY_LOSSES[self.loss_type].aggregation,
+            tokens,
+            completion_weight=completion_weight,
+            token_weight=token_weight,
+            max_completion_length=self.max_completion_length or limit,
+        )
+
     @property
     def whitens(self) -> bool:
         """Whether advantages are whitened."""
@@ -162,6 +247,8 @@ class PolicyGradientOptions(ObjectiveOptions):
             self.delta is None or self.delta > lowest,
             f"objective.delta must be above 1 + epsilon_high = {lowest:g}, where the clip is; got {self.delta}",
         )
+        if self.loss_type == "cispo":
+            cispo_bounds(self.epsilon, self.epsilon_high)
         self._require_for("sequence_ratio", self.importance_sampling_level == "sequence", "level sequence")
         clamps_itself = self.loss_type == "vespo"
         require(
@@ -189,6 +276,11 @@ class PolicyGradientOptions(ObjectiveOptions):
         require_positive(**{name: value for name, value in given.items() if value is not None})
 
     def _check_advantage(self) -> None:
+        require(
+            self.truncated_in_baseline or self.advantage in COMPARING,
+            f"objective.truncated_in_baseline false belongs to advantage {', '.join(COMPARING)}, which compare "
+            f"completions; got advantage {self.advantage}",
+        )
         self._require_for("scale_rewards", self.advantage == "group", "advantage group")
         divides = self.whitens or (self.advantage == "group" and self.scale_rewards != "none")
         for name in ("std_eps", "unbiased_std"):

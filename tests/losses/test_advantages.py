@@ -127,6 +127,13 @@ def test_rewards_are_a_weighted_sum_and_none_is_no_score():
     assert scored_C.tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("weights", [[0.5], [0.5, 1, 2]])
+def test_each_reward_needs_its_weight(weights):
+    """A single weight is not that of all functions."""
+    with pytest.raises(InputError, match=rf"2 rewards \(a, b\) needs a weight, got {len(weights)} weights"):
+        combine_rewards([[1.0, 2.0], [3.0, 4.0]], weights, ["a", "b"])
+
+
 def test_gae_equals_its_definition_on_every_packed_completion():
     reward_N, value_N, gamma, lam = draw(0), draw(1), 0.9, 0.8
     advantage_N, return_N = generalised_advantages(reward_N, value_N, LENGTH_C, gamma=gamma, gae_lambda=lam)
@@ -216,6 +223,18 @@ def test_reinforce_plus_plus_whitens_over_the_tokens_that_count(advantage):
     assert (white[~mask_N] == 0).all()
     if advantage == "gae":
         assert torch.equal(returns, same_returns)  # whitening leaves the critic's targets
+
+
+def test_a_critic_learns_nothing_from_completions_that_were_not_scored():
+    """Their return is the critic's own value, not a reward of 0; the others' returns are as without them."""
+    scored_C = torch.ones(len(REWARD_C), dtype=torch.bool)
+    scored_C[2] = False  # tokens 3 to 5
+    given = experience(groups=groups(scored_C=scored_C), value_N=draw(2).float())
+    _, return_N = AdvantageEstimator(advantage="gae", gae_lambda=0.9)(given)
+    _, all_scored_N = AdvantageEstimator(advantage="gae", gae_lambda=0.9)(experience(value_N=draw(2).float()))
+    assert torch.equal(return_N[3:6], draw(2).float()[3:6].double())
+    rest = torch.arange(N).sub(4).abs() > 1
+    assert torch.equal(return_N[rest], all_scored_N[rest])
 
 
 def test_reinforce_discounts_the_score_from_the_answers_end():

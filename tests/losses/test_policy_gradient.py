@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from megatron_align.errors import InputError
 from megatron_align.losses.engine_mismatch import effective_sample_share, engine_correction
 from megatron_align.losses.kl import KL_ESTIMATORS
 from megatron_align.losses.policy_gradient import (
@@ -183,6 +184,20 @@ def test_the_kl_term_is_added_after_masks_and_corrections():
     assert_close(both, surrogate + 0.15 * only_kl.kl_N)
 
 
+def test_a_kl_term_without_its_log_probs_is_refused():
+    """Never dropped silently: beta needs the reference, correct_kl the correction."""
+    with pytest.raises(ValueError, match="beta 0.1 needs log-probs of the reference, got none"):
+        PolicyGradient(beta=0.1)(step(reference_N=None))
+    with pytest.raises(ValueError, match="correct_kl needs the correction"):
+        PolicyGradient(beta=0.1, correct_kl=True)(step())
+
+
+@pytest.mark.parametrize("bounds", [{"epsilon": 0.2}, {"epsilon": 0.3, "epsilon_high": 0.7}])
+def test_cispo_bounds_that_cross_are_refused(bounds):
+    with pytest.raises(InputError, match="must be above the smallest, 1 - epsilon = 0.[78]; got"):
+        PolicyGradient(loss_type="cispo", options=bounds)(step())
+
+
 def test_cispo_with_a_lower_bound():
     tokens = step(mask_N=None, reference_N=None)
     options = {"epsilon_high": 1.1, "epsilon": 0.1}
@@ -236,6 +251,11 @@ def test_engine_correction_bounds_and_masks():
     }
     for (mode, cap, floor), want in rows.items():
         got = engine_correction(difference_N, length_C, mode=mode, cap=cap, floor=floor)
+        assert_close(got, torch.tensor(want, dtype=torch.float64))
+    mask_N = torch.tensor([1, 0, 0, 1, 1], dtype=torch.bool)  # tokens that do not count: log-ratio 0
+    masked_rows = {"token_truncate": [1, 1, 1, 1, e(0.3)], "sequence_truncate": [1, 1, *[e(0.3)] * 3]}
+    for mode, want in masked_rows.items():
+        got = engine_correction(difference_N, length_C, mode=mode, mask_N=mask_N)
         assert_close(got, torch.tensor(want, dtype=torch.float64))
     assert effective_sample_share(torch.ones(5)) == 1
     assert_close(effective_sample_share(torch.tensor([1.0, 0, 0, 0])), torch.tensor(0.25))
