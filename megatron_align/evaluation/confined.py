@@ -3,7 +3,8 @@
 ``python -I confined.py FOLDER SECONDS BYTES FD`` reads a line with a token and then the program from stdin. It writes
 READY to the descriptor FD once it is confined, and the token when the program has run to its end. Before that: limits
 of time, memory and file size; no capability remains; Landlock lets it write below FOLDER only; a seccomp filter refuses
-new processes, sockets, signals to other processes, and what would change files or processes beyond Landlock's reach.
+new processes, sockets, namespaces (in a new one it would have every capability), signals to other processes, all but a
+few ioctls, and what would change files or processes beyond Landlock's reach.
 """
 
 import ctypes
@@ -27,11 +28,13 @@ _THREAD = 0x00010000  # CLONE_THREAD
 _CALLS: dict[str, tuple[int, dict[str, int], tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
-        {"clone": 56, "tgkill": 234, "prlimit64": 302, "fcntl": 72},
+        {"clone": 56, "tgkill": 234, "prlimit64": 302, "fcntl": 72, "ioctl": 16, "socketpair": 53},
         (
             *(57, 58),  # fork, vfork
-            *(41, 62, 200, 129, 297),  # socket, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo
-            *(101, 311),  # ptrace, process_vm_writev
+            *(41, 42, 62, 200, 129, 297),  # socket, connect, kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo
+            *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
+            *(272, 308),  # unshare, setns
+            *(321, 298, 323),  # bpf, perf_event_open, userfaultfd
             *(90, 91, 268),  # chmod, fchmod, fchmodat
             *(92, 93, 94, 260),  # chown, fchown, lchown, fchownat
             *(132, 235, 261, 280),  # utime, utimes, futimesat, utimensat
@@ -45,28 +48,49 @@ _CALLS: dict[str, tuple[int, dict[str, int], tuple[int, ...]]] = {
                 251,
             ),  # setpriority, sched_set{param,scheduler,affinity,attr}, ioprio_set
             *(29, 64, 68, 240),  # shmget, semget, msgget, mq_open: what they make outlives the process
+            *(
+                30,
+                31,
+                65,
+                66,
+                220,
+                69,
+                70,
+                71,
+                241,
+            ),  # shmat, shmctl, semop, semctl, semtimedop, msgsnd, msgrcv, msgctl,
+            # mq_unlink: they reach what other processes have made, by a number or a name that can be guessed
+            *(248, 249, 250),  # add_key, request_key, keyctl: keys outlive the process
         ),
     ),
     "aarch64": (
         0xC00000B7,
-        {"clone": 220, "tgkill": 131, "prlimit64": 261, "fcntl": 25},
+        {"clone": 220, "tgkill": 131, "prlimit64": 261, "fcntl": 25, "ioctl": 29, "socketpair": 199},
         (
-            *(198, 129, 130, 138, 240),
-            *(117, 271),
+            *(198, 203, 129, 130, 138, 240),
+            *(117, 270, 271, 272),
+            *(97, 268),
+            *(280, 241, 282),
             *(52, 53),
             *(54, 55),
             *(88,),
             *(5, 6, 7, 14, 15, 16),
             *(140, 118, 119, 122, 274, 30),
             *(194, 190, 186, 180),
+            *(196, 195, 193, 191, 192, 189, 188, 187, 181),
+            *(217, 218, 219),
         ),
     ),
 }
 # The same on all architectures: pidfd_send_signal, io_uring_{setup,enter,register} (whose requests no filter sees),
-# fchmodat2, setxattrat, removexattrat, file_setattr.
-_NEWER_CALLS = (424, 425, 426, 427, 452, 463, 466, 469)
+# pidfd_open, pidfd_getfd, process_madvise, process_mrelease, fchmodat2, setxattrat, removexattrat, file_setattr.
+_NEWER_CALLS = (424, 425, 426, 427, 434, 438, 440, 448, 452, 463, 466, 469)
 _X32 = 0x40000000  # from here on: x86_64's calls by other numbers
 _SET_OWNER, _SET_SIGNAL, _SET_OWNER_EX = 8, 10, 15  # of fcntl: whom the kernel signals about a file
+# Requests of ioctl that Python and the C library make of any file: TCGETS, TCGETS2 and TIOCGWINSZ (is it a terminal, of
+# what size), FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others change files that are open for reading only.
+_IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_SOCKET_TYPE, _STREAM = 0xF, 1  # of socketpair: a pair of datagram sockets can send to any other socket
 _CLONE3 = 435
 
 
@@ -130,7 +154,7 @@ def confine_calls() -> None:
     def step(code: int, value: int, true: int = 0, false: int = 0) -> bytes:
         return struct.pack("HBBI", code, true, false, value)
 
-    load, equal, at_least, mask_set, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, mask_set, mask, give = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     refuse, unknown = step(give, _REFUSE | _EPERM), step(give, _REFUSE | _ENOSYS)
     number, first, second = step(load, 0), step(load, 16), step(load, 24)  # low halves of the arguments
     program = [
@@ -155,6 +179,8 @@ def confine_calls() -> None:
             step(equal, _SET_SIGNAL, true=1),
             step(equal, _SET_OWNER_EX, false=1),
         ],
+        "ioctl": [second, *(step(equal, _IOCTLS[-i], true=i) for i in range(len(_IOCTLS), 0, -1))],
+        "socketpair": [second, step(mask, _SOCKET_TYPE), step(equal, _STREAM, true=1)],
     }
     for name, steps in arguments.items():
         program += [step(equal, by_argument[name], false=len(steps) + 2), *steps, refuse, number]
