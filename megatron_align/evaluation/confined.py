@@ -48,18 +48,9 @@ _CALLS: dict[str, tuple[int, dict[str, int], tuple[int, ...]]] = {
                 251,
             ),  # setpriority, sched_set{param,scheduler,affinity,attr}, ioprio_set
             *(29, 64, 68, 240),  # shmget, semget, msgget, mq_open: what they make outlives the process
-            *(
-                30,
-                31,
-                65,
-                66,
-                220,
-                69,
-                70,
-                71,
-                241,
-            ),  # shmat, shmctl, semop, semctl, semtimedop, msgsnd, msgrcv, msgctl,
-            # mq_unlink: they reach what other processes have made, by a number or a name that can be guessed
+            # shmat, shmctl, semop, semctl, semtimedop, msgsnd, msgrcv, msgctl, mq_unlink: they reach what other
+            # processes have made, by a number or a name that can be guessed
+            *(30, 31, 65, 66, 220, 69, 70, 71, 241),
             *(248, 249, 250),  # add_key, request_key, keyctl: keys outlive the process
         ),
     ),

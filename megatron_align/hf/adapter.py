@@ -33,7 +33,7 @@ from megatron_align.model.families.adapter import (
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.model.policy import Policy
 from megatron_align.model.tied_embedding import is_tied
-from megatron_align.storage.atomic_write import commit_folder, partial_folder
+from megatron_align.storage.atomic_write import commit_folder, naming_file, partial_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_HASH = "base_weights"  # in the safetensors metadata: a hash of the base's weight files
@@ -346,7 +346,10 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     metadata = {"format": "pt", **({BASE_HASH: weights_hash} if weights_hash else {})}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS, metadata)
+    with naming_file("adapter", partial / WEIGHTS):
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS, metadata
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if shape.is_reward else "CAUSAL_LM",

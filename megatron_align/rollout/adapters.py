@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from megatron_align.hf.baichuan import llama_adapter
 from megatron_align.model.dora import row_norms, scaled
 from megatron_align.model.families.adapter import MAGNITUDE, PEFT, Adapter, adapter_tensors
 
@@ -23,7 +24,7 @@ class EngineAdapters:
 
     Args:
         model: of transformers. Its parameters are left unchanged.
-        adapters: options and tensors (by PEFT's names) of each adapter, by name.
+        adapters: options and tensors (by PEFT's names) of each adapter, by name; Baichuan2's are given to its Llama.
     """
 
     def __init__(
@@ -31,7 +32,8 @@ class EngineAdapters:
     ) -> None:
         self.names = tuple(adapters)
         self._factors: dict[str, dict[str, Factors]] = {}
-        for name, (adapter, tensors) in adapters.items():
+        for name, given in adapters.items():
+            adapter, tensors = llama_adapter(*given)
             self._factors[name] = {
                 module: _factors(model, tensors, module, adapter) for module in adapter.modules
             }

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align.errors import InputError, TrainingFault
+from megatron_align.errors import InputError, TrainingFault, one_line
 from megatron_align.hf.assets import AssetChanges, write_assets
 from megatron_align.hf.gather import gathered_rows
 from megatron_align.model import cpu
@@ -69,8 +69,8 @@ def update_engine(engine: Engine | None, chunks: Sequence[Policy], version: int)
     try:
         if engine is not None and (dist.get_rank() == 0 or not engine.shared):
             engine.update_weights(weights, version)
-    except (InputError, OSError) as error:
-        fault = str(error)
+    except (InputError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        fault = one_line(error)
     for _ in weights:  # those that the engine did not take: other ranks wait in the gathering of each
         pass
     faults: list[str | None] = [None] * dist.get_world_size()

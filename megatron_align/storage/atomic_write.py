@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_align import faults
@@ -48,10 +49,14 @@ def advise_page_cache(path: Path, start: int, count: int, advice: int) -> None:
 
 @contextmanager
 def naming_file(what: str, path: Path) -> Iterator[None]:
-    """Re-raise an OSError of the with-block (a full disk, for example) with what was being written, and where."""
+    """Re-raise an error of the with-block (a full disk, for example) with what was being written, and where.
+
+    Raises:
+        OSError: for an OSError, or for safetensors' own error, which is none.
+    """
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"writing the {what} failed at {path}: {error}") from error
 
 

@@ -11,7 +11,7 @@ from megatron_align.config.validation import SamplesConfig
 from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.template_clock import parse_date
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
-from megatron_align.errors import InputError, TrainingFault, require
+from megatron_align.errors import InputError, TrainingFault, one_line, require
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.metrics_file import MetricsFile, keep_until
 from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
@@ -86,15 +86,15 @@ class Samples(Hook):
         if dist.get_rank() == 0:
             try:
                 engine = self.trainer.live_engine()
-            except InputError as error:
-                fault = str(error)
+            except (InputError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+                fault = one_line(error)
         self.trainer.update_engine(engine)
         if engine is not None:
             try:
                 answers = engine.generate(self._prompts, self._sampling)
                 self._write(step, [completion for [completion] in answers])
-            except (InputError, OSError) as error:
-                fault = str(error)
+            except (InputError, OSError, RuntimeError) as error:
+                fault = one_line(error)
             engine.close()
         faults = [fault]
         dist.broadcast_object_list(faults, src=0)

@@ -16,9 +16,10 @@ from megatron_align.evaluation.adapter_names import parse_adapters
 from megatron_align.evaluation.adapters import attach_adapters
 from megatron_align.evaluation.engines import open_engine
 from megatron_align.evaluation.generation import generate
+from megatron_align.merge.adapter import merge_adapter
 from megatron_align.tools.main import main
 from tests.harness import training_ranks
-from tests.harness.tiny import make_adapter, make_model, write_pairs
+from tests.harness.tiny import make_adapter, make_baichuan, make_model, write_pairs
 
 PROMPT = "2 + 2 ="
 
@@ -68,6 +69,21 @@ def test_generated_tokens_are_those_of_peft(tiny_models, adapters, tmp_path, cap
         attached.use(name)
         [[completion]] = generate(engine, [PROMPT], temperature=0.0, max_tokens=12)
         assert list(completion.token_ids) == wanted[name or "base"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_baichuan2_generates_as_the_merged_model(dora, tmp_path):
+    """Its packed query, key and value are separate in the engine's Llama."""
+    base = make_baichuan(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, b=0.5, dora=dora)
+    merge_adapter(base, adapter, tmp_path / "merged", None)
+    engines = open_engine(base, "fp32", adapter), open_engine(tmp_path / "merged", "fp32")
+    ids = torch.arange(1, 25)[None]
+    with torch.no_grad():
+        found, wanted = (engine.model(ids).logits for engine in engines)
+        plain = open_engine(base, "fp32").model(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (plain - wanted).abs().max() > 1e-2
 
 
 def test_scores_on_a_layout_are_those_of_peft(pool, tiny_models, adapters, tmp_path):

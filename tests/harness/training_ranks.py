@@ -223,8 +223,10 @@ def _most_tensors_alive(chunks: list) -> int:
     return most
 
 
-def fail_to_update(rank_info: parallel.RankInfo, arguments: list[str], bad_rank: int) -> str:
-    """Update engines, of which one takes a tensor and fails; return this rank's error."""
+def fail_to_update(
+    rank_info: parallel.RankInfo, arguments: list[str], bad_rank: int, faults: list[Exception]
+) -> list[str]:
+    """Update engines, of which one takes a tensor and fails, by each fault; return this rank's errors."""
     from megatron_align.training.run_context import joined_ranks
     from megatron_align.training.setup import prepare_run
     from megatron_align.training.trainer import Trainer
@@ -232,18 +234,23 @@ def fail_to_update(rank_info: parallel.RankInfo, arguments: list[str], bad_rank:
     class Bad:
         shared, weight_version = False, 0
 
+        def __init__(self, fault):
+            self.fault = fault
+
         def update_weights(self, tensors, version):
             next(iter(tensors))
-            raise InputError("no room")
+            raise self.fault
 
+    errors = []
     setup = prepare_run(parse(arguments), rank_info)
     with joined_ranks(setup) as watchdog:
         trainer = Trainer.build(setup, watchdog)
-        try:
-            trainer.update_engine(Bad() if rank_info.rank == bad_rank else None)
-        except InputError as error:
-            return str(error)
-    return "none"
+        for fault in faults:
+            try:
+                trainer.update_engine(Bad(fault) if rank_info.rank == bad_rank else None)
+            except InputError as error:
+                errors.append(str(error))
+    return errors
 
 
 def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_align.errors import TrainingFault
+from megatron_align.errors import InputError, TrainingFault
 from megatron_align.rollout.live_weights import require_version
 from megatron_align.rollout.types import Completion
 from tests.harness import training_ranks
@@ -62,8 +62,13 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
 
 def test_an_engine_that_fails_ends_the_update_on_every_rank(pool, tiny_models, chat_file, tmp_path):
     arguments = run_arguments(tiny_models(), chat_file, tmp_path / "run", parallel__tensor=2)
-    errors = pool.run(2, training_ranks.fail_to_update, arguments, 1)
-    assert errors == ["the engine could not take the weights of version 0: no room"] * 2
+    faults = [InputError("no room"), OSError("disk full"), torch.OutOfMemoryError("out of\nmemory")]
+    errors = pool.run(2, training_ranks.fail_to_update, arguments, 1, faults)
+    found = [
+        f"the engine could not take the weights of version 0: {line}"
+        for line in ("no room", "disk full", "out of memory")
+    ]
+    assert errors == [found] * 2
 
 
 def test_a_completion_of_other_weights_is_found():

@@ -3,6 +3,8 @@
 The servers are scripted, with the routes and fields of vLLM's API; the model itself is no part of this test.
 """
 
+import resource
+
 import pytest
 import torch
 
@@ -81,6 +83,21 @@ def test_new_weights_reach_every_server_and_clear_its_cache():
         [weights] = server.weights
         assert weights["a"].tolist() == [0, 1, 2]
         assert server.resets == 1
+
+
+def test_weights_that_cannot_be_written_are_an_os_error_with_their_file():
+    """safetensors has an error of its own for a full disk; here: for a limit on the size of files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(Server()) as url:
+        engine = engine_of(url)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        try:
+            with pytest.raises(
+                OSError, match=r"writing the weights for the vllm servers failed at .*model-00000"
+            ):
+                engine.update_weights([("a", torch.zeros(1 << 16))], version=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_server_with_other_weights_is_found_before_and_after_its_answers():
