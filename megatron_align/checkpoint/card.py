@@ -97,3 +97,9 @@ def shape_differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, t
     """Return the differences of two shapes, given as dictionaries: ``{key: (value of one, value of other)}``."""
     other = {"qk_norm": False, "norm_head": False, **other}  # older checkpoints lack these
     return {key: (value, other.get(key)) for key, value in one.items() if value != other.get(key)}
+
+
+def describe_differences(ours: ModelShape, theirs: ModelShape) -> str:
+    """Return the differences of two shapes as text, ``hidden_size 128 for 64``; empty if they are equal."""
+    differences = shape_differences(dataclasses.asdict(ours), dataclasses.asdict(theirs))
+    return ", ".join(f"{key} {other!r} for {own!r}" for key, (own, other) in differences.items())

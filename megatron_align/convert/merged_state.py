@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.card import shape_differences
+from megatron_align.checkpoint.card import describe_differences
 from megatron_align.checkpoint.folder import find_checkpoint
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.convert.open_adapter import StoredAdapter
@@ -19,7 +18,7 @@ from megatron_align.convert.open_checkpoint import open_checkpoint, open_state
 from megatron_align.errors import InputError
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import open_hf, require_tied_head
-from megatron_align.hf.safetensors import DTYPES, HFWeights
+from megatron_align.hf.safetensors import HFWeights
 from megatron_align.merge.adapter import BLOCK_ELEMENTS, is_adapted, merged_rows, weight_delta
 from megatron_align.model.families import ModelShape, Row
 from megatron_align.model.families.adapter import PEFT
@@ -42,13 +41,11 @@ class _HFRows:
         self.weights, self.shape = weights, shape
 
     def read(self, row: Row) -> dict[str, Tensor]:
-        return {name: self._read(name) for name in row.hf}
-
-    def _read(self, name: str) -> Tensor:
-        flat = torch.empty(self.weights.numel(name), dtype=DTYPES[self.weights.dtype(name)])
-        self.weights.read_flat(name, 0, flat)
-        self.weights.release(name)
-        return flat.view(self.weights.shape(name))
+        tensors = {}
+        for name in row.hf:
+            tensors[name] = self.weights.tensor(name)
+            self.weights.release(name)
+        return tensors
 
 
 def open_base(path: str | Path) -> tuple[Path, RowReader]:
@@ -89,8 +86,7 @@ class MergedState:
         self.base, self.adapter, self.trained, self.written = base, adapter, trained, written
         self.shape = adapter.shape
         like = base.shape.as_reward() if self.shape.is_reward else base.shape
-        if differences := shape_differences(asdict(self.shape), asdict(like)):
-            facts = ", ".join(f"{key} {theirs!r} for {ours!r}" for key, (ours, theirs) in differences.items())
+        if facts := describe_differences(self.shape, like):
             raise InputError(
                 f"the base is another model than the adapter's: {facts} (adapter {adapter.folder})"
             )
@@ -132,7 +128,6 @@ class MergedState:
             * torch.finfo(torch.float32).eps
             * (terms + merged.double().abs())
         )
-        lengths = (
-            torch.finfo(self.trained).eps if self.adapter.adapter.dora else 0.0
-        )  # rounded to another neighbour
+        # A length may be rounded to another neighbour, and so may the magnitude that is divided by it.
+        lengths = 2 * torch.finfo(self.trained).eps if self.adapter.adapter.dora else 0.0
         return fp32 + (torch.finfo(self.written).eps + lengths) * merged.double().abs()

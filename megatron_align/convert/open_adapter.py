@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_align.checkpoint.card import checkpoint_shape, read_checkpoint_metadata, shape_differences
+from megatron_align.checkpoint.card import (
+    checkpoint_shape,
+    describe_differences,
+    read_checkpoint_metadata,
+    shape_differences,
+)
 from megatron_align.checkpoint.folder import ADAPTER, ASSETS, CARD, STATE, find_checkpoint
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.checkpoint.torch_metadata import StoredTensor, read_stored_tensors
@@ -86,8 +91,7 @@ def open_adapter(path: str | Path, shape: ModelShape) -> StoredAdapter:
         is_inside = not (path / CONFIG).is_file() and (path / ADAPTER / CONFIG).is_file()
         return _open_peft(path / ADAPTER if is_inside else path, shape)
     found = open_adapter_checkpoint(checkpoint)
-    if differences := shape_differences(asdict(shape), asdict(found.shape)):
-        facts = ", ".join(f"{key} {theirs!r} for {ours!r}" for key, (ours, theirs) in differences.items())
+    if facts := describe_differences(shape, found.shape):
         raise InputError(f"the adapter is of another model: {facts} in {checkpoint}")
     return found
 

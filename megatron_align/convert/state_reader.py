@@ -79,8 +79,9 @@ class StateReader:
         stored, sizes = self._stored[row.megatron], row.hf_shapes(self.shape)
         segments = [segment for segment in copy_segments(row, self.shape, dim=0) if segment.name is not None]
         in_order = [(name, 0, size[0]) for name, size in zip(row.hf, sizes, strict=True)]
-        return [(segment.name, segment.hf_start, segment.size) for segment in segments] == in_order and all(
-            shard.sizes[1:] == stored.shape[1:] for shard in stored.shards
+        complete = {tuple(stored.shape[1:]), *(tuple(shard.sizes[1:]) for shard in stored.shards)}
+        return [(segment.name, segment.hf_start, segment.size) for segment in segments] == in_order and (
+            complete == {size[1:] for size in sizes}  # no padding of columns
         )
 
     def weight_files(self) -> list[Path]:
@@ -189,8 +190,10 @@ class StateReader:
         for row in self.table:
             stored, expected = self._stored[row.megatron], list(local_shape(row, self.shape, 1))
             actual = list(stored.shape)
-            if "vocab" in row.dims[0] and actual[1:] == expected[1:] and actual[0] >= self.shape.vocab_size:
-                expected = actual  # padded for another number of tensor ranks
+            if "vocab" in row.dims[0] and len(actual) == len(expected):
+                dim = row.dims[0].index("vocab")  # of an embedding's A the last one
+                if actual[dim] >= self.shape.vocab_size:
+                    expected[dim] = actual[dim]  # padded for another number of tensor ranks
             if actual != expected:
                 wrong.append(f"{row.megatron} must be {expected}, found {actual}")
             elif sum(math.prod(shard.sizes) for shard in stored.shards) != math.prod(actual):

@@ -30,6 +30,7 @@ from megatron_align.convert.verify_tensors import TensorFinding, compare_tensors
 from megatron_align.convert.verify_texts import choose_texts
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import HEAD, open_hf, untied_head
+from megatron_align.hf.safetensors import HFWeights
 from megatron_align.model.families import ModelShape, rows
 
 
@@ -149,11 +150,7 @@ def verify(
     module = None
     if comparable:
         models = ComparedModels(opened, state, hf, weights, hf_shape)
-        tensors = list(compare_tensors(state, weights))
-        if (head := untied_head(weights, opened.shape)) is not None:
-            tensors.append(
-                TensorFinding(HEAD, "", "", head, "differs from the embedding that it should be tied to")
-            )
+        tensors = [*compare_tensors(state, weights), *untied_head_finding(weights, opened.shape)]
         with one_process() as groups:
             logits, module = compare_by_kind(models, texts, tolerance, groups, deep or opened.shape.is_reward)
     return Findings(
@@ -166,6 +163,13 @@ def verify(
         first_difference=module,
         notes=notes,
     )
+
+
+def untied_head_finding(weights: HFWeights, shape: ModelShape) -> list[TensorFinding]:
+    """Return the finding of a stored output head that differs from the embedding it is tied to; none if it is right."""
+    if (head := untied_head(weights, shape)) is None:
+        return []
+    return [TensorFinding(HEAD, "", "", head, "differs from the embedding that it should be tied to")]
 
 
 def compare_by_kind(

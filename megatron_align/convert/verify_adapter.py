@@ -7,6 +7,7 @@ rounding of their sums, as the order of products of fp32 is nobody's to choose.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,14 +22,16 @@ from megatron_align.convert.merged_state import MergedState, open_base
 from megatron_align.convert.open_adapter import StoredAdapter, open_adapter, open_adapter_checkpoint
 from megatron_align.convert.open_checkpoint import Checkpoint, model_dtype
 from megatron_align.convert.our_model import empty_model, fill_model, one_process
-from megatron_align.convert.verify import Findings, compare_by_kind, tensor_sizes
+from megatron_align.convert.verify import Findings, compare_by_kind, tensor_sizes, untied_head_finding
 from megatron_align.convert.verify_logits import ComparedModels, LogitsFinding, compare_models
 from megatron_align.convert.verify_tensors import TensorFinding, compare_tensors
 from megatron_align.convert.verify_texts import choose_texts
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, require
 from megatron_align.hf.adapter import CONFIG, adapter_table
+from megatron_align.hf.baichuan import llama_tensors
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, same_bytes
+from megatron_align.hf.safetensors import HFWeights
 from megatron_align.merge.adapter import is_adapted, merged_rows
 from megatron_align.model import cpu
 from megatron_align.model.families import rows
@@ -53,11 +56,17 @@ def verify_adapter(
         deep: compare the merged model layer by layer. Always done for reward models.
 
     Raises:
-        InputError: either is missing or corrupt, the base is another one, or it is missing where it is needed.
+        InputError: either is missing or corrupt, the base is another one, or it is missing where it is needed; or
+            ``deep`` is set for a PEFT folder.
     """
+    is_peft = (Path(hf) / CONFIG).is_file()
+    require(
+        not (deep and is_peft),
+        f"--deep compares a merged model layer by layer, {hf} is a PEFT folder: leave --deep out",
+    )
     stored = open_adapter_checkpoint(checkpoint)
     found, missing = find_base(stored, base)
-    if (Path(hf) / CONFIG).is_file():
+    if is_peft:
         return _verify_peft(Path(hf), stored, (found, missing), data, tolerance)
     if found is None:
         raise InputError(
@@ -94,7 +103,15 @@ def _verify_peft(
     notes, logits = [], []
     if found is None:
         notes.append(f"logits were not compared: {missing}")
-    elif (found / "config.json").is_file() and comparable and not stored.shape.is_reward:
+    elif not (found / "config.json").is_file():
+        notes.append(
+            "logits were not compared: the base is a checkpoint; give its Hugging Face folder as --base"
+        )
+    elif stored.shape.is_reward:
+        notes.append(
+            "logits were not compared: those of a reward model are compared for its merged folder hf/"
+        )
+    elif comparable:
         texts, notes = choose_texts(found, data, stored.shape)
         with one_process() as groups:
             logits = _compare_with_base(stored, theirs, found, (texts, tolerance), groups)
@@ -133,12 +150,12 @@ def _compare_with_base(
     """Compare the logits of our model and the checkpoint's adapter with transformers' and the PEFT folder's merged."""
     shape, trained = stored.shape, model_dtype(stored.folder)
     weights, _ = open_hf(base)
-    hf_model = load_hf_model(base, weights, shape).to(trained).float()
+    hf_model = load_hf_model(base, weights, shape)
+    parameters = dict(hf_model.named_parameters())  # not buffers: rotary frequencies are fp32 in every run
+    merged = _cast_and_merged(weights, theirs, trained)
     with torch.no_grad():
-        for name, parameter in hf_model.named_parameters():
-            if is_adapted(name, theirs.adapter):
-                merged = merged_rows(name, slice(None), parameter, theirs.adapter, theirs.tensors)
-                parameter.copy_(merged)
+        for name, tensor in llama_tensors(merged) if shape.norm_head else merged:
+            parameters[name].copy_(tensor)
     chunks = empty_model(shape, torch.float32, groups, stored.adapter)
     reader = open_base(base)[1]
     fill_model(chunks, rows(shape), lambda row: {n: t.to(trained) for n, t in reader.read(row).items()})
@@ -146,6 +163,17 @@ def _compare_with_base(
         chunks, adapter_table(shape, stored.adapter), lambda row: {n: stored.tensors[n] for n in row.hf}
     )
     return list(compare_models(chunks[0].eval(), hf_model.to(cpu.device()), *compared))
+
+
+def _cast_and_merged(
+    weights: HFWeights, adapter: StoredAdapter, trained: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a base, cast to the dtype in which it was trained on, with the adapter in fp32."""
+    for name in (name for row in rows(adapter.shape) for name in row.hf):
+        tensor = weights.tensor(name).to(trained).float()
+        if is_adapted(name, adapter.adapter):
+            tensor = merged_rows(name, slice(None), tensor, adapter.adapter, adapter.tensors)
+        yield name, tensor
 
 
 def _verify_merged(
@@ -163,7 +191,7 @@ def _verify_merged(
     if comparable:
         opened = Checkpoint(stored.folder, stored.shape, dtype)
         models = ComparedModels(opened, state, hf, weights, hf_shape)
-        tensors = list(compare_tensors(state, weights))
+        tensors = [*compare_tensors(state, weights), *untied_head_finding(weights, stored.shape)]
         with one_process() as groups:
             logits, module = compare_by_kind(models, texts, how[0], groups, how[1] or hf_shape.is_reward)
         if rounded := [

@@ -74,26 +74,40 @@ def layer_bytes(placement: Placement, tokens: int, attention: Attention = "trito
 def _adapter(placement: Placement, x: Sizes) -> int:
     """Return the bytes of an adapter in the layer that saves most: the inputs of B, A joined, B block-diagonal.
 
+    DoRA saves two outputs more of each linear layer: that of the base, and the share (``model.dora.scaled``).
     The inputs of A are counted as the inputs of the layers that it adapts. A frozen norm saves less than is counted
     for it, so with an adapter the activations are an upper bound.
     """
     if placement.adapter is None:
         return 0
     sizes = _adapter_sizes(placement.shape, placement.adapter, placement.parallel.tensor)
-    return max((x.b * (columns * x.t + weights) for columns, weights in sizes), default=0)
+    outputs = 2 if placement.adapter.dora else 0
+    return max(
+        (
+            x.b * (columns * x.t + weights + outputs * (of_t * x.t + of_s * x.s))
+            for columns, weights, of_t, of_s in sizes
+        ),
+        default=0,
+    )
 
 
 @lru_cache(maxsize=64)
-def _adapter_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> frozenset[tuple[int, int]]:
-    """Return of each kind of layer the columns that its adapter adds, and the elements of its joined A and B."""
+def _adapter_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> frozenset[tuple[int, int, int, int]]:
+    """Return sizes of the adapter of each kind of layer.
+
+    They are the columns that it adds, the elements of its joined A and B, and the outputs of the linear layers that it
+    adapts: of the column-parallel ones, which have t tokens, and of the row-parallel ones, which have s.
+    """
     of_layer: dict[int | None, list[int]] = {}
     for row in linear_rows(shape):
         if pairs := adapter_rows(row, shape, adapter, tensor):
             columns = adapter.rank * len(pairs)
-            sums = of_layer.setdefault(layer_of(row), [0, 0])
+            size = local_shape(row, shape, tensor)
+            sums = of_layer.setdefault(layer_of(row), [0, 0, 0, 0])
             sums[0] += columns
-            sums[1] += columns * sum(local_shape(row, shape, tensor))
-    return frozenset((columns, weights) for columns, weights in of_layer.values())
+            sums[1] += columns * sum(size)
+            sums[2 if row.split == 0 else 3] += size[0]
+    return frozenset((columns, weights, of_t, of_s) for columns, weights, of_t, of_s in of_layer.values())
 
 
 def _norm(x: Sizes) -> int:

@@ -138,15 +138,16 @@ def merged_rows(
     Args:
         name: of the tensor.
         rows: of it.
-        weight: these rows of the base, in whose dtype DoRA's lengths are rounded.
+        weight: these rows of the base. DoRA's lengths are rounded to its dtype, and divide the magnitudes in the dtype
+            that those are stored in or the weight's, the wider: as in training and in PEFT.
         adapter: options.
         tensors: of the adapter, by PEFT's names.
     """
     exact = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(exact) + weight_delta(name, rows, adapter, tensors)
     if adapter.dora:
-        magnitude = tensors[f"{PEFT}{module_name(name)}{MAGNITUDE}"][rows].to(exact)
-        merged *= (magnitude / merged.norm(dim=1).to(weight.dtype).to(exact))[:, None]
+        magnitude = tensors[f"{PEFT}{module_name(name)}{MAGNITUDE}"][rows]
+        merged *= (magnitude / merged.norm(dim=1).to(weight.dtype))[:, None].to(exact)
     return merged
 
 

@@ -55,7 +55,7 @@ def feature_keys(module: str, features: Tensor) -> Tensor:
 
 
 def _dropped(input_: Tensor, keys_S: Tensor, features_2I: Tensor, probability: float) -> Tensor:
-    """Return ``input_ [S, 1, I]`` with elements set to 0 at this probability, and the others divided by its rest."""
+    """Return ``input_ [S, 1, I]`` with elements set to 0 at this probability, others divided by 1 - probability."""
     low_S, high_S = keys_S.to(torch.int32), (keys_S >> 32).to(torch.int32)
     hash_SI = low_S[:, None] ^ features_2I[0]
     hash_SI.mul_(_MULTIPLIERS[0])

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) inside megatron-core's column- and row-parallel linear layers.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) of megatron-core's linear layers, its embedding and its output head.
 
 Each Hugging Face module (``q_proj``, ``gate_proj``, ...) has its own A and B, as in PEFT. Sharding is described in
 ``families/adapter.py``. What ranks exchange has ``rank`` columns:
@@ -42,7 +42,7 @@ from megatron_align.model.lora_pair import Adaptable, Pair
 
 
 class LayerAdapter(nn.ModuleDict):
-    """The pairs of one linear layer, by the last part of their module's name.
+    """The pairs of one layer, by the last part of their module's name.
 
     Args:
         linear: the layer that is adapted.
@@ -347,13 +347,20 @@ def layer_adapters(chunks: Iterable[nn.Module]) -> Iterator[LayerAdapter]:
 
 
 def initialise_adapters(chunks: Iterable[nn.Module], seed: int) -> None:
-    """Initialise every A from the seed, and every B with 0: the model then computes what its base computes."""
+    """Initialise every adapter so that the model computes what its base computes.
+
+    A is drawn from the seed and B is 0; of the embedding A is 0 and B is drawn. DoRA's magnitudes are the lengths of
+    the base's rows.
+    """
     for adapter in layer_adapters(chunks):
         adapter.initialise(seed)
 
 
 def merged(weight: Tensor, adapter: LayerAdapter | None) -> Tensor:
-    """Return a rank's weight ``W + scale x B A``, summed in fp32 and rounded to the weight's dtype."""
+    """Return a rank's weight ``W + scale x B A``, summed in fp32 and rounded to the weight's dtype.
+
+    With DoRA each row of the sum is scaled to its magnitude before it is rounded.
+    """
     return weight if adapter is None else adapter.merged(weight)
 
 

@@ -16,7 +16,14 @@ from megatron_align.hf.adapter import base_hash
 from megatron_align.model.families import read_shape
 from tests.harness import cli, training_ranks
 from tests.harness.corruption import rewrite_checksums
-from tests.harness.tiny import change_tensors, make_adapter, make_model, run_arguments, write_pairs
+from tests.harness.tiny import (
+    change_tensors,
+    make_adapter,
+    make_baichuan,
+    make_model,
+    run_arguments,
+    write_pairs,
+)
 
 WEIGHTS, UP = "adapter_model.safetensors", "model.layers.1.mlp.up_proj.weight"
 
@@ -31,12 +38,26 @@ def convert(pool):
 
 
 @pytest.fixture(scope="module")
-def run(pool, tiny_models, chat_file, tmp_path_factory):
+def base(tmp_path_factory):
+    """A model whose attention depends on positions, so that logits show rotary frequencies that are rounded."""
+    folder = make_model(tmp_path_factory.mktemp("base") / "base")
+    change_tensors(folder, sharpen)
+    return folder
+
+
+def sharpen(tensors):
+    for name, tensor in tensors.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor *= 10
+
+
+@pytest.fixture(scope="module")
+def run(pool, base, chat_file, tmp_path_factory):
     """A bf16 run on two ranks, from an fp32 base: the base was cast before the adapter was added to it."""
     folder = tmp_path_factory.mktemp("run")
     options = {"model__adapter": "{rank: 3, alpha: 7.5, rslora: true}", "train__precision": "bf16"}
     options |= {"optimizer__lr": 1e-2, "parallel__tensor": 2, "checkpoint__export_hf": True}
-    pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, folder, **options))
+    pool.run(2, training_ranks.train, run_arguments(base, chat_file, folder, **options))
     return folder
 
 
@@ -104,10 +125,32 @@ def test_every_change_is_found(convert, run, exported, tmp_path):
     answer = convert("verify", "--hf", copy, "--checkpoint", run)
     assert answer.code == 1
     assert f"{UP}: differs by more than the rounding of W + scale B A" in answer.out
+    head = "lm_head.weight"
+    change_tensors(copy, lambda tensors: tensors.update({head: 2 * tensors["model.embed_tokens.weight"]}))
+    answer = convert("verify", "--hf", copy, "--checkpoint", run)
+    assert answer.code == 1
+    assert f"{head}: differs from the embedding that it should be tied to" in answer.out
+
+
+def test_deep_is_of_merged_models(convert, run):
+    answer = convert("verify", "--deep", "--hf", run / "adapter", "--checkpoint", run)
+    assert answer.code == 2
+    assert "is a PEFT folder: leave --deep out" in answer.err
+
+
+def test_a_packed_matrix_and_a_normalised_head_are_verified(convert, pool, chat_file, tmp_path):
+    """transformers' model of Baichuan2 has q, k and v apart, and the head is normalised after the cast to bf16."""
+    base = make_baichuan(tmp_path / "base")
+    options = {"model__adapter": "{rank: 2, targets: [W_pack]}", "train__precision": "bf16"}
+    options |= {"optimizer__lr": 1e-2, "train__steps": 2}
+    pool.run(1, training_ranks.train, run_arguments(base, chat_file, tmp_path / "run", **options))
+    answer = convert("verify", "--hf", tmp_path / "run/adapter", "--checkpoint", tmp_path / "run")
+    assert answer.code == 0, answer.out + answer.err
+    assert "logits   built-in sentences" in answer.out
 
 
 @pytest.mark.slow
-def test_another_base_and_none(convert, run, tiny_models, tmp_path):
+def test_another_base_and_none(convert, run, base, tmp_path):
     other = make_model(tmp_path / "other")
     change_tensors(other, lambda tensors: tensors["model.norm.weight"].add_(1))
     for command in (["export", "--out", tmp_path / "out"], ["verify", "--hf", run / "hf"]):
@@ -132,7 +175,7 @@ def test_another_base_and_none(convert, run, tiny_models, tmp_path):
     answer = convert("verify", "--hf", run / "hf", "--checkpoint", moved)
     assert answer.code == 2
     assert "give it as --base" in answer.err
-    assert convert("verify", "--hf", run / "hf", "--checkpoint", moved, "--base", tiny_models()).code == 0
+    assert convert("verify", "--hf", run / "hf", "--checkpoint", moved, "--base", base).code == 0
 
 
 @pytest.mark.slow
@@ -149,6 +192,9 @@ def test_a_reward_models_adapter_has_a_language_model_as_base(convert, pool, tin
     for folder in ("adapter", "hf"):
         answer = convert("verify", "--hf", tmp_path / "out" / folder, "--checkpoint", tmp_path / "run")
         assert answer.code == 0, answer.out + answer.err
+        assert ("note     logits were not compared: those of a reward model" in answer.out) == (
+            folder == "adapter"
+        )
 
 
 def test_adapters_are_opened_wherever_they_are(run, exported, tiny_models, tmp_path):

@@ -21,6 +21,7 @@ from megatron_align.convert.state_reader import StateReader
 from megatron_align.convert.state_writer import StateWriter
 from megatron_align.errors import InputError
 from megatron_align.model.families import read_shape, rows
+from megatron_align.model.families.adapter import Adapter, all_adapter_rows
 from megatron_align.storage.journal import Journal
 from tests.harness.corruption import rewrite_checksums
 
@@ -217,3 +218,31 @@ def test_a_forged_chunk_runs_nothing(tmp_path, checkpoint):
     with pytest.raises(InputError, match="checkpoint is corrupt: .* cannot be read in "):
         export_hf(checkpoint, tmp_path / "out")
     assert victim.is_dir()
+
+
+def save_plainly(tensors, state):
+    """Save tensors by torch, without the note of the save that megatron-core does not write."""
+    torch.distributed.checkpoint.save(tensors, checkpoint_id=state, no_dist=True)
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    metadata.storage_meta = None
+    (state / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_the_vocabulary_of_an_adapter_may_be_padded_for_any_layout(tmp_path, tiny_models):
+    """An embedding's A is ``[rank, vocabulary]``; three tensor-parallel ranks pad it to a multiple of 384."""
+    shape = read_shape(tiny_models("llama3"))
+    modules = frozenset({"model.embed_tokens"})
+    table = list(all_adapter_rows(shape, Adapter(rank=2, alpha=4.0, rslora=False, modules=modules), 1))
+    padded = torch.zeros(2, 768)
+    padded[:, : shape.vocab_size] = torch.randn(2, shape.vocab_size)
+    stored = {table[0].megatron: padded, table[1].megatron: torch.randn(shape.hidden_size, 2)}
+    save_plainly(stored, tmp_path / "state")
+    reader = StateReader(tmp_path / "state", shape, table)
+    assert torch.equal(reader.read(table[0])[table[0].hf[0]], padded[:, : shape.vocab_size])
+    assert torch.equal(
+        joined_blocks(reader, table[0])[table[0].hf[0]], padded[:, : shape.vocab_size].flatten()
+    )
+    stored[table[0].megatron] = padded[:, : shape.vocab_size - 1].clone()
+    save_plainly(stored, tmp_path / "short")
+    with pytest.raises(InputError, match=f"must be .* found .*{shape.vocab_size - 1}"):
+        StateReader(tmp_path / "short", shape, table)

@@ -18,6 +18,7 @@ from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.model import parallel
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.objectives.sft import SFT, SFTOptions
 from megatron_align.records import PackedBatch, Sample
@@ -89,10 +90,11 @@ def saved(
     precision: str,
     recompute: int | tuple[str, ...],
     batch: PackedBatch,
+    adapter: Adapter | None = None,
 ) -> int:
     """Return the bytes that layers and final norm save for backward on this rank, without pipeline parallelism."""
     with join_watched(rank_info, config).watching():
-        [policy] = _policy(model, config, precision, recompute)
+        [policy] = _policy(model, config, precision, recompute, adapter)
         batch = take_part(batch, _context_rank(policy.shape, config))
         with SavedBytes(policy.parameters()).watching() as seen:
             hidden = policy._hidden(batch)
@@ -107,10 +109,18 @@ def _context_rank(shape: ModelShape, config: ParallelConfig) -> ContextRank | No
     return kind and ContextRank(ranks=ranks.size(), rank=ranks.rank(), kind=kind)
 
 
-def _policy(model: Path, config: ParallelConfig, precision: str, recompute: int) -> list[Policy]:
+def _policy(
+    model: Path,
+    config: ParallelConfig,
+    precision: str,
+    recompute: int | tuple[str, ...],
+    adapter: Adapter | None = None,
+) -> list[Policy]:
     groups, shape = parallel.groups(), read_shape(model)
     again = (recompute, ()) if isinstance(recompute, int) else (0, recompute)
-    chunks = build_policy(transformer_config(shape, config, DTYPES[precision], *again), shape, groups)
+    chunks = build_policy(
+        transformer_config(shape, config, DTYPES[precision], *again), shape, groups, adapter
+    )
     with torch.no_grad():
         for chunk in chunks:
             chunk.train()

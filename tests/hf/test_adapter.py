@@ -78,13 +78,19 @@ def test_targets(shape, targets, count):
         ({"targets": ["q_prj"]}, r"'q_prj' matches no linear layer of Qwen2.*; did you mean 'q_proj'\?"),
         ({"targets": ["layers.9.*"]}, "'layers.9.*' matches no linear layer"),
         ({"targets": ["embed_tokens"]}, "must not name embed_tokens where it is tied to lm_head"),
-        ({"targets": ["lm_head"]}, "'lm_head' matches lm_head: .* not built"),
+        ({"targets": ["lm_head"]}, "must not name lm_head, which is tied to embed_tokens: PEFT would"),
+        ({"targets": ["*norm", "lm_*"]}, "'\\*norm' matches model.layers.0.* not built"),
         ({"targets": ["layers.0.*"]}, "'layers.0.*' matches model.layers.0.input_layernorm: .* not built"),
     ],
 )
 def test_options_that_cannot_be(shape, options, message):
     with pytest.raises(InputError, match=message):
         resolve_adapter(AdapterConfig(**options), shape)
+
+
+def test_a_reward_model_has_no_head(shape):
+    with pytest.raises(InputError, match="must not name lm_head, which a reward model does not have"):
+        resolve_adapter(AdapterConfig(targets=["lm_head"]), shape.as_reward())
 
 
 def test_an_adapter_brings_its_own_options(shape, adapter):

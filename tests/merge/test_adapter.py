@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_align.errors import InputError
 from megatron_align.hf.adapter import read_adapter
 from megatron_align.merge.adapter import extract_adapter, merge_adapter
+from megatron_align.model.dora import row_norms
 from megatron_align.model.families import read_shape
 from megatron_align.tools.main import main
 from tests.harness.tiny import change_tensors, make_adapter, make_baichuan, make_model, make_reward
@@ -59,6 +60,27 @@ def test_merged_weights(kind, tmp_path):
             found[name], want, rtol=8e-3 if want.dtype == torch.bfloat16 else 1e-6, atol=1e-7
         )
     assert hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest() == before
+
+
+def test_magnitudes_over_lengths_are_rounded_as_in_training(tmp_path):
+    """The factor of a row is of the magnitudes' dtype and the weights', the wider: of a bf16 run it is bf16."""
+    base = make_model(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = make_adapter(tmp_path / "adapter", base, dora=True)
+    name = "model.layers.1.mlp.up_proj"
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {key: tensor.to(dtype) for key, tensor in load_file(adapter / FILE).items()}
+        save_file(tensors, adapter / FILE)
+        a, b, magnitude = (
+            tensors[f"base_model.model.{name}.{part}"]
+            for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        )
+        factor = magnitude / row_norms(weight, a, b, 2.0, None)
+        assert factor.dtype == dtype
+        merge_adapter(base, adapter, tmp_path / str(dtype), "float32")
+        found = load_file(tmp_path / str(dtype) / "model.safetensors")[f"{name}.weight"]
+        wanted = factor.float()[:, None] * (weight.float() + 2 * (b.float() @ a.float()))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_a_result_that_overflows_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Low-rank adapters of a model: which linear layers they change, and the weight-table rows of their A and B.
+"""Low-rank adapters of a model: which modules they change, and the weight-table rows of their A and B.
 
 The names are those of PEFT. In a column-parallel layer (query, key, value, gate, up) every tensor-parallel rank holds
 the complete A and its rows of B; in a row-parallel layer (output, down) its columns of A and the complete B. So ranks
@@ -33,7 +33,7 @@ class Adapter:
         rank: rows of A, columns of B.
         alpha: numerator of the scale.
         rslora: divide by sqrt(rank) instead of rank.
-        modules: Hugging Face names of the linear layers.
+        modules: Hugging Face names: of linear layers, the embedding or the output head.
         dropout: probability that an element of A's input is dropped in training.
         dora: each row of the sum is scaled to a trained magnitude.
     """
@@ -112,11 +112,20 @@ def select_modules(shape: ModelShape, targets: str | Sequence[str]) -> frozenset
     if targets == ALL_LINEAR:
         return frozenset(linear_modules(shape))
     modules = adaptable_modules(shape)
-    others = {module_name(name) for row in rows(shape) for name in row.hf} | {"lm_head"}
+    others = {module_name(name) for row in rows(shape) for name in row.hf} | {LM_HEAD}
     selected: set[str] = set()
     for pattern in targets:
         found = {name for name in modules if matches(name, pattern)}
         refused = sorted(name for name in others - set(modules) if matches(name, pattern))
+        if refused == [LM_HEAD]:
+            reason = (
+                "is tied to embed_tokens: PEFT would adapt the head alone, and merging that would change both"
+            )
+            if shape.is_reward:
+                reason = "a reward model does not have"
+            raise InputError(
+                f"model.adapter.targets must not name lm_head, which {reason} ('{pattern}' matches it)"
+            )
         if refused:
             raise InputError(
                 f"model.adapter.targets must be linear layers, embed_tokens or lm_head, '{pattern}' matches "
