@@ -12,6 +12,7 @@ from megatron_align.errors import InputError
 from megatron_align.evaluation.compare import (
     LOWER_IS_BETTER,
     Difference,
+    NotCompared,
     differences,
     read_items,
     read_results,
@@ -192,9 +193,12 @@ def _differences(evaluations: Sequence[Evaluation]) -> str:
         except InputError as error:
             parts.append(f'<p class="note">{escaped(other.name)} is not compared: {escaped(error)}</p>')
             continue
+        compared = [each for each in found if isinstance(each, Difference)]
         parts.append(
-            f"<p>{escaped(first.name)} → {escaped(other.name)}</p>{table(map(_difference_row, found), _HEAD)}"
+            f"<p>{escaped(first.name)} → {escaped(other.name)}</p>{table(map(_difference_row, compared), _HEAD)}"
         )
+        left = [each.sentence() for each in found if isinstance(each, NotCompared)]
+        parts += [f'<p class="note">{escaped(sentence)}</p>' for sentence in left]
     return f"<h2>Differences on the same items</h2>{''.join(parts)}"
 
 

@@ -10,7 +10,17 @@ from megatron_align.errors import require
 
 BASE = "base"  # in place of a name: the model without an adapter
 ONLY = "adapter"  # the name of an adapter that is given without one
-_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<path>.+)")
+_NAME = r"[A-Za-z0-9_.-]+"
+_NAMED = re.compile(rf"(?P<name>{_NAME})=(?P<path>.+)")
+
+
+def require_name(name: str) -> None:
+    """Refuse a name of an adapter that no file can have, and that of the model without one."""
+    valid = re.fullmatch(_NAME, name) is not None and not name.startswith(".")
+    require(
+        valid and name != BASE,
+        f"an adapter must not be named '{name}': letters, digits, _, . and - make a name, not '{BASE}', no . first",
+    )
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
@@ -28,6 +38,6 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
         )
         name, path = (named["name"], named["path"]) if named else (ONLY, text)
         require(name not in paths, f"each adapter needs a name of its own, got '{name}' twice")
-        require(name != BASE and not name.startswith("."), f"an adapter must not be named '{name}'")
+        require_name(name)
         paths[name] = str(Path(path).expanduser())
     return paths

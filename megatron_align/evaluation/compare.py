@@ -20,7 +20,7 @@ from megatron_align.model.families import read_json
 from megatron_align.storage.resumable_lines import read_rows
 
 COMPARISON = "comparison.json"
-LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+LOWER_IS_BETTER = ("loss",)
 # Options that do not define a task: its data are compared by their content, the others only say how it is run.
 _FREE = {"data", "workers", "failures"}
 _FILES = ("chat_template", "baseline")  # compared by their content too, wherever they are
@@ -60,7 +60,19 @@ class Difference:
         return "the second model is better" if sign * low > 0 else "the first model is better"
 
 
-def compare(first: str | Path, second: str | Path) -> list[Difference]:
+@dataclass(frozen=True, slots=True)
+class NotCompared:
+    """A task that two evaluations share, whose primary metric its items do not have: it is no mean over them."""
+
+    task: str
+    metric: str
+
+    def sentence(self) -> str:
+        """Return one sentence that says so."""
+        return f"{self.task}: not compared, its items have no {self.metric} of their own"
+
+
+def compare(first: str | Path, second: str | Path) -> list[Difference | NotCompared]:
     """Return the differences of the tasks that two evaluations share, and write ``comparison.json`` into the second.
 
     Args:
@@ -68,7 +80,8 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
         second: folder of the results of the other.
 
     Raises:
-        InputError: a folder has no results, no task is shared, or a shared one has other items or is defined otherwise.
+        InputError: a folder has no results, no task is shared, a shared one has other items or is defined otherwise, or
+            none can be compared.
     """
     found = differences(first, second)
     one, other = (read_results(folder) for folder in (first, second))
@@ -76,7 +89,9 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
         "first": one["model"],
         "second": other["model"],
         "tasks": {
-            each.task: {
+            each.task: {"metric": each.metric, "sentence": each.sentence()}
+            if isinstance(each, NotCompared)
+            else {
                 "metric": each.metric,
                 "first": each.values[0],
                 "second": each.values[1],
@@ -91,7 +106,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
     return found
 
 
-def differences(first: str | Path, second: str | Path) -> list[Difference]:
+def differences(first: str | Path, second: str | Path) -> list[Difference | NotCompared]:
     """Return the differences of the tasks that two evaluations share; arguments and errors as of :func:`compare`."""
     folders = (Path(first), Path(second))
     one, other = (read_results(folder) for folder in folders)
@@ -100,10 +115,15 @@ def differences(first: str | Path, second: str | Path) -> list[Difference]:
         bool(shared),
         f"two evaluations must share a task to be compared, got {_names(one)} and {_names(other)}",
     )
-    return [_difference(name, folders, (one, other)) for name in shared]
+    found = [_difference(name, folders, (one, other)) for name in shared]
+    none = all(isinstance(each, NotCompared) for each in found)
+    require(not none, f"no task can be compared: {'; '.join(each.sentence() for each in found)}")
+    return found
 
 
-def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, Any]]) -> Difference:
+def _difference(
+    name: str, folders: Sequence[Path], results: Sequence[dict[str, Any]]
+) -> Difference | NotCompared:
     if differing := _other_definition(name, results):
         raise InputError(
             f"task {name} must be defined identically to be compared, got {differing} in "
@@ -119,7 +139,9 @@ def _difference(name: str, folders: Sequence[Path], results: Sequence[dict[str, 
         f"{', of other files' if data[0] != data[1] else ''}",
     )
     metric = metrics[0]
-    columns = [_column(folder, name, metric) for folder in folders]
+    columns = [column for folder in folders if (column := _column(folder, name, metric)) is not None]
+    if len(columns) < len(folders):
+        return NotCompared(name, metric)
     (values_N, weights_N), (others_N, other_weights_N) = columns
     low, high = difference_interval(columns[0], columns[1])
     return Difference(
@@ -152,13 +174,11 @@ def _definition(options: dict[str, Any]) -> dict[str, Any]:
     return given | {name: "a file" for name in _FILES if given.get(name)}
 
 
-def _column(folder: Path, task: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a metric of each item and its weight, ``[N]`` each."""
+def _column(folder: Path, task: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return a metric of each item and its weight, ``[N]`` each; None: an item has none."""
     rows = read_items(folder, task)
-    require(
-        all(metric in row for row in rows),
-        f"task {task}: each item must have {metric} to be compared, found one without in {folder}",
-    )
+    if not all(metric in row for row in rows):
+        return None
     values_N = np.array([row[metric] for row in rows], np.float64)
     return values_N, np.array([row.get("weight", 1.0) for row in rows], np.float64)
 

@@ -21,7 +21,7 @@ from megatron_align.config.values import convert, option_types
 from megatron_align.config.yaml_text import read_yaml
 from megatron_align.data.tokenize.template_clock import parse_date
 from megatron_align.errors import InputError, nearest, require
-from megatron_align.evaluation.adapter_names import ONLY, parse_adapters
+from megatron_align.evaluation.adapter_names import ONLY, parse_adapters, require_name
 from megatron_align.evaluation.checks import CHECKS
 from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.types import Sampling
@@ -300,6 +300,8 @@ class EvaluationConfig:
         double = next((name for name in names if names.count(name) > 1), None)
         require(double is None, f"each task needs a name of its own, got '{double}' twice")
         require(self.adapter != {}, "adapter must name at least one adapter, or be null, got {}")
+        for name in self.adapter if isinstance(self.adapter, dict) else ():
+            require_name(name)
         require(
             self.sequence_length is None or self.sequence_length > 1,
             f"sequence_length must be at least 2 tokens, got {self.sequence_length}",
@@ -334,7 +336,7 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     path = given.pop("config")
     if given["adapter"]:
         paths = parse_adapters(given["adapter"])
-        given["adapter"] = paths.get(ONLY, paths)
+        given["adapter"] = paths[ONLY] if list(paths) == [ONLY] else paths
     require(path is not None, f"{program} needs --config EVAL.yaml, got none")
     return load_evaluation(path, {name: value for name, value in given.items() if value is not None})
 

@@ -6,10 +6,11 @@ Needs the package ``lm_eval`` (extra ``eval``).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_align.data.sample_table import MemoryTable
+from megatron_align.data.tokenize.chat_template import ChatTemplate
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import require
 from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.progress import progress
 from megatron_align.hf.assets import AssetChanges
-from megatron_align.records import Sample
+from megatron_align.records import Conversation, Message, Sample
 from megatron_align.rollout.live_weights import live_engine, update_engine
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.rollout.types import Completion, Prompt, Sampling
 
 MAX_TOKENS = 256  # of an answer whose task does not say, as in lm-eval
 LEAST_SHARED = 16  # tokens of a context that is computed once for all its continuations
+_OPEN_END = "\ue000open\ue000 "  # marks where the last message ends, within a rendered conversation
 Tokenised = tuple[Any, list[int], list[int]]  # texts, or None; context; continuation
 
 
@@ -45,6 +48,7 @@ class PolicyLM(TemplateLM):
         assets: folder with the config, generation config and tokenizer.
         changes: of training in these.
         seed: of answers that are drawn.
+        now: what the chat template reads from the clock; None: the time of each rendering.
     """
 
     def __init__(
@@ -53,13 +57,15 @@ class PolicyLM(TemplateLM):
         assets: Path,
         changes: AssetChanges = AssetChanges(),  # noqa: B008 - immutable
         seed: int = 1234,
+        now: datetime | None = None,
     ) -> None:
         super().__init__()
         self.max_length = score.sequence_length
         # The last target is not an input: one token more than the context fits.
-        self._score = dataclasses.replace(score, sequence_length=self.max_length + 1)
+        self._score = replace(score, sequence_length=self.max_length + 1)
         self._assets, self._changes, self._seed = assets, changes, seed
         self.tokenizer = load_tokenizer(str(assets))
+        self._template = ChatTemplate(self.tokenizer, None, now)
         self._engine: TransformersEngine | None = None
 
     @property
@@ -88,14 +94,25 @@ class PolicyLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as text, by the tokenizer's template."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+        """Return a conversation as text, by the tokenizer's template; one without a generation prompt stays open.
+
+        Raises:
+            InputError: there is no template, it fails, or it does not write the last message.
+        """
+        turns = tuple(Message(turn["role"], turn["content"]) for turn in chat_history)
+        if not add_generation_prompt:
+            turns = (*turns[:-1], replace(turns[-1], content=turns[-1].content + _OPEN_END))
+        conversation = Conversation(turns, "a prompt of lm-eval")
+        self._template.require_template(conversation)
+        text = self._template.render(conversation, len(turns), prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        end = text.rfind(_OPEN_END.strip())
+        require(
+            end >= 0, f"{conversation.where}: the chat template must write the last message to continue it"
         )
-        return str(text)
+        # A template that strips contents has stripped the mark's space: the content's own would have been too.
+        return text[:end] if text.startswith(_OPEN_END, end) else text[:end].rstrip()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return log-prob and whether it is greedy of each continuation of a context."""

@@ -11,6 +11,7 @@ import logging
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +115,21 @@ class LMEvalItems:
         write_atomically(file, "".join(lines))
 
 
-def run_lm_eval(tasks: Sequence[LoadedTask], score: CompletionScorer, assets: Path) -> dict[str, LMEvalItems]:
+def run_lm_eval(
+    tasks: Sequence[LoadedTask], score: CompletionScorer, assets: Path, now: datetime | None = None
+) -> dict[str, LMEvalItems]:
     """Run lm-eval's tasks on the policy and return their results by name, on every rank. Collective.
 
     Args:
         tasks: loaded.
         score: see :class:`.PolicyLM`.
         assets: see :class:`.PolicyLM`.
+        now: see :class:`.PolicyLM`.
 
     Raises:
         InputError: a request that the policy cannot answer.
     """
-    lm = PolicyLM(score, assets)
+    lm = PolicyLM(score, assets, now=now)
     results = {}
     for loaded in tasks:
         with score.watchdog.patient(f"running {loaded.task.name}"):
@@ -156,7 +160,9 @@ def _run(loaded: LoadedTask, lm: PolicyLM) -> LMEvalItems:
 
 
 def _items(found: Mapping[str, Any], loaded: LoadedTask) -> LMEvalItems:
-    rows_by_task = {name: _rows(name, found["samples"][name]) for name in loaded.names}
+    rows_by_task = {
+        name: _means_only(found, name, _rows(name, found["samples"][name])) for name in loaded.names
+    }
     rows = [row for name in loaded.names for row in rows_by_task[name]]
     entries = {name: _entry(found, name, rows_by_task[name]) for name in loaded.names}
     if loaded.group is not None:
@@ -184,10 +190,31 @@ def _metrics(found: Mapping[str, Any], name: str) -> dict[str, float]:
     }
 
 
+def _means_only(
+    found: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return a task's rows without the numbers whose mean is not the metric of that name.
+
+    lm-eval's ``perplexity`` of a document is its log-likelihood, for example.
+    """
+    metrics = _metrics(found, name)
+    keys = {key for row in rows for key, value in row.items() if isinstance(value, float)}
+    others = {key for key in keys if key not in metrics or not _is_mean(metrics[key], key, rows)}
+    return [{key: value for key, value in row.items() if key not in others} for row in rows]
+
+
+def _is_mean(value: float, metric: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a metric is the mean of the rows' numbers of its name, which every row then has."""
+    values_N = np.array([row.get(metric, np.nan) for row in rows], np.float64)
+    return bool(len(values_N) and np.isclose(values_N.mean(), value, rtol=1e-9))
+
+
 def _entry(found: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the numbers of a task or group; ``rows``: of its documents."""
+    """Return the numbers of a task or group, means over its documents first; ``rows``: of these."""
     every = _metrics(found, name)
     metrics = {key: value for key, value in every.items() if STDERR not in key}
+    means = {key: value for key, value in metrics.items() if _is_mean(value, key, rows)}
+    metrics = {**means, **metrics}
     interval = None
     for primary in list(metrics)[:1]:
         metric, comma, filtered = primary.partition(",")
@@ -200,9 +227,8 @@ def _interval(
     value: float, stderr: float | None, metric: str, rows: Sequence[Mapping[str, Any]]
 ) -> list[float] | None:
     """Return the bootstrap over documents where the metric is their mean, else 1.96 of lm-eval's standard errors."""
-    values_N = np.array([row.get(metric, np.nan) for row in rows], np.float64)
-    if len(values_N) and np.isclose(values_N.mean(), value, rtol=1e-9):
-        return ratio_interval(values_N, np.ones(len(values_N)))
+    if _is_mean(value, metric, rows):
+        return ratio_interval(np.array([row[metric] for row in rows], np.float64), np.ones(len(rows)))
     return None if stderr is None else [value - 1.96 * stderr, value + 1.96 * stderr]
 
 

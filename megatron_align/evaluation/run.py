@@ -275,7 +275,7 @@ def _score(setup: _Setup, watchdog: Watchdog) -> dict[str, TaskResult]:
     if setup.lm_eval:
         from megatron_align.evaluation.lm_eval_results import run_lm_eval  # an optional package
 
-        items |= run_lm_eval(setup.lm_eval, score, setup.context.assets)
+        items |= run_lm_eval(setup.lm_eval, score, setup.context.assets, setup.context.now)
     references: dict[str, np.ndarray] = {}
     for path in dict.fromkeys(scored.reference for scored in setup.scored if scored.reference):
         compared = [scored for scored in setup.scored if scored.reference == path]

@@ -118,6 +118,29 @@ def test_texts_with_other_line_separators_are_one_item(tmp_path):
     assert compare(*folders)[0].n == 5
 
 
+def test_a_task_without_numbers_of_its_items_is_named_and_the_others_are_compared(tmp_path, capsys):
+    """Metrics such as lm-eval's word_perplexity are no means over items, of which they have no number."""
+    values, folders = np.arange(5.0), []
+    for name in "ab":
+        tasks = {"wikitext": ("word_perplexity", values, None), "t": ("accuracy", values, None)}
+        folders.append(write(tmp_path / name, **tasks))
+        rows = "".join(json.dumps({"item": i}) + "\n" for i in range(5))
+        (folders[-1] / "items" / "wikitext.jsonl").write_text(rows)
+    assert main(["evaluate", "compare", *map(str, folders)]) == 0
+    wikitext, t = capsys.readouterr().out.splitlines()
+    assert wikitext == "wikitext: not compared, its items have no word_perplexity of their own"
+    assert t.startswith("t: no real difference")
+    assert (
+        json.loads((folders[1] / "comparison.json").read_text())["tasks"]["wikitext"]["sentence"] == wikitext
+    )
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text())
+        del results["tasks"]["t"]
+        (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match="no task can be compared: wikitext: not compared"):
+        compare(*folders)
+
+
 def test_other_items_are_not_compared(tmp_path):
     values = np.arange(5.0)
     one = write(tmp_path / "a", t=("accuracy", values, None))

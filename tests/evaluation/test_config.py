@@ -27,6 +27,9 @@ def task(**changes):
         (config(model=None), "model must be given"),
         (config(precision="fp64"), "precision"),
         (config(sequence_length="long"), "sequence_length"),
+        (config(adapter={"../x": "a"}), r"an adapter must not be named '\.\./x'"),
+        (config(adapter={"one": "a", ".two": "b"}), r"an adapter must not be named '\.two'"),
+        (config(adapter={"base": "a"}), "an adapter must not be named 'base'"),
         (
             config(parallel={"tensors": 2}),
             "parallel: unknown configuration key 'tensors'; did you mean 'tensor'?",
@@ -123,6 +126,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert isinstance(asked, GenerateTask)
     assert (asked.sources, asked.check) == (("x", "y"), "exact_match")
     assert (asked.sampling().stop, asked.sampling().seed, asked.sampling().temperature) == (("\n",), 3, 0)
+    adapters = parse(["--config", str(file), "--adapter", "adapter=A", "b=B"], "evaluate").adapter
+    assert adapters == {"adapter": "A", "b": "B"}
+    assert parse(["--config", str(file), "--adapter", "A"], "evaluate").adapter == "A"
     with pytest.raises(InputError, match="no option --presicion; did you mean '--precision'"):
         parse(["--config", str(file), "--presicion", "fp32"], "evaluate")
     with pytest.raises(InputError, match="needs --config"):

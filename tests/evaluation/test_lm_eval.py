@@ -1,6 +1,8 @@
 """A checkpoint on any layout has the numbers of lm-eval's own ``hf`` model on the exported folder."""
 
 import json
+import math
+from datetime import datetime
 
 import pytest
 
@@ -136,8 +138,16 @@ def test_numbers_are_those_of_lm_evals_hf_model(pool, run_folder, task_files, ex
         assert metrics
         for metric, value in metrics.items():
             assert entry[metric] == pytest.approx(value, rel=1e-5), (name, metric)
+        primary = results[0]["primary"][name]
+        assert primary == ("acc" if name == "last_word" else next(iter(metrics))), name
         assert entry["n"] == len(expected["samples"][name])
         assert entry["ci95"] is None or entry["ci95"][0] <= entry["ci95"][1]
+    for name in (*TASKS, "both"):  # what a row has is a number whose mean is the metric
+        file = tmp_path / "items" / f"{name}.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for metric in {key for row in rows for key, value in row.items() if isinstance(value, float)}:
+            mean = sum(row[metric] for row in rows) / len(rows)
+            assert results[0]["tasks"][name][metric] == pytest.approx(mean)
     rows = [json.loads(line) for line in (tmp_path / "items" / "answers.jsonl").read_text().splitlines()]
     theirs = [sample["filtered_resps"] for sample in expected["samples"]["answers"]]
     assert [row["answers"] for row in rows] == theirs
@@ -180,6 +190,47 @@ def _greedy(lm, context):
     made = lm.model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False, pad_token_id=0)[0]
     texts = [lm.tok_decode(made[len(ids) : len(ids) + count].tolist()) for count in (1, 3)]
     return [text for text in texts if text.strip() and lm.tok_encode(context + text)[: len(ids)] == ids]
+
+
+def test_a_log_likelihood_that_lm_eval_calls_perplexity_is_no_item_of_it():
+    """Neither a row nor the mean over several tasks has it, and the primary metric is one that rows have."""
+    from megatron_align.evaluation import lm_eval_results
+    from megatron_align.evaluation.lm_eval_results import _items
+
+    samples = [
+        {"doc_id": i, "arguments": [["q", "a"]], "target": "a", "filter": "none", "resps": [], "acc": i % 2,
+         "metrics": ["perplexity", "acc"], "perplexity": -1.0 - i, "doc_hash": "", "prompt_hash": "", "target_hash": ""}
+        for i in range(4)
+    ]  # fmt: skip
+    metrics = {"perplexity,none": math.exp(2.5), "acc,none": 0.5, "perplexity_stderr,none": 1.0}
+    found = {"results": dict.fromkeys("ab", metrics), "samples": dict.fromkeys("ab", samples)}
+    for names in ("a", "ab"):
+        items = _items(found, lm_eval_results.LoadedTask(None, [], list(names), None, None))
+        assert (items.primary, items.entry["acc"]) == ("acc", 0.5)
+        assert items.entry["ci95"][1] <= 1
+        assert not any("perplexity" in row for row in items.rows)
+    assert "perplexity" not in items.entry
+    assert items.entry["sources"]["a"]["perplexity"] == math.exp(2.5)
+
+
+def test_chat_templates_read_the_date_of_the_evaluation(tiny_models):
+    """Text is that of the tokenizer's own method in all else, of a message that is continued too."""
+    from megatron_align.evaluation.likelihood import CompletionScorer
+    from megatron_align.evaluation.lm_eval import PolicyLM
+
+    score = CompletionScorer(chunks=[], parallel=None, groups=None, watchdog=None, sequence_length=8)
+    lm = PolicyLM(score, tiny_models(), now=datetime(2020, 2, 29))
+    turns = [{"role": "user", "content": "hi "}, {"role": "assistant", "content": "The answer: "}]
+    for content in ("m.content", "m.content | trim"):
+        body = "{% for m in messages %}[{{ m.role }}]{{ " + content + " }}<|im_end|>{% endfor %}"
+        body += "{% if add_generation_prompt %}[assistant]{% endif %}"
+        for count, prompt in ((1, True), (2, False)):
+            lm.tokenizer.chat_template = body
+            wanted = lm.tokenizer.apply_chat_template(
+                turns[:count], tokenize=False, add_generation_prompt=prompt, continue_final_message=not prompt
+            )
+            lm.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + body
+            assert lm.apply_chat_template(turns[:count], prompt) == f"29 Feb 2020{wanted}"
 
 
 def test_what_lm_eval_cannot_load_is_one_line(tmp_path):
