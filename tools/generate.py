@@ -108,6 +108,10 @@ def _generate(options: argparse.Namespace) -> int:
     if len(adapters) < 2:
         _generate_file(options, str(out), next(iter(adapters.values()), None))
     else:
+        if not (options.vllm or options.vllm_python):  # these refuse adapters
+            from megatron_align.evaluation.adapters import open_adapters_of
+
+            open_adapters_of(options.model, adapters)  # all are refused before the first file is written
         for name, adapter in adapters.items():
             _generate_file(options, str(out.with_name(f"{out.stem}.{name}{out.suffix}")), adapter)
     return 0

@@ -45,12 +45,13 @@ Scoring = Callable[
 
 @dataclass(frozen=True, slots=True)
 class PromptedTask:
-    """An answered task with its prompts, and what their answers are compared with."""
+    """An answered task with its prompts, what their answers are compared with, and whether any was messages."""
 
     task: AnsweredTask
     prompts: list[Prompt]
     expected: list[Any]
     sources: list[int]
+    rendered: bool
 
 
 def read_prompted_task(
@@ -89,7 +90,7 @@ def read_prompted_task(
         f"got {len(baselines or ())}",
     )
     require_fitting(prompts, context, f"prompts of task {task.name}")
-    return PromptedTask(task, prompts, expected, sources)
+    return PromptedTask(task, prompts, expected, sources, tokenizer.rendered)
 
 
 def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, rank: tuple[RankInfo, Path]) -> Items:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_align.errors import InputError, listed, require, shown
+from megatron_align.evaluation.config import FILES
 from megatron_align.evaluation.results import ITEMS, RESULTS, write_atomically
 from megatron_align.evaluation.statistics import difference_interval
 from megatron_align.model.families import read_json
@@ -23,7 +24,6 @@ COMPARISON = "comparison.json"
 LOWER_IS_BETTER = ("loss",)
 # Options that do not define a task: its data are compared by their content, the others only say how it is run.
 _FREE = {"data", "workers", "failures"}
-_FILES = ("chat_template", "baseline")  # compared by their content too, wherever they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +161,12 @@ def _other_definition(name: str, results: Sequence[dict[str, Any]]) -> str:
     one, other = (_definition(result.get("configuration", {}).get(name, {})) for result in results)
     names = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
     found = [f"{key} {shown(one.get(key))} and {shown(other.get(key))}" for key in names]
+    hashes = [result.get("files", {}).get(name, {}) for result in results]
+    found += [
+        f"{key} files of different content"
+        for key in FILES
+        if all(key in of for of in hashes) and hashes[0][key] != hashes[1][key]
+    ]
     clocks = [result.get("clock", {}).get(name) for result in results]
     if None not in clocks and clocks[0] != clocks[1]:
         dates = " and ".join(str(result.get("template_date")) for result in results)
@@ -171,7 +177,7 @@ def _other_definition(name: str, results: Sequence[dict[str, Any]]) -> str:
 def _definition(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that define a task; of files only whether there are any."""
     given = {name: value for name, value in options.items() if name not in _FREE}
-    return given | {name: "a file" for name in _FILES if given.get(name)}
+    return given | {name: "a file" for name in FILES if given.get(name)}
 
 
 def _column(folder: Path, task: str, metric: str) -> tuple[np.ndarray, np.ndarray] | None:

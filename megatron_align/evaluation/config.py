@@ -28,6 +28,7 @@ from megatron_align.rollout.types import Sampling
 
 _Options = TypeVar("_Options")
 _PATHS = ("data", "chat_template", "reference", "baseline", "include_path")  # options of tasks that are paths
+FILES = ("chat_template", "baseline")  # options of tasks that are files they read besides their data
 _HOLDS = "model, out and tasks"
 ABOUT = """Evaluate a model: the loss on chat data, preference pairs, multiple choice, generated answers.
 

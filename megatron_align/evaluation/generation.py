@@ -133,7 +133,7 @@ class GenerateOptions:
 
     def open_adapter(self) -> StoredAdapter | None:
         """Return the adapter, having checked that it fits the model; None: there is none."""
-        return open_adapter_of(self.model, self.adapter, check_base=False) if self.adapter else None
+        return open_adapter_of(self.model, self.adapter) if self.adapter else None
 
     def key(self) -> dict[str, Any]:
         """Return what determines the output, files by their content."""
@@ -174,7 +174,15 @@ def generate_file(options: GenerateOptions) -> Generated:
     """
     shape = read_shape(assets_of(options.model))
     options.open_adapter()  # refused before anything is generated
-    options = options.dated(stored_key(Path(options.out)))
+    out = Path(options.out)
+    earlier = stored_key(out)
+    partial = out.with_name(f".{out.name}.partial")
+    require(
+        not isinstance(earlier.get("weights"), list),
+        f"the unfinished output was begun by an older version, whose key has other weights: delete {partial} "
+        f"and {partial.name}.key to begin again, or finish it with that version",
+    )
+    options = options.dated(earlier)
     tokenizer = options.prompt_tokenizer()
     records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))
     prompts = [tokenizer.prompt(record, key) for key, record in enumerate(records)]

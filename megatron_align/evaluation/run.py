@@ -31,6 +31,7 @@ from megatron_align.errors import InputError, require
 from megatron_align.evaluation.adapter_names import ONLY
 from megatron_align.evaluation.answers import PromptedTask, answer_all, read_prompted_task
 from megatron_align.evaluation.config import (
+    FILES,
     AnsweredTask,
     ChoiceTask,
     EvaluationConfig,
@@ -74,12 +75,14 @@ class _LikelihoodTask:
         table: its samples.
         items: from the completions' numbers under the policy, and under the reference where there is one.
         reference: None: the task compares with none.
+        rendered: whether the chat template has rendered a record.
     """
 
     task: Task
     table: SampleTable
     items: Callable[[np.ndarray, np.ndarray | None], Items]
     reference: str | None = None
+    rendered: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +123,7 @@ def evaluate(
             {"template_date": setups[0].context.template_date},
             "chat templates must read one date on all ranks",
         )
+        _require_base(setups, watchdog)
         results = [_evaluate(setup, watchdog) for setup in setups]
         dist.barrier()
     parallel.leave()
@@ -141,7 +145,6 @@ def _of_each_adapter(config: EvaluationConfig) -> list[EvaluationConfig]:
 
 def _evaluate(setup: _Setup, watchdog: Watchdog) -> dict[str, Any]:
     """Return the results of one model, which rank 0 writes. Collective."""
-    _require_base(setup, watchdog)
     items: dict[str, TaskResult] = {**_score(setup, watchdog), **_answer(setup, watchdog)}
     results = _results(setup, items)
     if setup.rank_info.rank == 0:
@@ -149,12 +152,16 @@ def _evaluate(setup: _Setup, watchdog: Watchdog) -> dict[str, Any]:
     return results
 
 
-def _require_base(setup: _Setup, watchdog: Watchdog) -> None:
-    """Refuse an adapter that was trained on other weights than the model's, which only rank 0 reads. Collective."""
-    if setup.adapter is None or setup.adapter.weights is None:
+def _require_base(setups: Sequence[_Setup], watchdog: Watchdog) -> None:
+    """Refuse adapters that were trained on other weights than the model's, which rank 0 reads once. Collective."""
+    adapters = [setup.adapter for setup in setups if setup.adapter and setup.adapter.weights is not None]
+    if not adapters:
         return
+    model = setups[0].config.model
     with watchdog.patient("hashing the adapter's base"):
-        setup.adapter.require_hash(hash_of_rank_0(locate(setup.config.model)[0]), setup.config.model)
+        found = hash_of_rank_0(locate(model)[0])
+    for adapter in adapters:
+        adapter.require_hash(found, model)
 
 
 def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
@@ -202,7 +209,8 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
             lm_eval.append(load_lm_eval(task, quiet=rank_info.rank > 0))
         elif isinstance(task, ChoiceTask):
             choices = read_choices(task, load_tokenizer(str(assets)), length, context.now)
-            scored.append(_LikelihoodTask(task, choices.table, partial(_choice_items, choices)))
+            of_item = partial(_choice_items, choices)
+            scored.append(_LikelihoodTask(task, choices.table, of_item, rendered=choices.rendered))
         else:
             scored.append(_stored_task(task, shape, context))
     stores = {f"task {s.task.name}": s.table for s in scored if isinstance(s.table, TokenStore)}
@@ -368,14 +376,18 @@ def _choice_items(choices: Choices, sums_C: np.ndarray, _: np.ndarray | None) ->
 
 def _results(setup: _Setup, items: Mapping[str, TaskResult]) -> dict[str, Any]:
     config = setup.config
-    clocks = {task.name: reads for task in config.tasks if (reads := setup.context.clock(task))}
+    rendered = [each.task for each in (*setup.scored, *setup.answered) if each.rendered]
+    rendered += [each.task for each in setup.lm_eval if each.task.apply_chat_template]
+    clocks = {task.name: reads for task in rendered if (reads := setup.context.clock(task))}
     given = {name: of_task.data for name, of_task in items.items()}
     return {
         "tasks": {task.name: items[task.name].result(task.sources) for task in config.tasks},
         "primary": {name: of_task.primary for name, of_task in items.items()},
         "data": {
-            task.name: given[task.name] or [sha256(file) for file in _files(task)] for task in config.tasks
+            task.name: given[task.name] or [sha256(file) for path in task.sources for file in expand(path)]
+            for task in config.tasks
         },
+        "files": {task.name: found for task in config.tasks if (found := _other_files(task))},
         "model": config.model,
         **({"adapter": config.adapter} if config.adapter else {}),
         "precision": config.precision,
@@ -390,10 +402,9 @@ def _results(setup: _Setup, items: Mapping[str, TaskResult]) -> dict[str, Any]:
     }
 
 
-def _files(task: Task) -> list[str]:
-    """Return the files that a task reads, its data first."""
-    others = [getattr(task, name, None) for name in ("chat_template", "baseline")]
-    return [file for path in task.sources for file in expand(path)] + [file for file in others if file]
+def _other_files(task: Task) -> dict[str, str]:
+    """Return the hashes of the files that a task reads besides its data, by the name of their option."""
+    return {name: sha256(file) for name in FILES if (file := getattr(task, name, None))}
 
 
 def _write(out: Path, items: Mapping[str, TaskResult], results: Mapping[str, Any]) -> None:

@@ -43,11 +43,13 @@ class Choices:
         table: the questions.
         correct: index of the right choice of each.
         characters: length of each choice's text, without the delimiter.
+        rendered: whether a prompt was messages, which the chat template has rendered.
     """
 
     table: MemoryTable
     correct: np.ndarray
     characters: np.ndarray
+    rendered: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +146,7 @@ def read_choices(
         table=MemoryTable(samples, np.array(sources, np.int32)),
         correct=np.array(correct),
         characters=np.array(characters),
+        rendered=prompts.rendered,
     )
 
 

@@ -81,6 +81,9 @@ class PromptTokenizer:
         tokenizer: of the model.
         chat_template: text of a Jinja template to use instead of the tokenizer's own.
         now: what the template reads from the clock; None: the time of each rendering.
+
+    Attributes:
+        rendered: whether a prompt was messages so far, which the chat template has rendered.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class PromptTokenizer:
         now: datetime | None = None,
     ) -> None:
         self._template, self._encoder = ChatTemplate(tokenizer, chat_template, now), Encoder(tokenizer)
+        self.rendered = False
 
     def prompt(self, record: PromptRecord, key: int) -> Prompt:
         """Return a record's prompt, ended by the generation prompt if it is messages.
@@ -113,6 +117,7 @@ class PromptTokenizer:
             return self._encoder.ids(record.prompt + text, added=True)
         conversation = Conversation(record.prompt, record.where, record.tools)
         self._template.require_template(conversation)
+        self.rendered = True
         return self._encoder.ids(self._template.render(conversation, len(record.prompt), prompt=True) + text)
 
 

@@ -4,18 +4,24 @@ An adapter of another base, architecture or size, and a folder of pickles, are o
 """
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_align.errors import InputError
+from megatron_align.evaluation import adapters as adapters_module
+from megatron_align.evaluation import run as run_module
 from megatron_align.evaluation.adapter_names import parse_adapters
-from megatron_align.evaluation.adapters import attach_adapters
+from megatron_align.evaluation.adapters import attach_adapters, open_adapter_of
 from megatron_align.evaluation.engines import open_engine
 from megatron_align.evaluation.generation import generate
+from megatron_align.hf.adapter import BASE_HASH
+from megatron_align.hf.load import weights_hash
 from megatron_align.merge.adapter import merge_adapter
 from megatron_align.tools.main import main
 from tests.harness import training_ranks
@@ -147,6 +153,37 @@ def test_adapters_that_do_not_fit(tiny_models, adapters, tmp_path):
         generate(model, [PROMPT], adapter=model)
     with pytest.raises(InputError, match="no adapter folder at"):
         generate(model, [PROMPT], adapter=tmp_path / "none")
+
+
+def test_all_adapters_are_checked_before_the_first_is_used(
+    tiny_models, adapters, tmp_path, monkeypatch, capsys
+):
+    """The last of several is of another base: no file is written, and the base was hashed once."""
+    model, bases = tiny_models(), []
+    right, wrong = (make_adapter(tmp_path / name, model) for name in ("right", "wrong"))
+    for folder, base in ((right, weights_hash(model)), (wrong, "0" * 64)):
+        file = folder / "adapter_model.safetensors"
+        save_file(load_file(file), file, {BASE_HASH: base})
+    monkeypatch.setattr(
+        adapters_module, "weights_hash", lambda path: bases.append(path) or weights_hash(path)
+    )
+    monkeypatch.setattr(run_module, "hash_of_rank_0", lambda path: bases.append(path) or weights_hash(path))
+    adapters_module._hash_of.cache_clear()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    arguments = ["--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")]
+    named = [f"one={adapters['one']}", f"right={right}", f"wrong={wrong}"]
+    assert main(["generate", *arguments, "--max-tokens", "1", "--adapter", *named]) == 2
+    assert "the adapter is of another base" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
+    assert len(bases) == 1
+    setups = [
+        SimpleNamespace(config=SimpleNamespace(model=str(model)), adapter=open_adapter_of(model, path))
+        for path in (adapters["one"], right, wrong)
+    ]
+    with pytest.raises(InputError, match="the adapter is of another base"):
+        run_module._require_base(setups, SimpleNamespace(patient=lambda _: nullcontext()))
+    assert len(bases) == 2
 
 
 def test_names():

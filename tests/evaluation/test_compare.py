@@ -103,6 +103,20 @@ def test_other_definitions_are_not_compared(tmp_path):
     compare(one, tmp_path / "f")  # the first one's template reads no date
 
 
+def test_files_next_to_the_data_are_compared_where_both_have_their_hash(tmp_path):
+    """Results of an older version have the hashes of the data only."""
+    values, folders = np.arange(5.0), {}
+    for name, files in (("old", None), ("a", "1"), ("b", "1"), ("c", "2")):
+        folders[name] = write(tmp_path / name, t=("accuracy", values, None))
+        results = json.loads((folders[name] / "results.json").read_text())
+        results |= {} if files is None else {"files": {"t": {"chat_template": files}}}
+        (folders[name] / "results.json").write_text(json.dumps(results))
+    compare(folders["old"], folders["a"])
+    compare(folders["a"], folders["b"])
+    with pytest.raises(InputError, match="task t must be .* got chat_template files of different content in"):
+        compare(folders["a"], folders["c"])
+
+
 def test_texts_with_other_line_separators_are_one_item(tmp_path):
     values, texts = np.arange(5.0), ["\u2028", "\u2029", "\x85", "\x0b\x0c", "\x1c\x1d\x1e"]
     folders = []

@@ -60,6 +60,14 @@ def test_a_killed_generation_continues_to_the_same_file(options, tmp_path, monke
     assert partial.read_bytes() == b"".join(expected.splitlines(keepends=True)[:4])
     with pytest.raises(InputError, match=r"other options \(.*completions.*\)"):
         generate_file(GenerateOptions(**{**options, "sampling": Sampling(completions=1, max_tokens=6)}))
+    key = tmp_path / ".out.jsonl.partial.key"
+    noted = key.read_text()
+    key.write_text(json.dumps({**json.loads(noted), "weights": [["model.safetensors", 1, 2]]}))
+    with pytest.raises(
+        InputError, match=r"begun by an older version, .*: delete .*\.partial and .*\.key to begin"
+    ):
+        generate_file(GenerateOptions(**options))
+    key.write_text(noted)
     partial.write_bytes(partial.read_bytes() + b'{"cut')  # killed within a line
     assert generate_file(GenerateOptions(**options)).resumed == 4
     assert out.read_bytes() == expected

@@ -1,5 +1,6 @@
 """Law 12: every score equals a loop over transformers, on every layout, of a folder and of a checkpoint."""
 
+import hashlib
 import json
 from datetime import date
 
@@ -213,7 +214,8 @@ def test_the_date_that_templates_read_is_fixed_and_recorded(pool, tiny_models, f
     asked = {"name": "asked", "kind": "generate", "data": str(files["asked"]), "max_tokens": 2, **data}
     chat = {"name": "chat", "kind": "loss", "data": str(files["chat"]), "chat_template": str(template)}
     plain = {"name": "plain", "kind": "loss", "data": str(files["chat"])}
-    config = {"model": str(tiny_models()), "precision": "fp32", "tasks": [asked, chat, plain]}
+    text = {"name": "text", "kind": "choice", "data": str(files["folder"] / "choices.jsonl"), **data}
+    config = {"model": str(tiny_models()), "precision": "fp32", "tasks": [asked, chat, plain, text]}
     results = {}
     for day in ("2024-02-28", "2024-02-29", None):
         given = {**config, "out": str(tmp_path / str(day)), "template_date": day}
@@ -221,6 +223,8 @@ def test_the_date_that_templates_read_is_fixed_and_recorded(pool, tiny_models, f
     one, other, today = results.values()
     assert one["template_date"] == "2024-02-28"
     assert one["clock"] == {"asked": {"%d %b": "28 Feb"}, "chat": {"%d %b": "28 Feb"}}
+    assert {name: len(hashes) for name, hashes in one["data"].items()} == dict.fromkeys(one["tasks"], 1)
+    assert one["files"]["asked"] == {"chat_template": hashlib.sha256(template.read_bytes()).hexdigest()}
     assert one["tasks"]["plain"] == other["tasks"]["plain"]
     assert one["tasks"]["chat"]["loss"] != other["tasks"]["chat"]["loss"]
     assert date.fromisoformat(today["template_date"]) >= date(2026, 1, 1)

@@ -34,12 +34,15 @@ def test_fields_of_data_sets(tmp_path, record):
     sample = choices.table.sample(0)
     assert byte_tokenizer().decode(sample.tokens_L) == "q yes no"
     assert (sample.prompt_length, sample.completion_lengths) == (1, (4, 3))
+    assert not choices.rendered  # no chat template reads a date
     assert sample.scored_L.tolist() == [False] + [True] * 7
 
 
 def test_messages_get_the_generation_prompt_and_no_delimiter(tmp_path):
     message = {"role": "user", "content": "q"}
-    sample = read(tmp_path, {"prompt": [message], "choices": ["yes", "no"], "answer": 0}).table.sample(0)
+    choices = read(tmp_path, {"prompt": [message], "choices": ["yes", "no"], "answer": 0})
+    sample = choices.table.sample(0)
+    assert choices.rendered
     tokenizer = byte_tokenizer()
     rendered = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
     assert sample.tokens_L.tolist() == [*rendered, *tokenizer("yesno")["input_ids"]]
