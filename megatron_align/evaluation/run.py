@@ -376,7 +376,8 @@ def _choice_items(choices: Choices, sums_C: np.ndarray, _: np.ndarray | None) ->
 
 def _results(setup: _Setup, items: Mapping[str, TaskResult]) -> dict[str, Any]:
     config = setup.config
-    rendered = [each.task for each in (*setup.scored, *setup.answered) if each.rendered]
+    rendered: list[Any] = [each.task for each in setup.scored if each.rendered]
+    rendered += [each.task for each in setup.answered if each.rendered]
     rendered += [each.task for each in setup.lm_eval if each.task.apply_chat_template]
     clocks = {task.name: reads for task in rendered if (reads := setup.context.clock(task))}
     given = {name: of_task.data for name, of_task in items.items()}
