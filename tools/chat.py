@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add("--precision", choices=("bf16", "fp32"), help="of weights and computation (default: as stored)")
     about = "adapter of the model, a PEFT folder or a checkpoint; of several as NAME=PATH the first answers"
-    add("--adapter", nargs="+", default=[], metavar="[NAME=]PATH", help=about)
+    add("--adapter", type=str, nargs="+", default=[], metavar="[NAME=]PATH", help=about)
     add_sampling(parser, temperature=0.7)
     options = parser.parse(arguments)
     from megatron_align.data.tokenize.chat_template import load_chat_template

@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
     about = "options of that server, as of `vllm serve`, in one argument: '--tensor-parallel-size 2'"
     add("--vllm-options", default="", metavar="TEXT", help=about)
     about = "adapter of the model, a PEFT folder or a checkpoint; several as NAME=PATH: each writes OUT with its name"
-    add("--adapter", nargs="+", default=[], metavar="[NAME=]PATH", help=about)
+    add("--adapter", type=str, nargs="+", default=[], metavar="[NAME=]PATH", help=about)
     options = parser.parse(arguments)
     return _generate(options)
 

@@ -48,10 +48,9 @@ class History:
     def add(self, step: int, row: Mapping[str, Any]) -> None:
         """Note the metric of a validation; one that is not finite never is the best."""
         value = row.get(self.metric)
-        is_finite = isinstance(value, (int, float)) and math.isfinite(
-            value
-        )  # metrics.jsonl has null for others
-        self.values[step] = self._sign * value if is_finite else -math.inf
+        self.values[step] = -math.inf
+        if isinstance(value, (int, float)) and math.isfinite(value):  # metrics.jsonl has null for others
+            self.values[step] = self._sign * value
 
     def best(self, among: Iterable[int] | None = None) -> int | None:
         """Return the step of the best validation, the first of equal ones; None: there is none."""

@@ -13,6 +13,7 @@ import json
 import pkgutil
 import re
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import megatron.core
@@ -109,8 +110,11 @@ def expected(table):
 
 def our_modules():
     for module in pkgutil.walk_packages(megatron_align.__path__, "megatron_align."):
-        if not module.name.startswith(("megatron_align.kernels", "megatron_align.tools")):
-            yield importlib.import_module(module.name)
+        if module.name.startswith(("megatron_align.kernels", "megatron_align.tools")):
+            continue
+        if module.name.startswith("megatron_align.evaluation.lm_eval") and not find_spec("lm_eval"):
+            continue  # of an extra, and without megatron-core
+        yield importlib.import_module(module.name)
 
 
 def our_sources():

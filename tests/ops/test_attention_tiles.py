@@ -27,9 +27,11 @@ def _by_query(
 ):
     block = tl.program_id(0)
     last = tl.minimum((block + 1) * Q, queries) - 1
-    tiles, count = key_tiles(ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K)
+    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
+        ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K
+    )
     for step in range(count):
-        tile, full = key_tile(tiles, step)
+        tile, full = key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d)
         at = block * tl.cdiv(tokens, K) + tile
         tl.store(visits_ptr + at, tl.load(visits_ptr + at) + 1)
         tl.store(masked_ptr + at, (full == 0).to(tl.int32))
@@ -51,7 +53,7 @@ def _by_key(
 def _count(ps_ptr, pe_ptr, os_ptr, oe_ptr, visits_ptr, masked_ptr, queries, Q: tl.constexpr, K: tl.constexpr):
     block = tl.program_id(0)
     last = tl.minimum((block + 1) * Q, queries) - 1
-    (a, b, c, d, own_a, own_b, own_c, own_d), count = key_tiles(
+    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
         ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K
     )
     tl.store(visits_ptr + block, count)
