@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip(
+    "trl", minversion="1.16", reason="the judge is the code of TRL 1.16, which needs Python 3.11"
+)
 
 from megatron_align.losses.advantage_estimator import AdvantageEstimator, Experience
 from megatron_align.losses.advantages import ScoredGroups

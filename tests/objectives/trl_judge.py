@@ -162,6 +162,8 @@ def bare(trainer: type, **attributes):
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
+        use_liger_kernel=False,  # read by TRL 1.14, for Python 3.10
+        model_kwarg_keys=(),
     )
     made.__dict__.update(attributes)
     return made
