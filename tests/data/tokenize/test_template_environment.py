@@ -52,6 +52,9 @@ def as_given(record, as_text):
     """Return the messages for transformers, the arguments of calls as objects or as JSON text."""
     messages = [message.for_template() for message in record.messages]
     for message in messages:
+        # transformers 5.23 fills in the other name itself, older ones do not.
+        if reasoning := message.get("reasoning_content") or message.get("thinking"):
+            message |= {"thinking": reasoning, "reasoning_content": reasoning}
         if as_text and "tool_calls" in message:
             functions = [call["function"] for call in message["tool_calls"]]
             message["tool_calls"] = [
