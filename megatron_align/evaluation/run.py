@@ -192,27 +192,7 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         sequence_length=length,
         template_date=config.template_date or date.today().isoformat(),
     )
-    scored: list[_LikelihoodTask] = []
-    answered: list[PromptedTask] = []
-    lm_eval: list[LoadedTask] = []
-    for task in config.tasks:
-        require(
-            not shape.is_reward or (isinstance(task, PreferenceTask) and task.score in (None, "reward")),
-            f"task {task.name}: {shape.architecture} has rewards only: kind preference with score reward, "
-            f"got kind {task.kind}",
-        )
-        if isinstance(task, AnsweredTask):
-            answered.append(read_prompted_task(task, assets, shape.max_positions, context.now))
-        elif isinstance(task, LMEvalTask):
-            from megatron_align.evaluation.lm_eval_results import load_lm_eval  # an optional package
-
-            lm_eval.append(load_lm_eval(task, quiet=rank_info.rank > 0))
-        elif isinstance(task, ChoiceTask):
-            choices = read_choices(task, load_tokenizer(str(assets)), length, context.now)
-            of_item = partial(_choice_items, choices)
-            scored.append(_LikelihoodTask(task, choices.table, of_item, rendered=choices.rendered))
-        else:
-            scored.append(_stored_task(task, shape, context))
+    scored, answered, lm_eval = _read_tasks(config.tasks, shape, context)
     stores = {f"task {s.task.name}": s.table for s in scored if isinstance(s.table, TokenStore)}
     require_vocabulary(stores, shape)
     return _Setup(
@@ -227,6 +207,36 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         context=context,
         lm_eval=lm_eval,
     )
+
+
+def _read_tasks(
+    tasks: Sequence[Task], shape: ModelShape, context: TaskContext
+) -> tuple[list[_LikelihoodTask], list[PromptedTask], list[LoadedTask]]:
+    """Read the data of all tasks; return those that are scored, those that are answered and lm-eval's."""
+    scored: list[_LikelihoodTask] = []
+    answered: list[PromptedTask] = []
+    lm_eval: list[LoadedTask] = []
+    for task in tasks:
+        require(
+            not shape.is_reward or (isinstance(task, PreferenceTask) and task.score in (None, "reward")),
+            f"task {task.name}: {shape.architecture} has rewards only: kind preference with score reward, "
+            f"got kind {task.kind}",
+        )
+        if isinstance(task, AnsweredTask):
+            answered.append(read_prompted_task(task, context.assets, shape.max_positions, context.now))
+        elif isinstance(task, LMEvalTask):
+            from megatron_align.evaluation.lm_eval_results import load_lm_eval  # an optional package
+
+            lm_eval.append(load_lm_eval(task, quiet=context.rank_info.rank > 0))
+        elif isinstance(task, ChoiceTask):
+            choices = read_choices(
+                task, load_tokenizer(str(context.assets)), context.sequence_length, context.now
+            )
+            of_item = partial(_choice_items, choices)
+            scored.append(_LikelihoodTask(task, choices.table, of_item, rendered=choices.rendered))
+        else:
+            scored.append(_stored_task(task, shape, context))
+    return scored, answered, lm_eval
 
 
 def _stored_task(task: Task, shape: ModelShape, context: TaskContext) -> _LikelihoodTask:

@@ -6,7 +6,7 @@ n of them on this context-parallel rank, H hidden, M rows that each tensor-paral
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -98,15 +98,7 @@ class VocabularyHead(ColumnParallelLinear):
         if self.unit_rows:  # here, as the weight is certainly gathered inside this module's forward
             weight = F.normalize(weight)
         rows, part = batch.rows, batch.part
-        if part is None:
-            hidden_nH, target_n = self._scored(hidden, rows.row_N, rows.rows_on_host()), rows.target_N
-        else:
-            hidden_nH = self._scored(hidden, part.rows.row_n, part.rows.host_row_n)
-            target_n = rows.target_N[part.rows.number_n]
-        if self.adapter is not None:
-            number_n = slice(None) if part is None else part.rows.number_n
-            keys_n = None if batch.dropout_T is None else batch.dropout_T[rows.row_N[number_n]]
-            hidden_nH, weight = self.adapted(hidden_nH, weight, keys_n)
+        hidden_nH, weight, target_n = self._held_rows(hidden, weight, batch)
         # Under sequence parallelism the gradient is summed over ranks by the reduce-scatter.
         options = {
             "group": self.tp_group,
@@ -124,20 +116,14 @@ class VocabularyHead(ColumnParallelLinear):
                 _with_likeliest(hidden_nH[a:b], weight, target_n[a:b], self.tp_group, self.vocab_size)
                 for a, b in context_slabs.ranges
             ]
-            columns = zip(*columns_2n, strict=True)
-            return torch.stack(
-                [
-                    torch.cat([context_slabs.gather(i, part_n) for i, part_n in enumerate(column)])
-                    for column in columns
-                ]
-            )
+            return torch.stack([_gathered(context_slabs, column) for column in zip(*columns_2n, strict=True)])
         if objective is None:
             # Cut as for a loss of complete samples: the same GEMMs, so bit-identical log-probs.
             parts = [
                 token_logprobs(hidden_nH[a:b], weight, target_n[a:b], **options)
                 for a, b in context_slabs.ranges
             ]
-            return torch.cat([context_slabs.gather(i, logprobs_n) for i, logprobs_n in enumerate(parts)])
+            return _gathered(context_slabs, parts)
 
         def loss(
             i: int, logprobs_n: Tensor, statistics: dict[str, Tensor]
@@ -158,6 +144,20 @@ class VocabularyHead(ColumnParallelLinear):
             # Ranks hold different rows of a sample: report the maximum over context ranks.
             dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=self.context)
         return PackLoss(value, sums)
+
+    def _held_rows(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states and weight, both with the adapter, and targets of the scored rows on this rank."""
+        rows, part = batch.rows, batch.part
+        if part is None:
+            hidden_nH, target_n = self._scored(hidden, rows.row_N, rows.rows_on_host()), rows.target_N
+        else:
+            hidden_nH = self._scored(hidden, part.rows.row_n, part.rows.host_row_n)
+            target_n = rows.target_N[part.rows.number_n]
+        if self.adapter is not None:
+            number_n = slice(None) if part is None else part.rows.number_n
+            keys_n = None if batch.dropout_T is None else batch.dropout_T[rows.row_N[number_n]]
+            hidden_nH, weight = self.adapted(hidden_nH, weight, keys_n)
+        return hidden_nH, weight, target_n
 
     def adapted(
         self, hidden_nH: Tensor, weight_VH: Tensor, keys_n: Tensor | None = None
@@ -190,6 +190,11 @@ class VocabularyHead(ColumnParallelLinear):
                 hidden = hidden[own_M]
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden[row_n]
+
+
+def _gathered(slabs: ContextSlabs, values_n: Sequence[Tensor]) -> Tensor:
+    """Return the values of all rows, of those that this context-parallel rank computed slab by slab."""
+    return torch.cat([slabs.gather(i, of_slab_n) for i, of_slab_n in enumerate(values_n)])
 
 
 def _with_likeliest(
