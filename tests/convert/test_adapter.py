@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_align.convert.open_adapter import open_adapter
 from megatron_align.hf.adapter import base_hash
 from megatron_align.model.families import read_shape
-from tests.harness import cli, training_ranks
+from tests.harness import training_ranks
 from tests.harness.corruption import rewrite_checksums
 from tests.harness.tiny import (
     change_tensors,
@@ -26,15 +26,6 @@ from tests.harness.tiny import (
 )
 
 WEIGHTS, UP = "adapter_model.safetensors", "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def convert(pool):
-    def call(*arguments):
-        [answer] = pool.run(1, cli.call, ["convert", *map(str, arguments)])
-        return answer
-
-    return call
 
 
 @pytest.fixture(scope="module")

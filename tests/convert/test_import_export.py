@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.harness import cli, training_ranks
+from tests.harness import training_ranks
 from tests.harness.tiny import (
     change_tensors,
     make_baichuan,
@@ -19,15 +19,6 @@ from tests.harness.tiny import (
     metrics_of,
     run_arguments,
 )
-
-
-@pytest.fixture(scope="module")
-def convert(pool):
-    def call(*arguments):
-        [answer] = pool.run(1, cli.call, ["convert", *map(str, arguments)])
-        return answer
-
-    return call
 
 
 def must(answer):

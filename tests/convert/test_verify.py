@@ -16,20 +16,10 @@ from megatron_align.convert.state_writer import StateWriter
 from megatron_align.hf.load import open_hf
 from megatron_align.model.families import rows, to_megatron
 from megatron_align.storage.journal import Journal
-from tests.harness import cli
 from tests.harness.corruption import flip, rewrite_checksums
 from tests.harness.tiny import VARIANTS, make_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def convert(pool):
-    def call(*arguments):
-        [answer] = pool.run(1, cli.call, ["convert", *map(str, arguments)])
-        return answer
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,14 @@ def logprobs(
     """Return log-probs and both gradients, the vocabulary sharded over all ranks."""
     from megatron_align.kernels import token_logprobs
 
-    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
-        group = parallel.groups().tp
-        mine = weight.chunk(rank_info.world_size)[rank_info.rank].clone().requires_grad_()
-        hidden = hidden.clone().requires_grad_()
-        values = token_logprobs(hidden, mine, targets, group=group, vocab_size=vocab_size)
-        (values * torch.arange(1, len(targets) + 1)).sum().backward()
-    parallel.leave()
-    return values.detach(), hidden.grad, mine.grad
+    weights = torch.arange(1, len(targets) + 1)
+    return _values_and_gradients(
+        rank_info,
+        token_logprobs,
+        (hidden, weight, targets),
+        vocab_size,
+        lambda values: (values * weights).sum(),
+    )
 
 
 def columns(
@@ -41,12 +41,19 @@ def columns(
     """Return logits of given tokens and both gradients, the vocabulary sharded over all ranks."""
     from megatron_align.kernels import column_logits
 
+    return _values_and_gradients(
+        rank_info, column_logits, (hidden, weight, columns), vocab_size, lambda values: values.square().sum()
+    )
+
+
+def _values_and_gradients(rank_info, kernel, tensors, vocab_size, loss):
+    hidden, weight, tokens = tensors
     with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
         group = parallel.groups().tp
         mine = weight.chunk(rank_info.world_size)[rank_info.rank].clone().requires_grad_()
         hidden = hidden.clone().requires_grad_()
-        values = column_logits(hidden, mine, columns, group=group, vocab_size=vocab_size)
-        values.square().sum().backward()
+        values = kernel(hidden, mine, tokens, group=group, vocab_size=vocab_size)
+        loss(values).backward()
     parallel.leave()
     return values.detach(), hidden.grad, mine.grad
 
