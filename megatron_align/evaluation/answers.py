@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +16,19 @@ from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import require
 from megatron_align.evaluation import judge
-from megatron_align.evaluation.checks import CHECKS, Scores, extracted
 from megatron_align.evaluation.config import AnsweredTask, GenerateTask, JudgeTask
 from megatron_align.evaluation.judge import Judge, read_baselines, read_comparison
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import ITEMS, Items
 from megatron_align.model.parallel import RankInfo
-from megatron_align.rollout.endpoint import concurrently
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.prompts import PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, require_fitting
+from megatron_align.rollout.verifiers.checks import CHECKS, Scores
+from megatron_align.rollout.verifiers.running import Scoring, checking, share_of_cores
 from megatron_align.training.watchdog import Watchdog
 
 CHUNK = 64  # prompts of a rank between two signs of progress
-CHECK_SECONDS = 30.0  # for one answer, in a process of its own
-START_SECONDS = 300.0  # for the imports of such a process, on a busy machine
-Scoring = Callable[
-    [Sequence[tuple[str, Any]]], list[Scores]
-]  # of answers, each with what it is compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,71 +164,3 @@ def _scoring(task: AnsweredTask, out: Path, rank: int) -> Iterator[Scoring]:
     assert isinstance(task, GenerateTask), "every other kind is no answered task"
     with checking(task.check, task.extract, share_of_cores()) as scoring:
         yield scoring
-
-
-@contextmanager
-def checking(name: str, extract: str | None = None, programs: int | None = None) -> Iterator[Scoring]:
-    """Yield the function that checks answers; a check that may run forever runs in a process that is replaced.
-
-    Args:
-        name: of the check.
-        extract: see :class:`.GenerateTask`.
-        programs: run at once; None: one per processor core.
-    """
-    check = CHECKS[name]
-    if check.waits:
-        workers = programs or len(os.sched_getaffinity(0))
-        yield lambda pairs: list(concurrently(lambda pair: check.judge(*pair), pairs, workers))
-        return
-    if check.package is None:
-        yield lambda pairs: [check.judge(extracted(answer, extract), expected) for answer, expected in pairs]
-        return
-    with _process(partial(check.judge, "1", ("1",))) as call:
-        yield lambda pairs: [
-            call(partial(check.judge, extracted(answer, extract), expected))
-            or dict.fromkeys(check.metrics, 0.0)
-            for answer, expected in pairs
-        ]
-
-
-def share_of_cores() -> int:
-    """Return the number of processor cores that this rank may keep busy, at least 1. Collective.
-
-    Ranks of one machine that may run on the same cores share them.
-    """
-    own = (socket.gethostname(), os.sched_getaffinity(0))
-    ranks = [own] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
-    sharing = sum(host == own[0] and not cores.isdisjoint(own[1]) for host, cores in ranks)
-    return max(1, len(own[1]) // sharing)
-
-
-@contextmanager
-def _process(first: Callable[[], Scores]) -> Iterator[Callable[[Callable[[], Scores]], Scores | None]]:
-    """Yield a function that makes a call in another process; None: it took too long, or ended the process.
-
-    ``first`` is called when a process starts, which may take longer: it imports.
-    """
-    pools: list[ProcessPoolExecutor] = []
-
-    def call(function: Callable[[], Scores]) -> Scores | None:
-        if not pools:
-            pools.append(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
-            pools[0].submit(first).result(timeout=START_SECONDS)
-        try:
-            return pools[0].submit(function).result(timeout=CHECK_SECONDS)
-        except (FutureTimeout, BrokenProcessPool):  # an expression that expands without end
-            _kill(pools.pop())
-            return None
-
-    try:
-        yield call
-    finally:
-        for pool in pools:
-            pool.shutdown()
-
-
-def _kill(pool: ProcessPoolExecutor) -> None:
-    for process in list((pool._processes or {}).values()):
-        process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)

@@ -22,9 +22,9 @@ from megatron_align.config.yaml_text import read_yaml
 from megatron_align.data.tokenize.template_clock import parse_date
 from megatron_align.errors import InputError, nearest, require
 from megatron_align.evaluation.adapter_names import ONLY, parse_adapters, require_name
-from megatron_align.evaluation.checks import CHECKS
 from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.types import Sampling
+from megatron_align.rollout.verifiers.checks import CHECKS
 
 _Options = TypeVar("_Options")
 _PATHS = ("data", "chat_template", "reference", "baseline", "include_path")  # options of tasks that are paths

@@ -22,10 +22,10 @@ import numpy as np
 from megatron_align.data.formats.fields import bad_field
 from megatron_align.data.formats.files import read_fields
 from megatron_align.errors import InputError
-from megatron_align.evaluation.checks import Scores, expected_answers
 from megatron_align.evaluation.config import JudgeTask
 from megatron_align.rollout.endpoint import Endpoint, FailureBudget, RequestFailed, concurrently
 from megatron_align.rollout.prompts import PromptRecord
+from megatron_align.rollout.verifiers.checks import Scores, expected_answers
 
 METRICS = ("win_rate", "wins", "ties", "losses", "unjudged")
 Verdict = Literal["A", "B", "C"]

@@ -23,8 +23,6 @@ from megatron_align.data.tokenize.template_clock import fixed_date, parse_date, 
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import require
-from megatron_align.evaluation.answers import checking
-from megatron_align.evaluation.checks import CHECKS
 from megatron_align.evaluation.engines import Precision, assets_of, weights_state
 from megatron_align.evaluation.generation import GenerateOptions, generate_file
 from megatron_align.evaluation.likelihood import CompletionScorer
@@ -38,6 +36,8 @@ from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.records import Message, Preference
 from megatron_align.rollout.prompts import PromptRecord, read_prompts
 from megatron_align.rollout.types import Sampling
+from megatron_align.rollout.verifiers.checks import CHECKS
+from megatron_align.rollout.verifiers.running import checking
 from megatron_align.storage.resumable_lines import ResumableLines, read_rows
 from megatron_align.training.setup import DTYPES, locate
 from megatron_align.training.watchdog import join_watched

@@ -44,7 +44,7 @@ def evaluate(rank_info: parallel.RankInfo, config: dict) -> dict:
 
 def cores_of_each(rank_info: parallel.RankInfo) -> tuple[int, int]:
     """Return the rank's share of cores, and the number of cores that it may use."""
-    from megatron_align.evaluation.answers import share_of_cores
+    from megatron_align.rollout.verifiers.running import share_of_cores
 
     with join_watched(rank_info, ParallelConfig()).watching():
         share = share_of_cores()

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_align.evaluation import confined
-from megatron_align.evaluation.checks import CHECKS
-from megatron_align.evaluation.sandbox import passes
 from megatron_align.rollout.prompts import PromptRecord
+from megatron_align.rollout.verifiers import confined
+from megatron_align.rollout.verifiers.checks import CHECKS
+from megatron_align.rollout.verifiers.sandbox import passes
 
 FAST = {"seconds": 20.0}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_align.errors import InputError
-from megatron_align.evaluation import confined
+from megatron_align.rollout.verifiers import confined
 
 SECONDS = 10.0
 MEMORY = 1 << 30  # bytes

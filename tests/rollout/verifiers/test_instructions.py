@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_align.errors import InputError
-from megatron_align.evaluation.instructions import INSTRUCTIONS, METRICS, judge, require_known
+from megatron_align.rollout.verifiers.instructions import INSTRUCTIONS, METRICS, judge, require_known
 
 # instruction -> (arguments, answers that follow it, answers that do not)
 CASES = {

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_align.data.formats.fields import RawRecord, bad_field
 from megatron_align.errors import InputError, require
-from megatron_align.evaluation import instructions, math_answers
-from megatron_align.evaluation.sandbox import passes
 from megatron_align.rollout.prompts import PromptRecord
+from megatron_align.rollout.verifiers import instructions, math_answers
+from megatron_align.rollout.verifiers.sandbox import passes
 
 Scores = dict[str, float]
 ANSWERS = ("answer", "reference", "target", "completion")  # the first that a record has is its answer

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_align.errors import InputError
-from megatron_align.evaluation import answers
-from megatron_align.evaluation.checks import CHECKS, expected_answers, extracted
 from megatron_align.rollout.prompts import PromptRecord
+from megatron_align.rollout.verifiers import running as running_checks
+from megatron_align.rollout.verifiers.checks import CHECKS, expected_answers, extracted
 from tests.harness import training_ranks
 
 
@@ -49,7 +49,7 @@ def test_texts():
 
 def test_mathematics_is_compared_and_what_never_ends_is_no_answer(monkeypatch):
     monkeypatch.setattr(
-        answers, "CHECK_SECONDS", 2.0
+        running_checks, "CHECK_SECONDS", 2.0
     )  # an answer takes milliseconds, imports are not counted
     pairs = [
         ("The answer is \\boxed{1/2}", ("0.5",)),
@@ -58,7 +58,7 @@ def test_mathematics_is_compared_and_what_never_ends_is_no_answer(monkeypatch):
         ("\\boxed{9^9^9^9^9^9^9^9^9}", ("3",)),
         ("2,000", ("2000",)),  # after the process was replaced
     ]
-    with answers.checking("math") as scoring:
+    with running_checks.checking("math") as scoring:
         assert [score["math"] for score in scoring(pairs)] == [1, 1, 0, 0, 1]
 
 
@@ -83,6 +83,6 @@ def test_no_more_programs_run_than_the_share(monkeypatch):
         return {"pass_rate": 1.0}
 
     monkeypatch.setitem(CHECKS, "code", replace(CHECKS["code"], judge=judge))
-    with answers.checking("code", None, 3) as scoring:
+    with running_checks.checking("code", None, 3) as scoring:
         assert len(scoring([("", "")] * 12)) == 12
     assert most == 3
