@@ -171,6 +171,11 @@ logging_steps log_interval log_freq log_every logging_first_step logging_strateg
     checkpoint.dir/metrics.jsonl
 deepspeed ds_config zero_stage zero fsdp fsdp_config use_distributed_optimizer accelerate_config = the optimizer
     is sharded over data-parallel ranks by itself, and parallel.tensor, pipeline and context shard the model
+reward_funcs reward_functions reward_model_path reward_model reward_fn custom_reward_function reward_model_enable
+    reward_fn_path rm_path reward_weights reward_func_names remote_rm_url = rewards is a list of {kind, weight, ...};
+    docs/online.md
+multi_objective_aggregation = rewards are summed, then normalised; normalise_then_sum is normalize: group for each
+    reward, with objective.scale_rewards: batch
 data_parallel_size dp dp_size = the data-parallel size is what parallel.tensor, pipeline and context leave of
     the ranks
 nproc_per_node num_gpus n_gpus ngpus gpus num_nodes nnodes num_processes n_gpus_per_node = torchrun starts the

@@ -20,6 +20,8 @@ from megatron_align.config.inputs import (
     ModelConfig,
     ReferenceConfig,
 )
+from megatron_align.config.rewards import ABOUT as ABOUT_REWARDS
+from megatron_align.config.rewards import RewardConfig, build_rewards, changed_rewards
 from megatron_align.config.sections import (
     CheckpointConfig,
     LoggingConfig,
@@ -48,6 +50,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    rewards: tuple[RewardConfig, ...] = ()
 
     def __post_init__(self) -> None:
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
@@ -68,6 +71,12 @@ class RunConfig:
             "reference.sync_steps must be null with model.adapter: a reference that follows an adapter is not built, "
             f"got {self.reference.sync_steps}",
         )
+        samples = hasattr(self.objective, "minibatches")  # of an objective that trains on rollouts
+        require(
+            not self.rewards or samples,
+            f"rewards score sampled completions: they do not apply to objective {self.objective.name}, which trains "
+            "on given data",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ class ObjectiveNames:
 
 DRY_RUN = "--dry_run"  # or --dry_run=RANKS: an option of a launch, not of a run's configuration
 
+REWARDS = "rewards"  # a list, not a section of options
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -119,7 +129,10 @@ def load(
             require("=" in override, f"an override must be 'section.key=value', got '{override}'")
         return _build([content, *read_arguments([f"--{override}" for override in overrides])], objectives)
     for key in overrides:
-        require("." in key.strip("."), f"an override must be named section.key, got '{key}'")
+        require(
+            "." in key.strip(".") or key.removesuffix("+") == REWARDS,
+            f"an override must be named section.key, got '{key}'",
+        )
     return _build([content, *({key: value} for key, value in plain_mapping(overrides).items())], objectives)
 
 
@@ -139,12 +152,13 @@ _PRINTING = ("-h", "--help", "--print_config")  # options that print and end the
 
 def _build(parts: list[Part], objectives: ObjectiveNames, printing: Sequence[str] = ()) -> RunConfig:
     given = _merged(parts)
+    rewards = given.pop(REWARDS)
     name = convert(given["objective"].get("name", "sft"), str, "objective.name")
     sections = {**SECTIONS, "objective": objectives.options_class(name)}
     given["objective"]["name"] = name
     unknown, known = _known(given, sections)
     if unknown and not any(flag.startswith(("-h", "--help")) for flag in printing):
-        raise InputError(unknown_keys(unknown, sections, objectives.owners))
+        raise InputError(unknown_keys(unknown, {**sections, REWARDS: RewardConfig}, objectives.owners))
     values = {
         section: {
             option: convert(value, option_types(sections[section])[option], f"{section}.{option}")
@@ -153,17 +167,22 @@ def _build(parts: list[Part], objectives: ObjectiveNames, printing: Sequence[str
         for section, options in known.items()
     }
     if printing:
-        _print(sections, values, printing)
+        _print(sections, values, rewards, printing)
     _require_all(sections, values)
-    return RunConfig(**{section: kind(**values[section]) for section, kind in sections.items()})
+    built = {section: kind(**values[section]) for section, kind in sections.items()}
+    return RunConfig(**built, rewards=build_rewards(rewards))
 
 
-def _merged(parts: list[Part]) -> dict[str, dict[str, Any]]:
-    """Merge parts into ``{section: {option: value}}``; later ones win. Keys may be dotted."""
+def _merged(parts: list[Part]) -> dict[str, Any]:
+    """Merge parts into ``{section: {option: value}}`` and the list of rewards; later ones win. Keys may be dotted."""
     merged: dict[str, Any] = {section: {} for section in (*SECTIONS, "objective")}
+    merged[REWARDS] = None
     for part in parts:
         for key, value in part.items():
             section, dotted, option = str(key).partition(".")
+            if section in (REWARDS, f"{REWARDS}+"):
+                merged[REWARDS] = changed_rewards(merged[REWARDS], str(key), value)
+                continue
             if dotted:
                 _set(merged.setdefault(section, {}), option, value)
                 continue
@@ -243,7 +262,9 @@ def _no_mapping(section: str, value: Any) -> str:
     return line
 
 
-def _print(sections: Mapping[str, type], values: Mapping[str, Any], printing: Sequence[str]) -> None:
+def _print(
+    sections: Mapping[str, type], values: Mapping[str, Any], rewards: Any, printing: Sequence[str]
+) -> None:
     """Print help or the configuration, and end the program."""
     parser = ArgumentParser(
         prog="python -m megatron_align.train",
@@ -254,9 +275,12 @@ def _print(sections: Mapping[str, type], values: Mapping[str, Any], printing: Se
     parser.add_argument("--config", action="config", help="YAML file with the sections below")
     for section, kind in sections.items():
         parser.add_class_arguments(kind, section)
-    plain = {
+    parser.add_argument(f"--{REWARDS}", type=Any, default=[], help=ABOUT_REWARDS)
+    plain: dict[str, Any] = {
         section: {key: _as_plain(value) for key, value in of.items()} for section, of in values.items() if of
     }
+    if rewards:
+        plain[REWARDS] = _as_plain(build_rewards(rewards))
     parser.parse_args([f"--config={yaml.safe_dump(plain, allow_unicode=True, sort_keys=False)}", *printing])
 
 
