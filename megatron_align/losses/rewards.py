@@ -1,35 +1,51 @@
 """Rewards of sampled completions before advantages: several combined, truncated and overlong answers.
 
-Shapes: C completions, R reward functions. Numbers of a step, in fp64, without gradient.
+Shapes: C completions of G prompts, R reward functions. Numbers of a step, in fp64, without gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_align.errors import InputError
+from megatron_align.losses.advantages import Moments, ScoredGroups, whiten
+
+Normalize = Literal["none", "group", "batch"]
+STD_EPS = 1e-4  # added to deviations, as TRL does
 
 
 def combine_rewards(
-    rewards: Sequence[Sequence[float | None]], weight_R: Sequence[float], names: Sequence[str]
+    rewards: Sequence[Sequence[float | None]],
+    weights: Sequence[float] | Sequence[Sequence[float]],
+    names: Sequence[str],
+    *,
+    normalize: Sequence[Normalize] | None = None,
+    size_G: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted sum of the rewards of each completion, ``[C]``, and whether any scored it, ``[C]`` bool.
 
+    ``normalize: group`` of every function, with the sum's advantages scaled by the deviation of the batch, is TRL's
+    ``multi_objective_aggregation: normalize_then_sum`` (GDPO, arXiv:2601.05242).
+
     Args:
         rewards: of each function, of each completion; None: this function does not score it, which counts as 0.
-        weight_R: of each function.
+        weights: of each function, or of each function for each completion.
         names: of each function, for errors.
+        normalize: of each function: (reward - mean) / (deviation + 1e-4) over the completions that it scores of a
+            prompt, or of all; None: none.
+        size_G: completions of each prompt, for normalisation in groups.
 
     Raises:
         InputError: a function returned another number of rewards than the first, or NaN or infinity; or there is not
             one weight for each function.
     """
-    if len(weight_R) != len(names):
+    if len(weights) != len(names):
         raise InputError(
-            f"each of the {len(names)} rewards ({', '.join(names)}) needs a weight, got {len(weight_R)} weights"
+            f"each of the {len(names)} rewards ({', '.join(names)}) needs a weight, got {len(weights)} weights"
         )
     for name, values in zip(names, rewards, strict=True):
         if len(values) != len(rewards[0]):
@@ -47,8 +63,22 @@ def combine_rewards(
             f"reward {names[r]} must return a finite number or None, got {number_RC[r][c]} for completion {c} of the "
             "step (counting from 0)"
         )
-    weights = torch.tensor(list(weight_R), dtype=torch.float64)
-    return (weights[:, None] * reward_RC).sum(0), scored_RC.any(0)
+    for r, how in enumerate(normalize or ()):
+        reward_RC[r] = _normalized(reward_RC[r], scored_RC[r], how, size_G)
+    weight_RC = torch.tensor(list(weights), dtype=torch.float64).reshape(len(names), -1)  # [R, 1] or [R, C]
+    return (weight_RC * reward_RC).sum(0), scored_RC.any(0)
+
+
+def _normalized(reward_C: Tensor, scored_C: Tensor, how: Normalize, size_G: Tensor | None) -> Tensor:
+    """Return the rewards of one function, normalised; 0 where it did not score."""
+    if how == "none":
+        return reward_C
+    if how == "batch":
+        return whiten(reward_C, Moments.of(reward_C, scored_C)).masked_fill(~scored_C, 0.0)
+    if size_G is None:
+        raise ValueError("normalisation in groups needs their sizes")
+    groups = ScoredGroups.of(reward_C, size_G, scored_C=scored_C)
+    return groups.centred() / (groups.spread(groups.deviations()) + STD_EPS)
 
 
 def truncated(last_token_C: Tensor, end_tokens: Sequence[int]) -> Tensor:

@@ -78,7 +78,7 @@ class Endpoint:
         for attempt in range(self.tries):
             if attempt:
                 time.sleep(wait)
-            wait = min(_LONGEST_WAIT, self.first_wait * 2**attempt) * self._random.uniform(0.75, 1.25)
+            wait = backoff(attempt, self.first_wait, self._random)
             try:
                 status, after, text = self._send(method, path, body)
             except (OSError, http.client.HTTPException) as error:
@@ -127,6 +127,11 @@ class Endpoint:
             return response.status, min(float(after), _LONGEST_WAIT) if after.isdecimal() else 0.0, text
         finally:
             connection.close()
+
+
+def backoff(attempt: int, first: float, source: random.Random) -> float:
+    """Return the seconds to wait after a failed try, the first of number 0: doubled after each, a minute at most."""
+    return min(_LONGEST_WAIT, first * 2**attempt) * source.uniform(0.75, 1.25)
 
 
 class FailureBudget:

@@ -134,6 +134,15 @@ def test_each_reward_needs_its_weight(weights):
         combine_rewards([[1.0, 2.0], [3.0, 4.0]], weights, ["a", "b"])
 
 
+def test_weights_of_each_completion_and_normalisation_over_the_batch():
+    rewards = [[1.0, 3.0, None, 5.0], [1.0, 1.0, 1.0, 1.0]]
+    reward_C, _ = combine_rewards(
+        rewards, [[1, 1, 1, 2], [0, 10, 10, 0]], ["a", "b"], normalize=["batch", "none"]
+    )
+    deviation = 2 + 1e-4
+    assert_close(reward_C, torch.tensor([-2 / deviation, 10, 10, 2 * 2 / deviation]).double())
+
+
 def test_gae_equals_its_definition_on_every_packed_completion():
     reward_N, value_N, gamma, lam = draw(0), draw(1), 0.9, 0.8
     advantage_N, return_N = generalised_advantages(reward_N, value_N, LENGTH_C, gamma=gamma, gae_lambda=lam)

@@ -5,6 +5,7 @@ Given completions, rewards and log-probs; float64 on both sides, so 1e-9 is roun
 
 import ast
 import inspect
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ trl = pytest.importorskip(
 )
 
 from megatron_align.losses.advantage_estimator import AdvantageEstimator, Experience
-from megatron_align.losses.advantages import ScoredGroups
+from megatron_align.losses.advantages import ScoredGroups, group_advantages
 from megatron_align.losses.engine_mismatch import engine_correction
 from megatron_align.losses.policy_gradient import (
     POLICY_LOSSES,
@@ -23,7 +24,7 @@ from megatron_align.losses.policy_gradient import (
     entropy_threshold,
     token_weights,
 )
-from megatron_align.losses.rewards import truncated
+from megatron_align.losses.rewards import combine_rewards, truncated
 from megatron_align.losses.segments import per_token
 from tests.losses.policy_judge import (
     COMPLETIONS,
@@ -222,3 +223,23 @@ def test_rloo_equals_trl(beta, normalize, rewards):
     assert_close(advantage_N, flat(judged.rollout["advantages"][:, None]), **TOLERANCE)
     terms = SEQUENCE | {"sequence_ratio": "sum"}
     assert_same(ours(three, advantage_N, "grpo", **terms), judged)
+
+
+def test_rewards_that_are_normalised_and_then_summed_equal_trl():
+    """GDPO's advantages are those of rewards normalised in groups, with the deviation of the batch."""
+    nan, weights = math.nan, torch.tensor([0.5, 2.0]).double()
+    reward_RC = torch.tensor([[1, 4, nan, nan, 7, 8], [3, nan, 5, nan, nan, 6]]).double()
+    grouped = reward_RC.T.view(2, 3, 2)
+    nanstd = trl.trainer.utils.nanstd
+    scaled = (grouped - grouped.nanmean(1, keepdim=True)) / (nanstd(grouped, dim=1, keepdim=True) + 1e-4)
+    total_C = (scaled.view(6, 2) * weights).nansum(1)
+    total_C[3] = nan
+    wanted_C = ((total_C - total_C.nanmean()) / (nanstd(total_C) + 1e-4)).nan_to_num(0)
+
+    rewards = [[None if math.isnan(value) else value for value in row] for row in reward_RC.tolist()]
+    size_G = torch.tensor([3, 3])
+    reward_C, scored_C = combine_rewards(
+        rewards, weights.tolist(), ["a", "b"], normalize=["group", "group"], size_G=size_G
+    )
+    got_C = group_advantages(ScoredGroups.of(reward_C, size_G, scored_C=scored_C), "batch")
+    assert_close(got_C, wanted_C)
