@@ -25,13 +25,13 @@ from megatron_align.data.sample_table import MemoryTable
 from megatron_align.data.tokenize.chat_template import ChatTemplate
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import require
-from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.progress import progress
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.records import Conversation, Message, Sample
 from megatron_align.rollout.live_weights import live_engine, update_engine
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.rollout.types import Completion, Prompt, Sampling
+from megatron_align.training.likelihood import CompletionScorer
 
 MAX_TOKENS = 256  # of an answer whose task does not say, as in lm-eval
 LEAST_SHARED = 16  # tokens of a context that is computed once for all its continuations

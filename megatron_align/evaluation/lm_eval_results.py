@@ -23,10 +23,10 @@ from lm_eval.tasks import TaskManager
 
 from megatron_align.errors import InputError, one_line, require
 from megatron_align.evaluation.config import LMEvalTask
-from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.lm_eval import PolicyLM
 from megatron_align.evaluation.results import write_atomically
 from megatron_align.evaluation.statistics import ratio_interval
+from megatron_align.training.likelihood import CompletionScorer
 
 STDERR = "_stderr"
 # What lm-eval and datasets raise for unknown tasks, malformed files and data that are not there.

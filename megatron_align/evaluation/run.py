@@ -42,7 +42,6 @@ from megatron_align.evaluation.config import (
     load_evaluation,
 )
 from megatron_align.evaluation.engines import open_engine
-from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import ITEMS, RESULTS, Items, TaskResult, write_atomically
 from megatron_align.evaluation.tables import Choices, TaskContext, open_store, read_choices
@@ -54,6 +53,7 @@ from megatron_align.model.lora import adapters_off
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.rollout.adapters import EngineAdapters
 from megatron_align.storage.atomic_write import require_writable
+from megatron_align.training.likelihood import CompletionScorer
 from megatron_align.training.reference.cache import hash_of_rank_0
 from megatron_align.training.setup import DTYPES, locate, require_vocabulary
 from megatron_align.training.watchdog import Watchdog, join_watched

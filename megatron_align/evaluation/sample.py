@@ -25,7 +25,6 @@ from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import require
 from megatron_align.evaluation.engines import Precision, assets_of, weights_state
 from megatron_align.evaluation.generation import GenerateOptions, generate_file
-from megatron_align.evaluation.likelihood import CompletionScorer
 from megatron_align.evaluation.near_duplicates import distinct
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import write_atomically
@@ -39,6 +38,7 @@ from megatron_align.rollout.types import Sampling
 from megatron_align.rollout.verifiers.checks import CHECKS
 from megatron_align.rollout.verifiers.running import checking
 from megatron_align.storage.resumable_lines import ResumableLines, read_rows
+from megatron_align.training.likelihood import CompletionScorer
 from megatron_align.training.setup import DTYPES, locate
 from megatron_align.training.watchdog import join_watched
 from megatron_align.training.weights import read_model_weights, require_finite_weights

@@ -216,8 +216,8 @@ def test_a_log_likelihood_that_lm_eval_calls_perplexity_is_no_item_of_it():
 
 def test_chat_templates_read_the_date_of_the_evaluation(tiny_models):
     """Text is that of the tokenizer's own method in all else, of a message that is continued too."""
-    from megatron_align.evaluation.likelihood import CompletionScorer
     from megatron_align.evaluation.lm_eval import PolicyLM
+    from megatron_align.training.likelihood import CompletionScorer
 
     score = CompletionScorer(chunks=[], parallel=None, groups=None, watchdog=None, sequence_length=8)
     lm = PolicyLM(score, tiny_models(), now=datetime(2020, 2, 29))

@@ -58,8 +58,8 @@ def lm_eval_loglikelihood(
     """Return log-prob and greedy flag of each (context, continuation) as lm-eval requests them."""
     from lm_eval.api.instance import Instance
 
-    from megatron_align.evaluation.likelihood import CompletionScorer
     from megatron_align.evaluation.lm_eval import PolicyLM
+    from megatron_align.training.likelihood import CompletionScorer
     from megatron_align.training.setup import locate
     from megatron_align.training.weights import read_model_weights
 

@@ -1,4 +1,4 @@
-"""Arguments of reward functions and endpoints: prompts, completions and the records' other fields, as TRL gives them."""
+"""Arguments of reward functions and endpoints, as TRL gives them: prompts, completions, the other fields of records."""
 
 from __future__ import annotations
 
