@@ -21,10 +21,15 @@ _ENTRY_POINTS = {
     "generate": "megatron_align.evaluation.generation",
     "load_config": "megatron_align.objectives.configuration",
 }
+# What training takes from floors above it, by the same way.
+_PROVIDED = {"validation_tasks": ("megatron_align.evaluation.during_training", "prepare")}
 __all__ = ["Trainer", "__version__", "evaluate", "generate", "load_config"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
     if name in _ENTRY_POINTS:
         return getattr(importlib.import_module(_ENTRY_POINTS[name]), name)
+    if name in _PROVIDED:
+        module, provided = _PROVIDED[name]
+        return getattr(importlib.import_module(module), provided)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,7 +99,7 @@ def _without_extremes(values: Sequence[float]) -> tuple[float, float]:
 def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Return a chart of each metric that some run has, in the order of the table of metrics."""
     charts = []
-    for metric in METRICS:
+    for metric in (*METRICS, *_of_tasks(runs)):
         if not metric.curve:
             continue
         lines = [
@@ -111,6 +111,14 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
         if lines and not (metric.name in _QUIET and not any(y for line in lines for _, y in line.points)):
             charts.append(Chart(metric, lines))
     return charts
+
+
+def _of_tasks(runs: Sequence[Run]) -> list[Metric]:
+    """Return the metrics of the runs' ``validation.tasks``, which are named TASK/METRIC."""
+    rows = [row for run in runs for row in run.rows.get("validation", [])]
+    meaning = "metric of a task of validation.tasks"
+    names = dict.fromkeys(key for row in rows for key in row if "/" in key)
+    return [Metric(name=name, section="Tasks", unit="", meaning=meaning) for name in names]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> Sequence[Point]:

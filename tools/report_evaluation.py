@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron_align.errors import InputError
 from megatron_align.evaluation.compare import (
-    LOWER_IS_BETTER,
     Difference,
     NotCompared,
     differences,
     read_items,
     read_results,
 )
+from megatron_align.evaluation.directions import direction
 from megatron_align.tools.report_html import escaped, table
 from megatron_align.tools.report_runs import short
 
@@ -228,7 +228,8 @@ def _items(evaluations: Sequence[Evaluation]) -> str:
             metric = each.results["primary"][task]
             rows = [_per_weight(row, metric) for row in read_items(each.folder, task)]
             scored = [row for row in rows if isinstance(row.get(metric), int | float)]
-            chosen = _extremes(scored, metric) or rows[: 2 * _MOST_ITEMS]
+            higher = direction([each.results], task, metric)
+            chosen = _extremes(scored, metric, higher is not False) or rows[: 2 * _MOST_ITEMS]
             head = list(dict.fromkeys(key for row in chosen for key in row))
             cells = [[_cell(row.get(key, "")) for key in head] for row in chosen]
             parts.append(
@@ -245,8 +246,7 @@ def _per_weight(row: dict[str, Any], metric: str) -> dict[str, Any]:
     return row
 
 
-def _extremes(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+def _extremes(rows: Sequence[dict[str, Any]], metric: str, higher_is_better: bool) -> list[dict[str, Any]]:
     """Return the worst and the best items by a metric, worst first; all if they are few."""
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    ordered = sorted(rows, key=lambda row: sign * row[metric])
+    ordered = sorted(rows, key=lambda row: row[metric], reverse=not higher_is_better)
     return ordered if len(ordered) <= 2 * _MOST_ITEMS else ordered[:_MOST_ITEMS] + ordered[-_MOST_ITEMS:]

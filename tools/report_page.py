@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from megatron_align.monitoring.metric_names import BY_NAME
 from megatron_align.tools.report_about import about
 from megatron_align.tools.report_charts import Chart, to_svg
 from megatron_align.tools.report_html import escaped, table
@@ -169,7 +168,7 @@ def _panel(chart: Chart, names: Sequence[str]) -> str:
     )
     unit = metric.unit + (f", {chart.beyond} outside" if chart.beyond else "")
     return (
-        f'<figure title="{escaped(metric.meaning)}"><figcaption><span><b>{metric.name}</b>'
+        f'<figure title="{escaped(metric.meaning)}"><figcaption><span><b>{escaped(metric.name)}</b>'
         f'<span class="unit">{escaped(unit)}</span></span><output>last{last}</output></figcaption>'
         f"{to_svg(chart, names)}</figure>"
     )
@@ -268,8 +267,9 @@ def _answers(runs: Sequence[Run]) -> str:
 
 
 def _meanings(charts: Sequence[Chart]) -> str:
+    metrics = {chart.metric.name: chart.metric for chart in charts}
     rows = [
-        [f"<code>{name}</code>", escaped(BY_NAME[name].unit), escaped(BY_NAME[name].meaning)]
-        for name in dict.fromkeys(chart.metric.name for chart in charts)
+        [f"<code>{escaped(name)}</code>", escaped(metric.unit), escaped(metric.meaning)]
+        for name, metric in metrics.items()
     ]
     return f"<h2>Metrics</h2>{table(rows, ['metric', 'unit', 'meaning'])}"

@@ -65,7 +65,7 @@ def _draw(ax: Axes, chart: Chart, names: Sequence[str]) -> None:
     low, high = chart.limits
     if chart.beyond:
         ax.set_ylim(low, high)
-    title = "\n".join(wrap(f"{chart.metric.name}, {chart.metric.unit}", _TITLE))
+    title = "\n".join(wrap(", ".join(filter(None, (chart.metric.name, chart.metric.unit))), _TITLE))
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_xlabel("step", fontsize=9)
     ax.tick_params(labelsize=8)

@@ -63,8 +63,8 @@ class RunConfig:
             ("checkpoint.keep_best", self.checkpoint.keep_best),
         ):
             require(
-                value is None or self.data.validation is not None,
-                f"{option} needs data.validation, whose metrics it follows, got none",
+                value is None or self.data.validation is not None or bool(self.validation.tasks),
+                f"{option} needs data.validation or validation.tasks, whose metrics it follows, got none",
             )
         require(
             self.model.adapter is None or self.reference.sync_steps is None,

@@ -1,9 +1,9 @@
-"""Options of validation: answers during training, and early stopping. The docstring of a field is its help text."""
+"""Options of validation: answers, tasks during training, early stopping. The docstring of a field is its help text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_align.config.paths import expand_fields
 from megatron_align.errors import require
@@ -14,9 +14,9 @@ class EarlyStoppingConfig:
     """When a run ends before its last step.
 
     Args:
-        metric: of the validation rows: loss, accuracy, ...
+        metric: of the validation rows: loss, accuracy, ..., or TASK/METRIC of validation.tasks
         patience: validations in a row that do not improve the metric; the last of them ends the run
-        mode: min: lower is better; max: higher is; null: min for loss and nll, max for all others
+        mode: min: lower is better; max: higher is; null: what is better of this metric
     """
 
     metric: str = "loss"
@@ -64,11 +64,14 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Answers of the model while it is trained, besides the metrics of data.validation.
+    """Answers and tasks of the model while it is trained, besides the metrics of data.validation.
 
     Args:
         generate: a few prompts that it answers, into the log and checkpoint.dir/samples.jsonl:
             {prompts, limit, every, max_tokens, temperature, ...}; null: none
+        tasks: tasks of an evaluation, as in the configuration of evaluate, run at every validation: [{name, kind,
+            data, ...}]; metrics.jsonl has them as NAME/METRIC, checkpoint.dir/validation/step_NNNNNN their results
     """
 
     generate: SamplesConfig | None = field(default=None)
+    tasks: list[dict[str, Any]] = field(default_factory=list)

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
-from megatron_align.errors import require
+from megatron_align.errors import InputError, require
 from megatron_align.evaluation import judge
 from megatron_align.evaluation.config import AnsweredTask, GenerateTask, JudgeTask
 from megatron_align.evaluation.judge import Judge, read_baselines, read_comparison
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import ITEMS, Items
-from megatron_align.model.parallel import RankInfo
+from megatron_align.evaluation.tables import TaskContext
+from megatron_align.model import parallel
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.prompts import PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, require_fitting
@@ -29,6 +30,10 @@ from megatron_align.rollout.verifiers.running import Scoring, checking, share_of
 from megatron_align.training.watchdog import Watchdog
 
 CHUNK = 64  # prompts of a rank between two signs of progress
+
+
+class NotScored(InputError):
+    """Answers could not be scored: a judge does not answer, programs cannot be confined, ..."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,11 @@ class PromptedTask:
 
 
 def read_prompted_task(
-    task: AnsweredTask, assets: Path, context: int, now: datetime | None = None
+    task: AnsweredTask,
+    assets: Path,
+    context: int,
+    now: datetime | None = None,
+    chat_template: str | None = None,
 ) -> PromptedTask:
     """Read and tokenise the prompts of a task.
 
@@ -52,11 +61,13 @@ def read_prompted_task(
         assets: folder of the model's tokenizer.
         context: most tokens of a prompt with its answer.
         now: what the chat template reads from the clock; None: the time of each rendering.
+        chat_template: file of the template if the task names none; None: the tokenizer's own.
 
     Raises:
         InputError: a record is malformed, lacks what the check compares with, or does not fit the context.
     """
-    template = load_chat_template(task.chat_template) if task.chat_template else None
+    file = task.chat_template or chat_template
+    template = load_chat_template(file) if file else None
     tokenizer = PromptTokenizer(load_tokenizer(str(assets)), template, now)
     baselines = read_baselines(task.baseline) if isinstance(task, JudgeTask) and task.baseline else None
     prompts: list[Prompt] = []
@@ -81,26 +92,38 @@ def read_prompted_task(
     return PromptedTask(task, prompts, expected, sources, tokenizer.rendered)
 
 
-def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, rank: tuple[RankInfo, Path]) -> Items:
+def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, context: TaskContext) -> Items:
     """Return the scored answers of all prompts, on every rank. Collective.
 
     Args:
         task: with its prompts.
         engine: of this rank.
         watchdog: of this rank.
-        rank: this process, and the folder of the results.
+        context: this process, and the folder of the results.
+
+    Raises:
+        InputError: on every rank: one could not answer its share.
+        NotScored: on every rank: one could not score its share.
     """
-    (rank_info, out), options = rank, task.task
-    own = range(rank_info.rank, len(task.prompts), rank_info.world_size)
-    with watchdog.patient(f"answering {options.name}"):
-        answers = _generate(task, engine, watchdog, (own, rank_info.rank == 0))
-    with watchdog.patient(f"scoring {options.name}"), _scoring(options, out, rank_info.rank) as scoring:
-        texts = [
-            (completion.text, task.expected[i])
-            for i, completions in zip(own, answers, strict=True)
-            for completion in completions
-        ]
-        scores = scoring(texts)
+    options, ranks = task.task, context.rank_info.world_size
+    own = range(context.rank_info.rank, len(task.prompts), ranks)
+    with watchdog.patient(f"answering {options.name}"), parallel.failing_together():
+        answers = _generate(task, engine, watchdog, (own, context.shows))
+    texts = [
+        (completion.text, task.expected[i])
+        for i, completions in zip(own, answers, strict=True)
+        for completion in completions
+    ]
+    cores = share_of_cores()
+    try:
+        with (
+            watchdog.patient(f"scoring {options.name}"),
+            parallel.failing_together(),
+            _scoring(options, context, cores) as scoring,
+        ):
+            scores = scoring(texts)
+    except InputError as error:
+        raise NotScored(str(error)) from error
     count = options.completions
     rows = [
         {
@@ -110,10 +133,9 @@ def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, rank: tup
         }
         for n, completions in enumerate(answers)
     ]
-    gathered: list[list[dict[str, Any]]] = [[] for _ in range(rank_info.world_size)]
+    gathered: list[list[dict[str, Any]]] = [[] for _ in range(ranks)]
     watchdog.report(f"gathering the answers of {options.name}")
     dist.all_gather_object(gathered, rows)
-    ranks = rank_info.world_size
     return _items(task, [gathered[i % ranks][i // ranks] for i in range(len(task.prompts))])
 
 
@@ -156,11 +178,11 @@ def _mean(scores: list[Scores], metric: str) -> float:
 
 
 @contextmanager
-def _scoring(task: AnsweredTask, out: Path, rank: int) -> Iterator[Scoring]:
-    """Yield the function that scores a task's answers. Collective."""
+def _scoring(task: AnsweredTask, context: TaskContext, cores: int) -> Iterator[Scoring]:
+    """Yield the function that scores a task's answers; ``cores``: that this rank may keep busy."""
     if isinstance(task, JudgeTask):
-        yield Judge(task, out / ITEMS, rank).scores
+        yield Judge(task, context.out / ITEMS, context.rank_info.rank).scores
         return
     assert isinstance(task, GenerateTask), "every other kind is no answered task"
-    with checking(task.check, task.extract, share_of_cores()) as scoring:
+    with checking(task.check, task.extract, cores) as scoring:
         yield scoring

@@ -15,13 +15,13 @@ import numpy as np
 
 from megatron_align.errors import InputError, listed, require, shown
 from megatron_align.evaluation.config import FILES
+from megatron_align.evaluation.directions import direction
 from megatron_align.evaluation.results import ITEMS, RESULTS, write_atomically
 from megatron_align.evaluation.statistics import difference_interval
 from megatron_align.model.families import read_json
 from megatron_align.storage.resumable_lines import read_rows
 
 COMPARISON = "comparison.json"
-LOWER_IS_BETTER = ("loss",)
 # Options that do not define a task: its data are compared by their content, the others only say how it is run.
 _FREE = {"data", "workers", "failures"}
 
@@ -36,6 +36,7 @@ class Difference:
         values: under the first and the second model.
         interval: 95%, of the second minus the first, paired by item.
         n: items.
+        higher_is_better: None: nothing says which is better.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Difference:
     values: tuple[float, float]
     interval: tuple[float, float]
     n: int
+    higher_is_better: bool | None = True
 
     def sentence(self) -> str:
         """Return one sentence that says whether the difference is real."""
@@ -54,10 +56,11 @@ class Difference:
     def verdict(self) -> str:
         """Return which model is better, if the difference is real."""
         low, high = self.interval
-        sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if low <= 0 <= high:
             return "no real difference: its 95% interval holds 0"
-        return "the second model is better" if sign * low > 0 else "the first model is better"
+        if self.higher_is_better is None:
+            return f"a real difference, but nothing says whether more or less {self.metric} is better"
+        return f"the {'second' if (low > 0) == self.higher_is_better else 'first'} model is better"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference | NotCompa
             if isinstance(each, NotCompared)
             else {
                 "metric": each.metric,
+                "higher_is_better": each.higher_is_better,
                 "first": each.values[0],
                 "second": each.values[1],
                 "ci95": list(each.interval),
@@ -153,6 +157,7 @@ def _difference(
         ),
         interval=(low, high),
         n=counts[0],
+        higher_is_better=direction(results, name, metric),
     )
 
 

@@ -296,10 +296,6 @@ class EvaluationConfig:
         expand_fields(self, "model", "out", "adapter")
         if self.template_date is not None:
             parse_date(self.template_date, "template_date")
-        require(bool(self.tasks), "tasks must name at least one task, got none")
-        names = [task.name for task in self.tasks]
-        double = next((name for name in names if names.count(name) > 1), None)
-        require(double is None, f"each task needs a name of its own, got '{double}' twice")
         require(self.adapter != {}, "adapter must name at least one adapter, or be null, got {}")
         for name in self.adapter if isinstance(self.adapter, dict) else ():
             require_name(name)
@@ -359,15 +355,30 @@ def load_evaluation(
     content |= overrides or {}
     if isinstance(content.get("model"), Mapping):  # as a run's configuration has it
         content["model"] = content["model"].get("path")
-    tasks = content.pop("tasks", None)
-    require(
-        isinstance(tasks, Sequence) and not isinstance(tasks, str),
-        f"{where}tasks must be a list, got {tasks!r}",
-    )
+    tasks = tasks_of(content.pop("tasks", None), f"{where}tasks")
     parallel = _options(ParallelConfig, content.pop("parallel", None) or {}, f"{where}parallel")
-    built = tuple(_task(task, f"{where}tasks[{i}]") for i, task in enumerate(tasks or ()))
     given = _checked(EvaluationConfig, content, f"{where.removesuffix(': ')}", ("tasks", "parallel"))
-    return EvaluationConfig(**given, tasks=built, parallel=parallel)
+    return EvaluationConfig(**given, tasks=tasks, parallel=parallel)
+
+
+def tasks_of(content: Any, where: str) -> tuple[Task, ...]:
+    """Return the tasks that a list of mappings describes.
+
+    Args:
+        content: ``[{"name", "kind", "data", ...}]``.
+        where: its key, for messages.
+
+    Raises:
+        InputError: naming the key and, for a misspelt one, the nearest key that exists.
+    """
+    is_list = isinstance(content, Sequence) and not isinstance(content, str)
+    require(is_list, f"{where} must be a list, got {content!r}")
+    tasks = tuple(_task(task, f"{where}[{i}]") for i, task in enumerate(content))
+    require(bool(tasks), f"{where} must name at least one task, got none")
+    names = [task.name for task in tasks]
+    double = next((name for name in names if names.count(name) > 1), None)
+    require(double is None, f"{where}: each task needs a name of its own, got '{double}' twice")
+    return tasks
 
 
 def _task(content: Any, where: str) -> Task:

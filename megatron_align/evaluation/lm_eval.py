@@ -27,6 +27,7 @@ from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import require
 from megatron_align.evaluation.progress import progress
 from megatron_align.hf.assets import AssetChanges
+from megatron_align.model import parallel
 from megatron_align.records import Conversation, Message, Sample
 from megatron_align.rollout.live_weights import live_engine, update_engine
 from megatron_align.rollout.transformers_engine import TransformersEngine
@@ -49,23 +50,28 @@ class PolicyLM(TemplateLM):
         changes: of training in these.
         seed: of answers that are drawn.
         now: what the chat template reads from the clock; None: the time of each rendering.
+        chat_template: text of the template; None: the tokenizer's own.
+        shown: whether rank 0 shows progress.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - options that are independent of each other
         self,
         score: CompletionScorer,
         assets: Path,
         changes: AssetChanges = AssetChanges(),  # noqa: B008 - immutable
         seed: int = 1234,
         now: datetime | None = None,
+        chat_template: str | None = None,
+        shown: bool = True,
     ) -> None:
         super().__init__()
+        self._shown = shown
         self.max_length = score.sequence_length
         # The last target is not an input: one token more than the context fits.
         self._score = replace(score, sequence_length=self.max_length + 1)
         self._assets, self._changes, self._seed = assets, changes, seed
         self.tokenizer = load_tokenizer(str(assets))
-        self._template = ChatTemplate(self.tokenizer, None, now)
+        self._template = ChatTemplate(self.tokenizer, chat_template, now)
         self._engine: TransformersEngine | None = None
 
     @property
@@ -135,7 +141,7 @@ class PolicyLM(TemplateLM):
             return []
         table, order = _table(requests, self.max_length)
         doing = "scoring requests"
-        with progress(f"lm-eval: {doing}", len(table), dist.get_rank() == 0) as advance:
+        with progress(f"lm-eval: {doing}", len(table), self._shown and dist.get_rank() == 0) as advance:
             sums_C, greedy_C = self._score.with_greedy(table, doing, advance)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for place, total, greedy in zip(order, sums_C, greedy_C, strict=True):
@@ -144,15 +150,17 @@ class PolicyLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Return the text that the policy writes after each context, up to a stop text."""
-        if self._engine is None:
-            self._engine = live_engine(self._score.chunks, self._assets, self._changes)
+        with parallel.failing_together():
+            self._engine = self._engine or live_engine(self._score.chunks, self._assets, self._changes)
+        assert self._engine is not None, "every rank has built one"
         update_engine(self._engine, self._score.chunks, self._engine.weight_version + 1)
         groups: dict[str, list[int]] = defaultdict(list)  # requests with the same options
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         ranks, rank = dist.get_world_size(), dist.get_rank()
         own: dict[int, str] = {}
-        with progress("lm-eval: answering", len(requests), rank == 0) as advance:
+        shown = self._shown and rank == 0
+        with progress("lm-eval: answering", len(requests), shown) as advance, parallel.failing_together():
             for options, members in groups.items():
                 mine = members[rank::ranks]
                 texts = self._answer([requests[i].args[0] for i in mine], mine, json.loads(options), advance)

@@ -10,8 +10,7 @@ import json
 import logging
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,14 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.errors import InputError, one_line, require
 from megatron_align.evaluation.config import LMEvalTask
 from megatron_align.evaluation.lm_eval import PolicyLM
 from megatron_align.evaluation.results import write_atomically
 from megatron_align.evaluation.statistics import ratio_interval
+from megatron_align.evaluation.tables import TaskContext
+from megatron_align.hf.assets import AssetChanges
 from megatron_align.training.likelihood import CompletionScorer
 
 STDERR = "_stderr"
@@ -43,6 +45,7 @@ class LoadedTask:
         names: of its tasks.
         group: that all of them belong to; None: there are several groups, or tasks without one.
         manager: that loaded them.
+        directions: whether higher values of a metric are better, where lm-eval says so and its tasks agree.
     """
 
     task: LMEvalTask
@@ -50,6 +53,7 @@ class LoadedTask:
     names: list[str]
     group: str | None
     manager: TaskManager
+    directions: Mapping[str, bool] = field(default_factory=dict)
 
 
 def load_lm_eval(task: LMEvalTask, *, quiet: bool = False) -> LoadedTask:
@@ -86,7 +90,18 @@ def load_lm_eval(task: LMEvalTask, *, quiet: bool = False) -> LoadedTask:
         )
     outer = [name for name in groups if name not in inner]
     group = outer[0] if len(specs) == len(outer) == 1 else None
-    return LoadedTask(task, specs, list(tasks), group, manager)
+    return LoadedTask(task, specs, list(tasks), group, manager, _directions(list(tasks.values())))
+
+
+def _directions(tasks: Sequence[Any]) -> dict[str, bool]:
+    """Return whether higher values are better, by metric (with its filter, unless that is ``none``)."""
+    found: dict[str, set[Any]] = {}
+    for task in tasks:
+        for metric, higher in (task.higher_is_better() or {}).items():
+            for each in getattr(task, "_filters", ()):
+                key = metric if each.name == "none" else f"{metric},{each.name}"
+                found.setdefault(key, set()).add(higher)
+    return {key: of.pop() for key, of in found.items() if of in ({True}, {False})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,20 +131,26 @@ class LMEvalItems:
 
 
 def run_lm_eval(
-    tasks: Sequence[LoadedTask], score: CompletionScorer, assets: Path, now: datetime | None = None
+    tasks: Sequence[LoadedTask],
+    score: CompletionScorer,
+    context: TaskContext,
+    changes: AssetChanges = AssetChanges(),  # noqa: B008 - immutable
 ) -> dict[str, LMEvalItems]:
     """Run lm-eval's tasks on the policy and return their results by name, on every rank. Collective.
 
     Args:
         tasks: loaded.
         score: see :class:`.PolicyLM`.
-        assets: see :class:`.PolicyLM`.
-        now: see :class:`.PolicyLM`.
+        context: of the tasks.
+        changes: see :class:`.PolicyLM`.
 
     Raises:
         InputError: a request that the policy cannot answer.
     """
-    lm = PolicyLM(score, assets, now=now)
+    template = load_chat_template(context.chat_template) if context.chat_template else None
+    lm = PolicyLM(
+        score, context.assets, changes, now=context.now, chat_template=template, shown=context.shown
+    )
     results = {}
     for loaded in tasks:
         with score.watchdog.patient(f"running {loaded.task.name}"):

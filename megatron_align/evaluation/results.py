@@ -114,6 +114,15 @@ def write_atomically(file: Path, text: str) -> None:
     partial.rename(file)
 
 
+def write_results(out: Path, items: Mapping[str, TaskResult], results: Mapping[str, Any]) -> None:
+    """Write the items of each task, then results.json, which says that they are complete."""
+    folder = out / ITEMS
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, of_task in items.items():
+        of_task.write(folder / f"{name}.jsonl")
+    write_atomically(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
 def table_of(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return results as a text table: a line for each metric of each task."""
     lines = []

@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_align.data.formats.fields import RawRecord, bad_field, nonempty_list, text
 from megatron_align.data.sample_table import MemoryTable
 from megatron_align.data.store import TokenStore
-from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.tokenize.cache_key import StoreSpec
 from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.encoder import common_prefix_length
-from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.record_blocks import read_shapes
 from megatron_align.data.tokenize.template_clock import parse_date, reads_of_clock, tokenizer_templates
 from megatron_align.errors import InputError
@@ -29,6 +28,7 @@ from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.base import DATA_KINDS, DataKind
 from megatron_align.records import Sample
 from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
+from megatron_align.training.setup import tokenised
 
 # Names that data sets have for the choices and the right one; the first that a record has is read.
 CHOICES, RIGHT = ("choices", "options", "endings"), ("answer", "answerKey", "label", "gold")
@@ -54,30 +54,47 @@ class Choices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskContext:
-    """The model, folders and date with which tasks are read.
+    """The model, folders and date with which tasks are read, and how they are run.
 
     Args:
         assets: folder of the model's config and tokenizer.
-        out: folder of the results, in which tokenised data are cached.
+        out: folder of the results.
+        cache: folder of tokenised data.
         rank_info: this process.
         sequence_length: longest sample, in tokens.
         template_date: ISO date that chat templates read from the clock.
+        chat_template: file of the template of tasks that name none; None: the tokenizer's own.
+        scratch: of a dry run: folder for data that are not in the cache, which then is not written; None: no dry run.
+        shown: whether progress is shown, on rank 0.
     """
 
     assets: Path
     out: Path
+    cache: Path
     rank_info: RankInfo
     sequence_length: int
     template_date: str
+    chat_template: str | None = None
+    scratch: Path | None = None
+    shown: bool = True
 
     @property
     def now(self) -> datetime:
         """The time that chat templates read."""
         return parse_date(self.template_date)
 
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress."""
+        return self.shown and self.rank_info.rank == 0
+
+    def template_of(self, task: Task) -> str | None:
+        """Return the file of a task's chat template; None: the tokenizer's own."""
+        return getattr(task, "chat_template", None) or self.chat_template
+
     def clock(self, task: Task) -> dict[str, str]:
         """Return what the chat template of a task reads from the clock; empty: nothing."""
-        given = getattr(task, "chat_template", None)
+        given = self.template_of(task)
         texts = [load_chat_template(given)] if given else tokenizer_templates(str(self.assets))
         return reads_of_clock(texts, self.now)
 
@@ -98,9 +115,9 @@ def open_store(task: StoredTask, kinds: Sequence[DataKind], context: TaskContext
         tokenizer=str(context.assets),
         sequence_length=context.sequence_length,
         too_long=task.too_long,
-        cache=str(context.out / CACHE_IN_RUN),
+        cache=str(context.cache),
         shape=task.shape,
-        chat_template=task.chat_template,
+        chat_template=context.template_of(task),
         template_date=context.template_date,
     )
     kind = read_shapes(spec)[0]
@@ -109,12 +126,15 @@ def open_store(task: StoredTask, kinds: Sequence[DataKind], context: TaskContext
         raise InputError(
             f"task {task.name}: must have {accepted}, got {kind} data in {', '.join(task.sources)}"
         )
-    rank = context.rank_info
-    return TokenStore(prepare_or_wait(spec, rank.local_rank, waited_for=rank.world_size > 1))
+    return TokenStore(tokenised(spec, context.rank_info, context.scratch))
 
 
 def read_choices(
-    task: ChoiceTask, tokenizer: PreTrainedTokenizerBase, sequence_length: int, now: datetime | None = None
+    task: ChoiceTask,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    now: datetime | None = None,
+    chat_template: str | None = None,
 ) -> Choices:
     """Tokenise multiple-choice records: ``prompt`` (or ``question``), ``choices``, ``answer``.
 
@@ -124,7 +144,8 @@ def read_choices(
     Raises:
         InputError: a record is malformed or too long; names file, line and field.
     """
-    template = load_chat_template(task.chat_template) if task.chat_template else None
+    file = task.chat_template or chat_template
+    template = load_chat_template(file) if file else None
     prompts = PromptTokenizer(tokenizer, template, now)
     samples: list[Sample] = []
     sources: list[int] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -153,6 +155,33 @@ def require_agreement(values: dict[str, Any], why: str) -> None:
         for name, value in gathered[0].items():
             if others[name] != value:
                 raise InputError(f"{why}: {name} is {value} on rank 0 and {others[name]} on rank {rank}")
+
+
+def first_fault(fault: str | None) -> str | None:
+    """Return the fault of the lowest rank that has one; None: no rank has. Collective.
+
+    Args:
+        fault: of this rank.
+    """
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next((each for each in faults if each), None)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run a with-block that is not collective; an error of one rank is raised on every rank, so that none waits.
+
+    Raises:
+        InputError: on every rank, with the error of the lowest rank that has one.
+    """
+    error: InputError | OSError | RuntimeError | None = None
+    try:
+        yield
+    except (InputError, OSError, RuntimeError) as caught:  # torch.OutOfMemoryError is a RuntimeError
+        error = caught
+    if first := first_fault(None if error is None else one_line(error)):
+        raise InputError(first) from error
 
 
 def all_reduce_sum(values: list[float], group: Any = None) -> list[float]:

@@ -100,6 +100,8 @@ class ConsoleDisplay:
         shown = {
             key: text.format(values[key]) for key, text in formats.items() if values.get(key) is not None
         }
+        if split == "validation":  # of tasks: TASK/METRIC
+            shown |= {k: f"{k} {v:.4f}" for k, v in values.items() if "/" in k and isinstance(v, float)}
         if split != "train":
             self.message("  ".join([f"step {step}/{self._steps}", split, *shown.values()]))
             return

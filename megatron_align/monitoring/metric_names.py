@@ -219,7 +219,8 @@ _HEAD = """# Metrics
 checkpoint, and every `logging.timing_every` steps for where a step's time went. TensorBoard, Weights & Biases and
 MLflow get the same numbers, named `train/loss`, `validation/loss`, `timing/wait_seconds`. A number that is not finite
 is `null`. A resumed run drops the rows after its checkpoint and writes them again. `megatron-align report DIR` draws
-them. TRL logs some of them, to Weights & Biases too, under other names: column TRL.
+them. Tasks of `validation.tasks` are columns `TASK/METRIC` of the validations, with the metrics of `evaluate`
+([evaluation.md](evaluation.md)). TRL logs some of them, to Weights & Biases too, under other names: column TRL.
 
 Steps whose loss or gradients are not finite end the run or, with `train.on_nonfinite: skip`, are skipped: weights,
 moments and the objective's own state stay as they were, bit for bit, on every rank; the learning rate follows the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Section = Literal["Learning", "Preferences", "Speed", "Data", "Health", "Timing", "Saving"]
+Section = Literal["Learning", "Preferences", "Speed", "Data", "Health", "Timing", "Saving", "Tasks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_align.errors import InputError, TrainingFault, one_line
 from megatron_align.hf.assets import AssetChanges, write_assets
 from megatron_align.hf.gather import gathered_rows
-from megatron_align.model import cpu
+from megatron_align.model import cpu, parallel
 from megatron_align.model.policy import Policy
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.transformers_engine import TransformersEngine
@@ -73,9 +73,7 @@ def update_engine(engine: Engine | None, chunks: Sequence[Policy], version: int)
         fault = one_line(error)
     for _ in weights:  # those that the engine did not take: other ranks wait in the gathering of each
         pass
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    if first := next((each for each in faults if each), None):
+    if first := parallel.first_fault(fault):
         raise InputError(f"the engine could not take the weights of version {version}: {first}")
     if engine is not None:
         engine.weight_version = version  # of shared servers, which rank 0 has updated

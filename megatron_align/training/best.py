@@ -14,15 +14,21 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_align.checkpoint.folder import list_steps
-from megatron_align.errors import InputError, nearest, require
+from megatron_align.config.validation import EarlyStoppingConfig
+from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.metrics_file import METRICS
 from megatron_align.storage.resumable_lines import read_rows
 from megatron_align.training.hooks import Hook
 from megatron_align.training.trainer import Trainer
+from megatron_align.training.validation_tasks import (
+    SPLIT,
+    ValidationTasks,
+    followed_metric,
+    lower_is_better,
+)
 
-SPLIT = "validation"
 BEST = "best.json"  # in the run's folder: which checkpoint is the best
 Mode = Literal["min", "max"]
 
@@ -74,24 +80,29 @@ class _Tracking(Hook):
     Args:
         option: that names the metric.
         metric: its name.
-        mode: min: lower is better; max: higher is; None: as the metric's description says.
+        mode: min: lower is better; max: higher is; None: as ``tasks`` or the metric's description says.
+        tasks: whose metrics can be followed too; None: the run has none.
+        has_data: whether the objective's metrics can be followed: the run has validation data.
     """
 
     _history: History
 
-    def __init__(self, option: str, metric: str, mode: Mode | None = None):
-        self._option, self._metric, self._mode = option, metric.removeprefix(f"{SPLIT}/"), mode
+    def __init__(
+        self,
+        option: str,
+        metric: str,
+        mode: Mode | None = None,
+        tasks: ValidationTasks | None = None,
+        has_data: bool = True,
+    ):
+        self._option, self._metric, self._mode = option, metric, mode
+        self._tasks, self._has_data = tasks, has_data
 
     def start(self, trainer: Trainer) -> None:
         """Check the metric's name, and read the validations of earlier processes."""
         super().start(trainer)
-        lower = {metric.name: metric.lower_is_better for metric in trainer.objective.metrics if metric.curve}
-        lower["loss"] = True
-        require(
-            self._metric in lower,
-            f"{self._option} must name a metric of the validation ({', '.join(sorted(lower))}), got '{self._metric}'"
-            f"{nearest(self._metric, list(lower))}",
-        )
+        lower = lower_is_better(trainer.objective, self._has_data, self._tasks)
+        self._metric = followed_metric(self._option, self._metric, lower)
         self._history = History(self._metric, self._mode or ("min" if lower[self._metric] else "max"))
         if dist.get_rank() == 0:
             self._history.read(trainer.setup.folder / METRICS, trainer.step)
@@ -115,9 +126,15 @@ class _Tracking(Hook):
 class EarlyStopping(_Tracking):
     """Makes this step the run's last one once the metric has not improved for ``patience`` validations."""
 
-    def __init__(self, log: RunLog, metric: str, mode: Mode | None, patience: int):
-        super().__init__("train.early_stopping.metric", metric, mode)
-        self._log, self._patience = log, patience
+    def __init__(
+        self,
+        log: RunLog,
+        config: EarlyStoppingConfig,
+        tasks: ValidationTasks | None = None,
+        has_data: bool = True,
+    ):
+        super().__init__("train.early_stopping.metric", config.metric, config.mode, tasks, has_data)
+        self._log, self._patience = log, config.patience
 
     def start(self, trainer: Trainer) -> None:
         """See :class:`_Tracking`; a run that was killed after its last step makes none."""
@@ -150,8 +167,8 @@ class EarlyStopping(_Tracking):
 class KeepBest(_Tracking):
     """Has the best validation's checkpoint saved and kept, and names it in best.json."""
 
-    def __init__(self, log: RunLog, metric: str):
-        super().__init__("checkpoint.keep_best", metric)
+    def __init__(self, log: RunLog, metric: str, tasks: ValidationTasks | None = None, has_data: bool = True):
+        super().__init__("checkpoint.keep_best", metric, None, tasks, has_data)
         self._log = log
         self.is_due = False  # the last step is the best so far: Checkpointing saves it
 

@@ -13,8 +13,9 @@ from megatron_align.cost.text import layout, memory_table, recomputation, step_t
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.model.parallel import RankInfo
-from megatron_align.objectives.registry import reference_mode
+from megatron_align.objectives.registry import objective_class, reference_mode
 from megatron_align.training.setup import RunSetup, prepare_run
+from megatron_align.training.validation_tasks import followed_metric, lower_is_better
 
 
 def dry_run(config: RunConfig, rank_info: RankInfo, ranks: int | None) -> None:
@@ -38,7 +39,19 @@ def dry_run(config: RunConfig, rank_info: RankInfo, ranks: int | None) -> None:
         ranks = rank_info.world_size if launched else parallel.tensor * parallel.pipeline * parallel.context
     with tempfile.TemporaryDirectory(prefix="megatron_align_dry_run_") as cache:
         setup = prepare_run(config, RankInfo(rank=0, local_rank=0, world_size=ranks), Path(cache))
+        _require_followed_metrics(setup)
         print(describe(setup), flush=True)
+
+
+def _require_followed_metrics(setup: RunSetup) -> None:
+    """Check the names of the metrics that options follow, as their hooks do at the start of a run."""
+    early, best = setup.config.train.early_stopping, setup.config.checkpoint.keep_best
+    objective = objective_class(setup.config.objective.name)
+    lower = lower_is_better(objective, setup.validation is not None, setup.tasks)
+    if early is not None:
+        followed_metric("train.early_stopping.metric", early.metric, lower)
+    if best is not None:
+        followed_metric("checkpoint.keep_best", best, lower)
 
 
 def describe(setup: RunSetup) -> str:
@@ -61,9 +74,14 @@ def describe(setup: RunSetup) -> str:
             f"{stored['scored_tokens']:,} trained",
             f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
             step_text(placement, work, flops),
+            *([f"tasks      {', '.join(names)}"] if (names := _task_names(config)) else []),
             f"steps      {done} done of {order.steps}",
             *(f"{name:10} {text}" for name, text in setup.notes),
             memory_table(memory_of(config, placement, work.micro_batches)),
             "a dry run: nothing was trained",
         )
     )
+
+
+def _task_names(config: RunConfig) -> list[str]:
+    return [str(task["name"]) for task in config.validation.tasks]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+import megatron_align
 from megatron_align.checkpoint.card import require_all_weights, shape_differences
 from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
@@ -46,6 +47,7 @@ from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 from megatron_align.training.resumed_data import fix_template_date, key_of_same_data
 from megatron_align.training.run_lock import RunLock
+from megatron_align.training.validation_tasks import ValidationTasks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -72,6 +74,7 @@ class RunSetup:
         steps: of the complete run.
         changes: of training in the files of ``assets``, for checkpoints and export.
         notes: what to say about these changes at the start.
+        tasks: of ``validation.tasks``; None: the run has none.
         lock: of ``checkpoint.dir``; None: a dry run, which changes nothing there.
     """
 
@@ -93,6 +96,7 @@ class RunSetup:
     changes: AssetChanges
     notes: Notes
     lock: RunLock | None = None
+    tasks: ValidationTasks | None = None
 
     def taken_by(self) -> str | None:
         """Return on rank 0 which process took the folder from this run, which was paused; None: none has."""
@@ -171,26 +175,29 @@ def prepare_run(
         data_key = key_of_same_data(stores["train"], resume)
         if resume is not None:
             require_same_run(config, data_key, resume.metadata, resume.folder, assets, steps)
-    return RunSetup(
-        config=config,
-        start_shape=start,
-        rank_info=rank_info,
-        folder=folder,
-        shape=shape,
-        adapter=adapter,
-        frozen=frozen,
-        assets=assets,
-        weights=weights,
-        resume=resume,
-        megatron=megatron,
-        train=stores["train"],
-        data_key=data_key,
-        validation=stores.get("validation"),
-        steps=steps,
-        lock=lock,
-        changes=changes,
-        notes=notes,
-    )
+        setup = RunSetup(
+            config=config,
+            start_shape=start,
+            rank_info=rank_info,
+            folder=folder,
+            shape=shape,
+            adapter=adapter,
+            frozen=frozen,
+            assets=assets,
+            weights=weights,
+            resume=resume,
+            megatron=megatron,
+            train=stores["train"],
+            data_key=data_key,
+            validation=stores.get("validation"),
+            steps=steps,
+            lock=lock,
+            changes=changes,
+            notes=notes,
+        )
+        if config.validation.tasks:
+            setup = dataclasses.replace(setup, tasks=megatron_align.validation_tasks(setup, scratch_cache))
+    return setup
 
 
 def locate(path: str, *, weights: bool = True) -> tuple[Path, Path]:
@@ -297,13 +304,23 @@ def _open_store(
     objective = build_objective(config.objective)
     # Data of a kind that the objective does not take are refused before they are tokenised.
     objective.require_data_kind(read_shapes(spec)[0], f"data.{split}", spec.sources)
-    if scratch_cache is None:
-        path = prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1)
-    elif not (path := spec.path(spec.inputs())).exists():
-        path = prepare(dataclasses.replace(spec, cache=str(scratch_cache)))
-    store = TokenStore(path)
+    store = TokenStore(tokenised(spec, rank_info, scratch_cache))
     objective.require_data(store, f"data.{split}")
     return store
+
+
+def tokenised(spec: StoreSpec, rank_info: parallel.RankInfo, scratch_cache: Path | None) -> Path:
+    """Return the folder of a store, tokenising its data if it is not in the cache; ranks of a machine wait for one.
+
+    Args:
+        spec: of the store.
+        rank_info: this process among the ranks.
+        scratch_cache: of a dry run, which writes nothing anywhere else; None: no dry run.
+    """
+    if scratch_cache is None:
+        return prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1)
+    path = spec.path(spec.inputs())
+    return path if path.exists() else prepare(dataclasses.replace(spec, cache=str(scratch_cache)))
 
 
 def require_vocabulary(stores: Mapping[str, TokenStore], shape: ModelShape) -> None:

@@ -177,7 +177,7 @@ class MetricsLog(Hook):
 
 
 class Validation(Hook):
-    """Evaluates the validation data every ``train.validate_every`` steps and after the last one.
+    """Evaluates the validation data and tasks every ``train.validate_every`` steps and after the last one.
 
     It must come before checkpoints: a run killed between the two resumes from before the step and validates again.
     """
@@ -185,12 +185,23 @@ class Validation(Hook):
     def __init__(self, log: RunLog):
         self._log = log
 
+    def start(self, trainer: Trainer) -> None:
+        """See :class:`Hook`."""
+        super().start(trainer)
+        if trainer.setup.tasks is not None and trainer.step < trainer.steps:
+            with trainer.watchdog.patient("scoring the references of validation.tasks"):
+                trainer.setup.tasks.start(trainer)
+
     def end_step(self, step: int) -> bool:
         """See :class:`Hook`."""
         trainer, every = self.trainer, self.trainer.config.train.validate_every
         due = step == trainer.steps or (every is not None and step % every == 0)
-        if trainer.setup.validation and due:
-            metrics = trainer.evaluate()
+        if due and (trainer.setup.validation or trainer.setup.tasks):
+            metrics = trainer.evaluate() if trainer.setup.validation else {}
+            report = trainer.run_tasks()
+            metrics |= report.metrics
+            for warning in report.warnings:
+                self._log.message(f"warning: {warning}")
             trainer.validated = {step: metrics}
             self._log.write({"step": step, "split": "validation", **metrics})
         faults.at("step.logged", step)
@@ -230,7 +241,8 @@ def standard_hooks(trainer: Trainer, log: RunLog) -> Hooks:
         trainer.config.checkpoint.keep_best,
         trainer.config.validation.generate,
     )
-    best = None if keep_best is None else KeepBest(log, keep_best)
+    followed = (trainer.setup.tasks, trainer.setup.validation is not None)
+    best = None if keep_best is None else KeepBest(log, keep_best, *followed)
     return Hooks(
         [
             Summary(log),
@@ -239,7 +251,7 @@ def standard_hooks(trainer: Trainer, log: RunLog) -> Hooks:
             SelfCheck(),
             MetricsLog(log),
             Validation(log),
-            *([] if early is None else [EarlyStopping(log, early.metric, early.mode, early.patience)]),
+            *([] if early is None else [EarlyStopping(log, early, *followed)]),
             *([] if best is None else [best]),
             *([] if samples is None else [Samples(log, samples)]),
             Checkpointing(trainer.config.checkpoint, log, best),

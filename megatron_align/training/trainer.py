@@ -56,6 +56,7 @@ from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import RunSetup
 from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.stop import remove_requeue_marker
+from megatron_align.training.validation_tasks import TaskReport
 from megatron_align.training.watchdog import Watchdog
 from megatron_align.training.weights import load_model_weights, load_start_weights, require_finite_weights
 
@@ -265,6 +266,17 @@ class Trainer:
                 for name, value in result.sums.items():
                     totals[name] = totals.get(name, 0.0) + value * data.counts.weight
         return self.objective.finish({name: value / weight_sum for name, value in totals.items()})
+
+    def run_tasks(self) -> TaskReport:
+        """Run ``validation.tasks`` with the current weights; results are in ``checkpoint.dir/validation/step_NNNNNN``.
+
+        Raises:
+            TrainingFault: on every rank: a task failed.
+        """
+        if self.setup.tasks is None:
+            return TaskReport({}, [])
+        gather_parameters(self.model)
+        return self.setup.tasks.run(self)
 
     def load(self, path: str) -> None:
         """Load the weights of a Hugging Face folder or a checkpoint into the policy, and into the fp32 masters.
