@@ -187,9 +187,9 @@ def state_of_trained(chunks: list[Policy], groups: ProcessGroupCollection) -> di
 
 
 def _trained_state(chunk: Policy, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return the sharded tensors of the trained parameters, each a tensor of its own as only some layers have it."""
+    """Return the sharded tensors of an adapter's checkpoint, each a tensor of its own as only some layers have it."""
     state: dict[str, Any] = {}
-    for name, parameter in chunk.trained_parameters().items():
+    for name, parameter in chunk.stored_parameters().items():
         options = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
         if getattr(parameter, "tensor_model_parallel", False):
             axis = parameter.partition_dim  # type: ignore[attr-defined]  # megatron-core's

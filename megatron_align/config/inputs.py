@@ -5,11 +5,14 @@ The docstring of a field is its help text.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_align.config.paths import expand_fields
 from megatron_align.errors import require, shown
+
+PISSA = re.compile(r"pissa(_niter_(?P<iterations>\d+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,10 @@ class AdapterConfig:
         dora: scale each row of W + scale x B A to a trained magnitude (DoRA, arXiv:2402.09353); null: false, or that of
             the adapter at path
         rslora: rank-stabilised scale (arXiv:2312.03732); null: false, or that of the adapter at path
-        path: PEFT folder of an adapter of this model to start from; null: A is drawn from train.seed, B is 0
+        init: initial values: default (A is drawn from train.seed, B is 0), or those of PiSSA (arXiv:2404.02948): pissa
+            (A and B are the largest singular values and vectors of W, which are taken out of W), pissa_niter_N (the
+            same by N iterations of a fast method, for large models)
+        path: PEFT folder of an adapter of this model to start from; null: start from init
     """
 
     kind: Literal["lora"] = "lora"
@@ -36,6 +42,7 @@ class AdapterConfig:
     dropout: float = 0.0
     dora: bool | None = None
     rslora: bool | None = None
+    init: str = "default"
     path: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +68,14 @@ class AdapterConfig:
             f"{self.dropout}",
         )
         require(self.targets != [], "model.adapter.targets must name at least one module, got none")
+        require(
+            self.init == "default" or PISSA.fullmatch(self.init) is not None,
+            f"model.adapter.init must be default, pissa or pissa_niter_N, got '{self.init}'",
+        )
+        require(
+            self.path is None or self.init == "default",
+            f"model.adapter.init must be left out with path, which brings the values to start from, got '{self.init}'",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

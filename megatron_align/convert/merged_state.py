@@ -16,6 +16,7 @@ from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.convert.open_adapter import StoredAdapter
 from megatron_align.convert.open_checkpoint import open_checkpoint, open_state
 from megatron_align.errors import InputError
+from megatron_align.hf.adapter_start import halves
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import HFWeights
@@ -85,6 +86,8 @@ class MergedState:
     ) -> None:
         self.base, self.adapter, self.trained, self.written = base, adapter, trained, written
         self.shape = adapter.shape
+        plain = (adapter.adapter, adapter.tensors)
+        self._parts = halves(*plain) if adapter.holds_start else (plain,)
         like = base.shape.as_reward() if self.shape.is_reward else base.shape
         if facts := describe_differences(self.shape, like):
             raise InputError(
@@ -111,8 +114,11 @@ class MergedState:
         step = max(1, BLOCK_ELEMENTS // math.prod(weight.shape[1:]))
         for first in range(0, len(weight), step):
             rows = slice(first, first + step)
-            adapter, tensors = self.adapter.adapter, self.adapter.tensors
-            merged[rows] = merged_rows(name, rows, weight[rows], adapter, tensors).to(self.written)
+            *starts, trained = self._parts
+            block = weight[rows]
+            for start in starts:
+                block = merged_rows(name, rows, block, *start).to(self.trained)
+            merged[rows] = merged_rows(name, rows, block, *trained).to(self.written)
         return merged
 
     def rounding(self, name: str, merged: Tensor) -> Tensor:
@@ -128,6 +134,8 @@ class MergedState:
             * torch.finfo(torch.float32).eps
             * (terms + merged.double().abs())
         )
+        if self.adapter.holds_start:  # the base without it may be rounded to another neighbour
+            fp32 = fp32 + torch.finfo(self.trained).eps * (terms + merged.double().abs())
         # A length may be rounded to another neighbour, and so may the magnitude that is divided by it.
         lengths = 2 * torch.finfo(self.trained).eps if self.adapter.adapter.dora else 0.0
         return fp32 + (torch.finfo(self.written).eps + lengths) * merged.double().abs()

@@ -29,6 +29,7 @@ from megatron_align.hf.adapter import (
     read_adapter,
     read_tensors,
 )
+from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.load import weights_hash
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter, adaptable_modules, adapter_tensors
@@ -45,6 +46,7 @@ class StoredAdapter:
         tensors: by PEFT's name, a reward model's score among them; stored dtypes.
         base: path or name of the base that it names; None: it names none.
         weights: hash of the base's weights; None: it does not say.
+        holds_start: the adapter was trained on the base without what A and B started with: the second half of its rank.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class StoredAdapter:
     tensors: Mapping[str, Tensor]
     base: str | None
     weights: str | None
+    holds_start: bool = False
 
     def require_base(self, weights: str | Path) -> None:
         """Refuse a base with other weights than those that the adapter was trained on; it may not say.
@@ -126,13 +129,15 @@ def open_adapter_checkpoint(folder: Path) -> StoredAdapter:
     require_intact(folder)
     stored = read_stored_tensors(folder / STATE)
     adapter = _adapter_of(stored, shape, _options(metadata, folder), folder)
-    table = list(adapter_table(shape, adapter))
+    table = list(adapter_table(shape, adapter, with_start=True))
     state = StateReader(folder / STATE, shape, table)
+    tensors = {name: tensor for row in table for name, tensor in state.read(row).items()}
     return StoredAdapter(
         folder=folder,
         shape=shape,
-        adapter=adapter,
-        tensors={name: tensor for row in table for name, tensor in state.read(row).items()},
+        adapter=plain_adapter(adapter),
+        tensors=plain_tensors(adapter, tensors),
+        holds_start=adapter.holds_start,
         base=entry["base"],
         weights=entry["weights"],
     )
@@ -142,7 +147,7 @@ def _options(metadata: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return alpha, rslora and dropout of a checkpoint's adapter; older ones have them in their configuration only."""
     entry, options = metadata["adapter"], metadata["config"]["model"]["adapter"]
     if "alpha" in entry:
-        return {name: entry[name] for name in ("alpha", "rslora", "dropout", "dora") if name in entry}
+        return {name: entry[name] for name in ("alpha", "rslora", "dropout", "dora", "init") if name in entry}
     if (start := options["path"]) is None:
         return {"alpha": float(options["alpha"] or ALPHA), "rslora": bool(options["rslora"])}
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_align.config import ParallelConfig, RunConfig
-from megatron_align.hf.adapter import resolve_adapter
+from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.context_kind import AttentionSplit
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter

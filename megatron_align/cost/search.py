@@ -15,7 +15,7 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
 from megatron_align.cost.work import Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
-from megatron_align.hf.adapter import resolve_adapter
+from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors

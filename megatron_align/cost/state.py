@@ -14,7 +14,7 @@ from math import lcm, prod
 from megatron_align.cost.placement import Chunk, Placement
 from megatron_align.hf.adapter import REWARD_HEAD
 from megatron_align.model.families import TABLES, ModelShape, local_shape, rows
-from megatron_align.model.families.adapter import Adapter, all_adapter_rows, layer_of
+from megatron_align.model.families.adapter import Adapter, all_adapter_rows, layer_of, start_rows
 from megatron_align.model.tied_embedding import EMBEDDING, has_row
 
 GRADIENT = 4  # bytes: gradients are summed in fp32
@@ -97,6 +97,29 @@ def _adapter_sizes(
     return tuple((row.megatron, layer_of(row), prod(local_shape(row, shape, tensor))) for row in table)
 
 
+@lru_cache(maxsize=64)
+def _start_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> tuple[tuple[str, int | None, int], ...]:
+    """Return the same of what A and B started with, where the base lacks it."""
+    table = start_rows(shape, adapter, tensor)
+    return tuple((row.megatron, layer_of(row), prod(local_shape(row, shape, tensor))) for row in table)
+
+
+def _of_chunk(sizes: tuple[tuple[str, int | None, int], ...], chunk: Chunk) -> list[int]:
+    """Return the elements of the tensors of an adapter that a chunk holds."""
+    layers = range(chunk.first, chunk.first + chunk.layers)
+    return [
+        size
+        for name, layer, size in sizes
+        if (
+            layer in layers
+            if layer is not None
+            else chunk.embeds
+            if name.startswith("embedding.")
+            else chunk.ends
+        )
+    ]
+
+
 def _named(placement: Placement, chunk: Chunk) -> list[tuple[str, int]]:
     """Return name and elements of every tensor of a chunk on one tensor-parallel rank, without an adapter."""
     named = []
@@ -117,18 +140,7 @@ def _trained(placement: Placement, chunk: Chunk) -> list[int]:
     shape, ranks, adapter = placement.shape, placement.parallel.tensor, placement.adapter
     if adapter is None:
         return [size for name, size in _named(placement, chunk) if name not in placement.frozen]
-    layers = range(chunk.first, chunk.first + chunk.layers)
-    sizes = [
-        size
-        for name, layer, size in _adapter_sizes(shape, adapter, ranks)
-        if (
-            layer in layers
-            if layer is not None
-            else chunk.embeds
-            if name.startswith("embedding.")
-            else chunk.ends
-        )
-    ]
+    sizes = _of_chunk(_adapter_sizes(shape, adapter, ranks), chunk)
     return sizes + ([shape.hidden_size] if chunk.ends and shape.is_reward else [])
 
 
@@ -137,7 +149,10 @@ def _frozen(placement: Placement, chunk: Chunk) -> list[int]:
     named = _named(placement, chunk)
     if placement.adapter is None:
         return [size for name, size in named if name in placement.frozen]
-    return [size for name, size in named if name != REWARD_HEAD]
+    base = [size for name, size in named if name != REWARD_HEAD]
+    return base + _of_chunk(
+        _start_sizes(placement.shape, placement.adapter, placement.parallel.tensor), chunk
+    )
 
 
 def _buffer_elements(placement: Placement, chunk: Chunk) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_align.config import AdapterConfig
 from megatron_align.errors import InputError, TrainingFault, listed, require, shown
+from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.gather import collect, owning_stages
 from megatron_align.hf.safetensors import open_safetensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
@@ -28,7 +27,7 @@ from megatron_align.model.families.adapter import (
     adaptable_modules,
     adapter_tensors,
     all_adapter_rows,
-    select_modules,
+    start_rows,
 )
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.model.policy import Policy
@@ -71,54 +70,6 @@ _KNOWN = frozenset(
 _PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter | None:
-    """Return the adapter that ``model.adapter`` describes; None: the run trains the model's weights.
-
-    Raises:
-        InputError: a target that does not exist, or options that contradict the adapter at ``path``.
-    """
-    if options is None:
-        return None
-    if options.path is None:
-        adapter = Adapter(
-            rank=options.rank or RANK,
-            alpha=options.alpha or ALPHA,
-            rslora=bool(options.rslora),
-            modules=select_modules(shape, options.targets or "all-linear"),
-            dropout=options.dropout,
-            dora=bool(options.dora),
-        )
-        _require_linear(adapter, "model.adapter.dora")
-        return adapter
-    found = read_adapter(options.path, shape)
-    modules = None if options.targets is None else select_modules(shape, options.targets)
-    for name, given, stored in (
-        ("rank", options.rank, found.rank),
-        ("alpha", options.alpha, found.alpha),
-        ("rslora", options.rslora, found.rslora),
-        ("dora", options.dora, found.dora),
-        ("targets", modules and sorted(modules), sorted(found.modules)),
-    ):
-        require(
-            given is None or given == stored,
-            f"model.adapter.{name} must be left out or be that of the adapter to start from, {shown(stored)}, "
-            f"got {shown(given)} (adapter {options.path})",
-        )
-    require(
-        not (found.dora and options.dropout),
-        f"model.adapter.dropout must be 0 with DoRA, which the adapter has, got {options.dropout} ({options.path})",
-    )
-    return replace(found, dropout=options.dropout)
-
-
-def _require_linear(adapter: Adapter, what: str) -> None:
-    ends = sorted(adapter.modules & {EMBED_TOKENS, LM_HEAD})
-    require(
-        not (adapter.dora and ends),
-        f"{what} is built for linear layers of the transformer, got {', '.join(ends)} among the targets",
-    )
-
-
 def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     """Return the adapter of a PEFT folder, having checked that it fits a model.
 
@@ -151,9 +102,18 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         dora=bool(config.get("use_dora")),
     )
     _require_no_tied(adapter, shape, folder)
-    _require_linear(adapter, f"use_dora in {folder / CONFIG}")
+    require_linear(adapter, f"use_dora in {folder / CONFIG}")
     _check_tensors(adapter, shape, _without_base(sizes, adapter), folder)
     return adapter
+
+
+def require_linear(adapter: Adapter, what: str) -> None:
+    """Refuse a DoRA adapter of other modules than the transformer's linear layers."""
+    ends = sorted(adapter.modules & {EMBED_TOKENS, LM_HEAD})
+    require(
+        not (adapter.dora and ends),
+        f"{what} is built for linear layers of the transformer, got {', '.join(ends)} among the targets",
+    )
 
 
 def _require_no_tied(adapter: Adapter, shape: ModelShape, folder: Path) -> None:
@@ -264,9 +224,20 @@ def _check_tensors(
         )
 
 
-def adapter_table(shape: ModelShape, adapter: Adapter, tensor_ranks: int = 1) -> Iterator[Row]:
-    """Yield the rows of an adapter's tensors, and of the reward head that is trained with it."""
+def adapter_table(
+    shape: ModelShape, adapter: Adapter, tensor_ranks: int = 1, *, with_start: bool = False
+) -> Iterator[Row]:
+    """Yield the rows of an adapter's tensors, and of the reward head that is trained with it.
+
+    Args:
+        shape: of the model.
+        adapter: rank and modules.
+        tensor_ranks: that share a layer.
+        with_start: with those of what A and B started with, where the base lacks it.
+    """
     yield from all_adapter_rows(shape, adapter, tensor_ranks)
+    if with_start:
+        yield from start_rows(shape, adapter, tensor_ranks)
     for row in rows(shape):
         if row.megatron == REWARD_HEAD:
             yield Row(row.megatron, (f"{PEFT}{row.hf[0]}",), row.dims)
@@ -315,7 +286,7 @@ def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: 
     policy = chunks[0]
     groups, adapter = policy.pg_collection, policy.adapter
     assert adapter is not None, "the model has an adapter"
-    local = {name: p for chunk in chunks for name, p in chunk.trained_parameters().items()}
+    local = {name: p for chunk in chunks for name, p in chunk.stored_parameters().items()}
     bad = sum(not parameter.isfinite().all() for parameter in local.values())
     if all_reduce_sum([float(bad)])[0]:
         raise TrainingFault(
@@ -325,11 +296,12 @@ def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: 
     if groups.dp_cp.rank() == 0:
         owners = owning_stages(set(local), groups.pp)
         tensors: dict[str, Tensor] = {}
-        for row in adapter_table(policy.shape, adapter, groups.tp.size()):
+        for row in adapter_table(policy.shape, adapter, groups.tp.size(), with_start=True):
             found = collect(row, local.get(row.megatron), owners[row.megatron], policy)
             tensors |= {name: tensor.cpu() for name, tensor in found.items()}
         if dist.get_rank() == 0:
-            write_adapter(folder, tensors, adapter, policy.shape, base, weights_hash)
+            tensors = plain_tensors(adapter, tensors)
+            write_adapter(folder, tensors, plain_adapter(adapter), policy.shape, base, weights_hash)
     dist.barrier()
 
 

@@ -23,6 +23,7 @@ from megatron_align.hf.load import largest_difference, open_hf, require_tied_hea
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.hf.writer import ShardWriter, TensorSpec, hf_specs
 from megatron_align.merge.merge import open_alike
+from megatron_align.model.adapter_start import truncated_svd
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import (
     EMBED_TOKENS,
@@ -255,10 +256,7 @@ def _nearest(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     if min(difference.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the projections are drawn: the same result every time
-            u, s, v = torch.svd_lowrank(difference, rank + _OVERSAMPLING, niter=_ITERATIONS)
-        vh = v.T
+        u, s, vh = truncated_svd(difference, rank + _OVERSAMPLING, _ITERATIONS)
     root = s[:rank].sqrt()
     a, b = (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
     return a, b, s[:rank].double().square().sum().item()

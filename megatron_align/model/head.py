@@ -23,7 +23,7 @@ from megatron_align.model import cpu
 from megatron_align.model.adapted_linear import without_adapter
 from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
-from megatron_align.model.lora import HeadAdapter
+from megatron_align.model.lora_ends import HeadAdapter
 from megatron_align.records import LossRows, PackedBatch
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) of megatron-core's linear layers, its embedding and its output head.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) of megatron-core's linear layers; those of its ends: ``lora_ends.py``.
 
 Each Hugging Face module (``q_proj``, ``gate_proj``, ...) has its own A and B, as in PEFT. Sharding is described in
 ``families/adapter.py``. What ranks exchange has ``rank`` columns:
@@ -15,12 +15,10 @@ R rank times the number of adapted modules in the layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import cast
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
@@ -33,170 +31,12 @@ from torch import Tensor, nn
 
 from megatron_align.model import cpu
 from megatron_align.model.adapted_linear import ColumnLinear, RowLinear
-from megatron_align.model.dora import row_norms, scaled
-from megatron_align.model.dropout import current_keys, dropout_keys, dropped_linear
 from megatron_align.model.families import ModelShape, Row
-from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name, module_of
+from megatron_align.model.families.adapter import Adapter, adapter_rows, module_name
 from megatron_align.model.families.table import rank_slices
-from megatron_align.model.lora_pair import Adaptable, Pair
-
-
-class LayerAdapter(nn.ModuleDict):
-    """The pairs of one layer, by the last part of their module's name.
-
-    Args:
-        linear: the layer that is adapted.
-        row: of the weight table of its weight.
-        shape: of the model.
-        adapter: rank, scale and modules.
-        config: megatron-core's.
-
-    Attributes:
-        enabled: whether the adapter is added; off, the model is the base, bit for bit.
-    """
-
-    def __init__(
-        self, linear: Adaptable, row: Row, shape: ModelShape, adapter: Adapter, config: TransformerConfig
-    ):
-        super().__init__()
-        ranks = linear.tp_group.size()
-        self.enabled, self.scale, self.dropout = True, adapter.scale, adapter.dropout
-        self.dora = adapter.dora
-        self._base = [linear]  # in a list, as it is no module of this one
-        for pair in adapter_rows(row, shape, adapter, ranks):
-            module = module_of(pair[0].hf[0])
-            self[module.rpartition(".")[2]] = Pair(module, pair, linear, shape, config)
-        self.tp_group, self.sequence_parallel = linear.tp_group, config.sequence_parallel
-        self.split_rank = ranks > 1
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """The pairs in the order of the layer's Hugging Face modules."""
-        return list(self.values())  # type: ignore[arg-type]  # a ModuleDict holds Modules
-
-    def _pair(self, name: str) -> Pair:
-        return cast(Pair, self[name])
-
-    def delta(self) -> Tensor:
-        """Return ``scale x B A`` of this rank's weight, ``[O, I]`` fp32."""
-        a_RI, b_OR = self._factors()
-        return self.scale * (b_OR.float() @ a_RI.float())
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return this rank's weight with the adapter, summed in fp32 and rounded to the weight's dtype."""
-        merged = weight.float() + self.delta()
-        if self.dora:
-            merged *= self._row_factors(*self._factors()).float()[:, None]
-        return merged.to(weight.dtype)
-
-    def initialise(self, seed: int) -> None:
-        """Initialise A and B of every module; DoRA's magnitudes are the lengths of the base's rows."""
-        for pair in self.pairs:
-            pair.initialise(seed)
-        if self.dora:
-            self._set_magnitudes(self._norms(*self._factors()))
-
-    @property
-    def linear(self) -> Adaptable:
-        """The layer that is adapted."""
-        return self._base[0]
-
-    def _norms(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """Return the length of each row of the sum of weight and adapter, ``[O]``."""
-        group = self.tp_group if isinstance(self.linear, RowLinear) and self.split_rank else None
-        return row_norms(self.linear.weight, a_RI, b_OR, self.scale, group)
-
-    def _row_factors(self, a_RI: Tensor, b_OR: Tensor) -> Tensor:
-        """Return DoRA's magnitude over length of each row of this rank's weight, ``[O]``."""
-        return self._magnitudes(norms_O := self._norms(a_RI, b_OR)) / norms_O
-
-    def _magnitudes(self, norms_O: Tensor) -> Tensor:
-        """Return the magnitude of each row, ``[O]``; of rows without an adapter the length that they have."""
-        return self.pairs[0].magnitude
-
-    @torch.no_grad()
-    def _set_magnitudes(self, norms_O: Tensor) -> None:
-        self.pairs[0].magnitude.copy_(norms_O)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Return A ``[R, I]`` and B ``[O, R]`` of all modules of the layer."""
-        raise NotImplementedError
-
-    def _project(self, input_: Tensor, a_RI: Tensor) -> Tensor:
-        """Return ``input_ [S, 1, I]`` times A of all of the layer's modules, each with a dropout of its own."""
-        keys_S = current_keys()
-        if not (self.dropout and self.training) or keys_S is None:
-            return F.linear(input_, a_RI)
-        if len(keys_S) != len(input_):  # under sequence parallelism each rank has a part of the tokens
-            keys_S = keys_S.chunk(self.tp_group.size())[self.tp_group.rank()]
-        parts = a_RI.split([pair.a.dims[0][0] for pair in self.pairs])
-        projected = [
-            dropped_linear(input_, part, keys_S, pair.features(), self.dropout)
-            for pair, part in zip(self.pairs, parts, strict=True)
-        ]
-        return torch.cat(projected, -1)
-
-    def _result(self, output: Tensor, projected: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the layer's output ``[T, 1, O]`` from that of its base and ``projected [T, 1, R]``."""
-        if not self.dora:
-            return self._add(output, projected, factors[1])
-        share = self.scale * F.linear(projected, factors[1])
-        return scaled(output, getattr(self.linear, "bias", None), share, self._row_factors(*factors))
-
-    def _add(self, output: Tensor, projected: Tensor, b_OR: Tensor) -> Tensor:
-        """Return ``output [T, 1, O] + scale x projected [T, 1, R] B^T``."""
-        sum_TO = torch.addmm(output.flatten(0, 1), projected.flatten(0, 1), b_OR.t(), alpha=self.scale)
-        return sum_TO.view_as(output)
-
-
-class EmbeddingAdapter(LayerAdapter):
-    """The adapter of the embedding, whose A is sharded over the vocabulary."""
-
-    def __init__(
-        self,
-        linear: VocabParallelEmbedding,
-        row: Row,
-        shape: ModelShape,
-        adapter: Adapter,
-        config: TransformerConfig,
-    ):
-        super().__init__(linear, row, shape, adapter, config)
-        self.first, self.last = linear.vocab_start_index, linear.vocab_end_index
-
-    def forward(self, tokens_T: Tensor, output: Tensor) -> Tensor:
-        """Return the embedded tokens ``output [T or s, 1, H]`` with the adapter's share added."""
-        a_RV, b_HR = self.pairs[0]()
-        is_own_T = (tokens_T >= self.first) & (tokens_T < self.last)
-        own_T = torch.where(is_own_T, tokens_T - self.first, 0)
-        projected = torch.where(is_own_T[:, None], F.embedding(own_T, a_RV.T), 0)[:, None]
-        if self.sequence_parallel:
-            projected = reduce_scatter_to_sequence_parallel_region(projected, group=self.tp_group)
-        elif self.split_rank:
-            projected = reduce_from_tensor_model_parallel_region(projected, group=self.tp_group)
-        return self._add(output, projected, b_HR)
-
-    def delta(self) -> Tensor:
-        """See :class:`LayerAdapter`; the embedding's weight is ``[V, H]``."""
-        a_RV, b_HR = self.pairs[0]()
-        return self.scale * (a_RV.T.float() @ b_HR.T.float())
-
-
-class HeadAdapter(LayerAdapter):
-    """The adapter of the output head, which never stores logits: A's result is appended to the hidden states.
-
-    ``[h | scale x h A^T] [W | B]^T`` are the logits, so that the log-prob engine computes them in slabs as usual. Under
-    sequence parallelism the gradient of A is then summed over ranks, as that of hidden states is.
-    """
-
-    def forward(self, hidden_nH: Tensor, weight_VH: Tensor, keys_n: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return scored rows and weight with ``rank`` more columns; ``keys_n``: of the rows' tokens."""
-        a_RH, b_VR = self._factors()
-        with dropout_keys(keys_n):
-            projected = self._project(hidden_nH[:, None], a_RH)[:, 0]
-        return torch.cat([hidden_nH, self.scale * projected], 1), torch.cat([weight_VH, b_VR], 1)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        return self.pairs[0]()
+from megatron_align.model.layer_adapter import LayerAdapter
+from megatron_align.model.lora_ends import EmbeddingAdapter, HeadAdapter
+from megatron_align.model.lora_pair import Adaptable
 
 
 class ColumnAdapter(LayerAdapter):
@@ -367,11 +207,13 @@ def merged(weight: Tensor, adapter: LayerAdapter | None) -> Tensor:
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Compute with the base model, without its adapter, inside a with-block."""
-    adapters = list(layer_adapters(chunks))
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
+    with ExitStack() as stack:
+        for adapter in layer_adapters(chunks):
+            stack.enter_context(adapter.off())
         yield
-    finally:
-        for adapter in adapters:
-            adapter.enabled = True
+
+
+def reduce_bases(chunks: Iterable[nn.Module]) -> None:
+    """Take what adapters started with out of their bases, where they started with a part of it."""
+    for adapter in layer_adapters(chunks):
+        adapter.reduce_base()

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from megatron_align.model import cpu
 from megatron_align.model.adapter_start import normal_row, uniform_row
 from megatron_align.model.dropout import feature_keys
-from megatron_align.model.families import ModelShape, Row, local_shape
-from megatron_align.model.families.adapter import EMBED_TOKENS
+from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape
+from megatron_align.model.families.adapter import EMBED_TOKENS, start_row
 from megatron_align.model.families.table import rank_slices
 
 _A, _B, _MAGNITUDE = "lora_A", "lora_B", "magnitude"
+_START_A, _START_B = "start_A", "start_B"
 Adaptable: TypeAlias = ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding
 
 
@@ -30,11 +31,17 @@ class Pair(nn.Module):
         linear: the layer that is adapted.
         shape: of the model.
         config: megatron-core's.
+        holds_start: keep what A and B started with, which the base lacks.
+
+    Attributes:
+        at_start: give what A and B started with.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     magnitude: nn.Parameter  # of DoRA only
+    start_A: nn.Parameter  # never trained; parameters, as checkpoints shard them like A and B
+    start_B: nn.Parameter
 
     def __init__(
         self,
@@ -43,9 +50,12 @@ class Pair(nn.Module):
         linear: Adaptable,
         shape: ModelShape,
         config: TransformerConfig,
+        *,
+        holds_start: bool,
     ):
         super().__init__()
         a, b, *_ = rows
+        self.at_start = False
         self.module, self.a, self.b, self.shape, self.tp_group = module, a, b, shape, linear.tp_group
         self._features: Tensor | None = None
         ranks = linear.tp_group.size()
@@ -58,10 +68,28 @@ class Pair(nn.Module):
                 # Applied to this rank's tokens only: megatron-core then sums the gradient over tensor-parallel ranks.
                 weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
             self.register_parameter(name, weight)
+        for name, row in ((_START_A, start_row(a)), (_START_B, start_row(b))) if holds_start else ():
+            size = local_shape(row, shape, ranks)
+            held = torch.empty(size, dtype=config.params_dtype, device=cpu.device())
+            parameter = nn.Parameter(held, requires_grad=False)
+            if row.split is not None:
+                set_tensor_model_parallel_attributes(parameter, True, row.split, 1)
+            self.register_parameter(name, parameter)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return A and B. A call, as megatron-core's hooks then wait for parameters that are still being gathered."""
-        return self.lora_A, self.lora_B
+        return (self.start_A, self.start_B) if self.at_start else (self.lora_A, self.lora_B)
+
+    @torch.no_grad()
+    def set_start(self, a_RI: Tensor, b_OR: Tensor) -> None:
+        """Set A and B, and what they started with, to this rank's part of complete ones."""
+        for row, complete, parameters in (
+            (self.a, a_RI, (self.lora_A, self.start_A)),
+            (self.b, b_OR, (self.lora_B, self.start_B)),
+        ):
+            for segment in copy_segments(row, self.shape, self.tp_group.rank(), self.tp_group.size()):
+                for parameter in parameters:
+                    segment.of_megatron(parameter).copy_(segment.of_hf(complete))
 
     def features(self) -> Tensor:
         """Return the numbers that the dropout of this rank's features of the input is drawn from, ``[2, I]``."""

@@ -42,10 +42,11 @@ from megatron_align.model.attention import PackParams
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
-from megatron_align.model.families.adapter import Adapter, adaptable_rows
+from megatron_align.model.families.adapter import START, Adapter, adaptable_rows
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
-from megatron_align.model.lora import LayerAdapter, attach
+from megatron_align.model.layer_adapter import LayerAdapter
+from megatron_align.model.lora import attach
 from megatron_align.model.lora_pair import Adaptable
 from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
@@ -268,6 +269,10 @@ class Policy(LanguageModule):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of :meth:`global_parameters` that are trained."""
         return {name: p for name, p in self.global_parameters().items() if p.requires_grad}
+
+    def stored_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of :meth:`global_parameters` that a checkpoint of an adapter holds."""
+        return {name: p for name, p in self.global_parameters().items() if p.requires_grad or START in name}
 
     def layer_adapters(self) -> dict[str, LayerAdapter]:
         """Return the adapters of this chunk's layers by the name of the weight that each changes."""

@@ -28,7 +28,7 @@ from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.data.tokenize.record_blocks import read_shapes
 from megatron_align.errors import InputError
-from megatron_align.hf.adapter import resolve_adapter
+from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.hf.hub import fetch_or_wait, model_folder, require_can_upload
 from megatron_align.hf.load import open_hf, require_tied_head

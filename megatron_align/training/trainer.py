@@ -27,6 +27,7 @@ from megatron_align.hf.export import export_model
 from megatron_align.hf.hub import is_hub_name
 from megatron_align.hf.model_card import model_card
 from megatron_align.model import parallel
+from megatron_align.model.lora import reduce_bases
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.monitoring.health import Health
 from megatron_align.monitoring.metrics_file import METRICS, last_rows
@@ -177,7 +178,7 @@ class Trainer:
         columns = reference.cached_columns(chunks, batches_of, reference_hash, resume.step if resume else 0)
         with watchdog.patient("loading weights"):
             if resume is None or setup.adapter is not None:  # an adapter's checkpoint holds no base
-                load_start_weights(chunks, setup, groups)
+                load_start_weights(chunks, setup, groups, resumes=resume is not None)
             model = wrap_data_parallel(chunks, config.parallel)
             optimizer = build_optimizer(model, config.optimizer, groups)
             live = reference.live_model(model)
@@ -287,6 +288,7 @@ class Trainer:
         with self.watchdog.patient(f"loading {path}"):
             gather_parameters(self.model)
             load_model_weights(self.chunks, path, self.setup, self.groups)
+            reduce_bases(self.chunks)
             self.optimizer.reload_model_params()
 
     def resume(self, point: ResumePoint) -> None:
@@ -297,6 +299,7 @@ class Trainer:
         saved = point.metadata["config"]
         reference = self.references.synced_chunks() if saved["reference"].get("sync_steps") else None
         load_checkpoint(point.folder, self.model, self.optimizer, reference)
+        reduce_bases(self.chunks)
         require_finite_weights(self.chunks, point.folder)
         if "health_state" in point.metadata:  # older checkpoints have none
             self.health.load_state(point.metadata["health_state"])
@@ -388,7 +391,8 @@ class Trainer:
     def _adapter_metadata(self) -> dict[str, Any]:
         if self.base is None or (adapter := self.setup.adapter) is None:
             return {}
-        options = {name: getattr(adapter, name) for name in ("rank", "alpha", "rslora", "dropout", "dora")}
+        names = ("rank", "alpha", "rslora", "dropout", "dora", "init")
+        options = {name: getattr(adapter, name) for name in names}
         return {"adapter": {**dataclasses.asdict(self.base), **options}}
 
     def _data_metadata(self) -> Mapping[str, Any]:

@@ -11,10 +11,11 @@ from megatron_align.checkpoint.card import require_all_weights
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.checkpoint.load import load_checkpoint
 from megatron_align.hf.adapter import load_adapter
+from megatron_align.hf.adapter_start import start_with_base
 from megatron_align.hf.finite import find_nonfinite_weights
 from megatron_align.hf.load import load_weights
 from megatron_align.model.families import ModelShape
-from megatron_align.model.lora import initialise_adapters
+from megatron_align.model.lora import initialise_adapters, layer_adapters
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import require_finite
 from megatron_align.training.setup import RunSetup, locate
@@ -23,15 +24,27 @@ REWARD_WEIGHT = "reward_head.weight"
 REWARD_DEVIATION = 0.02  # of a new reward head's initial values, as in transformers
 
 
-def load_start_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
-    """Load the weights of ``model.path``, and start the adapter if there is one."""
+def load_start_weights(
+    chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection, *, resumes: bool = False
+) -> None:
+    """Load the weights of ``model.path``, and start the adapter if there is one.
+
+    Args:
+        chunks: this rank's.
+        setup: of the run.
+        groups: of this rank.
+        resumes: a checkpoint is loaded next, and with it what an adapter that starts with a part of the base took out.
+    """
     load_model_weights(chunks, setup.config.model.path, setup, groups)
     if (options := setup.config.model.adapter) is None:
         return
-    if options.path is None:
-        initialise_adapters(chunks, setup.config.train.seed)
-    else:
+    assert setup.adapter is not None, "the options describe it"
+    if options.path is not None:
         load_adapter(options.path, chunks)
+    elif not setup.adapter.holds_start:
+        initialise_adapters(chunks, setup.config.train.seed)
+    elif not resumes:
+        start_with_base(chunks)
 
 
 def load_reference_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
@@ -83,6 +96,8 @@ def read_model_weights(
     Raises:
         InputError: the weights are incomplete, corrupt, or of another shape.
     """
+    for adapter in layer_adapters(chunks):
+        adapter.is_reduced = False
     weights, assets = locate(path)
     if weights == assets:
         parameters = {name: p for chunk in chunks for name, p in chunk.base_parameters().items()}

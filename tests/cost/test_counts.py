@@ -18,7 +18,7 @@ from megatron_align.cost.flops import (
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, parameter_count, state_bytes
 from megatron_align.data.batching.attention_cost import visible_keys
-from megatron_align.hf.adapter import resolve_adapter
+from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.kernels import PackedLayout, packed_attention_reference
 from megatron_align.model.families import read_shape
 from megatron_align.model.families.frozen import frozen_tensors

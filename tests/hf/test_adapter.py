@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_align.config import AdapterConfig
 from megatron_align.errors import InputError
-from megatron_align.hf.adapter import read_adapter, resolve_adapter
+from megatron_align.hf.adapter import read_adapter
+from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.families import read_shape
 from tests.harness.tiny import make_adapter, make_model
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from megatron_align.errors import InputError, nearest
@@ -20,6 +20,7 @@ from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 ALL_LINEAR = "all-linear"
 MAGNITUDE = ".lora_magnitude_vector"  # of DoRA, at the end of PEFT's name
+START = ".start_"  # in the names of what A and B started with, in place of .lora_
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
 PEFT = "base_model.model."  # prefix of PEFT's tensor names
 _LINEAR = (".linear_qkv.weight", ".linear_proj.weight", ".linear_fc1.weight", ".linear_fc2.weight")
@@ -36,6 +37,7 @@ class Adapter:
         modules: Hugging Face names: of linear layers, the embedding or the output head.
         dropout: probability that an element of A's input is dropped in training.
         dora: each row of the sum is scaled to a trained magnitude.
+        init: initial values, ``default`` or those of PiSSA: A and B start with a part of W, which is taken out of W.
     """
 
     rank: int
@@ -44,6 +46,12 @@ class Adapter:
     modules: frozenset[str]
     dropout: float = 0.0
     dora: bool = False
+    init: str = "default"
+
+    @property
+    def holds_start(self) -> bool:
+        """Whether the base lacks what A and B started with, and the adapter keeps it."""
+        return self.init != "default"
 
     @property
     def scale(self) -> float:
@@ -53,6 +61,7 @@ class Adapter:
     def __str__(self) -> str:
         modules = "modules" if EMBED_TOKENS in self.modules else "linear layers"
         kind = "DoRA" if self.dora else "LoRA"
+        kind += " from PiSSA" if self.holds_start else ""
         return f"{kind} of rank {self.rank}, scale {self.scale:g}, on {len(self.modules)} {modules}"
 
 
@@ -195,6 +204,22 @@ def adapter_rows(row: Row, shape: ModelShape, adapter: Adapter, tensor_ranks: in
         magnitude = Row(f"{base}adapter.{short}.magnitude", (name_m,), ((out,),), split_b, layout)
         found.append((a, b, magnitude) if adapter.dora else (a, b))
     return found
+
+
+def start_row(row: Row) -> Row:
+    """Return the row of what A or B started with, by that of A or B."""
+    return replace(
+        row,
+        megatron=row.megatron.replace(".lora_", START),
+        hf=tuple(name.replace(".lora_", START) for name in row.hf),
+    )
+
+
+def start_rows(shape: ModelShape, adapter: Adapter, tensor_ranks: int) -> Iterator[Row]:
+    """Yield the rows of what every A and B started with, where the base lacks it."""
+    for row in adaptable_rows(shape) if adapter.holds_start else ():
+        for a, b, *_ in adapter_rows(row, shape, adapter, tensor_ranks):
+            yield from (start_row(a), start_row(b))
 
 
 def _embedding_rows(row: Row, adapter: Adapter) -> list[tuple[Row, ...]]:
