@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_align.errors import InputError, TrainingFault, listed, require, shown
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
@@ -286,7 +286,7 @@ def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: 
     policy = chunks[0]
     groups, adapter = policy.pg_collection, policy.adapter
     assert adapter is not None, "the model has an adapter"
-    local = {name: p for chunk in chunks for name, p in chunk.stored_parameters().items()}
+    local = _stored_parameters(chunks)
     bad = sum(not parameter.isfinite().all() for parameter in local.values())
     if all_reduce_sum([float(bad)])[0]:
         raise TrainingFault(
@@ -294,15 +294,35 @@ def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: 
             "with a smaller optimizer.lr"
         )
     if groups.dp_cp.rank() == 0:
-        owners = owning_stages(set(local), groups.pp)
-        tensors: dict[str, Tensor] = {}
-        for row in adapter_table(policy.shape, adapter, groups.tp.size(), with_start=True):
-            found = collect(row, local.get(row.megatron), owners[row.megatron], policy)
-            tensors |= {name: tensor.cpu() for name, tensor in found.items()}
+        tensors = gather_adapter(chunks)
         if dist.get_rank() == 0:
-            tensors = plain_tensors(adapter, tensors)
+            tensors = {name: tensor.cpu() for name, tensor in plain_tensors(adapter, tensors).items()}
             write_adapter(folder, tensors, plain_adapter(adapter), policy.shape, base, weights_hash)
     dist.barrier()
+
+
+@torch.no_grad()
+def gather_adapter(chunks: Sequence[Policy], *, everywhere: bool = False) -> dict[str, Tensor]:
+    """Return the tensors of the adapter that a model's ranks hold, by PEFT's names, and what A and B started with.
+
+    Collective over a model's ranks; each data- and context-parallel rank gathers by itself.
+
+    Args:
+        chunks: this rank's.
+        everywhere: give the tensors to every rank; otherwise only the first tensor rank of the first stage has them.
+    """
+    policy, local = chunks[0], _stored_parameters(chunks)
+    groups, adapter = policy.pg_collection, policy.adapter
+    assert adapter is not None, "the model has an adapter"
+    owners = owning_stages(set(local), groups.pp)
+    tensors: dict[str, Tensor] = {}
+    for row in adapter_table(policy.shape, adapter, groups.tp.size(), with_start=True):
+        tensors |= collect(row, local.get(row.megatron), owners[row.megatron], policy, everywhere=everywhere)
+    return tensors
+
+
+def _stored_parameters(chunks: Sequence[Policy]) -> dict[str, nn.Parameter]:
+    return {name: p for chunk in chunks for name, p in chunk.stored_parameters().items()}
 
 
 def write_adapter(

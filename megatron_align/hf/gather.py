@@ -14,7 +14,9 @@ from megatron_align.model.policy import Policy
 
 
 @torch.no_grad()
-def gathered_rows(chunks: Sequence[Policy], *, everywhere: bool = False) -> Iterator[dict[str, Tensor]]:
+def gathered_rows(
+    chunks: Sequence[Policy], *, everywhere: bool = False, base: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Yield the HF tensors of each row of the weight table, an adapter merged. Collective over a model's ranks.
 
     Each data- and context-parallel rank gathers by itself, and a rank holds one row at a time. Every rank must take all
@@ -23,11 +25,13 @@ def gathered_rows(chunks: Sequence[Policy], *, everywhere: bool = False) -> Iter
     Args:
         chunks: this rank's chunks.
         everywhere: give the tensors to every rank; otherwise only the first tensor rank of the first stage has them.
+        base: without the adapter, as it is held: one that starts with a part of the base is trained without that.
     """
     local: dict[str, Tensor] = {
         name: parameter for chunk in chunks for name, parameter in chunk.base_parameters().items()
     }
-    adapters = {name: adapter for chunk in chunks for name, adapter in chunk.layer_adapters().items()}
+    trained = [] if base else chunks
+    adapters = {name: adapter for chunk in trained for name, adapter in chunk.layer_adapters().items()}
     owners = owning_stages(set(local), chunks[0].pg_collection.pp)
 
     def shard_of(name: str) -> Tensor | None:

@@ -205,6 +205,7 @@ class Policy(LanguageModule):
         recomputes = config.recompute_granularity is not None
         self._needs_gradient = recomputes or config.pipeline_model_parallel_size > 1
         self.adapter, self.partly_frozen = adapter, False
+        self.base_loaded = object()  # another one whenever weights are loaded: engines hold the base once
         if adapter is not None:
             self._attach(adapter)
 

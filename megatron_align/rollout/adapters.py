@@ -32,14 +32,20 @@ class EngineAdapters:
     ) -> None:
         self.names = tuple(adapters)
         self._factors: dict[str, dict[str, Factors]] = {}
-        for name, given in adapters.items():
-            adapter, tensors = llama_adapter(*given)
-            self._factors[name] = {
-                module: _factors(model, tensors, module, adapter) for module in adapter.modules
-            }
+        self._model, self._hooked = model, set[str]()
         self._active: Mapping[str, Factors] = {}
-        for module in {module for factors in self._factors.values() for module in factors}:
-            model.get_submodule(module).register_forward_hook(self._hook(module))
+        for name, (adapter, tensors) in adapters.items():
+            self.replace(name, adapter, tensors)
+
+    def replace(self, name: str, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+        """Replace an adapter, or add one; it is used after the next :meth:`use`."""
+        adapter, tensors = llama_adapter(adapter, tensors)
+        self._factors[name] = {
+            module: _factors(self._model, tensors, module, adapter) for module in adapter.modules
+        }
+        for module in adapter.modules - self._hooked:
+            self._model.get_submodule(module).register_forward_hook(self._hook(module))
+            self._hooked.add(module)
 
     def use(self, name: str | None) -> None:
         """Compute with an adapter from now on; None: with the base."""

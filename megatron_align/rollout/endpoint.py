@@ -61,19 +61,26 @@ class Endpoint:
             self.timeout_seconds > 0, f"an endpoint's timeout must be positive, got {self.timeout_seconds}"
         )
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], *, text: bool = False) -> dict[str, Any]:
         """Send a JSON object and return the one that is answered.
+
+        Args:
+            path: of the endpoint.
+            body: JSON object.
+            text: the answer is a text, and is not returned.
 
         Raises:
             RequestFailed: no try succeeded, or the endpoint refuses the request.
         """
-        return self._request("POST", path, body)
+        return self._request("POST", path, body, text)
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON object at a path; raises as :meth:`post`."""
         return self._request("GET", path, None)
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, is_text: bool = False
+    ) -> dict[str, Any]:
         reason, wait = "", 0.0
         for attempt in range(self.tries):
             if attempt:
@@ -87,6 +94,8 @@ class Endpoint:
                     raise RequestFailed(end) from error
                 continue
             if status == 200:
+                if is_text:
+                    return {}
                 try:
                     answer = json.loads(text) if text else {}
                 except ValueError:

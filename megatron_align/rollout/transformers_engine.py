@@ -31,12 +31,15 @@ from megatron_align.errors import InputError, one_line
 from megatron_align.hf.baichuan import llama_config, llama_tensors
 from megatron_align.hf.load import HEAD, open_hf
 from megatron_align.model.families import ModelShape, read_shape, rows
+from megatron_align.model.families.adapter import Adapter
+from megatron_align.rollout.adapters import EngineAdapters
 from megatron_align.rollout.decoding import Decoder, Row
-from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
+from megatron_align.rollout.engine import UNKNOWN_VERSION, LiveAdapter, OnToken
 from megatron_align.rollout.sampling import draw, uniforms
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 
 LEAST_FILL = 0.75  # share of a group's longest prompt that its shortest one has
+_LIVE = "live"
 BATCH_TOKENS = 1 << 16  # most tokens in the cache, padding and room for completions included
 
 
@@ -54,7 +57,7 @@ class TransformersEngine:
         end_ids: tokens that end a completion: those of the generation config, and the tokenizer's EOS.
     """
 
-    shared = False
+    shared, served, has_own_base = False, "", False
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class TransformersEngine:
     ) -> None:
         self.model, self.tokenizer, self.batch_tokens = model.eval(), tokenizer, batch_tokens
         self.weight_version, self._is_baichuan = 0, is_baichuan
+        self._base: object | None = None
+        self._adapters: EngineAdapters | None = None
         self.context = int(model.config.max_position_embeddings)
         self.end_ids = _end_ids(model, tokenizer)
 
@@ -146,7 +151,9 @@ class TransformersEngine:
         parameters = dict(self.model.named_parameters())
         tied = HEAD not in parameters
         missing = set(parameters)
-        self.weight_version = UNKNOWN_VERSION
+        self.weight_version, self._base = UNKNOWN_VERSION, None
+        if self._adapters is not None:
+            self._adapters.use(None)
         for name, tensor in llama_tensors(tensors) if self._is_baichuan else tensors:
             if name == HEAD and tied:
                 continue  # equal to the embedding, whose tensor comes too
@@ -161,6 +168,29 @@ class TransformersEngine:
             raise InputError(
                 f"the engine's weights must all be replaced, missing {', '.join(sorted(missing))}"
             )
+        self.weight_version = version
+
+    def refuses_adapter(self, adapter: Adapter) -> str | None:
+        """See :class:`.Engine`: adapters of every kind are loaded."""
+        return None
+
+    def holds_base(self, base: object) -> bool:
+        """See :class:`.Engine`."""
+        return self._base is base
+
+    def update_base(self, tensors: Iterable[tuple[str, Tensor]], base: object) -> None:
+        """See :class:`.Engine`."""
+        self.update_weights(tensors, UNKNOWN_VERSION)
+        self._base = base
+
+    @torch.no_grad()
+    def update_adapter(self, live: LiveAdapter, version: int) -> None:
+        """See :class:`.Engine`; A and B are added to the outputs of their modules, the base stays as it is."""
+        self.weight_version = UNKNOWN_VERSION
+        if self._adapters is None:
+            self._adapters = EngineAdapters(self.model, {})
+        self._adapters.replace(_LIVE, live.adapter, live.tensors)
+        self._adapters.use(_LIVE)
         self.weight_version = version
 
     def close(self) -> None:

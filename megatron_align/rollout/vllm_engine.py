@@ -4,12 +4,16 @@ Prompts are sent as token ids, one request for each sample with a seed of its ow
 requests meet in the server. The routes of new weights exist only in servers started with ``VLLM_SERVER_DEV_MODE=1``;
 weights travel as a folder of safetensors that the servers can read. Servers keep the version of their weights, which is
 compared before and after each batch of requests, and is part of the keys of their prefix caches.
+
+Adapters travel alone, as PEFT folders, to servers that were started with their base and load them: each version has a
+name of its own, which requests ask for, and which a server that was restarted no longer knows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_align.errors import InputError, TrainingFault, require
+from megatron_align.errors import InputError, TrainingFault, one_line, require
+from megatron_align.hf.adapter import write_adapter
+from megatron_align.model.families.adapter import EMBED_TOKENS, LM_HEAD, Adapter
 from megatron_align.rollout.endpoint import (
     VLLM_KEY_VARIABLE,
     Endpoint,
@@ -26,7 +32,7 @@ from megatron_align.rollout.endpoint import (
     RequestFailed,
     concurrently,
 )
-from megatron_align.rollout.engine import UNKNOWN_VERSION, OnToken
+from megatron_align.rollout.engine import UNKNOWN_VERSION, LiveAdapter, OnToken
 from megatron_align.rollout.types import Completion, FinishReason, Prompt, Sampling, require_fitting
 from megatron_align.storage.atomic_write import naming_file
 
@@ -56,16 +62,20 @@ class VLLMEngine:
         workers: requests at once to each server.
         weights_folder: where new weights are written for the servers to read, on a file system that they share unless
             they run on this machine; None: the machine's folder for temporary files.
+        adapters: the servers hold the base of the trained adapter and load adapters: they were started with
+            ``--enable-lora``, ``--max-lora-rank`` of at least its rank, and ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``.
+            False: merged weights are sent.
 
     Attributes:
         context: most tokens of a prompt with its completion, as the servers say.
         model: name of the model in the servers.
+        served: name that requests ask for: the model's, or that of the loaded adapter.
 
     Raises:
         InputError: a server does not answer, or they hold different models.
     """
 
-    shared = True
+    shared, has_own_base = True, True
 
     def __init__(
         self,
@@ -73,15 +83,20 @@ class VLLMEngine:
         tokenizer: PreTrainedTokenizerBase,
         workers: int = WORKERS,
         weights_folder: str | Path | None = None,
+        *,
+        adapters: bool = False,
     ) -> None:
         require(bool(urls), "the vllm engine needs the url of a server, got none")
         self.tokenizer, self.workers, self.weights_folder = tokenizer, workers, weights_folder
-        self.weight_version = 0
+        self.weight_version, self.adapters = 0, adapters
+        self._run = uuid.uuid4().hex[:8]  # servers may be shared with other runs
+        self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self.servers = [
             url if isinstance(url, Endpoint) else Endpoint(url, VLLM_KEY_VARIABLE) for url in urls
         ]
         cards = [_model_card(server) for server in self.servers]
         self.model, self.context = cards[0]
+        self.served = self.model
         for server, card in zip(self.servers, cards, strict=True):
             require(
                 card == cards[0],
@@ -143,10 +158,58 @@ class VLLMEngine:
                 self._administer(server, "/collective_rpc", reload)
                 self._administer(server, "/reset_prefix_cache", {})
                 self._administer(server, "/update_weight_version", {"new_version": str(version)})
-        self.weight_version = version
+        self.weight_version, self.served = version, self.model
+
+    def refuses_adapter(self, adapter: Adapter) -> str | None:
+        """See :class:`.Engine`: vLLM loads LoRA of the transformer's linear layers."""
+        if not self.adapters:
+            return "the servers of the vllm engine are not said to load adapters (adapters=True)"
+        if adapter.dora:
+            return "vllm loads no DoRA adapters"
+        if ends := sorted(adapter.modules & {EMBED_TOKENS, LM_HEAD}):
+            return f"vllm loads adapters of linear layers of the transformer only, this one has {', '.join(ends)}"
+        return None
+
+    def holds_base(self, base: object) -> bool:
+        """See :class:`.Engine`: the servers were started with the base."""
+        return True
+
+    def update_base(self, tensors: Iterable[tuple[str, Tensor]], base: object) -> None:
+        """Fail: the servers were started with the base."""
+        raise AssertionError("the servers hold the base")
+
+    def update_adapter(self, live: LiveAdapter, version: int) -> None:
+        """See :class:`.Engine`: writes a PEFT folder, lets every server load it, and unload the one before.
+
+        The folder is kept until the next: a server may read it again.
+
+        Raises:
+            InputError: a server has no such routes, or refuses the adapter.
+            OSError: the folder could not be written.
+        """
+        self.weight_version, before = UNKNOWN_VERSION, self.served
+        folder = tempfile.TemporaryDirectory(prefix="megatron_align_adapter_", dir=self.weights_folder)
+        Path(folder.name).chmod(0o755)  # servers may belong to another user
+        name = f"policy-{self._run}-{version}"
+        path = Path(folder.name) / name
+        tensors = {key: tensor.detach().cpu() for key, tensor in live.tensors.items()}
+        write_adapter(path, tensors, live.adapter, live.shape, self.model, None)
+        for server in self.servers:
+            self._load(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+            if before not in (self.model, name):
+                self._load(server, "/v1/unload_lora_adapter", {"lora_name": before})
+        if self._adapter_folder is not None:
+            self._adapter_folder.cleanup()
+        self._adapter_folder = folder
+        self.weight_version, self.served = version, name
 
     def close(self) -> None:
-        """Leave the servers as they are: others may use them."""
+        """Leave the servers as they are, but for this run's adapter: others may use them."""
+        if self._adapter_folder is not None:
+            for server in self.servers:
+                self._load(server, "/v1/unload_lora_adapter", {"lora_name": self.served})
+            self._adapter_folder.cleanup()
+            self._adapter_folder, self.served = None, self.model
 
     def _completion(self, server: Endpoint, prompt: Prompt, sample: int, sampling: Sampling) -> Completion:
         answer = server.post("/v1/completions", self._request(prompt, sample, sampling))
@@ -176,7 +239,7 @@ class VLLMEngine:
 
     def _request(self, prompt: Prompt, sample: int, sampling: Sampling) -> dict[str, Any]:
         request: dict[str, Any] = {
-            "model": self.model,
+            "model": self.served,
             "prompt": [int(token) for token in prompt.token_ids],
             "max_tokens": min(sampling.max_tokens, self.context - len(prompt.token_ids)),
             "temperature": sampling.temperature,
@@ -195,6 +258,9 @@ class VLLMEngine:
         """Check that the servers still have the weights of the last update."""
         if not self.weight_version:
             return
+        if self.served != self.model:
+            self._require_adapter()
+            return
         for server in self.servers:
             try:
                 found = server.get("/weight_info").get("weight_version")
@@ -205,6 +271,30 @@ class VLLMEngine:
                     f"the vllm server {server.url} must have the weights of version {self.weight_version}, it has "
                     f"version {found}: it was restarted, or another run updates it; give each run servers of its own"
                 )
+
+    def _require_adapter(self) -> None:
+        """Check that the servers still have the adapter of the last update."""
+        for server in self.servers:
+            try:
+                found = [str(card["id"]) for card in server.get("/v1/models")["data"]]
+            except (RequestFailed, LookupError, TypeError) as error:
+                raise InputError(
+                    f"the vllm server must say which adapters it has: {one_line(error)}"
+                ) from error
+            if self.served not in found:
+                raise TrainingFault(
+                    f"the vllm server {server.url} must have the adapter {self.served}, it has {', '.join(found)}: it "
+                    "was restarted, or something else unloaded the adapter; resume from the last checkpoint"
+                )
+
+    def _load(self, server: Endpoint, path: str, body: dict[str, Any]) -> None:
+        try:
+            server.post(path, body, text=True)
+        except RequestFailed as error:
+            raise InputError(
+                "the vllm server must load the adapter, which needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its "
+                f"environment, --enable-lora and --max-lora-rank of at least its rank: {error}"
+            ) from error
 
     def _administer(self, server: Endpoint, path: str, body: dict[str, Any]) -> None:
         try:

@@ -135,6 +135,7 @@ class Trainer:
         self.interrupted = False
         self._prepass = self._prepass_of("train")
         self._began: float | None = None
+        self._refusal: str | None = None
 
     @classmethod
     @contextmanager
@@ -348,7 +349,9 @@ class Trainer:
         return live_engine(self.chunks, self.setup.assets, self.setup.changes)
 
     def update_engine(self, engine: Engine | None) -> None:
-        """Give the ranks' generation engines the current weights, an adapter merged; their version is the step.
+        """Give the ranks' generation engines the current weights; their version is the step.
+
+        Of an adapter they receive A and B alone; where one cannot load it, merged weights, and a line says why.
 
         Args:
             engine: of this rank; None: it has none.
@@ -358,7 +361,10 @@ class Trainer:
         """
         with self.watchdog.patient("giving the engine new weights"):
             gather_parameters(self.model)
-            update_engine(engine, self.chunks, self.step)
+            refusal = update_engine(engine, self.chunks, self.step)
+        if refusal is not None and refusal != self._refusal and dist.get_rank() == 0:
+            print(f"the engine receives merged weights, not the adapter alone: {refusal}", flush=True)
+        self._refusal = refusal
 
     def export_adapter(self, folder: Path | str) -> None:
         """Write the adapter as a PEFT folder; one that exists is replaced at the end."""

@@ -96,6 +96,8 @@ def read_model_weights(
     Raises:
         InputError: the weights are incomplete, corrupt, or of another shape.
     """
+    for chunk in chunks:
+        chunk.base_loaded = object()
     for adapter in layer_adapters(chunks):
         adapter.is_reduced = False
     weights, assets = locate(path)

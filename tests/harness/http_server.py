@@ -60,14 +60,23 @@ def serving(
 class VLLMScript:
     """Answers as vLLM does: the completion of a request is its seed modulo 7, as many tokens as are allowed."""
 
-    def __init__(self, context=64, rl=True):
-        self.context, self.rl = context, rl
+    def __init__(self, context=64, rl=True, most_rank=16):
+        self.context, self.rl, self.most_rank = context, rl, most_rank
+        self.adapters, self.loaded = (
+            {},
+            [],
+        )  # those that it has by name; name and tensors of every one ever loaded
         self.requests, self.weights, self.resets, self.version = [], [], 0, "default"
 
     def __call__(self, path, body):
         if path == "/v1/models":
-            return 200, {"data": [{"id": "m", "max_model_len": self.context}]}
+            cards = [{"id": name, "parent": "m"} for name in self.adapters]
+            return 200, {"data": [{"id": "m", "max_model_len": self.context}, *cards]}
+        if path.endswith("_lora_adapter"):
+            return self._lora(path, body)
         if path == "/v1/completions":
+            if body["model"] not in ("m", *self.adapters):
+                return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
             self.requests.append(body)
             count = min(body["max_tokens"], 3)
             reason = "length" if count == body["max_tokens"] else "stop"
@@ -87,3 +96,17 @@ class VLLMScript:
             self.resets += 1
             return 200, ""
         return 404, {"detail": "Not Found"}
+
+    def _lora(self, path, body):
+        name = body["lora_name"]
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[name]
+            return 200, f"Success: LoRA adapter '{name}' removed successfully."
+        folder = Path(body["lora_path"])
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if config["r"] > self.most_rank:
+            message = f"LoRA rank {config['r']} is greater than max_lora_rank {self.most_rank}."
+            return 400, {"error": {"message": message}}
+        self.adapters[name] = config
+        self.loaded.append((name, load_file(folder / "adapter_model.safetensors")))
+        return 200, f"Success: LoRA adapter '{name}' added successfully."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.objectives.configuration import parse
+from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.training.loop import run
 from megatron_align.training.watchdog import join_watched
 
@@ -185,7 +187,8 @@ def live_answers(rank_info: parallel.RankInfo, arguments: list[str], prompts: li
     """Train; before and after the steps answer prompts with the live weights, and export them to ``folder/STEP``.
 
     Returns:
-        For each export the token ids and log-probs of each answer, and the most tensors held at once while gathering.
+        For each export the token ids and log-probs of each answer; the most tensors held at once while gathering; and
+        the names of the engine's methods that took weights.
     """
     from megatron_align.rollout.live_weights import require_version
     from megatron_align.rollout.types import Sampling
@@ -198,6 +201,7 @@ def live_answers(rank_info: parallel.RankInfo, arguments: list[str], prompts: li
     with joined_ranks(setup) as watchdog:
         trainer = Trainer.build(setup, watchdog)
         engine = trainer.live_engine()
+        taken = _recorded(engine)
         for step in range(trainer.steps + 1):
             if step:
                 trainer.train_step(trainer.train_batches.step(step - 1))
@@ -207,7 +211,23 @@ def live_answers(rank_info: parallel.RankInfo, arguments: list[str], prompts: li
             trainer.export(folder / str(step))
             seen.append([(a.token_ids, a.logprobs) for [a] in answers])
         most = _most_tensors_alive(trainer.chunks)
-    return [seen, most]
+    return [seen, most, taken]
+
+
+def _recorded(engine: TransformersEngine) -> list[str]:
+    """Return a list of the names of the engine's methods that take weights, in which every call of one is noted."""
+    taken: list[str] = []
+
+    def recorded(name: str, method: Callable) -> Callable:
+        def call(*args):
+            taken.append(name)
+            return method(*args)
+
+        return call
+
+    for name in ("update_base", "update_adapter", "update_weights"):
+        setattr(engine, name, recorded(name, getattr(engine, name)))
+    return taken
 
 
 def _most_tensors_alive(chunks: list) -> int:

@@ -1,6 +1,7 @@
 """TRL's trainers in comparisons with ours: samples in order, on CPU in fp32, nothing saved; optionally with PEFT."""
 
 import importlib
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,8 @@ TRL_SETTINGS = {
 def trl_rows(module, kind, model, records, folder, adapter=None, **options):
     """Return TRL's log of every step, unrounded.
 
-    ``adapter``: a PEFT folder; it is trained instead of the model's weights, from the values that the folder holds.
+    ``adapter``: a PEFT folder; it is trained instead of the model's weights, from the values that the folder holds. Or
+    PEFT's options, whose initial values it then has.
     """
     from datasets import Dataset
     from transformers import (
@@ -52,7 +54,7 @@ def trl_rows(module, kind, model, records, folder, adapter=None, **options):
                 self.rows.append({**means, "loss": self.loss})
             super().log(logs, *args, **kwargs)
 
-    Recording.rows = []
+    Recording.rows, is_folder = [], isinstance(adapter, Path)
     own = {"pad_to_multiple_of": None} if kind in ("DPO", "Reward") else {}
     if "experimental" in module:
         own = {"max_completion_length": LENGTH} if kind in ("CPO", "ORPO") else {}
@@ -73,9 +75,9 @@ def trl_rows(module, kind, model, records, folder, adapter=None, **options):
         args=arguments,
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(model),
-        **({} if adapter is None else {"peft_config": peft_config(adapter)}),
+        **({} if adapter is None else {"peft_config": peft_config(adapter) if is_folder else adapter}),
     )
-    if adapter is not None:
+    if is_folder:
         load_adapter(trainer.model, adapter)
     trainer.train()
     return Recording.rows

@@ -8,10 +8,14 @@ from transformers import AutoModelForCausalLM
 
 from megatron_align.convert.hf_model import load_hf_model
 from megatron_align.errors import InputError
+from megatron_align.hf.adapter import read_adapter, read_tensors
 from megatron_align.hf.load import open_hf
+from megatron_align.merge.adapter import merge_adapter
+from megatron_align.model.families import read_shape
+from megatron_align.rollout.engine import LiveAdapter
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.rollout.types import Prompt, Sampling
-from tests.harness.tiny import make_baichuan, make_model
+from tests.harness.tiny import make_adapter, make_baichuan, make_model
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 40, 1, 17, 90, 5, 5, 33)
@@ -139,6 +143,41 @@ def test_new_weights_replace_the_old_ones(tmp_path, tiny_models, prompts):
             engine.update_weights([(name, torch.zeros(2, 2))], version=5)
         with pytest.raises(InputError, match="no tensor x"):
             engine.update_weights([("x", torch.zeros(2))], version=5)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_an_adapter_alone_answers_as_the_merged_weights(dora, tmp_path, tiny_models, prompts):
+    """The base is copied once and stays; each version's A and B replace the last; merged weights end their use."""
+    folder = tiny_models("qwen2_untied")
+    shape, weights = read_shape(folder), open_hf(folder)[0]
+    engine = TransformersEngine.from_assets(folder, torch.float32, CPU)
+    base = object()
+    engine.update_base(((name, weights.tensor(name)) for name in weights.names), base)
+    assert engine.holds_base(base)
+    held = {name: tensor.clone() for name, tensor in engine.model.named_parameters()}
+    sampling = Sampling(temperature=0, max_tokens=8)
+    targets = "all-linear" if dora else ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+    seen = []
+    for version, b in ((3, 0.3), (4, 0.9)):
+        path = make_adapter(tmp_path / str(version), folder, b=b, targets=targets, dora=dora)
+        adapter = read_adapter(path, shape)
+        assert engine.refuses_adapter(adapter) is None
+        engine.update_adapter(LiveAdapter(adapter, read_tensors(path), shape), version)
+        merge_adapter(folder, path, tmp_path / f"merged_{version}")
+        judge = TransformersEngine.from_folder(tmp_path / f"merged_{version}", torch.float32, CPU)
+        answers = engine.generate(prompts, sampling)
+        for [answer], [wanted] in zip(answers, judge.generate(prompts, sampling), strict=True):
+            assert answer.token_ids == wanted.token_ids
+            # Log-probs of size 6: W x + s B (A x) rounds elsewhere than (W + s B A) x does.
+            assert answer.logprobs == pytest.approx(wanted.logprobs, abs=2e-5)
+            assert answer.weight_version == version
+        seen.append([answer.token_ids for [answer] in answers])
+    assert seen[0] != seen[1]
+    assert all(torch.equal(tensor, held[name]) for name, tensor in engine.model.named_parameters())
+    engine.update_weights(((name, weights.tensor(name)) for name in weights.names), version=5)
+    assert not engine.holds_base(base)
+    plain = TransformersEngine.from_folder(folder, torch.float32, CPU).generate(prompts, sampling)
+    assert [a.token_ids for [a] in engine.generate(prompts, sampling)] == [a.token_ids for [a] in plain]
 
 
 def test_baichuan2_generates_as_its_llama_and_takes_its_own_tensors(tmp_path, prompts):

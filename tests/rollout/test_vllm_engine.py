@@ -9,17 +9,26 @@ import pytest
 import torch
 
 from megatron_align.errors import InputError, TrainingFault
+from megatron_align.hf.adapter import read_adapter, read_tensors
+from megatron_align.model.families import read_shape
 from megatron_align.rollout.endpoint import Endpoint
-from megatron_align.rollout.engine import UNKNOWN_VERSION
+from megatron_align.rollout.engine import UNKNOWN_VERSION, LiveAdapter
 from megatron_align.rollout.types import Prompt, Sampling
 from megatron_align.rollout.vllm_engine import VLLMEngine, request_seed
 from tests.harness.http_server import VLLMScript as Server
 from tests.harness.http_server import serving
-from tests.harness.tiny import byte_tokenizer
+from tests.harness.tiny import byte_tokenizer, make_adapter
 
 
-def engine_of(*urls):
-    return VLLMEngine([Endpoint(url, first_wait=0.01, tries=2) for url in urls], byte_tokenizer())
+def engine_of(*urls, adapters=False):
+    servers = [Endpoint(url, first_wait=0.01, tries=2) for url in urls]
+    return VLLMEngine(servers, byte_tokenizer(), adapters=adapters)
+
+
+def live_adapter(model, folder, **options):
+    make_adapter(folder, model, **options)
+    shape = read_shape(model)
+    return LiveAdapter(read_adapter(folder, shape), read_tensors(folder), shape)
 
 
 PROMPTS = [Prompt([5, 6], key=10), Prompt([7] * 62, key=11)]
@@ -83,6 +92,66 @@ def test_new_weights_reach_every_server_and_clear_its_cache():
         [weights] = server.weights
         assert weights["a"].tolist() == [0, 1, 2]
         assert server.resets == 1
+
+
+def test_an_adapter_alone_reaches_every_server(tiny_models, tmp_path):
+    """Each version has a name of its own, which requests ask for; the one before is unloaded, the base stays."""
+    live = live_adapter(tiny_models(), tmp_path / "adapter")
+    one, other = Server(), Server()
+    with serving(one) as url, serving(other) as other_url:
+        engine = engine_of(url, other_url, adapters=True)
+        assert engine.refuses_adapter(live.adapter) is None
+        names = []
+        for version in (3, 4):
+            engine.update_adapter(live, version)
+            [[answer]] = engine.generate(PROMPTS[:1], Sampling(max_tokens=2))
+            assert answer.weight_version == version
+            names.append(engine.served)
+        assert len(set(names)) == 2
+        assert list(one.adapters) == list(other.adapters) == names[1:]
+        assert [request["model"] for request in one.requests + other.requests] == names
+        for server in (one, other):
+            assert server.weights == []
+            for (name, tensors), wanted in zip(server.loaded, names, strict=True):
+                assert name == wanted
+                assert tensors.keys() == live.tensors.keys()
+                assert all(torch.equal(tensors[key], live.tensors[key]) for key in tensors)
+        other.adapters.clear()  # restarted
+        with pytest.raises(TrainingFault, match=rf"{other_url} must have the adapter {names[1]}, it has m"):
+            engine.generate(PROMPTS[:1], Sampling(max_tokens=2))
+        other.adapters[names[1]] = {}
+        engine.close()
+        assert not one.adapters
+        assert not other.adapters
+
+
+@pytest.mark.parametrize(
+    ("options", "adapters", "line"),
+    [
+        ({}, False, "not said to load adapters"),
+        ({"dora": True}, True, "vllm loads no DoRA adapters"),
+        (
+            {"targets": ["q_proj", "lm_head"]},
+            True,
+            "linear layers of the transformer only, this one has lm_head",
+        ),
+    ],
+)
+def test_which_adapters_are_merged_instead(options, adapters, line, tiny_models, tmp_path):
+    live = live_adapter(tiny_models("qwen2_untied"), tmp_path / "adapter", **options)
+    with serving(Server()) as url:
+        assert line in engine_of(url, adapters=adapters).refuses_adapter(live.adapter)
+
+
+def test_a_server_that_cannot_load_the_adapter_is_one_line(tiny_models, tmp_path):
+    live = live_adapter(tiny_models(), tmp_path / "adapter")
+    with serving(Server(most_rank=2)) as url:
+        engine = engine_of(url, adapters=True)
+        with pytest.raises(
+            InputError, match=r"--max-lora-rank .*LoRA rank 3 is greater than max_lora_rank 2"
+        ):
+            engine.update_adapter(live, 1)
+        assert engine.weight_version == UNKNOWN_VERSION
 
 
 def test_weights_that_cannot_be_written_are_an_os_error_with_their_file():
