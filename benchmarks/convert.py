@@ -6,7 +6,8 @@ contestants in turn for ``--rounds``, prints a table and appends it to ``benchma
 
 - copy: ``cp`` of the model and ``fsync``: the speed of the disk. copy of 4 reads all four inputs of the merge and
   writes one.
-- import, export, merge: ours. transformers: ``from_pretrained`` and ``save_pretrained`` in bf16.
+- import, export, merge: ours. adapter merge: of a LoRA of ``--rank`` on all linear layers.
+- transformers: ``from_pretrained`` and ``save_pretrained`` in bf16.
 
 The page cache drops the inputs before each measurement, and half the memory is written once: a virtual machine fetches
 idle memory from its host, and the first case would pay for that. Every contestant's output is on the disk when its
@@ -30,9 +31,11 @@ import time
 from pathlib import Path
 
 from benchmarks.rows import append, stamp
+from tests.harness.tiny import make_adapter
 
 VOCAB, HIDDEN, FFN, HEADS, GROUPS = 128256, 4096, 14336, 32, 8
 GROUP_BYTES = VOCAB * HIDDEN * 2  # the embedding
+ADAPTER = "adapter merge"
 BOUND = 2 * GROUP_BYTES + 512 * 2**20
 
 
@@ -136,6 +139,12 @@ def by_stock(base: Path, out: Path, *models: Path) -> None:
     merge(ModelStock(), base, list(models), out)
 
 
+def by_adapter(base: Path, out: Path, adapter: Path) -> None:
+    from megatron_align.merge.adapter import merge_adapter
+
+    merge_adapter(base, adapter, out)
+
+
 CASES = {
     "copy": by_copy,
     "import": by_import,
@@ -144,6 +153,7 @@ CASES = {
     "copy of 4": by_copy,
     "merge task_arithmetic": by_merge,
     "merge model_stock": by_stock,
+    ADAPTER: by_adapter,
 }
 
 
@@ -164,6 +174,7 @@ def run_case(case: str, folders: list[Path]) -> None:
 
         import megatron_align.convert.export_hf
         import megatron_align.convert.import_hf
+        import megatron_align.merge.adapter
         import megatron_align.merge.merge  # noqa: F401
     start = time.perf_counter()
     CASES[case](*folders)
@@ -180,7 +191,9 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     parser.add_argument("--conversion", action="store_true", help="leave merging out")
+    parser.add_argument("--adapter", action="store_true", help="measure the adapter's merge alone")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -194,10 +207,12 @@ def main() -> None:
 
 
 def report(work: Path, options: argparse.Namespace) -> None:
-    models = [work / f"model{number}" for number in range(1 if options.conversion else 4)]
-    cases = [case for case in CASES if not (options.conversion and _merges(case))]
+    alone = options.conversion or options.adapter
+    models = [work / f"model{number}" for number in range(1 if alone else 4)]
+    cases = ["copy", ADAPTER] if options.adapter else [c for c in CASES if not (alone and _merges(c))]
     for number, folder in enumerate(models):
         make_model(folder, options.layers, number)
+    make_adapter(work / "adapter", models[0], rank=options.rank, alpha=2.0 * options.rank)
     size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
     measurements: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):
@@ -205,7 +220,7 @@ def report(work: Path, options: argparse.Namespace) -> None:
             source = work / "checkpoint" if case == "export" else models[0]
             out = work / "checkpoint" if case == "import" else work / "out"
             shutil.rmtree(out, ignore_errors=True)
-            others = models[1:] if _merges(case) else []
+            others = models[1:] if _merges(case) else [work / "adapter"] if case == ADAPTER else []
             measurements[case].append(measure(case, source, out, others))
             if out.name == "out":
                 shutil.rmtree(out)

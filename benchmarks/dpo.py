@@ -1,15 +1,21 @@
 """DPO on CPU, ours against TRL's DPOTrainer: seconds per step and peak memory, same model, pairs and threads, one run.
 
-``python -m benchmarks.dpo`` trains a narrow Qwen2 with a vocabulary of 151,936 on pairs whose prompts are four times as
-long as their answers, each contestant in a separate process, prints a table and appends it to
+``python -m benchmarks.dpo`` trains a narrow Qwen2 with a vocabulary of 151,936 on pairs whose prompts are four times
+as long as their answers, each contestant in a separate process, prints a table and appends it to
 ``benchmarks/results/dpo.csv``. Ours: shared prompts and a cached reference. TRL: with its defaults, and with
-``precompute_ref_log_probs``. Seconds are the median over the steps after the first; the time before the first step
-(loading, precomputed references) is a separate column. Nothing is printed unless the losses agree to 1e-4.
+``precompute_ref_log_probs``. Seconds are the median over the steps after the first and before the last; the time
+before the first step (loading, precomputed references) is a separate column. Nothing is printed unless the losses
+agree to 1e-4.
 
 ``--adapter RANK`` trains a LoRA adapter instead of all weights, TRL with PEFT, both from the same A and B, with the
-base as reference. ``--fair`` removes, for both, what would not carry over to a GPU: the head is 18% of the model's
-operations, TRL projects completion rows only, as it does with Triton, and the allocator keeps large blocks. Their rows
-go to ``dpo_adapter.csv``, ``dpo_fair.csv`` and ``dpo_adapter_fair.csv``.
+base as reference. ``--pairs FILE`` takes real pairs (``prompt``, ``chosen`` and ``rejected``, or Anthropic's
+transcripts) of at most ``--longest`` bytes instead of drawn ones, in random order. ``--fair`` removes, for both, what
+would not carry over to a GPU: the head is 18% of the model's operations, TRL projects completion rows only, as it
+does with Triton, and the allocator keeps large blocks. Rows go to ``dpo.csv`` or, for example,
+``dpo_adapter_fair_pairs.csv``.
+
+A second table has the last step's operations, counted as they run by torch's counter of matrix products (it has none
+of attention on a CPU), and the bytes of gradients and optimizer state that belong to an adapter's base.
 
 Without ``--fair`` the ratio is not that on a GPU: without Triton TRL's head also computes the prompt's rows, which is
 most of this narrow model's work, and glibc returns every large block to the kernel, which costs TRL more.
@@ -18,6 +24,7 @@ most of this narrow model's work, and glibc returns every large block to the ker
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import random
@@ -27,16 +34,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.rows import append, stamp
+
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
 WAYS = ("ours", "trl", "trl precomputed")
 MODEL = {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
 FAIR = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
 KEEPS_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 LR = 1e-4
+COUNTED = ("operations", "base_gradient_bytes", "base_optimizer_bytes")
+ASSISTANT = "\n\nAssistant:"
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
@@ -49,23 +65,49 @@ def make(folder: Path, options: argparse.Namespace) -> None:
         rank = options.adapter
         make_adapter(folder / "adapter", folder / "model", rank=rank, alpha=2.0 * rank, b=0.0)
     draw = random.Random(0)
+    count = options.steps * options.batch
+    if options.pairs:
+        records = draw.sample(real_pairs(options.pairs, options.longest), count)
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return
 
     def text(length: int) -> str:
         return "".join(draw.choice("abcdefghij klmnop") for _ in range(length)) + "."
 
     with (folder / "pairs.jsonl").open("w") as file:
-        for _ in range(options.steps * options.batch):
+        for _ in range(count):
             sizes = [int(prompt * share * draw.uniform(0.8, 1.2)) for share in (1, 0.25, 0.25)]
             record = dict(zip(("prompt", "chosen", "rejected"), map(text, sizes), strict=True))
             file.write(json.dumps(record) + "\n")
 
 
+def real_pairs(file: Path, longest: int) -> list[dict[str, str]]:
+    """Return the pairs of a JSON or JSON Lines file whose prompt and either answer take at most ``longest`` bytes."""
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    lines = data.decode().splitlines()
+    records = json.loads(data) if data.lstrip().startswith(b"[") else [json.loads(line) for line in lines]
+    pairs = [record if "prompt" in record else split_transcripts(record) for record in records]
+    return [
+        pair
+        for pair in pairs
+        if max(len((pair["prompt"] + pair[name]).encode()) for name in ("chosen", "rejected")) <= longest
+        and pair["chosen"] != pair["rejected"]
+    ]
+
+
+def split_transcripts(record: dict[str, str]) -> dict[str, str]:
+    """Return prompt and answers of two transcripts that part in the assistant's last turn."""
+    start = record["chosen"].rindex(ASSISTANT) + len(ASSISTANT)
+    prompt, chosen = record["chosen"][:start], record["chosen"][start:]
+    rejected = record["rejected"][record["rejected"].rindex(ASSISTANT) + len(ASSISTANT) :]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 def ours(folder: Path, steps: int, batch: int) -> dict[str, object]:
     """Train with this project, on one process."""
-    from megatron_align.model.parallel import RankInfo
+    from megatron_align import Trainer
     from megatron_align.objectives.configuration import parse
-    from megatron_align.training.loop import run
-    from tests.harness.tiny import metrics_of, run_arguments
+    from tests.harness.tiny import run_arguments
 
     arguments = run_arguments(
         folder / "model",
@@ -79,9 +121,52 @@ def ours(folder: Path, steps: int, batch: int) -> dict[str, object]:
         objective__name="dpo",
         **({"model__adapter": f"{{path: {folder / 'adapter'}}}"} if (folder / "adapter").exists() else {}),
     )
-    run(parse(arguments), RankInfo(rank=0, local_rank=0, world_size=1))
-    rows = metrics_of(folder / "run")
-    return {"losses": [row["loss"] for row in rows], "seconds": [row["step_seconds"] for row in rows]}
+    reports, operations = [], 0
+    with Trainer.open(parse(arguments)) as trainer, trainer.prefetched() as data:
+        for step in range(1, trainer.steps + 1):
+            trainer.begin_step()
+            with counted(step == trainer.steps) as counter:
+                reports.append(trainer.train_step(next(data)))
+            operations = counter.get_total_flops() if counter else operations
+        base = [p for chunk in trainer.chunks for p in chunk.base_parameters().values()]
+        state = of_base(base, trainer.optimizer)
+    # The last step is counted, which takes time: it is not timed.
+    seconds = [report.seconds for report in reports[:-1]]
+    losses = [report.result.sums["loss"] for report in reports]
+    return {"losses": losses, "seconds": seconds, "operations": operations, **state}
+
+
+@contextmanager
+def counted(enabled: bool) -> Iterator[FlopCounterMode | None]:
+    """Count the operations of a with-block, if enabled."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) if enabled else nullcontext() as counter:
+        yield counter
+
+
+def of_base(base: Iterable[torch.nn.Parameter], optimizer: object) -> dict[str, int]:
+    """Return the bytes of gradients and of optimizer state that belong to the parameters of an adapter's base.
+
+    Args:
+        base: these parameters.
+        optimizer: megatron-core's distributed optimizer, or torch's.
+    """
+    held = {id(p): p for p in base}
+    gradients = [getattr(p, name, None) for p in held.values() for name in ("grad", "main_grad")]
+    if hasattr(optimizer, "model_param_gbuf_map"):  # megatron-core's: the parameters that have a buffer
+        states = [
+            optimizer._get_main_param_and_optimizer_states(p)
+            for p in optimizer.model_param_gbuf_map
+            if id(p) in held
+        ]
+    else:
+        states = [state for p, state in optimizer.state.items() if id(p) in held]
+    tensors = [tensor for state in states for tensor in state.values() if hasattr(tensor, "nbytes")]
+    return {
+        "base_gradient_bytes": sum(tensor.nbytes for tensor in gradients if tensor is not None),
+        "base_optimizer_bytes": sum(tensor.nbytes for tensor in tensors),
+    }
 
 
 def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, object]:
@@ -102,9 +187,13 @@ def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, obj
     class Timed(DPOTrainer):
         losses: list[float] = []
         ends: list[float] = []
+        operations = 0
 
         def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
-            loss = super().training_step(*args, **kwargs)
+            with counted(self.state.global_step == steps - 1) as counter:
+                loss = super().training_step(*args, **kwargs)
+            if counter:
+                Timed.operations = counter.get_total_flops()
             self.losses.append(loss.item())
             return loss
 
@@ -140,7 +229,9 @@ def trl(folder: Path, steps: int, batch: int, precompute: bool) -> dict[str, obj
     if adapter:
         load_adapter(trainer.model, adapter)
     trainer.train()
-    return {"losses": Timed.losses, "seconds": Timed.ends}
+    base = [p for name, p in trainer.model.named_parameters() if "lora_" not in name]
+    state = of_base(base, trainer.optimizer.optimizer)
+    return {"losses": Timed.losses, "seconds": Timed.ends[:-1], "operations": Timed.operations, **state}
 
 
 def contestant(way: str, folder: Path, steps: int, batch: int) -> None:
@@ -167,6 +258,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, about")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--adapter", type=int, metavar="RANK", help="train an adapter of this rank")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="real pairs instead of drawn ones")
+    parser.add_argument("--longest", type=int, default=1200, help="bytes of a real prompt with its answer")
     parser.add_argument("--fair", action="store_true", help="as near to a GPU's proportions as a CPU comes")
     parser.add_argument("--contestant", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -206,6 +299,7 @@ def report(rows: list[tuple[str, dict]], options: argparse.Namespace) -> None:
         "pairs": options.batch,
         "prompt": options.prompt,
         "threads": options.threads,
+        **({"data": options.pairs.name, "longest": options.longest} if options.pairs else {}),
         **({"rank": options.adapter} if options.adapter else {}),
     }
     first = statistics.median(own["seconds"][1:])
@@ -219,11 +313,23 @@ def report(rows: list[tuple[str, dict]], options: argparse.Namespace) -> None:
             "ours_over_its_peak": round(own["peak_mb"] / measured["peak_mb"], 3),
             "seconds_before": round(measured["before"], 1),
         }
+        counts = {name: measured[name] for name in COUNTED}
         append(
-            "dpo" + "_adapter" * bool(options.adapter) + "_fair" * options.fair,
-            [{**environment, "way": way, **figures}],
+            "dpo"
+            + "_adapter" * bool(options.adapter)
+            + "_fair" * options.fair
+            + "_pairs" * bool(options.pairs),
+            [{**environment, "way": way, **figures, **(counts if options.adapter else {})}],
         )
         print("{:16} {:8.2f} {:6.1f}x {:8,} {:10.2f} {:10.1f}".format(way, *figures.values()))
+    print(
+        f"\n{'matrix products':16} {'TFLOP/step':>10} {'ratio':>7} {'base: gradients':>16} {'optimizer':>10} bytes"
+    )
+    for way, measured in rows:
+        operations, gradients, states = (measured[name] for name in COUNTED)
+        shown = [f"{count:,}" if options.adapter else "" for count in (gradients, states)]
+        ratio = operations / own["operations"]
+        print(f"{way:16} {operations / 1e12:10.4f} {ratio:6.1f}x {shown[0]:>16} {shown[1]:>10}")
 
 
 if __name__ == "__main__":
