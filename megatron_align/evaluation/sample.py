@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_align.config import ParallelConfig
+from megatron_align.config.rewards import ModelReward
 from megatron_align.data.formats.files import expand
-from megatron_align.data.sample_table import MemoryTable
 from megatron_align.data.store import sha256
-from megatron_align.data.tokenize.record_tokenizer import RecordTokenizer
 from megatron_align.data.tokenize.template_clock import fixed_date, parse_date, tokenizer_templates
-from megatron_align.data.tokenize.tokenizer import load_tokenizer
-from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import require
 from megatron_align.evaluation.engines import Precision, assets_of, weights_state
 from megatron_align.evaluation.generation import GenerateOptions, generate_file
@@ -31,22 +28,19 @@ from megatron_align.evaluation.results import write_atomically
 from megatron_align.evaluation.stages import is_complete, noted_key
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
-from megatron_align.model.policy import build_policy, transformer_config
-from megatron_align.records import Message, Preference
 from megatron_align.rollout.prompts import PromptRecord, read_prompts
 from megatron_align.rollout.types import Sampling
 from megatron_align.rollout.verifiers.checks import CHECKS
 from megatron_align.rollout.verifiers.running import checking
 from megatron_align.storage.resumable_lines import ResumableLines, read_rows
-from megatron_align.training.likelihood import CompletionScorer
-from megatron_align.training.setup import DTYPES, locate
+from megatron_align.training.reward_model import RewardModel, RewardModelSetup
+from megatron_align.training.setup import locate
 from megatron_align.training.watchdog import join_watched
-from megatron_align.training.weights import read_model_weights, require_finite_weights
 
 Format = Literal["ranked", "pair", "all_pairs", "unpaired", "sft"]
 CHUNK = 256  # prompts scored between two writes
 ANSWERS, SCORED, DATA, COUNTS = "answers", "scored.jsonl", "data.jsonl", "report.json"
-Scorer = Callable[[Sequence[tuple[PromptRecord, list[str]]]], list[list[float]]]
+Scorer = Callable[[Sequence[tuple[PromptRecord, list[str]]]], Sequence[Sequence[float | None]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,49 +275,15 @@ def _scorer(options: SampleOptions, template_date: str | None) -> Iterator[Score
 @contextmanager
 def _rewards(path: str, precision: Precision | None, template_date: str | None) -> Iterator[Scorer]:
     """Yield the function that scores answers by a reward model, on one process."""
-    assets = locate(path)[1]
-    turns = TurnOptions(parse_date(template_date) if template_date else None)
-    shape, tokenizer = read_shape(assets), RecordTokenizer(load_tokenizer(str(assets)), options=turns)
-    layout = ParallelConfig()
+    reward, layout = ModelReward(path=path, template_date=template_date), ParallelConfig()
+    setup = RewardModelSetup.of(
+        reward, capacity=read_shape(assets_of(path)).max_positions, precision=precision or "fp32"
+    )
     watchdog = join_watched(parallel.RankInfo.from_environment(), layout)
     with watchdog.watching():
-        groups = parallel.groups()
-        chunks = build_policy(transformer_config(shape, layout, DTYPES[precision or "fp32"]), shape, groups)
-        with watchdog.patient("loading the reward model"):
-            read_model_weights(chunks, path, shape, groups)
-            require_finite_weights(chunks, path)
-        score = CompletionScorer(
-            chunks=chunks,
-            parallel=layout,
-            groups=groups,
-            watchdog=watchdog,
-            sequence_length=shape.max_positions,
-        )
-
-        def rewards(items: Sequence[tuple[PromptRecord, list[str]]]) -> list[list[float]]:
-            given = [(record, texts) for record, texts in items if texts]
-            samples = [tokenizer.sample(_preference(record, texts)) for record, texts in given]
-            for (record, _), of_prompt in zip(given, samples, strict=True):
-                require(
-                    len(of_prompt.tokens_L) <= shape.max_positions,
-                    f"{record.where}: a prompt with its answers must fit into one pack of the reward model's "
-                    f"{shape.max_positions} positions, got {len(of_prompt.tokens_L)} tokens",
-                )
-            values = iter(score(MemoryTable(samples), "scoring", lambda *_: None).tolist() if samples else ())
-            return [[next(values) for _ in texts] for _, texts in items]
-
-        yield rewards
+        model = RewardModel(setup, layout, parallel.groups(), watchdog)
+        yield model.score_texts
     parallel.leave()
-
-
-def _preference(record: PromptRecord, texts: Sequence[str]) -> Preference:
-    if isinstance(record.prompt, str):
-        completions: tuple[tuple[Message, ...] | str, ...] = tuple(texts)
-    else:
-        completions = tuple((Message("assistant", text),) for text in texts)
-    return Preference(
-        kind="ranked", prompt=record.prompt, completions=completions, where=record.where, tools=record.tools
-    )
 
 
 def _rows(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_align.config import ParallelConfig
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, TrainingFault
 from megatron_align.hf.load import load_weights
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
@@ -52,6 +52,42 @@ def cores_of_each(rank_info: parallel.RankInfo) -> tuple[int, int]:
         share = share_of_cores()
     parallel.leave()
     return share, len(os.sched_getaffinity(0))
+
+
+def reward_values(rank_info: parallel.RankInfo, layout: dict, options: dict, groups: list) -> dict | str:
+    """Return the values of a run's rewards and their sum, or the line with which they are refused.
+
+    ``options``: rewards, sequence_length, template_date.
+    """
+    from types import SimpleNamespace
+
+    from megatron_align.config.rewards import build_rewards
+    from megatron_align.training.rewards import RunRewards, require_rewards
+
+    config = SimpleNamespace(
+        rewards=build_rewards(options["rewards"]),
+        data=SimpleNamespace(
+            sequence_length=options.get("sequence_length", 64), template_date=options.get("template_date")
+        ),
+        train=SimpleNamespace(precision="fp32"),
+        parallel=ParallelConfig(**layout),
+    )
+    records = [record for record, _ in groups]
+    try:
+        require_rewards(config, records)
+        with join_watched(rank_info, config.parallel).watching() as watchdog:
+            try:
+                rewards = RunRewards(config, parallel.groups(), watchdog)
+                rewards.check(records)
+                values = rewards.score(groups)
+                reward_C, scored_C = rewards.combine(values, records)
+                result = {**values, "sum": reward_C.tolist(), "scored": scored_C.tolist()}
+                rewards.close()
+            finally:
+                parallel.leave()
+    except (InputError, TrainingFault) as refused:
+        return f"{type(refused).__name__}: {refused}"
+    return result
 
 
 def lm_eval_loglikelihood(

@@ -49,7 +49,7 @@ class Reward(Protocol):
         ...
 
 
-def checked(name: str, given: Any, groups: Sequence[Group]) -> Values:
+def checked(name: str, given: Any, groups: Sequence[tuple[PromptRecord, Sequence[Any]]]) -> Values:
     """Return the values of a reward, one for each completion in order, by prompt.
 
     Args:
