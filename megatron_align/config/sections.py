@@ -13,7 +13,7 @@ from megatron_align.config.paths import expand_fields
 from megatron_align.config.validation import EarlyStoppingConfig
 from megatron_align.errors import nearest, require, shown
 
-RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference", "schedule")
+RESUME_GROUPS = ("data", "tokenizer", "order", "objective", "reference", "rewards", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +257,7 @@ class CheckpointConfig:
         async_save: write checkpoints in the background; needs host memory for a copy of the state
         resume: auto: resume from the newest intact checkpoint in dir, if any; never: refuse a dir that has one
         resume_allow: differences from the resumed run to accept: data, tokenizer, order (seed, batch size,
-            shuffling), objective, reference, schedule (learning rate, warm-up, number of steps)
+            shuffling), objective, reference, rewards, schedule (learning rate, warm-up, number of steps)
         export_hf: write the trained model as a Hugging Face folder to dir/hf at the end
         push_to_hub: upload dir/hf to this repository of the Hugging Face hub (ORG/NAME), which is created as a private
             one if there is none; null: no upload

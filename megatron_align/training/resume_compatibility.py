@@ -100,6 +100,11 @@ def differences(
             "model.freeze": (before["model"].get("freeze") or None, now["model"]["freeze"] or None),
         },
     }
+    old, new = _rewards(before), _rewards(now)
+    pairs["rewards"] = {
+        f"rewards.{name}": (_without_weight(old.get(name)), _without_weight(new.get(name)))
+        for name in {**old, **new}
+    }
     for group in ("objective", "reference"):
         pairs[group] = _changes(before, now, group, [*{**before.get(group, {}), **now[group]}])
     found = {
@@ -107,6 +112,16 @@ def differences(
         for group, of_group in pairs.items()
     }
     return {group: lines for group, lines in found.items() if lines}
+
+
+def _rewards(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rewards of a configuration by name; older ones have none."""
+    return {reward["name"]: reward for reward in config.get("rewards", ())}
+
+
+def _without_weight(reward: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a reward's options but its weight, which may change when a run resumes; None: there is no such reward."""
+    return reward and {option: value for option, value in reward.items() if option != "weight"}
 
 
 def _adapter_options(model: dict[str, Any]) -> dict[str, Any] | None:
@@ -117,7 +132,12 @@ def _adapter_options(model: dict[str, Any]) -> dict[str, Any] | None:
 
 def harmless_differences(config: RunConfig, metadata: dict[str, Any]) -> list[str]:
     """Return one line for each difference that needs no permission and yet changes what the remaining steps do."""
-    changes = _changes(metadata["config"], to_dict(config), "optimizer", _OPTIMIZER)
+    before, now = metadata["config"], to_dict(config)
+    changes = _changes(before, now, "optimizer", _OPTIMIZER)
+    old_rewards = _rewards(before)
+    for name, reward in _rewards(now).items():
+        if name in old_rewards:
+            changes[f"rewards.{name}.weight"] = (old_rewards[name]["weight"], reward["weight"])
     return [f"{key} was {old} and is {new}" for key, (old, new) in changes.items() if old != new]
 
 

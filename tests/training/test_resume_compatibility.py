@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_align.config import to_dict
+from megatron_align.config.rewards import build_rewards
 from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import parse
 from megatron_align.training.resume_compatibility import harmless_differences, require_same_run
@@ -186,3 +187,26 @@ def test_an_unknown_group_gets_the_nearest_name():
 def test_weights_alone_are_no_run(checkpoint, assets):
     with pytest.raises(InputError, match="needs a checkpoint of a training run, found weights only"):
         require_same_run(config(), KEY, {}, checkpoint, assets)
+
+
+def with_rewards(entries, *allow):
+    """Return a run's configuration with rewards, without the objective that needs them."""
+    run = config(*allow)
+    object.__setattr__(run, "rewards", build_rewards(entries))
+    return run
+
+
+def test_the_weights_of_rewards_may_change_and_are_named_their_other_options_may_not(checkpoint, assets):
+    math, length = {"kind": "math"}, {"kind": "length", "max": 9}
+    before = {**metadata(), "config": to_dict(with_rewards([math, length]))}
+    weighted = with_rewards([{**math, "weight": {"maths": 2.0}}, length])
+    require_same_run(weighted, KEY, before, checkpoint, assets)
+    assert harmless_differences(weighted, before) == ["rewards.math.weight was 1.0 and is {'maths': 2.0}"]
+    for entries, line in (
+        ([math, {**length, "max": 7}], "rewards.length was {.*'max': 9.* and is {.*'max': 7"),
+        ([math], "rewards.length was {.* and is None"),
+        ([math, length, {"kind": "code"}], "rewards.code was None and is {"),
+    ):
+        with pytest.raises(InputError, match=rf"{line}.*set checkpoint.resume_allow \[rewards\]"):
+            require_same_run(with_rewards(entries), KEY, before, checkpoint, assets)
+        require_same_run(with_rewards(entries, "rewards"), KEY, before, checkpoint, assets)
