@@ -2,11 +2,13 @@
 
 import importlib.util
 import math
+import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_align.config.rewards import build_rewards as read_rewards
 from megatron_align.errors import InputError, TrainingFault
@@ -145,6 +147,22 @@ def test_a_function_names_the_arguments_that_it_takes(write):
         score(needs, group("a", level=1))
     with pytest.raises(InputError, match=r"p.jsonl:1: the field 'completions' has the name of an argument"):
         score(write("return 1"), group("a", completions=1))
+
+
+def test_the_documented_list_and_function(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[3] / "docs" / "online.md").read_text(encoding="utf-8")
+    [example] = re.findall(r'```python\n("""my_rewards\.py"""\n.*?)```', page, re.DOTALL)
+    [listed] = re.findall(r"```yaml\n(rewards:\n.*?)```", page, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    rewards = read_rewards(yaml.safe_load(listed)["rewards"])
+    assert [reward.label for reward in rewards] == ["correct", "model", "polite", "length"]
+    [polite] = [{"kind": reward.kind, "path": reward.path} for reward in rewards if reward.kind == "function"]
+    groups = [
+        group("Thanks", "no", language="en"),
+        group("danke", language="fr", prompt=(Message("user", "hi"),)),
+    ]
+    assert score(polite, *groups) == {"polite": [[1, 0], [None]]}
 
 
 def test_an_async_function_and_a_callable_object(write):
