@@ -6,6 +6,7 @@ Exit code: 0 done, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def run(arguments: list[str]) -> int:
     add("--chat", action="store_true", help="a prompt that is text is a user's turn, not text to continue")
     add("--template-date", metavar="DATE", help=TEMPLATE_DATE)
     add("--precision", choices=("bf16", "fp32"), help="of weights and computation (default: as stored)")
+    about = "vLLM servers that hold the model, in place of a model in this process; of one model"
+    add("--vllm", nargs="+", default=[], metavar="URL", help=about)
+    about = "start a vLLM server of each model in turn with this interpreter of an environment that has vLLM"
+    add("--vllm-python", metavar="PYTHON", help=about)
+    about = "options of these servers, as of `vllm serve`, in one argument: '--tensor-parallel-size 2'"
+    add("--vllm-options", default="", metavar="TEXT", help=about)
     return _sample(parser.parse(arguments))
 
 
@@ -83,7 +90,13 @@ def _sample(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in (*names, "threshold", "template_date", "precision")}
     counts = sample(
         SampleOptions(
-            models=tuple(options.models), sampling=sampling_of(options), as_chat=options.chat, **given
+            models=tuple(options.models),
+            sampling=sampling_of(options),
+            as_chat=options.chat,
+            vllm=tuple(options.vllm),
+            vllm_python=options.vllm_python,
+            vllm_options=tuple(shlex.split(options.vllm_options)),
+            **given,
         )
     )
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.dropped.items()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -257,6 +258,7 @@ class LMEvalTask(Task):
         require(self.include_path is None or Path(self.include_path).is_dir(), line)
 
 
+_ENGINE_OPTIONS = ("rollout.engine", "rollout.url", "rollout.vllm_python", "rollout.vllm_options")
 KINDS: dict[str, type[Task]] = {
     "loss": LossTask,
     "preference": PreferenceTask,
@@ -265,6 +267,45 @@ KINDS: dict[str, type[Task]] = {
     "judge": JudgeTask,
     "lm_eval": LMEvalTask,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What answers the prompts of tasks of the kinds generate and judge.
+
+    Args:
+        engine: transformers: a copy of the model on every rank; vllm: servers, of a Hugging Face folder
+        url: of servers that hold the model; null: vllm_python starts one
+        vllm_python: interpreter of an environment with vLLM, in which rank 0 starts a server; its log is out/vllm.log
+        vllm_options: of that server, as of vllm serve; --dtype is precision's unless it is given
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    url: str | list[str] | None = None
+    vllm_python: str | None = None
+    vllm_options: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "vllm_python")
+        for name in ("url", "vllm_python", "vllm_options"):
+            value = getattr(self, name)
+            line = f"rollout.{name} belongs to rollout.engine vllm, got {value} with engine {self.engine}"
+            require(self.engine == "vllm" or not value, line)
+        if self.engine == "vllm":
+            found = f"got {self.urls or 'none'} and {self.vllm_python}"
+            line = f"rollout.engine vllm needs rollout.url, of servers, or rollout.vllm_python, to start one; {found}"
+            require(bool(self.urls) != (self.vllm_python is not None), line)
+            line = (
+                f"rollout.vllm_options are those of a server that vllm_python starts, got {self.vllm_options}"
+            )
+            require(not self.vllm_options or self.vllm_python is not None, line)
+            for url in self.urls:
+                Endpoint(url)
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers that run already."""
+        return [self.url] if isinstance(self.url, str) else list(self.url or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +322,7 @@ class EvaluationConfig:
         precision: of weights and computation: bf16 or fp32
         sequence_length: capacity of a pack and longest sample, in tokens; null: 4096, at most the model's positions
         template_date: date that chat templates read from the clock (2024-07-26); null: today; results.json has it
+        rollout: engine of generated answers: {engine, url, vllm_python, vllm_options}
     """
 
     model: str
@@ -291,9 +333,17 @@ class EvaluationConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     sequence_length: int | None = None
     template_date: str | None = None
+    rollout: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         expand_fields(self, "model", "out", "adapter")
+        if self.rollout.engine == "vllm":
+            line = (
+                "rollout.engine vllm answers tasks of the kinds generate and judge, the evaluation has none"
+            )
+            require(any(isinstance(task, AnsweredTask) for task in self.tasks), line)
+            line = f"adapters are loaded by the vllm servers themselves (--enable-lora), got {self.adapter}"
+            require(self.adapter is None, line)
         if self.template_date is not None:
             parse_date(self.template_date, "template_date")
         require(self.adapter != {}, "adapter must name at least one adapter, or be null, got {}")
@@ -322,18 +372,24 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     add("--precision", choices=("bf16", "fp32"), help="instead of the configuration's precision")
     add("--sequence_length", type=str, help="instead of the configuration's sequence_length")
     add("--template_date", type=str, help="instead of the configuration's template_date")
-    options = ("model", "out", "adapter", "precision", "sequence_length", "template_date")
+    for option in fields(EngineConfig):
+        many = "+" if option.name == "url" else None
+        about = f"instead of the configuration's rollout.{option.name}"
+        add(f"--rollout.{option.name}", type=str, nargs=many, metavar=option.name.upper(), help=about)
+    options = ("model", "out", "adapter", "precision", "sequence_length", "template_date", *_ENGINE_OPTIONS)
     names = ["--config", *(f"--{name}" for name in options)]
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         require(name in (*names, "--help"), f"{program} has no option {name}{nearest(name, names)}")
     try:
-        given = vars(parser.parse_args(list(arguments)))
+        given = vars(parser.parse_args(list(arguments)).as_flat())
     except ArgumentError as error:
         raise InputError(f"{program}: {' '.join(str(error).split())}") from error
     path = given.pop("config")
     if given["adapter"]:
         paths = parse_adapters(given["adapter"])
         given["adapter"] = paths[ONLY] if list(paths) == [ONLY] else paths
+    if given["rollout.vllm_options"] is not None:
+        given["rollout.vllm_options"] = shlex.split(given["rollout.vllm_options"])
     require(path is not None, f"{program} needs --config EVAL.yaml, got none")
     return load_evaluation(path, {name: value for name, value in given.items() if value is not None})
 
@@ -352,13 +408,22 @@ def load_evaluation(
     """
     where = "" if isinstance(config, Mapping) else f"{config}: "
     content = plain_mapping(config) if isinstance(config, Mapping) else read_yaml(str(config), _HOLDS)
-    content |= overrides or {}
+    engine = content.pop("rollout", None) or {}
+    require(isinstance(engine, Mapping), f"{where}rollout must be a mapping of options, got {engine!r}")
+    for name, value in (overrides or {}).items():
+        section, dotted, option = name.partition(".")
+        if dotted and section == "rollout":
+            engine = {**engine, option: value}
+        else:
+            content[name] = value
     if isinstance(content.get("model"), Mapping):  # as a run's configuration has it
         content["model"] = content["model"].get("path")
     tasks = tasks_of(content.pop("tasks", None), f"{where}tasks")
     parallel = _options(ParallelConfig, content.pop("parallel", None) or {}, f"{where}parallel")
-    given = _checked(EvaluationConfig, content, f"{where.removesuffix(': ')}", ("tasks", "parallel"))
-    return EvaluationConfig(**given, tasks=tasks, parallel=parallel)
+    rollout = _options(EngineConfig, engine, f"{where}rollout")
+    left_out = ("tasks", "parallel", "rollout")
+    given = _checked(EvaluationConfig, content, f"{where.removesuffix(': ')}", left_out)
+    return EvaluationConfig(**given, tasks=tasks, parallel=parallel, rollout=rollout)
 
 
 def tasks_of(content: Any, where: str) -> tuple[Task, ...]:

@@ -7,11 +7,12 @@ a share of the prompts. The reference of a task borrows the policy's memory once
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_align.convert.open_adapter import StoredAdapter, open_adapter
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import require
 from megatron_align.evaluation.adapter_names import ONLY
 from megatron_align.evaluation.answers import answer_all
@@ -26,7 +28,7 @@ from megatron_align.evaluation.config import (
     EvaluationConfig,
     load_evaluation,
 )
-from megatron_align.evaluation.engines import open_engine
+from megatron_align.evaluation.engines import open_engine, vllm_servers
 from megatron_align.evaluation.results import RESULTS, Items, TaskResult, write_results
 from megatron_align.evaluation.tables import TaskContext
 from megatron_align.evaluation.task_data import TaskSet, layout_of, numbers_of, read_tasks, scored_items
@@ -37,6 +39,10 @@ from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.lora import adapters_off
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.rollout.adapters import EngineAdapters
+from megatron_align.rollout.engine import Engine
+from megatron_align.rollout.types import require_fitting
+from megatron_align.rollout.vllm_engine import VLLMEngine
+from megatron_align.rollout.vllm_server import vllm_command
 from megatron_align.storage.atomic_write import require_writable
 from megatron_align.training.likelihood import CompletionScorer
 from megatron_align.training.reference.cache import hash_of_rank_0
@@ -111,6 +117,7 @@ def _evaluate(setup: _Setup, watchdog: Watchdog) -> dict[str, Any]:
         "model": config.model,
         **({"adapter": config.adapter} if config.adapter else {}),
         "precision": config.precision,
+        **({"rollout": dataclasses.asdict(config.rollout)} if config.rollout.engine == "vllm" else {}),
         "parallel": layout_of(config.parallel, setup.rank_info.world_size),
         "version": __version__,
     }
@@ -152,6 +159,11 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         length <= shape.max_positions,
         f"sequence_length must not pass the model's {shape.max_positions} positions, got {length}",
     )
+    if config.rollout.engine == "vllm":
+        line = f"rollout.engine vllm serves a Hugging Face folder, got {config.model}: export the checkpoint"
+        require(weights == assets, line)
+        if config.rollout.vllm_python is not None:
+            vllm_command(config.rollout.vllm_python)
     megatron = transformer_config(shape, config.parallel, DTYPES[config.precision])
     context = TaskContext(
         assets=assets,
@@ -217,11 +229,29 @@ def _answer(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
     tasks = setup.tasks
     if not tasks.answered:
         return {}
-    with watchdog.patient("loading the engine"):
-        engine = open_engine(setup.config.model, setup.config.precision)
-        if (adapter := setup.adapter) is not None:
-            EngineAdapters(engine.model, {ONLY: (adapter.adapter, adapter.tensors)}).use(ONLY)
-    try:
+    with _engine(setup, watchdog) as engine:
+        if setup.config.rollout.engine == "vllm":  # a server may hold the model with a shorter context
+            for task in tasks.answered:
+                require_fitting(task.prompts, engine.context, f"prompts of task {task.task.name}")
         return {task.task.name: answer_all(task, engine, watchdog, tasks.context) for task in tasks.answered}
-    finally:
-        engine.close()
+
+
+@contextmanager
+def _engine(setup: _Setup, watchdog: Watchdog) -> Iterator[Engine]:
+    """Give this rank's engine within a with-block. Collective."""
+    config, engine = setup.config, cast("Engine | None", None)
+    with ExitStack() as opened:
+        if config.rollout.engine == "vllm":
+            tokenizer = load_tokenizer(str(setup.tasks.context.assets))
+            with watchdog.patient("waiting for the vllm server"):
+                servers = opened.enter_context(vllm_servers(config, setup.rank_info))
+                with parallel.failing_together():
+                    engine = VLLMEngine(servers, tokenizer)
+        else:
+            with watchdog.patient("loading the engine"), parallel.failing_together():
+                engine = own = open_engine(config.model, config.precision)
+                if (adapter := setup.adapter) is not None:
+                    EngineAdapters(own.model, {ONLY: (adapter.adapter, adapter.tensors)}).use(ONLY)
+        assert engine is not None, "a rank without one has ended all of them"
+        opened.callback(engine.close)
+        yield engine

@@ -63,6 +63,10 @@ class SampleOptions:
         as_chat: a prompt that is text is the turn of a user
         template_date: ISO date that chat templates read from the clock; None: that of the first start
         precision: of weights and computation; None: as stored
+        vllm: URLs of vLLM servers that hold the one model; empty: none
+        vllm_python: interpreter of an environment with vLLM, in which a server of each model is started in turn; None:
+            models answer in this process
+        vllm_options: of these servers, as of ``vllm serve``
     """
 
     models: tuple[str, ...]
@@ -80,8 +84,18 @@ class SampleOptions:
     as_chat: bool = False
     template_date: str | None = None
     precision: Precision | None = None
+    vllm: tuple[str, ...] = ()
+    vllm_python: str | None = None
+    vllm_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        line = (
+            f"vllm servers hold one model, got {len(self.models)}: sample each by itself, or use vllm_python"
+        )
+        require(not self.vllm or len(self.models) == 1, line)
+        servers = ", ".join(self.vllm) or self.vllm_python
+        line = f"precision is the vllm servers' own, got {self.precision} with {servers}"
+        require(not (servers and self.precision and self.reward_model is None), line)
         require(bool(self.models), "sampling needs a model, got none")
         require(
             (self.reward_model is None) != (self.check is None),
@@ -174,7 +188,10 @@ def _answers(
             prompts=options.prompts,
             out=str(file),
             sampling=options.sampling,
-            precision=options.precision,
+            precision=None if options.vllm or options.vllm_python else options.precision,
+            vllm=options.vllm,
+            vllm_python=options.vllm_python,
+            vllm_options=options.vllm_options,
             as_chat=options.as_chat,
             template_date=options.template_date,
             too_long="skip",

@@ -66,7 +66,7 @@ class VLLMServer:
         options: Sequence[str] = (),
         start_seconds: float = START_SECONDS,
     ) -> None:
-        command = _command(Path(python).expanduser())
+        command = vllm_command(Path(python).expanduser())
         require(
             (Path(model) / "config.json").is_file(),
             f"a vllm server needs a Hugging Face folder, found no config.json in {model}: export the checkpoint",
@@ -153,12 +153,13 @@ class VLLMServer:
         return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
 
 
-def _command(python: Path) -> list[str]:
+def vllm_command(python: str | Path) -> list[str]:
     """Return how ``vllm`` of an environment is run.
 
     Raises:
         InputError: there is no such interpreter, or its environment has no vLLM.
     """
+    python = Path(python)
     if not (python.is_file() and os.access(python, os.X_OK)):
         raise InputError(
             f"vllm_python must be the Python interpreter of an environment with vLLM, got {python}"

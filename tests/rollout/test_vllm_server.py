@@ -196,3 +196,55 @@ def test_what_cannot_be_started_is_one_line(environment, model, tmp_path):
     (python.parent / "vllm").unlink()
     with pytest.raises(InputError, match="found no .*env/bin/vllm"):
         VLLMServer(python, model, tmp_path / "log")
+
+
+def test_evaluate_starts_and_stops_it(environment, model, tmp_path, capsys):
+    """Its options are those of the configuration, or of the command line."""
+    make, seen = environment
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "Is it?", "answer": "yes"}\n{"prompt": "And this?", "answer": "no"}\n')
+    config, out = tmp_path / "eval.yaml", tmp_path / "out"
+    config.write_text(
+        f"{{model: {model}, out: {out}, tasks: [{{name: asked, kind: generate, data: {asked}, max_tokens: 4}}]}}"
+    )
+    command = ["evaluate", "--config", str(config), "--rollout.engine", "vllm"]
+    assert main([*command, f"--rollout.vllm_python={make()}", "--rollout.vllm_options=--seed 4"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["tasks"]["asked"]["exact_match"] == 0.5
+    assert results["rollout"]["vllm_options"] == ["--seed", "4"]
+    found = seen()
+    assert found["arguments"][-4:] == ["--dtype", "bfloat16", "--seed", "4"]
+    wait_until_gone(found["pids"])
+    assert (out / "vllm.log").is_file()
+    for options, line in (
+        ([f"--rollout.vllm_python={make('dies')}"], "ended with exit code 1: ValueError: head size 16"),
+        (
+            ["--rollout.vllm_python=/none/python"],
+            "must be the Python interpreter of an environment with vLLM",
+        ),
+        ([], "rollout.engine vllm needs rollout.url, of servers, or rollout.vllm_python"),
+        (
+            ["--rollout.url", "http://x", "--rollout.vllm_options=--seed 4"],
+            "of a server that vllm_python starts",
+        ),
+        (
+            ["--rollout.engine=transformers", "--rollout.url=http://x"],
+            "rollout.url belongs to rollout.engine vllm",
+        ),
+    ):
+        capsys.readouterr()
+        assert main([*command, *options]) == 2
+        assert line in capsys.readouterr().err
+    wait_until_gone(seen()["pids"])
+
+
+def test_sample_starts_one_for_each_model(environment, model, tmp_path):
+    make, seen = environment
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out"
+    asked.write_text('{"prompt": "Is it?", "answer": "yes"}\n')
+    command = ["sample", "--models", str(model), str(model), "--prompts", str(asked), "--out", str(out)]
+    command += ["--check", "exact_match", "--format", "sft", "--completions", "1", "--max-tokens", "4"]
+    assert main([*command, "--vllm-python", str(make())]) == 0
+    assert json.loads((out / "data.jsonl").read_text()) == {"prompt": "Is it?", "completion": "yes"}
+    assert (out / "answers" / "model_1.jsonl.vllm.log").is_file()
+    wait_until_gone(seen()["pids"])
