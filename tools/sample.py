@@ -60,7 +60,8 @@ def run(arguments: list[str]) -> int:
     add("--threshold", type=float, metavar="S", help="unpaired, sft: score from which an answer is good")
     add("--chat", action="store_true", help="a prompt that is text is a user's turn, not text to continue")
     add("--template-date", metavar="DATE", help=TEMPLATE_DATE)
-    add("--precision", choices=("bf16", "fp32"), help="of weights and computation (default: as stored)")
+    about = "of weights and computation (default: as stored, of the reward model fp32)"
+    add("--precision", choices=("bf16", "fp32"), help=about)
     about = "vLLM servers that hold the model, in place of a model in this process; of one model"
     add("--vllm", nargs="+", default=[], metavar="URL", help=about)
     about = "start a vLLM server of each model in turn with this interpreter of an environment that has vLLM"
@@ -71,7 +72,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from megatron_align.evaluation.sample import DATA, SampleOptions, sample
+    from megatron_align.evaluation.sample import DATA, SampleOptions, require_language_models, sample
     from megatron_align.storage.atomic_write import require_one_process
     from megatron_align.tools.generate import sampling_of
 
@@ -88,21 +89,22 @@ def _sample(options: argparse.Namespace) -> int:
         "tied",
     )
     given = {name: getattr(options, name) for name in (*names, "threshold", "template_date", "precision")}
-    counts = sample(
-        SampleOptions(
-            models=tuple(options.models),
-            sampling=sampling_of(options),
-            as_chat=options.chat,
-            vllm=tuple(options.vllm),
-            vllm_python=options.vllm_python,
-            vllm_options=tuple(shlex.split(options.vllm_options)),
-            **given,
-        )
+    sampling = SampleOptions(
+        models=tuple(options.models),
+        sampling=sampling_of(options),
+        as_chat=options.chat,
+        vllm=tuple(options.vllm),
+        vllm_python=options.vllm_python,
+        vllm_options=tuple(shlex.split(options.vllm_options)),
+        **given,
     )
+    require_language_models(sampling.models)  # before the first of them answers
+    counts = sample(sampling)
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.dropped.items()))
+    unscored = f", {counts.unscored:,} too long for the reward model" if counts.unscored else ""
     print(
         f"{counts.prompts:,} prompts, {counts.answers:,} answers: {counts.truncated:,} cut by length, {counts.empty:,} "
-        f"empty, {counts.duplicates:,} near duplicates; prompts dropped: {dropped or 'none'}\n"
+        f"empty, {counts.duplicates:,} near duplicates{unscored}; prompts dropped: {dropped or 'none'}\n"
         f"{counts.rows:,} rows: {Path(options.out) / DATA}"
     )
     return 0

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_align.convert.open_adapter import StoredAdapter, open_adapter
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
-from megatron_align.errors import require
+from megatron_align.errors import InputError, require
 from megatron_align.evaluation.adapter_names import ONLY
 from megatron_align.evaluation.answers import answer_all
 from megatron_align.evaluation.config import (
@@ -33,7 +33,6 @@ from megatron_align.evaluation.results import RESULTS, Items, TaskResult, write_
 from megatron_align.evaluation.tables import TaskContext
 from megatron_align.evaluation.task_data import TaskSet, layout_of, numbers_of, read_tasks, scored_items
 from megatron_align.hf.adapter import fill_adapter
-from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.lora import adapters_off
@@ -46,7 +45,7 @@ from megatron_align.rollout.vllm_server import vllm_command
 from megatron_align.storage.atomic_write import require_writable
 from megatron_align.training.likelihood import CompletionScorer
 from megatron_align.training.reference.cache import hash_of_rank_0
-from megatron_align.training.setup import DTYPES, locate
+from megatron_align.training.setup import DTYPES, locate, require_weights
 from megatron_align.training.watchdog import Watchdog, join_watched
 from megatron_align.training.weights import read_model_weights, require_finite_weights
 from megatron_align.version import __version__
@@ -84,7 +83,7 @@ def evaluate(
     rank_info = rank_info or parallel.RankInfo.from_environment()
     setups = [_prepare(one, rank_info) for one in _of_each_adapter(config)]
     watchdog = join_watched(rank_info, config.parallel)
-    with watchdog.watching():
+    with watchdog.watching(), left_after_bad_input():
         parallel.require_agreement(
             {"template_date": setups[0].tasks.context.template_date},
             "chat templates must read one date on all ranks",
@@ -92,11 +91,21 @@ def evaluate(
         _require_base(setups, watchdog)
         results = [_evaluate(setup, watchdog) for setup in setups]
         dist.barrier()
-    parallel.leave()
     if not isinstance(config.adapter, dict):
         return results[0]
     named = zip(config.adapter, results, strict=True)
     return {"tasks": {f"{name}/{task}": found for name, of in named for task, found in of["tasks"].items()}}
+
+
+@contextmanager
+def left_after_bad_input() -> Iterator[None]:
+    """Leave the other ranks after a with-block, and after an error that every rank raises: a program may try again."""
+    try:
+        yield
+    except InputError:
+        parallel.leave()
+        raise
+    parallel.leave()
 
 
 def _of_each_adapter(config: EvaluationConfig) -> list[EvaluationConfig]:
@@ -147,8 +156,7 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         f"model must be a Hugging Face folder or a checkpoint, found nothing at {config.model}",
     )
     shape = read_shape(assets)
-    if weights == assets:
-        require_tied_head(open_hf(assets)[0], shape)
+    require_weights(weights, assets, shape)
     assert not isinstance(config.adapter, dict), "each adapter is evaluated by itself"
     adapter = None if config.adapter is None else open_adapter(config.adapter, shape)
     out = Path(config.out)

@@ -25,6 +25,7 @@ from megatron_align.evaluation.generation import GenerateOptions, generate_file
 from megatron_align.evaluation.near_duplicates import distinct
 from megatron_align.evaluation.progress import progress
 from megatron_align.evaluation.results import write_atomically
+from megatron_align.evaluation.run import left_after_bad_input
 from megatron_align.evaluation.stages import is_complete, noted_key
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
@@ -34,12 +35,13 @@ from megatron_align.rollout.verifiers.checks import CHECKS
 from megatron_align.rollout.verifiers.running import checking
 from megatron_align.storage.resumable_lines import ResumableLines, read_rows
 from megatron_align.training.reward_model import RewardModel, RewardModelSetup
-from megatron_align.training.setup import locate
+from megatron_align.training.setup import locate, require_weights
 from megatron_align.training.watchdog import join_watched
 
 Format = Literal["ranked", "pair", "all_pairs", "unpaired", "sft"]
 CHUNK = 256  # prompts scored between two writes
 ANSWERS, SCORED, DATA, COUNTS = "answers", "scored.jsonl", "data.jsonl", "report.json"
+# Of each prompt with its answers; None: an answer that cannot be scored.
 Scorer = Callable[[Sequence[tuple[PromptRecord, list[str]]]], Sequence[Sequence[float | None]]]
 
 
@@ -62,7 +64,7 @@ class SampleOptions:
         threshold: formats unpaired and sft: score from which an answer is good; None: sft takes the best of each
         as_chat: a prompt that is text is the turn of a user
         template_date: ISO date that chat templates read from the clock; None: that of the first start
-        precision: of weights and computation; None: as stored
+        precision: of weights and computation; None: as stored, of a reward model fp32
         vllm: URLs of vLLM servers that hold the one model; empty: none
         vllm_python: interpreter of an environment with vLLM, in which a server of each model is started in turn; None:
             models answer in this process
@@ -136,12 +138,21 @@ class SampleCounts:
     empty: int = 0
     duplicates: int = 0
     truncated: int = 0  # answers cut by length: removed, as a judge of half an answer judges the cut
+    unscored: int = 0  # answers that do not fit with their prompt into the reward model
     dropped: Counter[str] = field(default_factory=Counter)  # prompts by reason
     rows: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts for JSON."""
-        names = ("prompts", "answers", "truncated", "empty", "duplicates", "rows")
+        names = (
+            "prompts",
+            "answers",
+            "truncated",
+            "empty",
+            "duplicates",
+            *["unscored"] * bool(self.unscored),
+            "rows",
+        )
         return {**{name: getattr(self, name) for name in names}, "dropped_prompts": dict(self.dropped)}
 
 
@@ -161,19 +172,40 @@ def sample(options: SampleOptions) -> SampleCounts:
         for record in records:
             CHECKS[options.check].expected(record)
     if options.reward_model is not None:
-        shape = read_shape(locate(options.reward_model)[1])
-        require(shape.is_reward, f"reward_model must be a reward model, got {shape.architecture}")
+        _require_model(options.reward_model, "reward_model", is_reward=True)
     counts = SampleCounts(prompts=len(records))
     answers = _answers(options, out, records, counts)
     scores = _scores(options, out, list(zip(records, answers, strict=True)))
     lines = []
     for record, texts, of_texts in zip(records, answers, scores, strict=True):
-        ranked = sorted(zip(of_texts, texts, strict=True), key=lambda pair: -pair[0])
+        scored = [(value, text) for value, text in zip(of_texts, texts, strict=True) if value is not None]
+        counts.unscored += len(texts) - len(scored)
+        ranked = sorted(scored, key=lambda pair: -pair[0])
         lines += [json.dumps(row, ensure_ascii=False) for row in _rows(record, ranked, options, counts)]
     counts.rows = len(lines)
     write_atomically(out / COUNTS, json.dumps(counts.to_dict(), indent=2) + "\n")
     write_atomically(out / DATA, "".join(f"{line}\n" for line in lines))
     return counts
+
+
+def require_language_models(paths: Sequence[str]) -> None:
+    """Check models that are going to answer, without reading their weights.
+
+    Raises:
+        InputError: one is missing, incomplete, or a reward model.
+    """
+    for path in paths:
+        _require_model(path, "models", is_reward=False)
+
+
+def _require_model(path: str, name: str, *, is_reward: bool) -> None:
+    weights, assets = locate(path)
+    found = f"{name} must be Hugging Face folders, checkpoints or run folders, found nothing at {path}"
+    require(assets.is_dir(), found)
+    shape = read_shape(assets)
+    kind = "a reward model" if is_reward else "language models"
+    require(shape.is_reward == is_reward, f"{name} must be {kind}, got {shape.architecture} in {path}")
+    require_weights(weights, assets, shape)
 
 
 def _answers(
@@ -225,7 +257,7 @@ def _answers_file(out: Path, model: int) -> Path:
 
 def _scores(
     options: SampleOptions, out: Path, items: Sequence[tuple[PromptRecord, list[str]]]
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Return the score of every answer, computing those that an earlier run has not written."""
     file = out / SCORED
     template_date = _date_of_rewards(options, noted_key(file) or {})
@@ -273,7 +305,7 @@ def _scorer(options: SampleOptions, template_date: str | None) -> Iterator[Score
         check = CHECKS[options.check]
         with checking(options.check, options.extract) as scoring:
 
-            def checked(items: Sequence[tuple[PromptRecord, list[str]]]) -> list[list[float]]:
+            def checked(items: Sequence[tuple[PromptRecord, list[str]]]) -> list[list[float | None]]:
                 return [
                     [
                         scores[check.metrics[0]]
@@ -292,15 +324,15 @@ def _scorer(options: SampleOptions, template_date: str | None) -> Iterator[Score
 @contextmanager
 def _rewards(path: str, precision: Precision | None, template_date: str | None) -> Iterator[Scorer]:
     """Yield the function that scores answers by a reward model, on one process."""
-    reward, layout = ModelReward(path=path, template_date=template_date), ParallelConfig()
+    reward = ModelReward(path=path, template_date=template_date, too_long="skip")
+    layout = ParallelConfig()
     setup = RewardModelSetup.of(
         reward, capacity=read_shape(assets_of(path)).max_positions, precision=precision or "fp32"
     )
     watchdog = join_watched(parallel.RankInfo.from_environment(), layout)
-    with watchdog.watching():
+    with watchdog.watching(), left_after_bad_input():
         model = RewardModel(setup, layout, parallel.groups(), watchdog)
         yield model.score_texts
-    parallel.leave()
 
 
 def _rows(

@@ -22,14 +22,13 @@ from megatron_align.data.tokenize.template_clock import parse_date, reads_of_clo
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.data.tokenize.turn_options import TurnOptions
 from megatron_align.errors import InputError, require
-from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.records import Message, Preference, Sample
 from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.rewards.base import Group, Values, checked
 from megatron_align.training.likelihood import CompletionScorer
-from megatron_align.training.setup import DTYPES, locate
+from megatron_align.training.setup import DTYPES, locate, require_weights
 from megatron_align.training.watchdog import Watchdog
 from megatron_align.training.weights import read_model_weights, require_finite_weights
 
@@ -76,8 +75,7 @@ class RewardModelSetup:
             shape.is_reward,
             f"reward {name}: path must hold a reward model, got {shape.architecture} at {config.path}",
         )
-        if weights == assets:
-            require_tied_head(open_hf(assets)[0], shape)
+        require_weights(weights, assets, shape)
         template = load_chat_template(config.chat_template) if config.chat_template else None
         date = config.template_date or template_date
         read = [template] if template else tokenizer_templates(str(assets))

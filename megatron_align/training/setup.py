@@ -150,10 +150,7 @@ def prepare_run(
         config.train.recompute_layers,
         config.train.recompute_modules,
     )
-    if weights == assets:
-        require_tied_head(open_hf(assets)[0], start)
-    else:
-        require_all_weights(weights)
+    require_weights(weights, assets, start)
     adapter = resolve_adapter(config.model.adapter, shape)
     frozen = frozen_tensors(shape, config.model.freeze)
     _require_same_shape(config.reference.path, shape, model_assets=assets)
@@ -211,6 +208,18 @@ def locate(path: str, *, weights: bool = True) -> tuple[Path, Path]:
         return checkpoint, checkpoint / ASSETS
     folder = model_folder(path, weights=weights)
     return folder, folder
+
+
+def require_weights(weights: Path, assets: Path, shape: ModelShape) -> None:
+    """Check, without reading it, that a model is complete; arguments from :func:`locate`.
+
+    Raises:
+        InputError: a folder without weights, or with a tied head that differs; a checkpoint of an adapter only.
+    """
+    if weights == assets:
+        require_tied_head(open_hf(assets)[0], shape)
+    else:
+        require_all_weights(weights)
 
 
 def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelShape:

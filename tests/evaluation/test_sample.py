@@ -1,6 +1,7 @@
 """Sampled data hold the distinct answers of all models with their scores, each filter counts what it drops."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from megatron_align.data.formats.files import read_file
 from megatron_align.errors import InputError
 from megatron_align.evaluation import sample as sampling_module
 from megatron_align.evaluation.generation import Generated
-from megatron_align.evaluation.sample import SampleOptions, sample
+from megatron_align.evaluation.sample import SampleOptions, require_language_models, sample
 from megatron_align.rollout.types import Sampling
 from tests.harness import training_ranks
-from tests.harness.tiny import make_model
+from tests.harness.tiny import make_model, run_arguments, write_pairs
 
 PROMPTS = [
     {"prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4"},
@@ -158,27 +159,82 @@ def test_answers_hold_any_separator_of_lines(options, tmp_path, monkeypatch):
     assert {c["content"] for c in data(tmp_path)[0]["completions"]} == set(odd)
 
 
-def test_a_reward_models_scores_are_transformers(pool, options, tmp_path):
-    folder = make_model(tmp_path / "reward", "qwen2_reward")
-    given = {**options, "check": None, "reward_model": str(folder)}
-    for i in range(2):  # written here: the pool's process has no patched generate_file
+def write_answers():
+    """Write the answers here: the pool's process has no patched generate_file."""
+    for i in range(2):
         sampling_module.generate_file(
             type("Options", (), {"model": str(i), "out": f"out/answers/model_{i}.jsonl"})()
         )
-    pool.run(1, training_ranks.sample_data, given)
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    rows = data(tmp_path)
-    assert len(rows) == 3
-    for row in rows:
-        for completion in row["completions"]:
-            messages = [*row["prompt"], {"role": "assistant", "content": completion["content"]}]
+
+
+def test_a_reward_models_scores_are_transformers(pool, options, tiny_models, tmp_path):
+    """Of a Hugging Face folder, a checkpoint of any layout and a run's folder."""
+    folder, run = make_model(tmp_path / "reward", "qwen2_reward"), tmp_path / "run"
+    reward = {
+        "objective__name": "reward",
+        "parallel__tensor": 2,
+        "train__steps": 1,
+        "checkpoint__export_hf": True,
+    }
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 8)
+    pool.run(2, training_ranks.train, run_arguments(tiny_models(), pairs, run, **reward))
+    forms = {folder: folder, run: run / "hf", run / "step_000001": run / "hf"}
+    for path, exported in forms.items():
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        write_answers()
+        pool.run(1, training_ranks.sample_data, {**options, "check": None, "reward_model": str(path)})
+        model = AutoModelForSequenceClassification.from_pretrained(exported)
+        tokenizer = AutoTokenizer.from_pretrained(exported)
+        rows = data(tmp_path)
+        assert len(rows) == 3
+        for row in rows:
+            for completion in row["completions"]:
+                messages = [*row["prompt"], {"role": "assistant", "content": completion["content"]}]
+                ids = tokenizer.apply_chat_template(messages, return_dict=False)
+                with torch.no_grad():
+                    reward = model(torch.tensor([ids])).logits[0, 0].item()
+                assert completion["score"] == pytest.approx(reward, abs=1e-4)
+
+
+def test_answers_are_scored_in_as_many_packs_as_they_need(pool, options, tmp_path):
+    """Together they do not fit into the reward model's positions; those that do not fit alone are counted, left out."""
+    folder = make_model(tmp_path / "reward", "qwen2_reward", max_position_embeddings=38)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    write_answers()
+    pool.run(1, training_ranks.sample_data, {**options, "check": None, "reward_model": str(folder)})
+    lengths = {}
+    for prompt, answers in zip(PROMPTS, ANSWERS, strict=True):
+        for text, _ in (answer for of_model in answers for answer in of_model):
+            messages = [*prompt["prompt"], {"role": "assistant", "content": text}]
             ids = tokenizer.apply_chat_template(messages, return_dict=False)
-            with torch.no_grad():
-                reward = model(torch.tensor([ids])).logits[0, 0].item()
-            assert completion["score"] == pytest.approx(reward, abs=1e-4)
+            lengths[prompt["prompt"][0]["content"], text] = len(ids)
+    ranked = {row["prompt"][0]["content"]: row["completions"] for row in data(tmp_path)}
+    assert {completion["content"] for completion in ranked["4 + 4"]} == {"9", "ten", "12"}
+    assert all(lengths[prompt, c["content"]] <= 38 for prompt, of in ranked.items() for c in of)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["unscored"] == 4
+    assert report["dropped_prompts"] == {"too_few_answers": 2}
+
+
+def test_models_are_checked_before_the_first_answers(tiny_models, tmp_path):
+    with pytest.raises(
+        InputError, match="models must be Hugging Face folders, checkpoints or run folders, found"
+    ):
+        require_language_models([str(tiny_models()), str(tmp_path / "none")])
+    reward = make_model(tmp_path / "reward", "qwen2_reward")
+    with pytest.raises(
+        InputError, match="models must be language models, got Qwen2ForSequenceClassification in"
+    ):
+        require_language_models([str(reward)])
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(PROMPTS[0]))
+    options = {
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "out": str(tmp_path / "out"),
+        "sampling": Sampling(),
+    }
+    (reward / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="safetensors"):
+        sample(SampleOptions(**options, models=("a", "b"), reward_model=str(reward)))
 
 
 @pytest.mark.parametrize(
