@@ -271,7 +271,7 @@ KINDS: dict[str, type[Task]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What answers the prompts of tasks of the kinds generate and judge.
+    """The engine that answers the prompts of tasks of the kinds generate and judge.
 
     Args:
         engine: transformers: a copy of the model on every rank; vllm: servers, of a Hugging Face folder
