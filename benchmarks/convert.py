@@ -31,6 +31,7 @@ import time
 from pathlib import Path
 
 from benchmarks.rows import append, stamp
+from megatron_align.hf.load import weights_hash
 from tests.harness.tiny import make_adapter
 
 VOCAB, HIDDEN, FFN, HEADS, GROUPS = 128256, 4096, 14336, 32, 8
@@ -212,7 +213,9 @@ def report(work: Path, options: argparse.Namespace) -> None:
     cases = ["copy", ADAPTER] if options.adapter else [c for c in CASES if not (alone and _merges(c))]
     for number, folder in enumerate(models):
         make_model(folder, options.layers, number)
-    make_adapter(work / "adapter", models[0], rank=options.rank, alpha=2.0 * options.rank)
+    # Its base is checked, as that of an adapter of ours always is.
+    checked = {"alpha": 2.0 * options.rank, "weights_hash": weights_hash(models[0])}
+    make_adapter(work / "adapter", models[0], rank=options.rank, **checked)
     size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
     measurements: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
     for _ in range(options.rounds):

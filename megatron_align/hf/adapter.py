@@ -192,7 +192,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     plain: dict[str, tuple[Any, ...]] = {"bias": ("none", None), "init_lora_weights": _PLAIN_INIT}
     for key, value in config.items():
         if key not in _KNOWN and value not in plain.get(key, (False, None, {}, [])):
-            raise InputError(f"an adapter with {key} {shown(value)} is not built, found in {folder / CONFIG}")
+            remedy = ""
+            if key == "init_lora_weights":
+                remedy = "; it changed the base: save it with PEFT's path_initial_model_for_weight_conversion"
+            raise InputError(
+                f"an adapter with {key} {shown(value)} is not built, found in {folder / CONFIG}{remedy}"
+            )
     return config
 
 

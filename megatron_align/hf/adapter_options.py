@@ -25,6 +25,7 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
     """
     if options is None:
         return None
+    _require_saved_modules(options.modules_to_save or [], shape)
     if options.path is None:
         adapter = Adapter(
             rank=options.rank or RANK,
@@ -57,6 +58,23 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
         f"model.adapter.dropout must be 0 with DoRA, which the adapter has, got {options.dropout} ({options.path})",
     )
     return replace(found, dropout=options.dropout)
+
+
+def _require_saved_modules(modules: list[str], shape: ModelShape) -> None:
+    """Refuse modules that would be trained with the adapter, but for the head of a reward model."""
+    if shape.is_reward and set(modules) <= {"score"}:
+        return
+    others = [name for name in modules if name != "score"]
+    require(
+        not modules,
+        f"model.adapter.modules_to_save must be left out, or [score] for a reward model, got {shown(modules)}: "
+        + (
+            f"complete training of {', '.join(others)} with an adapter is not built; model.adapter.targets may name linear "
+            "layers, embed_tokens and lm_head"
+            if others
+            else "this model has no score"
+        ),
+    )
 
 
 def _require_decomposable(adapter: Adapter, shape: ModelShape) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from megatron_align.errors import InputError, require
-from megatron_align.hf.adapter import read_adapter, read_tensors, require_base, write_adapter
+from megatron_align.hf.adapter import base_hash, read_adapter, read_tensors, require_base, write_adapter
 from megatron_align.hf.assets import copy_assets, write_config_dtype
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, require_tied_head, weights_hash
@@ -40,7 +41,7 @@ from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.progress import Progress
 from megatron_align.storage.tensor_digest import count_nonfinite
 
-BLOCK_ELEMENTS = 1 << 23  # of a tensor, merged at once
+BLOCK_ELEMENTS = 1 << 21  # of a tensor, merged at once: in fp32 they fit a processor's cache
 EXACT = 1024  # matrices with a side up to this are decomposed completely, others by random projections
 _OVERSAMPLING, _ITERATIONS = 16, 6
 
@@ -74,14 +75,18 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
         name: TensorSpec(stored[name], size) for name, (_, size) in hf_specs(shape, torch.float32).items()
     }
     require_space(target, sum(spec.nbytes for spec in specs.values()))
-    require_base(adapter, weights_hash(Path(base)), base)
     tensors = read_tensors(adapter)
     key = {"adapter": [fingerprint(Path(folder)) for folder in (base, adapter)], "dtype": dtype}
     with (
         ShardWriter(target, specs, key=key) as writer,
         Progress("merging", sum(spec.nbytes for spec in specs.values())) as progress,
         BackgroundWorker() as writing,
+        BackgroundWorker() as hashing,
     ):
+        if (
+            base_hash(adapter) is not None
+        ):  # the base is hashed while it is merged: a disk reads it once for both
+            hashing.run(lambda: require_base(adapter, weights_hash(Path(base)), base))
         for name, spec in specs.items():
             if not writer.has(name):
                 for start, block in _merged_blocks(weights, name, spec, found, tensors):
@@ -90,6 +95,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
                 weights.release(name)
             progress.add(spec.nbytes)
         writing.wait()
+        hashing.wait()
         copy_assets(base, writer.partial)
         if dtype:
             write_config_dtype(writer.partial, getattr(torch, dtype))
@@ -101,7 +107,11 @@ def _merged_blocks(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield first element and elements of each block of a merged tensor, in memory of its own."""
     if f"{PEFT}{name}" in tensors:  # trained beside the adapter: a reward model's score
-        yield 0, _stored(tensors[f"{PEFT}{name}"].reshape(-1), spec, name)
+        trained = tensors[f"{PEFT}{name}"].reshape(-1)
+        stored = trained.to(spec.dtype)
+        if count_nonfinite(stored) != (0, 0):
+            _refuse_nonfinite(name, trained, spec, weights)
+        yield 0, stored
         return
     columns = math.prod(spec.shape[1:])
     rows = max(1, BLOCK_ELEMENTS // columns)
@@ -109,12 +119,16 @@ def _merged_blocks(
         count = min(rows, spec.shape[0] - first)
         block = torch.empty(count * columns, dtype=DTYPES[weights.dtype(name)])
         weights.read_flat(name, first * columns, block)
-        if count_nonfinite(block) != (0, 0):
-            raise InputError(f"weights must be finite, {name} is not in {weights.folder}")
+        merged = block
         if is_adapted(name, adapter):
             rows_of_block = slice(first, first + count)
-            block = merged_rows(name, rows_of_block, block.view(count, columns), adapter, tensors).reshape(-1)
-        yield first * columns, _stored(block, spec, name)
+            merged = merged_rows(name, rows_of_block, block.view(count, columns), adapter, tensors).reshape(
+                -1
+            )
+        stored = merged.to(spec.dtype)
+        if count_nonfinite(stored) != (0, 0):
+            _refuse_nonfinite(name, block, spec, weights)
+        yield first * columns, stored
 
 
 def is_adapted(name: str, adapter: Adapter) -> bool:
@@ -127,8 +141,8 @@ def weight_delta(name: str, rows: slice, adapter: Adapter, tensors: Mapping[str,
     module = module_name(name)
     a, b = (tensors[factor].float() for factor in adapter_tensors(module))
     if module == EMBED_TOKENS:  # of an embedding A has the vocabulary
-        return adapter.scale * (a.T[rows] @ b.T)
-    return adapter.scale * (b[rows] @ a)
+        return (a.T[rows] @ b.T).mul_(adapter.scale)
+    return (b[rows] @ a).mul_(adapter.scale)
 
 
 def merged_rows(
@@ -145,22 +159,21 @@ def merged_rows(
         tensors: of the adapter, by PEFT's names.
     """
     exact = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(exact) + weight_delta(name, rows, adapter, tensors)
+    merged = weight_delta(name, rows, adapter, tensors).to(exact).add_(weight)
     if adapter.dora:
         magnitude = tensors[f"{PEFT}{module_name(name)}{MAGNITUDE}"][rows]
         merged *= (magnitude / merged.norm(dim=1).to(weight.dtype))[:, None].to(exact)
     return merged
 
 
-def _stored(block: Tensor, spec: TensorSpec, name: str) -> Tensor:
-    """Return a merged block in the dtype of the result. Raises InputError where it overflows."""
-    stored = block.to(spec.dtype)
-    if count_nonfinite(stored) != (0, 0):
-        raise InputError(
-            f"the merged weights are not finite in {str(spec.dtype).removeprefix('torch.')}: {name}; choose a dtype of "
-            "wider range by --dtype"
-        )
-    return stored
+def _refuse_nonfinite(name: str, block: Tensor, spec: TensorSpec, weights: HFWeights) -> NoReturn:
+    """Raise InputError for a merged block that is not finite: ``block`` is what it was made of."""
+    if count_nonfinite(block) != (0, 0):
+        raise InputError(f"weights must be finite, {name} is not in {weights.folder}")
+    raise InputError(
+        f"the merged weights are not finite in {str(spec.dtype).removeprefix('torch.')}: {name}; choose a dtype of "
+        "wider range by --dtype"
+    )
 
 
 @dataclass(frozen=True, slots=True)

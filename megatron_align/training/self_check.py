@@ -77,6 +77,9 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
         return
     if config.model.adapter and config.model.adapter.path:
         return  # its reference is the base, without the adapter
+    adapter = config.model.adapter
+    if adapter and adapter.init != "default" and (adapter.dropout or reference_mode(config) == "cached"):
+        return  # A's input is dropped; the cached base is rounded once less than that without A's and B's start
     bounds = {
         side: IDENTITY_BOUND[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
         for side in ("chosen", "rejected")

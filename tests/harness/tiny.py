@@ -99,6 +99,7 @@ def make_adapter(
     b: float = 0.1,
     targets: object = "all-linear",
     dora: bool = False,
+    weights_hash: str | None = None,
 ) -> Path:
     """Save a PEFT adapter of a model with drawn A, B (standard deviation ``b``) and magnitudes; return the folder."""
     from megatron_align.hf.adapter import write_adapter
@@ -116,7 +117,7 @@ def make_adapter(
             tensors[row.hf[0]] = 0.2 + 0.05 * drawn.abs()  # about the lengths of the rows
     if shape.is_reward:
         tensors["base_model.model.score.weight"] = torch.randn(1, shape.hidden_size, generator=draw) * 0.1
-    write_adapter(folder, tensors, adapter, shape, str(model), weights_hash=None)
+    write_adapter(folder, tensors, adapter, shape, str(model), weights_hash)
     return folder
 
 

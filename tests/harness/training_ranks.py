@@ -266,6 +266,31 @@ def _recorded(engine: TransformersEngine) -> list[str]:
     return taken
 
 
+def update_servers(
+    rank_info: parallel.RankInfo, arguments: list[str], url: str, adapters: bool
+) -> list[tuple]:
+    """Update a vLLM server with the live weights twice, and ask it after each; return names and versions that it had."""
+    from megatron_align.rollout.types import Prompt, Sampling
+    from megatron_align.rollout.vllm_engine import VLLMEngine
+    from megatron_align.training.run_context import joined_ranks
+    from megatron_align.training.setup import prepare_run
+    from megatron_align.training.trainer import Trainer
+    from tests.harness.tiny import byte_tokenizer
+
+    setup = prepare_run(parse(arguments), rank_info)
+    seen = []
+    with joined_ranks(setup) as watchdog:
+        trainer = Trainer.build(setup, watchdog)
+        engine = VLLMEngine([url], byte_tokenizer(), adapters=adapters)
+        for _ in range(2):
+            trainer.train_step(trainer.train_batches.step(trainer.step))
+            trainer.update_engine(engine)
+            [[answer]] = engine.generate([Prompt([5, 6])], Sampling(max_tokens=2))
+            seen.append((engine.served, answer.weight_version))
+            torch.distributed.barrier()  # the next update unloads what the other rank still asks for
+    return seen
+
+
 def _most_tensors_alive(chunks: list) -> int:
     """Return the most tensors of the live weights that exist at once while they are taken one by one."""
     from megatron_align.rollout.live_weights import named_weights

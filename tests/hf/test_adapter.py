@@ -166,3 +166,21 @@ def test_folders_that_cannot_be_read(shape, adapter, tmp_path):
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="must hold adapter_config.json, found none"):
         read_adapter(adapter, shape)
+
+
+@pytest.mark.parametrize(
+    ("variant", "modules", "line"),
+    [
+        ("qwen2_tied", ["embed_tokens"], "training of embed_tokens with an adapter is not built"),
+        ("qwen2_tied", ["score"], "this model has no score"),
+        ("qwen2_reward", ["score", "norm"], r"\[score\] for a reward model, got .*training of norm with"),
+        ("qwen2_reward", ["score"], None),
+    ],
+)
+def test_modules_to_save_is_the_score_of_a_reward_model(variant, modules, line, tiny_models):
+    shape, options = read_shape(tiny_models(variant)), AdapterConfig(modules_to_save=modules)
+    if line is None:
+        assert resolve_adapter(options, shape) == resolve_adapter(AdapterConfig(), shape)
+        return
+    with pytest.raises(InputError, match=line):
+        resolve_adapter(options, shape)

@@ -8,6 +8,7 @@ from megatron_align.errors import InputError, TrainingFault
 from megatron_align.rollout.live_weights import require_version
 from megatron_align.rollout.types import Completion
 from tests.harness import training_ranks
+from tests.harness.http_server import VLLMScript, serving
 from tests.harness.marks import mark_slow
 from tests.harness.tiny import run_arguments
 from tests.rollout.test_transformers_engine import prompts_of
@@ -63,6 +64,31 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
             expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
             assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)  # fp32, with and without a cache
     assert by_step[0] != by_step[1] != by_step[2]
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["alone", "merged"])
+def test_servers_of_all_ranks_receive_the_adapter_alone(dora, pool, tiny_models, chat_file, tmp_path):
+    """As the plain one of the base that they hold, also where training holds another; DoRA is sent merged."""
+    options = {"parallel__tensor": 2, "train__steps": 2, "optimizer__lr": 0.02}
+    options["model__adapter"] = {"rank": 3, "alpha": 6, "init": "pissa", "dora": dora}
+    server, run = VLLMScript(), tmp_path / "run"
+    with serving(server) as url:
+        arguments = run_arguments(tiny_models(), chat_file, run, **options)
+        one, other = pool.run(2, training_ranks.update_servers, arguments, url, True)
+    assert one == other
+    assert [version for _, version in one] == [1, 2]
+    if dora:
+        assert [name for name, _ in one] == ["m", "m"]
+        assert len(server.weights) == 2
+        assert not server.loaded
+        return
+    assert [name for name, _ in server.loaded] == [name for name, _ in one]
+    assert not server.weights
+    (_, first), (_, second) = server.loaded
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert first[name].shape == (6, 64)
+    assert not torch.equal(first[name][:3], second[name][:3])  # trained
+    assert torch.equal(first[name][3:], second[name][3:])  # what it started with
 
 
 def test_an_engine_that_fails_ends_the_update_on_every_rank(pool, tiny_models, chat_file, tmp_path):

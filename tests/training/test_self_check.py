@@ -103,7 +103,19 @@ def test_it_leaves_no_trace_in_the_numbers(case, pool, tiny_models, chat_file, p
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("options, checked", [([], True), (["--reference.mode", "none"], False)])
+LIVE = ["--reference.mode", "live"]
+
+
+@pytest.mark.parametrize(
+    "options, checked",
+    [
+        ([], True),
+        (["--reference.mode", "none"], False),
+        (["--model.adapter", "{init: pissa}", *LIVE], True),
+        (["--model.adapter", "{init: pissa, dropout: 0.1}", *LIVE], False),  # A and B are not 0 at first
+        (["--model.adapter", "{init: pissa}"], False),
+    ],
+)
 def test_identity_is_asked_of_policies_that_start_as_their_reference(options, checked):
     start = ["--model.path", "m", "--data.train", "t", "--checkpoint.dir", "d", "--train.steps", "1"]
     config = parse([*start, "--objective.name", "dpo", *options])
