@@ -32,8 +32,8 @@ class AdapterConfig:
         init: initial values: default (A is drawn from train.seed, B is 0), or those of PiSSA (arXiv:2404.02948): pissa
             (A and B are the largest singular values and vectors of W, which are taken out of W), pissa_niter_N (the
             same by N iterations of a fast method, for large models)
-        modules_to_save: modules that are trained with the adapter, as PEFT's: [score] of a reward model, whose head is always
-            trained, is the only one
+        modules_to_save: modules that are trained with the adapter, as PEFT's: only [score] of a reward model, whose
+            head is always trained
         path: PEFT folder of an adapter of this model to start from; null: start from init
     """
 

@@ -69,8 +69,8 @@ def _require_saved_modules(modules: list[str], shape: ModelShape) -> None:
         not modules,
         f"model.adapter.modules_to_save must be left out, or [score] for a reward model, got {shown(modules)}: "
         + (
-            f"complete training of {', '.join(others)} with an adapter is not built; model.adapter.targets may name linear "
-            "layers, embed_tokens and lm_head"
+            f"complete training of {', '.join(others)} with an adapter is not built; model.adapter.targets may name "
+            "linear layers, embed_tokens and lm_head"
             if others
             else "this model has no score"
         ),

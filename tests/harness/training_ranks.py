@@ -269,7 +269,7 @@ def _recorded(engine: TransformersEngine) -> list[str]:
 def update_servers(
     rank_info: parallel.RankInfo, arguments: list[str], url: str, adapters: bool
 ) -> list[tuple]:
-    """Update a vLLM server with the live weights twice, and ask it after each; return names and versions that it had."""
+    """Update a vLLM server with the live weights twice, ask it after each; return names and versions that it had."""
     from megatron_align.rollout.types import Prompt, Sampling
     from megatron_align.rollout.vllm_engine import VLLMEngine
     from megatron_align.training.run_context import joined_ranks
