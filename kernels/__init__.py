@@ -25,10 +25,12 @@ else:
         packed_attention_reference,
     )
     from megatron_align.kernels.token_logprobs import (
+        MAXIMUM,
         RECOMPUTED,
         TokenScores,
         column_logits,
         column_logits_reference,
+        combine_sums,
         slab_loss,
         slab_loss_reference,
         slab_rows,
@@ -39,11 +41,13 @@ else:
     )
 
     __all__ = [
+        "MAXIMUM",
         "RECOMPUTED",
         "PackedLayout",
         "TokenScores",
         "column_logits",
         "column_logits_reference",
+        "combine_sums",
         "packed_attention",
         "packed_attention_reference",
         "slab_loss",

@@ -16,6 +16,7 @@ Files: ``public`` validates, ``autograd`` holds the differentiable functions, ``
 ``reference`` plain PyTorch.
 """
 
+from megatron_align.kernels.token_logprobs.options import MAXIMUM, combine_sums
 from megatron_align.kernels.token_logprobs.public import (
     TokenScores,
     column_logits,
@@ -33,10 +34,12 @@ from megatron_align.kernels.token_logprobs.slab import slab_rows
 from megatron_align.kernels.token_logprobs.slab_loop import RECOMPUTED
 
 __all__ = [
+    "MAXIMUM",
     "RECOMPUTED",
     "TokenScores",
     "column_logits",
     "column_logits_reference",
+    "combine_sums",
     "slab_loss",
     "slab_loss_reference",
     "slab_rows",

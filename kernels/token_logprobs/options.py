@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+MAXIMUM = "_max"  # a sum of a loss whose name ends so is a maximum: its parts combine by the larger one
+
+
+def combine_sums(name: str, one: Tensor, other: Tensor) -> Tensor:
+    """Return a loss's sum of this name over two parts of the rows."""
+    return torch.maximum(one, other) if name.endswith(MAXIMUM) else one + other
 
 
 class LogitOptions(TypedDict, total=False):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_align.kernels.token_logprobs.options import LogitOptions
+from megatron_align.kernels.token_logprobs.options import LogitOptions, combine_sums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,5 +91,8 @@ def slab_loss_reference(
         detached = {name: values_N[rows].detach() for name, values_N in statistics.items()}
         value, sums = loss(i, scores.logprobs_N[rows], detached)
         total = total + value
-        totals = {name: totals.get(name, 0) + amount.detach() for name, amount in sums.items()}
+        totals = {
+            name: combine_sums(name, totals[name], amount.detach()) if name in totals else amount.detach()
+            for name, amount in sums.items()
+        }
     return total, totals

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_align.kernels.token_logprobs.gradients import Gradients
+from megatron_align.kernels.token_logprobs.options import combine_sums
 from megatron_align.kernels.token_logprobs.reference import SlabFunction
 from megatron_align.kernels.token_logprobs.slab import Slab, chunks, slab_rows
 from megatron_align.kernels.token_logprobs.vocab_parallel_softmax import (
@@ -114,5 +115,6 @@ def _evaluate(
             if value.requires_grad:  # false if the slab has no rows or the loss ignores them
                 [grad_n] = torch.autograd.grad(value, [logprob_n], allow_unused=True, materialize_grads=True)
     for name, amount in sums.items():
-        call.sums[name] = call.sums[name] + amount.detach() if name in call.sums else amount.detach()
+        found = call.sums.get(name)
+        call.sums[name] = amount.detach() if found is None else combine_sums(name, found, amount.detach())
     return value.detach(), grad_n

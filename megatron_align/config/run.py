@@ -7,7 +7,7 @@ have is an unknown key, never ignored. The objectives themselves are on a floor 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_align.config.inputs import (
 )
 from megatron_align.config.rewards import ABOUT as ABOUT_REWARDS
 from megatron_align.config.rewards import RewardConfig, build_rewards, changed_rewards
+from megatron_align.config.rollout import RolloutConfig
 from megatron_align.config.sections import (
     CheckpointConfig,
     LoggingConfig,
@@ -51,8 +52,10 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     rewards: tuple[RewardConfig, ...] = ()
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     def __post_init__(self) -> None:
+        self._fill_batches()
         steps, warmup = self.train.steps, self.optimizer.warmup_steps
         require(
             steps is None or warmup <= steps,
@@ -77,6 +80,30 @@ class RunConfig:
             f"rewards score sampled completions: they do not apply to objective {self.objective.name}, which trains "
             "on given data",
         )
+
+    def _fill_batches(self) -> None:
+        """Set the samples of a step and the prompts of rollouts where not given: one follows from the other."""
+        train, rollout = self.train, self.rollout
+        minibatches = getattr(self.objective, "minibatches", None)  # of an objective that trains on rollouts
+        if minibatches is None:
+            if train.global_batch_size is None and train.global_batch_tokens is None:
+                object.__setattr__(self, "train", replace(train, global_batch_size=16))
+            return
+        require(
+            train.global_batch_tokens is None,
+            f"objective {self.objective.name} needs train.global_batch_size, prompts of a step: the length of their "
+            f"completions is not known before; got global_batch_tokens {train.global_batch_tokens}",
+        )
+        batch, prompts = train.global_batch_size, rollout.prompts
+        if prompts is None:
+            prompts = 128 if batch is None else batch * minibatches
+        require(
+            prompts % minibatches == 0 and batch in (None, prompts // minibatches),
+            f"rollout.prompts must be train.global_batch_size x objective.minibatches = {batch or 'SIZE'} x "
+            f"{minibatches}, got {prompts}",
+        )
+        object.__setattr__(self, "rollout", replace(rollout, prompts=prompts))
+        object.__setattr__(self, "train", replace(train, global_batch_size=prompts // minibatches))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +132,7 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
     "validation": ValidationConfig,
+    "rollout": RolloutConfig,
 }
 
 

@@ -171,7 +171,7 @@ class TrainConfig:
 
     Args:
         global_batch_size: samples (pairs, groups) per optimiser step, independent of the layout; null: 16, or
-            decided by global_batch_tokens
+            decided by global_batch_tokens or by rollout.prompts
         global_batch_tokens: instead of global_batch_size: tokens per optimiser step; samples are taken in order
             while they fit, at least one
         steps: optimiser steps; give this or epochs
@@ -209,8 +209,6 @@ class TrainConfig:
             f"give train.global_batch_size or train.global_batch_tokens, got {self.global_batch_size} and "
             f"{self.global_batch_tokens}",
         )
-        if self.global_batch_size is None and self.global_batch_tokens is None:
-            object.__setattr__(self, "global_batch_size", 16)
         require(
             (self.steps is None) != (self.epochs is None),
             f"give either train.steps or train.epochs, got steps {shown(self.steps)} and epochs {shown(self.epochs)}",

@@ -22,9 +22,9 @@ from megatron_align.cost.flops import (
 from megatron_align.cost.placement import Placement
 from megatron_align.data.batching.attention_cost import visible_keys
 from megatron_align.data.batching.packing import PackOptions, packed_lengths, plan_samples
-from megatron_align.data.batching.sampler import step_order
+from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.step_batches import StepCounts, scored_rows
-from megatron_align.data.store import TokenStore
+from megatron_align.data.sample_table import SampleTable
 from megatron_align.objectives.base import SCORED_BY
 from megatron_align.objectives.registry import build_objective, objective_class, reference_mode
 
@@ -95,10 +95,10 @@ def full_packs(config: RunConfig) -> WorkOf:
     return work
 
 
-def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
+def of_store(store: SampleTable, config: RunConfig) -> WorkOf:
     """Return some steps of a run over tokenised data, spread evenly, as any layout would pack them."""
-    data, train = config.data, config.train
-    order = step_order(store, data, train, data.train)
+    data = config.data
+    order = train_order(store, config)
     steps = order.steps
     picked = np.unique(np.linspace(0, steps - 1, min(SAMPLED_STEPS, steps)).astype(int)).tolist()
     shared = data.share_prefix
@@ -131,13 +131,13 @@ def of_store(store: TokenStore, config: RunConfig) -> WorkOf:
     return of_layout
 
 
-def steps_and_epochs(store: TokenStore, config: RunConfig) -> tuple[int, float]:
+def steps_and_epochs(store: SampleTable, config: RunConfig) -> tuple[int, float]:
     """Return the number of steps of a run over tokenised data, and how many passes over its data that makes."""
-    steps = step_order(store, config.data, config.train, config.data.train).steps
+    steps = train_order(store, config).steps
     if config.train.epochs is not None:
         return steps, float(config.train.epochs)
     one = replace(config.train, steps=None, epochs=1)
-    return steps, steps / step_order(store, config.data, one, config.data.train).steps
+    return steps, steps / train_order(store, replace(config, train=one)).steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class _StepSamples:
     scored: int
 
 
-def _packed(store: TokenStore, step: _StepSamples, ranks: int, options: PackOptions) -> Work:
+def _packed(store: SampleTable, step: _StepSamples, ranks: int, options: PackOptions) -> Work:
     """Return the work of a step in packs, from the store's index alone."""
     plan = plan_samples(store, step.samples_B, ranks, options)
     micro_batches = len(plan.packs[0])

@@ -8,7 +8,8 @@ Shapes: S samples, C completions and N targets (scored tokens) of the table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,6 +55,24 @@ class SampleTable(Protocol):
 
     def sample(self, i: int) -> Sample:
         """Return sample ``i``."""
+        ...
+
+
+class TrainingData(SampleTable, Protocol):
+    """The data of a run: a :class:`.TokenStore`, or the prompts of an online run.
+
+    Attributes:
+        kind: of its records.
+        path: its name is a key: another one means other data.
+        manifest: its inputs and counts.
+    """
+
+    kind: str
+    path: Path
+    manifest: dict[str, Any]
+
+    def last_tokens(self) -> list[int]:
+        """Return the distinct tokens that completions end with."""
         ...
 
 

@@ -45,3 +45,11 @@ def backward_sums(values_N: Tensor, length_C: Tensor, factor: float = 1.0) -> Te
     for t in range(1, longest):
         padded_LC[t] += factor * padded_LC[t - 1]
     return padded_LC[left_N, which_N]
+
+
+def suffix_sums(values_N: Tensor, length_C: Tensor) -> Tensor:
+    """Return the sum from each token to the end of its completion, ``[N]`` fp64; without a loop over tokens."""
+    values_N = values_N.double()
+    before_N = values_N.cumsum(0) - values_N
+    ends_C = values_N.cumsum(0)[length_C.cumsum(0).clamp(min=1) - 1] if len(values_N) else values_N
+    return per_token(ends_C, length_C) - before_N

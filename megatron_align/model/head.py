@@ -58,6 +58,9 @@ class VocabularyHead(ColumnParallelLinear):
         shape: of the model.
         groups: process groups; every context-parallel rank returns the complete result.
         tied: use the embedding's weight, which this rank holds too; none is created here.
+
+    Attributes:
+        temperature: the logits are divided by it, in training and scoring: that at which rollouts are sampled.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class VocabularyHead(ColumnParallelLinear):
             tp_group=groups.tp,
         )
         self.vocab_size, self.unit_rows, self.context = shape.vocab_size, shape.norm_head, groups.cp
+        self.temperature = 1.0
         self.adapter: HeadAdapter | None
         self.register_module("adapter", None)
 
@@ -104,6 +108,7 @@ class VocabularyHead(ColumnParallelLinear):
             "group": self.tp_group,
             "vocab_size": self.vocab_size,
             "sum_hidden_grad": not self.sequence_parallel,
+            "temperature": self.temperature,
         }
         whole_samples = objective is None or objective.whole_samples
         owner_N = None if part is None else part.owner_N
@@ -190,6 +195,14 @@ class VocabularyHead(ColumnParallelLinear):
                 hidden = hidden[own_M]
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         return hidden[row_n]
+
+
+def set_temperature(chunks: Sequence[nn.Module], temperature: float) -> None:
+    """Divide the logits of some model chunks by a temperature, in training and scoring."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, VocabularyHead):
+                module.temperature = temperature
 
 
 def _gathered(slabs: ContextSlabs, values_n: Sequence[Tensor]) -> Tensor:

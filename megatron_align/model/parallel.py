@@ -189,3 +189,10 @@ def all_reduce_sum(values: list[float], group: Any = None) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=cpu.device())
     dist.all_reduce(total, group=group)
     return total.tolist()
+
+
+def all_reduce_max(values: list[float], group: Any = None) -> list[float]:
+    """Return the largest of each of some host numbers over ``group``."""
+    largest = torch.tensor(values, dtype=torch.float64, device=cpu.device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest.tolist()

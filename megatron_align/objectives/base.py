@@ -20,15 +20,22 @@ from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.records import LossRows
 
 Sums = dict[str, Tensor]
-DataKind = Literal["chat", "triple", "pair", "ranked", "unpaired"]
+DataKind = Literal["chat", "triple", "pair", "ranked", "unpaired", "prompt"]
 DATA_KINDS: dict[DataKind, str] = {
     "chat": "chat data (messages, prompt + completion, ...)",
     "triple": "triples (prompt, chosen, rejected, reference)",
     "pair": "pairs (prompt, chosen, rejected)",
     "ranked": "ranked data (prompt, completions with scores)",
     "unpaired": "labelled completions (prompt, completion, label)",
+    "prompt": "prompts (prompt, or messages up to the answer)",
 }
-Need = Literal["reference_logprobs", "batch_statistics", "mismatched_logprobs"]
+Need = Literal[
+    "reference_logprobs",
+    "batch_statistics",
+    "mismatched_logprobs",
+    "reference_token_logprobs",
+    "old_logprobs",
+]
 
 # The models that score a step without gradients, once for each need, before its loss can be computed: the pre-pass
 # runs them, and FLOPs are counted from this table. A reference is run only in mode live; otherwise it is cached or 0.
@@ -36,6 +43,8 @@ SCORED_BY: dict[Need, tuple[Literal["policy", "reference"], ...]] = {
     "reference_logprobs": ("reference",),  # for the completions' column of this name
     "batch_statistics": ("policy",),  # observe_batch gets the sums of the step's completions
     "mismatched_logprobs": ("policy", "reference"),  # ... of each prompt with its neighbour's completion
+    "reference_token_logprobs": ("reference",),  # of rollouts, for the tokens' column reference_logprobs
+    "old_logprobs": ("policy",),  # of rollouts, for the tokens' column of this name
 }
 
 
@@ -81,6 +90,7 @@ class Objective:
         beta: factor from log-ratios to its metrics chosen_reward and rejected_reward; None: it does not report them.
         loss_at_reference: loss of a policy that equals its reference; None: not a constant.
         sum_names: names of the metric sums that ``loss`` returns; by default those of ``metrics``.
+        usual_reference: the mode of its reference where ``reference.mode`` is null.
         scoring_options: options that :meth:`weighted` reads; part of a cached reference's key.
     """
 
@@ -95,6 +105,7 @@ class Objective:
     score_prompt: bool = False
     beta: float | None = None
     loss_at_reference: float | None = None
+    usual_reference: Literal["cached", "live"] = "cached"
 
     def __init__(self, options: ObjectiveOptions, store: TokenStore | None = None):
         self.options = options
@@ -104,7 +115,7 @@ class Objective:
     @property
     def compares(self) -> bool:
         """Whether the policy is compared with a reference model."""
-        return "reference_logprobs" in self.needs
+        return not self.needs.isdisjoint({"reference_logprobs", "reference_token_logprobs"})
 
     def loss(
         self, logprobs_N: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]

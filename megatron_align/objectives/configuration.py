@@ -9,9 +9,12 @@ from typing import Any
 
 from megatron_align.config import run
 from megatron_align.config.inputs import ReferenceConfig
+from megatron_align.config.rollout import is_default
 from megatron_align.config.run import ObjectiveNames, RunConfig
-from megatron_align.errors import require
+from megatron_align.errors import require, shown
+from megatron_align.losses.advantage_estimator import COMPARING
 from megatron_align.objectives.options import ObjectiveOptions
+from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.objectives.registry import OBJECTIVES, build_objective, objective_class
 
 
@@ -57,9 +60,62 @@ _OBJECTIVES = ObjectiveNames(_options_class, _owners)
 
 def _checked(config: RunConfig) -> RunConfig:
     """Check what needs the objective itself."""
-    compares = build_objective(config.objective).compares
+    objective = build_objective(config.objective)
+    name = config.objective.name
     require(
-        compares or config.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
-        f"objective {config.objective.name} compares with no reference: the options reference.* do not apply",
+        objective.compares or config.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
+        f"objective {name} compares with no reference: the options reference.* do not apply",
     )
+    if isinstance(objective, PolicyGradientObjective):
+        _check_rollouts(config)
+    else:
+        require(
+            is_default(config.rollout),
+            f"objective {name} trains on given data: the options rollout.* do not apply",
+        )
     return config
+
+
+def _check_rollouts(config: RunConfig) -> None:
+    """Check what the sections of a run on rollouts must have in common."""
+    options, rollout, data = config.objective, config.rollout, config.data
+    require(
+        config.reference.mode != "cached",
+        f"reference.mode cached does not apply to objective {options.name}, whose completions change; set live, or "
+        "none",
+    )
+    require(
+        data.validation is None,
+        f"data.validation does not apply to objective {options.name}: see validation.generate and validation.tasks; "
+        f"got {shown(data.validation)}",
+    )
+    if rollout.engine == "data":
+        require(
+            not config.rewards,
+            "rewards do not apply to rollout.engine data, whose completions come with their scores; got "
+            f"{', '.join(reward.label for reward in config.rewards)}",
+        )
+        return
+    require(
+        bool(config.rewards),
+        f"objective {options.name} needs rewards, a list that scores the completions, or rollout.engine data; got none",
+    )
+    compares = options.advantage in COMPARING
+    require(
+        not compares or rollout.completions is None or rollout.completions > 1,
+        f"objective.advantage {options.advantage} compares the completions of a prompt: rollout.completions must be at "
+        f"least 2, got {rollout.completions}",
+    )
+    require(
+        data.too_long != "truncate",
+        "data.too_long truncate does not apply to prompts, which end with the question; set error or drop",
+    )
+    require(
+        data.train_turns == "all",
+        f"data.train_turns does not apply to prompts, got {data.train_turns}",
+    )
+    require(
+        rollout.max_tokens < data.sequence_length,
+        f"rollout.max_tokens must be below data.sequence_length = {data.sequence_length}, which holds a prompt and all "
+        f"its completions; got {rollout.max_tokens}",
+    )

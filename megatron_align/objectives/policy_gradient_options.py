@@ -11,7 +11,7 @@ tokens that count in the step, over all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -80,7 +80,13 @@ class PolicyGradientOptions(ObjectiveOptions):
         correct_kl: weigh the KL term of the loss by the engine's correction too; null: false
         overlong_buffer: tokens before the limit of generation over which answers are penalised; null: none
         overlong_factor: penalty at the limit; null: 1
+        iterations: passes over one set of rollouts
+        minibatches: parts of one set of rollouts, each the batch of one step
     """
+
+    # Where an option is null; a subclass may have others.
+    usual_kl_place: ClassVar[Literal["loss", "token_reward", "sequence_reward"]] = "loss"
+    usual_sequence_ratio: ClassVar[Literal["mean", "sum"]] = "mean"
 
     loss_type: str = "dapo"
     epsilon: float | None = None
@@ -115,6 +121,8 @@ class PolicyGradientOptions(ObjectiveOptions):
     correct_kl: bool | None = None
     overlong_buffer: int | None = None
     overlong_factor: float | None = None
+    iterations: int = 1
+    minibatches: int = 1
 
     def __post_init__(self) -> None:
         require_loss_types([self.loss_type], POLICY_LOSSES)
@@ -122,6 +130,17 @@ class PolicyGradientOptions(ObjectiveOptions):
         self._check_rewards()
         self._check_advantage()
         self._check_kl()
+        require_positive(iterations=self.iterations, minibatches=self.minibatches)
+
+    @property
+    def steps_of_rollouts(self) -> int:
+        """Steps that train on one set of rollouts."""
+        return self.iterations * self.minibatches
+
+    @property
+    def weighs_rollout_tokens(self) -> bool:
+        """Whether all tokens of the rollouts weigh the same, in whichever of their steps."""
+        return POLICY_LOSSES[self.loss_type].aggregation == "rollout_token_mean"
 
     def scored_groups(
         self,
@@ -178,7 +197,7 @@ class PolicyGradientOptions(ObjectiveOptions):
             loss_type=self.loss_type,
             options={option: value for option, value in own.items() if value is not None},
             importance_sampling_level=self.importance_sampling_level,
-            sequence_ratio=self.sequence_ratio or "mean",
+            sequence_ratio=self.sequence_ratio or self.usual_sequence_ratio,
             log_ratio_bound=self.log_ratio_bound,
             beta=self.beta if self.kl_place == "loss" else 0.0,
             kl_estimator=self.kl_estimator or "k3",
@@ -232,7 +251,7 @@ class PolicyGradientOptions(ObjectiveOptions):
     @property
     def kl_place(self) -> Literal["loss", "token_reward", "sequence_reward"]:
         """The place of the KL penalty: the loss, or the reward of tokens or answers."""
-        return self.kl_in or "loss"
+        return self.kl_in or self.usual_kl_place
 
     def _check_ratio(self) -> None:
         options = {option: getattr(self, option) for option in _LOSS_OPTIONS}

@@ -18,13 +18,14 @@ from megatron_align.objectives.base import SCORED_BY, Objective
 from megatron_align.objectives.dpo import DPO, DPO_OPTIONS
 from megatron_align.objectives.kto_bco import BCO, KTO
 from megatron_align.objectives.options import ObjectiveOptions
+from megatron_align.objectives.policy_gradient import GRPO, RLOO
 from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
 from megatron_align.objectives.reward import RewardModel
 from megatron_align.objectives.sft import SFT
 
 ReferenceMode = Literal["cached", "live", "none"]
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.Options.name: kind for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel)
+    kind.Options.name: kind for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel, GRPO, RLOO)
 }
 
 
@@ -81,4 +82,5 @@ def build_objective(options: ObjectiveOptions, store: TokenStore | None = None) 
 
 def reference_mode(config: RunConfig) -> ReferenceMode | None:
     """Return how a run's reference is computed; None: its objective compares with none."""
-    return (config.reference.mode or "cached") if build_objective(config.objective).compares else None
+    objective = build_objective(config.objective)
+    return (config.reference.mode or objective.usual_reference) if objective.compares else None

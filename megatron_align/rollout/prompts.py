@@ -68,7 +68,7 @@ def read_prompts(path: str, *, as_chat: bool = False, limit: int | None = None) 
                 raise raw
             if count == limit:
                 return
-            yield _record(raw, where, as_chat)
+            yield prompt_record(raw, where, as_chat)
             count += 1
     if not count:
         raise InputError(f"{path}: must hold at least one prompt, got none")
@@ -121,7 +121,12 @@ class PromptTokenizer:
         return self._encoder.ids(self._template.render(conversation, len(record.prompt), prompt=True) + text)
 
 
-def _record(raw: RawRecord, where: str, as_chat: bool) -> PromptRecord:
+def prompt_record(raw: RawRecord, where: str, as_chat: bool = False) -> PromptRecord:
+    """Return the prompt of a raw record, see :func:`read_prompts`.
+
+    Raises:
+        InputError: it has none, or a malformed one.
+    """
     answer, tools = None, None
     text_field = next((name for name in TEXT_FIELDS if name in raw), "prompt")
     if isinstance(raw.get(text_field), str):

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_align.config import RunConfig
-from megatron_align.data.store import TokenStore
+from megatron_align.data.sample_table import TrainingData
 from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.data.tokenize.turn_ends import turn_end_token_ids
@@ -20,7 +20,7 @@ Notes = tuple[tuple[str, str], ...]  # name and text of each, as a run's summary
 
 
 def plan_asset_changes(
-    config: RunConfig, shape: ModelShape, assets: Path, stores: Iterable[TokenStore]
+    config: RunConfig, shape: ModelShape, assets: Path, stores: Iterable[TrainingData]
 ) -> tuple[AssetChanges, Notes]:
     """Return the changes, and what to say about them at the start.
 

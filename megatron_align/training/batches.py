@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.context_parts import ContextRank
 from megatron_align.data.batching.packing import PackOptions
+from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.data.batching.step_batches import DataRank, StepBatches
 from megatron_align.data.store import TokenStore
@@ -34,6 +35,17 @@ def data_rank(shape: ModelShape, layout: ParallelConfig, groups: ProcessGroupCol
     )
 
 
+def pack_options(setup: RunSetup, objective: Objective) -> PackOptions:
+    """Return how a run's samples are laid into packs."""
+    multiple, micro_batch_multiple = pack_multiples(setup.config.parallel)
+    return PackOptions.of_data(
+        setup.config.data,
+        score_prompt=objective.score_prompt,
+        multiple=multiple,
+        micro_batch_multiple=micro_batch_multiple,
+    )
+
+
 def batches_of_split(
     split: str,
     setup: RunSetup,
@@ -50,18 +62,14 @@ def batches_of_split(
         groups: of this rank.
         reference_C: the reference's summed log-prob of each completion of the split; None: not cached.
     """
-    config = setup.config
-    multiple, micro_batch_multiple = pack_multiples(config.parallel)
-    options = PackOptions.of_data(
-        config.data,
-        score_prompt=objective.score_prompt,
-        multiple=multiple,
-        micro_batch_multiple=micro_batch_multiple,
-    )
+    config, options = setup.config, pack_options(setup, objective)
     rank = data_rank(setup.shape, config.parallel, groups)
     store: TokenStore = getattr(setup, split)
-    train = config.train if split == "train" else one_epoch(config.train)
-    order = step_order(store, config.data, train, getattr(config.data, split))
+    if split == "train":
+        order = train_order(store, config)
+    else:
+        assert config.data.validation is not None, "it has a store"
+        order = step_order(store, config.data, one_epoch(config.train), config.data.validation)
     if reference_C is not None:
         store = store.with_completion_columns({"reference_logprobs": reference_C})
     mismatched = "mismatched_logprobs" in objective.needs

@@ -11,7 +11,7 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.text import layout, memory_table, recomputation, step_text, trained_text
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
-from megatron_align.data.batching.sampler import step_order
+from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.registry import objective_class, reference_mode
 from megatron_align.training.setup import RunSetup, prepare_run
@@ -60,7 +60,7 @@ def describe(setup: RunSetup) -> str:
     placement = Placement.of_run(config, shape, setup.rank_info.world_size)
     work = mean(of_store(setup.train, config)(placement))
     flops = step_flops(placement, work, scoring_passes(config))
-    order = step_order(setup.train, config.data, config.train, config.data.train)
+    order = train_order(setup.train, config)
     done = setup.resume.step if setup.resume else 0
     reference = reference_mode(config)
     trained = trained_text(shape, setup.adapter, setup.frozen)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from megatron_align.config import RunConfig
-from megatron_align.data.batching.sampler import SampleSteps, TokenSteps
+from megatron_align.data.batching.sampler import StepOrder
 from megatron_align.errors import require, warn_once
 from megatron_align.objectives.registry import build_objective
 
 
-def require_other_samples(config: RunConfig, split: str, order: SampleSteps | TokenSteps) -> None:
+def require_other_samples(config: RunConfig, split: str, order: StepOrder) -> None:
     """Check that steps have the several samples that KTO's baseline needs; warn of single ones that have not.
 
     In a step of one sample the neighbour is the sample itself: its baseline is that of its own completion.

@@ -41,7 +41,10 @@ class PrePass:
     def batches(self, step: Step, *, training: bool) -> list[PackedBatch]:
         """Return the step's micro-batches, ready for their loss. Collective."""
         batches = step.batches
-        if self.reference is not None and (logprobs := self.reference.step_logprobs(step)):
+        sums = (
+            "reference_logprobs" in self.objective.needs
+        )  # of completions; rollouts come with those of tokens
+        if sums and self.reference is not None and (logprobs := self.reference.step_logprobs(step)):
             batches = [
                 _with_columns(batch, {"reference_logprobs": sums_C})
                 for batch, sums_C in zip(batches, logprobs, strict=True)

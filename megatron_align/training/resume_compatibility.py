@@ -107,6 +107,7 @@ def differences(
     }
     for group in ("objective", "reference"):
         pairs[group] = _changes(before, now, group, [*{**before.get(group, {}), **now[group]}])
+    pairs["objective"] |= _changes(before, now, "rollout", [*{**before.get("rollout", {}), **now["rollout"]}])
     found = {
         group: [f"{key} was {old} and is {new}" for key, (old, new) in of_group.items() if old != new]
         for group, of_group in pairs.items()

@@ -7,8 +7,10 @@ from datetime import date
 from pathlib import Path
 
 from megatron_align.config import RunConfig
-from megatron_align.data.store import MANIFEST, TokenStore, read_manifest
+from megatron_align.data.sample_table import TrainingData
+from megatron_align.data.store import MANIFEST, read_manifest
 from megatron_align.data.tokenize.cache_key import StoreSpec
+from megatron_align.rollout.prompt_table import PromptTable
 from megatron_align.training.resume import ResumePoint
 
 
@@ -25,13 +27,15 @@ def fix_template_date(config: RunConfig, assets: Path, resume: ResumePoint | Non
     return replace(config, data=replace(config.data, template_date=before or date.today().isoformat()))
 
 
-def key_of_same_data(store: TokenStore, resume: ResumePoint | None) -> str:
+def key_of_same_data(store: TrainingData, resume: ResumePoint | None) -> str:
     """Return the key of the training data: the resumed run's, if its store is still cached and holds the same samples.
 
     A key also names rules of reading and tokenisation, whose newer versions leave most data as they were. Another
     ``data.sequence_length`` keeps its own key even where no sample is cut or dropped: it makes other packs.
     """
     key = store.path.name
+    if isinstance(store, PromptTable):
+        return key
     before = resume.metadata.get("data") if resume else None
     if before is None or before["key"] == key:
         return key

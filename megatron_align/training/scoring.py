@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -104,11 +105,36 @@ def gather_step(
 
     Collective. ``of_packs`` is empty on pipeline stages that have no values.
     """
-    values_S = torch.zeros(len(step.stored_C), dtype=torch.float64, device=cpu.device())
+    return _gather(of_packs, packs.completions, len(step.stored_C), groups)
+
+
+def step_logprobs(scorer: Scorer, step: Step, length_S: np.ndarray, groups: ProcessGroupCollection) -> Tensor:
+    """Score every token of a step's completions: ``[N]`` fp64 on the host of every rank, in the step's order.
+
+    Collective.
+
+    Args:
+        scorer: of the model.
+        step: whose prompts are not scored.
+        length_S: scored tokens of each of the step's completions.
+        groups: of this rank.
+    """
+    starts_S = np.cumsum(length_S) - length_S
+    places = [
+        np.concatenate([np.empty(0, np.int64), *(starts_S[s] + np.arange(length_S[s]) for s in completions)])
+        for completions in step.packs.completions
+    ]
+    of_packs = scorer.collect(step.batches, lambda logprobs_N, rows: logprobs_N)
+    return _gather(of_packs, places, int(length_S.sum()), groups)
+
+
+def _gather(
+    of_packs: Sequence[Tensor], places: Sequence[np.ndarray], count: int, groups: ProcessGroupCollection
+) -> Tensor:
+    """Return the packs' values of all ranks in one tensor of ``count``, each at its place."""
+    values = torch.zeros(count, dtype=torch.float64, device=cpu.device())
     if is_metric_rank(groups):
-        for values_C, places in zip(of_packs, packs.completions, strict=bool(of_packs)):
-            values_S[torch.from_numpy(places).to(values_S.device)] = values_C.to(
-                values_S.device, torch.float64
-            )
-    dist.all_reduce(values_S)
-    return values_S.cpu()
+        for of_pack, at in zip(of_packs, places, strict=bool(of_packs)):
+            values[torch.from_numpy(at).to(values.device)] = of_pack.to(values.device, torch.float64)
+    dist.all_reduce(values)
+    return values.cpu()

@@ -21,7 +21,9 @@ from megatron_align.checkpoint.card import require_all_weights, shape_difference
 from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
+from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.sampler import step_order
+from megatron_align.data.sample_table import TrainingData
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
 from megatron_align.data.tokenize.local_ranks import prepare_or_wait
@@ -39,7 +41,9 @@ from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
+from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.objectives.registry import build_objective, objective_class
+from megatron_align.rollout.prompt_table import open_prompts
 from megatron_align.storage.mounts import require_replaceable
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.lone_samples import require_other_samples
@@ -89,9 +93,9 @@ class RunSetup:
     weights: Path
     resume: ResumePoint | None
     megatron: TransformerConfig
-    train: TokenStore
+    train: TrainingData
     data_key: str
-    validation: TokenStore | None
+    validation: TrainingData | None
     steps: int
     changes: AssetChanges
     notes: Notes
@@ -154,7 +158,10 @@ def prepare_run(
     adapter = resolve_adapter(config.model.adapter, shape)
     frozen = frozen_tensors(shape, config.model.freeze)
     _require_same_shape(config.reference.path, shape, model_assets=assets)
-    if config.data.sequence_length > shape.max_positions:
+    online = generates(
+        config
+    )  # a pack then holds a prompt and completions that each have its positions after it
+    if config.data.sequence_length > shape.max_positions and not online:
         raise InputError(
             f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
             f"got {config.data.sequence_length}"
@@ -195,6 +202,12 @@ def prepare_run(
         if config.validation.tasks:
             setup = dataclasses.replace(setup, tasks=megatron_align.validation_tasks(setup, scratch_cache))
     return setup
+
+
+def generates(config: RunConfig) -> bool:
+    """Return whether the run trains on completions that its policy generates."""
+    rollouts = issubclass(objective_class(config.objective.name), PolicyGradientObjective)
+    return rollouts and config.rollout.engine != "data"
 
 
 def locate(path: str, *, weights: bool = True) -> tuple[Path, Path]:
@@ -295,8 +308,10 @@ def _require_writable(folder: Path, create: bool, lock: RunLock | None) -> None:
 
 def _open_stores(
     config: RunConfig, assets: Path, rank_info: parallel.RankInfo, scratch_cache: Path | None
-) -> dict[str, TokenStore]:
+) -> dict[str, TrainingData]:
     """Open the run's stores by split, tokenising what is not in the cache."""
+    if generates(config):
+        return {"train": open_prompts(config.data, config.rollout, str(assets))}
     opened = {
         split: _open_store(config, split, assets, rank_info, scratch_cache)
         for split in ("train", "validation")
@@ -332,7 +347,7 @@ def tokenised(spec: StoreSpec, rank_info: parallel.RankInfo, scratch_cache: Path
     return path if path.exists() else prepare(dataclasses.replace(spec, cache=str(scratch_cache)))
 
 
-def require_vocabulary(stores: Mapping[str, TokenStore], shape: ModelShape) -> None:
+def require_vocabulary(stores: Mapping[str, TrainingData], shape: ModelShape) -> None:
     """Check that every token of the stores, given by the name of their data, has a row in the model's vocabulary."""
     for name, store in stores.items():
         highest = store.manifest["largest_token"]
@@ -342,11 +357,13 @@ def require_vocabulary(stores: Mapping[str, TokenStore], shape: ModelShape) -> N
             )
 
 
-def _require_steps_left(config: RunConfig, stores: dict[str, TokenStore], resume: ResumePoint | None) -> int:
+def _require_steps_left(
+    config: RunConfig, stores: Mapping[str, TrainingData], resume: ResumePoint | None
+) -> int:
     """Check the run's number of steps, and return it."""
     for store in stores.values():
         require_room(store, config.data)
-    order = step_order(stores["train"], config.data, config.train, config.data.train)
+    order = train_order(stores["train"], config)
     steps = order.steps
     require_other_samples(config, "train", order)
     if "validation" in stores:

@@ -19,10 +19,10 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_align.kernels import RECOMPUTED
+from megatron_align.kernels import MAXIMUM, RECOMPUTED
 from megatron_align.model import cpu
 from megatron_align.model.head import PackLoss
-from megatron_align.model.parallel import all_reduce_sum, is_metric_rank
+from megatron_align.model.parallel import all_reduce_max, all_reduce_sum, is_metric_rank
 from megatron_align.monitoring.timing import StepClock
 from megatron_align.objectives.base import Objective
 from megatron_align.records import PackedBatch
@@ -206,9 +206,14 @@ class Stepper:
     def _reduce(self, partial_sums: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum over micro-batches and ranks; of ranks that computed the same packs, one on the last stage counts."""
         names = ("loss", *self.objective.sum_names, *((RECOMPUTED,) if self.objective.whole_samples else ()))
-        totals = [0.0] * len(names)
+        totals = dict.fromkeys(names, 0.0)
         if partial_sums and is_metric_rank(self.groups):
-            totals = [
-                torch.stack([sums[name].double() for sums in partial_sums]).sum().item() for name in names
-            ]
-        return dict(zip(names, all_reduce_sum(totals), strict=True))
+            for name in names:
+                values = torch.stack([sums[name].double() for sums in partial_sums])
+                totals[name] = (values.max() if name.endswith(MAXIMUM) else values.sum()).item()
+        summed = [name for name in names if not name.endswith(MAXIMUM)]
+        largest = [name for name in names if name.endswith(MAXIMUM)]
+        reduced = dict(zip(summed, all_reduce_sum([totals[name] for name in summed]), strict=True))
+        if largest:
+            reduced |= zip(largest, all_reduce_max([totals[name] for name in largest]), strict=True)
+        return reduced

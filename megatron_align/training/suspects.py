@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_align.data.batching.step_batches import Step
-from megatron_align.data.store import TokenStore
+from megatron_align.data.sample_table import TrainingData
 from megatron_align.records import LossRows, PackedBatch
 from megatron_align.training.scoring import Scorer
 from megatron_align.training.step import Stepper, StepResult
@@ -30,7 +30,7 @@ class Suspects:
         store: training data; samples are numbered as in it.
     """
 
-    def __init__(self, stepper: Stepper, store: TokenStore):
+    def __init__(self, stepper: Stepper, store: TrainingData):
         self.stepper, self.store = stepper, store
 
     # Scores and losses are known on the last pipeline stage only: the lists are empty on the others.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,19 @@ from megatron_align.config import RunConfig, to_dict
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.data.batching.step_batches import Step, StepBatches
+from megatron_align.data.store import TokenStore
 from megatron_align.hf.adapter import export_adapter
 from megatron_align.hf.export import export_model
 from megatron_align.hf.hub import is_hub_name
 from megatron_align.hf.model_card import model_card
 from megatron_align.model import parallel
+from megatron_align.model.head import set_temperature
 from megatron_align.model.lora import reduce_bases
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.monitoring.health import Health
 from megatron_align.monitoring.metrics_file import METRICS, last_rows
 from megatron_align.objectives.base import Objective
+from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.objectives.registry import build_objective
 from megatron_align.records import PackedBatch
 from megatron_align.rollout.engine import Engine
@@ -41,6 +44,7 @@ from megatron_align.training.adapter import AdapterBase, adapter_base
 from megatron_align.training.batches import batches_of_split
 from megatron_align.training.finished import remove_finished_marker
 from megatron_align.training.learning_rate import learning_rate
+from megatron_align.training.online import RolloutSteps
 from megatron_align.training.optimizer import (
     Optimizer,
     build_optimizer,
@@ -134,6 +138,9 @@ class Trainer:
         self.validated: dict[int, dict[str, Any]] = {}
         self.interrupted = False
         self._prepass = self._prepass_of("train")
+        self._rollouts: RolloutSteps | None = None
+        if isinstance(objective, PolicyGradientObjective):
+            self._rollouts = RolloutSteps(self, objective)
         self._began: float | None = None
         self._refusal: str | None = None
 
@@ -169,12 +176,18 @@ class Trainer:
             resume = verified_resume_point(
                 config, setup.folder, setup.shape, setup.data_key, setup.assets, setup.steps
             )
-        objective = build_objective(config.objective, setup.train)
+        objective = build_objective(
+            config.objective, setup.train if isinstance(setup.train, TokenStore) else None
+        )
+        temperature = 1.0
+        if isinstance(objective, PolicyGradientObjective):
+            objective.rollout, temperature = config.rollout, config.rollout.temperature
         reference = ReferenceBuilder(setup, objective, groups, watchdog)
         reference_hash = reference.frozen_weights_hash(resume)
         with watchdog.patient("hashing the adapter's base"):
             base = adapter_base(setup, resume, reference_hash)
         chunks = build_policy(setup.megatron, setup.shape, groups, setup.adapter, setup.frozen)
+        set_temperature(chunks, temperature)
         batches_of = partial(batches_of_split, setup=setup, objective=objective, groups=groups)
         columns = reference.cached_columns(chunks, batches_of, reference_hash, resume.step if resume else 0)
         with watchdog.patient("loading weights"):
@@ -183,6 +196,8 @@ class Trainer:
             model = wrap_data_parallel(chunks, config.parallel)
             optimizer = build_optimizer(model, config.optimizer, groups)
             live = reference.live_model(model)
+            if live is not None:
+                set_temperature(live.scorer.chunks, temperature)
             references = References(
                 mode=reference.mode,
                 columns=columns,
@@ -210,7 +225,14 @@ class Trainer:
 
     @contextmanager
     def prefetched(self) -> Iterator[Iterator[Step]]:
-        """Give the data of the remaining training steps, made in a background thread, inside a with-block."""
+        """Give the data of the remaining training steps inside a with-block.
+
+        They are made in a background thread; rollouts, which need the policy of their step, when they are taken.
+        """
+        if self._rollouts is not None:
+            with closing(self._rollouts):
+                yield self._rollouts.steps(self.step, self.steps)
+            return
         with Prefetcher(range(self.step, self.steps), self.train_batches.step) as steps:
             yield steps
 

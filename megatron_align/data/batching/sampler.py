@@ -12,11 +12,32 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 
 from megatron_align.config import DataConfig, DataSource, TrainConfig
 from megatron_align.data.sample_table import SampleTable
+
+
+class StepOrder(Protocol):
+    """Which samples make each step of a run.
+
+    Attributes:
+        steps: number of steps of the run.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    def samples(self, step: int) -> np.ndarray:
+        """Return the indices (int64) of the samples of a 0-based step, in order."""
+        ...
+
+    def size(self, step: int) -> int:
+        """Return the number of samples of a 0-based step."""
+        ...
+
 
 Sources = str | Sequence[str | DataSource]
 

@@ -21,7 +21,7 @@ from megatron_align.data.batching.normalization import (
     step_weight,
 )
 from megatron_align.data.batching.packing import PackOptions, packed_lengths, plan_samples, plan_step
-from megatron_align.data.batching.sampler import SampleSteps, TokenSteps
+from megatron_align.data.batching.sampler import StepOrder
 from megatron_align.data.batching.token_keys import token_keys
 from megatron_align.data.sample_table import SampleTable
 from megatron_align.records import PackedBatch, Sample
@@ -109,7 +109,7 @@ class StepBatches:
     def __init__(
         self,
         table: SampleTable,
-        order: SampleSteps | TokenSteps,
+        order: StepOrder,
         options: PackOptions,
         rank: DataRank,
         normalization: Normalization,

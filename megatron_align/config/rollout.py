@@ -1,0 +1,131 @@
+"""Options of online training: the engine that answers the prompts, and how its answers are drawn and corrected for.
+
+The docstring of a field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from megatron_align.config.paths import expand_fields
+from megatron_align.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Weights for the difference between the log-probs of the trainer and of the engine that sampled.
+
+    Args:
+        mode: ratio of each token, or of its completion (sequence); truncate: bounded; mask: 0 outside the bounds
+        cap: upper bound; null: none
+        floor: lower bound; null: none
+    """
+
+    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    cap: float | None = 2.0
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cap", "floor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"rollout.correction.{name} must be positive, got {value}")
+        require(
+            self.cap is not None or self.floor is not None,
+            "rollout.correction must have a cap or a floor (without, it has no bound), or be null; got neither",
+        )
+        require(
+            self.cap is None or self.floor is None or self.floor < self.cap,
+            f"rollout.correction.floor must be below cap {self.cap}, got {self.floor}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Rollouts: the completions that objectives grpo and rloo train on.
+
+    Args:
+        engine: transformers: a copy of the model on every rank; vllm: servers; data: completions and scores come with
+            the data (ranked), nothing is generated
+        completions: of each prompt; null: 3, for engine data those that a prompt has
+        prompts: of one set of rollouts, which serves objective.iterations x minibatches steps; null:
+            train.global_batch_size x objective.minibatches, or 128 where that is not given either
+        max_tokens: longest completion
+        temperature: divides the logits, in the trainer too
+        top_p: draw from the smallest set of tokens whose probability reaches this
+        top_k: draw from this number of likeliest tokens; 0: all
+        stop: texts that end a completion
+        url: vllm: servers, one or a list; null: the run starts one with vllm_python
+        vllm_python: interpreter of an environment with vLLM, in which the run starts a server
+        vllm_options: of vllm serve, as in ["--gpu-memory-utilization", "0.5"]
+        weights_folder: vllm: folder that the servers can read, for new weights; null: the folder for temporary files
+        correction: {mode, cap, floor}: weights for the difference between trainer and engine; null: none
+        mismatch_stop: largest mean difference of a step's log-probs, trainer against engine, in nats per token, that
+            does not end the run; null: 0.05
+        as_chat: a prompt that is text is the turn of a user, not to be continued as it is
+    """
+
+    engine: Literal["transformers", "vllm", "data"] = "transformers"
+    completions: int | None = None
+    prompts: int | None = None
+    max_tokens: int = 1024
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: list[str] = field(default_factory=list)
+    url: str | list[str] | None = None
+    vllm_python: str | None = None
+    vllm_options: list[str] = field(default_factory=list)
+    weights_folder: str | None = None
+    correction: CorrectionConfig | None = field(default_factory=CorrectionConfig)
+    mismatch_stop: float | None = None
+    as_chat: bool = False
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "vllm_python", "weights_folder")
+        for name in ("completions", "prompts", "max_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"rollout.{name} must be at least 1, got {value}")
+        require(
+            0 < self.temperature < float("inf"),
+            "rollout.temperature must be positive: greedy answers have no log-prob to learn from; got "
+            f"{self.temperature}",
+        )
+        require(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        require(self.top_k >= 0, f"rollout.top_k must be 0 (all tokens) or positive, got {self.top_k}")
+        require(all(self.stop), "rollout.stop: a stop text must not be empty")
+        require(
+            self.mismatch_stop is None or self.mismatch_stop > 0,
+            f"rollout.mismatch_stop must be positive, got {self.mismatch_stop}",
+        )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        of_vllm = ("url", "vllm_python", "vllm_options", "weights_folder")
+        if self.engine == "vllm":
+            require(
+                (self.url is None) != (self.vllm_python is None),
+                "rollout.engine vllm needs rollout.url, of servers, or rollout.vllm_python, to start one; "
+                f"got {'both' if self.url else 'neither'}",
+            )
+            require(
+                not self.vllm_options or self.vllm_python is not None,
+                f"rollout.vllm_options needs rollout.vllm_python, got {self.vllm_options}",
+            )
+        of_engines = ("top_p", "top_k", "stop", "mismatch_stop", "as_chat")
+        unread = {"transformers": of_vllm, "data": (*of_vllm, *of_engines), "vllm": ()}[self.engine]
+        defaults = RolloutConfig.__dataclass_fields__
+        for name in unread:
+            default = defaults[name]
+            plain = default.default_factory() if callable(default.default_factory) else default.default
+            value = getattr(self, name)
+            require(
+                value == plain, f"rollout.{name} does not apply to rollout.engine {self.engine}, got {value}"
+            )
+
+
+def is_default(config: RolloutConfig) -> bool:
+    """Return whether no option was given another value than its default."""
+    return all(
+        getattr(config, option.name) == getattr(RolloutConfig(), option.name) for option in fields(config)
+    )

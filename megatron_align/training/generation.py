@@ -1,0 +1,217 @@
+"""Rollouts of the live policy: its engines answer prompts, and rewards score the answers.
+
+Every method is collective. A rank answers its share of the prompts; the random numbers of a completion depend on the
+seed and on the number of its prompt among all that the run answers, not on the rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.config import RunConfig
+from megatron_align.config.rollout import RolloutConfig
+from megatron_align.data.tokenize.tokenizer import load_tokenizer
+from megatron_align.errors import InputError, TrainingFault, one_line
+from megatron_align.rollout.engine import Engine
+from megatron_align.rollout.live_weights import require_version
+from megatron_align.rollout.prompt_table import PromptTable
+from megatron_align.rollout.rollouts import Rollouts
+from megatron_align.rollout.types import Completion, Prompt, Sampling
+from megatron_align.rollout.vllm_engine import VLLMEngine
+from megatron_align.training.reference.builder import References
+from megatron_align.training.setup import RunSetup
+from megatron_align.training.watchdog import Watchdog
+
+T = TypeVar("T")
+
+
+class LivePolicy(Protocol):
+    """What rollouts need of the trainer.
+
+    Attributes:
+        setup: the checked run.
+        config: of the run.
+        watchdog: of this rank.
+        groups: process groups of this rank.
+        model: this rank's chunks.
+        references: what the objective compares the policy with.
+        step: training steps made so far.
+    """
+
+    setup: RunSetup
+    config: RunConfig
+    watchdog: Watchdog
+    groups: ProcessGroupCollection
+    model: list[DistributedDataParallel]
+    references: References
+    step: int
+
+    def live_engine(self) -> Engine: ...
+
+    def update_engine(self, engine: Engine | None) -> None: ...
+
+
+class EngineRollouts:
+    """Generates the rollouts of a run with its engines.
+
+    Args:
+        trainer: of the run.
+        prompts: its training data.
+    """
+
+    def __init__(self, trainer: LivePolicy, prompts: PromptTable):
+        self._trainer, self._prompts = trainer, prompts
+        self._engine: Engine | None = None
+
+    def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
+        """See :class:`.RolloutSource`.
+
+        Raises:
+            TrainingFault: on every rank: an engine or a reward failed.
+        """
+        trainer, table = self._trainer, self._prompts
+        began = time.perf_counter()
+        with trainer.watchdog.patient(f"giving the engine the weights of step {trainer.step}"):
+            self._sync()
+        synced = time.perf_counter()
+        with trainer.watchdog.patient(f"generating the rollouts of step {trainer.step + 1}"):
+            completions = self._generate(prompts_G, first)
+        records = [table.records[i] for i in prompts_G]
+        rollouts = Rollouts(
+            prompt_G=prompts_G,
+            prompt_ids=[table.token_ids[i] for i in prompts_G],
+            texts=[record.prompt_field() for record in records],
+            completions=completions,
+            rewards={},
+            reward_C=torch.zeros(0),
+            scored_C=torch.zeros(0, dtype=torch.bool),
+            weight_G=torch.ones(len(prompts_G), dtype=torch.float64),
+        )
+        with trainer.watchdog.patient(f"scoring the rollouts of step {trainer.step + 1}"):
+            self._score(rollouts)
+        rollouts.seconds = {
+            "rollout_seconds": time.perf_counter() - synced,
+            "sync_seconds": synced - began,
+        }
+        return rollouts
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _sync(self) -> None:
+        """Give the engine the present weights; the first time it is built."""
+        if self._engine is None:
+            self._engine = _together(lambda: build_engine(self._trainer), "the engine could not be built")
+        self._trainer.update_engine(self._engine)
+
+    def _generate(self, prompts_G: np.ndarray, first: int) -> list[list[Completion]]:
+        """Return the completions of each prompt, the same on every rank."""
+        trainer, table, ranks = self._trainer, self._prompts, dist.get_world_size()
+        engine = self._engine
+        assert engine is not None, "it was given the weights"
+        own = range(dist.get_rank(), len(prompts_G), ranks)
+        prompts = [
+            Prompt(table.token_ids[prompts_G[g]].tolist(), first + g, table.records[prompts_G[g]].where)
+            for g in own
+        ]
+        sampling = sampling_of(trainer.config.rollout, table.completions, trainer.config.train.seed)
+
+        def generate() -> list[list[Completion]]:
+            answers = engine.generate(prompts, sampling) if prompts else []
+            require_version(answers, trainer.step)
+            require_complete(answers, prompts, sampling)
+            return answers
+
+        answers = _together(generate, f"generation failed in step {trainer.step + 1}")
+        return gathered(answers, len(prompts_G))
+
+    def _score(self, rollouts: Rollouts) -> None:
+        raise NotImplementedError
+
+
+def sampling_of(config: RolloutConfig, completions: int, seed: int) -> Sampling:
+    """Return how completions are drawn."""
+    return Sampling(
+        completions=completions,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop=tuple(config.stop),
+        seed=seed,
+    )
+
+
+def build_engine(trainer: LivePolicy) -> Engine:
+    """Build this rank's engine.
+
+    Raises:
+        InputError: it cannot be built, or its servers do not answer.
+    """
+    config = trainer.config.rollout
+    if config.engine == "transformers":
+        return trainer.live_engine()
+    urls = [config.url] if isinstance(config.url, str) else list(config.url or ())
+    return VLLMEngine(urls, load_tokenizer(str(trainer.setup.assets)), weights_folder=config.weights_folder)
+
+
+def require_complete(
+    answers: Sequence[Sequence[Completion]], prompts: Sequence[Prompt], sampling: Sampling
+) -> None:
+    """Check that an engine answered every prompt with as many completions as it was asked for.
+
+    Raises:
+        TrainingFault: naming the first prompt with another number.
+    """
+    if len(answers) != len(prompts):
+        raise TrainingFault(
+            f"an engine must answer all of {len(prompts)} prompts, got {len(answers)} answers"
+        )
+    for prompt, completions in zip(prompts, answers, strict=True):
+        found = sum(bool(completion.token_ids) for completion in completions)
+        if found != sampling.completions:
+            raise TrainingFault(
+                f"an engine must give {sampling.completions} completions of at least one token, got {found} for "
+                f"{prompt.where}"
+            )
+
+
+def gathered(own: Sequence[T], count: int) -> list[T]:
+    """Return the results of all ranks in the order of the prompts, of which rank r had r, r + ranks, ..."""
+    ranks = dist.get_world_size()
+    of_ranks: list[list[T]] = [[] for _ in range(ranks)]
+    dist.all_gather_object(of_ranks, list(own))
+    return [of_ranks[g % ranks][g // ranks] for g in range(count)]
+
+
+def _together(compute: Callable[[], T], what: str) -> T:
+    """Return what each rank computes; a fault of one is a fault of all. Collective.
+
+    Raises:
+        TrainingFault: on every rank, with the first fault.
+    """
+    fault, result = None, None
+    try:
+        result = compute()
+    except (
+        InputError,
+        TrainingFault,
+        OSError,
+        RuntimeError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError
+        fault = one_line(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    if first := next((each for each in faults if each), None):
+        raise TrainingFault(f"{what}: {first}")
+    return cast("T", result)

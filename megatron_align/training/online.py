@@ -1,0 +1,272 @@
+"""Training steps on rollouts: generate, score, compute advantages, train; the next set with the new weights.
+
+A set of rollouts serves ``objective.iterations x minibatches`` steps. It is written before it is trained on, and a run
+that resumes reads it: completions, rewards and log-probs of the policy that sampled are then the same, bit for bit.
+
+Every method is collective: all ranks call it, in the same order, and get the same rollouts.
+
+Shapes: G prompts, C completions, N tokens of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_align.config import to_dict
+from megatron_align.data.batching.rollout_order import RolloutOrder, rollout_order
+from megatron_align.data.batching.step_batches import Step, StepBatches
+from megatron_align.data.store import TokenStore
+from megatron_align.losses.segments import segment_sums
+from megatron_align.model.parallel import all_reduce_sum
+from megatron_align.objectives.policy_gradient import (
+    PolicyGradientObjective,
+    ScoredRollouts,
+    reward_metrics,
+)
+from megatron_align.rollout.prompt_table import PromptTable
+from megatron_align.rollout.rollouts import Rollouts, read_rollouts, rollouts_folder, write_rollouts
+from megatron_align.rollout.types import Completion
+from megatron_align.training.batches import data_rank, pack_options
+from megatron_align.training.generation import EngineRollouts, LivePolicy
+from megatron_align.training.scoring import Scorer, step_logprobs
+
+
+class RolloutSource(Protocol):
+    """Where rollouts come from."""
+
+    def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
+        """Return the rollouts of some prompts of the training data; ``first``: index of the first among all made."""
+        ...
+
+
+class GivenRollouts:
+    """``rollout.engine: data``: the completions of ranked data, with their scores as rewards.
+
+    They count as sampled by the policy, and as complete.
+    """
+
+    def __init__(self, store: TokenStore):
+        self._store = store
+
+    def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
+        """See :class:`RolloutSource`."""
+        samples = [self._store.sample(int(i)) for i in prompts_G]
+        completions = []
+        for sample in samples:
+            ends = sample.prompt_length + np.cumsum(sample.completion_lengths)
+            parts = np.split(sample.tokens_L, [sample.prompt_length, *ends[:-1]])[1:]
+            completions.append([_given(tuple(part.tolist())) for part in parts])
+        scores = [score for sample in samples for score in sample.scores]
+        return Rollouts(
+            prompt_G=prompts_G,
+            prompt_ids=[sample.tokens_L[: sample.prompt_length] for sample in samples],
+            texts=["" for _ in samples],
+            completions=completions,
+            rewards={},
+            reward_C=torch.tensor(scores, dtype=torch.float64),
+            scored_C=torch.ones(len(scores), dtype=torch.bool),
+            weight_G=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
+        )
+
+
+def _given(token_ids: tuple[int, ...]) -> Completion:
+    return Completion(token_ids=token_ids, logprobs=(), text="", finish_reason="stop", weight_version=0)
+
+
+class RolloutSteps:
+    """The training steps of a run on rollouts.
+
+    Args:
+        trainer: of the run; its policy samples and is trained.
+        objective: of the run.
+    """
+
+    def __init__(self, trainer: LivePolicy, objective: PolicyGradientObjective):
+        self.trainer, self.objective = trainer, objective
+        setup = trainer.setup
+        order = rollout_order(setup.train, setup.config)
+        assert order is not None, "the objective trains on rollouts"
+        self.order: RolloutOrder = order
+        self._on_disk = isinstance(setup.train, PromptTable)
+        self._source: RolloutSource = (
+            EngineRollouts(trainer, setup.train)
+            if isinstance(setup.train, PromptTable)
+            else GivenRollouts(setup.train)
+        )
+        self._current: tuple[int, StepBatches, dict[str, float]] | None = None
+
+    def steps(self, first: int, last: int) -> Iterator[Step]:
+        """Yield the 0-based steps from ``first`` up to ``last``; each is made when it is taken."""
+        for number in range(first, last):
+            yield self.step(number)
+
+    def step(self, number: int) -> Step:
+        """Return a 0-based step, making its rollouts if no earlier step has."""
+        place = self.order.place(number)
+        statistics: dict[str, float] = {}
+        if self._current is None or self._current[0] != place.rollout:
+            self._current = self._open(place.rollout)
+            statistics = self._seconds
+        _, batches, of_rollouts = self._current
+        step = batches.step(number)
+        statistics = {"rollout": place.rollout + 1, **of_rollouts, **statistics}
+        packs = replace(
+            step.packs,
+            batches=[
+                replace(batch, rows=replace(batch.rows, step_statistics=statistics)) for batch in step.batches
+            ],
+        )
+        return replace(step, packs=packs, stored_C=self._stored(number))
+
+    def close(self) -> None:
+        """Free the engines."""
+        if isinstance(self._source, EngineRollouts):
+            self._source.close()
+
+    def _open(self, rollout: int) -> tuple[int, StepBatches, dict[str, float]]:
+        """Return a set of rollouts as the batches of its steps, with its metrics."""
+        objective, trainer = self.objective, self.trainer
+        first = rollout * self.order.steps_of_rollouts + 1
+        folder = rollouts_folder(trainer.setup.folder, first)
+        found = read_rollouts(folder, self._key(rollout)) if self._on_disk else None
+        rollouts = found or self._source.rollouts(self.order.prompts(rollout), self._first_prompt(rollout))
+        scored = ScoredRollouts(
+            reward_C=rollouts.reward_C,
+            scored_C=rollouts.scored_C,
+            size_G=rollouts.size_G,
+            weight_G=rollouts.weight_G,
+            minibatch_G=torch.from_numpy(self.order.minibatch_of(rollout)),
+            length_C=rollouts.length_C,
+            truncated_C=rollouts.truncated_C,
+        )
+        if found is None:
+            with trainer.watchdog.patient(f"log-probs of the rollouts of step {first}"):
+                rollouts.logprobs = self._logprobs(rollouts)
+        columns = objective.columns(
+            scored, rollouts.logprobs.get("old_logprobs"), rollouts.logprobs.get("reference_logprobs")
+        )
+        if found is None and self._on_disk:
+            sums_C = segment_sums(columns["advantages"], rollouts.length_C)
+            rollouts.advantage_C = sums_C / rollouts.length_C.clamp(min=1)
+            self._write(rollout, rollouts)
+        columns |= rollouts.logprobs
+        if self._on_disk:
+            columns["engine_logprobs"] = rollouts.engine_logprobs()
+        self._seconds = rollouts.seconds
+        batches = self._batches(rollouts, columns, _OfRollouts(self.order, rollout))
+        return rollout, batches, reward_metrics(scored, rollouts.rewards)
+
+    def _batches(
+        self, rollouts: Rollouts, columns: dict[str, Tensor], order: _OfRollouts | _All
+    ) -> StepBatches:
+        trainer, setup = self.trainer, self.trainer.setup
+        rank = data_rank(setup.shape, setup.config.parallel, trainer.groups)
+        options = pack_options(setup, self.objective)
+        batches = StepBatches(rollouts.table(columns), order, options, rank, self.objective.normalization)
+        if setup.adapter is not None and setup.adapter.dropout > 0:
+            batches.dropout_seed = setup.config.train.seed
+        return batches
+
+    def _logprobs(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Return the log-probs of all tokens that the objective needs before its loss, by name."""
+        trainer, needs = self.trainer, self.objective.needs
+        scorers: dict[str, Scorer] = {}
+        if "old_logprobs" in needs:
+            scorers["old_logprobs"] = Scorer(trainer.model, self.objective)
+        found: dict[str, Tensor] = {}
+        if "reference_token_logprobs" in needs:
+            if trainer.references.live is not None:
+                scorers["reference_logprobs"] = trainer.references.live.scorer
+            else:
+                found["reference_logprobs"] = torch.zeros(int(rollouts.length_C.sum()), dtype=torch.float64)
+        if scorers:
+            batches = self._batches(rollouts, {}, _All(len(rollouts.prompt_ids)))
+            step, length_C = batches.step(0), batches.table.completion_scored
+            for name, scorer in scorers.items():
+                found[name] = step_logprobs(scorer, step, length_C, trainer.groups)
+        return found
+
+    def _stored(self, number: int) -> np.ndarray:
+        """Return the index of each completion of a step in the training data."""
+        table, prompts_B = self.trainer.setup.train, self.order.samples(number)
+        starts, counts = table.completion_offsets[prompts_B], table.completion_counts[prompts_B]
+        return np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
+
+    def _first_prompt(self, rollout: int) -> int:
+        """Return how many prompts earlier sets had: the keys of random numbers count from there."""
+        return rollout * (self.trainer.config.rollout.prompts or 0)
+
+    def _key(self, rollout: int) -> dict[str, Any]:
+        """Return everything that determines a set of rollouts."""
+        setup, config = self.trainer.setup, to_dict(self.trainer.config)
+        return {
+            "version": 1,
+            "data": setup.train.path.name,
+            "prompts": self.order.prompts(rollout).tolist(),
+            "first_step": rollout * self.order.steps_of_rollouts + 1,
+            "rollout": config["rollout"],
+            "rewards": config.get("rewards"),
+            "objective": config["objective"],
+            "reference": config["reference"],
+            "seed": self.trainer.config.train.seed,
+            "model": config["model"],
+        }
+
+    def _write(self, rollout: int, rollouts: Rollouts) -> None:
+        """Write the rollouts on rank 0.
+
+        Raises:
+            OSError: on every rank: the disk refuses it.
+        """
+        trainer = self.trainer
+        trainer.setup.require_folder()
+        fault: OSError | None = None
+        if dist.get_rank() == 0:
+            folder = rollouts_folder(trainer.setup.folder, rollout * self.order.steps_of_rollouts + 1)
+            try:
+                folder.parent.mkdir(exist_ok=True)
+                write_rollouts(folder, rollouts, self._key(rollout))
+            except OSError as error:
+                fault = error
+        if all_reduce_sum([float(fault is not None)])[0]:
+            raise fault or OSError("rank 0 could not write the rollouts")
+
+
+class _OfRollouts:
+    """The steps of one set of rollouts, whose samples count from 0."""
+
+    def __init__(self, order: RolloutOrder, rollout: int):
+        self._order, self.steps = order, order.steps
+        self._minibatch_G = order.minibatch_of(rollout)
+
+    def samples(self, step: int) -> np.ndarray:
+        """See :class:`.StepOrder`."""
+        return np.flatnonzero(self._minibatch_G == self._order.place(step).minibatch)
+
+    def size(self, step: int) -> int:
+        """See :class:`.StepOrder`."""
+        return len(self.samples(step))
+
+
+class _All:
+    """One step of all samples."""
+
+    steps = 1
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def samples(self, step: int) -> np.ndarray:
+        """See :class:`.StepOrder`."""
+        return np.arange(self._count)
+
+    def size(self, step: int) -> int:
+        """See :class:`.StepOrder`."""
+        return self._count
