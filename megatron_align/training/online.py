@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class RolloutSteps:
         self._source: RolloutSource = (
             EngineRollouts(trainer, setup.train)
             if isinstance(setup.train, PromptTable)
-            else GivenRollouts(setup.train)
+            else GivenRollouts(cast("TokenStore", setup.train))
         )
         self._current: tuple[int, StepBatches, dict[str, float]] | None = None
 
