@@ -1,9 +1,11 @@
 """One-line errors and warnings for users: bad input (the programs exit with 2) and training faults (exit code 1)."""
 
+import logging
 import os
 import reprlib
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 
 _warned: set[str] = set()
@@ -132,3 +134,15 @@ def report_once(rank: str, error: Exception, code: int) -> int:
         time.sleep(5)
     print(f"error: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def silence_libraries() -> None:
+    """Silence what libraries report at import and does not concern a user; called before they are imported.
+
+    megatron-core warns that Apex and Transformer Engine are missing, which are not needed; torch of deprecated names,
+    and a CUDA build of it on a machine with the CUDA toolkit and no GPU that there is no GPU, which our summary says.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

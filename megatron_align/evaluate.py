@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +19,9 @@ PROGRAM = "python -m megatron_align.evaluate"
 
 def main(arguments: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run with command-line arguments; return the exit code."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    from megatron_align.errors import InputError, report_once
+    from megatron_align.errors import InputError, report_once, silence_libraries
+
+    silence_libraries()
 
     rank = os.environ.get("RANK", "0")
     try:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
-    # megatron-core warns that Apex and Transformer Engine are missing, which are not needed; torch of deprecated names.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    from megatron_align.errors import InputError, report_once
+    from megatron_align.errors import InputError, report_once, silence_libraries
+
+    silence_libraries()
     from megatron_align.training.stop import EXIT_INTERRUPTED, Interrupted, SecondInterrupt, interrupted
 
     is_command = arguments is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,12 +34,13 @@ _NOT_RESUMING = (["convert", "verify"], ["adapter", "extract"])
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with command-line arguments; return the exit code."""
-    from megatron_align.errors import InputError
+    from megatron_align.errors import InputError, silence_libraries
     from megatron_align.tools.command import choose
     from megatron_align.training.stop import SecondInterrupt, interrupted
     from megatron_align.version import versions
 
-    _quiet()
+    silence_libraries()
+    logging.getLogger("megatron.core").setLevel(logging.CRITICAL)  # its faults are also raised as errors
     is_command = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -66,13 +66,6 @@ def _interruption(arguments: Sequence[str]) -> str:
     resumes = arguments[0] in RESUMING and list(arguments[:2]) not in _NOT_RESUMING
     then = "resumes after what is complete" if resumes else "starts again"
     return f"interrupted: the output is not written; the same command {then}"
-
-
-def _quiet() -> None:
-    """Silence warnings that users cannot act on: optional extras that are not installed, megatron-core internals."""
-    logging.getLogger("megatron.core").setLevel(logging.CRITICAL)  # its faults are also raised as errors
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Saved for backward, by ``train.recompute_layers`` (k) and ``train.recompute_modu
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ class Layer(TransformerLayer):
             return super()._forward_mlp(*args, **kwargs)
         # In backward the network is computed again outside of ``forward``, perhaps after another pack's: what
         # megatron-core's checkpoint calls then brings the keys of its own pack.
-        self.__dict__["mlp"] = partial(_with_keys, self.mlp, current_keys())
+        self.__dict__["mlp"] = _WithKeys(self.mlp, current_keys())
         try:
             return super()._forward_mlp(*args, **kwargs)
         finally:
@@ -114,9 +113,16 @@ class Layer(TransformerLayer):
         return super()._forward_post_mlp(mlp_output_with_bias, residual)
 
 
-def _with_keys(module: nn.Module, keys_Q: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    with dropout_keys(keys_Q):
-        return module(*args, **kwargs)
+class _WithKeys(nn.Module):
+    """Call a module with the dropout keys of one pack; it is not this one's child, whose parameters it would be."""
+
+    def __init__(self, module: nn.Module, keys_Q: Tensor | None):
+        super().__init__()
+        self.__dict__["called"], self._keys_Q = module, keys_Q
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with dropout_keys(self._keys_Q):
+            return self.called(*args, **kwargs)
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:
