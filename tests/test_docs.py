@@ -181,7 +181,8 @@ def test_configuration_keys_exist(page):
     spans = re.findall(r"`([^`\n]+)`", without_blocks(page))
     pattern = rf"(?<![\w./*])((?:{'|'.join((*SECTIONS, 'objective'))})\.(\w+))"
     named = {key for span in spans for key, last in re.findall(pattern, span) if last not in _FILES}
-    assert named - KEYS == set()
+    modules = {key for key in named if (ROOT / "megatron_align" / f"{key.replace('.', '/')}.py").is_file()}
+    assert named - KEYS - modules == set()
 
 
 def test_quoted_errors_are_those_of_the_code():

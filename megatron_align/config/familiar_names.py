@@ -81,7 +81,7 @@ train.global_batch_size: gbs batch_size train_batch_size per_device_train_batch_
     micro_batch_size mbs micro_train_batch_size per_gpu_train_batch_size gradient_accumulation_steps
     gradient_accumulation grad_accum accumulate_grad_batches effective_batch_size total_batch_size
     per_device_eval_batch_size eval_batch_size ppo_mini_batch_size train_micro_batch_size_per_gpu
-train.global_batch_tokens: max_tokens batch_tokens max_tokens_per_batch tokens_per_batch max_token_len_per_gpu
+train.global_batch_tokens: batch_tokens max_tokens_per_batch tokens_per_batch max_token_len_per_gpu
 train.steps: max_steps train_iters num_steps max_iters max_iterations total_steps num_train_steps
     total_training_steps iterations train_steps num_training_steps exit_interval train_samples
 train.epochs: num_train_epochs num_epochs max_epochs n_epochs epoch total_epochs train_epochs nepochs
@@ -99,6 +99,9 @@ train.validate_every: eval_steps eval_interval eval_strategy evaluation_strategy
 train.early_stopping: early_stopping_patience early_stopping_threshold metric_for_best_model early_stopping_metric
     greater_is_better early_stopping_monitor
 checkpoint.keep_best: load_best_model_at_end save_best save_best_only keep_best_checkpoint checkpoint_metric
+rollout.completions: num_generations n_samples_per_prompt num_generations_per_prompt rollout_n
+rollout.max_tokens: max_new_tokens response_length max_response_length
+rollout.prompts: rollout_batch_size num_prompts_per_step generation_batch_size
 validation.generate: generate_samples eval_prompts sample_prompts log_completions predict_with_generate
 train.on_nonfinite: skip_nan_steps check_for_nan_in_loss_and_grad logging_nan_inf_filter
 parallel.tensor: tp tp_size tensor_parallel tensor_parallel_size tensor_model_parallel_size model_parallel_size
@@ -196,8 +199,8 @@ _OBJECTIVES = """
 rm rw reward_model reward_modeling reward_modelling bradley_terry bt rlhf_reward = reward
 finetune fine_tune fine_tuning supervised instruct instruction pt pretrain cpt lm causal_lm = sft
 preference pref rlhf dpo_trainer = dpo
-grpo ppo rloo reinforce reinforce_plus_plus gspo dapo remax raft online_dpo xpo nash_md gkd distill distillation
-    prm gepa star rft = -
+gspo dapo dr_grpo reinforce reinforce_plus_plus = grpo
+ppo remax raft online_dpo xpo nash_md gkd distill distillation prm gepa star rft = -
 """
 
 

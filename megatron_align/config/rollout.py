@@ -124,8 +124,11 @@ class RolloutConfig:
             )
 
 
-def is_default(config: RolloutConfig) -> bool:
-    """Return whether no option was given another value than its default."""
-    return all(
-        getattr(config, option.name) == getattr(RolloutConfig(), option.name) for option in fields(config)
-    )
+def changed(config: RolloutConfig) -> list[str]:
+    """Return the options that were given another value than their default."""
+    usual = RolloutConfig()
+    return [
+        f"rollout.{option.name}"
+        for option in fields(config)
+        if getattr(config, option.name) != getattr(usual, option.name)
+    ]

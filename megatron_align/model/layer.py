@@ -118,11 +118,11 @@ class _WithKeys(nn.Module):
 
     def __init__(self, module: nn.Module, keys_Q: Tensor | None):
         super().__init__()
-        self.__dict__["called"], self._keys_Q = module, keys_Q
+        self._module, self._keys_Q = (module,), keys_Q  # a tuple: no child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with dropout_keys(self._keys_Q):
-            return self.called(*args, **kwargs)
+            return self._module[0](*args, **kwargs)
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_align.config import run
 from megatron_align.config.inputs import ReferenceConfig
-from megatron_align.config.rollout import is_default
+from megatron_align.config.rollout import changed
 from megatron_align.config.run import ObjectiveNames, RunConfig
-from megatron_align.errors import require, shown
+from megatron_align.errors import listed, require, shown
 from megatron_align.losses.advantage_estimator import COMPARING
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
@@ -69,9 +69,10 @@ def _checked(config: RunConfig) -> RunConfig:
     if isinstance(objective, PolicyGradientObjective):
         _check_rollouts(config)
     else:
+        options = changed(config.rollout)
         require(
-            is_default(config.rollout),
-            f"objective {name} trains on given data: the options rollout.* do not apply",
+            not options,
+            f"objective {name} trains on given data: the options rollout.* do not apply, got {listed(options)}",
         )
     return config
 

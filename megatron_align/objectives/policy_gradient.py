@@ -9,7 +9,7 @@ the loss, those of some complete samples of a pack.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -375,20 +375,16 @@ class RLOO(PolicyGradientObjective):
     Options = RLOOOptions
 
 
-def reward_metrics(
-    rollouts: ScoredRollouts, rewards: Mapping[str, Sequence[float | None]]
-) -> dict[str, float]:
-    """Return the metrics of some rollouts and their rewards by name."""
+def rollout_metrics(rollouts: ScoredRollouts) -> dict[str, float]:
+    """Return the metrics of a set of rollouts, besides those of each reward."""
     scored_C, size_G = rollouts.scored_C, rollouts.size_G
     reward_C = rollouts.reward_C.double().masked_fill(~scored_C, 0.0)
     count_G = segment_sums(scored_C.double(), size_G)
     mean_G = segment_sums(reward_C, size_G) / count_G.clamp(min=1)
     off_C = (reward_C - per_token(mean_G, size_G)).masked_fill(~scored_C, 0.0)
     deviation_G = (segment_sums(off_C.square(), size_G) / (count_G - 1).clamp(min=1)).sqrt()
-    of_names = {name: [value for value in values if value is not None] for name, values in rewards.items()}
     return {
         "reward": float(reward_C.sum() / scored_C.sum().clamp(min=1)),
-        **{f"reward/{name}": sum(values) / max(1, len(values)) for name, values in of_names.items()},
         "reward_std": float(deviation_G.mean()),
         "completion_length": float(rollouts.length_C.double().mean()),
         "truncated": float(rollouts.truncated_C.double().mean()),

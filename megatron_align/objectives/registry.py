@@ -13,12 +13,13 @@ from megatron_align.config.familiar_names import plain
 from megatron_align.config.run import RunConfig
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import nearest, require, shown
+from megatron_align.losses.policy_gradient import POLICY_LOSSES
 from megatron_align.objectives import user_file
 from megatron_align.objectives.base import SCORED_BY, Objective
 from megatron_align.objectives.dpo import DPO, DPO_OPTIONS
 from megatron_align.objectives.kto_bco import BCO, KTO
 from megatron_align.objectives.options import ObjectiveOptions
-from megatron_align.objectives.policy_gradient import GRPO, RLOO
+from megatron_align.objectives.policy_gradient import GRPO, RLOO, PolicyGradientObjective
 from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
 from megatron_align.objectives.reward import RewardModel
 from megatron_align.objectives.sft import SFT
@@ -61,7 +62,11 @@ def _meant(name: str) -> str:
 
 def _loss_types(kind: type[Objective]) -> tuple[str, ...]:
     """Return the loss types of an objective."""
-    return tuple(DPO_OPTIONS) if kind is DPO else get_args(get_type_hints(kind.Options)["loss_type"])
+    if kind is DPO:
+        return tuple(DPO_OPTIONS)
+    if issubclass(kind, PolicyGradientObjective):
+        return tuple(POLICY_LOSSES)
+    return get_args(get_type_hints(kind.Options)["loss_type"])
 
 
 def build_objective(options: ObjectiveOptions, store: TokenStore | None = None) -> Objective:

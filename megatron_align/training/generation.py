@@ -23,8 +23,11 @@ from megatron_align.errors import InputError, TrainingFault, one_line
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.live_weights import require_version
 from megatron_align.rollout.prompt_table import PromptTable
+from megatron_align.rollout.prompts import PromptRecord
+from megatron_align.rollout.rewards.scoring import build_rewards, check_rewards, combine, score_rewards
 from megatron_align.rollout.rollouts import Rollouts
 from megatron_align.rollout.types import Completion, Prompt, Sampling
+from megatron_align.rollout.verifiers.running import share_of_cores
 from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.training.reference.builder import References
 from megatron_align.training.setup import RunSetup
@@ -34,7 +37,7 @@ T = TypeVar("T")
 
 
 class LivePolicy(Protocol):
-    """What rollouts need of the trainer.
+    """The part of the trainer that rollouts need.
 
     Attributes:
         setup: the checked run.
@@ -70,6 +73,8 @@ class EngineRollouts:
     def __init__(self, trainer: LivePolicy, prompts: PromptTable):
         self._trainer, self._prompts = trainer, prompts
         self._engine: Engine | None = None
+        self._rewards = build_rewards(trainer.config.rewards, share_of_cores())
+        _together(lambda: check_rewards(self._rewards, prompts.records), "rewards cannot score the prompts")
 
     def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
         """See :class:`.RolloutSource`.
@@ -96,7 +101,7 @@ class EngineRollouts:
             weight_G=torch.ones(len(prompts_G), dtype=torch.float64),
         )
         with trainer.watchdog.patient(f"scoring the rollouts of step {trainer.step + 1}"):
-            self._score(rollouts)
+            self._score(records, rollouts)
         rollouts.seconds = {
             "rollout_seconds": time.perf_counter() - synced,
             "sync_seconds": synced - began,
@@ -104,9 +109,11 @@ class EngineRollouts:
         return rollouts
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine and what the rewards hold."""
         if self._engine is not None:
             self._engine.close()
+        for reward in self._rewards:
+            reward.reward.close()
 
     def _sync(self) -> None:
         """Give the engine the present weights; the first time it is built."""
@@ -135,8 +142,22 @@ class EngineRollouts:
         answers = _together(generate, f"generation failed in step {trainer.step + 1}")
         return gathered(answers, len(prompts_G))
 
-    def _score(self, rollouts: Rollouts) -> None:
-        raise NotImplementedError
+    def _score(self, records: list[PromptRecord], rollouts: Rollouts) -> None:
+        """Fill in the rewards, the same on every rank."""
+        groups = list(zip(records, rollouts.completions, strict=True))
+        own = groups[dist.get_rank() :: dist.get_world_size()]
+        local = [reward for reward in self._rewards if reward.config.kind != "model"]
+        what = f"rewards failed in step {self._trainer.step + 1}"
+        values = _together(lambda: score_rewards(local, own), what)
+        gathered_values = {name: gathered(of_own, len(groups)) for name, of_own in values.items()}
+        for reward in self._rewards:
+            if reward.config.kind == "model":
+                gathered_values[reward.name] = reward.score(groups)
+        rollouts.rewards = {
+            reward.name: [value for of_prompt in gathered_values[reward.name] for value in of_prompt]
+            for reward in self._rewards
+        }
+        rollouts.reward_C, rollouts.scored_C = combine(self._rewards, gathered_values, records)
 
 
 def sampling_of(config: RolloutConfig, completions: int, seed: int) -> Sampling:
@@ -168,7 +189,7 @@ def build_engine(trainer: LivePolicy) -> Engine:
 def require_complete(
     answers: Sequence[Sequence[Completion]], prompts: Sequence[Prompt], sampling: Sampling
 ) -> None:
-    """Check that an engine answered every prompt with as many completions as it was asked for.
+    """Check that an engine answered every prompt with the number of completions of the sampling options.
 
     Raises:
         TrainingFault: naming the first prompt with another number.

@@ -28,9 +28,10 @@ from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.objectives.policy_gradient import (
     PolicyGradientObjective,
     ScoredRollouts,
-    reward_metrics,
+    rollout_metrics,
 )
 from megatron_align.rollout.prompt_table import PromptTable
+from megatron_align.rollout.rewards.scoring import mean_rewards
 from megatron_align.rollout.rollouts import Rollouts, read_rollouts, rollouts_folder, write_rollouts
 from megatron_align.rollout.types import Completion
 from megatron_align.training.batches import data_rank, pack_options
@@ -39,7 +40,7 @@ from megatron_align.training.scoring import Scorer, step_logprobs
 
 
 class RolloutSource(Protocol):
-    """Where rollouts come from."""
+    """A source of rollouts."""
 
     def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
         """Return the rollouts of some prompts of the training data; ``first``: index of the first among all made."""
@@ -161,7 +162,7 @@ class RolloutSteps:
             columns["engine_logprobs"] = rollouts.engine_logprobs()
         self._seconds = rollouts.seconds
         batches = self._batches(rollouts, columns, _OfRollouts(self.order, rollout))
-        return rollout, batches, reward_metrics(scored, rollouts.rewards)
+        return rollout, batches, {**rollout_metrics(scored), **mean_rewards(rollouts.rewards)}
 
     def _batches(
         self, rollouts: Rollouts, columns: dict[str, Tensor], order: _OfRollouts | _All

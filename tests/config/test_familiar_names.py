@@ -135,7 +135,8 @@ def test_command_lines(arguments, line):
     "name, end",
     [
         ("ppo", "got 'ppo': it is not available"),
-        ("grpo", "got 'grpo': it is not available"),
+        ("gspo", "; did you mean 'grpo'?"),
+        ("cispo", ": it is objective.loss_type cispo of objective.name grpo"),
         ("xdpo2", "got 'xdpo2'"),
         ("rm", "; did you mean 'reward'?"),
         ("reward_model", "; did you mean 'reward'?"),

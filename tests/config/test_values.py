@@ -26,6 +26,8 @@ PYTHON = re.compile(
 
 def run_with(objective, section, option, value):
     sections = {**RUN, "objective": {"name": objective}}
+    if objective in ("grpo", "rloo"):
+        sections["rollout"] = {"engine": "data"}
     return load_config({**sections, section: {**sections.get(section, {}), option: value}})
 
 

@@ -1,5 +1,6 @@
 """Every number that a run writes is documented, and every documented one is written by the objectives it names."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from tests.harness import training_ranks
 from tests.harness.tiny import metrics_of, run_arguments, write_labelled, write_pairs
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-OPTIONS = {"dpo": {"objective__rpo_alpha": 1.0}}  # with the likelihood term, which is off by default
-CONDITIONAL = {"suspects", "mfu"}  # only on bad steps, or where the chip's peak is known
+OPTIONS = {
+    "dpo": {"objective__rpo_alpha": 1.0},
+    "grpo": {"objective__beta": 0.1},
+}  # with the likelihood term, which is off by default
+# Only on bad steps, where the chip's peak is known, or where completions are generated.
+CONDITIONAL = {"suspects", "mfu", "rollout_seconds", "sync_seconds"}
 
 
 def test_the_page_is_the_table():
@@ -31,7 +36,24 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
     labelled = write_labelled(folder / "labelled.jsonl", samples=8)
     gold = {"reference": lambda draw: [{"role": "assistant", "content": f"It is {draw.randrange(10**6)}."}]}
     triples = write_pairs(folder / "triples.jsonl", samples=8, **gold)
-    data = {"sft": chat_file, "tpo": triples, "kto": labelled, "bco": labelled}
+    ranked = folder / "ranked.jsonl"
+    ranked.write_text(
+        "".join(
+            json.dumps(
+                {"prompt": f"p{i}", "completions": [{"content": c, "score": len(c)} for c in ("a", "bc")]}
+            )
+            + "\n"
+            for i in range(8)
+        )
+    )
+    data = {
+        "sft": chat_file,
+        "tpo": triples,
+        "kto": labelled,
+        "bco": labelled,
+        "grpo": ranked,
+        "rloo": ranked,
+    }
     names = {}
     for objective in OBJECTIVES:
         source = data.get(objective, pairs)
@@ -40,7 +62,7 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
             source,
             folder / objective,
             objective__name=objective,
-            data__validation=source,
+            **({"rollout__engine": "data"} if source == ranked else {"data__validation": source}),
             train__steps=1,
             train__global_batch_size=4,
             logging__timing_every=1,

@@ -1,4 +1,4 @@
-"""Laws 1 and 9 for rollouts: given the same completions, a policy-gradient run is the same on every layout (1e-5, fp32).
+"""Laws 1 and 9 for rollouts: given the same completions, a policy-gradient run is the same on every layout (1e-5).
 
 A layout here includes shared or repeated prompts, and packing. At the first minibatch of rollouts every ratio is 1.
 """

@@ -17,7 +17,7 @@ from megatron_align.errors import require
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a step is among the steps of its rollouts; all count from 0."""
+    """The place of a step among the steps of its rollouts; all count from 0."""
 
     rollout: int
     iteration: int

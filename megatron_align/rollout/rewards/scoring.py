@@ -5,10 +5,10 @@ Shapes: C completions of G prompts, one prompt's after the other; R rewards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,10 +175,14 @@ def combine(
     )
 
 
-def reward_metrics(values: Mapping[str, Values]) -> dict[str, Any]:
-    """Return ``reward/NAME``, the mean of each reward before weight and normalisation; null: it scored nothing."""
-    metrics: dict[str, Any] = {}
-    for name, of_prompts in values.items():
-        scored = [value for of_prompt in of_prompts for value in of_prompt if value is not None]
-        metrics[f"reward/{name}"] = sum(scored) / len(scored) if scored else None
+def mean_rewards(values: Mapping[str, Sequence[float | None]]) -> dict[str, float]:
+    """Return ``reward/NAME``, the mean of each reward before weight and normalisation; NaN: it scored nothing.
+
+    Args:
+        values: of each completion, by the reward's name.
+    """
+    metrics = {}
+    for name, of_completions in values.items():
+        scored = [value for value in of_completions if value is not None]
+        metrics[f"reward/{name}"] = sum(scored) / len(scored) if scored else math.nan
     return metrics

@@ -19,7 +19,7 @@ from megatron_align.rollout.rewards.scoring import (
     build_rewards,
     check_rewards,
     combine,
-    reward_metrics,
+    mean_rewards,
     score_rewards,
 )
 from megatron_align.rollout.types import Completion
@@ -328,7 +328,7 @@ def test_weights_by_category_score_only_the_prompts_that_they_name():
     reward_C, scored_C = combine(rewards, values, records)
     assert reward_C.tolist() == pytest.approx([2, 0, 0.2, 0.5])
     assert scored_C.all()
-    assert reward_metrics(values) == {
+    assert mean_rewards({name: sum(of_prompts, []) for name, of_prompts in values.items()}) == {
         "reward/exact_match": 0.5,
         "reward/length": pytest.approx(-0.075),
         "reward/regex": 0.5,
@@ -363,5 +363,5 @@ def test_a_completion_that_nothing_scores_has_no_reward(write):
     reward_C, scored_C = combine(rewards, values, [groups[0][0]])
     assert scored_C.tolist() == [False, True]
     assert reward_C[1] == 2
-    assert reward_metrics({"x": [[None]]}) == {"reward/x": None}
-    assert not math.isnan(reward_metrics(values)["reward/score"])
+    assert math.isnan(mean_rewards({"x": [None]})["reward/x"])
+    assert mean_rewards({"score": values["score"][0]}) == {"reward/score": 2}
