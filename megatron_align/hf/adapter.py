@@ -185,7 +185,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"no adapter folder at {folder}")
     if not (folder / CONFIG).is_file():
-        raise InputError(f"an adapter folder must hold {CONFIG}, found none in {folder}")
+        inside = next((path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))), None)
+        hint = f": give {inside}" if inside else ""
+        raise InputError(f"an adapter folder must hold {CONFIG}, found none in {folder}{hint}")
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise InputError(f"peft_type must be LORA, found {config.get('peft_type')!r} in {folder / CONFIG}")

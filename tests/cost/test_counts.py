@@ -70,7 +70,7 @@ def test_state_of_a_reward_model(pool, tiny_models):
 
 
 @pytest.mark.parametrize(
-    "trained", mark_slow(["adapter", "some_layers", "reward", "frozen", "ends", "dora"], ["dora"])
+    "trained", mark_slow(["adapter", "some_layers", "reward", "frozen", "ends", "dora", "pissa"], ["dora"])
 )
 def test_state_of_what_is_trained(pool, tiny_models, trained):
     """The base of an adapter, and frozen weights, have no gradient and no optimizer state."""
@@ -79,7 +79,8 @@ def test_state_of_what_is_trained(pool, tiny_models, trained):
     options: dict = {"frozen": frozen_tensors(placement.shape, ["embed_tokens", "layers.0.*", "model.norm"])}
     if trained != "frozen":
         targets = {"some_layers": ["q_proj", "layers.3.mlp.*"], "ends": ["embed_tokens", "lm_head", "o_proj"]}
-        adapter = AdapterConfig(rank=3, targets=targets.get(trained, "all-linear"), dora=trained == "dora")
+        own = {"dora": {"dora": True}, "pissa": {"init": "pissa"}}.get(trained, {})
+        adapter = AdapterConfig(rank=3, targets=targets.get(trained, "all-linear"), **own)
         options = {"adapter": resolve_adapter(adapter, placement.shape)}
     placement = replace(placement, **options)
     for found in pool.run(4, costs.state, model, placement.parallel, "bf16", reward, options):

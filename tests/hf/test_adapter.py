@@ -166,6 +166,10 @@ def test_folders_that_cannot_be_read(shape, adapter, tmp_path):
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="must hold adapter_config.json, found none"):
         read_adapter(adapter, shape)
+    (tmp_path / "run").mkdir()
+    make_adapter(tmp_path / "run" / "adapter", make_model(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"found none in \S+run: give \S+run/adapter$"):
+        read_adapter(tmp_path / "run", shape)
 
 
 @pytest.mark.parametrize(

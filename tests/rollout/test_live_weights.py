@@ -30,7 +30,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", mark_slow(LAYOUTS, ["tensor_context", "overlapped", "tensor_pissa"]))
+@pytest.mark.parametrize(
+    "layout", mark_slow(LAYOUTS, ["tensor_context", "overlapped", "virtual_adapter", "tensor_pissa"])
+)
 def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file, tmp_path, layout):
     model = tiny_models("qwen2_untied" if layout == "tensor_context" else "qwen2_tied")
     # A learning rate at which the weights of each step give other answers.
@@ -66,7 +68,7 @@ def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file
     assert by_step[0] != by_step[1] != by_step[2]
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["alone", "merged"])
+@pytest.mark.parametrize("dora", mark_slow([False, True], [True]), ids=["alone", "merged"])
 def test_servers_of_all_ranks_receive_the_adapter_alone(dora, pool, tiny_models, chat_file, tmp_path):
     """As the plain one of the base that they hold, also where training holds another; DoRA is sent merged."""
     options = {"parallel__tensor": 2, "train__steps": 2, "optimizer__lr": 0.02}
