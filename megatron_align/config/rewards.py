@@ -6,7 +6,7 @@ The list is read as sections are, except that an entry is changed by its name: `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -370,8 +370,3 @@ def _require_expression(reward: RewardConfig, name: str, pattern: str) -> None:
         raise InputError(
             f"reward {reward.label}: {name} must be a regular expression, got {pattern!r}: {error}"
         ) from error
-
-
-def weights_of(rewards: Sequence[RewardConfig]) -> dict[str, float | dict[str, float]]:
-    """Return the weight of each reward by its name, as runs record them."""
-    return {reward.label: reward.weight for reward in rewards}

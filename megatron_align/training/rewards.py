@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron_align.config import RunConfig
 from megatron_align.config.rewards import ModelReward, RewardConfig
 from megatron_align.errors import InputError, TrainingFault
+from megatron_align.hf.hub import fetch_or_wait
+from megatron_align.model.parallel import RankInfo
 from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.rewards.base import Group, Values
 from megatron_align.rollout.rewards.scoring import WeightedReward, build_rewards, check_rewards, combine
@@ -40,20 +42,23 @@ class _CheckedModel:
         pass
 
 
-def require_rewards(config: RunConfig, records: Sequence[PromptRecord]) -> None:
-    """Check a run's rewards and all of its prompts, before the ranks meet.
+def require_rewards(config: RunConfig, records: Sequence[PromptRecord], rank_info: RankInfo) -> None:
+    """Check a run's rewards and all of its prompts, before the ranks meet; models on the hub are downloaded.
 
     Raises:
         InputError: a reward's file, function, package or model is missing, or a prompt lacks what one reads.
     """
+    for reward in config.rewards:
+        if isinstance(reward, ModelReward):
+            fetch_or_wait(reward.path, rank_info.local_rank, waited_for=rank_info.world_size > 1)
     setups = _model_setups(config)
     models = {name: _CheckedModel(name, setup) for name, setup in setups.items()}
     rewards = build_rewards(config.rewards, models=models)
     try:
         check_rewards(rewards, records)
     finally:
-        for reward in rewards:
-            reward.reward.close()
+        for built in rewards:
+            built.reward.close()
 
 
 def _model_setups(config: RunConfig) -> dict[str, RewardModelSetup]:

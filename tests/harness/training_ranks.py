@@ -74,7 +74,7 @@ def reward_values(rank_info: parallel.RankInfo, layout: dict, options: dict, gro
     )
     records = [record for record, _ in groups]
     try:
-        require_rewards(config, records)
+        require_rewards(config, records, rank_info)
         with join_watched(rank_info, config.parallel).watching() as watchdog:
             try:
                 rewards = RunRewards(config, parallel.groups(), watchdog)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_align.config.rewards import EndpointReward
 from megatron_align.errors import InputError, TrainingFault, one_line, shown
@@ -24,8 +25,10 @@ class EndpointScorer:
     def __init__(self, config: EndpointReward):
         self.name, self.config = config.label, config
         self._columns: tuple[str, ...] = ()
+        parts = urlsplit(config.url)
+        self._path = parts.path or "/"
         self._endpoint = Endpoint(
-            config.url,
+            f"{parts.scheme}://{parts.netloc}",
             key_variable=config.key_variable,
             timeout_seconds=config.timeout,
             tries=config.retries + 1,
@@ -56,7 +59,7 @@ class EndpointScorer:
         given, columns = arguments(scored, self._columns)
         body = {"prompts": given["prompts"], "completions": given["completions"], "columns": columns}
         try:
-            answer = self._endpoint.post("", body)
+            answer = self._endpoint.post(self._path, body)
         except TypeError as error:  # of json: a field of a Parquet file, a date for instance
             raise InputError(
                 f"reward {self.name}: a prompt's record is not JSON: {one_line(error)}"

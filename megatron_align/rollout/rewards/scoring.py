@@ -18,6 +18,7 @@ from megatron_align.config.rewards import (
     EndpointReward,
     FunctionReward,
     LengthReward,
+    ModelReward,
     RegexReward,
     RewardConfig,
 )
@@ -28,7 +29,7 @@ from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.rewards.base import Group, Reward, Values, background
 from megatron_align.rollout.rewards.endpoint import EndpointScorer
 from megatron_align.rollout.rewards.function import Function
-from megatron_align.rollout.rewards.texts import length_reward, regex_reward
+from megatron_align.rollout.rewards.texts import PatternReward, length_reward
 from megatron_align.rollout.rewards.verifiers import Verifier
 
 
@@ -108,7 +109,9 @@ def _built(config: RewardConfig, programs: int) -> Reward:
     if isinstance(config, LengthReward):
         return length_reward(config)
     if isinstance(config, RegexReward):
-        return regex_reward(config)
+        return PatternReward(config)
+    if isinstance(config, ModelReward):
+        raise ValueError("reward models need a run: see training.rewards.RunRewards")
     return Verifier(config, programs)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from megatron_align.config.rewards import LengthReward, RegexReward
+from megatron_align.errors import InputError
 from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.rewards.base import Group, Values
 from megatron_align.rollout.types import Completion
+from megatron_align.rollout.verifiers.patterns import SECONDS, PatternProcess
 
 
 class TextReward:
@@ -49,8 +50,37 @@ def length_reward(config: LengthReward) -> TextReward:
     return TextReward(config.label, value)
 
 
-def regex_reward(config: RegexReward) -> TextReward:
-    """Return 1 where the pattern is found in the completion, or matches all of it, else 0."""
-    pattern = re.compile(config.pattern)
-    matches = pattern.fullmatch if config.fullmatch else pattern.search
-    return TextReward(config.label, lambda completion: float(matches(completion.text) is not None))
+class PatternReward:
+    """1 where a pattern is found in the completion, or matches all of it, else 0.
+
+    Args:
+        config: the pattern.
+    """
+
+    def __init__(self, config: RegexReward):
+        self.name, self._pattern = config.label, config.pattern
+        self._process = PatternProcess(config.pattern, config.fullmatch)
+
+    def check(self, records: Sequence[PromptRecord]) -> None:
+        """Read nothing of the records."""
+
+    def score(self, groups: Sequence[Group]) -> Values:
+        """See :meth:`.Reward.score`."""
+        return [
+            [self._value(completion, f"{k} of {record.where}") for k, completion in enumerate(completions)]
+            for record, completions in groups
+        ]
+
+    def close(self) -> None:
+        """End its process."""
+        self._process.close()
+
+    def _value(self, completion: Completion, place: str) -> float:
+        found = self._process.matches(completion.text)
+        if found is None:
+            raise InputError(
+                f"reward {self.name}: the pattern must decide within {SECONDS:g} s of processor time, which it did not "
+                f"for completion {place} (counting from 0): nested repetitions take exponential time, got "
+                f"{self._pattern}"
+            )
+        return float(found)

@@ -23,6 +23,7 @@ from megatron_align.rollout.rewards.scoring import (
     score_rewards,
 )
 from megatron_align.rollout.types import Completion
+from megatron_align.rollout.verifiers import patterns
 from tests.harness.http_server import serving
 
 
@@ -206,8 +207,8 @@ def test_a_function_that_raises_is_tried_again_then_named_with_its_line(write):
     passing = write("if next(calls) < 2:\n    raise OSError('busy')\nreturn [1.0]")
     assert score(passing, group("a")) == {"score": [[1]]}
     for raised, head in (
-        ("{}['x']", "def score(completions):"),
-        ("exit(3)", "async def score(completions):"),
+        ("exit(3)", "def score(completions):"),
+        ("{}['x']", "async def score(completions):"),
     ):
         failing = write(f"next(calls)\n{raised}", head)
         place = failing["path"].replace(":score", ":7")
@@ -261,6 +262,18 @@ def test_an_endpoint_scores_in_batches():
     first, last = sorted(bodies, key=lambda body: -len(body["prompts"]))
     assert first == {"prompts": ["q", "q"], "completions": ["a", "b"], "columns": {"level": [1, 1]}}
     assert last == {"prompts": ["q"], "completions": ["ccc"], "columns": {"level": [None]}}
+
+
+def test_a_pattern_that_never_ends_is_named(monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    endless = {"kind": "regex", "pattern": r"(a+)+$", "fullmatch": True}
+    line = r"^reward regex: the pattern must decide within .* completion 1 of p.jsonl:1 .*, got \(a\+\)\+\$$"
+    with pytest.raises(InputError, match=line):
+        score(endless, group("aaa", "a" * 60 + "b"))
+    process = patterns.PatternProcess(r"(a+)+$")
+    texts = ("é\n\x85\ud800aa", "a" * 60 + "b", "b", "aa")  # after the endless one the process starts again
+    assert [process.matches(text) for text in texts] == [True, None, False, True]
+    process.close()
 
 
 RUBBISH = [
