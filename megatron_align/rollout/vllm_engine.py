@@ -15,6 +15,7 @@ import hashlib
 import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,8 @@ class VLLMEngine:
         """Leave the servers as they are, but for this run's adapter: others may use them."""
         if self._adapter_folder is not None:
             for server in self.servers:
-                self._load(server, "/v1/unload_lora_adapter", {"lora_name": self.served})
+                with suppress(InputError):  # a server that is gone has unloaded it
+                    self._load(server, "/v1/unload_lora_adapter", {"lora_name": self.served})
             self._adapter_folder.cleanup()
             self._adapter_folder, self.served = None, self.model
 
