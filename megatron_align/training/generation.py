@@ -24,12 +24,11 @@ from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.live_weights import require_version
 from megatron_align.rollout.prompt_table import PromptTable
 from megatron_align.rollout.prompts import PromptRecord
-from megatron_align.rollout.rewards.scoring import build_rewards, check_rewards, combine, score_rewards
 from megatron_align.rollout.rollouts import Rollouts
 from megatron_align.rollout.types import Completion, Prompt, Sampling
-from megatron_align.rollout.verifiers.running import share_of_cores
 from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.training.reference.builder import References
+from megatron_align.training.rewards import RunRewards
 from megatron_align.training.setup import RunSetup
 from megatron_align.training.watchdog import Watchdog
 
@@ -73,8 +72,8 @@ class EngineRollouts:
     def __init__(self, trainer: LivePolicy, prompts: PromptTable):
         self._trainer, self._prompts = trainer, prompts
         self._engine: Engine | None = None
-        self._rewards = build_rewards(trainer.config.rewards, share_of_cores())
-        _together(lambda: check_rewards(self._rewards, prompts.records), "rewards cannot score the prompts")
+        self._rewards = RunRewards(trainer.config, trainer.groups, trainer.watchdog)
+        self._rewards.check(prompts.records)
 
     def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
         """See :class:`.RolloutSource`.
@@ -100,8 +99,7 @@ class EngineRollouts:
             scored_C=torch.zeros(0, dtype=torch.bool),
             weight_G=torch.ones(len(prompts_G), dtype=torch.float64),
         )
-        with trainer.watchdog.patient(f"scoring the rollouts of step {trainer.step + 1}"):
-            self._score(records, rollouts)
+        self._score(records, rollouts)
         rollouts.seconds = {
             "rollout_seconds": time.perf_counter() - synced,
             "sync_seconds": synced - began,
@@ -112,8 +110,7 @@ class EngineRollouts:
         """Free the engine and what the rewards hold."""
         if self._engine is not None:
             self._engine.close()
-        for reward in self._rewards:
-            reward.reward.close()
+        self._rewards.close()
 
     def _sync(self) -> None:
         """Give the engine the present weights; the first time it is built."""
@@ -144,20 +141,12 @@ class EngineRollouts:
 
     def _score(self, records: list[PromptRecord], rollouts: Rollouts) -> None:
         """Fill in the rewards, the same on every rank."""
-        groups = list(zip(records, rollouts.completions, strict=True))
-        own = groups[dist.get_rank() :: dist.get_world_size()]
-        local = [reward for reward in self._rewards if reward.config.kind != "model"]
-        what = f"rewards failed in step {self._trainer.step + 1}"
-        values = _together(lambda: score_rewards(local, own), what)
-        gathered_values = {name: gathered(of_own, len(groups)) for name, of_own in values.items()}
-        for reward in self._rewards:
-            if reward.config.kind == "model":
-                gathered_values[reward.name] = reward.score(groups)
+        values = self._rewards.score(list(zip(records, rollouts.completions, strict=True)))
         rollouts.rewards = {
-            reward.name: [value for of_prompt in gathered_values[reward.name] for value in of_prompt]
-            for reward in self._rewards
+            name: [value for of_prompt in of_prompts for value in of_prompt]
+            for name, of_prompts in values.items()
         }
-        rollouts.reward_C, rollouts.scored_C = combine(self._rewards, gathered_values, records)
+        rollouts.reward_C, rollouts.scored_C = self._rewards.combine(values, records)
 
 
 def sampling_of(config: RolloutConfig, completions: int, seed: int) -> Sampling:

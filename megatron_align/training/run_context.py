@@ -14,6 +14,8 @@ from megatron_align.config import RunConfig
 from megatron_align.model import parallel
 from megatron_align.monitoring import flight_recorder
 from megatron_align.monitoring.memory import explaining_out_of_memory
+from megatron_align.rollout.prompt_table import PromptTable
+from megatron_align.training.rewards import require_rewards
 from megatron_align.training.run_lock import RunLock
 from megatron_align.training.setup import RunSetup, prepare_run
 from megatron_align.training.watchdog import Watchdog, join_watched
@@ -27,7 +29,10 @@ def prepared_run(config: RunConfig, rank_info: parallel.RankInfo) -> Iterator[Ru
         InputError: another run uses the folder; or anything else that the user can correct.
     """
     with RunLock(Path(config.checkpoint.dir), rank_info) as lock:
-        yield prepare_run(config, rank_info, lock=lock)
+        setup = prepare_run(config, rank_info, lock=lock)
+        if isinstance(setup.train, PromptTable):
+            require_rewards(config, setup.train.records, rank_info)
+        yield setup
 
 
 @contextmanager
