@@ -31,7 +31,7 @@ def write_pngs(out: Path, charts: Sequence[Chart], names: Sequence[str]) -> list
 
     folder = out / "png"
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{chart.metric.name}.png" for chart in charts]
+    files = [folder / f"{chart.metric.name.replace('/', '.')}.png" for chart in charts]  # TASK/METRIC
     for chart, file in zip(charts, files, strict=True):
         figure = Figure(figsize=(6, 3.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 import yaml
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -32,7 +33,16 @@ from megatron_align.training.likelihood import CompletionScorer
 
 STDERR = "_stderr"
 # What lm-eval and datasets raise for unknown tasks, malformed files and data that are not there.
-_UNREADABLE = (LookupError, ValueError, TypeError, OSError, ImportError, AttributeError, yaml.YAMLError)
+_UNREADABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    AttributeError,
+    yaml.YAMLError,
+    TemplateError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,18 +170,25 @@ def run_lm_eval(
 
 def _run(loaded: LoadedTask, lm: PolicyLM) -> LMEvalItems:
     task = loaded.task
-    found = simple_evaluate(
-        model=lm,
-        tasks=loaded.specs,
-        task_manager=loaded.manager,
-        num_fewshot=task.num_fewshot,
-        limit=task.limit,
-        apply_chat_template=task.apply_chat_template,
-        system_instruction=task.system_instruction,
-        fewshot_as_multiturn=task.fewshot_as_multiturn,
-        gen_kwargs=task.gen_kwargs,
-        log_samples=True,
-    )
+    try:
+        found = simple_evaluate(
+            model=lm,
+            tasks=loaded.specs,
+            task_manager=loaded.manager,
+            num_fewshot=task.num_fewshot,
+            limit=task.limit,
+            apply_chat_template=task.apply_chat_template,
+            system_instruction=task.system_instruction,
+            fewshot_as_multiturn=task.fewshot_as_multiturn,
+            gen_kwargs=task.gen_kwargs,
+            log_samples=True,
+        )
+    except (
+        TemplateError
+    ) as error:  # of a later document than the first, which was rendered when the task was loaded
+        raise InputError(
+            f"task {task.name}: a template of {', '.join(loaded.names)} fails: {one_line(error)}"
+        ) from error
     items = [
         _items(found, loaded) if found is not None else None
     ]  # only the first rank of a node has results

@@ -130,6 +130,9 @@ def test_numbers_are_those_of_lm_evals_hf_model(pool, run_folder, task_files, ex
     config = {"model": str(run_folder), "precision": "fp32", "out": str(tmp_path), "sequence_length": 256}
     results = pool.run(ranks, training_ranks.evaluate, {**config, "parallel": parallel, "tasks": tasks})
     assert all(other == results[0] for other in results)
+    directions = results[0]["higher_is_better"]  # lm-eval's own
+    assert directions["rolling"] == {"word_perplexity": False, "bits_per_byte": False}
+    assert directions["both"] == {"acc": True, "acc_norm": True, "perplexity": False}
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results[0]))
     for name in TASKS:
         entry, theirs = results[0]["tasks"][name], expected["results"][name]
@@ -249,6 +252,13 @@ def test_what_lm_eval_cannot_load_is_one_line(tmp_path):
         f"task: broken\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/none.json}}\n"
     )
     with pytest.raises(InputError, match="task t: lm-eval could not load .*none.json"):
+        load()
+    (tmp_path / "docs.json").write_text(json.dumps(DOCS[0]))
+    (tmp_path / "broken.yaml").write_text(
+        TASKS["sums"].replace("{{question}}", "{{nope}}")
+        + DATASET.format(data=tmp_path / "docs.json", cache=tmp_path / "cache")
+    )
+    with pytest.raises(InputError, match="task t: lm-eval could not load .*broken.yaml: 'nope' is undefined"):
         load()
     for options, line in (
         ({"num_fewshot": -1}, "num_fewshot must not be negative"),

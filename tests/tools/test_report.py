@@ -41,7 +41,9 @@ def write_run(folder, steps=60, seed=0, spike=None, **options):
             row |= {"loss": 40.0, "suspects": list(range(12)), "grad_norm": None}
         rows.append(row)
         if step % 20 == 0:
-            rows.append({"step": step, "split": "validation", "loss": 0.5 - step / 1000})
+            rows.append(
+                {"step": step, "split": "validation", "loss": 0.5 - step / 1000, "arc/accuracy": 0.25}
+            )
             rows.append({"step": step, "split": "timing", "data_seconds": 0.1, "forward_backward_seconds": 0.6,
                          "wait_seconds": 0.2, "optimizer_seconds": 0.1, "straggler_rank": 7})  # fmt: skip
     folder.mkdir(parents=True)
@@ -93,6 +95,7 @@ def test_one_run_end_to_end(tmp_path, capsys):
     assert "Configuration differences" not in text
     pictures = {path.name for path in (tmp_path / "out" / "png").iterdir()}
     assert {"loss.png", "accuracy.png", "wait_seconds.png", "all.png"} <= pictures
+    assert "arc.accuracy.png" in pictures  # of a task during training
     assert "skipped_steps.png" not in pictures  # nothing but zeros
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "out" / "png").iterdir())
 
