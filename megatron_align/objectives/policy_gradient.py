@@ -47,7 +47,7 @@ OF_ROLLOUTS = (
     _metric(
         "reward_std",
         "reward",
-        "mean over prompts of the deviation of their completions' rewards",
+        "deviation of the rewards of all completions of the rollouts",
         "reward_std",
     ),
     _metric(
@@ -78,11 +78,21 @@ OF_ROLLOUTS = (
         section="Speed",
     ),
 )
-KL = _metric("kl", "nats per token", "mean estimate of the KL divergence from the reference", "kl")
+KL = _metric(
+    "kl",
+    "nats per token",
+    "mean estimate of the KL divergence from the reference, weighed by the ratio where the loss weighs it",
+    "kl",
+)
 OF_STEPS = (
     KL,
     _metric("entropy", "nats", "mean entropy of the policy at the trained tokens", "entropy"),
-    _metric("clip_fraction", "share", "tokens whose ratio is outside the clip", "clip_ratio/region_mean"),
+    _metric(
+        "clip_fraction",
+        "share",
+        "tokens whose ratio is outside the clip (TRL, level sequence: completions)",
+        "clip_ratio/region_mean",
+    ),
     _metric("ratio_max", "ratio", "largest ratio of the policy to the policy that sampled"),
     _metric(
         "mismatch_mean",
@@ -342,7 +352,10 @@ class PolicyGradientObjective(Objective):
         if tokens.reference_N is not None:
             log_N = tokens.masked(tokens.policy_N.detach() - tokens.reference_N)
             estimator = self._loss.kl_estimator if not self._kl_elsewhere else self._estimator.kl_estimator
-            sums["kl"] = (share_N * KL_ESTIMATORS[estimator](log_N)).sum()
+            kl_N = KL_ESTIMATORS[estimator](log_N)
+            if not self._kl_elsewhere and self._loss.use_bias_correction_kl:
+                kl_N = kl_N * tokens.masked(terms.ratio_N)  # as in the loss, and so in TRL
+            sums["kl"] = (share_N * kl_N).sum()
         known_N = None if difference_N is None else tokens.masked(difference_N.nan_to_num(nan=0.0))
         zero = share_N.sum() * 0.0
         weight_N = torch.ones_like(share_N) if tokens.correction_N is None else tokens.correction_N
@@ -376,20 +389,27 @@ class RLOO(PolicyGradientObjective):
 
 
 def rollout_metrics(rollouts: ScoredRollouts) -> dict[str, float]:
-    """Return the metrics of a set of rollouts, besides those of each reward."""
+    """Return the metrics of a set of rollouts, besides those of each reward, as TRL 1.16 defines them."""
     scored_C, size_G = rollouts.scored_C, rollouts.size_G
     reward_C = rollouts.reward_C.double().masked_fill(~scored_C, 0.0)
+    mean_G, deviation_G = _moments(reward_C, scored_C, size_G)
+    [mean], [deviation] = _moments(reward_C, scored_C, size_G.sum()[None])
+    return {
+        "reward": float(mean),
+        "reward_std": float(deviation),
+        "completion_length": float(rollouts.length_C.double().mean()),
+        "truncated": float(rollouts.truncated_C.double().mean()),
+        # Equal rewards are not exactly their mean: 0.1 three times.
+        "groups_without_signal": float((deviation_G <= 1e-8).double().mean()),
+    }
+
+
+def _moments(reward_C: Tensor, scored_C: Tensor, size_G: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased deviation of the rewards of each group, ``[G]``; rewards are 0 where not scored."""
     count_G = segment_sums(scored_C.double(), size_G)
     mean_G = segment_sums(reward_C, size_G) / count_G.clamp(min=1)
     off_C = (reward_C - per_token(mean_G, size_G)).masked_fill(~scored_C, 0.0)
-    deviation_G = (segment_sums(off_C.square(), size_G) / (count_G - 1).clamp(min=1)).sqrt()
-    return {
-        "reward": float(reward_C.sum() / scored_C.sum().clamp(min=1)),
-        "reward_std": float(deviation_G.mean()),
-        "completion_length": float(rollouts.length_C.double().mean()),
-        "truncated": float(rollouts.truncated_C.double().mean()),
-        "groups_without_signal": float((deviation_G == 0).double().mean()),
-    }
+    return mean_G, (segment_sums(off_C.square(), size_G) / (count_G - 1).clamp(min=1)).sqrt()
 
 
 def _maximum(values_N: Tensor) -> Tensor:

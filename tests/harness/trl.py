@@ -19,11 +19,12 @@ TRL_SETTINGS = {
 }
 
 
-def trl_rows(module, kind, model, records, folder, adapter=None, **options):
+def trl_rows(module, kind, model, records, folder, adapter=None, given=None, methods=None, **options):
     """Return TRL's log of every step, unrounded.
 
     ``adapter``: a PEFT folder; it is trained instead of the model's weights, from the values that the folder holds. Or
-    PEFT's options, whose initial values it then has.
+    PEFT's options, whose initial values it then has. ``given``: further arguments of the trainer; ``methods`` replace
+    its own. ``options``: of its configuration.
     """
     from datasets import Dataset
     from transformers import (
@@ -51,23 +52,35 @@ def trl_rows(module, kind, model, records, folder, adapter=None, **options):
                     )["train"].items()
                     if values and isinstance(values[0], (int, float))
                 }
-                self.rows.append({**means, "loss": self.loss})
+                self.rows.append({**means, "loss": self.loss, "grad_norm": logs.get("grad_norm")})
             super().log(logs, *args, **kwargs)
 
     Recording.rows, is_folder = [], isinstance(adapter, Path)
+    for name, method in (methods or {}).items():
+        setattr(Recording, name, method)
     own = {"pad_to_multiple_of": None} if kind in ("DPO", "Reward") else {}
+    if kind in ("GRPO", "RLOO"):
+        own = {"shuffle_dataset": False}
+    else:
+        own["max_length"] = LENGTH
     if "experimental" in module:
-        own = {"max_completion_length": LENGTH} if kind in ("CPO", "ORPO") else {}
+        own = {"max_length": LENGTH}
+        if kind in ("CPO", "ORPO"):
+            own["max_completion_length"] = LENGTH
     arguments = getattr(trl, f"{kind}Config")(
         output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
         max_steps=STEPS,
         weight_decay=0.1,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        max_length=LENGTH,
         logging_steps=1,
-        **{"learning_rate": LR, **TRL_SETTINGS, **own, **options},
+        **{
+            "per_device_train_batch_size": BATCH,
+            "learning_rate": LR,
+            **TRL_SETTINGS,
+            **own,
+            **options,
+        },
     )
     auto = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
     trainer = Recording(
@@ -76,6 +89,7 @@ def trl_rows(module, kind, model, records, folder, adapter=None, **options):
         train_dataset=Dataset.from_list(records),
         processing_class=AutoTokenizer.from_pretrained(model),
         **({} if adapter is None else {"peft_config": peft_config(adapter) if is_folder else adapter}),
+        **(given or {}),
     )
     if is_folder:
         load_adapter(trainer.model, adapter)
