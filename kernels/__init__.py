@@ -38,6 +38,7 @@ else:
         token_logprobs_reference,
         token_scores,
         token_scores_reference,
+        top_logits,
     )
 
     __all__ = [
@@ -57,4 +58,5 @@ else:
         "token_logprobs_reference",
         "token_scores",
         "token_scores_reference",
+        "top_logits",
     ]

@@ -23,6 +23,7 @@ from megatron_align.kernels.token_logprobs.public import (
     slab_loss,
     token_logprobs,
     token_scores,
+    top_logits,
 )
 from megatron_align.kernels.token_logprobs.reference import (
     column_logits_reference,
@@ -47,4 +48,5 @@ __all__ = [
     "token_logprobs_reference",
     "token_scores",
     "token_scores_reference",
+    "top_logits",
 ]

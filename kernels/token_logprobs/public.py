@@ -12,7 +12,7 @@ from megatron_align.kernels.token_logprobs.autograd import SlabLoss, TokenLogpro
 from megatron_align.kernels.token_logprobs.columns import ColumnLogits, check_columns
 from megatron_align.kernels.token_logprobs.options import GradientOptions, HeadOptions
 from megatron_align.kernels.token_logprobs.reference import SlabFunction, TokenScores
-from megatron_align.kernels.token_logprobs.scores import score
+from megatron_align.kernels.token_logprobs.scores import score, top_logits_of
 from megatron_align.kernels.token_logprobs.slab_loop import SlabLossCall, check_slabs
 from megatron_align.kernels.token_logprobs.vocab_shard import open_shard
 
@@ -52,8 +52,8 @@ def column_logits(
 ) -> Tensor:
     """Return the logits of K given tokens of each row: a teacher's top k, for a divergence over them.
 
-    Differentiable, 6 NHV in total; of the logits of a slab only these columns are kept. Teachers' tokens and log-probs
-    come from :func:`token_scores`.
+    Differentiable, 6 NHV in total; of the logits of a slab only these columns are kept. A teacher's tokens and logits
+    come from :func:`top_logits`.
 
     Args:
         hidden_NH: as :func:`token_logprobs`.
@@ -72,6 +72,34 @@ def column_logits(
     shard = open_shard(hidden_NH, weight_VH, first_N, **options)
     check_columns(hidden_NH, columns_NK, shard)
     return ColumnLogits.apply(hidden_NH, weight_VH, columns_NK, shard)
+
+
+@torch.no_grad()
+def top_logits(
+    hidden_NH: Tensor, weight_VH: Tensor, top_k: int, **options: Unpack[HeadOptions]
+) -> tuple[Tensor, Tensor]:
+    """Return the ``top_k`` largest logits of each row, descending, and their tokens, in one pass of 2 NHV.
+
+    Without gradients. Of tokens with equal logits the lower ones are taken, and come first, on any number of ranks. The
+    logits have the bits that :func:`column_logits` gives for these rows, weights and tokens.
+
+    Args:
+        hidden_NH: as :func:`token_logprobs`.
+        weight_VH: as :func:`token_logprobs`.
+        top_k: 1 to ``vocab_size``.
+        options: as :func:`token_scores`.
+
+    Returns:
+        ``[N, K]`` fp32 (fp64 for fp64 inputs) and ``[N, K]`` int64, the same on every rank of ``group``.
+
+    Raises:
+        ValueError: as :func:`token_logprobs`, and on ``top_k``.
+    """
+    first_N = torch.zeros(hidden_NH.shape[:1], dtype=torch.int64, device=hidden_NH.device)
+    shard = open_shard(hidden_NH, weight_VH, first_N, **options, sum_hidden_grad=False)
+    if not 1 <= top_k <= shard.tokens:
+        raise ValueError(f"top_logits needs 1 <= top_k <= {shard.tokens}, the vocabulary; got {top_k}")
+    return top_logits_of(hidden_NH, shard, top_k)
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ data.too_long: truncation_strategy truncation truncation_mode overlong_handling 
 data.cache: dataset_prepared_path cache_dir tokenized_path data_cache_path dataset_cache_dir overwrite_cache
     preprocessing_cache load_from_cache_file
 reference.path: ref_model ref_model_path reference_model reference_model_path ref_load ref_model_name_or_path
-    reference_model_name_or_path ref_path
+    reference_model_name_or_path ref_path teacher_model teacher_model_name_or_path
 reference.mode: precompute_ref_log_probs reference_free ref_free cache_reference use_ref_model
     force_use_ref_model
 reference.sync_steps: ref_model_sync_steps sync_ref_model tr_dpo_sync_steps
@@ -200,7 +200,8 @@ rm rw reward_model reward_modeling reward_modelling bradley_terry bt rlhf_reward
 finetune fine_tune fine_tuning supervised instruct instruction pt pretrain cpt lm causal_lm = sft
 preference pref rlhf dpo_trainer = dpo
 gspo dapo dr_grpo reinforce reinforce_plus_plus = grpo
-ppo remax raft online_dpo xpo nash_md gkd distill distillation prm gepa star rft = -
+gkd distillation knowledge_distillation = distill
+ppo remax raft online_dpo xpo nash_md prm gepa star rft = -
 """
 
 

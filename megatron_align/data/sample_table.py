@@ -31,7 +31,7 @@ class SampleTable(Protocol):
         completion_lengths: int64[C], tokens of each completion.
         completion_scored: int64[C], targets of each completion.
         completion_columns: by name, [C]: further values of each completion, such as ``reference_logprobs``.
-        row_columns: by name, [N]: further values of each target, in order of samples and tokens.
+        row_columns: by name, [N] or [N, K]: further values of each target, in order of samples and tokens.
     """
 
     lengths: np.ndarray

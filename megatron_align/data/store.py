@@ -145,6 +145,12 @@ class TokenStore:
         other.completion_columns = {**self.completion_columns, **columns}
         return other
 
+    def with_row_columns(self, columns: Mapping[str, np.ndarray]) -> TokenStore:
+        """Return this store with further values of each target, by name, [N] or [N, K]; they are not written to it."""
+        other = copy.copy(self)
+        other.row_columns = {**self.row_columns, **columns}
+        return other
+
     def __len__(self) -> int:
         return len(self.lengths)
 

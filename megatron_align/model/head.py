@@ -1,7 +1,8 @@
 """The output heads: scored rows of hidden states to log-probs or to the loss; last tokens to rewards.
 
 Shapes: Q tokens of this context-parallel rank (Q / TP on each rank under sequence parallel), N scored rows of the pack,
-n of them on this context-parallel rank, H hidden, M rows that each tensor-parallel rank sends.
+n of them on this context-parallel rank, H hidden, M rows that each tensor-parallel rank sends; K likeliest tokens of a
+row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequ
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_align.kernels import RECOMPUTED, slab_loss, slab_rows, token_logprobs, token_scores
+from megatron_align.kernels import (
+    RECOMPUTED,
+    column_logits,
+    slab_loss,
+    slab_rows,
+    token_logprobs,
+    token_scores,
+    top_logits,
+)
 from megatron_align.model import cpu
 from megatron_align.model.adapted_linear import without_adapter
 from megatron_align.model.context_parallel import ContextSlabs, gather_rows
@@ -28,7 +37,7 @@ from megatron_align.records import LossRows, PackedBatch
 
 
 class PackLoss(NamedTuple):
-    """A pack's share of the step's loss, whose gradients exist already, and its metric sums."""
+    """A pack's share of the step's loss and its metric sums; the gradients of a loss on log-probs exist already."""
 
     loss: Tensor
     sums: dict[str, Tensor]
@@ -39,6 +48,11 @@ class RowObjective(Protocol):
 
     whole_samples: bool
     row_statistics: bool
+    top_k: int
+
+    def row_values(self, logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
+        """Return a value of each row from logits of the reference's likeliest tokens, where ``top_k`` is above 0."""
+        ...
 
     def loss(
         self, logprobs_N: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]
@@ -89,15 +103,19 @@ class VocabularyHead(ColumnParallelLinear):
         *,
         weight: Tensor,
         likeliest: bool = False,
+        top_k: int = 0,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
 
         Args:
             hidden: ``[Q or Q / TP, 1, H]``.
             batch: the pack and its scored rows.
-            objective: evaluated on the log-probs, slab by slab; None: return log-probs.
+            objective: evaluated on the log-probs, slab by slab, or on logits of ``objective.top_k`` tokens of each
+                row; None: return log-probs.
             weight: this module's, or the embedding's if tied on this rank.
             likeliest: return ``[2, N]``: log-probs, and 1 where no token is likelier than the target.
+            top_k: return ``[2, N, K]``: the K likeliest tokens, whose ids below 2^24 are exact in fp32, and their
+                logits at temperature 1.
         """
         if self.unit_rows:  # here, as the weight is certainly gathered inside this module's forward
             weight = F.normalize(weight)
@@ -110,6 +128,15 @@ class VocabularyHead(ColumnParallelLinear):
             "sum_hidden_grad": not self.sequence_parallel,
             "temperature": self.temperature,
         }
+        if top_k or (objective is not None and objective.top_k):
+            del options["temperature"]  # that of rollouts; such an objective divides by one of its own
+            if objective is None:
+                logits_nK, tokens_nK = top_logits(
+                    hidden_nH, weight, top_k, group=self.tp_group, vocab_size=self.vocab_size
+                )
+                pairs_n2K = torch.stack([tokens_nK.to(logits_nK.dtype), logits_nK], dim=1)
+                return self._all_rows(pairs_n2K, batch).transpose(0, 1)
+            return self._column_loss(hidden_nH, weight, batch, objective, options)
         whole_samples = objective is None or objective.whole_samples
         owner_N = None if part is None else part.owner_N
         slabs = rows.slabs(slab_rows(weight), whole_samples=whole_samples, owner_N=owner_N) or [rows]
@@ -149,6 +176,33 @@ class VocabularyHead(ColumnParallelLinear):
             # Ranks hold different rows of a sample: report the maximum over context ranks.
             dist.all_reduce(sums[RECOMPUTED], dist.ReduceOp.MAX, group=self.context)
         return PackLoss(value, sums)
+
+    def _column_loss(
+        self,
+        hidden_nH: Tensor,
+        weight: Tensor,
+        batch: PackedBatch,
+        objective: RowObjective,
+        options: dict[str, Any],
+    ) -> PackLoss:
+        """Return the loss of an objective on logits of the reference's likeliest tokens.
+
+        All rows are given to one call, which computes logits slab by slab. A loss needs one number of each row, so
+        ranks that hold different rows gather these alone.
+        """
+        number_n = slice(None) if batch.part is None else batch.part.rows.number_n
+        tokens_nK, reference_nK = (
+            batch.rows.columns[name][number_n] for name in ("reference_tokens", "reference_logits")
+        )
+        logits_nK = column_logits(hidden_nH, weight, tokens_nK.long(), **options)
+        value_n = objective.row_values(logits_nK, reference_nK.to(logits_nK.dtype))
+        return PackLoss(*objective.loss(self._all_rows(value_n, batch), batch.rows, {}))
+
+    def _all_rows(self, values_n: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the values of all rows of the pack, of those that this context-parallel rank holds."""
+        if batch.part is None:
+            return values_n
+        return gather_rows(values_n, batch.part.rows.number_n, batch.rows.row_N.shape[0], self.context)
 
     def _held_rows(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return hidden states and weight, both with the adapter, and targets of the scored rows on this rank."""

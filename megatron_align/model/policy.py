@@ -228,7 +228,12 @@ class Policy(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, batch: PackedBatch, objective: RowObjective | None = None, *, likeliest: bool = False
+        self,
+        batch: PackedBatch,
+        objective: RowObjective | None = None,
+        *,
+        likeliest: bool = False,
+        top_k: int = 0,
     ) -> Tensor | PackLoss:
         """Return hidden states ``[Q or Q / TP, 1, H]``; on the last stage the result of the head's ``forward``."""
         hidden = self._hidden(batch)
@@ -236,7 +241,9 @@ class Policy(LanguageModule):
             return hidden
         if self.shape.is_reward:
             return self.reward_head(hidden, batch, objective, self.pg_collection)
-        return self.output_layer(hidden, batch, objective, weight=self._head(), likeliest=likeliest)
+        return self.output_layer(
+            hidden, batch, objective, weight=self._head(), likeliest=likeliest, top_k=top_k
+        )
 
     @torch.no_grad()
     def logits(self, batch: PackedBatch) -> Tensor:

@@ -35,6 +35,7 @@ Need = Literal[
     "mismatched_logprobs",
     "reference_token_logprobs",
     "old_logprobs",
+    "reference_top_k",
 ]
 
 # The models that score a step without gradients, once for each need, before its loss can be computed: the pre-pass
@@ -45,6 +46,7 @@ SCORED_BY: dict[Need, tuple[Literal["policy", "reference"], ...]] = {
     "mismatched_logprobs": ("policy", "reference"),  # ... of each prompt with its neighbour's completion
     "reference_token_logprobs": ("reference",),  # of rollouts, for the tokens' column reference_logprobs
     "old_logprobs": ("policy",),  # of rollouts, for the tokens' column of this name
+    "reference_top_k": ("reference",),  # its likeliest tokens and their logits, for two columns of the tokens
 }
 
 
@@ -86,6 +88,8 @@ class Objective:
         normalization: what weighs the same in the global batch; the weights in the rows follow from it.
         whole_samples: its loss needs complete samples; False: it is a sum over rows.
         row_statistics: its loss needs each row's entropy and log sum p^2.
+        top_k: its loss is given a value of each row that :meth:`row_values` computes from the logits of as many tokens,
+            the reference's likeliest; 0: it is given log-probs.
         score_prompt: prompts are scored too, see ``data.batching.collate.pack``.
         beta: factor from log-ratios to its metrics chosen_reward and rejected_reward; None: it does not report them.
         loss_at_reference: loss of a policy that equals its reference; None: not a constant.
@@ -102,6 +106,7 @@ class Objective:
     normalization: Normalization
     whole_samples: bool = True
     row_statistics: bool = False
+    top_k: int = 0
     score_prompt: bool = False
     beta: float | None = None
     loss_at_reference: float | None = None
@@ -115,12 +120,23 @@ class Objective:
     @property
     def compares(self) -> bool:
         """Whether the policy is compared with a reference model."""
-        return not self.needs.isdisjoint({"reference_logprobs", "reference_token_logprobs"})
+        return not self.needs.isdisjoint(
+            {"reference_logprobs", "reference_token_logprobs", "reference_top_k"}
+        )
 
     def loss(
         self, logprobs_N: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]
     ) -> tuple[Tensor, Sums]:
         """Return these samples' share of the step's loss (a scalar to sum) and their metric sums, detached."""
+        raise NotImplementedError
+
+    def row_values(self, logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
+        """Return ``[N]`` for :meth:`loss` in place of log-probs; for an objective with :attr:`top_k` = K > 0.
+
+        Args:
+            logits_NK: the policy's, of the reference's K likeliest tokens.
+            reference_NK: the reference's, of the same tokens, in the same dtype.
+        """
         raise NotImplementedError
 
     def weighted(self, logprobs_N: Tensor, rows: LossRows) -> Tensor:

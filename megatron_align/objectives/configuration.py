@@ -66,6 +66,12 @@ def _checked(config: RunConfig) -> RunConfig:
         objective.compares or config.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
         f"objective {name} compares with no reference: the options reference.* do not apply",
     )
+    if "reference_top_k" in objective.needs:
+        require(
+            config.reference.path is not None and config.reference.mode in (None, "cached"),
+            f"objective {name} needs reference.path, the teacher, and reference.mode cached; got path "
+            f"{shown(config.reference.path)}, mode {shown(config.reference.mode)}",
+        )
     if isinstance(objective, PolicyGradientObjective):
         _check_rollouts(config)
     else:

@@ -16,6 +16,7 @@ from megatron_align.errors import nearest, require, shown
 from megatron_align.losses.policy_gradient import POLICY_LOSSES
 from megatron_align.objectives import user_file
 from megatron_align.objectives.base import SCORED_BY, Objective
+from megatron_align.objectives.distill import Distill
 from megatron_align.objectives.dpo import DPO, DPO_OPTIONS
 from megatron_align.objectives.kto_bco import BCO, KTO
 from megatron_align.objectives.options import ObjectiveOptions
@@ -26,7 +27,8 @@ from megatron_align.objectives.sft import SFT
 
 ReferenceMode = Literal["cached", "live", "none"]
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.Options.name: kind for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel, GRPO, RLOO)
+    kind.Options.name: kind
+    for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel, Distill, GRPO, RLOO)
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.config import ParallelConfig
@@ -51,7 +52,7 @@ def batches_of_split(
     setup: RunSetup,
     objective: Objective,
     groups: ProcessGroupCollection,
-    reference_C: np.ndarray | None = None,
+    with_reference: Callable[[TokenStore], TokenStore] | None = None,
 ) -> StepBatches:
     """Return the steps of ``train`` (all of the run) or ``validation`` (one pass over its data).
 
@@ -60,7 +61,7 @@ def batches_of_split(
         setup: of the run.
         objective: of the run.
         groups: of this rank.
-        reference_C: the reference's summed log-prob of each completion of the split; None: not cached.
+        with_reference: adds the reference's cached columns to the split's store; None: there are none.
     """
     config, options = setup.config, pack_options(setup, objective)
     rank = data_rank(setup.shape, config.parallel, groups)
@@ -70,8 +71,8 @@ def batches_of_split(
     else:
         assert config.data.validation is not None, "it has a store"
         order = step_order(store, config.data, one_epoch(config.train), config.data.validation)
-    if reference_C is not None:
-        store = store.with_completion_columns({"reference_logprobs": reference_C})
+    if with_reference is not None:
+        store = with_reference(store)
     mismatched = "mismatched_logprobs" in objective.needs
     drops = split == "train" and setup.adapter is not None and setup.adapter.dropout > 0
     batches = StepBatches(store, order, options, rank, objective.normalization, mismatched=mismatched)

@@ -33,6 +33,7 @@ class Scorer:
         objective: which log-probs are summed, and how they are weighted.
         base: score with the base of a model that has an adapter, as its reference.
         likeliest: of a language model collect ``[2, N]``: log-probs, and 1 where no token is likelier.
+        top_k: of a language model collect ``[2, N, K]``: the K likeliest tokens of each row, and their logits.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class Scorer:
         *,
         base: bool = False,
         likeliest: bool = False,
+        top_k: int = 0,
     ):
-        self.chunks, self.objective, self.base, self.likeliest = list(chunks), objective, base, likeliest
+        self.chunks, self.objective, self.base = list(chunks), objective, base
+        self.likeliest, self.top_k = likeliest, top_k
 
     def sums(self, batches: Sequence[PackedBatch], *, training: bool = False) -> list[Tensor]:
         """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
@@ -88,7 +91,7 @@ class Scorer:
         *_: Any,
     ) -> tuple[Tensor, Any]:
         batch = next(batches).to(cpu.device())
-        output = model(batch, likeliest=True) if self.likeliest else model(batch)
+        output = model(batch, likeliest=self.likeliest, top_k=self.top_k)
         return output, lambda values, non_loss_data: of_pack(values, batch.rows)
 
 

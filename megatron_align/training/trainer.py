@@ -218,10 +218,10 @@ class Trainer:
         return [chunk.module for chunk in self.model]
 
     def batches_of(self, split: str) -> StepBatches:
-        """Return the steps of ``train`` or ``validation``, with cached reference log-probs where there are any."""
+        """Return the steps of ``train`` or ``validation``, with the reference's cached columns where there are any."""
         column = self.references.columns.get(split)
-        cached_C = column.completions.values_K if column else None
-        return batches_of_split(split, self.setup, self.objective, self.groups, cached_C)
+        add = column.added_to if column else None
+        return batches_of_split(split, self.setup, self.objective, self.groups, add)
 
     @contextmanager
     def prefetched(self) -> Iterator[Iterator[Step]]:

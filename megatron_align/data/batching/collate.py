@@ -27,7 +27,8 @@ class PackValues:
         weight_C: weight of each completion's sample.
         token_weight_C: weight of one of its scored tokens.
         completion_columns: further values of the completions by name, each ``[C]``.
-        row_columns: further values of the targets by name; rows of a scored prompt, which have none, get NaN.
+        row_columns: further values of the targets by name, ``[N]``, which become fp32, or ``[N, K]``, which keep their
+            type; uint16 holds the bits of bf16. Rows of a scored prompt, which have none, get NaN.
     """
 
     weight_C: np.ndarray
@@ -164,7 +165,11 @@ def _completions(
 
 
 def _row_column(column: np.ndarray, prompt_N: np.ndarray) -> Tensor:
-    """Return ``[N]`` float32: the column's values on the targets, NaN on the rows of prompts."""
+    """Return ``[N]`` float32: the column on the targets, NaN on the rows of prompts; or ``[N, K]`` as it is."""
+    if column.ndim == 2:
+        assert not prompt_N.any(), "no objective scores prompts and reads such a column"
+        values_NK = torch.from_numpy(column)
+        return values_NK.view(torch.bfloat16) if column.dtype == np.uint16 else values_NK
     column_N = np.full(len(prompt_N), math.nan, np.float32)
     column_N[~prompt_N] = column
     return torch.from_numpy(column_N)

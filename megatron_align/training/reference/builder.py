@@ -20,6 +20,7 @@ from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import ReferenceMode, reference_mode
 from megatron_align.training.reference.cache import ReferenceColumns, hash_of_rank_0
 from megatron_align.training.reference.logprobs import LiveReference, Reference, ZeroReference
+from megatron_align.training.reference.top_k import TopKColumns
 from megatron_align.training.resume import ResumePoint
 from megatron_align.training.resume_compatibility import require_same_reference
 from megatron_align.training.scoring import Scorer
@@ -34,7 +35,7 @@ class References:
 
     Args:
         mode: how it is run; None: the objective compares with none.
-        columns: cached log-probs of each split.
+        columns: cached log-probs of each split, or likeliest tokens and their logits.
         live: the second model of ``reference.mode: live``.
         sync_steps: interval in steps at which the live reference moves towards the policy; None: it is frozen.
         mixup_alpha: how far it then moves, see :meth:`.LiveReference.move`; None: it is frozen.
@@ -42,7 +43,7 @@ class References:
     """
 
     mode: ReferenceMode | None
-    columns: Mapping[str, ReferenceColumns]
+    columns: Mapping[str, ReferenceColumns | TopKColumns]
     live: LiveReference | None
     sync_steps: int | None
     mixup_alpha: float | None
@@ -108,20 +109,21 @@ class ReferenceBuilder:
         batches_of: Callable[[str], StepBatches],
         weights_hash: str | None,
         first_step: int,
-    ) -> dict[str, ReferenceColumns]:
-        """Return the cached log-probs of each split, computing what is missing; empty for other modes.
+    ) -> Mapping[str, ReferenceColumns | TopKColumns]:
+        """Return the cached columns of each split, computing what is missing; empty for other modes.
 
         Args:
             chunks: the policy's, before its weights are loaded: if anything is missing, the reference's weights are
                 loaded into them.
-            batches_of: returns the steps of a split, without reference log-probs.
+            batches_of: returns the steps of a split, without cached columns.
             weights_hash: see :meth:`frozen_weights_hash`.
             first_step: 0-based training step at which the run starts.
         """
         if self.mode != "cached" or weights_hash is None:
             return {}
         with self.watchdog.patient("opening the reference's log-probs"):
-            columns = ReferenceColumns.open_all(self.setup, self.setup.config, self.objective, weights_hash)
+            kind = TopKColumns if "reference_top_k" in self.objective.needs else ReferenceColumns
+            columns = kind.open_all(self.setup, self.setup.config, self.objective, weights_hash)
         missing = {}
         for split, column in columns.items():
             batches = batches_of(split)
@@ -131,7 +133,7 @@ class ReferenceBuilder:
         if missing:
             with self.watchdog.patient("loading the reference"):
                 load_reference_weights(chunks, self.setup, self.groups)
-            scorer = Scorer(chunks, self.objective, base=True)
+            scorer = Scorer(chunks, self.objective, base=True, top_k=self.objective.top_k)
             for split, (batches, steps) in missing.items():
                 columns[split].fill(batches, steps, scorer, self.groups, self.watchdog)
         return columns

@@ -143,7 +143,7 @@ class ReferenceColumns:
             "precision": config.train.precision,
             **objective.scoring_options,
         }
-        folder = Path(config.data.cache or Path(config.checkpoint.dir) / CACHE_IN_RUN)
+        folder = cache_folder(config)
         opened = {}
         for split in ("train", "validation"):
             store: TokenStore | None = getattr(setup, split)
@@ -155,9 +155,13 @@ class ReferenceColumns:
                 order, steps = _order_key(setup, split)
                 columns.append(Column.open(folder, {**of_split, **order}, steps))
             for column in columns:
-                _broadcast(column)
+                broadcast(column)
             opened[split] = cls(columns[0], columns[1] if len(columns) > 1 else None)
         return opened
+
+    def added_to(self, store: TokenStore) -> TokenStore:
+        """Return the store with the reference's log-probs as a column of its completions."""
+        return store.with_completion_columns({"reference_logprobs": self.completions.values_K})
 
     def reference(self) -> CachedReference:
         """Return the reference that reads these columns."""
@@ -189,7 +193,10 @@ class ReferenceColumns:
         bit for bit.
         """
         saved = time.monotonic()
-        with Prefetcher(missing, steps.step) as data, _progress(len(missing)) as advance:
+        with (
+            Prefetcher(missing, steps.step) as data,
+            progress(len(missing), "Reference log-probs") as advance,
+        ):
             for step in data:
                 watchdog.report(f"reference step {step.number + 1}")
                 values_S = gather_step(scorer.sums(step.batches), step.packs, step, groups)
@@ -207,6 +214,11 @@ class ReferenceColumns:
         if dist.get_rank() == 0:
             for column in filter(None, (self.completions, self.mismatched)):
                 column.save()
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Return the folder of a run's cached columns."""
+    return Path(config.data.cache or Path(config.checkpoint.dir) / CACHE_IN_RUN)
 
 
 def hash_of_rank_0(weights: Path) -> str:
@@ -228,15 +240,15 @@ def _order_key(setup: RunSetup, split: str) -> tuple[dict[str, Any], int]:
 
 
 @contextmanager
-def _progress(steps: int) -> Iterator[Callable[[], None]]:
+def progress(steps: int, what: str) -> Iterator[Callable[[], None]]:
     """Show a progress bar on rank 0's terminal; yield the function that advances it by a step."""
     hidden = dist.get_rank() != 0 or not sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("Reference log-probs", total=steps)
-        yield lambda: progress.update(task, advance=1)
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        task = bar.add_task(what, total=steps)
+        yield lambda: bar.update(task, advance=1)
 
 
-def _broadcast(column: Column) -> None:
+def broadcast(column: Column) -> None:
     """Copy rank 0's values to every rank."""
     values_K = torch.from_numpy(column.values_K).to(cpu.device())
     dist.broadcast(values_K, src=0)
