@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from megatron_align.model.parallel import is_metric_rank
 from megatron_align.objectives.base import Objective, completion_sums
 from megatron_align.records import LossRows, PackedBatch
 from megatron_align.training.pipeline import run_schedule
+
+Result = TypeVar("Result")
 
 
 class Scorer:
@@ -60,10 +62,10 @@ class Scorer:
     def collect(
         self,
         batches: Sequence[PackedBatch],
-        of_pack: Callable[[Tensor, LossRows], Tensor],
+        of_pack: Callable[[Tensor, LossRows], Result],
         *,
         training: bool = False,
-    ) -> list[Tensor]:
+    ) -> list[Result]:
         """Return ``of_pack(log-probs or rewards, rows)`` of each batch on the last stage, nothing on the others.
 
         Args:
@@ -85,7 +87,7 @@ class Scorer:
 
     def _forward(
         self,
-        of_pack: Callable[[Tensor, LossRows], Tensor],
+        of_pack: Callable[[Tensor, LossRows], Any],
         batches: Iterator[PackedBatch],
         model: nn.Module,
         *_: Any,

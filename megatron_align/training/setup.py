@@ -174,7 +174,7 @@ def prepare_run(
         config = fix_template_date(config, assets, resume)
         stores = _open_stores(config, assets, rank_info, scratch_cache)
         require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
-        _require_top_k(config, shape)
+        _require_top_k(build_objective(config.objective).top_k, shape)
         steps = _require_steps_left(config, stores, resume)
         changes, notes = plan_asset_changes(config, shape, assets, stores.values())
         data_key = key_of_same_data(stores["train"], resume)
@@ -358,12 +358,9 @@ def require_vocabulary(stores: Mapping[str, TrainingData], shape: ModelShape) ->
             )
 
 
-def _require_top_k(config: RunConfig, shape: ModelShape) -> None:
-    top_k = build_objective(config.objective).top_k
+def _require_top_k(top_k: int, shape: ModelShape) -> None:
     if top_k > shape.vocab_size:
-        raise InputError(
-            f"objective.top_k must be at most {shape.vocab_size}, the model's vocabulary, got {top_k}"
-        )
+        raise InputError(f"objective.top_k must be at most the vocabulary of {shape.vocab_size}, got {top_k}")
 
 
 def _require_steps_left(

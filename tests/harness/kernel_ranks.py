@@ -118,3 +118,16 @@ def checked_logprobs(rank_info: parallel.RankInfo, rows: list[int]) -> str:
             del os.environ["MEGATRON_ALIGN_CHECKS"]
     parallel.leave()
     return answer
+
+
+def top_logits(
+    rank_info: parallel.RankInfo, hidden: torch.Tensor, weight: torch.Tensor, top_k: int, vocab_size: int
+):
+    """Return the largest logits of each row and their tokens, the vocabulary sharded over all ranks."""
+    from megatron_align.kernels import top_logits
+
+    with join_watched(rank_info, ParallelConfig(tensor=rank_info.world_size)).watching():
+        group, mine = parallel.groups().tp, weight.chunk(rank_info.world_size)[rank_info.rank]
+        answer = top_logits(hidden, mine, top_k, group=group, vocab_size=vocab_size)
+    parallel.leave()
+    return answer

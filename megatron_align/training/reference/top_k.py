@@ -4,7 +4,7 @@ Two files in the folder of the cached log-probs. One has a row of each scored to
 as many of logits in the run's precision, ``2 K`` in bf16: 3.0 kB at K = 500. They are kept at temperature 1, where they
 have the bits of the reference's output layer, so that a policy with the same weights has the same logits, bit for bit.
 Rows are written in place, as the file may be larger than memory, and read through a map. The other file is a
-:class:`.Column`: the CRC-32 of each completion's rows, written after they are on the disk. Rows without one do not count.
+:class:`.Column`: the CRC-32 of each completion's rows, saved after they are on the disk. Rows without one do not count.
 
 Shapes: N scored tokens and C completions of a pack, S completions of a step, K tokens of a row.
 """
@@ -43,7 +43,6 @@ from megatron_align.training.setup import RunSetup
 from megatron_align.training.watchdog import Watchdog
 
 LOGITS = {"bf16": "<u2", "fp32": "<f4"}  # by train.precision; numpy has no bf16: its bits
-_REMEDY = "delete both files: they will be computed again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +106,8 @@ class TopKColumns:
         [blind] = all_reduce_sum([float(not columns.file.exists())])
         if blind:
             raise InputError(
-                f"the folder of the reference's likeliest tokens must be the same on all machines: {blind:.0f} ranks do "
-                f"not see {columns.file}; set data.cache to a folder of a shared file system"
+                f"the reference's likeliest tokens must be in one folder for all machines: {blind:.0f} ranks do not "
+                f"see {columns.file}; set data.cache to a folder of a shared file system"
             )
         return columns
 
@@ -116,6 +115,10 @@ class TopKColumns:
     def size(self) -> int:
         """Bytes of the file of all rows."""
         return int(self.first_row_C[-1]) * self.row.itemsize
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete it and {self.checksums.file.name}: they will be computed again"
 
     def added_to(self, store: TokenStore) -> TokenStore:
         """Return the store with two further columns of its targets, which are read from the file when needed."""
@@ -199,9 +202,7 @@ class TopKColumns:
         for stored, count in zip(stored_C.tolist(), rows.completions.length_C.tolist(), strict=True):
             part, start = rows_N[start : start + count], start + count
             if not _finite(part["logits"]):
-                raise InputError(
-                    f"the reference's logits must be finite, got others in sample {stored + 1} of the data"
-                )
+                raise InputError(f"the reference's logits must be finite, got others at sample {stored + 1}")
             content, at = memoryview(part.tobytes()), int(self.first_row_C[stored]) * self.row.itemsize
             checksums.append(zlib.crc32(content))
             while content:
@@ -221,15 +222,15 @@ class TopKColumns:
         if found != self.size:
             raise InputError(
                 f"cached likeliest tokens of the reference must have {self.size} bytes, got {found} in {self.file}; "
-                f"{_REMEDY} ({self.checksums.file.name} too)"
+                f"{self._remedy}"
             )
         rows_N = self._mapped()
         for stored in computed:
             content = rows_N[self.first_row_C[stored] : self.first_row_C[stored + 1]].tobytes()
             if zlib.crc32(content) != self.checksums.values_K[stored]:
                 raise InputError(
-                    f"cached likeliest tokens of the reference are corrupt: CRC-32 mismatch at completion {stored + 1} in "
-                    f"{self.file}; {_REMEDY} ({self.checksums.file.name} too)"
+                    "cached likeliest tokens of the reference are corrupt: CRC-32 mismatch at completion "
+                    f"{stored + 1} in {self.file}; {self._remedy}"
                 )
 
     def _mapped(self) -> np.ndarray:
