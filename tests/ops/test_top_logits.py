@@ -36,7 +36,7 @@ def test_ties_go_to_the_lower_tokens(dtype, top_k, monkeypatch):
     assert (want_logits[:, 1:] == want_logits[:, :-1]).any() or top_k == 1
 
 
-@pytest.mark.parametrize("world, vocab, top_k", [(2, 31, 5), (4, 7, 6)])
+@pytest.mark.parametrize("world, vocab, top_k", [(4, 7, 6)])
 def test_top_of_the_shards_is_the_top_of_the_whole(pool, world, vocab, top_k):
     """The last ranks may hold fewer tokens than the top has, or padding only."""
     hidden, weight = tied(9, 12, vocab)
