@@ -10,7 +10,7 @@ Shapes: G prompts, C completions, N tokens of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ from megatron_align.config import to_dict
 from megatron_align.data.batching.rollout_order import RolloutOrder, rollout_order
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.data.store import TokenStore
+from megatron_align.errors import TrainingFault
 from megatron_align.losses.segments import segment_sums
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.objectives.policy_gradient import (
@@ -37,6 +38,10 @@ from megatron_align.rollout.types import Completion
 from megatron_align.training.batches import data_rank, pack_options
 from megatron_align.training.generation import EngineRollouts, LivePolicy
 from megatron_align.training.scoring import Scorer, step_logprobs
+
+
+# Of log-probs, trainer against engine, in nats per token: engines in bf16 differ by 0.01 to 0.04.
+MISMATCH_STOP = 0.05
 
 
 class RolloutSource(Protocol):
@@ -125,6 +130,20 @@ class RolloutSteps:
             ],
         )
         return replace(step, packs=packs, stored_C=self._stored(number))
+
+    def require_match(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Check that the engine's log-probs are the trainer's, within ``rollout.mismatch_stop``.
+
+        Raises:
+            TrainingFault: on every rank, as metrics are global.
+        """
+        found, bound = metrics["mismatch_mean"], self.trainer.config.rollout.mismatch_stop or MISMATCH_STOP
+        if self._on_disk and not found <= bound:
+            raise TrainingFault(
+                f"step {step}: log-probs of the engine must be the trainer's within {bound:g} nats per token on average "
+                f"(rollout.mismatch_stop), they differ by {found:.3g}: the engine has other weights, another "
+                "temperature, or computes in another precision"
+            )
 
     def close(self) -> None:
         """Free the engines."""

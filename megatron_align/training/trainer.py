@@ -267,12 +267,15 @@ class Trainer:
         if self.references.is_synced_after(self.step):
             gather_parameters(self.model)
             self.references.sync(self.chunks)
+        metrics = self.objective.finish(result.sums)
+        if self._rollouts is not None:
+            self._rollouts.require_match(self.step, metrics)
         return StepReport(
             step=self.step,
             data=data,
             batches=batches,
             result=result,
-            metrics=self.objective.finish(result.sums),
+            metrics=metrics,
             lr=lr,
             seconds=time.perf_counter() - began - result.paused_seconds,
         )
