@@ -64,7 +64,7 @@ gpu-bench: $(STAMP)  ## run every benchmarks/gpu_*.py on a GPU; rows go into ben
 	    $(BIN)/python -m benchmarks.$$(basename $$script .py); \
 	done
 
-quickstart: $(STAMP)  ## tiny Qwen2 -> SFT -> DPO -> HF export -> report on two CPU processes, in minutes
+quickstart: $(STAMP)  ## tiny Qwen2 -> SFT -> DPO, GRPO -> HF export -> report on two CPU processes, in minutes
 	$(BIN)/python -m examples.quickstart.run --out runs/quickstart
 
 clean:  ## remove everything the targets created, including .venv

@@ -36,12 +36,13 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Losses, speed and duration of one training stage."""
+    """Losses, rewards, speed and duration of one training stage."""
 
     name: str
     losses: tuple[float, ...]  # of every step
     tokens_per_second: float  # over all steps; start-up, saving and export not counted
     seconds: float  # of the command, start-up and export included
+    rewards: tuple[float, ...] = ()  # mean of every step's rollouts; empty: the stage has none
 
     @classmethod
     def read(cls, name: str, metrics: Path, seconds: float) -> Stage:
@@ -51,6 +52,7 @@ class Stage:
         return cls(
             name=name,
             losses=tuple(row["loss"] for row in rows),
+            rewards=tuple(row["reward"] for row in rows if "reward" in row),
             tokens_per_second=sum(row["tokens"] for row in rows) / sum(row["step_seconds"] for row in rows),
             seconds=seconds,
         )
@@ -93,14 +95,15 @@ class Report:
             title=f"{self.exams[0].asked} sums the model was never trained on", title_justify="left"
         )
         table.add_column("model")
-        for heading in ("accuracy", "prefers", "margin", "loss", "to", "tokens/s", "seconds"):
+        for heading in ("accuracy", "prefers", "margin", "loss or reward", "to", "tokens/s", "seconds"):
             table.add_column(heading, justify="right")
         trained = {stage.name: stage for stage in self.stages}
         for exam in self.exams:
             cells = [exam.model, f"{exam.accuracy:.1%}"]
             cells += [f"{exam.preference_accuracy:.1%}", f"{exam.margin:.2f}"]
             if stage := trained.get(exam.model):
-                cells += [f"{stage.losses[0]:.3f}", f"{stage.losses[-1]:.3f}"]
+                curve = stage.rewards or stage.losses
+                cells += [f"{curve[0]:.3f}", f"{curve[-1]:.3f}"]
                 cells += [f"{stage.tokens_per_second:,.0f}", f"{stage.seconds:.0f}"]
             table.add_row(*cells)
         return table
@@ -112,14 +115,16 @@ class Report:
         console.print(f"total: {self.seconds:.0f} s")
 
     def titles(self) -> list[str]:
-        """Return a line per stage: accuracy on unseen sums before it (after the stage before) and after it."""
+        """Return a line per stage: accuracy on unseen sums of the model before it in the table, from which it starts, and after it."""
+        before = {after.model: (start, after) for start, after in pairwise(self.exams)}
         return [
-            f"{stage.name.upper()}: unseen sums right {before.accuracy:.1%} before, {after.accuracy:.1%} after"
-            for stage, (before, after) in zip(self.stages, pairwise(self.exams), strict=True)
+            f"{stage.name.upper()}: unseen sums right {before[stage.name][0].accuracy:.1%} before, "
+            f"{before[stage.name][1].accuracy:.1%} after"
+            for stage in self.stages
         ]
 
     def draw(self, path: Path) -> None:
-        """Plot the loss of every stage as PNG."""
+        """Plot the loss of every stage as PNG, or the reward where it has one."""
         import matplotlib
 
         matplotlib.use("Agg")  # no display needed
@@ -128,11 +133,12 @@ class Report:
         figure, axes = plt.subplots(1, len(self.stages), figsize=(6.4 * len(self.stages), 4), squeeze=False)
         for ax, stage, title in zip(axes[0], self.stages, self.titles(), strict=True):
             steps = range(1, len(stage.losses) + 1)
-            ax.plot(steps, stage.losses, color="tab:blue", linewidth=1.5)
+            ax.plot(steps, stage.rewards or stage.losses, color="tab:blue", linewidth=1.5)
+            loss = f"training loss (nats per {'pair' if stage.name == 'dpo' else 'token'})"
             ax.set(
                 xlabel="optimiser step",
-                ylabel=f"training loss (nats per {'pair' if stage.name == 'dpo' else 'token'})",
-                yscale="linear" if stage.name == "dpo" else "log",  # a DPO loss stays near ln 2
+                ylabel="share of right answers" if stage.rewards else loss,
+                yscale="log" if stage.name == "sft" else "linear",  # a DPO loss stays near ln 2
                 xlim=(1, steps[-1]),
             )
             ax.set_title(title, fontsize=11)

@@ -74,5 +74,13 @@ def write_pairs(path: Path, sums: Iterable[Sum]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
+def write_prompts(path: Path, sums: Iterable[Sum]) -> None:
+    """Write one question per line with its right answer, by which rewards know what is right."""
+    with path.open("w", encoding="utf-8") as file:
+        for one in sums:
+            prompt = [{"role": "user", "content": one.question}]
+            file.write(json.dumps({"prompt": prompt, "answer": one.answer}) + "\n")
+
+
 def _both_ways(pairs: list[tuple[int, int]]) -> tuple[Sum, ...]:
     return tuple(sorted({Sum(a, b) for left, right in pairs for a, b in ((left, right), (right, left))}))

@@ -39,7 +39,6 @@ from megatron_align.training.batches import data_rank, pack_options
 from megatron_align.training.generation import EngineRollouts, LivePolicy
 from megatron_align.training.scoring import Scorer, step_logprobs
 
-
 # Of log-probs, trainer against engine, in nats per token: engines in bf16 differ by 0.01 to 0.04.
 MISMATCH_STOP = 0.05
 

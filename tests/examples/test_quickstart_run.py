@@ -1,4 +1,4 @@
-"""The quickstart, a few steps of each stage: tiny Qwen2 -> SFT -> DPO on two processes -> HF folder -> report.
+"""The quickstart, a few steps of each stage: tiny Qwen2 -> SFT -> DPO, GRPO on two processes -> HF folder -> report.
 
 Slow, as CI runs the complete quickstart after the tests.
 """
@@ -35,15 +35,15 @@ def test_it_trains_and_reports(short):
     out, done = short
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
-    sft, dpo = report["stages"]
-    assert sft["steps"] == dpo["steps"] == 12
+    sft, dpo, grpo = report["stages"]
+    assert sft["steps"] == dpo["steps"] == grpo["steps"] == len(grpo["rewards"]) == 12
     assert sft["last_loss"] < 0.8 * sft["first_loss"]
     assert dpo["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert dpo["last_loss"] < dpo["first_loss"]
-    assert [exam["model"] for exam in report["exams"]] == ["untrained", "sft", "dpo"]
+    assert [exam["model"] for exam in report["exams"]] == ["untrained", "sft", "dpo", "sft early", "grpo"]
     assert report["exams"][2]["margin"] > report["exams"][1]["margin"]  # on sums that were held out
     files = ("metrics.jsonl", "hf/model.safetensors", "hf/tokenizer.json")
-    for file in ("loss.png", *(f"{stage}/{name}" for stage in ("sft", "dpo") for name in files)):
+    for file in ("loss.png", *(f"{stage}/{name}" for stage in ("sft", "dpo", "grpo") for name in files)):
         assert (out / file).is_file(), file
 
 
