@@ -115,7 +115,7 @@ class Report:
         console.print(f"total: {self.seconds:.0f} s")
 
     def titles(self) -> list[str]:
-        """Return a line per stage: accuracy on unseen sums of the model before it in the table, from which it starts, and after it."""
+        """Return a line per stage: accuracy on unseen sums of the model before it in the table, and after it."""
         before = {after.model: (start, after) for start, after in pairwise(self.exams)}
         return [
             f"{stage.name.upper()}: unseen sums right {before[stage.name][0].accuracy:.1%} before, "

@@ -139,8 +139,8 @@ class RolloutSteps:
         found, bound = metrics["mismatch_mean"], self.trainer.config.rollout.mismatch_stop or MISMATCH_STOP
         if self._on_disk and not found <= bound:
             raise TrainingFault(
-                f"step {step}: log-probs of the engine must be the trainer's within {bound:g} nats per token on average "
-                f"(rollout.mismatch_stop), they differ by {found:.3g}: the engine has other weights, another "
+                f"step {step}: log-probs of the engine must be the trainer's within {bound:g} nats per token on "
+                f"average (rollout.mismatch_stop), they differ by {found:.3g}: the engine has other weights, another "
                 "temperature, or computes in another precision"
             )
 
