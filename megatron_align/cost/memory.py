@@ -29,6 +29,7 @@ class StageMemory:
         temporary: the larger of a layer's backward pass (with the layers recomputed for it) and the head's slab
             of logits.
         communication: buffers that collectives gather into.
+        engine: the copy of the model that a generation engine in this process holds, without its key/value cache.
     """
 
     parameters: int
@@ -38,6 +39,7 @@ class StageMemory:
     activations: int
     temporary: int
     communication: int
+    engine: int = 0
 
     @property
     def tensors(self) -> int:

@@ -12,6 +12,7 @@ from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.memory import StageMemory, stage_memory
 from megatron_align.cost.placement import Placement
+from megatron_align.cost.state import parameter_count
 from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
 from megatron_align.cost.work import Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
@@ -111,10 +112,19 @@ def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tu
     live = reference_mode(config) == "live" and (
         placement.adapter is None or config.reference.path is not None
     )
+    engine = engine_bytes(config, placement)
     return tuple(
-        stage_memory(placement, stage, tokens, micro_batches, live_reference=live)
+        replace(stage_memory(placement, stage, tokens, micro_batches, live_reference=live), engine=engine)
         for stage in range(placement.parallel.pipeline)
     )
+
+
+def engine_bytes(config: RunConfig, placement: Placement) -> int:
+    """Return the bytes of the model that a rank's generation engine holds; 0: the run has no engine of its own."""
+    generates = getattr(config.objective, "minibatches", None) is not None
+    if not generates or config.rollout.engine != "transformers":
+        return 0
+    return parameter_count(placement.shape) * placement.itemsize
 
 
 def candidates(request: PlanRequest) -> list[Candidate]:

@@ -49,13 +49,14 @@ def trained_text(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[s
 
 def memory_table(memory: tuple[StageMemory, ...]) -> str:
     """Return a table of the GiB per rank of each pipeline stage; equal neighbouring stages share a line."""
-    rows = [("stage", *PARTS, "total")]
+    parts = tuple(part for part in PARTS if part != "engine" or any(one.engine for one in memory))
+    rows = [("stage", *parts, "total")]
     first = 0
     for stage, one in enumerate(memory):
         if stage + 1 < len(memory) and memory[stage + 1] == one:
             continue
         name = str(stage) if first == stage else f"{first}-{stage}"
-        rows.append((name, *(f"{getattr(one, part) / GIB:.2f}" for part in PARTS), f"{one.total / GIB:.2f}"))
+        rows.append((name, *(f"{getattr(one, part) / GIB:.2f}" for part in parts), f"{one.total / GIB:.2f}"))
         first = stage + 1
     return "GiB per rank\n" + columns(rows)
 

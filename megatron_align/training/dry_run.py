@@ -7,8 +7,10 @@ import tempfile
 from pathlib import Path
 
 from megatron_align.config import RunConfig
+from megatron_align.cost.memory import GIB
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
+from megatron_align.cost.state import parameter_count
 from megatron_align.cost.text import layout, memory_table, recomputation, step_text, trained_text
 from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.rollout_order import train_order
@@ -54,6 +56,25 @@ def _require_followed_metrics(setup: RunSetup) -> None:
         followed_metric("checkpoint.keep_best", best, lower)
 
 
+def _rollout_text(setup: RunSetup, placement: Placement) -> list[str]:
+    """Describe the rollouts of a run in one line; none: it has none."""
+    config = setup.config
+    minibatches = getattr(config.objective, "minibatches", None)
+    if minibatches is None:
+        return []
+    rollout = config.rollout
+    steps = minibatches * config.objective.iterations
+    if rollout.engine == "data":
+        return [f"rollouts   given with the data, {rollout.prompts:,} prompts for {steps} steps"]
+    size = parameter_count(placement.shape) * placement.itemsize / GIB
+    rewards = ", ".join(reward.label for reward in config.rewards)
+    return [
+        f"rollouts   {rollout.prompts:,} prompts x {setup.train.completion_counts[0]} completions of up to "
+        f"{rollout.max_tokens:,} tokens for {steps} steps, by {rollout.engine}; {size:.3g} GiB of weights to it each "
+        f"time; rewards {rewards}",
+    ]
+
+
 def describe(setup: RunSetup) -> str:
     """Return what a checked run would do, as text."""
     config, shape, stored = setup.config, setup.shape, setup.train.manifest
@@ -73,6 +94,7 @@ def describe(setup: RunSetup) -> str:
             f"data       {', '.join(stored['shapes'])}: {stored['samples']:,} samples, {stored['tokens']:,} tokens, "
             f"{stored['scored_tokens']:,} trained",
             f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
+            *_rollout_text(setup, placement),
             step_text(placement, work, flops),
             *([f"tasks      {', '.join(names)}"] if (names := _task_names(config)) else []),
             f"steps      {done} done of {order.steps}",

@@ -7,6 +7,8 @@ import torch
 from megatron_align.cost.text import trained_text
 from megatron_align.data.formats.columns import fields_text
 from megatron_align.model.context_kind import context_kind_of
+from megatron_align.objectives.base import Objective
+from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.training.trainer import Trainer
 
 
@@ -43,7 +45,14 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
             f"{data['skipped']} skipped",
         ),
         ("fields", fields_text(data)),
-        ("objective", f"{config.objective.name}, every {objective.normalization} weighs the same; {size}"),
+        ("objective", f"{config.objective.name}, {_weighing(objective)}; {size}"),
         ("steps", f"{done} done of {trainer.steps}{resumed}"),
         *setup.notes,
     ]
+
+
+def _weighing(objective: Objective) -> str:
+    """Describe what weighs the same in a step."""
+    if isinstance(objective, PolicyGradientObjective):
+        return f"loss type {objective.options.loss_type}, advantage {objective.options.advantage}"
+    return f"every {objective.normalization} weighs the same"
