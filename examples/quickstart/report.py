@@ -95,8 +95,12 @@ class Report:
             title=f"{self.exams[0].asked} sums the model was never trained on", title_justify="left"
         )
         table.add_column("model")
-        for heading in ("accuracy", "prefers", "margin", "loss or reward", "to", "tokens/s", "seconds"):
+        for heading in ("accuracy", "prefers", "margin", "first", "last", "tokens/s", "seconds"):
             table.add_column(heading, justify="right")
+        table.caption = (
+            "first, last: loss of a stage's steps; of grpo the share of right answers that it drew"
+        )
+        table.caption_justify = "left"
         trained = {stage.name: stage for stage in self.stages}
         for exam in self.exams:
             cells = [exam.model, f"{exam.accuracy:.1%}"]

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_align.checkpoint.card import read_checkpoint_metadata
 from megatron_align.checkpoint.folder import find_checkpoint
 from megatron_align.checkpoint.integrity import require_intact
 from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError
 from megatron_align.evaluation.adapter_names import ONLY
 from megatron_align.evaluation.adapters import attach_adapters
 from megatron_align.evaluation.config import EvaluationConfig
 from megatron_align.hf.load import open_hf
 from megatron_align.hf.safetensors import DTYPES
 from megatron_align.model.families import rows
-from megatron_align.model.parallel import RankInfo, failing_together
 from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.transformers_engine import TransformersEngine
-from megatron_align.rollout.vllm_server import VLLMServer
+from megatron_align.rollout.vllm_server import VLLM_DTYPES, shared_server
 from megatron_align.storage.journal import fingerprint
 from megatron_align.training.setup import DTYPES as PRECISIONS
 from megatron_align.training.setup import locate
 
 Precision = Literal["bf16", "fp32"]
-_VLLM_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def open_engine(
@@ -76,7 +72,7 @@ def _open_model(model: str | Path, precision: Precision | None) -> TransformersE
 
 
 @contextmanager
-def vllm_servers(config: EvaluationConfig, rank_info: RankInfo) -> Iterator[list[str | Endpoint]]:
+def vllm_servers(config: EvaluationConfig) -> Iterator[list[str | Endpoint]]:
     """Give the vLLM servers of an evaluation within a with-block; rank 0 starts and stops one, if need be. Collective.
 
     Raises:
@@ -86,25 +82,9 @@ def vllm_servers(config: EvaluationConfig, rank_info: RankInfo) -> Iterator[list
     if rollout.vllm_python is None:
         yield list(rollout.urls)
         return
-    hosts = [""] * rank_info.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    line = f"rollout.vllm_python serves the ranks of one machine, got {', '.join(sorted(set(hosts)))}: give rollout.url"
-    require(len(set(hosts)) == 1, line)
-    with ExitStack() as opened:
-        found: list[str | Endpoint] = [""]
-        with failing_together():
-            if rank_info.rank == 0:
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()  # the server takes the memory that is free
-                dtype = (
-                    [] if "--dtype" in rollout.vllm_options else ["--dtype", _VLLM_DTYPES[config.precision]]
-                )
-                log = Path(config.out) / "vllm.log"
-                options = [*dtype, *rollout.vllm_options]
-                server = opened.enter_context(VLLMServer(rollout.vllm_python, config.model, log, options))
-                found = [server.url]
-        dist.broadcast_object_list(found, src=0)
-        yield [server.endpoint()] if rank_info.rank == 0 else found
+    log, dtype = Path(config.out) / "vllm.log", VLLM_DTYPES[config.precision]
+    with shared_server(rollout.vllm_python, config.model, log, rollout.vllm_options, dtype) as server:
+        yield [server]
 
 
 def assets_of(model: str | Path) -> Path:

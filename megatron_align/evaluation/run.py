@@ -252,7 +252,7 @@ def _engine(setup: _Setup, watchdog: Watchdog) -> Iterator[Engine]:
         if config.rollout.engine == "vllm":
             tokenizer = load_tokenizer(str(setup.tasks.context.assets))
             with watchdog.patient("waiting for the vllm server"):
-                servers = opened.enter_context(vllm_servers(config, setup.rank_info))
+                servers = opened.enter_context(vllm_servers(config))
                 with parallel.failing_together():
                     engine = VLLMEngine(servers, tokenizer)
         else:

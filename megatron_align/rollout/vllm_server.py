@@ -9,15 +9,20 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+import torch
+import torch.distributed as dist
+
 from megatron_align.errors import InputError, require
+from megatron_align.model.parallel import failing_together
 from megatron_align.rollout.endpoint import VLLM_KEY_VARIABLE, Endpoint, RequestFailed
 from megatron_align.storage.atomic_write import require_writable
 
+VLLM_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # by our names of precisions
 START_SECONDS = 1800.0  # until it answers: it loads a large model and compiles
 STOP_SECONDS = 30.0  # between the request to end and the kill
 _POLL_SECONDS = 0.5
@@ -151,6 +156,39 @@ class VLLMServer:
             lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
         line = " ".join(lines[-1].split()) if lines else "it wrote nothing"
         return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 3]}..."
+
+
+@contextmanager
+def shared_server(
+    python: str | Path, model: str | Path, log: Path, options: Sequence[str], dtype: str
+) -> Iterator[str | Endpoint]:
+    """Run a server for the ranks of one machine within a with-block; rank 0 starts and stops it. Collective.
+
+    Args:
+        python: as :class:`VLLMServer`.
+        model: as :class:`VLLMServer`.
+        log: as :class:`VLLMServer`.
+        options: as :class:`VLLMServer`.
+        dtype: of the model in the server, unless the options name one.
+
+    Raises:
+        InputError: on every rank: the server does not start, or the ranks are on several machines.
+    """
+    hosts = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    line = f"rollout.vllm_python serves the ranks of one machine, got {', '.join(sorted(set(hosts)))}: give rollout.url"
+    require(len(set(hosts)) == 1, line)
+    with ExitStack() as opened:
+        found: list[str | Endpoint] = [""]
+        with failing_together():
+            if dist.get_rank() == 0:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # the server takes the memory that is free
+                given = [] if "--dtype" in options else ["--dtype", dtype]
+                server = opened.enter_context(VLLMServer(python, model, log, [*given, *options]))
+                found = [server.url]
+        dist.broadcast_object_list(found, src=0)
+        yield server.endpoint() if dist.get_rank() == 0 else found[0]
 
 
 def vllm_command(python: str | Path) -> list[str]:

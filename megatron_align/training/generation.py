@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron_align.config import RunConfig
 from megatron_align.config.rollout import RolloutConfig
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, TrainingFault, one_line
+from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.live_weights import require_version
 from megatron_align.rollout.prompt_table import PromptTable
@@ -27,6 +29,7 @@ from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.rollouts import Rollouts
 from megatron_align.rollout.types import Completion, Prompt, Sampling
 from megatron_align.rollout.vllm_engine import VLLMEngine
+from megatron_align.rollout.vllm_server import VLLM_DTYPES, shared_server
 from megatron_align.training.reference.builder import References
 from megatron_align.training.rewards import RunRewards
 from megatron_align.training.setup import RunSetup
@@ -72,6 +75,7 @@ class EngineRollouts:
     def __init__(self, trainer: LivePolicy, prompts: PromptTable):
         self._trainer, self._prompts = trainer, prompts
         self._engine: Engine | None = None
+        self._opened = ExitStack()
         self._rewards = RunRewards(trainer.config, trainer.groups, trainer.watchdog)
         self._rewards.check(prompts.records)
 
@@ -107,16 +111,30 @@ class EngineRollouts:
         return rollouts
 
     def close(self) -> None:
-        """Free the engine and what the rewards hold."""
+        """Free the engine, stop its server, and free what the rewards hold."""
         if self._engine is not None:
             self._engine.close()
+        self._opened.close()
         self._rewards.close()
 
     def _sync(self) -> None:
         """Give the engine the present weights; the first time it is built."""
         if self._engine is None:
-            self._engine = _together(lambda: build_engine(self._trainer), "the engine could not be built")
+            servers = self._servers()
+            self._engine = _together(
+                lambda: build_engine(self._trainer, servers), "the engine could not be built"
+            )
         self._trainer.update_engine(self._engine)
+
+    def _servers(self) -> list[str | Endpoint]:
+        """Return the vllm servers, one started if need be; it runs until :meth:`close`."""
+        config, setup = self._trainer.config.rollout, self._trainer.setup
+        if config.vllm_python is None:
+            return [config.url] if isinstance(config.url, str) else list(config.url or ())
+        dtype = VLLM_DTYPES[self._trainer.config.train.precision]
+        log = setup.folder / "vllm.log"
+        server = shared_server(config.vllm_python, setup.weights, log, config.vllm_options, dtype)
+        return [self._opened.enter_context(server)]
 
     def _generate(self, prompts_G: np.ndarray, first: int) -> list[list[Completion]]:
         """Return the completions of each prompt, the same on every rank."""
@@ -162,8 +180,8 @@ def sampling_of(config: RolloutConfig, completions: int, seed: int) -> Sampling:
     )
 
 
-def build_engine(trainer: LivePolicy) -> Engine:
-    """Build this rank's engine.
+def build_engine(trainer: LivePolicy, servers: Sequence[str | Endpoint]) -> Engine:
+    """Build this rank's engine; ``servers``: of vllm.
 
     Raises:
         InputError: it cannot be built, or its servers do not answer.
@@ -171,8 +189,8 @@ def build_engine(trainer: LivePolicy) -> Engine:
     config = trainer.config.rollout
     if config.engine == "transformers":
         return trainer.live_engine()
-    urls = [config.url] if isinstance(config.url, str) else list(config.url or ())
-    return VLLMEngine(urls, load_tokenizer(str(trainer.setup.assets)), weights_folder=config.weights_folder)
+    tokenizer = load_tokenizer(str(trainer.setup.assets))
+    return VLLMEngine(servers, tokenizer, weights_folder=config.weights_folder)
 
 
 def require_complete(

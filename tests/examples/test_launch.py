@@ -45,7 +45,11 @@ def test_scripts_are_short_and_parse(script):
 
 
 def test_a_missing_argument_is_told():
-    for script, usage in (("torchrun.sh", "usage: torchrun.sh CONFIG"), ("slurm.sbatch", "usage: sbatch")):
+    for script, usage in (
+        ("torchrun.sh", "usage: torchrun.sh CONFIG"),
+        ("slurm.sbatch", "usage: sbatch"),
+        ("slurm_online.sbatch", "usage: sbatch"),
+    ):
         done = subprocess.run(["bash", LAUNCH / script], capture_output=True, text=True, check=False)
         assert done.returncode == 1
         assert usage in done.stderr

@@ -3,6 +3,7 @@
 The models' own config.json stand in for the models; a tiny model and tiny data for those of the dry run.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from tests.harness.tiny import make_model, write_chat, write_pairs
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 STAGES = ("sft", "reward", "dpo")
+ONLINE = ("qwen2_7b", "llama3_8b")  # and the Nova models
 NOVA = {"qwen2_nova_72b": "qwen2_72b", "llama3_pbm_nova_70b": "llama3_70b"}
 RECIPES = [f"{model}/{stage}" for model in (*CONFIGS, *NOVA) for stage in STAGES]
+RECIPES += [f"{model}/grpo" for model in (*ONLINE, *NOVA)]
 USABLE = 79.0 * GIB  # of a card sold with 80 GB
 
 
@@ -44,8 +47,14 @@ def inputs(tmp_path_factory):
         "qwen2": make_model(folder / "qwen2", "qwen2_untied", num_hidden_layers=8),
         "llama3": make_model(folder / "llama3", "llama3", num_hidden_layers=8),
         "chat": write_chat(folder / "chat.jsonl"),
+        "prompts": write_prompts(folder / "prompts.jsonl"),
         "pairs": write_pairs(folder / "pairs.jsonl", chosen_score=score, rejected_score=score),
     }
+
+
+def write_prompts(file):
+    file.write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(16)))
+    return file
 
 
 def test_none_is_forgotten():
@@ -74,25 +83,28 @@ def test_fits_the_gpus_it_names(recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_passes_the_checks_of_a_run(recipe, inputs, tmp_path, capsys):
-    model, data = inputs[recipe.partition("_")[0]], inputs["chat" if recipe.endswith("sft") else "pairs"]
+    kind = {"sft": "chat", "grpo": "prompts"}.get(recipe.partition("/")[2], "pairs")
+    model, data = inputs[recipe.partition("_")[0]], inputs[kind]
     options = {
         "model.path": model,
         "data.train": data,
         "checkpoint.dir": tmp_path / "run",
         "data.sequence_length": 2048,
         "train.global_batch_size": 8,
+        **({"rollout.max_tokens": 64} if kind == "prompts" else {}),
         "train.epochs": 40,  # so that the warm-up fits into the tiny data's steps
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     assert train.main(["--config", str(EXAMPLES / f"{recipe}.yaml"), *arguments, "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert f"objective  {recipe.partition('/')[2]}" in said
+    assert kind != "prompts" or "rollouts   8 prompts x 3 completions" in said
     assert "GiB per rank" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("model", NOVA)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "grpo"])
 def test_every_value_of_the_reports_recipes_says_where_it_is_from(model, stage):
     values = [
         line
