@@ -29,8 +29,8 @@ def read_arguments(arguments: Sequence[str]) -> list[Part]:
             raise InputError(_stray(argument, before))
         if not joined:
             if not remaining or remaining[0].startswith("--"):
-                kind = "a YAML file, got none" if flag == "--config" else f"a value: {flag} VALUE"
-                raise InputError(f"{flag} needs {kind}")
+                kind = "a YAML file, got none" if flag == "--config" else f"a value: {flag[:80]} VALUE"
+                raise InputError(f"{flag[:80]} needs {kind}")
             value = remaining.pop(0)
         parts.append(read_yaml(value) if flag == "--config" else {flag[2:]: value})
         before = flag

@@ -28,6 +28,8 @@ def run_with(objective, section, option, value):
     sections = {**RUN, "objective": {"name": objective}}
     if objective in ("grpo", "rloo"):
         sections["rollout"] = {"engine": "data"}
+    if objective == "distill":
+        sections["reference"] = {"path": "t", "mode": "cached"}
     return load_config({**sections, section: {**sections.get(section, {}), option: value}})
 
 
