@@ -3,19 +3,24 @@
 ``MEGATRON_ALIGN_FAULT=KIND@POINT[:STEP[:RANK]]`` injects a fault on one rank (default 0) when it reaches the point in
 that step (default: any step). Kinds: ``kill`` (SIGKILL to itself), ``term`` (SIGTERM), ``full`` (ENOSPC, a full disk).
 
-| point          | where                                                                              |
-|----------------|------------------------------------------------------------------------------------|
-| step.trained   | weights are updated, the step's row is not yet written                             |
-| step.logged    | the row is written, the checkpoint is not yet begun                                |
-| row.write      | rows are about to be added to metrics.jsonl                                        |
-| save.begun     | the hidden folder exists and is empty                                              |
-| save.copying   | a thread is about to copy while training continues (not for ``full``)              |
-| save.file      | a file is half written                                                             |
-| save.written   | this rank's files are on the disk, the checkpoint is not yet complete              |
-| save.named     | everything is on the disk, the hidden folder is about to be renamed                |
-| save.done      | the checkpoint has its final name, older ones are not yet removed                  |
-| prune.hidden   | an old checkpoint is renamed to a hidden name, but not yet deleted                 |
-| resume.aside   | a corrupt checkpoint was moved aside                                               |
+| point              | where                                                                 |
+|--------------------|-----------------------------------------------------------------------|
+| rollouts.synced    | the engine has the weights, nothing is generated yet                  |
+| rollouts.generated | completions exist, nothing is scored yet                              |
+| rollouts.scored    | rewards exist, log-probs and advantages do not                        |
+| rollouts.write     | rollouts are about to be written                                      |
+| rollouts.written   | rollouts have their final name, nothing is trained on them yet        |
+| step.trained       | weights are updated, the step's row is not yet written                |
+| step.logged        | the row is written, the checkpoint is not yet begun                   |
+| row.write          | rows are about to be added to metrics.jsonl                           |
+| save.begun         | the hidden folder exists and is empty                                 |
+| save.copying       | a thread is about to copy while training continues (not for ``full``) |
+| save.file          | a file is half written                                                |
+| save.written       | this rank's files are on the disk, the checkpoint is not yet complete |
+| save.named         | everything is on the disk, the hidden folder is about to be renamed   |
+| save.done          | the checkpoint has its final name, older ones are not yet removed     |
+| prune.hidden       | an old checkpoint is renamed to a hidden name, but not yet deleted    |
+| resume.aside       | a corrupt checkpoint was moved aside                                  |
 """
 
 from __future__ import annotations
@@ -26,6 +31,11 @@ import signal
 
 VARIABLE = "MEGATRON_ALIGN_FAULT"
 POINTS = (
+    "rollouts.synced",
+    "rollouts.generated",
+    "rollouts.scored",
+    "rollouts.write",
+    "rollouts.written",
     "step.trained",
     "step.logged",
     "row.write",

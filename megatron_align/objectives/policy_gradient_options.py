@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from megatron_align.config.rollout import CorrectionConfig, RolloutConfig
 from megatron_align.errors import require
 from megatron_align.losses.advantage_estimator import COMPARING, WHITENED, AdvantageEstimator
 from megatron_align.losses.advantages import ScoredGroups
@@ -252,6 +253,35 @@ class PolicyGradientOptions(ObjectiveOptions):
     def kl_place(self) -> Literal["loss", "token_reward", "sequence_reward"]:
         """The place of the KL penalty: the loss, or the reward of tokens or answers."""
         return self.kl_in or self.usual_kl_place
+
+    def require_rollouts(self, rollout: RolloutConfig) -> None:
+        """Check that the options fit those of the rollouts: each has an effect.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if rollout.completions is not None and self.advantage in COMPARING:
+            require(
+                rollout.completions > 1,
+                f"objective.advantage {self.advantage} compares the completions of a prompt: rollout.completions must "
+                f"be at least 2, got {rollout.completions}",
+            )
+        given = rollout.engine == "data"
+        for name, usual in (("mask_truncated_completions", False), ("truncated_in_baseline", True)):
+            require(
+                not given or getattr(self, name) is usual,
+                f"objective.{name} does not apply to rollout.engine data, whose completions are all complete; got "
+                f"{getattr(self, name)}",
+            )
+        require(
+            not self.correct_kl or (rollout.correction is not None and not given),
+            "objective.correct_kl needs rollout.correction and an engine that generates, got "
+            + ("rollout.engine data" if given else "rollout.correction null"),
+        )
+        require(
+            not given or rollout.correction in (None, CorrectionConfig()),
+            f"rollout.correction does not apply to rollout.engine data, got {rollout.correction}",
+        )
 
     def _check_ratio(self) -> None:
         options = {option: getattr(self, option) for option in _LOSS_OPTIONS}

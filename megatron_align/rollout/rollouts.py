@@ -6,7 +6,7 @@ Shapes: G prompts, C completions (one prompt's after the other), N tokens of the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,13 @@ def write_rollouts(folder: Path, rollouts: Rollouts, key: Mapping[str, Any]) -> 
         commit_folder(partial, folder)
 
 
-def read_rollouts(folder: Path, key: Mapping[str, Any]) -> Rollouts | None:
+def read_rollouts(folder: Path, key: Mapping[str, Any], unread: Collection[str] = ()) -> Rollouts | None:
     """Return the rollouts in a folder; None: there are none, or they were made with another key.
+
+    Args:
+        folder: see :func:`rollouts_folder`.
+        key: as given to :func:`write_rollouts`.
+        unread: entries of the key that may differ.
 
     Raises:
         InputError: the file is corrupt.
@@ -181,9 +186,14 @@ def read_rollouts(folder: Path, key: Mapping[str, Any]) -> Rollouts | None:
         raise InputError(
             f"rollouts are corrupt: {one_line(error)} in {file}; delete the folder, and they are generated again"
         ) from error
-    if found != json.loads(json.dumps(key)):
+    wanted = json.loads(json.dumps(key))
+    if not isinstance(found, dict) or _without(found, unread) != _without(wanted, unread):
         return None
     return _of_columns({name: table[name].to_pylist() for name in table.column_names})
+
+
+def _without(key: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in key.items() if name not in names}
 
 
 def _of_columns(columns: Mapping[str, list[Any]]) -> Rollouts:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_align import faults
 from megatron_align.config import RunConfig
 from megatron_align.config.rollout import RolloutConfig
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
@@ -90,8 +91,10 @@ class EngineRollouts:
         with trainer.watchdog.patient(f"giving the engine the weights of step {trainer.step}"):
             self._sync()
         synced = time.perf_counter()
+        faults.at("rollouts.synced", trainer.step + 1)
         with trainer.watchdog.patient(f"generating the rollouts of step {trainer.step + 1}"):
             completions = self._generate(prompts_G, first)
+        faults.at("rollouts.generated", trainer.step + 1)
         records = [table.records[i] for i in prompts_G]
         rollouts = Rollouts(
             prompt_G=prompts_G,
@@ -104,6 +107,7 @@ class EngineRollouts:
             weight_G=torch.ones(len(prompts_G), dtype=torch.float64),
         )
         self._score(records, rollouts)
+        faults.at("rollouts.scored", trainer.step + 1)
         rollouts.seconds = {
             "rollout_seconds": time.perf_counter() - synced,
             "sync_seconds": synced - began,

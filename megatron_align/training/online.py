@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_align import faults
 from megatron_align.config import to_dict
 from megatron_align.data.batching.rollout_order import RolloutOrder, rollout_order
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
-from megatron_align.losses.segments import segment_sums
+from megatron_align.losses.segments import per_token, segment_sums
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.objectives.policy_gradient import (
     PolicyGradientObjective,
@@ -41,6 +42,7 @@ from megatron_align.training.scoring import Scorer, step_logprobs
 
 # Of log-probs, trainer against engine, in nats per token: engines in bf16 differ by 0.01 to 0.04.
 MISMATCH_STOP = 0.05
+UPDATES = ("optimizer", "train")  # sections that determine the weights after a step
 
 
 class RolloutSource(Protocol):
@@ -99,13 +101,16 @@ class RolloutSteps:
         order = rollout_order(setup.train, setup.config)
         assert order is not None, "the objective trains on rollouts"
         self.order: RolloutOrder = order
-        self._on_disk = isinstance(setup.train, PromptTable)
+        self._generates = isinstance(setup.train, PromptTable)
+        # Given completions stay in the data, but not the log-probs of the policy that later steps compare with.
+        self._on_disk = self._generates or "old_logprobs" in objective.needs
         self._source: RolloutSource = (
             EngineRollouts(trainer, setup.train)
             if isinstance(setup.train, PromptTable)
             else GivenRollouts(cast("TokenStore", setup.train))
         )
         self._current: tuple[int, StepBatches, dict[str, float]] | None = None
+        self._first_step: int | None = None  # of this process, 0-based
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """Yield the 0-based steps from ``first`` up to ``last``; each is made when it is taken."""
@@ -115,6 +120,8 @@ class RolloutSteps:
     def step(self, number: int) -> Step:
         """Return a 0-based step, making its rollouts if no earlier step has."""
         place = self.order.place(number)
+        if self._first_step is None:
+            self._first_step = number
         statistics: dict[str, float] = {}
         if self._current is None or self._current[0] != place.rollout:
             self._current = self._open(place.rollout)
@@ -154,8 +161,13 @@ class RolloutSteps:
         objective, trainer = self.objective, self.trainer
         first = rollout * self.order.steps_of_rollouts + 1
         folder = rollouts_folder(trainer.setup.folder, first)
-        found = read_rollouts(folder, self._key(rollout)) if self._on_disk else None
-        rollouts = found or self._source.rollouts(self.order.prompts(rollout), self._first_prompt(rollout))
+        found = read_rollouts(folder, self._key(rollout), self._unread(first)) if self._on_disk else None
+        if found is not None and self._generates:
+            rollouts = found
+        else:
+            rollouts = self._source.rollouts(self.order.prompts(rollout), self._first_prompt(rollout))
+        if found is not None:
+            rollouts.logprobs = found.logprobs
         scored = ScoredRollouts(
             reward_C=rollouts.reward_C,
             scored_C=rollouts.scored_C,
@@ -167,7 +179,7 @@ class RolloutSteps:
         )
         if found is None:
             with trainer.watchdog.patient(f"log-probs of the rollouts of step {first}"):
-                rollouts.logprobs = self._logprobs(rollouts)
+                rollouts.logprobs = self._logprobs(rollout, rollouts)
         columns = objective.columns(
             scored, rollouts.logprobs.get("old_logprobs"), rollouts.logprobs.get("reference_logprobs")
         )
@@ -176,15 +188,13 @@ class RolloutSteps:
             rollouts.advantage_C = sums_C / rollouts.length_C.clamp(min=1)
             self._write(rollout, rollouts)
         columns |= rollouts.logprobs
-        if self._on_disk:
+        if self._generates:
             columns["engine_logprobs"] = rollouts.engine_logprobs()
         self._seconds = rollouts.seconds
         batches = self._batches(rollouts, columns, _OfRollouts(self.order, rollout))
         return rollout, batches, {**rollout_metrics(scored), **mean_rewards(rollouts.rewards)}
 
-    def _batches(
-        self, rollouts: Rollouts, columns: dict[str, Tensor], order: _OfRollouts | _All
-    ) -> StepBatches:
+    def _batches(self, rollouts: Rollouts, columns: dict[str, Tensor], order: _OfRollouts) -> StepBatches:
         trainer, setup = self.trainer, self.trainer.setup
         rank = data_rank(setup.shape, setup.config.parallel, trainer.groups)
         options = pack_options(setup, self.objective)
@@ -193,7 +203,7 @@ class RolloutSteps:
             batches.dropout_seed = setup.config.train.seed
         return batches
 
-    def _logprobs(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def _logprobs(self, rollout: int, rollouts: Rollouts) -> dict[str, Tensor]:
         """Return the log-probs of all tokens that the objective needs before its loss, by name."""
         trainer, needs = self.trainer, self.objective.needs
         scorers: dict[str, Scorer] = {}
@@ -206,11 +216,21 @@ class RolloutSteps:
             else:
                 found["reference_logprobs"] = torch.zeros(int(rollouts.length_C.sum()), dtype=torch.float64)
         if scorers:
-            batches = self._batches(rollouts, {}, _All(len(rollouts.prompt_ids)))
-            step, length_C = batches.step(0), batches.table.completion_scored
+            # In the packs in which they are trained, so that the first step's ratios are exactly 1.
+            batches = self._batches(rollouts, {}, _OfRollouts(self.order, rollout))
+            first = rollout * self.order.steps_of_rollouts
+            steps = [batches.step(first + part) for part in range(self.order.minibatches)]
             for name, scorer in scorers.items():
-                found[name] = step_logprobs(scorer, step, length_C, trainer.groups)
+                found[name] = torch.cat([self._of_step(scorer, step, rollouts) for step in steps])
         return found
+
+    def _of_step(self, scorer: Scorer, step: Step, rollouts: Rollouts) -> Tensor:
+        """Return the log-probs of a step's completions, which follow those of the step before."""
+        minibatch_C = per_token(
+            torch.from_numpy(self.order.minibatch_of(self.order.place(step.number).rollout)), rollouts.size_G
+        )
+        length_S = rollouts.length_C[minibatch_C == self.order.place(step.number).minibatch]
+        return step_logprobs(scorer, step, length_S.numpy(), self.trainer.groups)
 
     def _stored(self, number: int) -> np.ndarray:
         """Return the index of each completion of a step in the training data."""
@@ -236,7 +256,17 @@ class RolloutSteps:
             "reference": config["reference"],
             "seed": self.trainer.config.train.seed,
             "model": config["model"],
+            **{name: config[name] for name in UPDATES},
         }
+
+    def _unread(self, first: int) -> tuple[str, ...]:
+        """Return the parts of the key that need not match for rollouts whose first step is ``first``, 1-based.
+
+        Those of an update do where the weights that sampled are not among those that the run resumes from: a run with
+        another learning rate would never have had them.
+        """
+        assert self._first_step is not None, "a step was taken"
+        return UPDATES if first <= self._first_step + 1 else ()
 
     def _write(self, rollout: int, rollouts: Rollouts) -> None:
         """Write the rollouts on rank 0.
@@ -251,7 +281,9 @@ class RolloutSteps:
             folder = rollouts_folder(trainer.setup.folder, rollout * self.order.steps_of_rollouts + 1)
             try:
                 folder.parent.mkdir(exist_ok=True)
+                faults.at("rollouts.write", trainer.step + 1)
                 write_rollouts(folder, rollouts, self._key(rollout))
+                faults.at("rollouts.written", trainer.step + 1)
             except OSError as error:
                 fault = error
         if all_reduce_sum([float(fault is not None)])[0]:
@@ -272,20 +304,3 @@ class _OfRollouts:
     def size(self, step: int) -> int:
         """See :class:`.StepOrder`."""
         return len(self.samples(step))
-
-
-class _All:
-    """One step of all samples."""
-
-    steps = 1
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def samples(self, step: int) -> np.ndarray:
-        """See :class:`.StepOrder`."""
-        return np.arange(self._count)
-
-    def size(self, step: int) -> int:
-        """See :class:`.StepOrder`."""
-        return self._count

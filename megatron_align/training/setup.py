@@ -29,7 +29,7 @@ from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
 from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.data.tokenize.record_blocks import read_shapes
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, require
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.hf.hub import fetch_or_wait, model_folder, require_can_upload
@@ -42,6 +42,7 @@ from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
+from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.rollout.prompt_table import open_prompts
 from megatron_align.storage.mounts import require_replaceable
@@ -158,9 +159,9 @@ def prepare_run(
     adapter = resolve_adapter(config.model.adapter, shape)
     frozen = frozen_tensors(shape, config.model.freeze)
     _require_same_shape(config.reference.path, shape, model_assets=assets)
-    online = generates(
-        config
-    )  # a pack then holds a prompt and completions that each have its positions after it
+    _require_rollouts(config, shape)
+    # A pack of rollouts holds a prompt and completions that each have its positions after it.
+    online = generates(config)
     if config.data.sequence_length > shape.max_positions and not online:
         raise InputError(
             f"data.sequence_length must not pass the model's {shape.max_positions} positions, "
@@ -209,6 +210,16 @@ def generates(config: RunConfig) -> bool:
     """Return whether the run trains on completions that its policy generates."""
     rollouts = issubclass(objective_class(config.objective.name), PolicyGradientObjective)
     return rollouts and config.rollout.engine != "data"
+
+
+def _require_rollouts(config: RunConfig, shape: ModelShape) -> None:
+    """Check the section ``rollout`` with the objective and the model."""
+    if isinstance(config.objective, PolicyGradientOptions):
+        config.objective.require_rollouts(config.rollout)
+        require(
+            config.rollout.top_k <= shape.vocab_size,
+            f"rollout.top_k must be at most the model's {shape.vocab_size} tokens (0: all), got {config.rollout.top_k}",
+        )
 
 
 def locate(path: str, *, weights: bool = True) -> tuple[Path, Path]:
@@ -317,7 +328,16 @@ def _open_stores(
         split: _open_store(config, split, assets, rank_info, scratch_cache)
         for split in ("train", "validation")
     }
-    return {split: store for split, store in opened.items() if store is not None}
+    stores: dict[str, TrainingData] = {split: store for split, store in opened.items() if store is not None}
+    if isinstance(config.objective, PolicyGradientOptions) and (wanted := config.rollout.completions):
+        for split, store in stores.items():
+            found = sorted(set(store.completion_counts.tolist()))
+            require(
+                found == [wanted],
+                f"data.{split}: every prompt must have rollout.completions = {wanted} completions, or the option be "
+                f"null; got {', '.join(map(str, found))}",
+            )
+    return stores
 
 
 def _open_store(

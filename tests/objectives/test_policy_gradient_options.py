@@ -110,7 +110,8 @@ def given_of_a_step():
 def documented_step(chosen, **other):
     """Run the example of docs/online.md with these options, and return its variables."""
     page = Path(__file__).parents[2] / "docs" / "online.md"
-    example = re.findall(r"```python\n(.+?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
+    examples = re.findall(r"```python\n(.+?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (each for each in examples if "options = " in each)
     example, replaced = re.subn(r"(?m)^options = .+$", "options = chosen", example)
     assert replaced == 1
     scope = {"chosen": chosen, **given_of_a_step(), **other}

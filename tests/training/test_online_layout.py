@@ -33,7 +33,7 @@ CASES = [
     ("rloo", "unpacked"),
     ("rloo", "allgather2_pp2"),
     ("gspo", "repeated_prompts_tp2_dp2"),
-    ("reinforce", "tp2_sp"),
+    ("reinforce", "allgather2"),  # whitening over all ranks, not in each
     ("dr_grpo", "dp2"),
     ("vespo", "repeated_prompts"),
 ]
@@ -72,11 +72,9 @@ def train(pool, tiny_models, ranked, tmp_path_factory):
                 tiny_models(),
                 ranked,
                 folder,
-                train__global_batch_size=8,
+                **{"train__global_batch_size": 8, **given, **options},
                 optimizer__lr=2e-4,
                 rollout__engine="data",
-                **given,
-                **options,
             )
             pool.run(world, training_ranks.train, arguments)
             done[key] = metrics_of(folder)
@@ -106,6 +104,18 @@ def test_the_first_minibatch_is_of_the_policy_itself(objective, train):
     assert first["ratio_max"] == 1.0
     assert first["clip_fraction"] == 0.0
     assert first.get("kl", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("layout", mark_slow(["dp2", "pp2_dp2"], ["pp2_dp2"]))
+def test_a_rank_without_prompts_has_no_part(layout, train):
+    """Steps of one prompt: one of two data-parallel ranks has no tokens, and nothing is divided by the ranks."""
+    world, options = LAYOUTS[layout]
+    small = {"train__global_batch_size": 1, "train__steps": 3, "objective__iterations": 1}
+    rows, wanted = train("reused", world, **options, **small), train("reused", **small)
+    for row, want in zip(rows, wanted, strict=True):
+        for key in ("loss", "grad_norm", "kl", "entropy", "ratio_max", "reward"):
+            assert row[key] == pytest.approx(want[key], rel=1e-5, abs=2e-6), (row["step"], key)
+    assert min(row["grad_norm"] for row in rows) > 1e-3
 
 
 def test_later_steps_of_the_same_rollouts_are_off_policy(train):

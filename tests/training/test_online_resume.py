@@ -10,6 +10,7 @@ import pytest
 
 from megatron_align.rollout.rollouts import FILE, ROLLOUTS
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments
 from tests.training.test_resume import cut_after
 
@@ -29,15 +30,18 @@ def arguments(model, prompts, folder, **options):
         model,
         prompts,
         folder,
-        objective__name="grpo",
-        objective__beta=0.02,
-        objective__minibatches=2,
-        rollout__max_tokens=8,
-        rewards='[{kind: regex, pattern: "[a-e]"}, {kind: length, min: 4}]',
-        train__global_batch_size=3,
-        checkpoint__save_every=1,
-        checkpoint__keep=9,
-        **{"train__steps": 6, **options},
+        **{
+            "objective__name": "grpo",
+            "objective__beta": 0.02,
+            "objective__minibatches": 2,
+            "rollout__max_tokens": 8,
+            "rewards": '[{kind: regex, pattern: "[a-e]"}, {kind: length, min: 4}]',
+            "train__global_batch_size": 3,
+            "train__steps": 6,
+            "checkpoint__save_every": 1,
+            "checkpoint__keep": 9,
+            **options,
+        },
     )
 
 
@@ -92,3 +96,20 @@ def test_rollouts_of_other_options_are_made_again(pool, tiny_models, prompts, ru
     )
     first = (copy / ROLLOUTS / "step_000001" / FILE).read_bytes()
     assert first != (run / ROLLOUTS / "step_000001" / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("step", mark_slow([1, 2], [2]))
+def test_given_completions_are_compared_with_the_policy_before_their_first_step(
+    pool, tiny_models, tmp_path, step
+):
+    """Killed between steps on the same completions: the ratios after it are those of the uninterrupted run."""
+    data, folder = tmp_path / "ranked.jsonl", tmp_path / "run"
+    completions = [{"content": "abc" * (k + 1), "score": k} for k in range(2)]
+    data.write_text("\n".join(json.dumps({"prompt": f"{i}?", "completions": completions}) for i in range(6)))
+    options = {"objective__minibatches": 1, "objective__iterations": 3, "train__steps": 3, "rewards": "[]"}
+    options |= {"rollout__engine": "data", "train__global_batch_size": 3}
+    pool.run(1, training_ranks.train, arguments(tiny_models(), data, folder, **options))
+    cut = cut_after(folder, tmp_path / "cut", step)
+    pool.run(1, training_ranks.train, arguments(tiny_models(), data, cut, **options))
+    assert rows_of(cut) == rows_of(folder)
+    assert rows_of(cut)[2]["ratio_max"] > 1.01
