@@ -90,6 +90,7 @@ class VLLMEngine:
         require(bool(urls), "the vllm engine needs the url of a server, got none")
         self.tokenizer, self.workers, self.weights_folder = tokenizer, workers, weights_folder
         self.weight_version, self.adapters = 0, adapters
+        self._updated = False  # by this process; other ranks only know the version
         self._run = uuid.uuid4().hex[:8]  # servers may be shared with other runs
         self._adapter_folder: tempfile.TemporaryDirectory[str] | None = None
         self.servers = [
@@ -159,7 +160,7 @@ class VLLMEngine:
                 self._administer(server, "/collective_rpc", reload)
                 self._administer(server, "/reset_prefix_cache", {})
                 self._administer(server, "/update_weight_version", {"new_version": str(version)})
-        self.weight_version, self.served = version, self.model
+        self.weight_version, self.served, self._updated = version, self.model, True
 
     def refuses_adapter(self, adapter: Adapter) -> str | None:
         """See :class:`.Engine`: vLLM loads LoRA of the transformer's linear layers."""
@@ -202,7 +203,7 @@ class VLLMEngine:
         if self._adapter_folder is not None:
             self._adapter_folder.cleanup()
         self._adapter_folder = folder
-        self.weight_version, self.served = version, name
+        self.weight_version, self.served, self._updated = version, name, True
 
     def close(self) -> None:
         """Leave the servers as they are, but for this run's adapter: others may use them."""
@@ -258,7 +259,7 @@ class VLLMEngine:
 
     def _require_version(self) -> None:
         """Check that the servers still have the weights of the last update."""
-        if not self.weight_version:
+        if not (self._updated or self.weight_version):
             return
         if self.served != self.model:
             self._require_adapter()

@@ -156,6 +156,7 @@ class EngineRollouts:
             answers = engine.generate(prompts, sampling) if prompts else []
             require_version(answers, trainer.step)
             require_complete(answers, prompts, sampling)
+            require_known_tokens(answers, prompts, trainer.setup.shape.vocab_size)
             return answers
 
         answers = _together(generate, f"generation failed in step {trainer.step + 1}")
@@ -216,6 +217,23 @@ def require_complete(
                 f"an engine must give {sampling.completions} completions of at least one token, got {found} for "
                 f"{prompt.where}"
             )
+
+
+def require_known_tokens(
+    answers: Sequence[Sequence[Completion]], prompts: Sequence[Prompt], vocabulary: int
+) -> None:
+    """Check that completions are of the model's vocabulary.
+
+    Raises:
+        TrainingFault: naming the first prompt with another token.
+    """
+    for prompt, completions in zip(prompts, answers, strict=True):
+        for token in (token for completion in completions for token in completion.token_ids):
+            if not 0 <= token < vocabulary:
+                raise TrainingFault(
+                    f"an engine must answer with tokens of the model's vocabulary of {vocabulary}, got token {token} "
+                    f"for {prompt.where}: its server holds another model"
+                )
 
 
 def gathered(own: Sequence[T], count: int) -> list[T]:

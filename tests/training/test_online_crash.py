@@ -4,12 +4,14 @@ An engine or a reward that fails ends the run on every rank with one line, and n
 """
 
 import json
+import re
 import shutil
 
 import pytest
 
 from megatron_align.rollout.rollouts import ROLLOUTS
 from tests.harness import crash
+from tests.harness.http_server import VLLMScript, serving
 from tests.harness.marks import mark_slow
 from tests.harness.tiny import make_model, metrics_of, run_arguments
 
@@ -161,7 +163,52 @@ def test_a_reward_that_fails_ends_the_run_on_every_rank(name, arguments, tmp_pat
     assert "Traceback" not in text
     [line] = {line for line in text.splitlines() if line.startswith("error")}
     assert name in line
-    assert not [*run.glob(f"{ROLLOUTS}/*"), *run.glob("step_*"), *run.glob("metrics.jsonl")]
+    assert not [*run.glob(f"{ROLLOUTS}/*"), *run.glob("step_*")]
+    assert not (run / "metrics.jsonl").exists() or not metrics_of(run)
+
+
+class BadServer(VLLMScript):
+    """A vLLM server that fails as ``fault`` says."""
+
+    def __init__(self, fault):
+        super().__init__(context=256)
+        self.fault = fault
+
+    def __call__(self, path, body):
+        status, answer = super().__call__(path, body)
+        if path == "/v1/completions":
+            [choice] = answer["choices"]
+            if self.fault == "gone" and len(self.requests) > 4:
+                return 400, {"error": {"message": "the engine is dead"}}
+            if self.fault == "few":
+                choice |= {"token_ids": [], "logprobs": {"token_logprobs": []}}
+            if self.fault == "vocabulary":
+                choice["token_ids"][0] = 259
+        if path == "/weight_info" and self.fault == "restarted" and self.requests:
+            return 200, {"weight_version": "default"}
+        return status, answer
+
+
+ENGINE = {
+    "gone": "generation failed in step 1: .*the engine is dead",
+    "few": "an engine must give 3 completions of at least one token, got 0 for .*prompts.jsonl:",
+    "vocabulary": "tokens of the model's vocabulary of 259, got token 259 for .*prompts.jsonl:",
+    "restarted": "must have the weights of version",
+    "other model": "log-probs of the engine must be the trainer's",
+}
+
+
+@pytest.mark.parametrize("fault", mark_slow(ENGINE, ["gone", "few", "restarted", "other model"]))
+def test_an_engine_that_fails_ends_the_run_with_one_line(fault, arguments, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    with serving(BadServer(fault)) as url:
+        options = {"rollout__engine": "vllm", "rollout__url": url}
+        codes = crash.train(1, arguments(run, **options), log)
+    assert codes == [1], log.read_text()
+    [line] = [line for line in log.read_text().splitlines() if line.startswith("error")]
+    assert re.search(ENGINE[fault], line), line
+    assert "Traceback" not in log.read_text()
+    assert not list(run.glob("step_*"))
 
 
 @pytest.mark.slow
