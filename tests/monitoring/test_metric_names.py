@@ -48,6 +48,7 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
     )
     data = {
         "sft": chat_file,
+        "distill": chat_file,
         "tpo": triples,
         "kto": labelled,
         "bco": labelled,
@@ -66,6 +67,11 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
             train__steps=1,
             train__global_batch_size=4,
             logging__timing_every=1,
+            **(
+                {"reference__path": tiny_models(), "reference__mode": "cached"}
+                if objective == "distill"
+                else {}
+            ),
             **OPTIONS.get(objective, {}),
         )
         pool.run(2, training_ranks.train, arguments)
