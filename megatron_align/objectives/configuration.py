@@ -62,8 +62,10 @@ def _checked(config: RunConfig) -> RunConfig:
     """Check what needs the objective itself."""
     objective = build_objective(config.objective)
     name = config.objective.name
+    ptx = getattr(config.objective, "ptx", None)
+    compares = objective.compares or (ptx is not None and ptx.kind == "topk_kl")
     require(
-        objective.compares or config.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
+        compares or config.reference in (ReferenceConfig(), ReferenceConfig(mode="none")),
         f"objective {name} compares with no reference: the options reference.* do not apply",
     )
     if "reference_top_k" in objective.needs:
@@ -85,7 +87,16 @@ def _checked(config: RunConfig) -> RunConfig:
 
 def _check_rollouts(config: RunConfig) -> None:
     """Check what the sections of a run on rollouts must have in common."""
-    options, rollout, data = config.objective, config.rollout, config.data
+    options, rollout, data, ptx = config.objective, config.rollout, config.data, config.objective.ptx
+    require(
+        ptx is None or ptx.kind != "nll" or rollout.temperature == 1,
+        f"objective.ptx.kind nll needs rollout.temperature 1, which divides its logits too; got {rollout.temperature}",
+    )
+    require(
+        ptx is None or config.reference.sync_steps is None,
+        "objective.ptx compares with the reference of the start: reference.sync_steps does not apply, got "
+        f"{config.reference.sync_steps}",
+    )
     require(
         config.reference.mode != "cached",
         f"reference.mode cached does not apply to objective {options.name}, whose completions change; set live, or "

@@ -27,6 +27,7 @@ from megatron_align.losses.segments import per_token, segment_sums, suffix_sums
 from megatron_align.objectives.base import DataKind, Need, Objective, Sums
 from megatron_align.objectives.metrics import Metric
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
+from megatron_align.objectives.ptx import PTX_LOSS
 from megatron_align.records import LossRows
 
 MAX = "_max"  # a metric whose name ends so is the maximum over all rows, not a sum
@@ -169,7 +170,7 @@ class PolicyGradientObjective(Objective):
     """
 
     data: ClassVar[tuple[DataKind, ...]] = ("prompt", "ranked")
-    metrics: ClassVar[tuple[Metric, ...]] = (*OF_ROLLOUTS, *OF_STEPS)
+    metrics: ClassVar[tuple[Metric, ...]] = (*OF_ROLLOUTS, *OF_STEPS, PTX_LOSS)
     options: PolicyGradientOptions
     normalization = "sample"
     row_statistics = True

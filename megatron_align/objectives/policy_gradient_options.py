@@ -35,6 +35,7 @@ from megatron_align.objectives.options import (
     require_positive,
     require_used,
 )
+from megatron_align.objectives.ptx import PTXOptions
 
 _OPTIONS_OF = {name: loss.options for name, loss in POLICY_LOSSES.items()}
 _LOSS_OPTIONS = sorted({option for options in _OPTIONS_OF.values() for option in options})
@@ -83,6 +84,7 @@ class PolicyGradientOptions(ObjectiveOptions):
         overlong_factor: penalty at the limit; null: 1
         iterations: passes over one set of rollouts
         minibatches: parts of one set of rollouts, each the batch of one step
+        ptx: {data, coefficient, kind, top_k, samples}: a term on supervised data in each step; null: none
     """
 
     # Where an option is null; a subclass may have others.
@@ -124,6 +126,7 @@ class PolicyGradientOptions(ObjectiveOptions):
     overlong_factor: float | None = None
     iterations: int = 1
     minibatches: int = 1
+    ptx: PTXOptions | None = None
 
     def __post_init__(self) -> None:
         require_loss_types([self.loss_type], POLICY_LOSSES)

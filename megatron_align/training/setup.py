@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_align
-from megatron_align.checkpoint.card import require_all_weights, shape_differences
+from megatron_align.checkpoint.card import require_all_weights
 from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
@@ -34,7 +35,6 @@ from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.hf.hub import fetch_or_wait, model_folder, require_can_upload
 from megatron_align.hf.load import open_hf, require_tied_head
-from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.families.adapter import Adapter
@@ -43,11 +43,13 @@ from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
+from megatron_align.objectives.ptx import PTX
 from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.rollout.prompt_table import open_prompts
 from megatron_align.storage.mounts import require_replaceable
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.lone_samples import require_other_samples
+from megatron_align.training.reference.checks import require_positions, require_reference, require_top_k
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 from megatron_align.training.resumed_data import fix_template_date, key_of_same_data
@@ -76,6 +78,7 @@ class RunSetup:
         train: training data.
         data_key: of the training data, for the checkpoint that the run resumes from.
         validation: validation data; None: the run has none.
+        ptx: supervised data of each step on rollouts; None: the objective has no such term.
         steps: of the complete run.
         changes: of training in the files of ``assets``, for checkpoints and export.
         notes: what to say about these changes at the start.
@@ -97,6 +100,7 @@ class RunSetup:
     train: TrainingData
     data_key: str
     validation: TrainingData | None
+    ptx: TokenStore | None
     steps: int
     changes: AssetChanges
     notes: Notes
@@ -158,7 +162,8 @@ def prepare_run(
     require_weights(weights, assets, start)
     adapter = resolve_adapter(config.model.adapter, shape)
     frozen = frozen_tensors(shape, config.model.freeze)
-    _require_same_shape(config.reference.path, shape, model_assets=assets)
+    if config.reference.path is not None:
+        require_reference(*locate(config.reference.path), shape, assets)
     _require_rollouts(config, shape)
     # A pack of rollouts holds a prompt and completions that each have its positions after it.
     online = generates(config)
@@ -175,7 +180,8 @@ def prepare_run(
         config = fix_template_date(config, assets, resume)
         stores = _open_stores(config, assets, rank_info, scratch_cache)
         require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
-        _require_top_k(build_objective(config.objective).top_k, shape)
+        require_top_k(config, shape)
+        require_positions(stores.get("ptx"), shape)
         steps = _require_steps_left(config, stores, resume)
         changes, notes = plan_asset_changes(config, shape, assets, stores.values())
         data_key = key_of_same_data(stores["train"], resume)
@@ -196,6 +202,7 @@ def prepare_run(
             train=stores["train"],
             data_key=data_key,
             validation=stores.get("validation"),
+            ptx=cast("TokenStore | None", stores.get("ptx")),
             steps=steps,
             lock=lock,
             changes=changes,
@@ -258,20 +265,6 @@ def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelSh
     return start
 
 
-def _require_same_shape(reference: str | None, shape: ModelShape, model_assets: Path) -> None:
-    if reference is None:
-        return
-    weights, assets = locate(reference)
-    theirs = read_shape(assets)
-    apart = shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs))
-    if apart:
-        facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
-        raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")
-    require_tokenizer_of_reference(assets, model_assets)
-    if weights == assets:
-        require_tied_head(open_hf(assets)[0], shape)
-
-
 def _require_replaceable_outputs(config: RunConfig, folder: Path, adapter: Adapter | None) -> None:
     """Check that the folders that the run writes at its end can be renamed into place."""
     if config.checkpoint.export_hf:
@@ -322,21 +315,20 @@ def _open_stores(
     config: RunConfig, assets: Path, rank_info: parallel.RankInfo, scratch_cache: Path | None
 ) -> dict[str, TrainingData]:
     """Open the run's stores by split, tokenising what is not in the cache."""
+    opened: dict[str, TrainingData | None] = {}
     if generates(config):
-        return {"train": open_prompts(config.data, config.rollout, str(assets))}
-    opened = {
-        split: _open_store(config, split, assets, rank_info, scratch_cache)
-        for split in ("train", "validation")
-    }
-    stores: dict[str, TrainingData] = {split: store for split, store in opened.items() if store is not None}
-    if isinstance(config.objective, PolicyGradientOptions) and (wanted := config.rollout.completions):
-        for split, store in stores.items():
-            found = sorted(set(store.completion_counts.tolist()))
-            require(
-                found == [wanted],
-                f"data.{split}: every prompt must have rollout.completions = {wanted} completions, or the option be "
-                f"null; got {', '.join(map(str, found))}",
-            )
+        opened["train"] = open_prompts(config.data, config.rollout, str(assets))
+    for split in ("ptx",) if generates(config) else ("train", "validation", "ptx"):
+        opened[split] = _open_store(config, split, assets, rank_info, scratch_cache)
+    stores = {split: store for split, store in opened.items() if store is not None}
+    given = isinstance(config.objective, PolicyGradientOptions) and not generates(config)
+    if given and (wanted := config.rollout.completions):
+        found = sorted(set(stores["train"].completion_counts.tolist()))
+        require(
+            found == [wanted],
+            f"data.train: every prompt must have rollout.completions = {wanted} completions, or the option be null; "
+            f"got {', '.join(map(str, found))}",
+        )
     return stores
 
 
@@ -346,11 +338,12 @@ def _open_store(
     spec = StoreSpec.of_run(config, split, str(assets))
     if spec is None:
         return None
-    objective = build_objective(config.objective)
+    objective = PTX(config.objective.ptx) if split == "ptx" else build_objective(config.objective)
     # Data of a kind that the objective does not take are refused before they are tokenised.
-    objective.require_data_kind(read_shapes(spec)[0], f"data.{split}", spec.sources)
+    name = "objective.ptx.data" if split == "ptx" else f"data.{split}"
+    objective.require_data_kind(read_shapes(spec)[0], name, spec.sources)
     store = TokenStore(tokenised(spec, rank_info, scratch_cache))
-    objective.require_data(store, f"data.{split}")
+    objective.require_data(store, name)
     return store
 
 
@@ -376,11 +369,6 @@ def require_vocabulary(stores: Mapping[str, TrainingData], shape: ModelShape) ->
             raise InputError(
                 f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, {name} has token {highest}"
             )
-
-
-def _require_top_k(top_k: int, shape: ModelShape) -> None:
-    if top_k > shape.vocab_size:
-        raise InputError(f"objective.top_k must be at most the vocabulary of {shape.vocab_size}, got {top_k}")
 
 
 def _require_steps_left(

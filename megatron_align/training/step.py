@@ -31,6 +31,14 @@ from megatron_align.training.pipeline import run_schedule
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraLoss:
+    """A further term of a step's loss, on packs of its own: its gradients are added to those of the step's packs."""
+
+    objective: Objective
+    batches: Sequence[PackedBatch]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """Global numbers of one step, reduced over all ranks and micro-batches.
 
@@ -70,7 +78,10 @@ class Stepper:
         self.model[0].config.grad_scale_func = None
 
     def train(
-        self, batches: Sequence[PackedBatch], before_update: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[PackedBatch],
+        before_update: Callable[[], None] = lambda: None,
+        extra: ExtraLoss | None = None,
     ) -> StepResult:
         """Make one update; if its loss or gradient norm is not finite, skip it and leave all state bit-identical.
 
@@ -81,11 +92,12 @@ class Stepper:
         Args:
             batches: this data-parallel rank's packs, all of one length.
             before_update: called once gradients are computed, before anything is updated.
+            extra: a further term of the loss.
         """
         if self.optimizer is None:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
         self.optimizer.zero_grad()
-        metrics, pack_losses = self.gradients(batches)
+        metrics, pack_losses = self.gradients(batches, extra)
         self.clock.mark("optimizer")
         started = time.perf_counter()
         before_update()
@@ -101,19 +113,28 @@ class Stepper:
             torch.cuda.synchronize()  # otherwise the update's time would count towards the next step
         return StepResult(metrics, grad_norm, pack_losses, updated=finite, paused_seconds=paused)
 
-    def gradients(self, batches: Sequence[PackedBatch]) -> tuple[dict[str, float], list[float]]:
+    def gradients(
+        self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None
+    ) -> tuple[dict[str, float], list[float]]:
         """Compute gradients, reduced over ranks, into the buffers; return the step's sums and this rank's losses."""
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
-        return self._schedule(batches, forward_only=False)
+        if extra is None:
+            return self._schedule(batches, self.objective, forward_only=False)
+        with (
+            self._local_gradients()
+        ):  # they stay in the buffers, and are reduced with those of the further term
+            sums, losses = self._schedule(batches, self.objective, forward_only=False)
+        more, _ = self._schedule(extra.batches, extra.objective, forward_only=False)
+        return {**sums, **more, "loss": sums["loss"] + more["loss"]}, losses
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
         """Compute the same numbers without gradients."""
         for chunk in self.model:
             chunk.eval()
-        metrics, pack_losses = self._schedule(batches, forward_only=True)
+        metrics, pack_losses = self._schedule(batches, self.objective, forward_only=True)
         return StepResult(metrics, None, pack_losses)
 
     def finite_alone(self, batches: Sequence[PackedBatch]) -> list[bool]:
@@ -166,7 +187,7 @@ class Stepper:
         finalize_model_grads(chunks, None, **{**options, "force_all_reduce": self._full_gradients})
 
     def _schedule(
-        self, batches: Sequence[PackedBatch], forward_only: bool
+        self, batches: Sequence[PackedBatch], objective: Objective, forward_only: bool
     ) -> tuple[dict[str, float], list[float]]:
         """Return sums over all packs of all ranks with the step's statistics, and the loss of each own pack."""
         config = self.model[0].config
@@ -175,7 +196,7 @@ class Stepper:
         partial_sums = run_schedule(
             self.model,
             numbered,
-            self._forward,
+            partial(self._forward, objective),
             tokens=batches[0].tokens_T.shape[0],
             forward_only=forward_only,
         )
@@ -183,16 +204,20 @@ class Stepper:
         config.finalize_model_grads_func = None
         self._detail("sums over ranks")
         losses = torch.stack([sums["loss"] for sums in partial_sums]).tolist() if partial_sums else []
-        return {**self._reduce(partial_sums), **batches[0].rows.step_statistics}, losses
+        return {**self._reduce(partial_sums, objective), **batches[0].rows.step_statistics}, losses
 
     def _forward(
-        self, batches: Iterator[tuple[str, PackedBatch]], model: torch.nn.Module, *_: Any
+        self,
+        objective: Objective,
+        batches: Iterator[tuple[str, PackedBatch]],
+        model: torch.nn.Module,
+        *_: Any,
     ) -> tuple[Tensor, Any]:
         """Run a stage; return its output and the function from which megatron-core gets the loss and its sums."""
         name, batch = next(batches)
         self._detail(f"{name} on pipeline stage {self.groups.pp.rank()}")
         batch = batch.to(cpu.device())
-        output = model(batch, self.objective)
+        output = model(batch, objective)
         if not isinstance(output, PackLoss):
             return output, None
         return output.loss, partial(self._report, batch, output.sums)
@@ -203,9 +228,9 @@ class Stepper:
         tokens = torch.tensor(batch.rows.row_N.shape[0], dtype=torch.int, device=loss.device)
         return loss, tokens, {"loss": loss.detach().clone(), **sums}
 
-    def _reduce(self, partial_sums: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _reduce(self, partial_sums: list[dict[str, Tensor]], objective: Objective) -> dict[str, float]:
         """Sum over micro-batches and ranks; of ranks that computed the same packs, one on the last stage counts."""
-        names = ("loss", *self.objective.sum_names, *((RECOMPUTED,) if self.objective.whole_samples else ()))
+        names = ("loss", *objective.sum_names, *((RECOMPUTED,) if objective.whole_samples else ()))
         totals = dict.fromkeys(names, 0.0)
         if partial_sums and is_metric_rank(self.groups):
             for name in names:

@@ -54,12 +54,13 @@ from megatron_align.training.optimizer import (
     wrap_data_parallel,
 )
 from megatron_align.training.prepass import PrePass
+from megatron_align.training.ptx import PTXSteps
 from megatron_align.training.reference.builder import ReferenceBuilder, References
 from megatron_align.training.resume import ResumePoint, verified_resume_point
 from megatron_align.training.run_context import joined_ranks, prepared_run
 from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import RunSetup
-from megatron_align.training.step import Stepper, StepResult
+from megatron_align.training.step import ExtraLoss, Stepper, StepResult
 from megatron_align.training.stop import remove_requeue_marker
 from megatron_align.training.validation_tasks import TaskReport
 from megatron_align.training.watchdog import Watchdog
@@ -112,6 +113,7 @@ class Trainer:
         base: what an adapter is trained on; None: the run trains the model's weights.
         resumed: the checkpoint that the run resumed from; None: it started at step 1.
         health: non-finite steps and outliers; part of every checkpoint.
+        ptx: the supervised part of each step (``objective.ptx``); None: there is none.
         validated: the metrics of the newest validation that this process made, by its step.
         interrupted: Ctrl-C stopped the run, after it saved.
     """
@@ -138,6 +140,7 @@ class Trainer:
         self.validated: dict[int, dict[str, Any]] = {}
         self.interrupted = False
         self._prepass = self._prepass_of("train")
+        self.ptx: PTXSteps | None = None
         self._rollouts: RolloutSteps | None = None
         if isinstance(objective, PolicyGradientObjective):
             self._rollouts = RolloutSteps(self, objective)
@@ -190,6 +193,10 @@ class Trainer:
         set_temperature(chunks, temperature)
         batches_of = partial(batches_of_split, setup=setup, objective=objective, groups=groups)
         columns = reference.cached_columns(chunks, batches_of, reference_hash, resume.step if resume else 0)
+        ptx = None
+        if setup.ptx is not None:
+            ptx = PTXSteps(setup, config.objective.ptx, groups)
+            ptx.read_reference(chunks, reference_hash, watchdog, resume.step if resume else 0)
         with watchdog.patient("loading weights"):
             if resume is None or setup.adapter is not None:  # an adapter's checkpoint holds no base
                 load_start_weights(chunks, setup, groups, resumes=resume is not None)
@@ -207,7 +214,7 @@ class Trainer:
                 weights_hash=reference_hash,
             )
             trainer = cls(setup, watchdog, objective, model, optimizer, references)
-            trainer.base = base
+            trainer.base, trainer.ptx = base, ptx
             if resume is not None:
                 trainer.resume(resume)
         return trainer
@@ -261,7 +268,10 @@ class Trainer:
         state = self.objective.state()
         self.watchdog.detail("reference and statistics")
         batches = self._prepass.batches(data, training=True)
-        result = self.stepper.train(batches, before_update)
+        extra = None
+        if self.ptx is not None:
+            extra = ExtraLoss(self.ptx.objective, self.ptx.batches(self.step - 1))
+        result = self.stepper.train(batches, before_update, extra)
         if not result.updated:
             self.objective.load_state(state)
         if self.references.is_synced_after(self.step):

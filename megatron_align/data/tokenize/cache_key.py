@@ -78,8 +78,13 @@ class StoreSpec:
 
     @classmethod
     def of_run(cls, config: RunConfig, split: str, tokenizer: str) -> StoreSpec | None:
-        """Return the spec of a run's ``train`` or ``validation`` data; None: it has no such data."""
-        data, given = config.data, getattr(config.data, split)
+        """Return the spec of a run's ``train``, ``validation`` or ``ptx`` data; None: it has no such data."""
+        data = config.data
+        if split == "ptx":  # chat data of its own: what is said of the prompts' fields is not of these
+            ptx = getattr(config.objective, "ptx", None)
+            given, data = ptx and ptx.data, replace(data, shape=None, columns={})
+        else:
+            given = getattr(data, split)
         if given is None:
             return None
         sources = [given] if isinstance(given, str) else given

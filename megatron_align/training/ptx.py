@@ -1,0 +1,85 @@
+"""Supervised samples in the steps of a run on rollouts: which, and the reference's likeliest tokens of theirs.
+
+The samples of a step are a function of its number, the seed and the data, so a resumed run has the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_align.data.batching.sampler import EpochOrder, SampleSteps
+from megatron_align.data.batching.step_batches import StepBatches
+from megatron_align.data.store import TokenStore
+from megatron_align.model.policy import Policy
+from megatron_align.objectives.ptx import PTX, PTXOptions
+from megatron_align.records import PackedBatch
+from megatron_align.training.batches import data_rank, pack_options
+from megatron_align.training.reference.cache import hash_of_rank_0
+from megatron_align.training.reference.top_k import TopKColumns
+from megatron_align.training.scoring import Scorer
+from megatron_align.training.setup import RunSetup, locate
+from megatron_align.training.watchdog import Watchdog
+from megatron_align.training.weights import load_reference_weights
+
+
+class PTXSteps:
+    """The supervised part of each step.
+
+    Args:
+        setup: of the run, with ``ptx``.
+        options: of the term.
+        groups: of this rank.
+
+    Attributes:
+        objective: the term.
+    """
+
+    def __init__(self, setup: RunSetup, options: PTXOptions, groups: ProcessGroupCollection):
+        assert setup.ptx is not None, "it is opened where the objective has the option"
+        self._setup, self._options, self._groups = setup, options, groups
+        self.objective = PTX(options)
+        self._steps = self._of(setup.ptx)
+
+    def batches(self, step: int) -> list[PackedBatch]:
+        """Return this rank's packs of a 0-based step."""
+        return self._steps.step(step).batches
+
+    def read_reference(
+        self, chunks: Sequence[Policy], weights: str | None, watchdog: Watchdog, first_step: int
+    ) -> None:
+        """Add the reference's likeliest tokens to the data; compute those that are not on the disk. Collective.
+
+        Args:
+            chunks: the policy's, before its weights are loaded, see :meth:`.ReferenceBuilder.cached_columns`.
+            weights: hash of the reference's weights; None: it was not computed.
+            watchdog: of this rank.
+            first_step: 0-based step at which the run starts.
+        """
+        config, store = self._setup.config, self._setup.ptx
+        if not self.objective.top_k or store is None:
+            return
+        with watchdog.patient("opening the reference's likeliest tokens"):
+            if weights is None:
+                weights = hash_of_rank_0(locate(config.reference.path or config.model.path)[0])
+            columns = TopKColumns.open(store, config, self.objective.top_k, weights)
+        missing = columns.missing(self._steps, range(first_step, self._setup.steps))
+        if missing:
+            with watchdog.patient("loading the reference"):
+                load_reference_weights(chunks, self._setup, self._groups)
+            scorer = Scorer(chunks, self.objective, base=True, top_k=self.objective.top_k)
+            columns.fill(self._steps, missing, scorer, self._groups, watchdog)
+        self._steps = self._of(columns.added_to(store))
+
+    def _of(self, store: TokenStore) -> StepBatches:
+        setup, config = self._setup, self._setup.config
+        order = EpochOrder(store.sources, (1.0,), config.train.seed, config.data.shuffle)
+        steps = SampleSteps(order, self._options.samples, steps=setup.steps)
+        rank = data_rank(setup.shape, config.parallel, self._groups)
+        batches = StepBatches(
+            store, steps, pack_options(setup, self.objective), rank, self.objective.normalization
+        )
+        if setup.adapter is not None and setup.adapter.dropout > 0:
+            batches.dropout_seed = config.train.seed
+        return batches

@@ -1,0 +1,66 @@
+"""Checks of a run's reference before the ranks meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from megatron_align.checkpoint.card import shape_differences
+from megatron_align.config import RunConfig
+from megatron_align.data.sample_table import SampleTable
+from megatron_align.errors import InputError, require
+from megatron_align.hf.load import open_hf, require_tied_head
+from megatron_align.hf.tokenizer import require_tokenizer_of_reference
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.objectives.registry import build_objective
+
+
+def require_reference(weights: Path, assets: Path, shape: ModelShape, model_assets: Path) -> None:
+    """Check that ``reference.path`` holds a model of the policy's shape and tokenizer.
+
+    Args:
+        weights: of the reference.
+        assets: of the reference.
+        shape: of the policy.
+        model_assets: of the policy.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    theirs = read_shape(assets)
+    apart = shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs))
+    if apart:
+        facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
+        raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")
+    require_tokenizer_of_reference(assets, model_assets)
+    if weights == assets:
+        require_tied_head(open_hf(assets)[0], shape)
+
+
+def require_top_k(config: RunConfig, shape: ModelShape) -> None:
+    """Check that the reference's vocabulary has as many tokens as the objective reads of each row.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    ptx = getattr(config.objective, "ptx", None)
+    asked = {"top_k": build_objective(config.objective).top_k, "ptx.top_k": ptx.columns if ptx else 0}
+    for name, count in asked.items():
+        require(
+            count <= shape.vocab_size,
+            f"objective.{name} must be at most the vocabulary of {shape.vocab_size}, got {count}",
+        )
+
+
+def require_positions(ptx: SampleTable | None, shape: ModelShape) -> None:
+    """Check that supervised samples of a run on rollouts, whose packs may be longer, have a position for each token.
+
+    Raises:
+        InputError: one has not.
+    """
+    longest = 0 if ptx is None else int(ptx.lengths.max())
+    require(
+        longest <= shape.max_positions,
+        f"samples of objective.ptx.data must have at most the model's {shape.max_positions} positions, got {longest} "
+        "tokens",
+    )
