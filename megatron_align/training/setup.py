@@ -49,7 +49,12 @@ from megatron_align.rollout.prompt_table import open_prompts
 from megatron_align.storage.mounts import require_replaceable
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.lone_samples import require_other_samples
-from megatron_align.training.reference.checks import require_positions, require_reference, require_top_k
+from megatron_align.training.model_checks import (
+    require_positions,
+    require_reference,
+    require_rollouts,
+    require_top_k,
+)
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 from megatron_align.training.resumed_data import fix_template_date, key_of_same_data
@@ -164,7 +169,7 @@ def prepare_run(
     frozen = frozen_tensors(shape, config.model.freeze)
     if config.reference.path is not None:
         require_reference(*locate(config.reference.path), shape, assets)
-    _require_rollouts(config, shape)
+    require_rollouts(config, shape)
     # A pack of rollouts holds a prompt and completions that each have its positions after it.
     online = generates(config)
     if config.data.sequence_length > shape.max_positions and not online:
@@ -217,16 +222,6 @@ def generates(config: RunConfig) -> bool:
     """Return whether the run trains on completions that its policy generates."""
     rollouts = issubclass(objective_class(config.objective.name), PolicyGradientObjective)
     return rollouts and config.rollout.engine != "data"
-
-
-def _require_rollouts(config: RunConfig, shape: ModelShape) -> None:
-    """Check the section ``rollout`` with the objective and the model."""
-    if isinstance(config.objective, PolicyGradientOptions):
-        config.objective.require_rollouts(config.rollout)
-        require(
-            config.rollout.top_k <= shape.vocab_size,
-            f"rollout.top_k must be at most the model's {shape.vocab_size} tokens (0: all), got {config.rollout.top_k}",
-        )
 
 
 def locate(path: str, *, weights: bool = True) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""Checks of a run's reference before the ranks meet."""
+"""Checks of a configuration against the shapes of its models, before the ranks meet."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron_align.errors import InputError, require
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.registry import build_objective
 
 
@@ -64,3 +65,17 @@ def require_positions(ptx: SampleTable | None, shape: ModelShape) -> None:
         f"samples of objective.ptx.data must have at most the model's {shape.max_positions} positions, got {longest} "
         "tokens",
     )
+
+
+def require_rollouts(config: RunConfig, shape: ModelShape) -> None:
+    """Check the section ``rollout`` with the objective and the model.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    if isinstance(config.objective, PolicyGradientOptions):
+        config.objective.require_rollouts(config.rollout)
+        require(
+            config.rollout.top_k <= shape.vocab_size,
+            f"rollout.top_k must be at most the model's {shape.vocab_size} tokens (0: all), got {config.rollout.top_k}",
+        )
