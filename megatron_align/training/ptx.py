@@ -37,10 +37,11 @@ class PTXSteps:
     """
 
     def __init__(self, setup: RunSetup, options: PTXOptions, groups: ProcessGroupCollection):
-        assert setup.ptx is not None, "it is opened where the objective has the option"
+        assert isinstance(setup.ptx, TokenStore), "it is opened where the objective has the option"
         self._setup, self._options, self._groups = setup, options, groups
         self.objective = PTX(options)
-        self._steps = self._of(setup.ptx)
+        self._store = setup.ptx
+        self._steps = self._of(self._store)
 
     def batches(self, step: int) -> list[PackedBatch]:
         """Return this rank's packs of a 0-based step."""
@@ -57,8 +58,8 @@ class PTXSteps:
             watchdog: of this rank.
             first_step: 0-based step at which the run starts.
         """
-        config, store = self._setup.config, self._setup.ptx
-        if not self.objective.top_k or store is None:
+        config, store = self._setup.config, self._store
+        if not self.objective.top_k:
             return
         with watchdog.patient("opening the reference's likeliest tokens"):
             if weights is None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -105,7 +104,7 @@ class RunSetup:
     train: TrainingData
     data_key: str
     validation: TrainingData | None
-    ptx: TokenStore | None
+    ptx: TrainingData | None
     steps: int
     changes: AssetChanges
     notes: Notes
@@ -207,7 +206,7 @@ def prepare_run(
             train=stores["train"],
             data_key=data_key,
             validation=stores.get("validation"),
-            ptx=cast("TokenStore | None", stores.get("ptx")),
+            ptx=stores.get("ptx"),
             steps=steps,
             lock=lock,
             changes=changes,

@@ -139,8 +139,13 @@ def test_what_is_given_reaches_the_loss_or_the_estimator(given):
 
 
 def test_every_option_is_among_those_whose_effect_is_seen():
-    # The last two say which steps train on rollouts: tests/training/test_online_layout.py
-    of_all = {field.name for field in fields(PolicyGradientOptions)} - {"name", "iterations", "minibatches"}
+    # Which steps train on rollouts: tests/training/test_online_layout.py; ptx is a loss of its own: test_ptx.py there
+    of_all = {field.name for field in fields(PolicyGradientOptions)} - {
+        "name",
+        "iterations",
+        "minibatches",
+        "ptx",
+    }
     assert {name for given in FINE for name in given} == of_all
 
 
