@@ -14,6 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 OPTIONS = {
     "dpo": {"objective__rpo_alpha": 1.0},
     "grpo": {"objective__beta": 0.1},
+    "distill": {"objective__top_k": 8},
 }  # with the likelihood term, which is off by default
 # Only on bad steps, where the chip's peak is known, or where completions are generated.
 CONDITIONAL = {"suspects", "mfu", "rollout_seconds", "sync_seconds"}
