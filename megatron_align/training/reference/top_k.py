@@ -76,11 +76,15 @@ class TopKColumns:
             weights: hash of the reference's weights.
         """
         stores = {"train": setup.train, "validation": setup.validation}
-        return {
-            split: cls.open(store, config, objective.top_k, weights)
-            for split, store in stores.items()
-            if isinstance(store, TokenStore)
-        }
+        opened: dict[str, TopKColumns] = {}
+        of_stores: dict[str, TopKColumns] = {}  # both splits may be the same data: their rows are one file
+        for split, store in stores.items():
+            if isinstance(store, TokenStore):
+                name = store.path.name
+                if name not in of_stores:
+                    of_stores[name] = cls.open(store, config, objective.top_k, weights)
+                opened[split] = of_stores[name]
+        return opened
 
     @classmethod
     def open(cls, store: TokenStore, config: RunConfig, top_k: int, weights: str) -> TopKColumns:
