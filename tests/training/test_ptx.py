@@ -18,7 +18,7 @@ from tests.training.test_preference_layout import LAYOUTS
 
 KL = {"coefficient": 0.5, "top_k": 20, "samples": 5}
 NLL = {"coefficient": 0.2, "kind": "nll", "samples": 5}
-CASES = [(0, "tp2_pp2"), (1, "vpp2")]
+CASES = [(0, "pp2_dp2"), (1, "vpp2")]
 SLOW = [(i, layout) for i in range(2) for layout in LAYOUTS if (i, layout) not in CASES]
 
 
