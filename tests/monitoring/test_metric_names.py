@@ -16,8 +16,8 @@ OPTIONS = {
     "grpo": {"objective__beta": 0.1},
     "distill": {"objective__top_k": 8},
 }  # with the likelihood term, which is off by default
-# Only on bad steps, where the chip's peak is known, or where completions are generated.
-CONDITIONAL = {"suspects", "mfu", "rollout_seconds", "sync_seconds"}
+# Only on bad steps, where the chip's peak is known, where completions are generated, or with objective.ptx.
+CONDITIONAL = {"suspects", "mfu", "rollout_seconds", "sync_seconds", "ptx_loss"}
 
 
 def test_the_page_is_the_table():
