@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 _warned: set[str] = set()
 MOST_LISTED = 10  # names in one line
+REPORT_SECONDS = 15.0  # that other ranks wait for rank 0 to report an error, on a busy machine
 
 
 class _Quote(reprlib.Repr):
@@ -131,7 +132,7 @@ def warn_once(line: str, key: str | None = None) -> None:
 def report_once(rank: str, error: Exception, code: int) -> int:
     """Print the error once and return the exit code: every rank raises it, and rank 0's exit stops the others."""
     if rank != "0":
-        time.sleep(5)
+        time.sleep(REPORT_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
     return code
 

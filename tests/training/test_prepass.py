@@ -21,9 +21,11 @@ from megatron_align.config import (
 from megatron_align.cost.work import scoring_passes
 from megatron_align.data.batching.collate import PackValues, pack
 from megatron_align.data.batching.step_batches import Packs, Step
-from megatron_align.objectives.base import SCORED_BY, Objective, StepStatistics
+from megatron_align.objectives.base import Objective, StepStatistics
+from megatron_align.objectives.distill import DistillOptions
 from megatron_align.objectives.dpo import DPOOptions
 from megatron_align.objectives.kto_bco import KTOOptions
+from megatron_align.objectives.policy_gradient import GRPOOptions
 from megatron_align.objectives.registry import OBJECTIVES, build_objective, reference_mode
 from megatron_align.records import Sample
 from megatron_align.training import scoring
@@ -31,7 +33,8 @@ from megatron_align.training.prepass import PrePass
 from megatron_align.training.reference.logprobs import CachedReference, LiveReference, ZeroReference
 
 EVERY = [
-    *(objective.Options() for objective in OBJECTIVES.values()),
+    # Passes over rollouts are the online loop's, and a teacher's rows are always computed before training.
+    *(kind.Options() for name, kind in OBJECTIVES.items() if name not in ("grpo", "rloo", "distill")),
     DPOOptions(loss_type="aot"),
     DPOOptions(loss_type=["sigmoid", "aot_unpaired", "sft"]),
     KTOOptions(loss_type="apo_zero_unpaired"),
@@ -89,6 +92,7 @@ def prepared(objective, mode):
 
 
 def run_of(options, mode):
+    """Return a run; ``mode``: of the reference, None: as its objective has it."""
     return RunConfig(
         model=ModelConfig(path="m"),
         data=DataConfig(train="d"),
@@ -122,7 +126,22 @@ def test_some_objectives_need_several_passes(options, cached, live):
     assert scoring_passes(run_of(options, "live")) == live
 
 
-@pytest.mark.parametrize("need", sorted(SCORED_BY.keys() - {"reference_logprobs"}))
+@pytest.mark.parametrize(
+    "options, mode, passes",
+    [
+        (GRPOOptions(), None, 0),
+        (GRPOOptions(beta=0.1, kl_in="token_reward"), "live", 1),
+        (GRPOOptions(beta=0.1, kl_in="sequence_reward"), "live", 2),
+        (GRPOOptions(iterations=2), None, 1),
+        (DistillOptions(), "cached", 0),
+    ],
+)
+def test_passes_over_rollouts_are_counted(options, mode, passes):
+    """One over the reference, and one over the policy only where the loss cannot take its log-probs from itself."""
+    assert scoring_passes(run_of(options, mode)) == passes
+
+
+@pytest.mark.parametrize("need", ["batch_statistics", "mismatched_logprobs"])
 def test_a_need_without_a_reference_is_met(need):
     """An objective of one's own may need statistics of the policy alone."""
 
