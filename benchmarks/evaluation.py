@@ -84,8 +84,8 @@ def write_questions(file: Path, count: int) -> None:
 def loop(folder: Path, chats: Path, batch: int) -> float:
     """Return the mean loss over the answers' tokens: batches of the file's order, padded on the right."""
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder).eval(),
-        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval(),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
     records = [json.loads(line)["messages"] for line in chats.read_text(encoding="utf-8").splitlines()]
     total, count = 0.0, 0

@@ -63,14 +63,15 @@ def _rollout_text(setup: RunSetup, placement: Placement) -> list[str]:
     if minibatches is None:
         return []
     rollout = config.rollout
-    steps = minibatches * config.objective.iterations
+    count = minibatches * config.objective.iterations
+    steps = f"{count} steps" if count > 1 else "a step"
     if rollout.engine == "data":
-        return [f"rollouts   given with the data, {rollout.prompts:,} prompts for {steps} steps"]
+        return [f"rollouts   given with the data, {rollout.prompts:,} prompts for {steps}"]
     size = parameter_count(placement.shape) * placement.itemsize / GIB
     rewards = ", ".join(reward.label for reward in config.rewards)
     return [
         f"rollouts   {rollout.prompts:,} prompts x {setup.train.completion_counts[0]} completions of up to "
-        f"{rollout.max_tokens:,} tokens for {steps} steps, by {rollout.engine}; {size:.3g} GiB of weights to it each "
+        f"{rollout.max_tokens:,} tokens for {steps}, by {rollout.engine}; {size:.3g} GiB of weights to it each "
         f"time; rewards {rewards}",
     ]
 

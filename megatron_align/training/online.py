@@ -21,9 +21,10 @@ from torch import Tensor
 
 from megatron_align import faults
 from megatron_align.config import to_dict
+from megatron_align.config.rewards import FunctionReward
 from megatron_align.data.batching.rollout_order import RolloutOrder, rollout_order
 from megatron_align.data.batching.step_batches import Step, StepBatches
-from megatron_align.data.store import TokenStore
+from megatron_align.data.store import TokenStore, sha256
 from megatron_align.errors import TrainingFault
 from megatron_align.losses.segments import per_token, segment_sums
 from megatron_align.model.parallel import all_reduce_sum
@@ -109,6 +110,12 @@ class RolloutSteps:
             if isinstance(setup.train, PromptTable)
             else GivenRollouts(cast("TokenStore", setup.train))
         )
+        # A function's file may change between two starts: completions are then scored again.
+        self._functions = {
+            reward.path: sha256(reward.path.rpartition(":")[0])
+            for reward in setup.config.rewards
+            if isinstance(reward, FunctionReward)
+        }
         self._current: tuple[int, StepBatches, dict[str, float]] | None = None
         self._first_step: int | None = None  # of this process, 0-based
 
@@ -252,6 +259,7 @@ class RolloutSteps:
             "first_step": rollout * self.order.steps_of_rollouts + 1,
             "rollout": config["rollout"],
             "rewards": config.get("rewards"),
+            "functions": self._functions,
             "objective": config["objective"],
             "reference": config["reference"],
             "seed": self.trainer.config.train.seed,

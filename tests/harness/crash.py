@@ -81,9 +81,9 @@ def _signal_at_loading(number: int) -> None:
 
     load = trainer.load_start_weights
 
-    def signalled(*arguments: Any) -> None:
+    def signalled(*arguments: Any, **options: Any) -> None:
         os.kill(os.getpid(), number)
-        load(*arguments)
+        load(*arguments, **options)
 
     trainer.load_start_weights = signalled
 

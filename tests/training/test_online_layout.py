@@ -25,16 +25,11 @@ OBJECTIVES = {
 }
 CASES = [
     ("grpo", "tp2_pp2"),
-    ("grpo", "allgather4"),
-    ("report", "vpp2"),
     ("report", "ulysses2_tp2"),
     ("reused", "pp2_dp2"),
-    ("reused", "repeated_prompts_ulysses2_dp2"),
-    ("rloo", "unpacked"),
     ("rloo", "allgather2_pp2"),
     ("gspo", "repeated_prompts_tp2_dp2"),
     ("reinforce", "allgather2"),  # whitening over all ranks, not in each
-    ("dr_grpo", "dp2"),
     ("vespo", "repeated_prompts"),
 ]
 SLOW = [(name, layout) for name in OBJECTIVES for layout in LAYOUTS if (name, layout) not in CASES]

@@ -113,3 +113,20 @@ def test_given_completions_are_compared_with_the_policy_before_their_first_step(
     pool.run(1, training_ranks.train, arguments(tiny_models(), data, cut, **options))
     assert rows_of(cut) == rows_of(folder)
     assert rows_of(cut)[2]["ratio_max"] > 1.01
+
+
+def test_rollouts_are_scored_by_the_present_function(pool, tiny_models, prompts, tmp_path):
+    """A run that starts again after its reward's file was changed does not train on the old rewards."""
+    function = tmp_path / "score.py"
+    rewards = f"[{{kind: function, path: '{function}:score'}}]"
+    options = {"rewards": rewards, "train__steps": 1, "objective__minibatches": 1}
+    made = []
+    for i, comment in enumerate(("", "", "# changed")):
+        function.write_text(
+            f"def score(completions, **columns):\n    return [1.0] * len(completions)  {comment}\n"
+        )
+        if i:
+            shutil.copytree(tmp_path / "0" / ROLLOUTS, tmp_path / str(i) / ROLLOUTS)
+        pool.run(1, training_ranks.train, arguments(tiny_models(), prompts, tmp_path / str(i), **options))
+        made.append("rollout_seconds" in metrics_of(tmp_path / str(i))[0])
+    assert made == [True, False, True]

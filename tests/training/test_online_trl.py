@@ -55,7 +55,7 @@ CASES = {
     "rloo_reused": case({"beta": 0.05, "normalize_advantages": True, **REUSED}, kind="RLOO"),
     "rloo_plain": case({"beta": 0.0, "reward_clip_range": [-0.5, 0.5], **REUSED}, kind="RLOO"),
 }
-FAST = ("dapo", "dapo_kl", "rloo")
+FAST = ("dapo_kl", "rloo")
 TRL_NAMES = {"iterations": "num_iterations"}
 
 
