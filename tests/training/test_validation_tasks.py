@@ -49,6 +49,7 @@ def results_of(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_tasks_are_those_of_evaluate_on_the_checkpoint(pool, tiny_models, chat_file, tasks, tmp_path):
     """On tensor-parallel shards, with an adapter; a killed run writes the same rows again."""
     options = {
