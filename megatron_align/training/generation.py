@@ -22,6 +22,7 @@ from megatron_align.config import RunConfig
 from megatron_align.config.rollout import RolloutConfig
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, TrainingFault, one_line
+from megatron_align.model.parallel import first_fault
 from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.live_weights import require_version
@@ -253,15 +254,8 @@ def _together(compute: Callable[[], T], what: str) -> T:
     fault, result = None, None
     try:
         result = compute()
-    except (
-        InputError,
-        TrainingFault,
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (InputError, TrainingFault, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
         fault = one_line(error)
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    if first := next((each for each in faults if each), None):
+    if first := first_fault(fault):
         raise TrainingFault(f"{what}: {first}")
     return cast("T", result)

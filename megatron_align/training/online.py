@@ -11,7 +11,7 @@ Shapes: G prompts, C completions, N tokens of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -28,11 +28,8 @@ from megatron_align.data.store import TokenStore, sha256
 from megatron_align.errors import TrainingFault
 from megatron_align.losses.segments import per_token, segment_sums
 from megatron_align.model.parallel import all_reduce_sum
-from megatron_align.objectives.policy_gradient import (
-    PolicyGradientObjective,
-    ScoredRollouts,
-    rollout_metrics,
-)
+from megatron_align.objectives.policy_gradient import PolicyGradientObjective
+from megatron_align.objectives.scored_rollouts import ScoredRollouts, rollout_metrics
 from megatron_align.rollout.prompt_table import PromptTable
 from megatron_align.rollout.rewards.scoring import mean_rewards
 from megatron_align.rollout.rollouts import Rollouts, read_rollouts, rollouts_folder, write_rollouts
@@ -116,7 +113,7 @@ class RolloutSteps:
             for reward in setup.config.rewards
             if isinstance(reward, FunctionReward)
         }
-        self._current: tuple[int, StepBatches, dict[str, float]] | None = None
+        self._current: _OpenRollouts | None = None
         self._first_step: int | None = None  # of this process, 0-based
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
@@ -129,13 +126,12 @@ class RolloutSteps:
         place = self.order.place(number)
         if self._first_step is None:
             self._first_step = number
-        statistics: dict[str, float] = {}
-        if self._current is None or self._current[0] != place.rollout:
-            self._current = self._open(place.rollout)
-            statistics = self._seconds
-        _, batches, of_rollouts = self._current
-        step = batches.step(number)
-        statistics = {"rollout": place.rollout + 1, **of_rollouts, **statistics}
+        current, seconds = self._current, {}
+        if current is None or current.number != place.rollout:
+            current = self._current = self._open(place.rollout)
+            seconds = current.seconds
+        step = current.batches.step(number)
+        statistics = {"rollout": place.rollout + 1, **current.metrics, **seconds}
         packs = replace(
             step.packs,
             batches=[
@@ -151,7 +147,7 @@ class RolloutSteps:
             TrainingFault: on every rank, as metrics are global.
         """
         found, bound = metrics["mismatch_mean"], self.trainer.config.rollout.mismatch_stop or MISMATCH_STOP
-        if self._on_disk and not found <= bound:
+        if self._generates and not found <= bound:
             raise TrainingFault(
                 f"step {step}: log-probs of the engine must be the trainer's within {bound:g} nats per token on "
                 f"average (rollout.mismatch_stop), they differ by {found:.3g}: the engine has other weights, another "
@@ -163,8 +159,8 @@ class RolloutSteps:
         if isinstance(self._source, EngineRollouts):
             self._source.close()
 
-    def _open(self, rollout: int) -> tuple[int, StepBatches, dict[str, float]]:
-        """Return a set of rollouts as the batches of its steps, with its metrics."""
+    def _open(self, rollout: int) -> _OpenRollouts:
+        """Read or make a set of rollouts."""
         objective, trainer = self.objective, self.trainer
         first = rollout * self.order.steps_of_rollouts + 1
         folder = rollouts_folder(trainer.setup.folder, first)
@@ -197,9 +193,12 @@ class RolloutSteps:
         columns |= rollouts.logprobs
         if self._generates:
             columns["engine_logprobs"] = rollouts.engine_logprobs()
-        self._seconds = rollouts.seconds
-        batches = self._batches(rollouts, columns, _OfRollouts(self.order, rollout))
-        return rollout, batches, {**rollout_metrics(scored), **mean_rewards(rollouts.rewards)}
+        return _OpenRollouts(
+            number=rollout,
+            batches=self._batches(rollouts, columns, _OfRollouts(self.order, rollout)),
+            metrics={**rollout_metrics(scored), **mean_rewards(rollouts.rewards)},
+            seconds=rollouts.seconds,
+        )
 
     def _batches(self, rollouts: Rollouts, columns: dict[str, Tensor], order: _OfRollouts) -> StepBatches:
         trainer, setup = self.trainer, self.trainer.setup
@@ -296,6 +295,23 @@ class RolloutSteps:
                 fault = error
         if all_reduce_sum([float(fault is not None)])[0]:
             raise fault or OSError("rank 0 could not write the rollouts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OpenRollouts:
+    """A set of rollouts that is trained on.
+
+    Args:
+        number: 0-based.
+        batches: of its steps.
+        metrics: of the set, for the rows of its steps.
+        seconds: by phase, for the row of the first of them.
+    """
+
+    number: int
+    batches: StepBatches
+    metrics: dict[str, float]
+    seconds: dict[str, float]
 
 
 class _OfRollouts:

@@ -10,7 +10,8 @@ import torch
 
 from megatron_align.config.rollout import RolloutConfig
 from megatron_align.errors import InputError
-from megatron_align.objectives.policy_gradient import GRPO, RLOO, GRPOOptions, RLOOOptions, ScoredRollouts
+from megatron_align.objectives.policy_gradient import GRPO, RLOO, GRPOOptions, RLOOOptions
+from megatron_align.objectives.scored_rollouts import ScoredRollouts
 from tests.objectives.test_policy_gradient_options import FINE, LENGTH_C, LIMIT, NEEDED, given_of_a_step
 
 UNBUILT = {"gae_lambda", "top_entropy_quantile"}

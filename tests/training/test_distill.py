@@ -18,7 +18,8 @@ from megatron_align.training.setup import prepare_run
 from tests.harness import training_ranks
 from tests.harness.marks import mark_slow
 from tests.harness.pool import RankFailed
-from tests.harness.tiny import change_tensors, metrics_of, numbers, run_arguments, write_chat
+from tests.harness.runs import remembered_runs
+from tests.harness.tiny import change_tensors, numbers, run_arguments, write_chat
 from tests.training.test_preference_layout import LAYOUTS
 
 VOCABULARY = 259
@@ -63,17 +64,7 @@ def arguments(tiny_models, chat_file, teacher):
 
 @pytest.fixture(scope="module")
 def train(pool, arguments, tmp_path_factory):
-    done = {}
-
-    def run(divergence, world=1, **options):
-        key = (divergence, world, tuple(options.items()))
-        if key not in done:
-            folder = tmp_path_factory.mktemp("run")
-            pool.run(world, training_ranks.train, arguments(folder, divergence, **options))
-            done[key] = metrics_of(folder)
-        return done[key]
-
-    return run
+    return remembered_runs(pool, tmp_path_factory, arguments)
 
 
 @pytest.mark.parametrize("divergence, layout", mark_slow([*CASES, *SLOW], SLOW))

@@ -8,9 +8,9 @@ import random
 
 import pytest
 
-from tests.harness import training_ranks
 from tests.harness.marks import mark_slow
-from tests.harness.tiny import metrics_of, run_arguments
+from tests.harness.runs import remembered_runs
+from tests.harness.tiny import run_arguments
 from tests.training.test_preference_layout import LAYOUTS
 
 OBJECTIVES = {
@@ -56,26 +56,18 @@ def ranked(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(pool, tiny_models, ranked, tmp_path_factory):
-    done = {}
+    def arguments(folder, objective, **options):
+        given = {f"objective__{name}": value for name, value in OBJECTIVES[objective].items()}
+        return run_arguments(
+            tiny_models(),
+            ranked,
+            folder,
+            **{"train__global_batch_size": 8, **given, **options},
+            optimizer__lr=2e-4,
+            rollout__engine="data",
+        )
 
-    def run(objective, world=1, **options):
-        key = (objective, world, tuple(options.items()))
-        if key not in done:
-            folder = tmp_path_factory.mktemp("run")
-            given = {f"objective__{name}": value for name, value in OBJECTIVES[objective].items()}
-            arguments = run_arguments(
-                tiny_models(),
-                ranked,
-                folder,
-                **{"train__global_batch_size": 8, **given, **options},
-                optimizer__lr=2e-4,
-                rollout__engine="data",
-            )
-            pool.run(world, training_ranks.train, arguments)
-            done[key] = metrics_of(folder)
-        return done[key]
-
-    return run
+    return remembered_runs(pool, tmp_path_factory, arguments)
 
 
 @pytest.mark.parametrize("objective, layout", mark_slow([*CASES, *SLOW], SLOW))

@@ -13,6 +13,7 @@ from megatron_align.objectives.configuration import parse
 from megatron_align.training.setup import prepare_run
 from tests.harness import training_ranks
 from tests.harness.marks import mark_slow
+from tests.harness.runs import remembered_runs
 from tests.harness.tiny import metrics_of, run_arguments, write_chat
 from tests.training.test_preference_layout import LAYOUTS
 
@@ -66,17 +67,7 @@ def arguments(tiny_models, ranked):
 
 @pytest.fixture(scope="module")
 def train(pool, arguments, tmp_path_factory):
-    done = {}
-
-    def run(ptx, world=1, **options):
-        key = (json.dumps(ptx), world, tuple(options.items()))
-        if key not in done:
-            folder = tmp_path_factory.mktemp("run")
-            pool.run(world, training_ranks.train, arguments(folder, ptx, **options))
-            done[key] = metrics_of(folder)
-        return done[key]
-
-    return run
+    return remembered_runs(pool, tmp_path_factory, arguments)
 
 
 @pytest.mark.parametrize("kind, layout", mark_slow([*CASES, *SLOW], SLOW))

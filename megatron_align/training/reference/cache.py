@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from rich.progress import Progress
 from megatron_align.config import RunConfig
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import passes_per_epoch, step_order
-from megatron_align.data.batching.step_batches import StepBatches
+from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
@@ -169,15 +169,8 @@ class ReferenceColumns:
 
     def missing(self, steps: StepBatches, wanted: range) -> list[int]:
         """Return the steps of ``wanted`` with values that neither the columns nor earlier steps of the list provide."""
-        computed_K = ~np.isnan(self.completions.values_K)
-        missing = []
-        for step in wanted:
-            stored = steps.stored(step)
-            lacks_mean = self.mismatched is not None and np.isnan(self.mismatched.values_K[step])
-            if lacks_mean or not computed_K[stored].all():
-                missing.append(step)
-                computed_K[stored] = True
-        return missing
+        of_steps = None if self.mismatched is None else self.mismatched.values_K
+        return missing_steps(self.completions.values_K, steps, wanted, of_steps)
 
     def fill(
         self,
@@ -192,28 +185,62 @@ class ReferenceColumns:
         The packs are those of training, so on the same layout a policy with the same weights gives the same numbers,
         bit for bit.
         """
-        saved = time.monotonic()
-        with (
-            Prefetcher(missing, steps.step) as data,
-            progress(len(missing), "Reference log-probs") as advance,
-        ):
-            for step in data:
-                watchdog.report(f"reference step {step.number + 1}")
-                values_S = gather_step(scorer.sums(step.batches), step.packs, step, groups)
-                self.completions.values_K[step.stored_C] = values_S.numpy()
-                if self.mismatched is not None:
-                    values_S = mismatched_sums(scorer, step, groups)
-                    self.mismatched.values_K[step.number] = values_S.mean().item()
-                advance()
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
+        for step in computed_steps(steps, missing, "Reference log-probs", watchdog, self._save):
+            values_S = gather_step(scorer.sums(step.batches), step.packs, step, groups)
+            self.completions.values_K[step.stored_C] = values_S.numpy()
+            if self.mismatched is not None:
+                values_S = mismatched_sums(scorer, step, groups)
+                self.mismatched.values_K[step.number] = values_S.mean().item()
 
     def _save(self) -> None:
         if dist.get_rank() == 0:
             for column in filter(None, (self.completions, self.mismatched)):
                 column.save()
+
+
+def missing_steps(
+    values_K: np.ndarray, steps: StepBatches, wanted: range, of_steps: np.ndarray | None = None
+) -> list[int]:
+    """Return the steps of ``wanted`` with values that neither a column nor earlier steps of the list provide.
+
+    Args:
+        values_K: of each completion of the store, NaN where not computed yet.
+        steps: of the split.
+        wanted: 0-based.
+        of_steps: of each step, in the same way; None: there are none.
+    """
+    computed_K = ~np.isnan(values_K)
+    missing = []
+    for step in wanted:
+        stored = steps.stored(step)
+        if (of_steps is not None and np.isnan(of_steps[step])) or not computed_K[stored].all():
+            missing.append(step)
+            computed_K[stored] = True
+    return missing
+
+
+def computed_steps(
+    steps: StepBatches, missing: Sequence[int], what: str, watchdog: Watchdog, save: Callable[[], None]
+) -> Iterator[Step]:
+    """Yield some steps, to be computed by the caller; save now and then, and after the last one.
+
+    Args:
+        steps: of the split.
+        missing: 0-based.
+        what: name of what is computed, for the progress bar.
+        watchdog: of this rank.
+        save: writes what was computed so far.
+    """
+    saved = time.monotonic()
+    with Prefetcher(missing, steps.step) as data, _progress(len(missing), what) as advance:
+        for step in data:
+            watchdog.report(f"reference step {step.number + 1}")
+            yield step
+            advance()
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    save()
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -240,7 +267,7 @@ def _order_key(setup: RunSetup, split: str) -> tuple[dict[str, Any], int]:
 
 
 @contextmanager
-def progress(steps: int, what: str) -> Iterator[Callable[[], None]]:
+def _progress(steps: int, what: str) -> Iterator[Callable[[], None]]:
     """Show a progress bar on rank 0's terminal; yield the function that advances it by a step."""
     hidden = dist.get_rank() != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:

@@ -12,7 +12,6 @@ Shapes: N scored tokens and C completions of a pack, S completions of a step, K 
 from __future__ import annotations
 
 import os
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.config import RunConfig
-from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
@@ -36,7 +34,13 @@ from megatron_align.objectives.base import Objective
 from megatron_align.records import LossRows
 from megatron_align.storage.folder_lock import FolderLock
 from megatron_align.storage.fsync import fsync_open
-from megatron_align.training.reference.cache import SAVE_SECONDS, Column, broadcast, cache_folder, progress
+from megatron_align.training.reference.cache import (
+    Column,
+    broadcast,
+    cache_folder,
+    computed_steps,
+    missing_steps,
+)
 from megatron_align.training.reference.logprobs import CachedReference
 from megatron_align.training.scoring import Scorer, gather_step
 from megatron_align.training.setup import RunSetup
@@ -135,14 +139,7 @@ class TopKColumns:
 
     def missing(self, steps: StepBatches, wanted: range) -> list[int]:
         """Return the steps of ``wanted`` with rows that neither the file nor earlier steps of the list provide."""
-        computed_K = ~np.isnan(self.checksums.values_K)
-        missing = []
-        for step in wanted:
-            stored = steps.stored(step)
-            if not computed_K[stored].all():
-                missing.append(step)
-                computed_K[stored] = True
-        return missing
+        return missing_steps(self.checksums.values_K, steps, wanted)
 
     def fill(
         self,
@@ -162,20 +159,9 @@ class TopKColumns:
         if dist.get_rank() == 0:
             size = f"{self.size / 1e6:,.1f} MB" if self.size < 1e9 else f"{self.size / 1e9:,.1f} GB"
             print(f"computing the reference's likeliest tokens: up to {size} in {self.file}", flush=True)
-        saved = time.monotonic()
         with self._locked(), _opened(self.file) as file:
-            with (
-                Prefetcher(missing, steps.step) as data,
-                progress(len(missing), "Reference logits") as advance,
-            ):
-                for step in data:
-                    watchdog.report(f"reference step {step.number + 1}")
-                    self._fill_step(step, scorer, groups, file)
-                    advance()
-                    if time.monotonic() - saved > SAVE_SECONDS:
-                        self._save()
-                        saved = time.monotonic()
-            self._save()
+            for step in computed_steps(steps, missing, "Reference logits", watchdog, self._save):
+                self._fill_step(step, scorer, groups, file)
         dist.barrier()
 
     def _fill_step(self, step: Step, scorer: Scorer, groups: ProcessGroupCollection, file: int) -> None:
