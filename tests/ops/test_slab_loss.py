@@ -290,6 +290,18 @@ def test_a_loss_that_ignores_its_log_probs():
     assert not any(g.any() for g in got[1:])
 
 
+def test_a_maximum_is_that_of_all_slabs():
+    """Parts of a sum whose name ends with _max combine by the larger one, those of others are added."""
+
+    def loss(i, logprobs_n, statistics):
+        found = torch.tensor([3.0, 5.0, 2.0][i])
+        return logprobs_n.sum(), {"found": found, "found_max": found}
+
+    for function in (slab_loss, slab_loss_reference):
+        _, sums = function(*draw(6, 8, 10), [(0, 2), (2, 4), (4, 6)], loss)
+        assert (sums["found"].item(), sums["found_max"].item()) == (10.0, 5.0)
+
+
 BAD_SLABS = {
     "gap": ([(0, 2), (3, 6)], "slab 1 must start at row 2.*got 3 to 6"),
     "backwards": ([(0, 4), (4, 3)], "slab 1 .*got 4 to 3"),

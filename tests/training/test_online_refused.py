@@ -2,10 +2,15 @@
 
 import json
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_align.config.rollout import RolloutConfig
+from megatron_align.errors import TrainingFault
 from megatron_align.train import main
+from megatron_align.training.online import RolloutSteps
 from tests.harness.tiny import run_arguments
 
 
@@ -88,3 +93,15 @@ def test_refused(name, tiny_models, tmp_path, capsys):
     assert code == 2, error
     assert re.fullmatch(f"error: [^\n]*{pattern}[^\n]*\n", error), error
     assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "found, bound, stops",
+    [(0.04, None, False), (0.06, None, True), (0.06, 0.1, False), (float("nan"), 0.1, True)],
+)
+def test_an_engine_that_differs_too_much_stops_the_run(found, bound, stops):
+    """Log-probs of the engine against the trainer's, on average; NaN is never within a bound."""
+    trainer = SimpleNamespace(config=SimpleNamespace(rollout=RolloutConfig(mismatch_stop=bound)))
+    steps = SimpleNamespace(trainer=trainer, _generates=True)
+    with pytest.raises(TrainingFault, match="step 3: log-probs of the engine") if stops else nullcontext():
+        RolloutSteps.require_match(steps, 3, {"mismatch_mean": found})
