@@ -34,8 +34,8 @@ KILLS = {
         "rollouts.written:3",
         "save.begun:3",
         "save.written:3",
-        "save.named:4",
-        "rollouts.written:5",
+        "save.named:4",  # in the background: rollouts of step 5 may be written by then
+        "step.trained:5",
         "save.done:6",
     ),
 }
