@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,6 +217,27 @@ def test_a_program_without_end_is_stopped():
     assert not passes("while True: pass", seconds=1.0)
     assert not passes("import time\ntime.sleep(60)", seconds=1.0)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nfor _ in range(3000):\n  os.mkdir('d')\n  os.chdir('d')\nopen('a', 'w')",
+        "import os\nos.mkdir('a', 0)\nos.symlink('/', 'b')\nos.symlink('a', 'c')",
+    ],
+    ids=["deeper_than_paths", "unreadable"],
+)
+def test_nothing_that_a_program_leaves_is_kept(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert passes(program, seconds=10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_fills_the_disk_is_stopped():
+    write = "text = 'x' * (8 << 20)\nfor i in range(40):\n  open(f'd{i % 2}/{i}', 'w').write(text)\n"
+    program = f"import os, time\nos.mkdir('d0'); os.mkdir('d1')\n{write}time.sleep(2)"
+    assert not passes(program, **FAST)
+    assert passes(program.replace("range(40)", "range(20)"), **FAST)
 
 
 def test_the_token_is_not_on_the_command_line():
