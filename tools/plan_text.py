@@ -26,7 +26,7 @@ from megatron_align.cost.text import (
 )
 from megatron_align.cost.time import LINKS, mfu, one_pass_seconds
 from megatron_align.cost.traffic import traffic
-from megatron_align.cost.work import scoring_passes, step_flops
+from megatron_align.cost.work import flops_of
 from megatron_align.errors import InputError
 from megatron_align.objectives.registry import reference_mode
 
@@ -76,8 +76,7 @@ def configured_layout(request: PlanRequest) -> str:
 def step_lines(request: PlanRequest, one: Candidate) -> list[str]:
     """Return operations, bytes of each collective and the estimated time of a step."""
     placement, work = one.placement, one.work
-    passes = scoring_passes(request.config)
-    flops = step_flops(placement, work, passes)
+    flops = flops_of(request.config, placement, work)
     moved = traffic(placement, work.pack_tokens)
     seconds = one.time.total
     lines = [

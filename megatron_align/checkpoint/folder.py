@@ -24,6 +24,7 @@ from megatron_align.storage.deletion import delete_folder, discard, hide, why_un
 CARD, ASSETS, STATE = "card.json", "hf_assets", "state"
 HF = "hf"  # the exported model, in a run's folder
 ADAPTER = "adapter"  # the exported adapter
+CRITIC = "critic"  # the exported critic
 CORRUPT_SUFFIX = ".damaged"  # appended to the name of a corrupt checkpoint that a run fell back from
 _STEP = re.compile(r"step_(\d{6,})")
 

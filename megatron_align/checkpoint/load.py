@@ -23,7 +23,13 @@ from torch import Tensor
 from megatron_align.checkpoint.card import read_checkpoint_metadata
 from megatron_align.checkpoint.folder import STATE
 from megatron_align.checkpoint.read_tensors import ReadRequest, read_tensors
-from megatron_align.checkpoint.save_plan import model_state, reference_state, state_of_trained, unwrap
+from megatron_align.checkpoint.save_plan import (
+    critic_state,
+    model_state,
+    reference_state,
+    state_of_trained,
+    unwrap,
+)
 from megatron_align.errors import InputError
 from megatron_align.model.policy import Policy
 
@@ -66,6 +72,26 @@ def load_checkpoint(
     ]
     if optimizer is not None:
         requests += _optimizer_requests(list(state_of_trained(chunks, groups).values()), optimizer)
+    _on_all_ranks(lambda: read_tensors(folder / STATE, requests))
+
+
+def load_critic(
+    folder: Path, critic: Sequence[Policy | DistributedDataParallel], optimizer: DistributedOptimizer
+) -> None:
+    """Load the critic of a checkpoint and the state of its optimizer, in place; every rank calls this.
+
+    Raises:
+        InputError: the checkpoint has no critic.
+    """
+    if not read_checkpoint_metadata(folder).get("critic"):
+        raise InputError(
+            f"cannot resume: the checkpoint has no critic, as its run had another objective: {folder}; for a run with "
+            "one give another checkpoint.dir, and this checkpoint as model.path"
+        )
+    chunks, groups = unwrap(critic)
+    states = list(critic_state(chunks, groups).values())
+    requests = [request for state in states for request in _model_requests(state)]
+    requests += _optimizer_requests(states, optimizer)
     _on_all_ranks(lambda: read_tensors(folder / STATE, requests))
 
 

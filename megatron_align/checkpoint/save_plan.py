@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from megatron_align.checkpoint.host_optimizer_state import SaveableOptimizer
+from megatron_align.checkpoint.torch_metadata import CRITIC, REFERENCE
 from megatron_align.model.policy import Policy
 
-REFERENCE = "reference."  # prefix of the names of a reference model's tensors
+_CRITIC_OPTIMIZER = "critic_optimizer"
 _FILES = 2  # per rank, written concurrently
 
 SaveItem = tuple[WriteItem, Tensor | io.BytesIO]
@@ -44,6 +45,14 @@ class RankSavePlan:
     common: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class SavedCritic:
+    """A critic in a checkpoint: this rank's chunks, and their optimizer."""
+
+    model: Sequence[Policy | DistributedDataParallel]
+    optimizer: SaveableOptimizer
+
+
 class SavePlanCache:
     """Plan saves, and keep the plan for the next save of the same objects."""
 
@@ -56,18 +65,27 @@ class SavePlanCache:
         model: Sequence[Policy | DistributedDataParallel],
         optimizer: SaveableOptimizer | None,
         reference: Sequence[Policy] | None,
+        critic: SavedCritic | None = None,
     ) -> RankSavePlan:
         """Agree with the other ranks on who writes what; every rank calls this.
 
         The model's tensors are those of training, the optimizer's the host memory that is filled later. Its other
         entries (steps, learning rate) are read immediately.
         """
-        objects = [*model, optimizer, *(reference or [])]
+        objects = [
+            *model,
+            optimizer,
+            *(reference or []),
+            *([*critic.model, critic.optimizer] if critic else []),
+        ]
         is_same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
         if self._plan is None or not is_same:
-            self._objects, self._plan = objects, _plan(model, optimizer, reference)
-        elif optimizer is not None:
+            self._objects, self._plan = objects, _plan(model, optimizer, reference, critic)
+            return self._plan
+        if optimizer is not None:
             self._plan.common["optimizer"] |= optimizer.state_dict()
+        if critic is not None:
+            self._plan.common[_CRITIC_OPTIMIZER] |= critic.optimizer.state_dict()
         return self._plan
 
 
@@ -75,10 +93,13 @@ def _plan(
     model: Sequence[Policy | DistributedDataParallel],
     optimizer: SaveableOptimizer | None,
     reference: Sequence[Policy] | None,
+    critic: SavedCritic | None,
 ) -> RankSavePlan:
     chunks, groups = unwrap(model)
     with _hidden_from_garbage_collector():
         state = sharded_state(chunks, optimizer, groups)
+        if critic is not None:
+            state |= _critic_with_optimizer(critic, groups)
     state |= reference_state(reference, groups)
     sharded, common = save_preprocess(state)
     named, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -153,9 +174,7 @@ def sharded_state(
     state = dict(model)
     if optimizer is not None:
         trained = state_of_trained(chunks, groups) if chunks[0].partly_frozen else model
-        entries = optimizer.sharded_state_dict(trained, is_loading=False, metadata=_metadata(groups))
-        # None on ranks that have nothing to write, which megatron-core would take for a difference between ranks.
-        state["optimizer"] = {key: value for key, value in entries.items() if value is not None}
+        state["optimizer"] = _optimizer_state(optimizer, trained, groups)
     return state
 
 
@@ -207,6 +226,31 @@ def reference_state(reference: Sequence[Policy] | None, groups: ProcessGroupColl
         f"reference{n}": chunk.sharded_state_dict(prefix=REFERENCE, metadata=_metadata(groups))
         for n, chunk in enumerate(reference or [])
     }
+
+
+def critic_state(critic: Sequence[Policy], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return megatron-core's sharded state dict of a critic, alone; its optimizer's tensors are named after these."""
+    return {
+        f"critic{n}": chunk.sharded_state_dict(prefix=CRITIC, metadata=_metadata(groups))
+        for n, chunk in enumerate(critic)
+    }
+
+
+def _critic_with_optimizer(critic: SavedCritic, groups: ProcessGroupCollection) -> dict[str, Any]:
+    chunks, _ = unwrap(critic.model)
+    state = critic_state(chunks, groups)
+    return {**state, _CRITIC_OPTIMIZER: _optimizer_state(critic.optimizer, dict(state), groups)}
+
+
+def _optimizer_state(
+    optimizer: SaveableOptimizer, trained: dict[str, Any], groups: ProcessGroupCollection
+) -> dict[str, Any]:
+    """Return megatron-core's sharded state dict of an optimizer, whose tensors are named after those of ``trained``.
+
+    None on ranks that have nothing to write is left out: megatron-core would take it for a difference between ranks.
+    """
+    entries = optimizer.sharded_state_dict(trained, is_loading=False, metadata=_metadata(groups))
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -33,12 +33,19 @@ from megatron_align.checkpoint.folder import ASSETS, CARD, STATE, folder_taken
 from megatron_align.checkpoint.host_optimizer_state import SaveableOptimizer
 from megatron_align.checkpoint.save_plan import (
     RankSavePlan,
+    SavedCritic,
     SaveItem,
     SavePlanCache,
     unwrap,
     with_exact_storage,
 )
-from megatron_align.checkpoint.torch_metadata import COMMON, FORMAT_FILE, FORMAT_OF_STATE, METADATA
+from megatron_align.checkpoint.torch_metadata import (
+    COMMON,
+    FORMAT_FILE,
+    FORMAT_OF_STATE,
+    METADATA,
+    OPTIMIZER,
+)
 from megatron_align.errors import one_line
 from megatron_align.hf.assets import AssetChanges, write_assets
 from megatron_align.model.families import ModelShape
@@ -62,6 +69,7 @@ class CheckpointContent:
         metadata: see :func:`card.make_checkpoint_metadata`.
         assets: HF folder whose config and tokenizer are copied.
         reference: chunks of a reference model that training updates.
+        critic: of objective ppo; None: there is none.
         changes: of training in the copied files.
     """
 
@@ -70,6 +78,7 @@ class CheckpointContent:
     metadata: dict[str, Any]
     assets: Path
     reference: Sequence[Policy] | None = None
+    critic: SavedCritic | None = None
     changes: AssetChanges = AssetChanges()
 
 
@@ -101,7 +110,7 @@ class _SaveJob:
     partial: Path
     plan: RankSavePlan
     copies: list[tuple[Tensor, Tensor]]  # (host memory, original)
-    optimizer: SaveableOptimizer | None
+    optimizers: list[SaveableOptimizer]
     small_files: dict[str, bytes]  # content by path; empty but on rank 0
     assets: Path
     changes: AssetChanges
@@ -166,7 +175,7 @@ class Saver:
         started = time.perf_counter()
         partial, step = partial_folder(folder), content.metadata["step"]
         self._on_rank_0(partial, lambda: _create(partial, step, self._before))
-        plan = self._plans.plan(content.model, content.optimizer, content.reference)
+        plan = self._plans.plan(content.model, content.optimizer, content.reference, content.critic)
         copies: list[tuple[Tensor, Tensor]] = []
         if self.background or torch.cuda.is_available():
             plan, copies = self._with_host_copies(plan)
@@ -177,7 +186,10 @@ class Saver:
             partial=partial,
             plan=plan,
             copies=copies,
-            optimizer=content.optimizer,
+            optimizers=[
+                *([] if content.optimizer is None else [content.optimizer]),
+                *([] if content.critic is None else [content.critic.optimizer]),
+            ],
             small_files=_small_files(metadata, plan.common),
             assets=content.assets,
             changes=content.changes,
@@ -283,7 +295,7 @@ class Saver:
 
 
 def _is_changed_by_training(index: MetadataIndex, data: Tensor) -> bool:
-    return data.is_cuda or not index.fqn.startswith("optimizer.")
+    return data.is_cuda or not index.fqn.startswith(OPTIMIZER)
 
 
 def _create(partial: Path, step: int, before: Callable[[], None]) -> None:
@@ -316,8 +328,8 @@ def _copy(job: _SaveJob, stream: torch.cuda.Stream | None) -> None:
     with torch.cuda.stream(stream):
         for copy, original in job.copies:
             copy.copy_(original, non_blocking=True)
-        if job.optimizer is not None:
-            job.optimizer.host_state.copy()
+        for optimizer in job.optimizers:
+            optimizer.host_state.copy()
     if stream:
         stream.synchronize()
 
@@ -325,8 +337,8 @@ def _copy(job: _SaveJob, stream: torch.cuda.Stream | None) -> None:
 def _write(job: _SaveJob, copied: Future[None], rank: int) -> _WrittenFiles:
     """Write this rank's files; rank 0 also writes the small ones."""
     copied.result()
-    if job.optimizer is not None:
-        job.optimizer.host_state.gather()
+    for optimizer in job.optimizers:
+        optimizer.host_state.gather()
     checksums: dict[str, str] = {}
     locations: dict[MetadataIndex, _StorageInfo] = {}
     paths = [job.partial / STATE / f"__{rank}_{number}.distcp" for number in range(len(job.plan.buckets))]

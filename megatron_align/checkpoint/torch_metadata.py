@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_align.errors import InputError, one_line
 
+# Prefixes of the names of tensors that are not the model's: of the optimizers, a reference that moves, and a critic.
+OPTIMIZER, REFERENCE, CRITIC = "optimizer.", "reference.", "critic."
 COMMON, FORMAT_FILE, METADATA = "common.pt", "metadata.json", ".metadata"
 # dist_checkpointing.load recognises the format by these entries.
 FORMAT_OF_STATE = {

@@ -10,6 +10,7 @@ from megatron_align.config.inputs import (
 from megatron_align.config.run import RunConfig, to_dict
 from megatron_align.config.sections import (
     CheckpointConfig,
+    CriticConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -19,6 +20,7 @@ from megatron_align.config.sections import (
 __all__ = [
     "AdapterConfig",
     "CheckpointConfig",
+    "CriticConfig",
     "DataConfig",
     "DataSource",
     "LoggingConfig",

@@ -67,6 +67,14 @@ objective.undesirable_weight: kto_rejected_weight rl_undesirable_weight kto_unde
 objective.center_rewards_coefficient: center_reward_coef reward_centering
 objective.normalization: loss_normalization average_tokens_across_devices calculate_per_token_loss loss_agg_mode
     loss_reduction
+objective.cliprange_value: value_clip value_clip_range cliprange_v vf_clip_param clip_range_vf
+objective.vf_coef: value_loss_coef vf_loss_coef value_coef
+objective.epsilon: cliprange clip_range clip_eps clip_ratio eps_clip
+objective.gae_lambda: lam lambd
+objective.iterations: num_ppo_epochs ppo_epochs num_iterations
+objective.minibatches: num_mini_batches num_minibatches
+critic.path: critic_model_path critic_path critic_pretrain value_model value_model_path critic_model
+critic.optimizer.lr: critic_learning_rate critic_lr value_lr
 optimizer.lr: learning_rate learningrate lr_rate max_lr peak_lr base_lr init_lr actor_learning_rate step_size
 optimizer.weight_decay: wd decay weightdecay adam_weight_decay
 optimizer.betas: adam_beta1 adam_beta2 adam_betas beta1 beta2 adamw_betas
@@ -201,7 +209,7 @@ finetune fine_tune fine_tuning supervised instruct instruction pt pretrain cpt l
 preference pref rlhf dpo_trainer = dpo
 gspo dapo dr_grpo reinforce reinforce_plus_plus = grpo
 gkd distillation knowledge_distillation = distill
-ppo remax raft online_dpo xpo nash_md prm gepa star rft = -
+remax raft online_dpo xpo nash_md prm gepa star rft = -
 """
 
 

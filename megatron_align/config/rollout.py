@@ -42,7 +42,7 @@ class CorrectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Rollouts: the completions that objectives grpo and rloo train on.
+    """Rollouts: the completions that objectives grpo, rloo and ppo train on.
 
     Args:
         engine: transformers: a copy of the model on every rank; vllm: servers; data: completions and scores come with

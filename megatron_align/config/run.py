@@ -25,6 +25,7 @@ from megatron_align.config.rewards import RewardConfig, build_rewards, changed_r
 from megatron_align.config.rollout import RolloutConfig
 from megatron_align.config.sections import (
     CheckpointConfig,
+    CriticConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -53,14 +54,19 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     rewards: tuple[RewardConfig, ...] = ()
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
 
     def __post_init__(self) -> None:
         self._fill_batches()
-        steps, warmup = self.train.steps, self.optimizer.warmup_steps
-        require(
-            steps is None or warmup <= steps,
-            f"optimizer.warmup_steps must not exceed train.steps = {steps}, got {warmup}",
-        )
+        steps = self.train.steps
+        for section, optimizer in (
+            ("optimizer", self.optimizer),
+            ("critic.optimizer", self.critic.optimizer),
+        ):
+            require(
+                steps is None or optimizer.warmup_steps <= steps,
+                f"{section}.warmup_steps must not exceed train.steps = {steps}, got {optimizer.warmup_steps}",
+            )
         for option, value in (
             ("train.early_stopping", self.train.early_stopping),
             ("checkpoint.keep_best", self.checkpoint.keep_best),
@@ -133,6 +139,7 @@ SECTIONS: dict[str, type] = {
     "logging": LoggingConfig,
     "validation": ValidationConfig,
     "rollout": RolloutConfig,
+    "critic": CriticConfig,
 }
 
 

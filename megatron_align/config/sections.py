@@ -7,7 +7,7 @@ Frozen dataclasses that validate themselves; the docstring of a field is its hel
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_align.config.paths import expand_fields
 from megatron_align.config.validation import EarlyStoppingConfig
@@ -142,6 +142,8 @@ class OptimizerConfig:
         clip_grad: largest global gradient norm; 0: no clipping
     """
 
+    section: ClassVar[str] = "optimizer"  # as errors name it
+
     lr: float = 1.0e-5
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
@@ -151,18 +153,37 @@ class OptimizerConfig:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optimizer.lr must be positive, got {self.lr}")
-        require(
-            self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, got {self.weight_decay}"
-        )
-        require(
-            all(0 <= b < 1 for b in self.betas), f"optimizer.betas must be in [0, 1), got {list(self.betas)}"
-        )
-        require(self.eps > 0, f"optimizer.eps must be positive, got {self.eps}")
-        require(
-            self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative, got {self.warmup_steps}"
-        )
-        require(self.clip_grad >= 0, f"optimizer.clip_grad must not be negative, got {self.clip_grad}")
+        at = self.section
+        require(self.lr > 0, f"{at}.lr must be positive, got {self.lr}")
+        require(self.weight_decay >= 0, f"{at}.weight_decay must not be negative, got {self.weight_decay}")
+        require(all(0 <= b < 1 for b in self.betas), f"{at}.betas must be in [0, 1), got {list(self.betas)}")
+        require(self.eps > 0, f"{at}.eps must be positive, got {self.eps}")
+        require(self.warmup_steps >= 0, f"{at}.warmup_steps must not be negative, got {self.warmup_steps}")
+        require(self.clip_grad >= 0, f"{at}.clip_grad must not be negative, got {self.clip_grad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticOptimizerConfig(OptimizerConfig):
+    """The same of the critic of objective ppo."""
+
+    section: ClassVar[str] = "critic.optimizer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The critic of objective ppo: a second model of the policy's shape, with a value head.
+
+    Args:
+        path: folder of a reward model or a language model of the policy's shape and tokenizer, to start from; null:
+            the first reward of kind model that has both, else model.path with a new value head
+        optimizer: its own, with the options of the section optimizer
+    """
+
+    path: str | None = None
+    optimizer: CriticOptimizerConfig = field(default_factory=CriticOptimizerConfig)
+
+    def __post_init__(self) -> None:
+        expand_fields(self, "path")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ OPTION_OF_TEXT = {
     "data": "data.train",
     "objective": "objective.name",
     "reference": "reference.path",
+    "critic": "critic.path",
     "checkpoint": "checkpoint.dir",
     "logging": "logging.wandb",
 }

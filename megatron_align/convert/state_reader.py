@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from megatron_align.checkpoint.tensor_reader import FileRange, StoredTensorReader
-from megatron_align.checkpoint.torch_metadata import StoredShard, StoredTensor, read_stored_tensors
+from megatron_align.checkpoint.torch_metadata import (
+    CRITIC,
+    OPTIMIZER,
+    REFERENCE,
+    StoredShard,
+    StoredTensor,
+    read_stored_tensors,
+)
 from megatron_align.errors import InputError, listed
 from megatron_align.model.families import ModelShape, Row, copy_segments, local_shape, rows
 from megatron_align.storage.atomic_write import advise_page_cache
@@ -228,9 +235,9 @@ def _allocate(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, buffer: T
 
 
 def _by_layer(stored: dict[str, StoredTensor], state: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the model's tensors layer by layer, without the optimizer's."""
+    """Yield the model's tensors layer by layer, without those of the optimizer, a reference or a critic."""
     for key, tensor in stored.items():
-        if key.startswith("optimizer."):
+        if key.startswith((OPTIMIZER, REFERENCE, CRITIC)):
             continue
         if not key.startswith(_LAYERS) or key.removeprefix(_LAYERS).partition(".")[0].isdigit():
             yield key, tensor  # of no layer, or stored for one layer

@@ -30,6 +30,7 @@ class StageMemory:
             of logits.
         communication: buffers that collectives gather into.
         engine: the copy of the model that a generation engine in this process holds, without its key/value cache.
+        critic: weights, gradients and optimizer shard of a critic; its activations come after the policy's are freed.
     """
 
     parameters: int
@@ -40,6 +41,7 @@ class StageMemory:
     temporary: int
     communication: int
     engine: int = 0
+    critic: int = 0
 
     @property
     def tensors(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_align.config import ParallelConfig, RunConfig
@@ -73,6 +73,10 @@ class Placement:
             adapter=resolve_adapter(config.model.adapter, shape),
             frozen=frozen_tensors(shape, config.model.freeze),
         )
+
+    def as_critic(self) -> Placement:
+        """Return the placement of the critic of a run on this one: a head of one row, every weight trained."""
+        return replace(self, shape=self.shape.as_reward(), adapter=None, frozen=frozenset())
 
     @property
     def itemsize(self) -> int:

@@ -12,16 +12,16 @@ from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.memory import StageMemory, stage_memory
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.state import parameter_count
+from megatron_align.cost.state import parameter_count, state_bytes
 from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
-from megatron_align.cost.work import Work, WorkOf, mean, scoring_passes
+from megatron_align.cost.work import CRITIC_PASSES, Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.policy import transformer_config
-from megatron_align.objectives.registry import reference_mode
+from megatron_align.objectives.registry import has_critic, reference_mode
 
 HEADROOM = (
     0.08  # share of a GPU's memory that should stay free: temporaries and fragmentation are not measured
@@ -99,7 +99,7 @@ def evaluate(request: PlanRequest, placement: Placement) -> Candidate:
         placement=placement,
         work=work,
         memory=memory_of(config, placement, work.micro_batches),
-        time=step_time(placement, work, request.chip, scoring_passes(config), request.efficiency),
+        time=time_of(config, placement, work, request.chip, request.efficiency),
         peak_unless_recomputed=None,
     )
 
@@ -113,10 +113,25 @@ def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tu
         placement.adapter is None or config.reference.path is not None
     )
     engine = engine_bytes(config, placement)
+    critic = placement.as_critic() if has_critic(config) else None
     return tuple(
-        replace(stage_memory(placement, stage, tokens, micro_batches, live_reference=live), engine=engine)
+        replace(
+            stage_memory(placement, stage, tokens, micro_batches, live_reference=live),
+            engine=engine,
+            critic=state_bytes(critic, stage).total if critic is not None else 0,
+        )
         for stage in range(placement.parallel.pipeline)
     )
+
+
+def time_of(
+    config: RunConfig, placement: Placement, work: Work, chip: Chip, efficiency: float = EFFICIENCY
+) -> StepTime:
+    """Estimate the time of a run's step: the policy's, and the critic's after it."""
+    time = step_time(placement, work, chip, scoring_passes(config), efficiency)
+    if not has_critic(config):
+        return time
+    return time + step_time(placement.as_critic(), work, chip, CRITIC_PASSES, efficiency)
 
 
 def engine_bytes(config: RunConfig, placement: Placement) -> int:

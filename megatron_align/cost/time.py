@@ -55,6 +55,10 @@ class StepTime:
         """Seconds of the step."""
         return sum(getattr(self, f.name) for f in fields(self))
 
+    def __add__(self, other: StepTime) -> StepTime:
+        """Return the time of both, one after the other."""
+        return StepTime(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
     def shares(self) -> dict[str, float]:
         """Return the share of each cause in the total."""
         return {f.name: getattr(self, f.name) / self.total for f in fields(self)}

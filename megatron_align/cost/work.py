@@ -26,9 +26,15 @@ from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.step_batches import StepCounts, scored_rows
 from megatron_align.data.sample_table import SampleTable
 from megatron_align.objectives.base import SCORED_BY
-from megatron_align.objectives.registry import build_objective, objective_class, reference_mode
+from megatron_align.objectives.registry import (
+    build_objective,
+    has_critic,
+    objective_class,
+    reference_mode,
+)
 
 SAMPLED_STEPS = 8  # of a run, evenly spread
+CRITIC_PASSES = 1  # forward passes of a critic besides training: its values of the rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +172,10 @@ def _packed(store: SampleTable, step: _StepSamples, ranks: int, options: PackOpt
 
 
 def scoring_passes(config: RunConfig) -> int:
-    """Return the forward passes of a step besides training: those of its pre-pass (policy, live reference)."""
+    """Return the forward passes of a step besides training: those of its pre-pass (policy, live reference).
+
+    A critic's are :data:`CRITIC_PASSES`.
+    """
     models = ["policy", *(["reference"] if reference_mode(config) == "live" else [])]
     needs = build_objective(config.objective).needs
     return sum(model in models for need in needs for model in SCORED_BY[need])
@@ -196,6 +205,15 @@ def step_flops(placement: Placement, work: Work, passes: int) -> StepFlops:
         model=model_flops(needed, Trained.of(placement)) + passes * needed.total,
         executed=executed_flops(placement, run) + passes * run.total,
     )
+
+
+def flops_of(config: RunConfig, placement: Placement, work: Work) -> StepFlops:
+    """Return the operations of a run's step: the policy's with its pre-pass, and those of a critic."""
+    policy = step_flops(placement, work, scoring_passes(config))
+    if not has_critic(config):
+        return policy
+    critic = step_flops(placement.as_critic(), work, CRITIC_PASSES)
+    return StepFlops(model=policy.model + critic.model, executed=policy.executed + critic.executed)
 
 
 def mean(works: Sequence[Work]) -> Work:

@@ -23,6 +23,11 @@ def value_loss(value_N: Tensor, old_value_N: Tensor, return_N: Tensor, *, clip: 
     """
     error_N = (value_N - return_N).square()
     if clip is not None:
-        near_N = old_value_N + (value_N - old_value_N).clamp(-clip, clip)
+        near_N = clipped_values(value_N, old_value_N, clip)
         error_N = torch.maximum(error_N, (near_N - return_N).square())
     return error_N / 2
+
+
+def clipped_values(value_N: Tensor, old_value_N: Tensor, clip: float | None) -> Tensor:
+    """Return the values within ``clip`` of the old ones, ``[N]``; None: as they are."""
+    return value_N if clip is None else old_value_N + (value_N - old_value_N).clamp(-clip, clip)

@@ -259,6 +259,14 @@ def set_temperature(chunks: Sequence[nn.Module], temperature: float) -> None:
                 module.temperature = temperature
 
 
+def score_rows(chunks: Sequence[nn.Module]) -> None:
+    """Make the reward head of some model chunks a value head: it scores every row, as a critic does."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, RewardHead):
+                module.of_rows = True
+
+
 def _gathered(slabs: ContextSlabs, values_n: Sequence[Tensor]) -> Tensor:
     """Return the values of all rows, of those that this context-parallel rank computed slab by slab."""
     return torch.cat([slabs.gather(i, of_slab_n) for i, of_slab_n in enumerate(values_n)])
@@ -276,11 +284,15 @@ def _with_likeliest(
 
 
 class RewardHead(nn.Module):
-    """A scalar reward on the last token of each completion; tensor-parallel ranks hold the full weight ``[1, H]``."""
+    """A scalar reward on the last token of each completion; tensor-parallel ranks hold the full weight ``[1, H]``.
+
+    Attributes:
+        of_rows: of a critic: a value of each scored row instead, of the token that predicts its target.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.sequence_parallel = config.sequence_parallel
+        self.sequence_parallel, self.of_rows = config.sequence_parallel, False
         self.weight = nn.Parameter(
             torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=cpu.device())
         )
@@ -292,7 +304,7 @@ class RewardHead(nn.Module):
         objective: RowObjective | None,
         groups: ProcessGroupCollection,
     ) -> Tensor | PackLoss:
-        """Return ``rewards_C`` fp32 of the pack's completions, or with an objective the pack's loss.
+        """Return ``rewards_C`` fp32 of the pack's completions (a critic: ``values_N``), or with an objective its loss.
 
         Args:
             hidden: ``[Q or Q / TP, 1, H]``.
@@ -305,12 +317,20 @@ class RewardHead(nn.Module):
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=groups.tp
             )
-        completions, part = batch.rows.completions, batch.part
-        last_c = completions.last_C if part is None else part.last.row_n
-        rewards_C = (hidden.squeeze(1)[last_c].float() @ self.weight.float().T)[:, 0]
-        if part is not None:
-            rewards_C = gather_rows(rewards_C, part.last.number_n, completions.last_C.shape[0], groups.cp)
-        return rewards_C if objective is None else PackLoss(*objective.loss(rewards_C, batch.rows, {}))
+        part = batch.part
+        row_C = batch.rows.row_N if self.of_rows else batch.rows.completions.last_C
+        if part is None:
+            scalar_C = self._scalars(hidden, row_C)
+        else:
+            held = part.rows if self.of_rows else part.last
+            scalar_C = gather_rows(
+                self._scalars(hidden, held.row_n), held.number_n, row_C.shape[0], groups.cp
+            )
+        return scalar_C if objective is None else PackLoss(*objective.loss(scalar_C, batch.rows, {}))
+
+    def _scalars(self, hidden: Tensor, row_c: Tensor) -> Tensor:
+        """Return the head's output at some tokens that this rank holds, fp32."""
+        return (hidden.squeeze(1)[row_c].float() @ self.weight.float().T)[:, 0]
 
     def initialise(self, deviation: float, seed: int) -> None:
         """Draw the weight from a normal distribution, identical on every layout."""

@@ -43,13 +43,20 @@ class Health:
         """Skipped steps and outliers since the run began; they are metrics of every row."""
         return dict(self._counts)
 
-    def record(self, loss: float, grad_norm: float) -> list[str]:
-        """Record a step's loss and gradient norm; return one message for each problem, none for a healthy step."""
-        seen = {"loss": loss, "grad_norm": grad_norm}
-        if not all(map(math.isfinite, seen.values())):
+    def record(self, loss: float, grad_norm: float, further: Mapping[str, float] | None = None) -> list[str]:
+        """Record a step's loss and gradient norm; return one message for each problem, none for a healthy step.
+
+        Args:
+            loss: of the step.
+            grad_norm: of the step.
+            further: numbers by name that must be finite too.
+        """
+        seen, further = {"loss": loss, "grad_norm": grad_norm}, further or {}
+        if not all(map(math.isfinite, (*seen.values(), *further.values()))):
             self._consecutive += 1
             self._counts["skipped_steps"] += self._skips
-            return [f"loss {loss}, gradient norm {grad_norm}"]
+            more = "".join(f", {name} {value}" for name, value in further.items())
+            return [f"loss {loss}, gradient norm {grad_norm}{more}"]
         self._consecutive = 0
         problems = []
         for (name, value), count in zip(seen.items(), COUNTS[1:], strict=True):

@@ -7,7 +7,7 @@ import torch
 from megatron_align.config import RunConfig
 from megatron_align.cost.chips import chip_of_device
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.work import Work, scoring_passes, step_flops
+from megatron_align.cost.work import Work, flops_of
 from megatron_align.data.batching.step_batches import StepCounts
 from megatron_align.model.families import ModelShape
 
@@ -27,7 +27,7 @@ class Utilisation:
 
     def __init__(self, config: RunConfig, shape: ModelShape, world_size: int, peak: float | None = None):
         self._placement = Placement.of_run(config, shape, world_size)
-        self._passes = scoring_passes(config)
+        self._config = config
         self._peak = world_size * (_peak_of_this_gpu(config) if peak is None else peak)
 
     def of_step(self, counts: StepCounts, seconds: float) -> float | None:
@@ -36,7 +36,7 @@ class Utilisation:
             return None
         placement = self._placement
         work = Work.of_counts(counts, placement.data, reward=placement.shape.is_reward)
-        return step_flops(placement, work, self._passes).model / (seconds * self._peak)
+        return flops_of(self._config, placement, work).model / (seconds * self._peak)
 
 
 def _peak_of_this_gpu(config: RunConfig) -> float:

@@ -36,17 +36,19 @@ Need = Literal[
     "reference_token_logprobs",
     "old_logprobs",
     "reference_top_k",
+    "values",
 ]
 
 # The models that score a step without gradients, once for each need, before its loss can be computed: the pre-pass
 # runs them, and FLOPs are counted from this table. A reference is run only in mode live; otherwise it is cached or 0.
-SCORED_BY: dict[Need, tuple[Literal["policy", "reference"], ...]] = {
+SCORED_BY: dict[Need, tuple[Literal["policy", "reference", "critic"], ...]] = {
     "reference_logprobs": ("reference",),  # for the completions' column of this name
     "batch_statistics": ("policy",),  # observe_batch gets the sums of the step's completions
     "mismatched_logprobs": ("policy", "reference"),  # ... of each prompt with its neighbour's completion
     "reference_token_logprobs": ("reference",),  # of rollouts, for the tokens' column reference_logprobs
     "old_logprobs": ("policy",),  # of rollouts, for the tokens' column of this name
     "reference_top_k": ("reference",),  # its likeliest tokens and their logits, for two columns of the tokens
+    "values": ("critic",),  # of rollouts, for the tokens' column of this name
 }
 
 

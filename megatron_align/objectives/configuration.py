@@ -11,11 +11,12 @@ from megatron_align.config import run
 from megatron_align.config.inputs import ReferenceConfig
 from megatron_align.config.rollout import changed
 from megatron_align.config.run import ObjectiveNames, RunConfig
+from megatron_align.config.sections import CriticConfig
 from megatron_align.errors import listed, require, shown
 from megatron_align.losses.advantage_estimator import COMPARING
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
-from megatron_align.objectives.registry import OBJECTIVES, build_objective, objective_class
+from megatron_align.objectives.registry import OBJECTIVES, build_objective, has_critic, objective_class
 
 
 def parse(arguments: Sequence[str]) -> RunConfig:
@@ -74,6 +75,14 @@ def _checked(config: RunConfig) -> RunConfig:
             f"objective {name} needs reference.path, the teacher, and reference.mode cached; got path "
             f"{shown(config.reference.path)}, mode {shown(config.reference.mode)}",
         )
+    require(
+        has_critic(config) or config.critic == CriticConfig(),
+        f"objective {name} has no critic: the options critic.* belong to objective ppo",
+    )
+    require(
+        not has_critic(config) or config.model.adapter is None,
+        f"objective {name} trains all weights of policy and critic: model.adapter is not built for it; set it to null",
+    )
     if isinstance(objective, PolicyGradientObjective):
         _check_rollouts(config)
     else:

@@ -1,4 +1,4 @@
-"""Policy gradients on sampled completions: GRPO and RLOO. The loss of a step, and the columns that it reads.
+"""Policy gradients on sampled completions: GRPO, RLOO, PPO. The loss of a step, and the columns that it reads.
 
 A set of rollouts is scored once (:meth:`PolicyGradientObjective.columns`): advantages and weights become columns of its
 tokens, which then travel with the packs. So a step's loss is a plain sum over rows, on any layout.
@@ -58,6 +58,7 @@ class PolicyGradientObjective(Objective):
 
     Attributes:
         rollout: the run's section ``rollout``, of which correction and max_tokens are read.
+        has_critic: the run trains a critic too, whose values the advantages read.
     """
 
     data: ClassVar[tuple[DataKind, ...]] = ("prompt", "ranked")
@@ -66,11 +67,13 @@ class PolicyGradientObjective(Objective):
     normalization = "sample"
     row_statistics = True
     usual_reference = "live"
+    has_critic: ClassVar[bool] = False
 
     def __init__(self, options: PolicyGradientOptions, store: TokenStore | None = None):
         super().__init__(options, store)
         require(
-            options.advantage != "gae", "objective.advantage gae needs a critic: it is not built; got gae"
+            options.advantage != "gae" or self.has_critic,
+            f"objective.advantage gae needs a critic, which objective.name ppo trains; got gae with {options.name}",
         )
         require(
             options.top_entropy_quantile == 1,
@@ -80,7 +83,11 @@ class PolicyGradientObjective(Objective):
         self.rollout = RolloutConfig()
         self._loss, self._estimator = options.policy_gradient(), options.advantage_estimator()
         needs: set[Need] = {"reference_token_logprobs"} if options.beta > 0 else set()
-        self.needs = frozenset(needs | ({"old_logprobs"} if self._needs_old() else set()))
+        self.needs = frozenset(
+            needs
+            | ({"old_logprobs"} if self._needs_old() else set())
+            | ({"values"} if self.has_critic else set())
+        )
         steps = [metric.name for metric in OF_STEPS if metric is not KL or options.beta > 0]
         self.sum_names = (*(name for name in steps if name != "ess"), "correction", "squared_correction")
 
@@ -102,17 +109,23 @@ class PolicyGradientObjective(Objective):
         return options.kl_place == "loss" or (options.kl_place == "token_reward" and compares and gamma)
 
     def columns(
-        self, rollouts: ScoredRollouts, old_N: Tensor | None, reference_N: Tensor | None
+        self,
+        rollouts: ScoredRollouts,
+        old_N: Tensor | None,
+        reference_N: Tensor | None,
+        value_N: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the columns of the rollouts' tokens that the loss reads besides given log-probs, ``[N]`` fp64.
 
         ``advantages``; ``loss_weights``, which hold the normaliser of the token's minibatch; ``shares``, which sum to 1
-        over the minibatch's tokens that count, for metrics.
+        over the minibatch's tokens that count, for metrics. With a critic also ``returns``, and ``value_weights``, of a
+        token in the critic's loss: the mean over the tokens of its minibatch.
 
         Args:
             rollouts: of all ranks, in the order of the step.
             old_N: log-prob under the policy that sampled, where ``needs`` has old_logprobs.
             reference_N: log-prob under the reference, where ``needs`` has reference_token_logprobs.
+            value_N: the critic's value of what comes before the token, where ``needs`` has values.
 
         Raises:
             InputError: a reward is NaN or infinite, or completions cannot be compared.
@@ -128,16 +141,27 @@ class PolicyGradientObjective(Objective):
         )
         mask_N = options.loss_mask(rollouts.truncated_C, length_C)
         experience = Experience(
-            groups=groups, length_C=length_C, mask_N=mask_N, old_N=old_N, reference_N=reference_N
+            groups=groups,
+            length_C=length_C,
+            mask_N=mask_N,
+            old_N=old_N,
+            reference_N=reference_N,
+            value_N=value_N,
         )
         in_loss = self._penalty_in_loss and old_N is None
         estimator = replace(self._estimator, beta=0.0) if in_loss else self._estimator
-        advantage_N, _ = estimator(experience)
-        weight_N, share_N = self._weights(rollouts, mask_N)
-        return {"advantages": advantage_N, "loss_weights": weight_N, "shares": share_N}
+        advantage_N, return_N = estimator(experience)
+        weight_N, share_N, value_weight_N = self._weights(rollouts, mask_N)
+        columns = {"advantages": advantage_N, "loss_weights": weight_N, "shares": share_N}
+        return (
+            columns if return_N is None else {**columns, "returns": return_N, "value_weights": value_weight_N}
+        )
 
-    def _weights(self, rollouts: ScoredRollouts, mask_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the weight of each token in the loss of its minibatch, and its share of the tokens that count."""
+    def _weights(self, rollouts: ScoredRollouts, mask_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each token's weight in its minibatch's loss, share of the tokens that count, and weight in their mean.
+
+        Unlike the shares, the last hold the weights of the prompts.
+        """
         length_C = rollouts.length_C
         weight_C = per_token(rollouts.weight_G, rollouts.size_G)
         minibatch_C = per_token(rollouts.minibatch_G, rollouts.size_G)
@@ -157,7 +181,7 @@ class PolicyGradientObjective(Objective):
 
         tokens_C = of_minibatch(weight_C * counted_C).clamp(min=1e-300)
         per_rollout = weight_C * counted_C
-        token_weight_C = weight_C / tokens_C
+        mean_C = token_weight_C = weight_C / tokens_C
         if self.options.weighs_rollout_tokens:
             # Every token of the rollouts weighs the same in each of the steps that train on them.
             minibatches = float(len(minibatch_C.unique()))
@@ -169,7 +193,8 @@ class PolicyGradientObjective(Objective):
             limit=self.rollout.max_tokens,
         )
         counts_C = of_minibatch(counted_C).clamp(min=1)
-        return tokens.masked(weight_N), tokens.masked(per_token(1 / counts_C, length_C))
+        share_N = tokens.masked(per_token(1 / counts_C, length_C))
+        return tokens.masked(weight_N), share_N, tokens.masked(per_token(mean_C, length_C))
 
     def loss(
         self, logprobs_N: Tensor, rows: LossRows, row_statistics: Mapping[str, Tensor]

@@ -74,9 +74,10 @@ class PolicyGradientOptions(ObjectiveOptions):
         normalize_advantages: whiten advantages; null: true for reinforce, reinforce_baseline and gae
         reward_clip_range: smallest and largest reward, overlong penalty included; null: not clipped
         gamma: discount of token rewards; null: 1
-        gae_lambda: gae: lambda; null: 1
+        gae_lambda: gae: lambda; null: 1 (ppo: 0.95)
         beta: KL coefficient; 0: no reference
-        kl_in: loss, token_reward (the report's) or sequence_reward; null: loss
+        kl_in: loss, token_reward (the report's) or sequence_reward; null: loss (rloo: sequence_reward, ppo:
+            token_reward)
         kl_estimator: k1, k2 or k3; null: k3 in the loss, k1 in a reward
         use_bias_correction_kl: weigh the KL term of the loss by the ratio; null: true
         correct_kl: weigh the KL term of the loss by the engine's correction too; null: false
@@ -90,6 +91,7 @@ class PolicyGradientOptions(ObjectiveOptions):
     # Where an option is null; a subclass may have others.
     usual_kl_place: ClassVar[Literal["loss", "token_reward", "sequence_reward"]] = "loss"
     usual_sequence_ratio: ClassVar[Literal["mean", "sum"]] = "mean"
+    usual_gae_lambda: ClassVar[float] = 1.0
 
     loss_type: str = "dapo"
     epsilon: float | None = None
@@ -223,7 +225,7 @@ class PolicyGradientOptions(ObjectiveOptions):
             kl_in=self.kl_place,
             kl_estimator=self.kl_estimator or "k1",
             gamma=1.0 if self.gamma is None else self.gamma,
-            gae_lambda=1.0 if self.gae_lambda is None else self.gae_lambda,
+            gae_lambda=self.usual_gae_lambda if self.gae_lambda is None else self.gae_lambda,
             reward_clip_range=None if clip is None else (clip[0], clip[1]),
         )
 

@@ -21,6 +21,7 @@ from megatron_align.objectives.dpo import DPO, DPO_OPTIONS
 from megatron_align.objectives.kto_bco import BCO, KTO
 from megatron_align.objectives.options import ObjectiveOptions
 from megatron_align.objectives.policy_gradient import GRPO, RLOO, PolicyGradientObjective
+from megatron_align.objectives.ppo import PPO
 from megatron_align.objectives.reference_free import CPO, ORPO, TPO, SimPO
 from megatron_align.objectives.reward import RewardModel
 from megatron_align.objectives.sft import SFT
@@ -28,7 +29,7 @@ from megatron_align.objectives.sft import SFT
 ReferenceMode = Literal["cached", "live", "none"]
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.Options.name: kind
-    for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel, Distill, GRPO, RLOO)
+    for kind in (SFT, DPO, KTO, BCO, CPO, SimPO, TPO, ORPO, RewardModel, Distill, GRPO, RLOO, PPO)
 }
 
 
@@ -85,6 +86,12 @@ def build_objective(options: ObjectiveOptions, store: TokenStore | None = None) 
         f"its data are {', '.join(objective.data)}",
     )
     return objective
+
+
+def has_critic(config: RunConfig) -> bool:
+    """Return whether a run trains a critic."""
+    kind = objective_class(config.objective.name)
+    return issubclass(kind, PolicyGradientObjective) and kind.has_critic
 
 
 def reference_mode(config: RunConfig) -> ReferenceMode | None:

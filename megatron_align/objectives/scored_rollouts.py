@@ -17,6 +17,12 @@ def _metric(name: str, unit: str, meaning: str, trl: str = "") -> Metric:
     return Metric(name=name, unit=unit, meaning=meaning, trl=trl, section="Learning")
 
 
+GROUPS_WITHOUT_SIGNAL = _metric(
+    "groups_without_signal",
+    "share",
+    "prompts whose completions all have the same reward: they teach nothing",
+    "frac_reward_zero_std",
+)
 OF_ROLLOUTS = (
     _metric("rollout", "", "number of the rollouts that the step trained on, from 1"),
     _metric(
@@ -40,12 +46,7 @@ OF_ROLLOUTS = (
         "completions that were cut off at rollout.max_tokens",
         "completions/clipped_ratio",
     ),
-    _metric(
-        "groups_without_signal",
-        "share",
-        "prompts whose completions all have the same reward: they teach nothing",
-        "frac_reward_zero_std",
-    ),
+    GROUPS_WITHOUT_SIGNAL,
     Metric(
         name="rollout_seconds",
         unit="seconds",

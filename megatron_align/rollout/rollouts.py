@@ -25,6 +25,8 @@ from megatron_align.storage.deletion import discard
 ROLLOUTS = "rollouts"  # in checkpoint.dir
 FILE = "rollouts.parquet"
 _KEY = b"megatron_align"
+# Log-probs under the policy that sampled and under the reference; the critic's values, and the returns.
+COLUMNS = ("old_logprobs", "reference_logprobs", "values", "returns")
 Rewards = dict[str, list[float | None]]
 
 
@@ -42,7 +44,7 @@ class Rollouts:
         scored_C: bool: a reward scored it
         weight_G: of each prompt in the loss
         advantage_C: mean advantage of each completion's tokens, once it is known
-        logprobs: by name (old_logprobs, reference_logprobs), fp64 ``[N]``, once they are known
+        columns: of the tokens by name, see :data:`COLUMNS`, fp64 ``[N]``, once they are known
         seconds: by phase; not on disk
     """
 
@@ -55,7 +57,7 @@ class Rollouts:
     scored_C: Tensor
     weight_G: Tensor
     advantage_C: Tensor | None = None
-    logprobs: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -122,7 +124,7 @@ def write_rollouts(folder: Path, rollouts: Rollouts, key: Mapping[str, Any]) -> 
 
     Args:
         folder: of these rollouts, see :func:`rollouts_folder`.
-        rollouts: with log-probs and advantages.
+        rollouts: with the columns of their tokens, and advantages.
         key: everything that determined them.
 
     Raises:
@@ -150,7 +152,7 @@ def write_rollouts(folder: Path, rollouts: Rollouts, key: Mapping[str, Any]) -> 
     }
     if rollouts.advantage_C is not None:
         columns["advantage"] = rollouts.advantage_C.tolist()
-    for name, values_N in rollouts.logprobs.items():
+    for name, values_N in rollouts.columns.items():
         parts = [part.tolist() for part in values_N.double().split(length_C.tolist())]
         columns[name] = pa.array(parts, pa.list_(pa.float64()))
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(key, sort_keys=True).encode()})
@@ -231,9 +233,9 @@ def _of_columns(columns: Mapping[str, list[Any]]) -> Rollouts:
         advantage_C=torch.tensor(columns["advantage"], dtype=torch.float64)
         if "advantage" in columns
         else None,
-        logprobs={
+        columns={
             name: torch.tensor([x for some in columns[name] for x in some], dtype=torch.float64)
-            for name in ("old_logprobs", "reference_logprobs")
+            for name in COLUMNS
             if name in columns
         },
     )

@@ -12,7 +12,7 @@ from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.state import parameter_count
 from megatron_align.cost.text import layout, memory_table, recomputation, step_text, trained_text
-from megatron_align.cost.work import mean, of_store, scoring_passes, step_flops
+from megatron_align.cost.work import flops_of, mean, of_store
 from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.registry import objective_class, reference_mode
@@ -81,7 +81,7 @@ def describe(setup: RunSetup) -> str:
     config, shape, stored = setup.config, setup.shape, setup.train.manifest
     placement = Placement.of_run(config, shape, setup.rank_info.world_size)
     work = mean(of_store(setup.train, config)(placement))
-    flops = step_flops(placement, work, scoring_passes(config))
+    flops = flops_of(config, placement, work)
     order = train_order(setup.train, config)
     done = setup.resume.step if setup.resume else 0
     reference = reference_mode(config)
@@ -96,6 +96,7 @@ def describe(setup: RunSetup) -> str:
             f"{stored['scored_tokens']:,} trained",
             f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
             *_rollout_text(setup, placement),
+            *([f"critic     {setup.critic.note}"] if setup.critic else []),
             step_text(placement, work, flops),
             *([f"tasks      {', '.join(names)}"] if (names := _task_names(config)) else []),
             f"steps      {done} done of {order.steps}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_align.checkpoint.folder import ADAPTER, HF
+from megatron_align.checkpoint.folder import ADAPTER, CRITIC, HF
 from megatron_align.training.setup import RunSetup
 from megatron_align.training.stop import remove_requeue_marker
 
@@ -40,7 +40,12 @@ def is_finished(setup: RunSetup) -> bool:
         marked = (setup.folder / FINISHED).read_text(encoding="utf-8").strip()
     except OSError:
         return False
-    exports = {HF: setup.config.checkpoint.export_hf, ADAPTER: setup.adapter is not None}
+    export_hf = setup.config.checkpoint.export_hf
+    exports = {
+        HF: export_hf,
+        ADAPTER: setup.adapter is not None,
+        CRITIC: export_hf and setup.critic is not None,
+    }
     missing = [name for name, wanted in exports.items() if wanted and not (setup.folder / name).is_dir()]
     return marked == steps_made(setup, setup.resume.step) and not missing
 

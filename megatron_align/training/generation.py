@@ -32,6 +32,7 @@ from megatron_align.rollout.rollouts import Rollouts
 from megatron_align.rollout.types import Completion, Prompt, Sampling
 from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.rollout.vllm_server import VLLM_DTYPES, shared_server
+from megatron_align.training.critic import Critic
 from megatron_align.training.reference.builder import References
 from megatron_align.training.rewards import RunRewards
 from megatron_align.training.setup import RunSetup
@@ -50,6 +51,7 @@ class LivePolicy(Protocol):
         groups: process groups of this rank.
         model: this rank's chunks.
         references: what the objective compares the policy with.
+        critic: trained in the same steps; None: the objective has none.
         step: training steps made so far.
     """
 
@@ -59,6 +61,7 @@ class LivePolicy(Protocol):
     groups: ProcessGroupCollection
     model: list[DistributedDataParallel]
     references: References
+    critic: Critic | None
     step: int
 
     def live_engine(self) -> Engine: ...

@@ -100,8 +100,9 @@ class RolloutSteps:
         assert order is not None, "the objective trains on rollouts"
         self.order: RolloutOrder = order
         self._generates = isinstance(setup.train, PromptTable)
-        # Given completions stay in the data, but not the log-probs of the policy that later steps compare with.
-        self._on_disk = self._generates or "old_logprobs" in objective.needs
+        # Given completions stay in the data, but not the log-probs of the policy that later steps compare with, nor
+        # the critic's values.
+        self._on_disk = self._generates or not objective.needs.isdisjoint({"old_logprobs", "values"})
         self._source: RolloutSource = (
             EngineRollouts(trainer, setup.train)
             if isinstance(setup.train, PromptTable)
@@ -113,6 +114,7 @@ class RolloutSteps:
             for reward in setup.config.rewards
             if isinstance(reward, FunctionReward)
         }
+        self._updates = (*UPDATES, *(("critic",) if objective.has_critic else ()))
         self._current: _OpenRollouts | None = None
         self._first_step: int | None = None  # of this process, 0-based
 
@@ -170,7 +172,7 @@ class RolloutSteps:
         else:
             rollouts = self._source.rollouts(self.order.prompts(rollout), self._first_prompt(rollout))
         if found is not None:
-            rollouts.logprobs = found.logprobs
+            rollouts.columns = found.columns
         scored = ScoredRollouts(
             reward_C=rollouts.reward_C,
             scored_C=rollouts.scored_C,
@@ -182,15 +184,16 @@ class RolloutSteps:
         )
         if found is None:
             with trainer.watchdog.patient(f"log-probs of the rollouts of step {first}"):
-                rollouts.logprobs = self._logprobs(rollout, rollouts)
-        columns = objective.columns(
-            scored, rollouts.logprobs.get("old_logprobs"), rollouts.logprobs.get("reference_logprobs")
-        )
+                rollouts.columns = self._scored_tokens(rollout, rollouts)
+        given = (rollouts.columns.get(name) for name in ("old_logprobs", "reference_logprobs", "values"))
+        columns = objective.columns(scored, *given)
         if found is None and self._on_disk:
             sums_C = segment_sums(columns["advantages"], rollouts.length_C)
             rollouts.advantage_C = sums_C / rollouts.length_C.clamp(min=1)
+            if "returns" in columns:
+                rollouts.columns["returns"] = columns["returns"]
             self._write(rollout, rollouts)
-        columns |= rollouts.logprobs
+        columns |= rollouts.columns
         if self._generates:
             columns["engine_logprobs"] = rollouts.engine_logprobs()
         return _OpenRollouts(
@@ -209,12 +212,14 @@ class RolloutSteps:
             batches.dropout_seed = setup.config.train.seed
         return batches
 
-    def _logprobs(self, rollout: int, rollouts: Rollouts) -> dict[str, Tensor]:
-        """Return the log-probs of all tokens that the objective needs before its loss, by name."""
+    def _scored_tokens(self, rollout: int, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Return the log-probs and values of all tokens that the objective needs before its loss, by name."""
         trainer, needs = self.trainer, self.objective.needs
         scorers: dict[str, Scorer] = {}
         if "old_logprobs" in needs:
             scorers["old_logprobs"] = Scorer(trainer.model, self.objective)
+        if "values" in needs and trainer.critic is not None:
+            scorers["values"] = trainer.critic.scorer
         found: dict[str, Tensor] = {}
         if "reference_token_logprobs" in needs:
             if trainer.references.live is not None:
@@ -263,7 +268,7 @@ class RolloutSteps:
             "reference": config["reference"],
             "seed": self.trainer.config.train.seed,
             "model": config["model"],
-            **{name: config[name] for name in UPDATES},
+            **{name: config[name] for name in self._updates},
         }
 
     def _unread(self, first: int) -> tuple[str, ...]:
@@ -273,7 +278,7 @@ class RolloutSteps:
         another learning rate would never have had them.
         """
         assert self._first_step is not None, "a step was taken"
-        return UPDATES if first <= self._first_step + 1 else ()
+        return self._updates if first <= self._first_step + 1 else ()
 
     def _write(self, rollout: int, rollouts: Rollouts) -> None:
         """Write the rollouts on rank 0.

@@ -15,6 +15,7 @@ from megatron_align.training.learning_rate import learning_rate
 
 _CURVE = ("lr", "warmup_steps", "schedule")
 _OPTIMIZER = ("weight_decay", "betas", "eps", "clip_grad")
+_CRITIC = "critic.optimizer"
 _SAMPLE_ORDER = ("seed", "global_batch_size", "global_batch_tokens")
 _NEVER_ALLOWED = "precision"  # a group that resume_allow cannot name: precision, and what is trained
 
@@ -93,7 +94,8 @@ def differences(
             ),
         },
         "order": _changes(before, now, "data", ["shuffle"]) | _changes(before, now, "train", _SAMPLE_ORDER),
-        "schedule": _schedule_changes(config, metadata, steps),
+        "schedule": _schedule_changes(config, metadata, steps)
+        | _critic_schedule_changes(config, metadata, steps),
         _NEVER_ALLOWED: _changes(before, now, "train", ["precision"])
         | {
             "model.adapter": (_adapter_options(before["model"]), _adapter_options(now["model"])),
@@ -135,6 +137,8 @@ def harmless_differences(config: RunConfig, metadata: dict[str, Any]) -> list[st
     """Return one line for each difference that needs no permission and yet changes what the remaining steps do."""
     before, now = metadata["config"], to_dict(config)
     changes = _changes(before, now, "optimizer", _OPTIMIZER)
+    if metadata.get("critic"):
+        changes |= _changes(_of_critic(before), _of_critic(now), _CRITIC, _OPTIMIZER)
     old_rewards = _rewards(before)
     for name, reward in _rewards(now).items():
         if name in old_rewards:
@@ -164,13 +168,34 @@ def _schedule_changes(
         changes["train.steps"] = (steps_before, steps)
     if steps_before is None or steps is None:
         return changes
-    optimizer = OptimizerConfig(**{name: before["optimizer"][name] for name in _CURVE})
-    remaining = range(metadata.get("step", 0) + 1, steps + 1)
-    same = all(
-        learning_rate(optimizer, step, steps_before) == learning_rate(config.optimizer, step, steps)
-        for step in remaining
-    )
+    same = _same_curve(before["optimizer"], config.optimizer, metadata, (steps_before, steps))
     return {} if same else changes
+
+
+def _critic_schedule_changes(
+    config: RunConfig, metadata: dict[str, Any], steps: int | None
+) -> dict[str, tuple[Any, Any]]:
+    """Return the options of the critic's optimizer that change its learning rate of a remaining step."""
+    before, now = _of_critic(metadata["config"]), _of_critic(to_dict(config))
+    steps_before = metadata.get("steps") or steps
+    if not metadata.get("critic") or steps_before is None or steps is None:
+        return {}
+    same = _same_curve(before[_CRITIC], config.critic.optimizer, metadata, (steps_before, steps))
+    return {} if same else {**_changes(before, now, _CRITIC, _CURVE), "train.steps": (steps_before, steps)}
+
+
+def _of_critic(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the critic's optimizer as a section by itself; older configurations have none."""
+    return {_CRITIC: config.get("critic", {}).get("optimizer", {})}
+
+
+def _same_curve(
+    before: dict[str, Any], now: OptimizerConfig, metadata: dict[str, Any], steps: tuple[int, int]
+) -> bool:
+    """Return whether every remaining step keeps its learning rate; ``steps``: of the run, before and now."""
+    old = OptimizerConfig(**{name: before[name] for name in _CURVE})
+    remaining = range(metadata.get("step", 0) + 1, steps[1] + 1)
+    return all(learning_rate(old, step, steps[0]) == learning_rate(now, step, steps[1]) for step in remaining)
 
 
 def _changes(

@@ -53,14 +53,16 @@ def before_first_step(
     batches: StepBatches,
     step: int,
     groups: ProcessGroupCollection,
+    critic: Sequence[DistributedDataParallel] = (),
 ) -> None:
-    """Check step plan, replicas and packing; ``step`` is the next one, 0-based.
+    """Check step plan, replicas (of a critic too) and packing; ``step`` is the next one, 0-based.
 
     Raises:
         TrainingFault: on every rank, naming the first rank and tensor where something differs.
     """
     _require_none(_plan_faults(batches, step))
     _require_none(_replica_faults(model, groups))
+    _require_none([f"critic: {fault}" for fault in _replica_faults(critic, groups)])
     _require_none(_packing_faults(model, batches, step, groups))
 
 

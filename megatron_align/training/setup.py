@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_align
 from megatron_align.checkpoint.card import require_all_weights
-from megatron_align.checkpoint.folder import ADAPTER, ASSETS, HF, find_checkpoint, folder_taken
+from megatron_align.checkpoint.folder import ADAPTER, ASSETS, CRITIC, HF, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
 from megatron_align.data.batching.rollout_order import train_order
@@ -47,6 +47,7 @@ from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.rollout.prompt_table import open_prompts
 from megatron_align.storage.mounts import require_replaceable
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
+from megatron_align.training.critic_start import CriticStart, critic_paths, find_critic, with_changes
 from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.model_checks import (
     require_positions,
@@ -83,6 +84,7 @@ class RunSetup:
         data_key: of the training data, for the checkpoint that the run resumes from.
         validation: validation data; None: the run has none.
         ptx: supervised data of each step on rollouts; None: the objective has no such term.
+        critic: the model that the critic starts from; None: the objective has none.
         steps: of the complete run.
         changes: of training in the files of ``assets``, for checkpoints and export.
         notes: what to say about these changes at the start.
@@ -105,6 +107,7 @@ class RunSetup:
     data_key: str
     validation: TrainingData | None
     ptx: TrainingData | None
+    critic: CriticStart | None
     steps: int
     changes: AssetChanges
     notes: Notes
@@ -151,7 +154,7 @@ def prepare_run(
     if config.checkpoint.push_to_hub:
         require_can_upload(config.checkpoint.push_to_hub)
     waited_for = rank_info.world_size > 1 and scratch_cache is None
-    for path in filter(None, (config.model.path, config.reference.path)):
+    for path in filter(None, (config.model.path, config.reference.path, *critic_paths(config))):
         fetch_or_wait(path, rank_info.local_rank, waited_for=waited_for)
     weights, assets = locate(config.model.path)
     start = read_shape(assets)
@@ -169,6 +172,9 @@ def prepare_run(
     if config.reference.path is not None:
         require_reference(*locate(config.reference.path), shape, assets)
     require_rollouts(config, shape)
+    critic = find_critic(config, shape, {p: locate(p) for p in (config.model.path, *critic_paths(config))})
+    if critic is not None:
+        require_weights(*locate(critic.path), critic.start_shape)
     # A pack of rollouts holds a prompt and completions that each have its positions after it.
     online = generates(config)
     if config.data.sequence_length > shape.max_positions and not online:
@@ -177,7 +183,7 @@ def prepare_run(
             f"got {config.data.sequence_length}"
         )
     folder = Path(config.checkpoint.dir)
-    _require_replaceable_outputs(config, folder, adapter)
+    _require_replaceable_outputs(config, folder, adapter, critic)
     with _remove_empty_folders_after_bad_input(folder, lock):
         _require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
@@ -207,6 +213,7 @@ def prepare_run(
             data_key=data_key,
             validation=stores.get("validation"),
             ptx=stores.get("ptx"),
+            critic=with_changes(critic, config, assets, stores.values()),
             steps=steps,
             lock=lock,
             changes=changes,
@@ -259,11 +266,13 @@ def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelSh
     return start
 
 
-def _require_replaceable_outputs(config: RunConfig, folder: Path, adapter: Adapter | None) -> None:
+def _require_replaceable_outputs(
+    config: RunConfig, folder: Path, adapter: Adapter | None, critic: CriticStart | None
+) -> None:
     """Check that the folders that the run writes at its end can be renamed into place."""
-    if config.checkpoint.export_hf:
+    for name in (HF, *([CRITIC] if critic is not None else [])) if config.checkpoint.export_hf else ():
         require_replaceable(
-            folder / HF, "checkpoint.dir/hf", "set checkpoint.export_hf: false and use convert export"
+            folder / name, f"checkpoint.dir/{name}", "set checkpoint.export_hf: false and use convert export"
         )
     if adapter is not None:
         require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter", "give another checkpoint.dir")

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_align import faults
-from megatron_align.checkpoint.folder import ADAPTER, CORRUPT_SUFFIX, HF
+from megatron_align.checkpoint.folder import ADAPTER, CORRUPT_SUFFIX, CRITIC, HF
 from megatron_align.config import to_dict
 from megatron_align.errors import TrainingFault
 from megatron_align.hf.assets import describe_assets
@@ -87,12 +87,17 @@ class HealthCheck(Hook):
         """See :class:`Hook`."""
         super().start(trainer)
         self._suspects = Suspects(trainer.stepper, trainer.setup.train)
+        if trainer.critic is not None:
+            self._suspects_of_critic = Suspects(trainer.critic.stepper, trainer.setup.train)
 
     def after_step(self, report: StepReport) -> None:
         """See :class:`Hook`."""
         health, result, step = self.trainer.health, report.result, report.step
         assert result.grad_norm is not None, "a training step has a gradient norm"
-        problems = health.record(result.sums["loss"], result.grad_norm)
+        critic, further = result.critic, {}
+        if critic is not None and critic.grad_norm is not None:
+            further = {"loss of the critic": critic.sums["loss"], "its gradient norm": critic.grad_norm}
+        problems = health.record(result.sums["loss"], result.grad_norm, further)
         report.columns |= health.counts
         if not problems:
             return
@@ -102,8 +107,11 @@ class HealthCheck(Hook):
             samples = self._suspects.of_outlier(report.data, report.batches, result)
             cause = f"the pack with the largest loss is {self._suspects.named(samples)}"
         else:
+            suspects, traced = self._suspects, result
+            if critic is not None and result.is_finite:
+                suspects, traced = self._suspects_of_critic, critic
             with self.trainer.watchdog.patient(f"tracing the non-finite numbers of step {step}"):
-                samples = self._suspects.of_nonfinite(report.data, report.batches, result)
+                samples = suspects.of_nonfinite(report.data, report.batches, traced)
             cause = f"the non-finite numbers come from {self._suspects.named(samples)}"
         health.require_can_continue(step, problems, cause)
         skipped = "" if result.updated else "skipped, no update: "
@@ -113,11 +121,16 @@ class HealthCheck(Hook):
 
     def _require_finite_weights(self, step: int) -> None:
         """End the run if weights hold NaN or infinity: no sample is to blame, and no later step can succeed."""
-        if nonfinite := describe_nonfinite(find_nonfinite_weights(self.trainer.chunks)):
-            raise TrainingFault(
-                f"step {step}: the weights are not finite since the update of an earlier step: {nonfinite}; "
-                "start from an older checkpoint, with a smaller optimizer.lr"
-            )
+        critic = self.trainer.critic
+        for chunks, section in (
+            (self.trainer.chunks, "optimizer"),
+            *([(critic.chunks, "critic.optimizer")] if critic else []),
+        ):
+            if nonfinite := describe_nonfinite(find_nonfinite_weights(chunks)):
+                raise TrainingFault(
+                    f"step {step}: the weights are not finite since the update of an earlier step: {nonfinite}; "
+                    f"start from an older checkpoint, with a smaller {section}.lr"
+                )
 
 
 class SelfCheck(Hook):
@@ -129,7 +142,11 @@ class SelfCheck(Hook):
         if trainer.config.train.self_check and trainer.step < trainer.steps:
             with trainer.watchdog.patient("self-check"):
                 self_check.before_first_step(
-                    trainer.model, trainer.train_batches, trainer.step, trainer.groups
+                    trainer.model,
+                    trainer.train_batches,
+                    trainer.step,
+                    trainer.groups,
+                    trainer.critic.model if trainer.critic is not None else (),
                 )
 
     def after_step(self, report: StepReport) -> None:
@@ -209,7 +226,7 @@ class Validation(Hook):
 
 
 class Export(Hook):
-    """Writes ``checkpoint.dir/hf``, of an adapter ``adapter`` too, at the end, and the marker that it is finished."""
+    """Writes ``checkpoint.dir/hf``, also ``adapter`` or ``critic`` of such runs, and the marker that it is finished."""
 
     def __init__(self, log: RunLog):
         self._log = log
@@ -225,6 +242,9 @@ class Export(Hook):
             self.trainer.export(folder)
             if dist.get_rank() == 0:
                 self._log.message(f"exported to {folder}: {describe_assets(folder)}")
+            if self.trainer.critic is not None:
+                self.trainer.export_critic(run / CRITIC)
+                self._log.message(f"exported the critic to {run / CRITIC}")
         self.trainer.setup.require_folder()
         if dist.get_rank() == 0:
             write_finished_marker(run, steps_made(self.trainer.setup, self.trainer.steps))

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ class StepResult:
         pack_losses: loss share of each of this rank's packs; empty except on the last pipeline stage.
         updated: whether weights and optimizer were updated: only if loss and gradient norm are finite.
         paused_seconds: time that ``before_update`` took.
+        critic: of the critic's update in the same step; None: there is no critic.
     """
 
     sums: dict[str, float]
@@ -55,6 +56,12 @@ class StepResult:
     pack_losses: list[float]
     updated: bool = False
     paused_seconds: float = 0.0
+    critic: StepResult | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient norm are finite."""
+        return math.isfinite(self.sums["loss"]) and math.isfinite(self.grad_norm or 0.0)
 
 
 class Stepper:
@@ -82,8 +89,11 @@ class Stepper:
         batches: Sequence[PackedBatch],
         before_update: Callable[[], None] = lambda: None,
         extra: ExtraLoss | None = None,
+        critic: Stepper | None = None,
     ) -> StepResult:
         """Make one update; if its loss or gradient norm is not finite, skip it and leave all state bit-identical.
+
+        A critic is updated on the same packs: both are, or neither.
 
         Whether the run then stops (``train.on_nonfinite``) is decided by ``monitoring.health``.
 
@@ -93,25 +103,46 @@ class Stepper:
             batches: this data-parallel rank's packs, all of one length.
             before_update: called once gradients are computed, before anything is updated.
             extra: a further term of the loss.
+            critic: of the critic.
         """
-        if self.optimizer is None:
-            raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
-        self.optimizer.zero_grad()
-        metrics, pack_losses = self.gradients(batches, extra)
-        self.clock.mark("optimizer")
+        steppers = [self] if critic is None else [self, critic]
+        results = [self._backward(batches, extra)]
+        if critic is not None:
+            results.append(critic._backward(batches))
         started = time.perf_counter()
         before_update()
         paused = time.perf_counter() - started
         self.clock.discard()
         self._detail("update")
-        grad_norm = self.optimizer.grad_norm()
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)
-        if finite:
-            self.optimizer.update(grad_norm)
+        results = [stepper._with_norm(own) for stepper, own in zip(steppers, results, strict=True)]
+        if updated := all(own.is_finite for own in results):
+            for stepper, own in zip(steppers, results, strict=True):
+                stepper._update(own)
         self.clock.mark("optimizer")
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # otherwise the update's time would count towards the next step
-        return StepResult(metrics, grad_norm, pack_losses, updated=finite, paused_seconds=paused)
+        of_critic = results[1] if critic is not None else None
+        return replace(results[0], updated=updated, paused_seconds=paused, critic=of_critic)
+
+    def _backward(self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None) -> StepResult:
+        """Compute the gradients of a step; nothing is updated."""
+        if self.optimizer is None:
+            raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
+        self.optimizer.zero_grad()
+        sums, pack_losses = self.gradients(batches, extra)
+        self.clock.mark("optimizer")
+        return StepResult(sums, None, pack_losses)
+
+    def _with_norm(self, result: StepResult) -> StepResult:
+        """Return the result of :meth:`_backward` with the norm of its gradients."""
+        assert self.optimizer is not None, "gradients were computed for it"
+        return replace(result, grad_norm=self.optimizer.grad_norm())
+
+    def _update(self, result: StepResult) -> None:
+        """Update weights and optimizer with the gradients of :meth:`_backward`."""
+        assert self.optimizer is not None, "gradients were computed for it"
+        assert result.grad_norm is not None, "a backward pass ran"
+        self.optimizer.update(result.grad_norm)
 
     def gradients(
         self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None

@@ -46,6 +46,7 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
         ),
         ("fields", fields_text(data)),
         ("objective", f"{config.objective.name}, {_weighing(objective)}; {size}"),
+        *([("critic", setup.critic.note)] if setup.critic else []),
         ("steps", f"{done} done of {trainer.steps}{resumed}"),
         *setup.notes,
     ]

@@ -16,7 +16,8 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_align.checkpoint.card import make_checkpoint_metadata
 from megatron_align.checkpoint.folder import clean_up_after_kill, step_folder
-from megatron_align.checkpoint.load import load_checkpoint
+from megatron_align.checkpoint.load import load_checkpoint, load_critic
+from megatron_align.checkpoint.save_plan import SavedCritic
 from megatron_align.checkpoint.saver import CheckpointContent, Saved, Saver
 from megatron_align.config import RunConfig, to_dict
 from megatron_align.data.batching.prefetch import Prefetcher
@@ -42,6 +43,7 @@ from megatron_align.rollout.live_weights import live_engine, update_engine
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.training.adapter import AdapterBase, adapter_base
 from megatron_align.training.batches import batches_of_split
+from megatron_align.training.critic import Critic
 from megatron_align.training.finished import remove_finished_marker
 from megatron_align.training.learning_rate import learning_rate
 from megatron_align.training.online import RolloutSteps
@@ -114,6 +116,7 @@ class Trainer:
         resumed: the checkpoint that the run resumed from; None: it started at step 1.
         health: non-finite steps and outliers; part of every checkpoint.
         ptx: the supervised part of each step (``objective.ptx``); None: there is none.
+        critic: trained in the same steps; None: the objective has none.
         validated: the metrics of the newest validation that this process made, by its step.
         interrupted: Ctrl-C stopped the run, after it saved.
     """
@@ -141,6 +144,7 @@ class Trainer:
         self.interrupted = False
         self._prepass = self._prepass_of("train")
         self.ptx: PTXSteps | None = None
+        self.critic: Critic | None = None
         self._rollouts: RolloutSteps | None = None
         if isinstance(objective, PolicyGradientObjective):
             self._rollouts = RolloutSteps(self, objective)
@@ -215,6 +219,9 @@ class Trainer:
             )
             trainer = cls(setup, watchdog, objective, model, optimizer, references)
             trainer.base, trainer.ptx = base, ptx
+            trainer.critic = Critic.build(setup, groups, watchdog, resumes=resume is not None)
+            if trainer.critic is not None:
+                trainer.critic.stepper.clock = trainer.stepper.clock
             if resume is not None:
                 trainer.resume(resume)
         return trainer
@@ -271,13 +278,19 @@ class Trainer:
         extra = None
         if self.ptx is not None:
             extra = ExtraLoss(self.ptx.objective, self.ptx.batches(self.step - 1))
-        result = self.stepper.train(batches, before_update, extra)
+        critic = None
+        if self.critic is not None:
+            self.critic.begin_step(self.step, self.steps)
+            critic = self.critic.stepper
+        result = self.stepper.train(batches, before_update, extra, critic)
         if not result.updated:
             self.objective.load_state(state)
         if self.references.is_synced_after(self.step):
             gather_parameters(self.model)
             self.references.sync(self.chunks)
         metrics = self.objective.finish(result.sums)
+        if self.critic is not None and result.critic is not None:
+            metrics |= self.critic.metrics(result.critic)
         if self._rollouts is not None:
             self._rollouts.require_match(self.step, metrics)
         return StepReport(
@@ -335,6 +348,9 @@ class Trainer:
         saved = point.metadata["config"]
         reference = self.references.synced_chunks() if saved["reference"].get("sync_steps") else None
         load_checkpoint(point.folder, self.model, self.optimizer, reference)
+        if self.critic is not None:
+            load_critic(point.folder, self.critic.model, self.critic.optimizer)
+            require_finite_weights(self.critic.chunks, point.folder)
         reduce_bases(self.chunks)
         require_finite_weights(self.chunks, point.folder)
         if "health_state" in point.metadata:  # older checkpoints have none
@@ -342,7 +358,9 @@ class Trainer:
         if saved["objective"]["name"] == self.config.objective.name:
             self.objective.load_state(point.metadata["objective_state"])
         self.step, self.resumed = point.step, point
-        set_updates(self.optimizer, self.step - self.health.counts["skipped_steps"])
+        updates = self.step - self.health.counts["skipped_steps"]
+        for optimizer in (self.optimizer, *([self.critic.optimizer] if self.critic else [])):
+            set_updates(optimizer, updates)
 
     def save(self) -> Saved:
         """Write ``checkpoint.dir/step_NNNNNN`` and wait until it is complete.
@@ -361,12 +379,17 @@ class Trainer:
         metadata = self._metadata()
         target = step_folder(self.setup.folder, self.step)
         gather_parameters(self.model)
+        critic = None
+        if self.critic is not None:
+            gather_parameters(self.critic.model)
+            critic = SavedCritic(self.critic.model, self.critic.optimizer)
         content = CheckpointContent(
             model=self.model,
             optimizer=self.optimizer,
             metadata=metadata,
             assets=self.setup.assets,
             reference=self.references.synced_chunks(),
+            critic=critic,
             changes=self.setup.changes,
         )
         saver.begin(target, content)
@@ -409,6 +432,17 @@ class Trainer:
             gather_parameters(self.model)
             export_adapter(self.chunks, Path(folder), self.base.base, self.base.weights)
 
+    def export_critic(self, folder: Path | str) -> None:
+        """Write the critic as a Hugging Face folder of a reward model; one that exists is replaced at the end."""
+        assert self.critic is not None, "the run trains a critic"
+        self.setup.require_folder()
+        with self.watchdog.patient("export of the critic"):
+            metadata, start = self._metadata(), self.critic.start
+            config = {**metadata["config"], "model": {**metadata["config"]["model"], "path": start.path}}
+            of_critic = {**metadata, "config": config, "shape": dataclasses.asdict(start.shape)}
+            card = model_card(of_critic, last_rows(self.setup.folder / METRICS, self.step))
+            self.critic.export(Path(folder), card)
+
     def _prepass_of(self, split: str) -> PrePass:
         reference = self.references.of_split(split)
         return PrePass(Scorer(self.model, self.objective), self.objective, self.groups, reference)
@@ -427,6 +461,7 @@ class Trainer:
             objective_state=self.objective.state(),
             health_state=self.health.state(),
             **self._adapter_metadata(),
+            **({"critic": {"start": self.critic.start.path}} if self.critic else {}),
         )
 
     def _adapter_metadata(self) -> dict[str, Any]:
@@ -446,7 +481,8 @@ class Trainer:
 
 def _hub_models(config: RunConfig) -> list[str]:
     """Return which models of a run are names on the hub: a path may look like one."""
-    return [path for path in (config.model.path, config.reference.path) if path and is_hub_name(path)]
+    paths = (config.model.path, config.reference.path, config.critic.path)
+    return [path for path in paths if path and is_hub_name(path)]
 
 
 def _clean_run_folder(setup: RunSetup) -> None:

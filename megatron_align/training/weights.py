@@ -18,6 +18,7 @@ from megatron_align.model.families import ModelShape
 from megatron_align.model.lora import initialise_adapters, layer_adapters
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import require_finite
+from megatron_align.training.critic_start import CriticStart
 from megatron_align.training.setup import RunSetup, locate
 
 REWARD_WEIGHT = "reward_head.weight"
@@ -50,6 +51,21 @@ def load_start_weights(
 def load_reference_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
     """Load the weights of the reference: ``reference.path``, or the model that training starts from."""
     load_model_weights(chunks, setup.config.reference.path or setup.config.model.path, setup, groups)
+
+
+def load_critic_weights(
+    chunks: Sequence[Policy], start: CriticStart, seed: int, groups: ProcessGroupCollection
+) -> None:
+    """Load the weights that a critic starts from; a new value head is drawn, so small that all values are near 0.
+
+    Raises:
+        InputError: the weights are incomplete, corrupt, or not finite.
+    """
+    absent = frozenset(() if start.has_head else {REWARD_WEIGHT})
+    read_model_weights(chunks, start.path, start.start_shape, groups, absent=absent)
+    if absent and chunks[-1].post_process:
+        chunks[-1].reward_head.initialise(1 / (start.shape.hidden_size + 1), seed)
+    require_finite_weights(chunks, start.path)
 
 
 def load_model_weights(

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_align.config import AdapterConfig, familiar_names
+from megatron_align.config import AdapterConfig, OptimizerConfig, familiar_names
 from megatron_align.config.familiar_names import FAMILIAR
 from megatron_align.config.run import SECTIONS
 from megatron_align.errors import InputError, listed, nearest, shown
@@ -14,6 +14,7 @@ from megatron_align.objectives.registry import OBJECTIVES, objective_class
 RUN = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"steps": 3}, "checkpoint": {"dir": "c"}}
 SECTION_OPTIONS = {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in fields(kind)}
 SECTION_OPTIONS |= {f"model.adapter.{field.name}" for field in fields(AdapterConfig)}
+SECTION_OPTIONS |= {f"critic.optimizer.{field.name}" for field in fields(OptimizerConfig)}
 OBJECTIVE_OPTIONS = {
     f"objective.{field.name}" for kind in OBJECTIVES.values() for field in fields(kind.Options)
 }
@@ -134,7 +135,7 @@ def test_command_lines(arguments, line):
 @pytest.mark.parametrize(
     "name, end",
     [
-        ("ppo", "got 'ppo': it is not available"),
+        ("remax", "got 'remax': it is not available"),
         ("gspo", "; did you mean 'grpo'?"),
         ("cispo", ": it is objective.loss_type cispo of objective.name grpo"),
         ("xdpo2", "got 'xdpo2'"),

@@ -1,5 +1,6 @@
 """The rules behind the counts are those of the code that runs: schedules, slabs, passes ahead, collectives."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +19,11 @@ from megatron_align.config import (
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.head import slab_bytes
 from megatron_align.cost.placement import Placement
+from megatron_align.cost.search import memory_of
+from megatron_align.cost.state import state_bytes
 from megatron_align.cost.time import step_time
 from megatron_align.cost.traffic import traffic
-from megatron_align.cost.work import Work, full_packs, of_store, step_flops
+from megatron_align.cost.work import Work, flops_of, full_packs, of_store, scoring_passes, step_flops
 from megatron_align.data.batching.packing import PackOptions
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.data.batching.step_batches import DataRank, StepBatches
@@ -161,3 +164,22 @@ def test_the_work_planned_is_the_work_done(tiny_models, tmp_path, objective):
         for step in range(config.train.steps)
     ]
     assert of_store(store, config)(placement) == done
+
+
+def test_a_critic_is_counted(seven):
+    """Its state is that of a reward model on the same layout, its work that of training one and of a pass for values."""
+    arguments = ["--model.path=m", "--data.train=d", "--checkpoint.dir=c", "--train.steps=1"]
+    arguments += ["--rollout.engine=data", "--data.sequence_length=512"]
+    ppo, grpo = (
+        parse([*arguments, f"--objective.name={name}", "--objective.beta=0.05"]) for name in ("ppo", "grpo")
+    )
+    placement = placed(seven, data=2, tensor=2, pipeline=2)
+    reward = replace(placement, shape=placement.shape.as_reward())
+    [of_ppo, of_grpo] = (memory_of(config, placement, 4) for config in (ppo, grpo))
+    for stage, (one, other) in enumerate(zip(of_ppo, of_grpo, strict=True)):
+        assert (one.critic, other.critic) == (state_bytes(reward, stage).total, 0)
+        assert one.tensors - other.tensors == one.critic
+    [work] = full_packs(ppo)(placement)
+    more = flops_of(ppo, placement, work).model - step_flops(placement, work, scoring_passes(ppo)).model
+    assert more == step_flops(reward, work, 1).model > 0
+    assert flops_of(grpo, placement, work) == step_flops(placement, work, scoring_passes(grpo))

@@ -55,6 +55,7 @@ def written(pool, tiny_models, chat_file, tmp_path_factory):
         "bco": labelled,
         "grpo": ranked,
         "rloo": ranked,
+        "ppo": ranked,
     }
     names = {}
     for objective in OBJECTIVES:

@@ -94,7 +94,13 @@ def test_the_engines_correction_changes_the_loss():
     assert outcome(RLOOOptions()) != outcome(RLOOOptions(), correction=None)
 
 
-@pytest.mark.parametrize("given", [{"advantage": "gae"}, {"top_entropy_quantile": 0.5}])
-def test_what_is_not_built_is_refused(given):
-    with pytest.raises(InputError, match="not built"):
+@pytest.mark.parametrize(
+    "given, line",
+    [
+        ({"advantage": "gae"}, "needs a critic, which objective.name ppo trains; got gae with grpo"),
+        ({"top_entropy_quantile": 0.5}, "not built"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused(given, line):
+    with pytest.raises(InputError, match=line):
         GRPO(options(**given))

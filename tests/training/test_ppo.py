@@ -1,0 +1,281 @@
+"""Laws 1, 3, 4 and 9 of PPO: ten steps on given completions are those of a float64 loop (1e-4), on every layout.
+
+At the first minibatch of rollouts every ratio is 1 and no value has moved. A killed run continues bit for bit. The
+critic is part of checkpoints, and exported as a reward model.
+"""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_align.convert.export_hf import export_hf
+from megatron_align.rollout.rollouts import FILE, ROLLOUTS
+from megatron_align.train import main
+from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
+from tests.harness.ppo import Settings, ten_steps
+from tests.harness.tiny import byte_tokenizer, make_model, metrics_of, run_arguments
+from tests.training.test_preference_layout import LAYOUTS
+from tests.training.test_resume import cut_after
+
+CLOCK = ("padding", "tokens_per_second", "step_seconds", "rollout_seconds", "sync_seconds")
+# Layouts change the padding; a loss of whitened advantages is 0 at the first step but for rounding.
+JUDGED = (
+    *("loss", "grad_norm", "ratio_max"),
+    *("value_loss", "value_mean", "returns", "explained_variance", "critic_grad_norm"),
+)
+CASES = {
+    "reused": Settings(iterations=2, minibatches=2),
+    "plain": Settings(beta=0.0, cliprange_value=None, gae_lambda=0.9, gamma=0.97, vf_coef=1.0),
+}
+USUAL = Settings()
+
+
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory):
+    """A reward model of the policy's shape."""
+    return make_model(tmp_path_factory.mktemp("models") / "critic", "qwen2_reward")
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Prompts with two completions each, of other lengths."""
+    draw, file = random.Random(3), tmp_path_factory.mktemp("data") / "ranked.jsonl"
+    lines = [
+        {
+            "prompt": f"What is {i} + {'1' * draw.randrange(1, 9)}?",
+            "completions": [
+                {"content": f"{k}" + "xyz"[k] * draw.randrange(1, 14), "score": round(draw.uniform(-1, 1), 3)}
+                for k in range(2)
+            ],
+        }
+        for i in range(30)
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+def arguments(model, critic, data, folder, settings, **options):
+    given = {
+        f"objective__{name}": value if value is not None else "null"
+        for name in ("beta", "gamma", "gae_lambda", "cliprange_value", "vf_coef", "iterations", "minibatches")
+        if (value := getattr(settings, name)) != getattr(USUAL, name)
+    }
+    return run_arguments(
+        model,
+        data,
+        folder,
+        **{
+            "objective__name": "ppo",
+            **given,
+            "rollout__engine": "data",
+            "critic__path": critic,
+            "critic__optimizer": f"{{lr: {settings.critic_lr}, schedule: constant}}",
+            "optimizer__lr": settings.lr,
+            "data__shuffle": False,
+            "train__global_batch_size": settings.batch,
+            "train__steps": settings.steps,
+            **options,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def train(pool, tiny_models, critic, ranked, tmp_path_factory):
+    """``train(case, layout)`` -> the folder of a run, made once."""
+    done = {}
+
+    def run(case, layout=None):
+        if (case, layout) not in done:
+            world, options = (1, {"checkpoint__export_hf": True}) if layout is None else LAYOUTS[layout]
+            folder = done[case, layout] = tmp_path_factory.mktemp("run")
+            pool.run(
+                world,
+                training_ranks.train,
+                arguments(tiny_models(), critic, ranked, folder, CASES[case], **options),
+            )
+        return done[case, layout]
+
+    return run
+
+
+def numbers_of(folder, step):
+    from pyarrow import parquet
+
+    return parquet.read_table(folder / ROLLOUTS / f"step_{step:06d}" / FILE).to_pydict()
+
+
+@pytest.mark.parametrize("case", mark_slow(CASES, ["plain"]))
+def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic, ranked):
+    folder, settings = train(case), CASES[case]
+    ids = lambda text: byte_tokenizer()(text).input_ids  # noqa: E731
+    end = byte_tokenizer().eos_token_id
+    groups = [
+        (ids(record["prompt"]), [([*ids(a["content"]), end], a["score"]) for a in record["completions"]])
+        for record in map(json.loads, ranked.read_text().splitlines())
+    ]
+    wanted, sets, policy, trained_critic = ten_steps(tiny_models(), critic, groups, settings)
+    rows = metrics_of(folder)
+    assert len(rows) == len(wanted) == settings.steps
+    for row, want in zip(rows, wanted, strict=True):
+        for name in JUDGED:
+            assert row[name] == pytest.approx(want[name], rel=1e-4, abs=2e-6), (row["step"], name)
+        assert row["value_clip_fraction"] == pytest.approx(want["value_clip_fraction"], abs=0.02)
+    if settings.cliprange_value is not None:
+        assert max(row["value_clip_fraction"] for row in rows) > 0
+        assert max(row["ratio_max"] for row in rows) > 1.05
+    steps_of_set = settings.iterations * settings.minibatches
+    for number, rollouts in enumerate(sets):
+        table = numbers_of(folder, number * steps_of_set + 1)
+        for name in ("values", "returns"):
+            for ours, theirs in zip(table[name], rollouts, strict=True):
+                assert ours == pytest.approx(theirs.numbers[name].tolist(), rel=1e-4, abs=2e-5)
+        means = [rollout.numbers["advantages"].mean().item() for rollout in rollouts]
+        assert table["advantage"] == pytest.approx(means, rel=1e-4, abs=1e-4)
+    require_exported(folder / "hf", policy)
+    require_exported(folder / "critic", trained_critic)
+
+
+def require_exported(folder, judge):
+    """The exported model has the judge's weights, and is loaded as its class."""
+    found = type(judge).from_pretrained(folder, dtype=torch.float64).state_dict()
+    for name, want in judge.state_dict().items():
+        if (
+            "k_proj.bias" not in name
+        ):  # softmax ignores it: its gradient is rounding noise, which Adam scales up
+            assert torch.allclose(found[name], want, rtol=0, atol=2e-4), name
+
+
+LAYOUT = ["tp2_pp2"]
+
+
+@pytest.mark.parametrize("layout", mark_slow(LAYOUTS, [name for name in LAYOUTS if name not in LAYOUT]))
+def test_layouts_agree(layout, train):
+    rows, wanted = metrics_of(train("reused", layout)), metrics_of(train("reused"))
+    assert len(rows) == len(wanted)
+    for row, want in zip(rows, wanted, strict=True):
+        assert set(row) == set(want)
+        for name, value in want.items():
+            if isinstance(value, float) and name not in CLOCK:
+                assert row[name] == pytest.approx(value, rel=1e-5, abs=2e-6), (row["step"], name)
+
+
+def test_at_the_first_minibatch_nothing_has_moved(train):
+    """Law 9: ratios are 1, no value is clipped, and the explained variance is that of the rollouts' own values."""
+    folder = train("reused")
+    first, table = metrics_of(folder)[0], numbers_of(folder, 1)
+    assert first["ratio_max"] == 1.0
+    assert first["clip_fraction"] == first["value_clip_fraction"] == 0.0
+    half = len(table["values"]) // 2  # of two minibatches
+    values, returns = (torch.tensor(sum(table[name][:half], [])) for name in ("values", "returns"))
+    unexplained = (returns - values).var(unbiased=False) / returns.var(unbiased=False)
+    assert first["explained_variance"] == pytest.approx(1 - unexplained.item(), abs=1e-6)
+    assert first["value_loss"] == pytest.approx((returns - values).square().mean().item() / 2, rel=1e-5)
+    assert "groups_without_signal" not in first
+
+
+def test_a_checkpoint_with_a_critic_is_exported_as_its_policy(train, tmp_path):
+    """Tensors of the critic in a checkpoint are none of the model's."""
+    folder = train("reused")
+    export_hf(folder, tmp_path / "exported")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder / "hf", tmp_path / "exported"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def small(folder, **changes):
+    return make_model(folder, "qwen2_reward", num_hidden_layers=2, **changes)
+
+
+def another_tokenizer(folder):
+    path = make_model(folder, "qwen2_reward") / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    return folder
+
+
+REFUSED = {
+    "another shape": (
+        small,
+        {},
+        "critic.path must hold a model of model.path's shape and tokenizer, got num_layers 2 for 4",
+    ),
+    "another vocabulary": (
+        lambda folder: make_model(folder, "qwen2_reward", vocab_size=301),
+        {},
+        "critic.path must hold .* got vocab_size 301 for 259",
+    ),
+    "another family": (
+        lambda folder: make_model(folder, "llama_reward"),
+        {},
+        "critic.path must hold .* got architecture 'LlamaForSequenceClassification' for",
+    ),
+    "another tokenizer": (
+        another_tokenizer,
+        {},
+        "critic.path must hold .* got tokenizers differ: 2 tokens differ",
+    ),
+    "no model": (lambda folder: folder, {}, "critic"),
+    "another objective": (
+        small,
+        {"objective__name": "grpo"},
+        r"objective grpo has no critic: the options critic.\* belong to objective ppo",
+    ),
+    "an adapter": (small, {"model__adapter": "{rank: 4}"}, "model.adapter is not built for it"),
+    "a warm-up that does not end": (
+        small,
+        {"critic__optimizer": "{warmup_steps: 9}"},
+        "critic.optimizer.warmup_steps must not exceed train.steps = 5, got 9",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tiny_models, ranked, tmp_path, capsys):
+    make, options, pattern = REFUSED[name]
+    options = {"objective__name": "ppo", "rollout__engine": "data", **options}
+    critic = make(tmp_path / "critic")
+    given = run_arguments(tiny_models(), ranked, tmp_path / "run", critic__path=critic, **options)
+    capsys.readouterr()  # what making the model printed
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"error: [^\n]*{pattern}[^\n]*\n", error), error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2_dp2"])
+def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, tmp_path, step, layout):
+    """Between two steps on the same rollouts, and between two sets; the critic starts from the policy."""
+    data, folder = tmp_path / "prompts.jsonl", tmp_path / "run"
+    data.write_text("\n".join(json.dumps({"prompt": f"What is {i} + {3 * i}?"}) for i in range(10)))
+    world, options = (1, {}) if layout == "one" else LAYOUTS[{"tp2": "tp2_sp"}.get(layout, layout)]
+
+    def run(folder):
+        settings = {
+            "objective__name": "ppo",
+            "objective__minibatches": 2,
+            "rollout__max_tokens": 8,
+            "rewards": '[{kind: regex, pattern: "[a-e]"}, {kind: length, min: 4}]',
+            "critic__optimizer": "{lr: 1e-3}",
+            "train__global_batch_size": 3,
+            "train__steps": 6,
+            "checkpoint__save_every": 1,
+            "checkpoint__keep": 9,
+            **options,
+        }
+        pool.run(world, training_ranks.train, run_arguments(tiny_models(), data, folder, **settings))
+        return [{name: v for name, v in row.items() if name not in CLOCK} for row in metrics_of(folder)]
+
+    wanted = run(folder)
+    cut = cut_after(folder, tmp_path / "cut", step)
+    assert run(cut) == wanted
+    for made in (folder / ROLLOUTS).iterdir():
+        assert (cut / ROLLOUTS / made.name / FILE).read_bytes() == (made / FILE).read_bytes()
+    assert len({row["value_mean"] for row in wanted}) == 6
