@@ -102,6 +102,11 @@ def _export_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="Hugging Face folder to write: new or empty; of an adapter DIR/adapter, and with its base DIR/hf merged",
     )
+    parser.add_argument(
+        "--critic",
+        action="store_true",
+        help="export the critic of a checkpoint of objective ppo, as a reward model, in place of the policy",
+    )
     _add_dtype(parser)
     _add_base(parser)
 
@@ -148,13 +153,19 @@ def _export_adapter(checkpoint: Path, options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     if (checkpoint := _adapter_checkpoint(options)) is not None:
+        from megatron_align.errors import require
+
+        require(
+            not options.critic,
+            f"--critic needs a checkpoint of objective ppo, got an adapter's: {checkpoint}",
+        )
         return _export_adapter(checkpoint, options)
     from megatron_align.checkpoint.card import is_of_training
     from megatron_align.convert.export_hf import export_hf
     from megatron_align.hf.assets import describe_assets
 
-    done = export_hf(options.checkpoint, options.out, options.dtype)
-    print(f"exported {done}, from {done.folder} to {options.out}")
+    done = export_hf(options.checkpoint, options.out, options.dtype, critic=options.critic)
+    print(f"exported {'the critic, ' * options.critic}{done}, from {done.folder} to {options.out}")
     if is_of_training(done.folder):
         print(describe_assets(Path(options.out)))
     return 0

@@ -79,6 +79,20 @@ def require_all_weights(folder: Path) -> None:
         )
 
 
+def metadata_of_critic(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a checkpoint's critic as those of a model by itself.
+
+    Raises:
+        InputError: the checkpoint has no critic.
+    """
+    critic = metadata.get("critic")
+    if not critic:
+        raise InputError("the checkpoint has no critic: its run's objective was not ppo")
+    config = metadata["config"]
+    model = {**config["model"], "path": critic["start"]}
+    return {**metadata, "config": {**config, "model": model}, "shape": critic["shape"]}
+
+
 def require_same_model(metadata: dict[str, Any], shape: ModelShape, folder: Path) -> None:
     """Check that a checkpoint holds a model of this shape.
 

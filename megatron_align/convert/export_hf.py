@@ -7,6 +7,7 @@ one row where blocks of the checkpoint are not contiguous parts of HF tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -14,14 +15,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_align.checkpoint.card import is_of_training, read_checkpoint_metadata
+from megatron_align.checkpoint.card import (
+    is_of_training,
+    metadata_of_critic,
+    read_checkpoint_metadata,
+)
 from megatron_align.checkpoint.folder import ASSETS
 from megatron_align.checkpoint.integrity import verifying_while_reading
 from megatron_align.checkpoint.tensor_reader import FileRange
 from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
 from megatron_align.convert.state_reader import StateReader, TensorBlock
 from megatron_align.convert.streaming import BLOCK_BYTES, single_threaded
-from megatron_align.hf.assets import copy_assets, write_config_dtype
+from megatron_align.hf.assets import (
+    AssetChanges,
+    Padding,
+    copy_assets,
+    write_assets,
+    write_config_dtype,
+)
 from megatron_align.hf.model_card import CARD, model_card
 from megatron_align.hf.safetensors import BLOCK_ELEMENTS
 from megatron_align.hf.writer import ShardWriter, hf_specs
@@ -42,7 +53,12 @@ from megatron_align.storage.tensor_digest import (
 
 
 def export_hf(
-    checkpoint: str | Path, out: str | Path, dtype: str | None = None, shard_bytes: int = 5 * 10**9
+    checkpoint: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    *,
+    critic: bool = False,
 ) -> Checkpoint:
     """Convert a checkpoint to a Hugging Face folder; the write is atomic and resumes after a kill.
 
@@ -54,6 +70,7 @@ def export_hf(
         out: Hugging Face folder to write, new or empty.
         dtype: to cast the weights to; None: as stored.
         shard_bytes: maximum size of a file.
+        critic: export the critic of a checkpoint of objective ppo, as a reward model, in place of the policy.
 
     Returns:
         The exported checkpoint, with the dtype of the result.
@@ -64,6 +81,9 @@ def export_hf(
     """
     require_one_process()
     source = open_checkpoint(checkpoint)
+    if critic:
+        metadata_of_critic(read_checkpoint_metadata(source.folder))
+        source = replace(source, shape=source.shape.as_reward(), of_critic=True)
     state = open_state(source)
     written = getattr(torch, dtype) if dtype else source.dtype
     specs = hf_specs(source.shape, written)
@@ -71,6 +91,7 @@ def export_hf(
     size = sum(spec.nbytes for spec in specs.values())
     require_space(target, size)
     key = {"export": fingerprint(source.folder), "dtype": dtype, "shard_bytes": shard_bytes}
+    key |= {"critic": True} if critic else {}
     with (
         ShardWriter(target, specs, shard_bytes, key=key) as writer,
         # Verified meanwhile rather than before, which would leave the disk idle for writing.
@@ -89,16 +110,26 @@ def export_hf(
             progress.add(sum(specs[name].nbytes for name in row.hf))
         writing.wait()
         require_finite({name: TensorDigest("", *writer.notes(name)) for name in specs}, source.folder)
-        copy_assets(source.folder / ASSETS, writer.partial)
+        if critic:
+            _write_critic_assets(source, writer.partial)
+        else:
+            copy_assets(source.folder / ASSETS, writer.partial)
         write_config_dtype(writer.partial, written)
-        write_model_card(source.folder, writer.partial)
-    return Checkpoint(source.folder, source.shape, written)
+        write_model_card(source.folder, writer.partial, critic=critic)
+    return replace(source, dtype=written)
 
 
-def write_model_card(checkpoint: Path, folder: Path) -> None:
+def _write_critic_assets(source: Checkpoint, folder: Path) -> None:
+    padding = read_checkpoint_metadata(source.folder)["critic"]["padding"]
+    changes = AssetChanges(padding=None if padding is None else Padding(**padding))
+    write_assets(source.folder / ASSETS, folder, source.shape, changes)
+
+
+def write_model_card(checkpoint: Path, folder: Path, *, critic: bool = False) -> None:
     """Write the model card of a checkpoint that training wrote; an imported one has no training to describe."""
     if is_of_training(checkpoint):
         metadata = read_checkpoint_metadata(checkpoint)
+        metadata = metadata_of_critic(metadata) if critic else metadata
         rows = last_rows(checkpoint.parent / METRICS, metadata["step"])
         (folder / CARD).write_text(model_card(metadata, rows), encoding="utf-8")
 

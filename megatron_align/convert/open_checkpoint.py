@@ -15,6 +15,7 @@ from megatron_align.checkpoint.card import (
     shape_differences,
 )
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE, find_checkpoint
+from megatron_align.checkpoint.torch_metadata import CRITIC
 from megatron_align.convert.state_reader import StateReader
 from megatron_align.errors import InputError, listed
 from megatron_align.hf.safetensors import DTYPES
@@ -23,11 +24,12 @@ from megatron_align.model.families import ModelShape, rows
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint, and the shape and dtype of its model."""
+    """A checkpoint, and the shape and dtype of its model, or of its critic."""
 
     folder: Path
     shape: ModelShape
     dtype: torch.dtype
+    of_critic: bool = False
 
     def __str__(self) -> str:
         return f"{self.parameters:,} parameters, {str(self.dtype).removeprefix('torch.')}"
@@ -80,7 +82,7 @@ def open_state(checkpoint: Checkpoint) -> StateReader:
         InputError: the weights are incomplete, or do not match the checkpoint's metadata.
     """
     folder = checkpoint.folder / STATE
-    state = StateReader(folder, checkpoint.shape)
+    state = StateReader(folder, checkpoint.shape, prefix=CRITIC if checkpoint.of_critic else "")
     stored = {row.megatron: state.dtype(row) for row in rows(checkpoint.shape)}
     if wrong := [f"{name} is {_name(dtype)}" for name, dtype in stored.items() if dtype != checkpoint.dtype]:
         raise InputError(

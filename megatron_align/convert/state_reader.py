@@ -63,10 +63,12 @@ class StateReader:
         InputError: the state is incomplete or does not match the model; every wrong tensor is named.
     """
 
-    def __init__(self, state: Path, shape: ModelShape, table: Sequence[Row] | None = None) -> None:
+    def __init__(
+        self, state: Path, shape: ModelShape, table: Sequence[Row] | None = None, *, prefix: str = ""
+    ) -> None:
         self.state, self.shape = state, shape
         self.table = list(rows(shape)) if table is None else list(table)
-        self._stored = dict(_by_layer(read_stored_tensors(state), state))
+        self._stored = dict(_by_layer(_model_tensors(read_stored_tensors(state), prefix), state))
         self._check_names()
         self._check_shapes()
         self._check_files()
@@ -234,11 +236,17 @@ def _allocate(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, buffer: T
     return [part.view(shape) for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)]
 
 
+def _model_tensors(stored: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTensor]:
+    """Return the tensors of the model whose names have a prefix; without one those of the trained model."""
+    if prefix:
+        return {key.removeprefix(prefix): tensor for key, tensor in stored.items() if key.startswith(prefix)}
+    others = (OPTIMIZER, REFERENCE, CRITIC)
+    return {key: tensor for key, tensor in stored.items() if not key.startswith(others)}
+
+
 def _by_layer(stored: dict[str, StoredTensor], state: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the model's tensors layer by layer, without those of the optimizer, a reference or a critic."""
+    """Yield a model's tensors layer by layer."""
     for key, tensor in stored.items():
-        if key.startswith((OPTIMIZER, REFERENCE, CRITIC)):
-            continue
         if not key.startswith(_LAYERS) or key.removeprefix(_LAYERS).partition(".")[0].isdigit():
             yield key, tensor  # of no layer, or stored for one layer
             continue

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_align.checkpoint.card import describe_differences
 from megatron_align.config import RunConfig
@@ -43,6 +44,15 @@ class CriticStart:
     def has_head(self) -> bool:
         """Whether the stored model has a value head: it is a reward model."""
         return self.start_shape.is_reward
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what checkpoints say of the critic: where it started, its shape, and the padding of its export."""
+        padding = self.changes.padding
+        return {
+            "start": self.path,
+            "shape": dataclasses.asdict(self.shape),
+            "padding": None if padding is None else dataclasses.asdict(padding),
+        }
 
 
 def critic_paths(config: RunConfig) -> list[str]:

@@ -6,10 +6,7 @@ No process group exists yet, so a long preparation of data cannot time out a col
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +15,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_align
 from megatron_align.checkpoint.card import require_all_weights
-from megatron_align.checkpoint.folder import ADAPTER, ASSETS, CRITIC, HF, find_checkpoint, folder_taken
+from megatron_align.checkpoint.folder import ASSETS, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
 from megatron_align.data.batching.packing import require_room
 from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.data.sample_table import TrainingData
 from megatron_align.data.store import TokenStore
-from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN, StoreSpec
+from megatron_align.data.tokenize.cache_key import StoreSpec
 from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.data.tokenize.record_blocks import read_shapes
@@ -45,7 +42,6 @@ from megatron_align.objectives.policy_gradient_options import PolicyGradientOpti
 from megatron_align.objectives.ptx import PTX
 from megatron_align.objectives.registry import build_objective, objective_class
 from megatron_align.rollout.prompt_table import open_prompts
-from megatron_align.storage.mounts import require_replaceable
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.critic_start import CriticStart, critic_paths, find_critic, with_changes
 from megatron_align.training.lone_samples import require_other_samples
@@ -54,6 +50,11 @@ from megatron_align.training.model_checks import (
     require_reference,
     require_rollouts,
     require_top_k,
+)
+from megatron_align.training.output_folder import (
+    remove_empty_folders_after_bad_input,
+    require_replaceable_outputs,
+    require_writable,
 )
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
@@ -183,9 +184,9 @@ def prepare_run(
             f"got {config.data.sequence_length}"
         )
     folder = Path(config.checkpoint.dir)
-    _require_replaceable_outputs(config, folder, adapter, critic)
-    with _remove_empty_folders_after_bad_input(folder, lock):
-        _require_writable(folder, create=scratch_cache is None, lock=lock)
+    require_replaceable_outputs(config, folder, adapter, critic)
+    with remove_empty_folders_after_bad_input(folder, lock):
+        require_writable(folder, create=scratch_cache is None, lock=lock)
         resume = find_resume_point(config, folder, shape)
         config = fix_template_date(config, assets, resume)
         stores = _open_stores(config, assets, rank_info, scratch_cache)
@@ -264,54 +265,6 @@ def trained_shape(start: ModelShape, config: RunConfig, assets: Path) -> ModelSh
             f"objective {config.objective.name} needs a language model, got {start.architecture} in {assets}"
         )
     return start
-
-
-def _require_replaceable_outputs(
-    config: RunConfig, folder: Path, adapter: Adapter | None, critic: CriticStart | None
-) -> None:
-    """Check that the folders that the run writes at its end can be renamed into place."""
-    for name in (HF, *([CRITIC] if critic is not None else [])) if config.checkpoint.export_hf else ():
-        require_replaceable(
-            folder / name, f"checkpoint.dir/{name}", "set checkpoint.export_hf: false and use convert export"
-        )
-    if adapter is not None:
-        require_replaceable(folder / ADAPTER, "checkpoint.dir/adapter", "give another checkpoint.dir")
-
-
-@contextmanager
-def _remove_empty_folders_after_bad_input(folder: Path, lock: RunLock | None) -> Iterator[None]:
-    """Remove the folders that this run created, where they are still empty."""
-    absent = [path for path in (folder / CACHE_IN_RUN, folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except InputError:
-        if lock is not None:
-            if not lock.is_held:  # another run's folder, or rank 0's
-                raise
-            lock.release()
-        for path in absent:
-            with suppress(OSError):
-                path.rmdir()
-        raise
-
-
-def _require_writable(folder: Path, create: bool, lock: RunLock | None) -> None:
-    """Check that ``checkpoint.dir`` is, or can become, a folder with write permission; lock it before writing there."""
-    if not create:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-            raise InputError(
-                f"checkpoint.dir cannot be created or written: '{folder}' (no permission in {existing})"
-            )
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if lock is not None:
-            lock.acquire()
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"checkpoint.dir cannot be written: {error.strerror} at '{folder}'") from error
 
 
 def _open_stores(

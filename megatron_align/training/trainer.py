@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
-from megatron_align.checkpoint.card import make_checkpoint_metadata
+from megatron_align.checkpoint.card import make_checkpoint_metadata, metadata_of_critic
 from megatron_align.checkpoint.folder import clean_up_after_kill, step_folder
 from megatron_align.checkpoint.load import load_checkpoint, load_critic
 from megatron_align.checkpoint.save_plan import SavedCritic
@@ -437,10 +437,8 @@ class Trainer:
         assert self.critic is not None, "the run trains a critic"
         self.setup.require_folder()
         with self.watchdog.patient("export of the critic"):
-            metadata, start = self._metadata(), self.critic.start
-            config = {**metadata["config"], "model": {**metadata["config"]["model"], "path": start.path}}
-            of_critic = {**metadata, "config": config, "shape": dataclasses.asdict(start.shape)}
-            card = model_card(of_critic, last_rows(self.setup.folder / METRICS, self.step))
+            metadata = metadata_of_critic(self._metadata())
+            card = model_card(metadata, last_rows(self.setup.folder / METRICS, self.step))
             self.critic.export(Path(folder), card)
 
     def _prepass_of(self, split: str) -> PrePass:
@@ -461,7 +459,7 @@ class Trainer:
             objective_state=self.objective.state(),
             health_state=self.health.state(),
             **self._adapter_metadata(),
-            **({"critic": {"start": self.critic.start.path}} if self.critic else {}),
+            **({"critic": self.critic.start.metadata()} if self.critic else {}),
         )
 
     def _adapter_metadata(self) -> dict[str, Any]:

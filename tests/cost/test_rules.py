@@ -167,7 +167,7 @@ def test_the_work_planned_is_the_work_done(tiny_models, tmp_path, objective):
 
 
 def test_a_critic_is_counted(seven):
-    """Its state is that of a reward model on the same layout, its work that of training one and of a pass for values."""
+    """Its state is that of a reward model on the same layout, its work that of its training and a pass for values."""
     arguments = ["--model.path=m", "--data.train=d", "--checkpoint.dir=c", "--train.steps=1"]
     arguments += ["--rollout.engine=data", "--data.sequence_length=512"]
     ppo, grpo = (

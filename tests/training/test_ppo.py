@@ -178,13 +178,19 @@ def test_at_the_first_minibatch_nothing_has_moved(train):
     assert "groups_without_signal" not in first
 
 
-def test_a_checkpoint_with_a_critic_is_exported_as_its_policy(train, tmp_path):
+def test_both_models_of_a_checkpoint_are_exported(train, tmp_path):
     """Tensors of the critic in a checkpoint are none of the model's."""
     folder = train("reused")
     export_hf(folder, tmp_path / "exported")
-    ours, theirs = (load_file(path / "model.safetensors") for path in (folder / "hf", tmp_path / "exported"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    export_hf(folder, tmp_path / "exported_critic", critic=True)
+    for at_the_end, exported in (("hf", "exported"), ("critic", "exported_critic")):
+        ours, theirs = (
+            load_file(path / "model.safetensors") for path in (folder / at_the_end, tmp_path / exported)
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in ("config.json", "tokenizer_config.json", "README.md"):
+        assert (folder / "critic" / name).read_text() == (tmp_path / "exported_critic" / name).read_text()
 
 
 def small(folder, **changes):
