@@ -1,4 +1,4 @@
-"""The folder that a run writes into, checked before the ranks meet: can it be created, written, and replaced at the end?"""
+"""The folder that a run writes into: can it be created and written, and replaced at the end? Before the ranks meet."""
 
 from __future__ import annotations
 
