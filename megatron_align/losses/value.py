@@ -30,4 +30,4 @@ def value_loss(value_N: Tensor, old_value_N: Tensor, return_N: Tensor, *, clip: 
 
 def clipped_values(value_N: Tensor, old_value_N: Tensor, clip: float | None) -> Tensor:
     """Return the values within ``clip`` of the old ones, ``[N]``; None: as they are."""
-    return value_N if clip is None else old_value_N + (value_N - old_value_N).clamp(-clip, clip)
+    return value_N if clip is None else value_N.clamp(old_value_N - clip, old_value_N + clip)

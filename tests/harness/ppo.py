@@ -109,8 +109,8 @@ def step(rollouts, optimizers, settings):
     error = (value - joined["returns"]).square()
     clip_fraction = 0.0
     if settings.cliprange_value is not None:
-        near = joined["values"] + (value - joined["values"]).clamp(
-            -settings.cliprange_value, settings.cliprange_value
+        near = value.clamp(
+            joined["values"] - settings.cliprange_value, joined["values"] + settings.cliprange_value
         )
         other = (near - joined["returns"]).square()
         clip_fraction = (other > error).double().mean().item()
