@@ -206,3 +206,12 @@ def test_weights_that_are_not_finite_are_named_rather_than_samples(pool, argumen
     for said in pool.run(world, sick.train_with_bad_weights, options, name, 3):
         assert said.startswith("step 4: the weights are not finite since the update of an earlier step: ")
         assert "model.layers.1.input_layernorm.weight holds 1 NaN;" in said
+
+
+def test_further_numbers_must_be_finite_too():
+    """Those of a critic: its step is then skipped with the policy's, and the message says whose they are."""
+    health = Health("skip")
+    assert health.record(1.0, 1.0, {"loss of the critic": 2.0}) == []
+    [problem] = health.record(1.0, 1.0, {"loss of the critic": float("nan")})
+    assert problem == "loss 1.0, gradient norm 1.0, loss of the critic nan"
+    assert health.counts["skipped_steps"] == 1
