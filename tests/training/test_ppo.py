@@ -150,7 +150,7 @@ def require_exported(folder, judge):
             assert torch.allclose(found[name], want, rtol=0, atol=2e-4), name
 
 
-LAYOUT = ["tp2_pp2"]
+LAYOUT = ["tp2_sp"]
 
 
 @pytest.mark.parametrize("layout", mark_slow(LAYOUTS, [name for name in LAYOUTS if name not in LAYOUT]))

@@ -34,7 +34,7 @@ from megatron_align.training.reference.logprobs import CachedReference, LiveRefe
 
 EVERY = [
     # Passes over rollouts are the online loop's, and a teacher's rows are always computed before training.
-    *(kind.Options() for name, kind in OBJECTIVES.items() if name not in ("grpo", "rloo", "distill")),
+    *(kind.Options() for name, kind in OBJECTIVES.items() if name not in ("grpo", "rloo", "ppo", "distill")),
     DPOOptions(loss_type="aot"),
     DPOOptions(loss_type=["sigmoid", "aot_unpaired", "sft"]),
     KTOOptions(loss_type="apo_zero_unpaired"),
