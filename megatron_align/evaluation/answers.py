@@ -164,6 +164,8 @@ def _items(task: PromptedTask, rows: list[dict[str, Any]]) -> Items:
     metrics = CHECKS[options.check].metrics if isinstance(options, GenerateTask) else judge.METRICS
     names = (*metrics, *(("length_difference",) if is_judged else ()))
     values = {name: np.array([_mean(row["scores"], name) for row in rows]) for name in names}
+    if is_judged:
+        judge.require_a_verdict(options, values["unjudged"])
     return Items(
         primary=metrics[0],
         values={**values, "truncated": np.array([row["truncated"] for row in rows])},

@@ -21,7 +21,7 @@ import numpy as np
 
 from megatron_align.data.formats.fields import bad_field
 from megatron_align.data.formats.files import read_fields
-from megatron_align.errors import InputError
+from megatron_align.errors import InputError, require
 from megatron_align.evaluation.config import JudgeTask
 from megatron_align.rollout.endpoint import Endpoint, FailureBudget, RequestFailed, concurrently
 from megatron_align.rollout.prompts import PromptRecord
@@ -176,6 +176,24 @@ def _replies(files: Iterable[Path]) -> dict[str, list[str]]:
                 continue  # cut by a kill, then continued on the same line
             replies.setdefault(entry["key"], []).append(entry["reply"])
     return replies
+
+
+def require_a_verdict(task: JudgeTask, unjudged_N: np.ndarray) -> None:
+    """Refuse comparisons of which none has a verdict: their win rate of 0.5 would be no result.
+
+    Args:
+        task: of the comparisons.
+        unjudged_N: 1 where there is no verdict, the mean over a prompt's answers.
+
+    Raises:
+        InputError: all are without.
+    """
+    require(
+        len(unjudged_N) == 0 or unjudged_N.min() < 1,
+        f"task {task.name}: the judge {task.judge} at {task.url} gave a verdict ([[A]], [[B]] or [[C]]) in none of "
+        f"{len(unjudged_N)} comparisons, read its replies in {task.name}.judge.*.jsonl; does judge_tokens "
+        f"({task.judge_tokens}) suffice, and does the model follow instructions?",
+    )
 
 
 def length_controlled_win_rate(wins_N: np.ndarray, length_difference_N: np.ndarray) -> float:

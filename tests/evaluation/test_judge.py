@@ -13,6 +13,7 @@ from megatron_align.evaluation.judge import (
     Judge,
     length_controlled_win_rate,
     read_baselines,
+    require_a_verdict,
 )
 from tests.harness.http_server import serving
 
@@ -96,6 +97,16 @@ def test_a_judge_without_a_verdict_is_asked_again_and_counted(tmp_path):
     assert (score["win_rate"], score["unjudged"]) == (0.5, 1)
     assert [body["temperature"] for body in script.bodies].count(0) == 2  # of 6: the first of each order
     assert len(script.bodies) == 6
+
+
+def test_a_judge_that_never_gives_a_verdict_is_no_result(tmp_path):
+    judged = task("http://host:1")
+    with pytest.raises(
+        InputError, match=r"task j: the judge big .* in none of 3 comparisons, read its replies"
+    ):
+        require_a_verdict(judged, np.ones(3))
+    require_a_verdict(judged, np.array([1.0, 0.5, 1.0]))
+    require_a_verdict(judged, np.zeros(0))
 
 
 def test_failures_are_ties_within_the_budget_and_an_error_beyond(tmp_path):
