@@ -57,8 +57,12 @@ def test_every_loss_of_single_responses_is_an_objective():
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_every_divergence_builds(name):
-    assert build_objective(DPOOptions(f_divergence_type=name)).sum_names
+def test_the_loss_has_the_divergence_that_is_named(name):
+    chosen, rejected = pair()
+    built = build_objective(DPOOptions(f_divergence_type=name, beta=0.3)).losses(chosen, rejected)
+    for other, divergence in DIVERGENCES.items():
+        loss = DPO_LOSSES["sigmoid"](chosen, rejected, beta=0.3, divergence=divergence)
+        assert built.equal(loss) == (other == name)
 
 
 REFUSED = {
