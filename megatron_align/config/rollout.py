@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_align.config.paths import expand_fields
+from megatron_align.config.sections import CriticConfig
 from megatron_align.errors import require
 
 
@@ -124,11 +125,11 @@ class RolloutConfig:
             )
 
 
-def changed(config: RolloutConfig) -> list[str]:
-    """Return the options that were given another value than their default."""
-    usual = RolloutConfig()
+def changed(config: RolloutConfig | CriticConfig, section: str) -> list[str]:
+    """Return the options of a section, all of which have defaults, that were given another value."""
+    usual = type(config)()
     return [
-        f"rollout.{option.name}"
+        f"{section}.{option.name}"
         for option in fields(config)
         if getattr(config, option.name) != getattr(usual, option.name)
     ]

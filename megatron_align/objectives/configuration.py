@@ -11,7 +11,6 @@ from megatron_align.config import run
 from megatron_align.config.inputs import ReferenceConfig
 from megatron_align.config.rollout import changed
 from megatron_align.config.run import ObjectiveNames, RunConfig
-from megatron_align.config.sections import CriticConfig
 from megatron_align.errors import listed, require, shown
 from megatron_align.losses.advantage_estimator import COMPARING
 from megatron_align.objectives.options import ObjectiveOptions
@@ -75,9 +74,10 @@ def _checked(config: RunConfig) -> RunConfig:
             f"objective {name} needs reference.path, the teacher, and reference.mode cached; got path "
             f"{shown(config.reference.path)}, mode {shown(config.reference.mode)}",
         )
+    of_critic = changed(config.critic, "critic")
     require(
-        has_critic(config) or config.critic == CriticConfig(),
-        f"objective {name} has no critic: the options critic.* belong to objective ppo",
+        has_critic(config) or not of_critic,
+        f"objective {name} has no critic: the options critic.* belong to objective ppo, got {listed(of_critic)}",
     )
     require(
         not has_critic(config) or config.model.adapter is None,
@@ -86,7 +86,7 @@ def _checked(config: RunConfig) -> RunConfig:
     if isinstance(objective, PolicyGradientObjective):
         _check_rollouts(config)
     else:
-        options = changed(config.rollout)
+        options = changed(config.rollout, "rollout")
         require(
             not options,
             f"objective {name} trains on given data: the options rollout.* do not apply, got {listed(options)}",

@@ -82,12 +82,12 @@ class PolicyGradientObjective(Objective):
         )
         self.rollout = RolloutConfig()
         self._loss, self._estimator = options.policy_gradient(), options.advantage_estimator()
-        needs: set[Need] = {"reference_token_logprobs"} if options.beta > 0 else set()
-        self.needs = frozenset(
-            needs
-            | ({"old_logprobs"} if self._needs_old() else set())
-            | ({"values"} if self.has_critic else set())
-        )
+        needs: dict[Need, bool] = {
+            "reference_token_logprobs": options.beta > 0,
+            "old_logprobs": self._needs_old(),
+            "values": self.has_critic,
+        }
+        self.needs = frozenset(need for need, needed in needs.items() if needed)
         steps = [metric.name for metric in OF_STEPS if metric is not KL or options.beta > 0]
         self.sum_names = (*(name for name in steps if name != "ess"), "correction", "squared_correction")
 

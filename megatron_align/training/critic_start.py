@@ -76,7 +76,8 @@ def find_critic(config: RunConfig, policy: ModelShape, folders: Folders) -> Crit
     Raises:
         InputError: ``critic.path`` does not fit, or the policy's family has no models with a scalar head.
     """
-    paths, unfit = critic_paths(config), []
+    paths = critic_paths(config)
+    unfit: list[str] = []
     if not paths:
         return None
     try:

@@ -26,7 +26,7 @@ PYTHON = re.compile(
 
 def run_with(objective, section, option, value):
     sections = {**RUN, "objective": {"name": objective}}
-    if objective in ("grpo", "rloo"):
+    if objective in ("grpo", "rloo", "ppo"):
         sections["rollout"] = {"engine": "data"}
     if objective == "distill":
         sections["reference"] = {"path": "t", "mode": "cached"}

@@ -13,7 +13,9 @@ from megatron_align.training.finished import is_finished, write_finished_marker
 def test_a_missing_export_is_not_finished(tmp_path, adapter, export_hf, exists):
     config = SimpleNamespace(checkpoint=SimpleNamespace(export_hf=export_hf))
     resume = SimpleNamespace(step=3)
-    setup = SimpleNamespace(folder=tmp_path, steps=3, resume=resume, adapter=adapter, config=config)
+    setup = SimpleNamespace(
+        folder=tmp_path, steps=3, resume=resume, adapter=adapter, config=config, critic=None
+    )
     assert not is_finished(setup)
     write_finished_marker(tmp_path, 3)
     for name in exists:
