@@ -16,9 +16,10 @@ import numpy as np
 from megatron_align.errors import InputError, listed, require, shown
 from megatron_align.evaluation.config import FILES
 from megatron_align.evaluation.directions import direction
-from megatron_align.evaluation.results import ITEMS, RESULTS, write_atomically
+from megatron_align.evaluation.results import ITEMS, RESULTS
 from megatron_align.evaluation.statistics import difference_interval
 from megatron_align.model.families import read_json
+from megatron_align.storage.atomic_write import write_file
 from megatron_align.storage.resumable_lines import read_rows
 
 COMPARISON = "comparison.json"
@@ -106,7 +107,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference | NotCompa
             for each in found
         },
     }
-    write_atomically(Path(second) / COMPARISON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_file(Path(second) / COMPARISON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return found
 
 

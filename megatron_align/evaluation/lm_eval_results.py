@@ -25,10 +25,10 @@ from megatron_align.data.tokenize.chat_template import load_chat_template
 from megatron_align.errors import InputError, one_line, require
 from megatron_align.evaluation.config import LMEvalTask
 from megatron_align.evaluation.lm_eval import PolicyLM
-from megatron_align.evaluation.results import write_atomically
 from megatron_align.evaluation.statistics import ratio_interval
 from megatron_align.evaluation.tables import TaskContext
 from megatron_align.hf.assets import AssetChanges
+from megatron_align.storage.atomic_write import write_file
 from megatron_align.training.likelihood import CompletionScorer
 
 STDERR = "_stderr"
@@ -137,7 +137,7 @@ class LMEvalItems:
     def write(self, file: Path) -> None:
         """Write a row of JSON for each document."""
         lines = [json.dumps({"item": i, **row}, ensure_ascii=False) + "\n" for i, row in enumerate(self.rows)]
-        write_atomically(file, "".join(lines))
+        write_file(file, "".join(lines))
 
 
 def run_lm_eval(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_align.evaluation.statistics import ratio_interval
-from megatron_align.storage.atomic_write import fsync
+from megatron_align.storage.atomic_write import write_file
 
 RESULTS, ITEMS = "results.json", "items"
 
@@ -89,7 +89,7 @@ class Items:
                 numbers["weight"] = float(self.weights_N[i])
             more = self.rows[i] if self.rows else {}
             lines.append(json.dumps({"item": i, **numbers, **more}, ensure_ascii=False) + "\n")
-        write_atomically(file, "".join(lines))
+        write_file(file, "".join(lines))
 
     def _metrics(self, own_N: np.ndarray) -> dict[str, Any]:
         weights_N = np.ones(len(self)) if self.weights_N is None else self.weights_N
@@ -106,21 +106,13 @@ class Items:
         return {**metrics, "n": int(own_N.sum()), "ci95": interval}
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file under a temporary name, then give it its own."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    fsync(partial)
-    partial.rename(file)
-
-
 def write_results(out: Path, items: Mapping[str, TaskResult], results: Mapping[str, Any]) -> None:
     """Write the items of each task, then results.json, which says that they are complete."""
     folder = out / ITEMS
     folder.mkdir(parents=True, exist_ok=True)
     for name, of_task in items.items():
         of_task.write(folder / f"{name}.jsonl")
-    write_atomically(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def table_of(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -24,7 +24,6 @@ from megatron_align.evaluation.engines import Precision, assets_of, weights_stat
 from megatron_align.evaluation.generation import GenerateOptions, generate_file
 from megatron_align.evaluation.near_duplicates import distinct
 from megatron_align.evaluation.progress import progress
-from megatron_align.evaluation.results import write_atomically
 from megatron_align.evaluation.run import left_after_bad_input
 from megatron_align.evaluation.stages import is_complete, noted_key
 from megatron_align.model import parallel
@@ -33,6 +32,7 @@ from megatron_align.rollout.prompts import PromptRecord, read_prompts
 from megatron_align.rollout.types import Sampling
 from megatron_align.rollout.verifiers.checks import CHECKS
 from megatron_align.rollout.verifiers.running import checking
+from megatron_align.storage.atomic_write import write_file
 from megatron_align.storage.resumable_lines import ResumableLines, read_rows
 from megatron_align.training.reward_model import RewardModel, RewardModelSetup
 from megatron_align.training.setup import locate, require_weights
@@ -183,8 +183,8 @@ def sample(options: SampleOptions) -> SampleCounts:
         ranked = sorted(scored, key=lambda pair: -pair[0])
         lines += [json.dumps(row, ensure_ascii=False) for row in _rows(record, ranked, options, counts)]
     counts.rows = len(lines)
-    write_atomically(out / COUNTS, json.dumps(counts.to_dict(), indent=2) + "\n")
-    write_atomically(out / DATA, "".join(f"{line}\n" for line in lines))
+    write_file(out / COUNTS, json.dumps(counts.to_dict(), indent=2) + "\n")
+    write_file(out / DATA, "".join(f"{line}\n" for line in lines))
     return counts
 
 

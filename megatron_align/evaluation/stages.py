@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align.errors import InputError, warn_once
-from megatron_align.evaluation.results import write_atomically
+from megatron_align.storage.atomic_write import write_file
 from megatron_align.storage.resumable_lines import describe_differences
 
 
@@ -27,7 +27,7 @@ def is_complete(file: Path, key: Mapping[str, Any]) -> bool:
     stored = noted_key(file)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(_key_file(file), json.dumps(key))
+        write_file(_key_file(file), json.dumps(key))
         return False
     if stored is None:
         warn_once(f"{file} is used as it is: nothing says with which options it was written")

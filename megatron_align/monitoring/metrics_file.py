@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_align import faults
+from megatron_align.storage.atomic_write import write_file
 from megatron_align.storage.fsync import fsync_open
 
 METRICS = "metrics.jsonl"
@@ -27,9 +27,7 @@ def keep_until(file: Path, step: int) -> None:
             break  # a kill during a write leaves an incomplete last line
         if row["step"] <= step:
             kept.append(line + "\n")
-    replacement = file.with_name(f".{file.name}.partial")
-    replacement.write_text("".join(kept), encoding="utf-8")
-    os.replace(replacement, file)
+    write_file(file, "".join(kept))
 
 
 def last_rows(file: Path, step: int) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Write a folder atomically: into a hidden folder next to it, forced onto the disk, then renamed.
+"""Write a folder or a file atomically: under a hidden name next to it, forced onto the disk, then renamed.
 
 What can go wrong is checked before the first byte is written: a path that is taken, permissions, space.
 """
@@ -93,6 +93,32 @@ def commit_folder(partial: Path, folder: Path, step: int | None = None) -> None:
     faults.at("save.done", step)
     if os.path.lexists(replaced):
         discard(replaced)
+
+
+def replace_file(partial: Path, file: Path) -> None:
+    """Give a complete file its final name, so that a power failure leaves what was there before, or all of it.
+
+    Args:
+        partial: the file under a name of its own, in the same folder.
+        file: its final name, which may be taken: that file is replaced.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    fsync(partial)
+    os.replace(partial, file)
+    fsync(file.parent)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a text file as :func:`replace_file` does, first under a hidden name.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    replace_file(partial, file)
 
 
 def partial_folder(folder: Path) -> Path:

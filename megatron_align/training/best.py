@@ -19,6 +19,7 @@ from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.monitoring.logger import RunLog
 from megatron_align.monitoring.metrics_file import METRICS
+from megatron_align.storage.atomic_write import write_file
 from megatron_align.storage.resumable_lines import read_rows
 from megatron_align.training.hooks import Hook
 from megatron_align.training.trainer import Trainer
@@ -192,10 +193,8 @@ class KeepBest(_Tracking):
         if best is None:
             return
         found = {"step": best, "metric": self._history.metric, "value": self._history.value(best)}
-        partial = folder / f".{BEST}.partial"
         try:
-            partial.write_text(json.dumps({**found, "checkpoint": steps[best].name}) + "\n", encoding="utf-8")
-            partial.rename(folder / BEST)
+            write_file(folder / BEST, json.dumps({**found, "checkpoint": steps[best].name}) + "\n")
         except OSError as error:
             self._log.message(
                 f"warning: {BEST} could not be written: {error.strerror}; the checkpoint of step {best} is kept"

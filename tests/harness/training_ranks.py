@@ -20,11 +20,19 @@ from megatron_align.objectives.configuration import parse
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.training.loop import run
 from megatron_align.training.watchdog import join_watched
+from tests.harness.durability import Durability
 
 
 def train(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
     """Run ``megatron_align.train`` with these arguments."""
     run(parse(arguments), rank_info)
+
+
+def train_recorded(rank_info: parallel.RankInfo, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Train; return the names that were given by renaming, and what a power failure could lose."""
+    with Durability() as seen:
+        train(rank_info, arguments)
+    return seen.renamed, seen.unsafe()
 
 
 def train_to_the_refusal(rank_info: parallel.RankInfo, arguments: list[str]) -> str:

@@ -30,6 +30,7 @@ from megatron_align.data.tokenize.store_writer import join_parts
 from megatron_align.data.tokenize.work_dir import WorkDir
 from megatron_align.data.tokenize.workers import completed, processes_of, tokenising
 from megatron_align.errors import InputError
+from megatron_align.storage.fsync import fsync
 
 _log = logging.getLogger(__name__)
 
@@ -82,11 +83,13 @@ def _make(spec: StoreSpec, inputs: dict[str, Any], states: dict[str, str], path:
 
 def _publish(unfinished: Path, path: Path) -> None:
     """Rename the finished store to its final name; another machine may have been faster, with the same content."""
+    fsync(unfinished)  # its files are already
     try:
         unfinished.rename(path)
     except OSError:
         if not (path / MANIFEST).is_file():
             raise
+    fsync(path.parent)
 
 
 def _require_samples(total: Counts, spec: StoreSpec) -> None:

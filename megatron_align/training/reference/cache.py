@@ -36,7 +36,7 @@ from megatron_align.errors import InputError
 from megatron_align.hf.load import weights_hash
 from megatron_align.model import cpu
 from megatron_align.objectives.base import Objective
-from megatron_align.storage.fsync import fsync_open
+from megatron_align.storage.atomic_write import replace_file
 from megatron_align.training.reference.logprobs import CachedReference
 from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
 from megatron_align.training.setup import RunSetup, one_epoch
@@ -81,9 +81,7 @@ class Column:
             with open(temporary, "wb") as out:
                 out.write(json.dumps(header).encode() + b"\n")
                 out.write(np.ascontiguousarray(self.values_K, dtype="<f8"))
-                out.flush()
-                fsync_open(out.fileno(), temporary)
-            os.replace(temporary, self.file)
+            replace_file(temporary, self.file)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OSError(
