@@ -28,10 +28,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from megatron_align.checkpoint.host_optimizer_state import SaveableOptimizer
 from megatron_align.checkpoint.torch_metadata import CRITIC, REFERENCE
+from megatron_align.model.families.saved_modules import copy_name
 from megatron_align.model.policy import Policy
+from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 _CRITIC_OPTIMIZER = "critic_optimizer"
 _FILES = 2  # per rank, written concurrently
+_PADDED = "embedding.", "output_layer."  # modules whose rows are the vocabulary
 
 SaveItem = tuple[WriteItem, Tensor | io.BytesIO]
 
@@ -209,12 +212,15 @@ def _trained_state(chunk: Policy, groups: ProcessGroupCollection) -> dict[str, A
     """Return the sharded tensors of an adapter's checkpoint, each a tensor of its own as only some layers have it."""
     state: dict[str, Any] = {}
     for name, parameter in chunk.stored_parameters().items():
-        options = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
+        options: dict[str, Any] = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp}
         if getattr(parameter, "tensor_model_parallel", False):
             axis = parameter.partition_dim  # type: ignore[attr-defined]  # megatron-core's
-            # vocabulary padding depends on the number of ranks
-            padded = {"allow_shape_mismatch": True} if name.startswith("output_layer.") else {}
-            state[name] = make_tp_sharded_tensor_for_checkpoint(parameter, name, axis, **options, **padded)
+            key = name
+            if axis == 0 and name.startswith(_PADDED):  # vocabulary padding depends on the number of ranks
+                options["allow_shape_mismatch"] = True
+            if name == copy_name(HEAD) and is_tied(chunk.shape):  # stored once, as the embedding's
+                key, options["replica_id"] = copy_name(EMBEDDING), (1, 0, groups.dp_cp.rank())
+            state[name] = make_tp_sharded_tensor_for_checkpoint(parameter, key, axis, **options)
         else:
             state[name] = make_sharded_tensor_for_checkpoint(parameter, name, **options)
     return state

@@ -21,6 +21,7 @@ model.adapter.rank: lora_rank lora_r r
 model.adapter.alpha: lora_alpha
 model.adapter.targets: lora_target lora_target_modules target_modules lora_modules
 model.adapter.rslora: use_rslora
+model.adapter.modules_to_save: additional_target lora_modules_to_save
 model.adapter.init: init_lora_weights init_weights
 model.adapter.path: adapter_name_or_path adapters lora_path resume_from_adapter lora_adapter_path
 model.freeze: freeze_parameters freeze_modules freeze_layers frozen_modules freeze_trainable_layers

@@ -32,8 +32,11 @@ class AdapterConfig:
         init: initial values: default (A is drawn from train.seed, B is 0), or those of PiSSA (arXiv:2404.02948): pissa
             (A and B are the largest singular values and vectors of W, which are taken out of W), pissa_niter_N (the
             same by N iterations of a fast method, for large models)
-        modules_to_save: modules that are trained with the adapter, as PEFT's: only [score] of a reward model, whose
-            head is always trained
+        modules_to_save: modules of which a complete copy is trained with the adapter, as PEFT's: embed_tokens, lm_head,
+            and norms (norm: all of them, model.norm, input_layernorm, post_attention_layernorm); [score] of a reward
+            model, whose head is always trained; null: none, or those of the adapter at path
+        ensure_weight_tying: of a model whose embed_tokens and lm_head are one weight, train one copy of it for both, as
+            PEFT's option; needed where modules_to_save names either
         path: PEFT folder of an adapter of this model to start from; null: start from init
     """
 
@@ -46,6 +49,7 @@ class AdapterConfig:
     rslora: bool | None = None
     init: str = "default"
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
     path: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +73,14 @@ class AdapterConfig:
             not (self.dora and self.dropout),
             f"model.adapter.dropout must be 0 with dora, which would need the base's output of the dropped input, got "
             f"{self.dropout}",
+        )
+        require(
+            self.modules_to_save != [],
+            "model.adapter.modules_to_save must name at least one module, or be null, got none",
+        )
+        require(
+            self.modules_to_save is not None or not self.ensure_weight_tying,
+            "model.adapter.ensure_weight_tying is of modules_to_save, which names none",
         )
         require(self.targets != [], "model.adapter.targets must name at least one module, got none")
         require(

@@ -32,7 +32,8 @@ from megatron_align.hf.adapter import (
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.load import weights_hash
 from megatron_align.model.families import ModelShape
-from megatron_align.model.families.adapter import Adapter, adaptable_modules, adapter_tensors
+from megatron_align.model.families.adapter import PEFT, Adapter, adaptable_modules, adapter_tensors
+from megatron_align.model.families.saved_modules import saveable_modules, with_tied_head
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class StoredAdapter:
         folder: PEFT folder or checkpoint that holds it.
         shape: of the model that it adapts.
         adapter: rank, scale and modules.
-        tensors: by PEFT's name, a reward model's score among them; stored dtypes.
+        tensors: by PEFT's name, complete copies of modules and a reward model's score among them; stored dtypes.
         base: path or name of the base that it names; None: it names none.
         weights: hash of the base's weights; None: it does not say.
         holds_start: the adapter was trained on the base without what A and B started with: the second half of its rank.
@@ -132,6 +133,7 @@ def open_adapter_checkpoint(folder: Path) -> StoredAdapter:
     table = list(adapter_table(shape, adapter, with_start=True))
     state = StateReader(folder / STATE, shape, table)
     tensors = {name: tensor for row in table for name, tensor in state.read(row).items()}
+    tensors = with_tied_head(tensors, shape, adapter)
     return StoredAdapter(
         folder=folder,
         shape=shape,
@@ -163,7 +165,8 @@ def _adapter_of(
     stored: Mapping[str, StoredTensor], shape: ModelShape, options: dict[str, Any], folder: Path
 ) -> Adapter:
     """Return the adapter whose A and B are stored: its modules and rank are those of the tensors."""
-    every = Adapter(rank=1, modules=frozenset(adaptable_modules(shape)), **options)
+    saveable = frozenset(saveable_modules(shape))
+    every = Adapter(rank=1, modules=frozenset(adaptable_modules(shape)), saved=saveable, **options)
     first = {
         row.hf[0]: stored[row.megatron].shape for row in adapter_table(shape, every) if row.megatron in stored
     }
@@ -174,4 +177,5 @@ def _adapter_of(
         found = f"ranks {listed(sorted(ranks))}" if ranks else "no A"
         raise InputError(f"a checkpoint's adapter must have one rank, found {found} in {folder / STATE}")
     modules = frozenset(name for name in every.modules if adapter_tensors(name)[0] in first)
-    return Adapter(rank=ranks.pop(), modules=modules, **options)
+    saved = frozenset(name for name in saveable if f"{PEFT}{name}.weight" in first)
+    return Adapter(rank=ranks.pop(), modules=modules, saved=saved, **options)

@@ -35,6 +35,7 @@ from megatron_align.hf.safetensors import HFWeights
 from megatron_align.merge.adapter import is_adapted, merged_rows
 from megatron_align.model import cpu
 from megatron_align.model.families import rows
+from megatron_align.model.families.adapter import PEFT, module_name
 
 
 def verify_adapter(
@@ -87,6 +88,7 @@ def _verify_peft(
         {
             **asdict(replace(one.adapter, dropout=0)),
             "modules": sorted(one.adapter.modules),
+            "saved": sorted(one.adapter.saved),
             "base_weights": one.weights,
         }
         for one in (stored, theirs)
@@ -171,7 +173,9 @@ def _cast_and_merged(
     """Yield the tensors of a base, cast to the dtype in which it was trained on, with the adapter in fp32."""
     for name in (name for row in rows(adapter.shape) for name in row.hf):
         tensor = weights.tensor(name).to(trained).float()
-        if is_adapted(name, adapter.adapter):
+        if module_name(name) in adapter.adapter.saved:
+            tensor = adapter.tensors[f"{PEFT}{name}"].float()
+        elif is_adapted(name, adapter.adapter):
             tensor = merged_rows(name, slice(None), tensor, adapter.adapter, adapter.tensors)
         yield name, tensor
 

@@ -21,6 +21,7 @@ from megatron_align.model.families.adapter import (
     all_adapter_rows,
     linear_rows,
 )
+from megatron_align.model.families.saved_modules import is_tied_copy
 from megatron_align.model.tied_embedding import EMBEDDING, HEAD, is_tied
 
 # Backward over forward. A product y = x w has two gradients of the same size; attention's forward has two products,
@@ -60,7 +61,9 @@ class Trained:
         """Return what a placement trains."""
         shape, frozen = placement.shape, placement.frozen
         if placement.adapter is not None:
-            return cls(0.0, shape.is_reward or LM_HEAD in placement.adapter.modules)
+            adapter = placement.adapter
+            trains_head = LM_HEAD in adapter.modules | adapter.saved or is_tied_copy(shape, adapter)
+            return cls(0.0, shape.is_reward or trains_head)
         if not frozen:
             return cls()
         head = EMBEDDING if is_tied(shape) else HEAD

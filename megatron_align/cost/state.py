@@ -12,9 +12,10 @@ from functools import lru_cache
 from math import lcm, prod
 
 from megatron_align.cost.placement import Chunk, Placement
-from megatron_align.hf.adapter import REWARD_HEAD
+from megatron_align.hf.adapter import REWARD_HEAD, adapter_table
 from megatron_align.model.families import TABLES, ModelShape, local_shape, rows
-from megatron_align.model.families.adapter import Adapter, all_adapter_rows, layer_of, start_rows
+from megatron_align.model.families.adapter import Adapter, layer_of, start_rows
+from megatron_align.model.families.saved_modules import is_tied_copy
 from megatron_align.model.tied_embedding import EMBEDDING, has_row
 
 GRADIENT = 4  # bytes: gradients are summed in fp32
@@ -76,8 +77,7 @@ def parameter_count(shape: ModelShape) -> int:
 def trained_count(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[str]) -> int:
     """Return the number of parameters that are trained, without vocabulary padding; a tied embedding counts once."""
     if adapter is not None:
-        sizes = [row.hf_shapes(shape)[0] for row in all_adapter_rows(shape, adapter, 1)]
-        return sum(map(prod, sizes)) + (shape.hidden_size if shape.is_reward else 0)
+        return sum(prod(row.hf_shapes(shape)[0]) for row in adapter_table(shape, adapter))
     trained = [row for row in rows(shape) if row.megatron not in frozen]
     return sum(prod(size) for row in trained for size in row.hf_shapes(shape))
 
@@ -92,8 +92,8 @@ def _sizes_by_name(shape: ModelShape, tensor: int) -> tuple[tuple[str, int | Non
 def _adapter_sizes(
     shape: ModelShape, adapter: Adapter, tensor: int
 ) -> tuple[tuple[str, int | None, int], ...]:
-    """Return name, layer (None: of no layer) and elements on one rank of every A and B."""
-    table = all_adapter_rows(shape, adapter, tensor)
+    """Return name, layer (None: of no layer) and elements on one rank of every A, B, copy and reward head."""
+    table = adapter_table(shape, adapter, tensor)
     return tuple((row.megatron, layer_of(row), prod(local_shape(row, shape, tensor))) for row in table)
 
 
@@ -141,7 +141,9 @@ def _trained(placement: Placement, chunk: Chunk) -> list[int]:
     if adapter is None:
         return [size for name, size in _named(placement, chunk) if name not in placement.frozen]
     sizes = _of_chunk(_adapter_sizes(shape, adapter, ranks), chunk)
-    return sizes + ([shape.hidden_size] if chunk.ends and shape.is_reward else [])
+    if chunk.ends and placement.tied_copies and is_tied_copy(shape, adapter):
+        sizes.append(_embedding_size(placement, chunk))
+    return sizes
 
 
 def _frozen(placement: Placement, chunk: Chunk) -> list[int]:
@@ -159,12 +161,20 @@ def _buffer_elements(placement: Placement, chunk: Chunk) -> int:
     """Return the elements of a chunk's buffer; a tied embedding that two stages share has a separate bucket."""
     sizes = _trained(placement, chunk)
     buckets = [sizes]
-    trains_embedding = placement.adapter is None and EMBEDDING not in placement.frozen
+    adapter = placement.adapter
+    trains_embedding = EMBEDDING not in placement.frozen
+    if adapter is not None:
+        trains_embedding = is_tied_copy(placement.shape, adapter)
     if placement.tied_copies and (chunk.embeds or chunk.ends) and trains_embedding:
-        shared = next(size for name, size in _named(placement, chunk) if name == EMBEDDING)
+        shared = _embedding_size(placement, chunk)
         sizes.remove(shared)
         buckets.append([shared])
     return sum(_bucket_elements(bucket, placement.shard_ranks) for bucket in buckets)
+
+
+def _embedding_size(placement: Placement, chunk: Chunk) -> int:
+    """Return the elements of a tied embedding that a chunk holds, on one tensor-parallel rank."""
+    return next(size for name, size in _named(placement, chunk) if name == EMBEDDING)
 
 
 def _bucket_elements(sizes: list[int], ranks: int) -> int:

@@ -14,13 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_align.errors import InputError, TrainingFault, listed, require, shown
+from megatron_align.errors import InputError, TrainingFault, listed, shown
+from megatron_align.hf.adapter_checks import (
+    require_equal_copies,
+    require_linear,
+    require_no_tied,
+    require_one_use,
+    without_base,
+)
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.gather import collect, owning_stages
 from megatron_align.hf.safetensors import open_safetensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
 from megatron_align.model.families.adapter import (
-    EMBED_TOKENS,
     LM_HEAD,
     PEFT,
     Adapter,
@@ -29,9 +35,17 @@ from megatron_align.model.families.adapter import (
     all_adapter_rows,
     start_rows,
 )
+from megatron_align.model.families.saved_modules import (
+    SCORE,
+    copies_of,
+    is_tied_copy,
+    saved_names,
+    saved_rows,
+    select_saved,
+    with_tied_head,
+)
 from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.model.policy import Policy
-from megatron_align.model.tied_embedding import is_tied
 from megatron_align.storage.atomic_write import commit_folder, naming_file, partial_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,14 +97,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         raise InputError(
             f"an adapter needs a positive r and lora_alpha, found {rank!r} and {alpha!r} in {folder / CONFIG}"
         )
-    saved = config.get("modules_to_save") or []
-    if set(saved) - ({"score", "classifier"} if shape.is_reward else set()):
-        reason = (
-            "a reward model's adapter of a language model is not merged: the run's hf/ is the merged model"
-            if set(saved) <= {"score", "classifier"}
-            else f"an adapter with modules_to_save {', '.join(saved)} is not built (a reward model's score is)"
-        )
-        raise InputError(f"{reason}, found in {folder / CONFIG}")
+    saved = _saved_modules(config, shape, folder)
     with _open(folder) as file:
         sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     modules = frozenset(module for module in adaptable_modules(shape) if adapter_tensors(module)[0] in sizes)
@@ -100,36 +107,27 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         rslora=bool(config.get("use_rslora")),
         modules=modules,
         dora=bool(config.get("use_dora")),
+        saved=saved,
     )
-    _require_no_tied(adapter, shape, folder)
+    require_no_tied(adapter, shape, folder / WEIGHTS)
     require_linear(adapter, f"use_dora in {folder / CONFIG}")
-    _check_tensors(adapter, shape, _without_base(sizes, adapter), folder)
+    require_one_use(adapter, f"modules_to_save in {folder / CONFIG}")
+    _check_tensors(adapter, shape, without_base(sizes, adapter), folder)
+    with _open(folder) as file:
+        require_equal_copies(file, adapter, shape, folder / WEIGHTS)
     return adapter
 
 
-def require_linear(adapter: Adapter, what: str) -> None:
-    """Refuse a DoRA adapter of other modules than the transformer's linear layers."""
-    ends = sorted(adapter.modules & {EMBED_TOKENS, LM_HEAD})
-    require(
-        not (adapter.dora and ends),
-        f"{what} is built for linear layers of the transformer, got {', '.join(ends)} among the targets",
-    )
-
-
-def _require_no_tied(adapter: Adapter, shape: ModelShape, folder: Path) -> None:
-    if EMBED_TOKENS in adapter.modules and is_tied(shape):
+def _saved_modules(config: Mapping[str, Any], shape: ModelShape, folder: Path) -> frozenset[str]:
+    """Return the modules of which the folder has complete copies, without a reward model's score."""
+    names = config.get("modules_to_save") or []
+    if not shape.is_reward and set(names) & {SCORE, "classifier"}:
         raise InputError(
-            f"an adapter of embed_tokens that is tied to lm_head is not built, found in {folder / WEIGHTS}"
+            "a reward model's adapter of a language model is not merged: the run's hf/ is the merged model, found in "
+            f"{folder / CONFIG}"
         )
-
-
-def _without_base(sizes: Mapping[str, tuple[int, ...]], adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return the tensors without the base's embedding and head, which PEFT stores with an adapter of either."""
-    ends = [f"{PEFT}{module}." for module in (EMBED_TOKENS, LM_HEAD)]
-    if not adapter.modules & {EMBED_TOKENS, LM_HEAD}:
-        return dict(sizes)
-    base = [f"{end}{name}" for end in ends for name in ("weight", "base_layer.weight")]
-    return {name: size for name, size in sizes.items() if name not in base}
+    tied = bool(config.get("ensure_weight_tying"))
+    return select_saved(shape, names, tied=tied, option=f"modules_to_save in {folder / CONFIG}")
 
 
 def base_hash(folder: str | Path) -> str | None:
@@ -214,7 +212,8 @@ def _open(folder: Path) -> safe_open:
 def _check_tensors(
     adapter: Adapter, shape: ModelShape, sizes: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
-    expected = {row.hf[0]: row.hf_shapes(shape)[0] for row in adapter_table(shape, adapter)}
+    table = {row.hf[0]: row.hf_shapes(shape)[0] for row in adapter_table(shape, adapter)}
+    expected = with_tied_head(table, shape, adapter)
     missing, unexpected = sorted(expected.keys() - sizes.keys()), sorted(sizes.keys() - expected.keys())
     if missing or unexpected or not adapter.modules:
         kinds = [("missing", missing), ("unexpected", unexpected)]
@@ -234,7 +233,7 @@ def _check_tensors(
 def adapter_table(
     shape: ModelShape, adapter: Adapter, tensor_ranks: int = 1, *, with_start: bool = False
 ) -> Iterator[Row]:
-    """Yield the rows of an adapter's tensors, and of the reward head that is trained with it.
+    """Yield the rows of an adapter's tensors, of the copies and of the reward head that are trained with it.
 
     Args:
         shape: of the model.
@@ -245,6 +244,7 @@ def adapter_table(
     yield from all_adapter_rows(shape, adapter, tensor_ranks)
     if with_start:
         yield from start_rows(shape, adapter, tensor_ranks)
+    yield from saved_rows(shape, adapter)
     for row in rows(shape):
         if row.megatron == REWARD_HEAD:
             yield Row(row.megatron, (f"{PEFT}{row.hf[0]}",), row.dims)
@@ -268,18 +268,17 @@ def fill_adapter(chunks: Sequence[Policy], adapter: Adapter, tensor: Callable[[s
     shape, groups = chunks[0].shape, chunks[0].pg_collection
     local = {name: p for chunk in chunks for name, p in chunk.trained_parameters().items()}
     for row in adapter_table(shape, adapter, groups.tp.size()):
-        if (parameter := local.get(row.megatron)) is None:
-            continue
-        stored = tensor(row.hf[0])
-        for segment in copy_segments(row, shape, groups.tp.rank(), groups.tp.size()):
-            segment.of_megatron(parameter).copy_(segment.of_hf(stored))
+        for parameter in (local[name] for name in copies_of(row, shape) if name in local):
+            stored = tensor(row.hf[0])
+            for segment in copy_segments(row, shape, groups.tp.rank(), groups.tp.size()):
+                segment.of_megatron(parameter).copy_(segment.of_hf(stored))
 
 
 @torch.no_grad()
 def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: str) -> None:
     """Write the adapter that all ranks hold as a PEFT folder; every rank calls this, rank 0 writes, atomically.
 
-    Rank 0 holds all of the adapter's tensors, which are small. An existing folder is replaced.
+    Rank 0 holds all of the adapter's tensors in host memory. An existing folder is replaced.
 
     Args:
         chunks: this rank's chunks.
@@ -303,7 +302,7 @@ def export_adapter(chunks: list[Policy], folder: Path, base: str, weights_hash: 
     if groups.dp_cp.rank() == 0:
         tensors = gather_adapter(chunks)
         if dist.get_rank() == 0:
-            tensors = {name: tensor.cpu() for name, tensor in plain_tensors(adapter, tensors).items()}
+            tensors = plain_tensors(adapter, tensors)
             write_adapter(folder, tensors, plain_adapter(adapter), policy.shape, base, weights_hash)
     dist.barrier()
 
@@ -316,7 +315,8 @@ def gather_adapter(chunks: Sequence[Policy], *, everywhere: bool = False) -> dic
 
     Args:
         chunks: this rank's.
-        everywhere: give the tensors to every rank; otherwise only the first tensor rank of the first stage has them.
+        everywhere: give the tensors to every rank; otherwise only the first tensor rank of the first stage has them, in
+            host memory.
     """
     policy, local = chunks[0], _stored_parameters(chunks)
     groups, adapter = policy.pg_collection, policy.adapter
@@ -324,8 +324,9 @@ def gather_adapter(chunks: Sequence[Policy], *, everywhere: bool = False) -> dic
     owners = owning_stages(set(local), groups.pp)
     tensors: dict[str, Tensor] = {}
     for row in adapter_table(policy.shape, adapter, groups.tp.size(), with_start=True):
-        tensors |= collect(row, local.get(row.megatron), owners[row.megatron], policy, everywhere=everywhere)
-    return tensors
+        found = collect(row, local.get(row.megatron), owners[row.megatron], policy, everywhere=everywhere)
+        tensors |= found if everywhere else {name: tensor.cpu() for name, tensor in found.items()}
+    return with_tied_head(tensors, policy.shape, adapter)
 
 
 def _stored_parameters(chunks: Sequence[Policy]) -> dict[str, nn.Parameter]:
@@ -345,10 +346,13 @@ def write_adapter(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     metadata = {"format": "pt", **({BASE_HASH: weights_hash} if weights_hash else {})}
+    stored = {name: tensor.contiguous() for name, tensor in with_tied_head(tensors, shape, adapter).items()}
+    is_tied_here = is_tied_copy(shape, adapter)
+    if is_tied_here:  # PEFT reads both; the file has no two names of one tensor
+        stored[f"{PEFT}{LM_HEAD}.weight"] = stored[f"{PEFT}{LM_HEAD}.weight"].clone()
     with naming_file("adapter", partial / WEIGHTS):
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS, metadata
-        )
+        save_file(stored, partial / WEIGHTS, metadata)
+    saved = saved_names(shape, adapter) + ([SCORE] if shape.is_reward else [])
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if shape.is_reward else "CAUSAL_LM",
@@ -359,7 +363,8 @@ def write_adapter(
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
         "target_modules": _target_modules(adapter, shape),
-        "modules_to_save": ["score"] if shape.is_reward else None,
+        "modules_to_save": saved or None,
+        **({"ensure_weight_tying": True} if is_tied_here else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from megatron_align.config import AdapterConfig
 from megatron_align.errors import require, shown
-from megatron_align.hf.adapter import ALPHA, RANK, read_adapter, require_linear
+from megatron_align.hf.adapter import ALPHA, RANK, read_adapter
+from megatron_align.hf.adapter_checks import require_linear, require_one_use
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import (
     EMBED_TOKENS,
@@ -15,6 +16,8 @@ from megatron_align.model.families.adapter import (
     module_name,
     select_modules,
 )
+from megatron_align.model.families.saved_modules import select_saved
+from megatron_align.model.tied_embedding import is_tied
 
 
 def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter | None:
@@ -25,7 +28,7 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
     """
     if options is None:
         return None
-    _require_saved_modules(options.modules_to_save or [], shape)
+    saved = _saved_modules(options, shape)
     if options.path is None:
         adapter = Adapter(
             rank=options.rank or RANK,
@@ -35,7 +38,9 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
             dropout=options.dropout,
             dora=bool(options.dora),
             init=options.init,
+            saved=saved or frozenset(),
         )
+        require_one_use(adapter, "model.adapter.modules_to_save")
         require_linear(adapter, "model.adapter.dora")
         _require_decomposable(adapter, shape)
         return adapter
@@ -47,6 +52,7 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
         ("rslora", options.rslora, found.rslora),
         ("dora", options.dora, found.dora),
         ("targets", modules and sorted(modules), sorted(found.modules)),
+        ("modules_to_save", None if saved is None else sorted(saved), sorted(found.saved)),
     ):
         require(
             given is None or given == stored,
@@ -60,21 +66,24 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
     return replace(found, dropout=options.dropout)
 
 
-def _require_saved_modules(modules: list[str], shape: ModelShape) -> None:
-    """Refuse modules that would be trained with the adapter, but for the head of a reward model."""
-    if shape.is_reward and set(modules) <= {"score"}:
-        return
-    others = [name for name in modules if name != "score"]
+def _saved_modules(options: AdapterConfig, shape: ModelShape) -> frozenset[str] | None:
+    """Return the modules that ``model.adapter.modules_to_save`` names; None: it is left out."""
+    tied = options.ensure_weight_tying
     require(
-        not modules,
-        f"model.adapter.modules_to_save must be left out, or [score] for a reward model, got {shown(modules)}: "
-        + (
-            f"complete training of {', '.join(others)} with an adapter is not built; model.adapter.targets may name "
-            "linear layers, embed_tokens and lm_head"
-            if others
-            else "this model has no score"
-        ),
+        not tied or is_tied(shape),
+        f"model.adapter.ensure_weight_tying must be false, as {shape.architecture} has separate weights for "
+        "embed_tokens and lm_head here, got true",
     )
+    names = options.modules_to_save
+    if names is None:
+        return None
+    saved = select_saved(shape, names, tied=tied, option="model.adapter.modules_to_save")
+    require(
+        not tied or EMBED_TOKENS in saved,
+        "model.adapter.ensure_weight_tying is of embed_tokens or lm_head among model.adapter.modules_to_save, got "
+        f"{shown(names)}",
+    )
+    return saved
 
 
 def _require_decomposable(adapter: Adapter, shape: ModelShape) -> None:

@@ -31,7 +31,11 @@ def gathered_rows(
         name: parameter for chunk in chunks for name, parameter in chunk.base_parameters().items()
     }
     trained = [] if base else chunks
-    adapters = {name: adapter for chunk in trained for name, adapter in chunk.layer_adapters().items()}
+    adapters = {
+        name: adapter
+        for chunk in trained
+        for name, adapter in (chunk.layer_adapters() | chunk.trained_copies()).items()
+    }
     owners = owning_stages(set(local), chunks[0].pg_collection.pp)
 
     def shard_of(name: str) -> Tensor | None:

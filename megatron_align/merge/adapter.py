@@ -99,14 +99,14 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
         copy_assets(base, writer.partial)
         if dtype:
             write_config_dtype(writer.partial, getattr(torch, dtype))
-    return len(found.modules) + sum("lora_" not in name for name in tensors)
+    return len(found.modules) + len(found.saved) + shape.is_reward
 
 
 def _merged_blocks(
     weights: HFWeights, name: str, spec: TensorSpec, adapter: Adapter, tensors: dict[str, Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield first element and elements of each block of a merged tensor, in memory of its own."""
-    if f"{PEFT}{name}" in tensors:  # trained beside the adapter: a reward model's score
+    if f"{PEFT}{name}" in tensors:  # a complete copy that was trained, or a reward model's score
         trained = tensors[f"{PEFT}{name}"].reshape(-1)
         stored = trained.to(spec.dtype)
         if count_nonfinite(stored) != (0, 0):

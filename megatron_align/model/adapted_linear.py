@@ -24,10 +24,6 @@ class ColumnLinear(ColumnParallelLinear):
             output = self.adapter(input_, output)
         return output, bias
 
-    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return megatron-core's sharded state of the layer without its adapter."""
-        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
-
 
 class RowLinear(RowParallelLinear):
     """megatron-core's row-parallel linear layer, to whose output an adapter may be added."""
@@ -42,10 +38,6 @@ class RowLinear(RowParallelLinear):
         if self.adapter is not None and self.adapter.enabled:
             output = self.adapter(input_, output)
         return output, bias
-
-    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return megatron-core's sharded state of the layer without its adapter."""
-        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
 
 
 def without_adapter(state: dict[str, Any]) -> dict[str, Any]:

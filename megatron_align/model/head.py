@@ -29,10 +29,10 @@ from megatron_align.kernels import (
     top_logits,
 )
 from megatron_align.model import cpu
-from megatron_align.model.adapted_linear import without_adapter
 from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.lora_ends import HeadAdapter
+from megatron_align.model.trained_copy import TrainedCopy
 from megatron_align.records import LossRows, PackedBatch
 
 
@@ -92,7 +92,7 @@ class VocabularyHead(ColumnParallelLinear):
         )
         self.vocab_size, self.unit_rows, self.context = shape.vocab_size, shape.norm_head, groups.cp
         self.temperature = 1.0
-        self.adapter: HeadAdapter | None
+        self.adapter: HeadAdapter | TrainedCopy | None
         self.register_module("adapter", None)
 
     def forward(
@@ -112,7 +112,7 @@ class VocabularyHead(ColumnParallelLinear):
             batch: the pack and its scored rows.
             objective: evaluated on the log-probs, slab by slab, or on logits of ``objective.top_k`` tokens of each
                 row; None: return log-probs.
-            weight: this module's, or the embedding's if tied on this rank.
+            weight: this module's, or the embedding's if tied on this rank, or the trained copy of either.
             likeliest: return ``[2, N]``: log-probs, and 1 where no token is likelier than the target.
             top_k: return ``[2, N, K]``: the K likeliest tokens, whose ids below 2^24 are exact in fp32, and their
                 logits at temperature 1.
@@ -212,7 +212,7 @@ class VocabularyHead(ColumnParallelLinear):
         else:
             hidden_nH = self._scored(hidden, part.rows.row_n, part.rows.host_row_n)
             target_n = rows.target_N[part.rows.number_n]
-        if self.adapter is not None:
+        if isinstance(self.adapter, HeadAdapter):
             number_n = slice(None) if part is None else part.rows.number_n
             keys_n = None if batch.dropout_T is None else batch.dropout_T[rows.row_N[number_n]]
             hidden_nH, weight = self.adapted(hidden_nH, weight, keys_n)
@@ -228,13 +228,9 @@ class VocabularyHead(ColumnParallelLinear):
             weight_VH: of the base.
             keys_n: of the rows' tokens, for dropout; None: nothing is dropped.
         """
-        if self.adapter is None or not self.adapter.enabled:
-            return hidden_nH, weight_VH
+        if not isinstance(self.adapter, HeadAdapter) or not self.adapter.enabled:
+            return hidden_nH, weight_VH  # ``weight_VH`` may be a trained copy
         return self.adapter(hidden_nH, weight_VH, keys_n)
-
-    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return megatron-core's sharded state of the layer without its adapter."""
-        return without_adapter(super().sharded_state_dict(prefix, *args, **kwargs))
 
     def _scored(self, hidden: Tensor, row_n: Tensor, host_row_n: np.ndarray) -> Tensor:
         """Return the scored rows ``[n, H]``; gathered under sequence parallelism, alone if that moves less."""

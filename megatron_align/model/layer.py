@@ -30,6 +30,7 @@ from megatron_align.model.attention import PackedCoreAttention
 from megatron_align.model.dropout import current_keys, dropout_keys
 from megatron_align.model.families import ModelShape
 from megatron_align.model.freed_output import FreedOutput
+from megatron_align.model.trained_copy import weight_in_use
 
 RECOMPUTE_MODULES = {
     "attention": "core_attn",
@@ -49,6 +50,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=cpu.device()))
         # Each rank normalises its tokens only: megatron-core then sums this gradient over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.register_module("adapter", None)  # a trained copy
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; keeps shape and dtype."""
@@ -69,7 +71,7 @@ class RMSNorm(nn.Module):
     def _normalise(self, x: Tensor) -> Tensor:
         exact = x.float()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(x.dtype)
+        return weight_in_use(self) * exact.to(x.dtype)
 
 
 class Layer(TransformerLayer):

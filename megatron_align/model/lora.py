@@ -37,6 +37,7 @@ from megatron_align.model.families.table import rank_slices
 from megatron_align.model.layer_adapter import LayerAdapter
 from megatron_align.model.lora_ends import EmbeddingAdapter, HeadAdapter
 from megatron_align.model.lora_pair import Adaptable
+from megatron_align.model.trained_copy import TrainedCopy
 
 
 class ColumnAdapter(LayerAdapter):
@@ -186,6 +187,11 @@ def layer_adapters(chunks: Iterable[nn.Module]) -> Iterator[LayerAdapter]:
     return (module for chunk in chunks for module in chunk.modules() if isinstance(module, LayerAdapter))
 
 
+def trained_copies(chunks: Iterable[nn.Module]) -> Iterator[TrainedCopy]:
+    """Yield the trained copies of weights of some chunks."""
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, TrainedCopy))
+
+
 def initialise_adapters(chunks: Iterable[nn.Module], seed: int) -> None:
     """Initialise every adapter so that the model computes what its base computes.
 
@@ -196,8 +202,8 @@ def initialise_adapters(chunks: Iterable[nn.Module], seed: int) -> None:
         adapter.initialise(seed)
 
 
-def merged(weight: Tensor, adapter: LayerAdapter | None) -> Tensor:
-    """Return a rank's weight ``W + scale x B A``, summed in fp32 and rounded to the weight's dtype.
+def merged(weight: Tensor, adapter: LayerAdapter | TrainedCopy | None) -> Tensor:
+    """Return a rank's weight ``W + scale x B A``, summed in fp32 and rounded to the weight's dtype; or its copy.
 
     With DoRA each row of the sum is scaled to its magnitude before it is rounded.
     """
@@ -208,7 +214,7 @@ def merged(weight: Tensor, adapter: LayerAdapter | None) -> Tensor:
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Compute with the base model, without its adapter, inside a with-block."""
     with ExitStack() as stack:
-        for adapter in layer_adapters(chunks):
+        for adapter in (*layer_adapters(chunks), *trained_copies(chunks)):
             stack.enter_context(adapter.off())
         yield
 

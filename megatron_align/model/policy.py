@@ -33,25 +33,28 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megatron_align.config import ParallelConfig
 from megatron_align.errors import InputError
 from megatron_align.model import cpu
-from megatron_align.model.adapted_linear import ADAPTER, ColumnLinear, RowLinear
+from megatron_align.model.adapted_linear import ADAPTER, ColumnLinear, RowLinear, without_adapter
 from megatron_align.model.attention import PackParams
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.families.adapter import START, Adapter, adaptable_rows
+from megatron_align.model.families.saved_modules import copies_of, copy_name, saved_rows
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
 from megatron_align.model.layer_adapter import LayerAdapter
-from megatron_align.model.lora import attach
+from megatron_align.model.lora import adapters_off, attach
 from megatron_align.model.lora_pair import Adaptable
 from megatron_align.model.megatron_versions import Block
 from megatron_align.model.rope import rope_tables
 from megatron_align.model.stages import layers_of_chunks, split_options
 from megatron_align.model.tied_embedding import head_weight, is_tied
+from megatron_align.model.trained_copy import TrainedCopy, weight_in_use
 from megatron_align.records import PackedBatch
 
 
@@ -220,6 +223,10 @@ class Policy(LanguageModule):
         """Add an adapter's parameters, uninitialised; they and a reward head are then all that is trained."""
         self.requires_grad_(False)
         attach(self._adaptable(), self.shape, adapter, adaptable_rows(self.shape), self.config)
+        names = {name for row in saved_rows(self.shape, adapter) for name in copies_of(row, self.shape)}
+        for name, module in self._of_kinds(VocabParallelEmbedding, VocabularyHead, RMSNorm).items():
+            if copy_name(name) in names and module.weight is not None:  # a tied head has none on one stage
+                module.adapter = TrainedCopy(module)
         if self.post_process and self.shape.is_reward:
             self.reward_head.requires_grad_(True)
 
@@ -261,10 +268,19 @@ class Policy(LanguageModule):
         return gather_rows(logits_QV, batch.part.token_Q, batch.tokens_T.shape[0], self.cp_group)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return megatron-core's sharded state; a reward model skips its code for the output layer, which it lacks."""
-        if self.shape.is_reward:
-            return super(LanguageModule, self).sharded_state_dict(*args, **kwargs)
-        return super().sharded_state_dict(*args, **kwargs)
+        """Return megatron-core's sharded state of the base, without an adapter.
+
+        A reward model skips its code for the output layer, which it lacks.
+        """
+        parent = super(LanguageModule, self) if self.shape.is_reward else super()
+        with adapters_off([self]):  # the tied weight of the last stage is the base's too
+            return without_adapter(parent.sharded_state_dict(*args, **kwargs))
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """Return the tied weight of this stage, whose gradient megatron-core sums over both ends: the one in use."""
+        if self.pre_process:
+            return weight_in_use(self.embedding.word_embeddings)
+        return weight_in_use(self.output_layer) if self.post_process else None
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name, layers numbered over the entire model."""
@@ -283,13 +299,22 @@ class Policy(LanguageModule):
         return {name: p for name, p in self.global_parameters().items() if p.requires_grad or START in name}
 
     def layer_adapters(self) -> dict[str, LayerAdapter]:
-        """Return the adapters of this chunk's layers by the name of the weight that each changes."""
+        """Return the low-rank adapters of this chunk's layers by the name of the weight that each changes."""
         adapters = {name: getattr(m, "adapter", None) for name, m in self._adaptable().items()}
-        return {name: adapter for name, adapter in adapters.items() if adapter is not None}
+        return {name: adapter for name, adapter in adapters.items() if isinstance(adapter, LayerAdapter)}
+
+    def trained_copies(self) -> dict[str, TrainedCopy]:
+        """Return the trained copies of this chunk's weights by the name of the weight that each replaces."""
+        modules = self._of_kinds(VocabParallelEmbedding, VocabularyHead, RMSNorm)
+        copies = {name: getattr(module, "adapter", None) for name, module in modules.items()}
+        return {name: copy for name, copy in copies.items() if isinstance(copy, TrainedCopy)}
 
     def _adaptable(self) -> dict[str, Adaptable]:
-        """Return this chunk's layers that can have an adapter by the name of their weight."""
-        kinds = (ColumnLinear, RowLinear, VocabParallelEmbedding, VocabularyHead)
+        """Return this chunk's layers that can have a low-rank adapter by the name of their weight."""
+        return self._of_kinds(ColumnLinear, RowLinear, VocabParallelEmbedding, VocabularyHead)
+
+    def _of_kinds(self, *kinds: type[nn.Module]) -> dict[str, Any]:
+        """Return this chunk's modules of some kinds by the name of their weight."""
         return {
             f"{self._global_name(name)}.weight": module
             for name, module in self.named_modules()
@@ -308,10 +333,7 @@ class Policy(LanguageModule):
         embedded = None
         tokens_Q, positions_Q = batch.held()
         if self.pre_process:
-            embedded = self.embedding(tokens_Q[None], positions_Q[None])
-            adapter = getattr(self.embedding.word_embeddings, "adapter", None)
-            if adapter is not None and adapter.enabled:
-                embedded = adapter(tokens_Q, embedded)
+            embedded = self._embedded(tokens_Q, positions_Q)
             if self._needs_gradient and torch.is_grad_enabled() and not embedded.requires_grad:
                 embedded.requires_grad_()
         cos_QD, sin_QD = rope_tables(positions_Q, self.rope_frequencies)
@@ -323,6 +345,15 @@ class Policy(LanguageModule):
             dropout_Q=batch.held_dropout(),
         )
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
+
+    def _embedded(self, tokens_Q: Tensor, positions_Q: Tensor) -> Tensor:
+        given = tokens_Q[None], positions_Q[None]
+        adapter = getattr(self.embedding.word_embeddings, "adapter", None)
+        if adapter is None or not adapter.enabled:
+            return self.embedding(*given)
+        if isinstance(adapter, TrainedCopy):
+            return functional_call(self.embedding, {"word_embeddings.weight": adapter()}, given)
+        return adapter(tokens_Q, self.embedding(*given))
 
     def _head(self) -> Tensor:
         return head_weight(self.output_layer, self.embedding if self.pre_process else None)

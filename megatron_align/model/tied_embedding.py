@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from megatron_align.model.trained_copy import weight_in_use
+
 if TYPE_CHECKING:
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -39,7 +41,10 @@ def has_row(megatron_name: str, shape: ModelShape) -> bool:
 
 
 def head_weight(output_layer: ColumnParallelLinear, embedding: LanguageModelEmbedding | None) -> Tensor:
-    """Return the output projection ``[V, H]`` of this stage: the head's weight, or the embedding's if tied on it."""
+    """Return the output projection ``[V, H]`` of this stage: the head's weight, or the embedding's if tied on it.
+
+    An adapter's trained copy of either is returned in its place, unless it is off.
+    """
     if output_layer.weight is None and embedding is not None:
-        return embedding.word_embeddings.weight
-    return output_layer.weight
+        return weight_in_use(embedding.word_embeddings)
+    return weight_in_use(output_layer)

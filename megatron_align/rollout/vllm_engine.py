@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_align.errors import InputError, TrainingFault, one_line, require
+from megatron_align.errors import InputError, TrainingFault, listed, one_line, require
 from megatron_align.hf.adapter import write_adapter
 from megatron_align.model.families.adapter import EMBED_TOKENS, LM_HEAD, Adapter
 from megatron_align.rollout.endpoint import (
@@ -170,6 +170,8 @@ class VLLMEngine:
             return "vllm loads no DoRA adapters"
         if ends := sorted(adapter.modules & {EMBED_TOKENS, LM_HEAD}):
             return f"vllm loads adapters of linear layers of the transformer only, this one has {', '.join(ends)}"
+        if adapter.saved:
+            return f"vllm loads no modules_to_save, this adapter has {listed(sorted(adapter.saved))}"
         return None
 
     def holds_base(self, base: object) -> bool:

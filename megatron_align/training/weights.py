@@ -15,7 +15,7 @@ from megatron_align.hf.adapter_start import start_with_base
 from megatron_align.hf.finite import find_nonfinite_weights
 from megatron_align.hf.load import load_weights
 from megatron_align.model.families import ModelShape
-from megatron_align.model.lora import initialise_adapters, layer_adapters
+from megatron_align.model.lora import initialise_adapters, layer_adapters, trained_copies
 from megatron_align.model.policy import Policy
 from megatron_align.storage.tensor_digest import require_finite
 from megatron_align.training.critic_start import CriticStart
@@ -40,6 +40,8 @@ def load_start_weights(
     if (options := setup.config.model.adapter) is None:
         return
     assert setup.adapter is not None, "the options describe it"
+    for copy in trained_copies(chunks):
+        copy.start()
     if options.path is not None:
         load_adapter(options.path, chunks)
     elif not setup.adapter.holds_start:

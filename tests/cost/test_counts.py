@@ -70,16 +70,26 @@ def test_state_of_a_reward_model(pool, tiny_models):
 
 
 @pytest.mark.parametrize(
-    "trained", mark_slow(["adapter", "some_layers", "reward", "frozen", "ends", "dora", "pissa"], ["dora"])
+    "trained",
+    mark_slow(
+        ["adapter", "some_layers", "reward", "frozen", "ends", "dora", "pissa", "saved", "saved_tied"],
+        ["dora", "saved"],
+    ),
 )
 def test_state_of_what_is_trained(pool, tiny_models, trained):
     """The base of an adapter, and frozen weights, have no gradient and no optimizer state."""
-    model, reward = tiny_models("qwen2_untied" if trained == "ends" else "qwen2_tied"), trained == "reward"
+    model, reward = (
+        tiny_models("qwen2_untied" if trained in ("ends", "saved") else "qwen2_tied"),
+        trained == "reward",
+    )
     placement = placed(model, {"tensor": 2, "pipeline": 2}, 4, reward=reward)
     options: dict = {"frozen": frozen_tensors(placement.shape, ["embed_tokens", "layers.0.*", "model.norm"])}
     if trained != "frozen":
         targets = {"some_layers": ["q_proj", "layers.3.mlp.*"], "ends": ["embed_tokens", "lm_head", "o_proj"]}
         own = {"dora": {"dora": True}, "pissa": {"init": "pissa"}}.get(trained, {})
+        if trained.startswith("saved"):
+            tied = trained == "saved_tied"
+            own = {"modules_to_save": ["norm", "embed_tokens", "lm_head"], "ensure_weight_tying": tied}
         adapter = AdapterConfig(rank=3, targets=targets.get(trained, "all-linear"), **own)
         options = {"adapter": resolve_adapter(adapter, placement.shape)}
     placement = replace(placement, **options)

@@ -35,8 +35,11 @@ def sft_gradients(model: Path, adapter: Path, file: Path) -> dict[str, torch.Ten
         total = total - sum(logprobs[t - 1, ids[t]] for t in range(len(start), len(ids)))
         scored += len(ids) - len(start)
     (total / scored).backward()
-    return {
-        name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector"): p.grad
-        for name, p in adapted.named_parameters()
-        if p.grad is not None
-    }
+    parts = {"modules_to_save.default.": "", ".default": "", "magnitude_vector.weight": "magnitude_vector"}
+    found = {}
+    for name, parameter in adapted.named_parameters():
+        if parameter.grad is not None:
+            for part, stored in parts.items():
+                name = name.replace(part, stored)
+            found[name] = parameter.grad
+    return found

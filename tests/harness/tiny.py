@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -99,22 +99,33 @@ def make_adapter(
     b: float = 0.1,
     targets: object = "all-linear",
     dora: bool = False,
+    saved: Sequence[str] = (),
     weights_hash: str | None = None,
 ) -> Path:
-    """Save a PEFT adapter of a model with drawn A, B (standard deviation ``b``) and magnitudes; return the folder."""
+    """Save a PEFT adapter of a model with drawn A, B (standard deviation ``b``) and magnitudes; return the folder.
+
+    Copies of the modules ``saved`` differ a little from the base's; those of tied weights are tied.
+    """
     from megatron_align.hf.adapter import write_adapter
     from megatron_align.model.families import read_shape
     from megatron_align.model.families.adapter import Adapter, all_adapter_rows, select_modules
+    from megatron_align.model.families.saved_modules import select_saved
 
     shape, draw = read_shape(model), torch.Generator().manual_seed(6)
     modules = select_modules(shape, targets)
-    adapter = Adapter(rank=rank, alpha=alpha, rslora=False, modules=modules, dora=dora)
+    copied = select_saved(shape, saved, tied=True, option="saved")
+    adapter = Adapter(rank=rank, alpha=alpha, rslora=False, modules=modules, dora=dora, saved=copied)
     tensors = {}
     for row in all_adapter_rows(shape, adapter, 1):
         drawn = torch.randn(row.hf_shapes(shape)[0], generator=draw)
         tensors[row.hf[0]] = drawn * (b if "lora_B" in row.hf[0] else shape.hidden_size**-0.5)
         if drawn.ndim == 1:
             tensors[row.hf[0]] = 0.2 + 0.05 * drawn.abs()  # about the lengths of the rows
+    weights = load_file(model / "model.safetensors") if copied else {}
+    for module in sorted(copied):
+        weight = weights[f"{module}.weight"].float()
+        drawn = torch.randn(weight.shape, generator=draw) * weight.std()
+        tensors[f"base_model.model.{module}.weight"] = weight + 0.3 * drawn
     if shape.is_reward:
         tensors["base_model.model.score.weight"] = torch.randn(1, shape.hidden_size, generator=draw) * 0.1
     write_adapter(folder, tensors, adapter, shape, str(model), weights_hash)

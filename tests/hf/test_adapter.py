@@ -11,6 +11,7 @@ from megatron_align.errors import InputError
 from megatron_align.hf.adapter import read_adapter
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.families import read_shape
+from megatron_align.model.families.saved_modules import saveable_modules
 from tests.harness.tiny import make_adapter, make_model
 
 LAYERS, MODULES = 4, 7
@@ -80,7 +81,10 @@ def test_targets(shape, targets, count):
         ({"targets": ["layers.9.*"]}, "'layers.9.*' matches no linear layer"),
         ({"targets": ["embed_tokens"]}, "must not name embed_tokens where it is tied to lm_head"),
         ({"targets": ["lm_head"]}, "must not name lm_head, which is tied to embed_tokens: PEFT would"),
-        ({"targets": ["*norm", "lm_*"]}, "'\\*norm' matches model.layers.0.* not built"),
+        (
+            {"targets": ["*norm", "lm_*"]},
+            "'\\*norm' matches model.layers.0.* not built; model.adapter.modules_to",
+        ),
         ({"targets": ["layers.0.*"]}, "'layers.0.*' matches model.layers.0.input_layernorm: .* not built"),
     ],
 )
@@ -114,7 +118,8 @@ def test_an_adapter_brings_its_own_options(shape, adapter):
         ({"init_lora_weights": "pissa"}, "an adapter with init_lora_weights 'pissa' is not built"),
         ({"some_new_kind": 3}, "an adapter with some_new_kind 3 is not built"),
         ({"rank_pattern": {"q_proj": 4}}, "an adapter with rank_pattern .* is not built"),
-        ({"modules_to_save": ["lm_head"]}, "an adapter with modules_to_save lm_head is not built"),
+        ({"modules_to_save": ["score"]}, "a reward model's adapter of a language model is not merged"),
+        ({"modules_to_save": ["norm"]}, r"missing .*layers\.0\.input_layernorm\.weight"),
         ({"r": 0}, "needs a positive r and lora_alpha, found 0 and 6"),
         ({"lora_alpha": 0}, "needs a positive r and lora_alpha, found 3 and 0"),
         (
@@ -173,18 +178,87 @@ def test_folders_that_cannot_be_read(shape, adapter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "modules", "line"),
+    ("variant", "names", "count"),
     [
-        ("qwen2_tied", ["embed_tokens"], "training of embed_tokens with an adapter is not built"),
-        ("qwen2_tied", ["score"], "this model has no score"),
-        ("qwen2_reward", ["score", "norm"], r"\[score\] for a reward model, got .*training of norm with"),
-        ("qwen2_reward", ["score"], None),
+        ("qwen2_untied", ["norm"], 2 * LAYERS + 1),
+        ("qwen2_untied", ["lm_head", "embed_tokens", "model.norm"], 3),
+        ("qwen2_untied", ["layers.2.*layernorm"], 2),
+        ("qwen3", ["norm"], 4 * LAYERS + 1),
+        ("qwen2_reward", ["score", "post_attention_layernorm"], LAYERS),
+        ("qwen2_reward", ["score"], 0),
     ],
 )
-def test_modules_to_save_is_the_score_of_a_reward_model(variant, modules, line, tiny_models):
-    shape, options = read_shape(tiny_models(variant)), AdapterConfig(modules_to_save=modules)
-    if line is None:
-        assert resolve_adapter(options, shape) == resolve_adapter(AdapterConfig(), shape)
-        return
+def test_modules_to_save_are_those_of_peft(variant, names, count, tiny_models, tmp_path):
+    """PEFT wraps every module whose name ends with one of these; a folder names exactly the modules that it holds."""
+    model = tiny_models(variant)
+    shape = read_shape(model)
+    saved = resolve_adapter(AdapterConfig(modules_to_save=names), shape).saved
+    assert len(saved) == count
+    if not any("*" in name for name in names):
+        endings = tuple(set(names) - {"score"})
+        assert saved == {name for name in saveable_modules(shape) if endings and name.endswith(endings)}
+    folder = make_adapter(tmp_path / "adapter", model, saved=names)
+    assert resolve_adapter(AdapterConfig(path=str(folder)), shape).saved == saved
+    stored = json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] or []
+    assert {name for name in saveable_modules(shape) if name.endswith(tuple(stored))} == saved
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "line"),
+    [
+        (
+            "qwen2_tied",
+            {"modules_to_save": ["embed_tokens"]},
+            "embed_tokens without ensure_weight_tying: true",
+        ),
+        (
+            "qwen2_tied",
+            {"modules_to_save": ["lm_head", "norm"]},
+            "not name lm_head without ensure_weight_tying",
+        ),
+        (
+            "qwen2_tied",
+            {"modules_to_save": ["norm"], "ensure_weight_tying": True},
+            "is of embed_tokens or lm_head",
+        ),
+        (
+            "qwen2_untied",
+            {"modules_to_save": ["norm"], "ensure_weight_tying": True},
+            "has separate weights for",
+        ),
+        ("qwen2_tied", {"ensure_weight_tying": True}, "is of modules_to_save, which names none"),
+        ("qwen2_tied", {"modules_to_save": []}, "must name at least one module"),
+        ("qwen2_tied", {"modules_to_save": ["score"]}, "'score' matches no embedding, output head or norm"),
+        ("qwen2_tied", {"modules_to_save": ["embed_token"]}, r"did you mean 'embed_tokens'\?"),
+        (
+            "qwen2_tied",
+            {"modules_to_save": ["q_proj"]},
+            "'q_proj' matches model.layers.0.self_attn.q_proj: complete",
+        ),
+        ("qwen2_tied", {"modules_to_save": ["layers.1"]}, "'layers.1' matches model.layers.1: complete"),
+        ("qwen2_reward", {"modules_to_save": ["lm_head"]}, "'lm_head' matches no embedding"),
+        (
+            "qwen2_untied",
+            {"modules_to_save": ["lm_head", "norm"], "targets": ["lm_head", "q_proj"]},
+            "modules_to_save must not name lm_head, which the low-rank adapter changes too",
+        ),
+    ],
+)
+def test_modules_that_cannot_be_saved(variant, options, line, tiny_models):
     with pytest.raises(InputError, match=line):
-        resolve_adapter(options, shape)
+        resolve_adapter(AdapterConfig(**options), read_shape(tiny_models(variant)))
+
+
+def test_a_folder_of_copies_brings_its_modules(tiny_models, tmp_path):
+    model = tiny_models("qwen2_tied")
+    shape, folder = read_shape(model), make_adapter(tmp_path / "adapter", model, saved=["lm_head"])
+    assert resolve_adapter(AdapterConfig(path=str(folder)), shape).saved == {"model.embed_tokens"}
+    with pytest.raises(InputError, match="modules_to_save must be left out or be that of the adapter"):
+        resolve_adapter(AdapterConfig(path=str(folder), modules_to_save=["norm"]), shape)
+    change(folder, ensure_weight_tying=False)
+    with pytest.raises(InputError, match="modules_to_save in .* must not name embed_tokens without ensure"):
+        read_adapter(folder, shape)
+    change(folder, ensure_weight_tying=True)
+    edit(folder, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+    with pytest.raises(InputError, match="must be equal; they differ in"):
+        read_adapter(folder, shape)

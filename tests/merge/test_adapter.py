@@ -38,7 +38,7 @@ def expected(base, adapter, dtype=None):
     return merged
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "to_bf16", "reward", "baichuan"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "to_bf16", "reward", "baichuan", "saved"])
 def test_merged_weights(kind, tmp_path):
     base = tmp_path / "base"
     if kind == "reward":
@@ -48,7 +48,8 @@ def test_merged_weights(kind, tmp_path):
     else:
         make_model(base, dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
     before = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
-    adapter = make_adapter(tmp_path / "adapter", base)
+    saved = ["norm", "embed_tokens"] if kind == "saved" else []
+    adapter = make_adapter(tmp_path / "adapter", base, saved=saved)
     dtype = torch.bfloat16 if kind == "to_bf16" else None
     merge_adapter(base, adapter, tmp_path / "out", "bfloat16" if dtype else None)
     found, wanted = load_file(tmp_path / "out" / "model.safetensors"), expected(base, adapter, dtype)

@@ -36,17 +36,15 @@ ALWAYS = "0.16", "1"  # from the first release to before the second
 OVERRIDES = {
     ("model.attention", "PackParams", "qkv_format"): ALWAYS,
     ("model.head", "VocabularyHead", "forward"): ALWAYS,
-    ("model.head", "VocabularyHead", "sharded_state_dict"): ALWAYS,
     ("model.layer", "Layer", "_forward_attention"): ALWAYS,
     ("model.layer", "Layer", "_forward_mlp"): ALWAYS,
     ("model.layer", "Layer", "_forward_post_mlp"): ALWAYS,
     ("model.layer", "Layer", "forward"): ALWAYS,
     ("model.adapted_linear", "ColumnLinear", "forward"): ALWAYS,
-    ("model.adapted_linear", "ColumnLinear", "sharded_state_dict"): ALWAYS,
     ("model.adapted_linear", "RowLinear", "forward"): ALWAYS,
-    ("model.adapted_linear", "RowLinear", "sharded_state_dict"): ALWAYS,
     ("model.megatron_versions", "_MergingBlock", "_checkpointed_forward"): ("0.16", "0.18"),
     ("model.policy", "Policy", "sharded_state_dict"): ALWAYS,
+    ("model.policy", "Policy", "shared_embedding_or_output_weight"): ALWAYS,
     ("training.optimizer", "Optimizer", "get_parameter_state_dp_zero"): ALWAYS,
     ("training.optimizer", "Optimizer", "state_dict"): ALWAYS,
 }

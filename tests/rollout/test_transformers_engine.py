@@ -145,10 +145,13 @@ def test_new_weights_replace_the_old_ones(tmp_path, tiny_models, prompts):
             engine.update_weights([("x", torch.zeros(2))], version=5)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_an_adapter_alone_answers_as_the_merged_weights(dora, tmp_path, tiny_models, prompts):
-    """The base is copied once and stays; each version's A and B replace the last; merged weights end their use."""
-    folder = tiny_models("qwen2_untied")
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved", "saved_tied"])
+def test_an_adapter_alone_answers_as_the_merged_weights(kind, tmp_path, tiny_models, prompts):
+    """The base is copied once and stays; each version's A and B replace the last; merged weights end their use.
+
+    So do complete copies of modules.
+    """
+    folder = tiny_models("qwen2_tied" if kind == "saved_tied" else "qwen2_untied")
     shape, weights = read_shape(folder), open_hf(folder)[0]
     engine = TransformersEngine.from_assets(folder, torch.float32, CPU)
     base = object()
@@ -156,10 +159,12 @@ def test_an_adapter_alone_answers_as_the_merged_weights(dora, tmp_path, tiny_mod
     assert engine.holds_base(base)
     held = {name: tensor.clone() for name, tensor in engine.model.named_parameters()}
     sampling = Sampling(temperature=0, max_tokens=8)
-    targets = "all-linear" if dora else ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+    dora = kind == "dora"
+    targets = ["q_proj", "down_proj", "embed_tokens", "lm_head"] if kind == "lora" else "all-linear"
+    saved = ["norm", "lm_head"] if kind.startswith("saved") else []
     seen = []
     for version, b in ((3, 0.3), (4, 0.9)):
-        path = make_adapter(tmp_path / str(version), folder, b=b, targets=targets, dora=dora)
+        path = make_adapter(tmp_path / str(version), folder, b=b, targets=targets, dora=dora, saved=saved)
         adapter = read_adapter(path, shape)
         assert engine.refuses_adapter(adapter) is None
         engine.update_adapter(LiveAdapter(adapter, read_tensors(path), shape), version)

@@ -38,6 +38,7 @@ class Adapter:
         dropout: probability that an element of A's input is dropped in training.
         dora: each row of the sum is scaled to a trained magnitude.
         init: initial values, ``default`` or those of PiSSA: A and B start with a part of W, which is taken out of W.
+        saved: Hugging Face names of modules of which a complete copy is trained (see ``saved_modules.py``).
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Adapter:
     dropout: float = 0.0
     dora: bool = False
     init: str = "default"
+    saved: frozenset[str] = frozenset()
 
     @property
     def holds_start(self) -> bool:
@@ -62,7 +64,10 @@ class Adapter:
         modules = "modules" if EMBED_TOKENS in self.modules else "linear layers"
         kind = "DoRA" if self.dora else "LoRA"
         kind += " from PiSSA" if self.holds_start else ""
-        return f"{kind} of rank {self.rank}, scale {self.scale:g}, on {len(self.modules)} {modules}"
+        text = f"{kind} of rank {self.rank}, scale {self.scale:g}, on {len(self.modules)} {modules}"
+        if self.saved:
+            text += f", and all of {', '.join(sorted({name.rpartition('.')[2] for name in self.saved}))}"
+        return text
 
 
 def linear_rows(shape: ModelShape) -> Iterator[Row]:
@@ -138,7 +143,7 @@ def select_modules(shape: ModelShape, targets: str | Sequence[str]) -> frozenset
         if refused:
             raise InputError(
                 f"model.adapter.targets must be linear layers, embed_tokens or lm_head, '{pattern}' matches "
-                f"{refused[0]}: adapters of others are not built"
+                f"{refused[0]}: adapters of others are not built; model.adapter.modules_to_save trains norms completely"
             )
         if not found:
             known = sorted({name.rpartition(".")[2] for name in modules})
