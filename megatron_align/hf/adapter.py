@@ -33,6 +33,7 @@ from megatron_align.model.families.adapter import (
     adaptable_modules,
     adapter_tensors,
     all_adapter_rows,
+    is_low_rank,
     start_rows,
 )
 from megatron_align.model.families.saved_modules import (
@@ -141,14 +142,19 @@ def base_name(folder: str | Path) -> str | None:
     return _read_config(Path(folder)).get("base_model_name_or_path") or None
 
 
-def read_tensors(folder: str | Path) -> dict[str, Tensor]:
+def read_tensors(folder: str | Path, *, copies: bool = True) -> dict[str, Tensor]:
     """Return an adapter's tensors by PEFT's names, checked to be finite.
+
+    Args:
+        folder: PEFT's.
+        copies: those of complete modules too, which may be large.
 
     Raises:
         InputError: there are none, or one is not finite.
     """
     with _open(Path(folder)) as file:
         names = [name for name in file.keys() if not name.endswith("base_layer.weight")]  # noqa: SIM118
+        names = [name for name in names if copies or is_low_rank(name)]
         tensors = {name: file.get_tensor(name) for name in names}
     require_finite_tensors(tensors, Path(folder) / WEIGHTS)
     return tensors

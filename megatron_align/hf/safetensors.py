@@ -52,16 +52,20 @@ class _SafetensorsFile:
 class HFWeights:
     """The tensors of one Hugging Face folder: ``model.safetensors``, or shards with an index.
 
+    Args:
+        folder: of the files.
+        single: the name of the file that holds all tensors, if there is one.
+
     Raises:
         InputError: there are none, or a file is missing, corrupt, or does not match the index.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, single: str = SINGLE) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"no Hugging Face folder at {self.folder}")
-        if (self.folder / SINGLE).exists():
-            file = _SafetensorsFile(self.folder / SINGLE)
+        if (self.folder / single).exists():
+            file = _SafetensorsFile(self.folder / single)
             self._file = dict.fromkeys(file.handle.keys(), file)
         elif (self.folder / INDEX).exists():
             self._file = _open_shards(self.folder)

@@ -1,6 +1,6 @@
 """Low-rank adapters and complete models: merge an adapter into its base, or extract one from a trained model.
 
-Tensors are read and written in blocks of rows. In memory are the adapter, which is small, and a few blocks; for an
+Tensors are read and written in blocks of rows. In memory are A and B, which are small, and a few blocks; for an
 extraction the difference of one tensor and its singular vectors.
 """
 
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_align.errors import InputError, require
-from megatron_align.hf.adapter import base_hash, read_adapter, read_tensors, require_base, write_adapter
+from megatron_align.hf.adapter import (
+    WEIGHTS,
+    base_hash,
+    read_adapter,
+    read_tensors,
+    require_base,
+    write_adapter,
+)
 from megatron_align.hf.assets import copy_assets, write_config_dtype
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, require_tied_head, weights_hash
@@ -35,6 +42,7 @@ from megatron_align.model.families.adapter import (
     module_name,
     select_modules,
 )
+from megatron_align.model.families.saved_modules import SCORE
 from megatron_align.storage.atomic_write import require_new, require_one_process, require_space
 from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.journal import fingerprint
@@ -75,7 +83,8 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
         name: TensorSpec(stored[name], size) for name, (_, size) in hf_specs(shape, torch.float32).items()
     }
     require_space(target, sum(spec.nbytes for spec in specs.values()))
-    tensors = read_tensors(adapter)
+    tensors = read_tensors(adapter, copies=False)
+    inputs = _Inputs(weights, HFWeights(adapter, WEIGHTS), found, tensors)
     key = {"adapter": [fingerprint(Path(folder)) for folder in (base, adapter)], "dtype": dtype}
     with (
         ShardWriter(target, specs, key=key) as writer,
@@ -89,7 +98,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
             hashing.run(lambda: require_base(adapter, weights_hash(Path(base)), base))
         for name, spec in specs.items():
             if not writer.has(name):
-                for start, block in _merged_blocks(weights, name, spec, found, tensors):
+                for start, block in _merged_blocks(inputs, name, spec):
                     writing.run(partial(writer.write_flat, name, start, block))
                 writing.run(partial(writer.finish, name))
                 weights.release(name)
@@ -102,32 +111,46 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
     return len(found.modules) + len(found.saved) + shape.is_reward
 
 
-def _merged_blocks(
-    weights: HFWeights, name: str, spec: TensorSpec, adapter: Adapter, tensors: dict[str, Tensor]
-) -> Iterator[tuple[int, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A base and an adapter of it.
+
+    Args:
+        weights: of the base.
+        copies: of the adapter's file, which holds complete modules too.
+        adapter: options.
+        tensors: A, B and magnitudes by PEFT's names.
+    """
+
+    weights: HFWeights
+    copies: HFWeights
+    adapter: Adapter
+    tensors: Mapping[str, Tensor]
+
+    def source(self, name: str) -> tuple[HFWeights, str]:
+        """Return which file a Hugging Face tensor is read from, and its name there."""
+        module = module_name(name)
+        if module in self.adapter.saved or module == SCORE:
+            return self.copies, f"{PEFT}{name}"
+        return self.weights, name
+
+
+def _merged_blocks(inputs: _Inputs, name: str, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
     """Yield first element and elements of each block of a merged tensor, in memory of its own."""
-    if f"{PEFT}{name}" in tensors:  # a complete copy that was trained, or a reward model's score
-        trained = tensors[f"{PEFT}{name}"].reshape(-1)
-        stored = trained.to(spec.dtype)
-        if count_nonfinite(stored) != (0, 0):
-            _refuse_nonfinite(name, trained, spec, weights)
-        yield 0, stored
-        return
+    weights, stored_name = inputs.source(name)
     columns = math.prod(spec.shape[1:])
     rows = max(1, BLOCK_ELEMENTS // columns)
     for first in range(0, spec.shape[0], rows):
         count = min(rows, spec.shape[0] - first)
-        block = torch.empty(count * columns, dtype=DTYPES[weights.dtype(name)])
-        weights.read_flat(name, first * columns, block)
+        block = torch.empty(count * columns, dtype=DTYPES[weights.dtype(stored_name)])
+        weights.read_flat(stored_name, first * columns, block)
         merged = block
-        if is_adapted(name, adapter):
-            rows_of_block = slice(first, first + count)
-            merged = merged_rows(name, rows_of_block, block.view(count, columns), adapter, tensors).reshape(
-                -1
-            )
+        if is_adapted(name, inputs.adapter):
+            of_block, weight = slice(first, first + count), block.view(count, columns)
+            merged = merged_rows(name, of_block, weight, inputs.adapter, inputs.tensors).reshape(-1)
         stored = merged.to(spec.dtype)
         if count_nonfinite(stored) != (0, 0):
-            _refuse_nonfinite(name, block, spec, weights)
+            _refuse_nonfinite(stored_name, block, spec, weights)
         yield first * columns, stored
 
 

@@ -97,6 +97,11 @@ def adapter_tensors(module: str) -> tuple[str, str]:
     return f"{PEFT}{module}.lora_A.weight", f"{PEFT}{module}.lora_B.weight"
 
 
+def is_low_rank(tensor: str) -> bool:
+    """Return whether a tensor of an adapter, by PEFT's name, is an A, a B or a magnitude, not a complete module's."""
+    return ".lora_" in tensor
+
+
 def module_of(tensor: str) -> str:
     """Return the Hugging Face module of A or B by PEFT's name of it."""
     return tensor.removeprefix(PEFT).partition(".lora_")[0]
