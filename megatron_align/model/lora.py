@@ -213,9 +213,12 @@ def merged(weight: Tensor, adapter: LayerAdapter | TrainedCopy | None) -> Tensor
 @contextmanager
 def adapters_off(chunks: Iterable[nn.Module]) -> Iterator[None]:
     """Compute with the base model, without its adapter, inside a with-block."""
+    chunks = list(chunks)
     with ExitStack() as stack:
-        for adapter in (*layer_adapters(chunks), *trained_copies(chunks)):
+        for adapter in layer_adapters(chunks):
             stack.enter_context(adapter.off())
+        for copy in trained_copies(chunks):
+            stack.enter_context(copy.off())
         yield
 
 

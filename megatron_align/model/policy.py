@@ -272,9 +272,12 @@ class Policy(LanguageModule):
 
         A reward model skips its code for the output layer, which it lacks.
         """
-        parent = super(LanguageModule, self) if self.shape.is_reward else super()
-        with adapters_off([self]):  # the tied weight of the last stage is the base's too
-            return without_adapter(parent.sharded_state_dict(*args, **kwargs))
+        with adapters_off([self]):  # so that the tied weight of the last stage is the base's too
+            if self.shape.is_reward:
+                state = super(LanguageModule, self).sharded_state_dict(*args, **kwargs)
+            else:
+                state = super().sharded_state_dict(*args, **kwargs)
+        return without_adapter(state)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Return the tied weight of this stage, whose gradient megatron-core sums over both ends: the one in use."""

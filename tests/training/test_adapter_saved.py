@@ -188,9 +188,12 @@ def test_a_run_is_saved_resumed_and_exported(variant, pool, tiny_models, chat_fi
         assert (logits - peft.load(run / "hf")(tokens).logits).abs().max() < 1e-5
         with adapted.disable_adapter():
             assert torch.equal(adapted(tokens).logits, peft.load(base)(tokens).logits)
-    ids = AutoTokenizer.from_pretrained(base)("2 + 2 =", return_tensors="pt", add_special_tokens=False)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("2 + 2 =", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        made = adapted.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        made = adapted.generate(
+            input_ids=ids, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        )[0, ids.shape[1] :]
     for folder in (run, run / "adapter"):
         [[completion]] = generate(base, ["2 + 2 ="], adapter=folder, temperature=0.0, max_tokens=8)
         assert list(completion.token_ids) == made.tolist()
