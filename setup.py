@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = runpy.run_path(str(HERE / "megatron_align" / "version.py"))["__version__"]
 EVAL = ["math-verify[antlr4-13-2]>=0.9,<1"]  # check: math of evaluation tasks
+PAS = ["datasketch>=2,<3"]  # near duplicates of `pas build` and `data dedup`
 
 setup(
     name="megatron-align",
@@ -52,6 +53,7 @@ setup(
     extras_require={
         "test": [
             *EVAL,
+            *PAS,
             "pytest>=8",
             "pytest-xdist>=3.6",
             "setuptools>=77",
@@ -62,6 +64,7 @@ setup(
             "datasets>=3",
         ],
         "eval": [*EVAL, "lm_eval>=0.4.13,<0.5"],  # kind: lm_eval of evaluation tasks
+        "pas": PAS,
         "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

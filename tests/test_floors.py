@@ -21,6 +21,8 @@ FLOORS = [
     ["monitoring"],
     ["convert", "training"],
     ["evaluation"],
+    ["curation"],
+    ["augmentation"],
     ["train", "evaluate"],
     ["tools", "examples"],
 ]
@@ -107,7 +109,7 @@ def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == {("b", "c")}
 
 
-OPTIONAL = ("lm_eval",)  # packages of extras, whose modules are imported where they are used
+OPTIONAL = ("lm_eval", "datasketch")  # packages of extras, whose modules are imported where they are used
 
 
 def test_kernels_need_torch_and_triton_only():

@@ -8,11 +8,8 @@ Shapes: N comparisons.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +20,14 @@ from megatron_align.data.formats.fields import bad_field
 from megatron_align.data.formats.files import read_fields
 from megatron_align.errors import InputError, require
 from megatron_align.evaluation.config import JudgeTask
-from megatron_align.rollout.endpoint import Endpoint, FailureBudget, RequestFailed, concurrently
+from megatron_align.rollout.endpoint import (
+    Endpoint,
+    FailureBudget,
+    RequestFailed,
+    chat_reply,
+    concurrently,
+)
+from megatron_align.rollout.kept_replies import KeptReplies, content_key
 from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.verifiers.checks import Scores, expected_answers
 
@@ -94,9 +98,8 @@ class Judge:
         self._task, self._endpoint = task, Endpoint(task.url)
         self._budget = FailureBudget(task.failures)
         folder.mkdir(parents=True, exist_ok=True)
-        self._known = dict(_replies(sorted(folder.glob(f"{task.name}.judge.*.jsonl"))))
-        self._file = folder / f"{task.name}.judge.{rank}.jsonl"
-        self._lock = threading.Lock()
+        earlier = folder.glob(f"{task.name}.judge.*.jsonl")
+        self._kept = KeptReplies(folder / f"{task.name}.judge.{rank}.jsonl", earlier)
 
     def scores(self, answers: Sequence[tuple[str, Comparison]]) -> list[Scores]:
         """Return the scores of answers, each with what it is compared with.
@@ -126,9 +129,8 @@ class Judge:
         one, other = answers
         shown = f"# Conversation\n\n{conversation}\n\n# Answer A\n\n{one}\n\n# Answer B\n\n{other}"
         messages = [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": shown}]
-        asked = [self._task.url, self._task.judge, self._task.judge_tokens, messages]
-        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        replies = self._known.get(key, [])
+        key = content_key(self._task.url, self._task.judge, self._task.judge_tokens, messages)
+        replies = self._kept.earlier(key)
         for attempt in range(self._task.tries):
             if attempt < len(replies):
                 reply: str | None = replies[attempt]
@@ -150,32 +152,12 @@ class Judge:
             "temperature": temperature,
         }
         try:
-            answer = self._endpoint.post("/v1/chat/completions", body)
-            reply = answer["choices"][0]["message"]["content"] or ""
+            reply, _ = chat_reply(self._endpoint, body)
         except RequestFailed as error:
             self._budget.spend(error)
             return None
-        except (LookupError, TypeError) as error:
-            self._budget.spend(
-                RequestFailed(f"{self._task.url} answered no message: {str(answer)[:200]} ({error})")
-            )
-            return None
-        with self._lock, open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False) + "\n")
+        self._kept.add(key, reply)
         return reply
-
-
-def _replies(files: Iterable[Path]) -> dict[str, list[str]]:
-    """Return the replies of earlier evaluations by key; an incomplete last line is left out."""
-    replies: dict[str, list[str]] = {}
-    for file in files:
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut by a kill, then continued on the same line
-            replies.setdefault(entry["key"], []).append(entry["reply"])
-    return replies
 
 
 def require_a_verdict(task: JudgeTask, unjudged_N: np.ndarray) -> None:

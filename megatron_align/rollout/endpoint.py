@@ -138,6 +138,25 @@ class Endpoint:
             connection.close()
 
 
+def chat_reply(endpoint: Endpoint, body: dict[str, Any]) -> tuple[str, str]:
+    """Return the text of a chat completion (OpenAI's API), and why it ended: ``stop``, ``length``, ...
+
+    Raises:
+        RequestFailed: no try succeeded, the endpoint refuses the request, or answers no message.
+    """
+    answer = endpoint.post("/v1/chat/completions", body)
+    try:
+        choice = answer["choices"][0]
+        text, reason = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RequestFailed(
+            f"{endpoint.url} answered no message: {one_line(answer, _SHOWN)} ({error})"
+        ) from error
+    if not isinstance(text, str):
+        raise RequestFailed(f"{endpoint.url} answered no message: {one_line(answer, _SHOWN)} (no text)")
+    return text, str(reason)
+
+
 def backoff(attempt: int, first: float, source: random.Random) -> float:
     """Return the seconds to wait after a failed try, the first of number 0: doubled after each, a minute at most."""
     return min(_LONGEST_WAIT, first * 2**attempt) * source.uniform(0.75, 1.25)
@@ -168,10 +187,19 @@ class FailureBudget:
                 ) from error
 
 
-def concurrently(call: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> Iterator[_Result]:
-    """Yield ``call(item)`` of each item in order, several at a time; an error drops the calls not yet begun."""
+def concurrently(
+    call: Callable[[_Item], _Result], items: Sequence[_Item], workers: int, *, wait: bool = False
+) -> Iterator[_Result]:
+    """Yield ``call(item)`` of each item in order, several at a time; an error drops the calls not yet begun.
+
+    Args:
+        call: of an item.
+        items: in order.
+        workers: calls at a time.
+        wait: after an error, for the calls that have begun.
+    """
     pool = ThreadPoolExecutor(workers)
     try:
         yield from pool.map(call, items)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=wait, cancel_futures=True)

@@ -6,14 +6,13 @@ import asyncio
 import inspect
 import random
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from megatron_align.config.rewards import FunctionReward
-from megatron_align.config.user_files import find_user_file, import_user_file
-from megatron_align.errors import InputError, TrainingFault, listed, nearest, one_line, require
+from megatron_align.config.user_files import parameters_of, raised_at, user_function
+from megatron_align.errors import InputError, TrainingFault, listed, nearest
 from megatron_align.rollout.endpoint import backoff
 from megatron_align.rollout.prompts import PromptRecord
 from megatron_align.rollout.rewards.base import Group, Values, background, checked, flat
@@ -39,22 +38,8 @@ class Function:
     def __init__(self, config: FunctionReward):
         self.name, self.config = config.label, config
         option = f"reward {self.name}: path"
-        self.file, name = find_user_file(config.path, option, "FUNCTION")
-        module = import_user_file(self.file, option)
-        function = getattr(module, name, None)
-        own = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and not key.startswith("_")
-        ]
-        if function is None:
-            raise InputError(
-                f"{option}: no function '{name}' in {self.file}, whose functions are {listed(own) or 'none'}"
-                f"{nearest(name, own)}"
-            )
-        require(callable(function), f"{option}: '{name}' in {self.file} must be a function, got a value")
-        self._function: Callable[..., Any] = function
-        self._parameters, self._takes_all = _parameters(function, option)
+        self.file, self._function = user_function(config.path, option)
+        self._parameters, self._takes_all = parameters_of(self._function, option)
         self._columns: tuple[str, ...] = ()
         self._random = random.Random()
 
@@ -117,30 +102,6 @@ class Function:
 
     def _raised(self, error: BaseException) -> InputError:
         """Return one line with the user's own line of code that raised."""
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if frame.filename == str(self.file)]
-        frame = (own or frames)[-1]
-        failure = InputError(
-            f"reward {self.name} raised {type(error).__name__}: {one_line(error, 300)} at "
-            f"{frame.filename}:{frame.lineno}"
-        )
+        failure = InputError(f"reward {self.name} {raised_at(error, self.file)}")
         failure.__cause__ = error
         return failure
-
-
-def _parameters(function: Callable[..., Any], option: str) -> tuple[dict[str, bool], bool]:
-    """Return the parameters by name, whether each is required, and whether the function takes all others too."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{option}: the parameters of the function cannot be read: {one_line(error)}"
-        ) from error
-    for parameter in parameters:
-        require(
-            parameter.kind is not parameter.POSITIONAL_ONLY,
-            f"{option}: the function is called by keywords, its parameter '{parameter.name}' takes none",
-        )
-    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = {p.name: p.default is inspect.Parameter.empty for p in parameters if p.kind in by_keyword}
-    return named, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
