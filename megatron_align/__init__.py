@@ -17,13 +17,17 @@ from megatron_align.version import __version__
 # Imported at first use: they need torch and megatron-core, which errors or versions do not.
 _ENTRY_POINTS = {
     "Trainer": "megatron_align.training.trainer",
+    "augment": "megatron_align.augmentation.augment",
     "evaluate": "megatron_align.evaluation.run",
     "generate": "megatron_align.evaluation.generation",
     "load_config": "megatron_align.objectives.configuration",
 }
-# What training takes from floors above it, by the same way.
-_PROVIDED = {"validation_tasks": ("megatron_align.evaluation.during_training", "prepare")}
-__all__ = ["Trainer", "__version__", "evaluate", "generate", "load_config"]  # noqa: F822
+# What training and evaluation take from floors above them, by the same way.
+_PROVIDED = {
+    "augmenter": ("megatron_align.augmentation.augment", "augmenter"),
+    "validation_tasks": ("megatron_align.evaluation.during_training", "prepare"),
+}
+__all__ = ["Trainer", "__version__", "augment", "evaluate", "generate", "load_config"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

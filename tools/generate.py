@@ -53,6 +53,10 @@ def run(arguments: list[str]) -> int:
     add("--vllm-options", default="", metavar="TEXT", help=about)
     about = "adapter of the model, a PEFT folder or a checkpoint; several as NAME=PATH: each writes OUT with its name"
     add("--adapter", type=str, nargs="+", default=[], metavar="[NAME=]PATH", help=about)
+    about = "model that writes a complement of each prompt, which is appended to it (docs/pas.md): path, URL#NAME or "
+    add("--augment", metavar="WRITER", help=f"{about}FILE.py:FUNCTION")
+    about = "text with {prompt} in it that this model was trained on (default: that of pas build)"
+    add("--augment-template", metavar="FILE", help=about)
     options = parser.parse(arguments)
     return _generate(options)
 
@@ -137,8 +141,12 @@ def _generate_file(options: argparse.Namespace, out: str, adapter: str | None) -
             vllm=tuple(options.vllm),
             vllm_python=options.vllm_python,
             vllm_options=tuple(shlex.split(options.vllm_options)),
+            augment=options.augment,
+            augment_template=options.augment_template,
         )
     )
+    if counts.augmented:
+        print(counts.augmented)
     skipped = f", {counts.skipped:,} prompts skipped as too long" if counts.skipped else ""
     resumed = f" ({counts.resumed:,} by an earlier process)" if counts.resumed else ""
     print(

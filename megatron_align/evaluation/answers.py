@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_align.evaluation.results import ITEMS, Items
 from megatron_align.evaluation.tables import TaskContext
 from megatron_align.model import parallel
 from megatron_align.rollout.engine import Engine
-from megatron_align.rollout.prompts import PromptTokenizer, read_prompts
+from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_prompts
 from megatron_align.rollout.types import Completion, Prompt, require_fitting
 from megatron_align.rollout.verifiers.checks import CHECKS, Scores
 from megatron_align.rollout.verifiers.running import Scoring, checking, share_of_cores
@@ -38,13 +38,19 @@ class NotScored(InputError):
 
 @dataclass(frozen=True, slots=True)
 class PromptedTask:
-    """An answered task with its prompts, what their answers are compared with, and whether any was messages."""
+    """An answered task with its prompts, what their answers are compared with, and whether any was messages.
+
+    ``records`` and ``tokenizer`` are what the prompts were made of; ``complements`` were appended to them, by index.
+    """
 
     task: AnsweredTask
     prompts: list[Prompt]
     expected: list[Any]
     sources: list[int]
     rendered: bool
+    records: list[PromptRecord]
+    tokenizer: PromptTokenizer
+    complements: Mapping[int, str | None] = field(default_factory=dict)
 
 
 def read_prompted_task(
@@ -73,6 +79,7 @@ def read_prompted_task(
     prompts: list[Prompt] = []
     expected: list[Any] = []
     sources: list[int] = []
+    records: list[PromptRecord] = []
     for source, path in enumerate(task.sources):
         for record in read_prompts(path, as_chat=task.as_chat, limit=task.limit):
             if isinstance(task, GenerateTask):
@@ -83,13 +90,45 @@ def read_prompted_task(
                 expected.append(read_comparison(record, own))
             prompts.append(tokenizer.prompt(record, len(prompts)))
             sources.append(source)
+            records.append(record)
     require(
         baselines is None or len(baselines) == len(prompts),
         f"task {task.name}: baseline must have an answer for each of the {len(prompts)} prompts, "
         f"got {len(baselines or ())}",
     )
     require_fitting(prompts, context, f"prompts of task {task.name}")
-    return PromptedTask(task, prompts, expected, sources, tokenizer.rendered)
+    return PromptedTask(task, prompts, expected, sources, tokenizer.rendered, records, tokenizer)
+
+
+def augmented(
+    task: PromptedTask,
+    augment: Callable[[Sequence[PromptRecord]], list[PromptRecord]],
+    own: range,
+    context: int,
+) -> PromptedTask:
+    """Return a task whose prompts of this rank have complements.
+
+    Args:
+        task: with its prompts.
+        augment: appends complements.
+        own: indices of this rank's prompts; the others stay as they are.
+        context: most tokens of a prompt with its answer.
+
+    Raises:
+        InputError: a prompt with its complement does not fit the context.
+    """
+    made = dict(zip(own, augment([task.records[i] for i in own]), strict=True))
+    prompts = [
+        task.tokenizer.prompt(made[i], prompt.key) if i in made else prompt
+        for i, prompt in enumerate(task.prompts)
+    ]
+    require_fitting([prompts[i] for i in own], context, f"augmented prompts of task {task.task.name}")
+    return replace(task, prompts=prompts, complements={i: made[i].raw.get("complement") for i in own})
+
+
+def own_prompts(task: PromptedTask, rank_info: parallel.RankInfo) -> range:
+    """Return the indices of the prompts that a rank answers."""
+    return range(rank_info.rank, len(task.prompts), rank_info.world_size)
 
 
 def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, context: TaskContext) -> Items:
@@ -106,7 +145,7 @@ def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, context: 
         NotScored: on every rank: one could not score its share.
     """
     options, ranks = task.task, context.rank_info.world_size
-    own = range(context.rank_info.rank, len(task.prompts), ranks)
+    own = own_prompts(task, context.rank_info)
     with watchdog.patient(f"answering {options.name}"), parallel.failing_together():
         answers = _generate(task, engine, watchdog, (own, context.shows))
     texts = [
@@ -130,8 +169,9 @@ def answer_all(task: PromptedTask, engine: Engine, watchdog: Watchdog, context: 
             "answers": [completion.text for completion in completions],
             "scores": scores[n * count : (n + 1) * count],
             "truncated": sum(completion.finish_reason == "length" for completion in completions) / count,
+            **({"complement": task.complements[i]} if i in task.complements else {}),
         }
-        for n, completions in enumerate(answers)
+        for n, (i, completions) in enumerate(zip(own, answers, strict=True))
     ]
     gathered: list[list[dict[str, Any]]] = [[] for _ in range(ranks)]
     watchdog.report(f"gathering the answers of {options.name}")
@@ -170,7 +210,7 @@ def _items(task: PromptedTask, rows: list[dict[str, Any]]) -> Items:
         primary=metrics[0],
         values={**values, "truncated": np.array([row["truncated"] for row in rows])},
         sources_N=np.array(task.sources),
-        rows=[{"answers": row["answers"]} for row in rows],
+        rows=[{name: row[name] for name in ("answers", "complement") if name in row} for row in rows],
         extra=judge.extra_metrics if is_judged else None,
     )
 

@@ -258,6 +258,7 @@ class LMEvalTask(Task):
         require(self.include_path is None or Path(self.include_path).is_dir(), line)
 
 
+_AUGMENT = ("augment", "augment_template")
 _ENGINE_OPTIONS = ("rollout.engine", "rollout.url", "rollout.vllm_python", "rollout.vllm_options")
 KINDS: dict[str, type[Task]] = {
     "loss": LossTask,
@@ -323,6 +324,9 @@ class EvaluationConfig:
         sequence_length: capacity of a pack and longest sample, in tokens; null: 4096, at most the model's positions
         template_date: date that chat templates read from the clock (2024-07-26); null: today; results.json has it
         rollout: engine of generated answers: {engine, url, vllm_python, vllm_options}
+        augment: model that writes a complement of each prompt of tasks of the kinds generate and judge, which is
+            appended to it: path, URL#NAME or FILE.py:FUNCTION; null: none does
+        augment_template: file of the template that this model was trained on; null: that of pas build
     """
 
     model: str
@@ -334,9 +338,18 @@ class EvaluationConfig:
     sequence_length: int | None = None
     template_date: str | None = None
     rollout: EngineConfig = field(default_factory=EngineConfig)
+    augment: str | None = None
+    augment_template: str | None = None
 
     def __post_init__(self) -> None:
-        expand_fields(self, "model", "out", "adapter")
+        expand_fields(self, "model", "out", "adapter", "augment", "augment_template")
+        if self.augment is not None:
+            line = f"augment is for tasks of the kinds generate and judge, the evaluation has none, got {self.augment}"
+            require(any(isinstance(task, AnsweredTask) for task in self.tasks), line)
+        line = (
+            f"augment_template is that of the model that augment names, got {self.augment_template} without"
+        )
+        require(self.augment is not None or self.augment_template is None, line)
         if self.rollout.engine == "vllm":
             line = (
                 "rollout.engine vllm answers tasks of the kinds generate and judge, the evaluation has none"
@@ -372,11 +385,22 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     add("--precision", choices=("bf16", "fp32"), help="instead of the configuration's precision")
     add("--sequence_length", type=str, help="instead of the configuration's sequence_length")
     add("--template_date", type=str, help="instead of the configuration's template_date")
+    add("--augment", type=str, help="instead of the configuration's augment")
+    add("--augment_template", type=str, help="instead of the configuration's augment_template")
     for option in fields(EngineConfig):
         many = "+" if option.name == "url" else None
         about = f"instead of the configuration's rollout.{option.name}"
         add(f"--rollout.{option.name}", type=str, nargs=many, metavar=option.name.upper(), help=about)
-    options = ("model", "out", "adapter", "precision", "sequence_length", "template_date", *_ENGINE_OPTIONS)
+    options = (
+        "model",
+        "out",
+        "adapter",
+        "precision",
+        "sequence_length",
+        "template_date",
+        *_AUGMENT,
+        *_ENGINE_OPTIONS,
+    )
     names = ["--config", *(f"--{name}" for name in options)]
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         require(name in (*names, "--help"), f"{program} has no option {name}{nearest(name, names)}")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import megatron_align
 from megatron_align.convert.open_adapter import StoredAdapter
 from megatron_align.data.formats.files import expand
 from megatron_align.data.formats.turns import messages
@@ -28,6 +29,7 @@ from megatron_align.rollout.prompts import PromptRecord, PromptTokenizer, read_p
 from megatron_align.rollout.types import Completion, Prompt, Sampling, require_fitting
 from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.rollout.vllm_server import VLLMServer
+from megatron_align.storage.atomic_write import require_writable
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.resumable_lines import ResumableLines, stored_key
 
@@ -54,6 +56,8 @@ class GenerateOptions:
         adapter: PEFT folder or checkpoint of an adapter of the model; None: none
         vllm_python: interpreter of an environment with vLLM, in which a server of the model is started; None: none
         vllm_options: of that server, as of ``vllm serve``
+        augment: model that writes a complement of each prompt, which is appended to it (docs/pas.md); None: none does
+        augment_template: file of the template that it was trained on; None: ours
     """
 
     model: str
@@ -71,8 +75,14 @@ class GenerateOptions:
     adapter: str | None = None
     vllm_python: str | None = None
     vllm_options: tuple[str, ...] = ()
+    augment: str | None = None
+    augment_template: str | None = None
 
     def __post_init__(self) -> None:
+        require(
+            self.augment is not None or self.augment_template is None,
+            f"augment_template is that of the model that augment names, got {self.augment_template} without",
+        )
         require(
             not (self.vllm and self.vllm_python),
             f"vllm servers run already or are started, got {', '.join(self.vllm)} and vllm_python {self.vllm_python}",
@@ -138,7 +148,7 @@ class GenerateOptions:
     def key(self) -> dict[str, Any]:
         """Return what determines the output, files by their content."""
         template = self.chat_template and load_chat_template(self.chat_template)
-        left_out = ("out", "chat_template", "adapter")
+        left_out = ("out", "chat_template", "adapter", "augment", "augment_template")
         return {
             **{
                 name: value
@@ -162,6 +172,7 @@ class Generated:
     completions: int = 0
     tokens: int = 0
     truncated: int = 0  # completions that ended by length
+    augmented: str = ""  # how many prompts, in words
 
 
 def generate_file(options: GenerateOptions) -> Generated:
@@ -185,14 +196,18 @@ def generate_file(options: GenerateOptions) -> Generated:
     options = options.dated(earlier)
     tokenizer = options.prompt_tokenizer()
     records = list(read_prompts(options.prompts, as_chat=options.as_chat, limit=options.limit))
-    prompts = [tokenizer.prompt(record, key) for key, record in enumerate(records)]
+    complements = out.with_name(f".{out.name}.complements")
+    key: dict[str, Any] = {}
     counts = Generated(prompts=len(records))
+    if options.augment is not None:
+        key, records = _augmented(options, records, complements, counts)
+    prompts = [tokenizer.prompt(record, key) for key, record in enumerate(records)]
     with ExitStack() as opened:
         # Servers may hold the model with another context.
         engine = opened.enter_context(options.engine()) if options.vllm else None
         if options.too_long == "error":
             require_fitting(prompts, engine.context if engine else shape.max_positions)
-        output = opened.enter_context(ResumableLines(Path(options.out), options.key()))
+        output = opened.enter_context(ResumableLines(out, options.key() | key))
         counts.resumed = output.done
         if output.done < len(records):
             engine = engine or opened.enter_context(options.engine())
@@ -200,7 +215,28 @@ def generate_file(options: GenerateOptions) -> Generated:
                 require_fitting(prompts, engine.context)
             _fill(engine, list(zip(records, prompts, strict=True)), options, output, counts)
         output.finish()
+    complements.unlink(missing_ok=True)
     return counts
+
+
+def _augmented(
+    options: GenerateOptions, records: Sequence[PromptRecord], kept: Path, counts: Generated
+) -> tuple[dict[str, Any], list[PromptRecord]]:
+    """Return what determines the complements, and the prompts with them; their model is freed before it returns."""
+    now = parse_date(options.template_date) if options.template_date else None
+    unusable = "keep" if options.too_long == "skip" else "error"
+    require_writable(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    augmenting = megatron_align.augmenter(
+        options.augment, options.augment_template, unusable=unusable, now=now, kept=kept
+    )
+    made: list[PromptRecord] = []
+    with augmenting as augmenter, progress("augmenting", len(records)) as advance:
+        for start in range(0, len(records), CHUNK):
+            made += augmenter.augmented(records[start : start + CHUNK])
+            advance(min(CHUNK, len(records) - start), 0)
+        counts.augmented = augmenter.summary()
+        return {"augment": augmenter.identity}, made
 
 
 def generate(
@@ -234,14 +270,19 @@ def generate(
     )
     opened = open_engine(model, precision, adapter) if isinstance(model, (str, Path)) else model
     tokenizer = PromptTokenizer(opened.tokenizer)
-    records = [_as_record(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    records = [given_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     completions = opened.generate([tokenizer.prompt(r, i) for i, r in enumerate(records)], sampling)
     if opened is not model:
         opened.close()
     return completions
 
 
-def _as_record(prompt: str | Sequence[Mapping[str, Any]], where: str) -> PromptRecord:
+def given_prompt(prompt: str | Sequence[Mapping[str, Any]], where: str) -> PromptRecord:
+    """Return the record of a prompt that is given as text or messages; ``where``: its place, for errors.
+
+    Raises:
+        InputError: malformed messages.
+    """
     turns = prompt if isinstance(prompt, str) else messages([dict(turn) for turn in prompt], where, "prompt")
     return PromptRecord(raw={}, where=where, prompt=turns)
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+import megatron_align
 from megatron_align.convert.open_adapter import StoredAdapter, open_adapter
 from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, require
 from megatron_align.evaluation.adapter_names import ONLY
-from megatron_align.evaluation.answers import answer_all
+from megatron_align.evaluation.answers import PromptedTask, answer_all, augmented, own_prompts
 from megatron_align.evaluation.config import (
     EvaluationConfig,
     load_evaluation,
@@ -127,6 +128,8 @@ def _evaluate(setup: _Setup, watchdog: Watchdog) -> dict[str, Any]:
         **({"adapter": config.adapter} if config.adapter else {}),
         "precision": config.precision,
         **({"rollout": dataclasses.asdict(config.rollout)} if config.rollout.engine == "vllm" else {}),
+        **({"augment": config.augment} if config.augment else {}),
+        **({"augment_template": config.augment_template} if config.augment_template else {}),
         "parallel": layout_of(config.parallel, setup.rank_info.world_size),
         "version": __version__,
     }
@@ -173,6 +176,9 @@ def _prepare(config: EvaluationConfig, rank_info: parallel.RankInfo) -> _Setup:
         if config.rollout.vllm_python is not None:
             vllm_command(config.rollout.vllm_python)
     megatron = transformer_config(shape, config.parallel, DTYPES[config.precision])
+    if config.augment is not None:  # refused before anything is scored
+        with megatron_align.augmenter(config.augment, config.augment_template):
+            pass
     context = TaskContext(
         assets=assets,
         out=out,
@@ -237,11 +243,28 @@ def _answer(setup: _Setup, watchdog: Watchdog) -> dict[str, Items]:
     tasks = setup.tasks
     if not tasks.answered:
         return {}
+    answered = tasks.answered if setup.config.augment is None else _augmented(setup, watchdog)
     with _engine(setup, watchdog) as engine:
         if setup.config.rollout.engine == "vllm":  # a server may hold the model with a shorter context
-            for task in tasks.answered:
+            for task in answered:
                 require_fitting(task.prompts, engine.context, f"prompts of task {task.task.name}")
-        return {task.task.name: answer_all(task, engine, watchdog, tasks.context) for task in tasks.answered}
+        return {task.task.name: answer_all(task, engine, watchdog, tasks.context) for task in answered}
+
+
+def _augmented(setup: _Setup, watchdog: Watchdog) -> list[PromptedTask]:
+    """Return the answered tasks with complements of this rank's prompts; their model is freed. Collective."""
+    config, context = setup.config, setup.tasks.context
+    with (
+        watchdog.patient("augmenting the prompts"),
+        parallel.failing_together(),
+        megatron_align.augmenter(config.augment, config.augment_template, now=context.now) as augmenter,
+    ):
+        return [
+            augmented(
+                task, augmenter.augmented, own_prompts(task, setup.rank_info), setup.shape.max_positions
+            )
+            for task in setup.tasks.answered
+        ]
 
 
 @contextmanager
