@@ -27,6 +27,7 @@ ONLINE = ("qwen2_7b", "llama3_8b")  # and the Nova models
 NOVA = {"qwen2_nova_72b": "qwen2_72b", "llama3_pbm_nova_70b": "llama3_70b"}
 RECIPES = [f"{model}/{stage}" for model in (*CONFIGS, *NOVA) for stage in STAGES]
 RECIPES += [f"{model}/grpo" for model in (*ONLINE, *NOVA)]
+RECIPES += ["qwen2_7b/pas"]
 USABLE = 79.0 * GIB  # of a card sold with 80 GB
 
 
@@ -61,7 +62,7 @@ def test_none_is_forgotten():
     found = {f"{path.parent.name}/{path.stem}" for path in EXAMPLES.glob("*/*.yaml")}
     assert found == set(RECIPES) | {
         f"{folder}/{path.stem}"
-        for folder in ("quickstart", "real_data")
+        for folder in ("quickstart", "pas", "real_data")
         for path in (EXAMPLES / folder).glob("*.yaml")
     }
 
@@ -83,7 +84,7 @@ def test_fits_the_gpus_it_names(recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_passes_the_checks_of_a_run(recipe, inputs, tmp_path, capsys):
-    kind = {"sft": "chat", "grpo": "prompts"}.get(recipe.partition("/")[2], "pairs")
+    kind = {"sft": "chat", "pas": "chat", "grpo": "prompts"}.get(recipe.partition("/")[2], "pairs")
     model, data = inputs[recipe.partition("_")[0]], inputs[kind]
     options = {
         "model.path": model,
@@ -97,19 +98,20 @@ def test_passes_the_checks_of_a_run(recipe, inputs, tmp_path, capsys):
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     assert train.main(["--config", str(EXAMPLES / f"{recipe}.yaml"), *arguments, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert f"objective  {recipe.partition('/')[2]}" in said
+    assert f"objective  {recipe.partition('/')[2].replace('pas', 'sft')}" in said
     assert kind != "prompts" or "rollouts   8 prompts x 3 completions" in said
     assert "GiB per rank" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("model", NOVA)
-@pytest.mark.parametrize("stage", [*STAGES, "grpo"])
-def test_every_value_of_the_reports_recipes_says_where_it_is_from(model, stage):
+@pytest.mark.parametrize(
+    "recipe", [*(f"{model}/{stage}" for model in NOVA for stage in (*STAGES, "grpo")), "qwen2_7b/pas"]
+)
+def test_every_value_of_the_reports_recipes_says_where_it_is_from(recipe):
     values = [
         line
-        for line in (EXAMPLES / model / f"{stage}.yaml").read_text().splitlines()
+        for line in (EXAMPLES / f"{recipe}.yaml").read_text().splitlines()
         if not line.startswith("#") and not line.endswith(":")
     ]
     assert len(values) > 15
-    assert [line for line in values if not re.search(r"  # (report|ours)\b", line)] == []
+    assert [line for line in values if not re.search(r"  # (report|released|paper|ours)\b", line)] == []
