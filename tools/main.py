@@ -18,18 +18,20 @@ TOOLS = {
     "adapter": "merge a low-rank adapter into its base model, or extract one from a trained model",
     "chat": "talk to a model in the terminal",
     "convert": "convert between Hugging Face folders and checkpoints, and verify that both hold the same model",
+    "data": "work on data before training: near duplicates, labels, selection, mixtures",
     "evaluate": "evaluate a model on tasks: loss, preference pairs, multiple choice, generated answers",
     "generate": "generate completions for the prompts of a file, with a Hugging Face folder or a checkpoint",
     "merge": "merge Hugging Face models into one: model stock, task arithmetic, linear and others",
+    "pas": "prompt augmentation: make its training data, augment prompts",
     "plan": "estimate memory and time of a run, and list the parallel layouts that fit",
     "prepare": "tokenise data before training, and report statistics and samples",
     "report": "draw the metrics of one or several runs: one HTML page and PNG files",
     "sample": "make preference data: sample answers, score and filter them",
 }
 
-# After a kill or Ctrl-C. Of convert not verify, which writes nothing; of adapter not extract.
-RESUMING = ("adapter", "convert", "merge", "prepare", "generate", "sample")
-_NOT_RESUMING = (["convert", "verify"], ["adapter", "extract"])
+# After a kill or Ctrl-C. Of convert not verify, which writes nothing; of adapter not extract; of data not mix.
+RESUMING = ("adapter", "convert", "data", "merge", "pas", "prepare", "generate", "sample")
+_NOT_RESUMING = (["convert", "verify"], ["adapter", "extract"], ["data", "mix"])
 
 
 def main(arguments: list[str] | None = None) -> int:

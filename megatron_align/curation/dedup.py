@@ -1,0 +1,52 @@
+"""Remove near duplicates from data, record by record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_align.curation.records import TextOf, chunks, read_records, text_of
+from megatron_align.data.formats.files import expand
+from megatron_align.data.near_duplicates import NearDuplicates
+from megatron_align.data.store import sha256
+from megatron_align.storage.resumable_lines import ResumableLines
+
+CHUNK = 256  # records between two writes
+
+
+@dataclass(frozen=True, slots=True)
+class DedupCounts:
+    """Records that were read, and those that were kept."""
+
+    records: int
+    kept: int
+
+
+def dedup(data: str, out: str, threshold: float, of: TextOf = "prompt") -> DedupCounts:
+    """Write the records that are no near duplicate of an earlier one, as they are, in their order.
+
+    Args:
+        data: file, folder or glob pattern.
+        out: JSONL file to write.
+        threshold: Jaccard similarity of the texts' shingles from which a record is a duplicate.
+        of: which text of a record is compared.
+
+    Raises:
+        InputError: bad data, options or output.
+    """
+    near = NearDuplicates(threshold)
+    key = {"data": [sha256(file) for file in expand(data)], "duplicates": threshold, "of": of}
+    records = kept = 0
+    with ResumableLines(Path(out), key) as output:
+        for chunk in chunks(read_records(data), CHUNK):
+            lines = []
+            for where, raw in chunk:
+                records += 1
+                if near.add(where, text_of(raw, where, of)) is None:
+                    kept += 1
+                    if kept > output.done:  # the others were written before a kill
+                        lines.append(json.dumps(raw, ensure_ascii=False))
+            output.append(lines)
+        output.finish()
+    return DedupCounts(records, kept)
