@@ -27,10 +27,9 @@ from megatron_align.curation.scorers import Scorer
 from megatron_align.data.near_duplicates import NearDuplicates
 from megatron_align.errors import require
 from megatron_align.evaluation.progress import progress
-from megatron_align.evaluation.results import write_atomically
 from megatron_align.rollout.endpoint import FailureBudget
 from megatron_align.rollout.kept_replies import KeptReplies
-from megatron_align.storage.atomic_write import require_writable
+from megatron_align.storage.atomic_write import require_writable, write_file
 from megatron_align.storage.folder_lock import FolderLock
 
 CHUNK = 256  # prompts whose complements are written at a time
@@ -201,13 +200,13 @@ class _Build:
         counts.made = sum(asker.made for asker in self._askers)
         counts.reused = sum(asker.reused for asker in self._askers)
         report = json.dumps(counts.to_dict(), indent=2, ensure_ascii=False)
-        write_atomically(self._out / REPORT, f"{report}\n")
+        write_file(self._out / REPORT, f"{report}\n")
         require(
             bool(lines),
             f"no pair is left of {counts.selection.records} records: {self._out / REPORT} counts what each step "
             f"dropped, {self._out / REJECTED} has the reasons",
         )
-        write_atomically(self._out / DATA, "".join(f"{line}\n" for line in lines))
+        write_file(self._out / DATA, "".join(f"{line}\n" for line in lines))
         return counts
 
     def _write(self, selected: Sequence[Selected], writer: ComplementWriter) -> list[str]:

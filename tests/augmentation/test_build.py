@@ -136,7 +136,7 @@ class Served:
 def of(options):
     def with_url(url, **more):
         roles = {"generator": url, "quality": url, "labels": url}
-        chat = ChatOptions(workers=2, timeout=5, tries=1)
+        chat = ChatOptions(workers=2, timeout=60, tries=1)
         return BuildOptions(**{**options, **roles, "chat": chat, **more})
 
     return with_url
