@@ -145,7 +145,8 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str, tuple[int, float
     from megatron_align.data.tokenize.cache_key import StoreSpec
     from megatron_align.data.tokenize.prepare import prepare
     from megatron_align.errors import InputError
-    from megatron_align.training.setup import locate
+    from megatron_align.rollout.prompt_table import open_prompts
+    from megatron_align.training.setup import generates, locate
 
     _, assets = locate(config.model.path, weights=False)
     spec = StoreSpec.of_run(config, "train", str(assets))
@@ -157,6 +158,10 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str, tuple[int, float
         return full_packs(config), f"data.train does not exist: {full}", None
     if not list(Path(assets).glob("tokenizer*")):
         return full_packs(config), f"model.path has no tokenizer: {full}", None
+    if generates(config):
+        prompts, tokens = open_prompts(config.data, config.rollout, str(assets)), config.rollout.max_tokens
+        about = f"{len(prompts):,} prompts, each with {prompts.completions} completions of {tokens:,} tokens"
+        return of_store(prompts, config), about, steps_and_epochs(prompts, config)
     if Path(spec.cache).is_dir() and (path := spec.path(spec.inputs())).exists():
         store, about = TokenStore(path), f"lengths of the tokenised data in {path}"
     elif size > SMALL_BYTES:

@@ -203,3 +203,18 @@ def test_options_of_the_run_may_stand_beside(sizes, tmp_path, capsys):
     assert "4,096 tokens" in capsys.readouterr().out
     assert main(["plan", "--config", str(file), *own, "--data.sequence_lenth", "4096"]) == 2
     assert "did you mean 'data.sequence_length'" in capsys.readouterr().err
+
+
+def test_a_run_on_rollouts_is_planned_from_its_prompts(tiny_models, tmp_path, capsys):
+    """Their lengths with the longest completions, the critic of ppo in a column of its own."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "What is {i}?"}}\n' for i in range(8)))
+    options = {"objective__name": "ppo", "rollout__max_tokens": 16, "train__global_batch_size": 4}
+    file = tmp_path / "run.yaml"
+    file.write_text("rewards: [{kind: length, min: 3}]\n")
+    arguments = run_arguments(tiny_models(), prompts, tmp_path / "run", **options)
+    assert main(["plan", "--config", str(file), "--gpus", "2", "--gpu-memory", "80", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "data       8 prompts, each with 3 completions of 16 tokens" in said
+    assert re.search(r"stage .* engine +critic +total", said)
+    assert "step       4 samples" in said

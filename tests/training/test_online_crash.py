@@ -95,6 +95,19 @@ def test_killed_at_every_point(kills, arguments, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_with_a_critic_killed_at_every_point(arguments, tmp_path):
+    """Both models are in each checkpoint or neither; values are read with the rollouts, or computed again."""
+    options = {"objective__name": "ppo", "critic__optimizer": "{lr: 1e-3}"}
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert crash.train(1, arguments(whole, **options), log) == [0], log.read_text()
+    for kill in KILLS["all"]:
+        codes = crash.train(1, arguments(run, **options), log, fault=f"kill@{kill}")
+        assert codes == [KILLED], (kill, codes, log.read_text())
+    assert crash.train(1, arguments(run, **options), log) == [0], log.read_text()
+    assert state_of(run) == state_of(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"parallel__pipeline": 2}, {"parallel__tensor": 2}], ids=str)
 def test_a_rank_of_two_killed(layout, arguments, tmp_path):
     whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"

@@ -282,7 +282,9 @@ def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, tmp_path, step, l
 
     wanted = run(folder)
     cut = cut_after(folder, tmp_path / "cut", step)
-    for later in (cut / ROLLOUTS).iterdir():  # those that the killed run had not made: values are computed again
+    for later in (
+        cut / ROLLOUTS
+    ).iterdir():  # those that the killed run had not made: values are computed again
         if int(later.name.removeprefix("step_")) > step:
             shutil.rmtree(later)
     assert run(cut) == wanted
