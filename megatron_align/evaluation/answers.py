@@ -204,7 +204,7 @@ def _items(task: PromptedTask, rows: list[dict[str, Any]]) -> Items:
     metrics = CHECKS[options.check].metrics if isinstance(options, GenerateTask) else judge.METRICS
     names = (*metrics, *(("length_difference",) if is_judged else ()))
     values = {name: np.array([_mean(row["scores"], name) for row in rows]) for name in names}
-    if is_judged:
+    if isinstance(options, JudgeTask):
         judge.require_a_verdict(options, values["unjudged"])
     return Items(
         primary=metrics[0],
