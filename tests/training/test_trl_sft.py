@@ -14,8 +14,9 @@ from tests.harness.tiny import metrics_of, run_arguments
 from tests.harness.trl import TRL_SETTINGS
 
 STEPS, BATCH, LENGTH = 10, 8, 256
-# A decay so strong that ten steps show it, and show that vectors have none.
-OPTIMIZER = {"lr": 1e-3, "weight_decay": 10.0}
+# No default: a decay so strong that ten steps show it, and show that vectors have none; an eps that slows small
+# gradients, and a clip that every step passes.
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 10.0, "betas": (0.8, 0.95), "eps": 1e-4, "clip_grad": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,10 @@ def trl_losses(model, records, folder, accumulate, schedule):
             weight_decay=OPTIMIZER["weight_decay"],
             lr_scheduler_type=schedule,
             warmup_steps=3,
-            max_grad_norm=1.0,
+            adam_beta1=OPTIMIZER["betas"][0],
+            adam_beta2=OPTIMIZER["betas"][1],
+            adam_epsilon=OPTIMIZER["eps"],
+            max_grad_norm=OPTIMIZER["clip_grad"],
             max_length=LENGTH,
             packing=False,
             **TRL_SETTINGS,
@@ -81,6 +85,7 @@ def test_losses_equal_trl(pool, tiny_models, records, tmp_path, variant, world, 
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     options = {f"optimizer__{name}": value for name, value in OPTIMIZER.items()}
+    options["optimizer__betas"] = list(OPTIMIZER["betas"])
     arguments = run_arguments(
         tiny_models(variant),
         data,
