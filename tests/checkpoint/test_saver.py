@@ -5,6 +5,7 @@ training changes once it is copied, and however late it is copied and gathered.
 import errno
 import os
 import time
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +22,7 @@ from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import build_policy, transformer_config
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
+from tests.harness.marks import mark_slow
 
 
 def build(rank_info, model, config, dtype):
@@ -78,11 +80,15 @@ LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor=2)),
     "vpp2": (2, ParallelConfig(pipeline=2, virtual_pipeline=2)),
 }
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAVED = list(product(LAYOUTS, PRECISIONS))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("world, config", LAYOUTS.values(), ids=LAYOUTS)
-def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, world, config, dtype):
+@pytest.mark.parametrize(
+    "layout, precision", mark_slow(SAVED, slow=set(SAVED) - {("dp2", "fp32"), ("tp2", "bf16")})
+)
+def test_both_ways_write_the_same_files(pool, tiny_models, tmp_path, layout, precision):
+    (world, config), dtype = LAYOUTS[layout], PRECISIONS[precision]
     pool.run(world, save_both_ways, tiny_models(), tmp_path, config, dtype)
     seen = set()
     for number in range(3):

@@ -1,6 +1,7 @@
 """The Triton passes equal the PyTorch passes, write nowhere else, and compile without spills for sm_80 and sm_90."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from megatron_align.kernels.token_logprobs.vocab_shard import VocabShard
 from tests.harness.compiled import compiling_for
 from tests.harness.interpreter import DEVICE, DTYPES, GPU
 from tests.harness.logprobs import PairLoss, StatisticsLoss, assert_within, cut, draw, exactly, gradients
+from tests.harness.marks import mark_slow
 
 SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 OPTIONS = {"plain": {}, "softcap": {"softcap": 2.0, "temperature": 0.7}}
 # Columns: fewer than a block, a block and some, more than two; real ones end within a block, at its end, nowhere.
 COLUMNS = [(31, 31), (5000, 4096), (9000, 8200), (40, 0)]
+COMPILED = list(product(OPTIONS, (torch.bfloat16, torch.float16, torch.float32), ("sm_80", "sm_90")))
 
 
 def random_slab(columns, real, dtype, scale, **options):
@@ -112,13 +115,17 @@ def test_bf16_is_refused_in_the_interpreter():
         slab_loss(*tensors, [(0, 5)], PairLoss([0]))
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_compiles_without_spills(dtype, options, chip):
+@pytest.mark.parametrize(
+    "options, dtype, chip",  # seconds each
+    mark_slow(
+        COMPILED,
+        slow=set(COMPILED) - {("softcap", torch.bfloat16, "sm_90"), ("plain", torch.float32, "sm_80")},
+    ),
+)
+def test_compiles_without_spills(options, dtype, chip):
     """Half of the registers at most: two blocks of eight warps fit a multiprocessor and hide each other's waits."""
     logits, local = torch.empty(4, 152064, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-    shard = VocabShard(weight_VH=torch.empty(152064, 1), vocab_size=151936, **options)
+    shard = VocabShard(weight_VH=torch.empty(152064, 1), vocab_size=151936, **OPTIONS[options])
     with compiling_for(chip) as built:
         triton_statistics(logits, local, shard, more=False)
         triton_statistics(logits, local, shard, more=True)

@@ -37,6 +37,7 @@ KILLS = (
     "step.logged:5",
     "save.done:6",
 )
+SOME_KILLS = ("step.logged:2", "save.file:2", "save.named:4", "prune.hidden:2")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +110,17 @@ def survive(world, command, tmp_path, kills, **options):
 
 
 @pytest.mark.parametrize(
-    "precision, background", [("fp32", True), pytest.param("bf16", False, marks=pytest.mark.slow)]
+    "kills, precision, background",  # each kill starts a process
+    [
+        (SOME_KILLS, "fp32", True),
+        pytest.param(KILLS, "fp32", True, marks=pytest.mark.slow),
+        pytest.param(KILLS, "bf16", False, marks=pytest.mark.slow),
+    ],
+    ids=["some", "all", "all_bf16"],
 )
-def test_killed_at_every_point(command, whole, tmp_path, precision, background):
+def test_killed_at_every_point(command, whole, tmp_path, kills, precision, background):
     options = {"train__precision": precision}
-    rows = survive(1, command, tmp_path, KILLS, checkpoint__async_save=background, **options)
+    rows = survive(1, command, tmp_path, kills, checkpoint__async_save=background, **options)
     assert rows == whole(**options)
 
 
