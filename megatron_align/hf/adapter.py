@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_align.errors import InputError, TrainingFault, listed, shown
@@ -24,7 +23,7 @@ from megatron_align.hf.adapter_checks import (
 )
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.gather import collect, owning_stages
-from megatron_align.hf.safetensors import open_safetensors
+from megatron_align.hf.safetensors import open_safetensors, save_tensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
 from megatron_align.model.families.adapter import (
     LM_HEAD,
@@ -357,8 +356,8 @@ def write_adapter(
     if is_tied_here:  # PEFT reads both; the file has no two names of one tensor
         stored[f"{PEFT}{LM_HEAD}.weight"] = stored[f"{PEFT}{LM_HEAD}.weight"].clone()
     with naming_file("adapter", partial / WEIGHTS):
-        save_file(stored, partial / WEIGHTS, metadata)
-    saved = saved_names(shape, adapter) + ([SCORE] if shape.is_reward else [])
+        save_tensors(stored, partial / WEIGHTS, metadata)
+    saved = saved_names(shape, adapter.saved) + ([SCORE] if shape.is_reward else [])
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if shape.is_reward else "CAUSAL_LM",

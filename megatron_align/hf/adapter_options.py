@@ -16,7 +16,7 @@ from megatron_align.model.families.adapter import (
     module_name,
     select_modules,
 )
-from megatron_align.model.families.saved_modules import select_saved
+from megatron_align.model.families.saved_modules import saved_names, select_saved
 from megatron_align.model.tied_embedding import is_tied
 
 
@@ -52,7 +52,11 @@ def resolve_adapter(options: AdapterConfig | None, shape: ModelShape) -> Adapter
         ("rslora", options.rslora, found.rslora),
         ("dora", options.dora, found.dora),
         ("targets", modules and sorted(modules), sorted(found.modules)),
-        ("modules_to_save", None if saved is None else sorted(saved), sorted(found.saved)),
+        (
+            "modules_to_save",
+            None if saved is None else saved_names(shape, saved),
+            saved_names(shape, found.saved),
+        ),
     ):
         require(
             given is None or given == stored,

@@ -262,3 +262,7 @@ def test_a_folder_of_copies_brings_its_modules(tiny_models, tmp_path):
     edit(folder, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
     with pytest.raises(InputError, match="must be equal; they differ in"):
         read_adapter(folder, shape)
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(adapter):
+    assert (adapter / "adapter_model.safetensors").stat().st_mode & 0o777 == adapter.stat().st_mode & 0o666

@@ -12,7 +12,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from megatron_align.convert import verify_logits
+from megatron_align.convert.our_model import empty_model, one_process
 from megatron_align.evaluation.generation import generate
+from megatron_align.hf.adapter import load_adapter, read_adapter
+from megatron_align.model.families import read_shape
+from megatron_align.model.lora import adapters_off
+from megatron_align.training.weights import read_model_weights
 from tests.harness import cli, peft, training_ranks
 from tests.harness.marks import mark_slow
 from tests.harness.tiny import make_adapter, metrics_of, run_arguments, write_pairs
@@ -101,6 +107,34 @@ def test_gradients_are_pefts(variant, gradients, tiny_models, chat_file, tmp_pat
     if variant == "qwen2_tied":  # PEFT's parameter is one, of two names in the file
         wanted[HEAD] = wanted["base_model.model.model.embed_tokens.weight"]
     assert_same(found, wanted)
+
+
+def logits_on_and_off(rank_info, model, folder, tokens):
+    """In a process of the pool: logits with an adapter, with it off, and of the base."""
+    with one_process() as groups, torch.no_grad():
+        shape, found = read_shape(model), []
+        batch = verify_logits._packed([tokens])
+        for adapter in (read_adapter(folder, shape), None):
+            chunks = empty_model(shape, torch.float32, groups, adapter)
+            read_model_weights(chunks, str(model), shape, groups)
+            if adapter is not None:
+                load_adapter(folder, chunks)
+                found.append(chunks[0].logits(batch))
+            with adapters_off(chunks):
+                found.append(chunks[0].logits(batch))
+        return found
+
+
+def test_off_the_model_is_its_base(pool, tiny_models, tmp_path):
+    """Bit for bit, as every reference is computed so; on, the logits are PEFT's."""
+    model, tokens = tiny_models("qwen2_tied"), torch.arange(1, 60)
+    adapter = make_adapter(tmp_path / "adapter", model, targets=TARGETS, saved=SAVED)
+    [(on, off, base)] = pool.run(1, logits_on_and_off, model, adapter, tokens)
+    assert torch.equal(off, base)
+    with torch.no_grad():
+        [wanted] = PeftModel.from_pretrained(peft.load(model), adapter).eval()(tokens[None]).logits
+    assert (on - wanted).abs().max() < 1e-5
+    assert (on - base).abs().max() > 0.1
 
 
 TRL = {

@@ -100,13 +100,13 @@ def _other_modules(shape: ModelShape, saveable: Sequence[str]) -> list[str]:
     return sorted(found - {*saveable, SCORE})
 
 
-def saved_names(shape: ModelShape, adapter: Adapter) -> list[str]:
-    """Return the shortest names that PEFT finds exactly the saved modules by: ``norm``, or complete names."""
+def saved_names(shape: ModelShape, saved: frozenset[str]) -> list[str]:
+    """Return the shortest names that PEFT finds exactly these modules by: ``norm``, or complete names."""
     every = saveable_modules(shape)
     names = set()
-    for module in adapter.saved:
+    for module in saved:
         short = module.rpartition(".")[2]
-        is_exact = {other for other in every if other.endswith(short)} <= adapter.saved
+        is_exact = {other for other in every if other.endswith(short)} <= saved
         names.add(short if is_exact else module)
     return sorted(names)
 
