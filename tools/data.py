@@ -61,6 +61,12 @@ config.yaml then records them. A share is of an epoch's samples, a weight is pas
 def _add_text(parser: Parser) -> None:
     about = "text that is judged: the prompt (of a conversation the user's first turn), or all texts (default: prompt)"
     parser.add_argument("--of", choices=("prompt", "record"), default="prompt", help=about)
+    about = "malformed records, and those without this text: refuse, or leave out and count (default: error)"
+    parser.add_argument("--on-bad-record", choices=("error", "skip"), default="error", help=about)
+
+
+def _bad(count: int) -> str:
+    return f", {count:,} bad records left out" if count else ""
 
 
 def _add_dedup(parser: Parser) -> None:
@@ -72,9 +78,10 @@ def _add_dedup(parser: Parser) -> None:
 def _dedup(options: argparse.Namespace) -> str:
     from megatron_align.curation.dedup import dedup
 
-    counts = dedup(options.data, options.out, options.duplicates, options.of)
+    skip_bad = options.on_bad_record == "skip"
+    counts = dedup(options.data, options.out, options.duplicates, options.of, skip_bad=skip_bad)
     left_out = f"{counts.records - counts.kept:,} near duplicates left out"
-    return f"{counts.kept:,} of {counts.records:,} records kept, {left_out}: {options.out}"
+    return f"{counts.kept:,} of {counts.records:,} records kept, {left_out}{_bad(counts.bad)}: {options.out}"
 
 
 def _add_label(parser: Parser) -> None:
@@ -106,8 +113,9 @@ def _label(options: argparse.Namespace) -> str:
 
     names = ("data", "out", "quality", "labels", "of", "tries", "failures")
     given = {name: getattr(options, name) for name in names}
+    given["skip_bad"] = options.on_bad_record == "skip"
     counts = label(LabelOptions(**given, categories=tuple(options.categories), chat=chat_of(options)))
-    lines = [f"{counts.records:,} records: {options.out}"]
+    lines = [f"{counts.records:,} records{_bad(counts.bad)}: {options.out}"]
     if options.quality is not None:
         lines.append(f"without quality: {counts.unscored:,}")
     if options.labels is not None:
@@ -160,8 +168,9 @@ def _select(options: argparse.Namespace) -> str:
         "of",
         "max_tokens",
     )
-    counts = select(SelectOptions(**{n: getattr(options, n) for n in names}, layers=tuple(options.layers)))
-    line = f"{counts.selected:,} of {counts.records:,} records selected"
+    given = {name: getattr(options, name) for name in names} | {"skip_bad": options.on_bad_record == "skip"}
+    counts = select(SelectOptions(**given, layers=tuple(options.layers)))
+    line = f"{counts.selected:,} of {counts.records:,} records selected{_bad(counts.bad)}"
     if options.difficulty is not None:
         line += f"; left out: {counts.too_easy:,} too easy, {counts.too_hard:,} too hard"
     if options.embeddings is not None:

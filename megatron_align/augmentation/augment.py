@@ -63,13 +63,14 @@ class Augmenter:
     Attributes:
         counts: prompts by what became of them: ``augmented``, of them ``cut`` at the longest complement; and those that
             are kept as they are: ``empty`` complement, ``too_long``, ``failed``, ``no_user_turn``, ``unusable`` record.
+        earlier: rows of a file that an earlier process has written; they are not counted.
 
     Raises:
         InputError: there is no such model, or it has no chat template.
     """
 
     def __init__(self, options: AugmentOptions, kept: Path | None = None) -> None:
-        self._options, self.counts = options, Counter[str]()
+        self._options, self.counts, self.earlier = options, Counter[str](), 0
         self._template = load_template(options.template)
         self._model = open_chat(options.model, "augment", options.chat)
         self._asker = Asker(self._model, KeptReplies(kept), FailureBudget(options.failures))
@@ -144,7 +145,8 @@ class Augmenter:
         others = [f"{self.counts[name]:,} {name}" for name in kept if self.counts[name]]
         cut = f" ({self.counts['cut']:,} of the complements cut by length)" if self.counts["cut"] else ""
         left = f"; without complement: {', '.join(others)}" if others else ""
-        return f"{self.counts['augmented']:,} prompts augmented{cut}{left}"
+        before = f" after {self.earlier:,} rows of an earlier process" if self.earlier else ""
+        return f"{self.counts['augmented']:,} prompts augmented{before}{cut}{left}"
 
     def _request(self, record: PromptRecord, text: str) -> Request:
         return Request(
@@ -226,6 +228,7 @@ def augment_file(options: AugmentOptions, prompts: str, out: str) -> Augmenter:
     }
     try:
         with ResumableLines(Path(out), key) as output, progress("augmenting", len(items)) as advance:
+            opened.earlier = output.done
             advance(output.done, 0)
             for start in range(output.done, len(items), CHUNK):
                 rows = opened.rows(items[start : start + CHUNK])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -155,11 +156,16 @@ class EndpointChat:
 
     def reply(self, requests: Sequence[Request], on_reply: OnReply) -> None:
         """See :meth:`.ChatModel.reply`."""
+        stopped = threading.Event()
 
         def one(index: int) -> None:
+            reply = self._reply(requests[index])
+            if stopped.is_set() and isinstance(reply, NoReply):
+                return  # it would have been tried again
             try:
-                on_reply(index, self._reply(requests[index]))
+                on_reply(index, reply)
             except InputError as error:  # the budget is spent: no other request is tried again
+                stopped.set()
                 line = str(error)
                 self._endpoint.gone = lambda: line
                 raise

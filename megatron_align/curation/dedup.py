@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_align.curation.records import TextOf, chunks, read_records, text_of
+from megatron_align.curation.records import BadRecords, TextOf, chunks, read_records
 from megatron_align.data.formats.files import expand
 from megatron_align.data.near_duplicates import NearDuplicates
 from megatron_align.data.store import sha256
@@ -17,13 +17,16 @@ CHUNK = 256  # records between two writes
 
 @dataclass(frozen=True, slots=True)
 class DedupCounts:
-    """Records that were read, and those that were kept."""
+    """Records that were read, those that were kept, and bad ones."""
 
     records: int
     kept: int
+    bad: int = 0
 
 
-def dedup(data: str, out: str, threshold: float, of: TextOf = "prompt") -> DedupCounts:
+def dedup(
+    data: str, out: str, threshold: float, of: TextOf = "prompt", *, skip_bad: bool = False
+) -> DedupCounts:
     """Write the records that are no near duplicate of an earlier one, as they are, in their order.
 
     Args:
@@ -31,22 +34,29 @@ def dedup(data: str, out: str, threshold: float, of: TextOf = "prompt") -> Dedup
         out: JSONL file to write.
         threshold: Jaccard similarity of the texts' shingles from which a record is a duplicate.
         of: which text of a record is compared.
+        skip_bad: leave malformed records out and count them.
 
     Raises:
         InputError: bad data, options or output.
     """
     near = NearDuplicates(threshold)
-    key = {"data": [sha256(file) for file in expand(data)], "duplicates": threshold, "of": of}
+    key = {
+        "data": [sha256(file) for file in expand(data)],
+        "duplicates": threshold,
+        "of": of,
+        "skip_bad": skip_bad,
+    }
     records = kept = 0
+    bad = BadRecords(skip_bad)
     with ResumableLines(Path(out), key) as output:
-        for chunk in chunks(read_records(data), CHUNK):
+        for chunk in chunks(read_records(data, bad, of), CHUNK):
             lines = []
-            for where, raw in chunk:
+            for record in chunk:
                 records += 1
-                if near.add(where, text_of(raw, where, of)) is None:
+                if near.add(record.where, record.text) is None:
                     kept += 1
                     if kept > output.done:  # the others were written before a kill
-                        lines.append(json.dumps(raw, ensure_ascii=False))
+                        lines.append(json.dumps(record.raw, ensure_ascii=False))
             output.append(lines)
         output.finish()
-    return DedupCounts(records, kept)
+    return DedupCounts(records, kept, bad.count)

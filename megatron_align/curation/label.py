@@ -14,7 +14,7 @@ from megatron_align.curation.asking import Asker
 from megatron_align.curation.chat_models import ChatModel, ChatOptions, open_chat
 from megatron_align.curation.open_scorers import open_labels, open_quality
 from megatron_align.curation.raw_prompts import RawPrompt
-from megatron_align.curation.records import TextOf, chunks, read_records, text_of
+from megatron_align.curation.records import BadRecords, TextOf, chunks, read_records
 from megatron_align.curation.scorers import Scorer
 from megatron_align.data.formats.files import expand
 from megatron_align.data.store import sha256
@@ -39,6 +39,7 @@ class LabelOptions:
         labels: FILE.py:FUNCTION, a classifier, URL#NAME or a language model; None: no column category
         categories: among which a model that replies chooses
         of: which text of a record is judged
+        skip_bad: leave malformed records out and count them
         tries: replies that are requested until one can be read
         failures: requests that may fail after all their tries
         chat: how models are reached
@@ -50,6 +51,7 @@ class LabelOptions:
     labels: str | None = None
     categories: tuple[str, ...] = ()
     of: TextOf = "prompt"
+    skip_bad: bool = False
     tries: int = 3
     failures: int = 10
     chat: ChatOptions = field(default_factory=ChatOptions)
@@ -68,6 +70,7 @@ class LabelCounts:
     """Records, and what they were given."""
 
     records: int = 0
+    bad: int = 0
     unscored: int = 0
     categories: Counter[str] = field(default_factory=Counter)  # "" : none could be given
 
@@ -85,15 +88,17 @@ def label(options: LabelOptions) -> LabelCounts:
     require(not out.exists(), f"the output must be a new file, found one: delete it, or name another: {out}")
     replies = out.with_name(f".{out.name}.replies")
     key: dict[str, Any] = {"data": [sha256(file) for file in expand(options.data)], "of": options.of}
+    key |= {"skip_bad": options.skip_bad}
     key |= {"quality": options.quality, "labels": options.labels, "categories": list(options.categories)}
     counts = LabelCounts()
     with ExitStack() as opened:
         scorers = _scorers(options, replies, opened)
         replies.mkdir(parents=True, exist_ok=True)
         output = opened.enter_context(ResumableLines(out, key))
-        for chunk in chunks(read_records(options.data), CHUNK):
-            rows = [dict(raw) for _, raw in chunk]
-            prompts = [RawPrompt(text=text_of(raw, w, options.of), raw=raw, where=w) for w, raw in chunk]
+        bad = BadRecords(options.skip_bad)
+        for chunk in chunks(read_records(options.data, bad, options.of), CHUNK):
+            rows = [dict(record.raw) for record in chunk]
+            prompts = [RawPrompt(text=r.text, raw=r.raw, where=r.where) for r in chunk]
             for column, scorer in scorers.items():
                 for row, value in zip(rows, scorer.values(prompts), strict=True):
                     row[column] = value
@@ -103,6 +108,7 @@ def label(options: LabelOptions) -> LabelCounts:
                 if counts.records > output.done:  # the others were written before a kill
                     lines.append(json.dumps(row, ensure_ascii=False))
             output.append(lines)
+        counts.bad = bad.count
         output.finish()
     for file in replies.iterdir():
         file.unlink()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megatron_align.curation.records import read_records
+from megatron_align.curation.records import BadRecords, read_records
 from megatron_align.errors import InputError, listed, nearest, require
 from megatron_align.storage.atomic_write import commit_folder, partial_folder, require_new
 
@@ -72,7 +72,8 @@ def _split(
     files: dict[str, str] = {}
     with ExitStack() as opened:
         outputs: dict[str, IO[str]] = {}
-        for where, raw in read_records(data):
+        for record in read_records(data, BadRecords()):
+            raw, where = record.raw, record.where
             value = _value(raw.get(by), where, by)
             if value not in outputs:
                 line = f"{where}: field '{by}' must have at most {MOST_VALUES} values, got more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -12,24 +13,61 @@ from megatron_align.errors import InputError
 
 TextOf = Literal["prompt", "record"]
 _Item = TypeVar("_Item")
-Placed = tuple[str, dict[str, Any]]  # file:line, fields
 
 
-def read_records(path: str) -> Iterator[Placed]:
-    """Yield the place and the fields of every record of a file, folder or glob pattern.
+@dataclass(slots=True)
+class BadRecords:
+    """Malformed records, and those without the text by which they are judged: an error, or left out and counted.
+
+    Args:
+        skip: leave them out.
+    """
+
+    skip: bool = False
+    count: int = 0
+
+    def meet(self, error: InputError) -> None:
+        """Count a bad record, or raise its error."""
+        if not self.skip:
+            raise error
+        self.count += 1
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRecord:
+    """A record: its place, its fields, and the text by which it is judged (empty: it is not judged by a text)."""
+
+    where: str
+    raw: dict[str, Any]
+    text: str = ""
+
+
+def read_records(path: str, bad: BadRecords, of: TextOf | None = None) -> Iterator[JudgedRecord]:
+    """Yield every record of a file, folder or glob pattern.
+
+    Args:
+        path: of the data.
+        bad: what happens to malformed records.
+        of: text by which a record is judged; None: none is read.
 
     Raises:
-        InputError: a record is malformed, or there is none; names file and line.
+        InputError: a record is bad, naming file and line, or there is no good one.
     """
     count = 0
     for file in expand(path):
         for where, raw in read_fields(file):
-            if isinstance(raw, InputError):
-                raise raw
+            try:
+                if isinstance(raw, InputError):
+                    raise raw
+                record = JudgedRecord(where, raw, text_of(raw, where, of) if of else "")
+            except InputError as error:
+                bad.meet(error)
+                continue
             count += 1
-            yield where, raw
+            yield record
     if not count:
-        raise InputError(f"{path}: must hold at least one record, got none")
+        found = f"{bad.count} bad ones" if bad.count else "none"
+        raise InputError(f"{path}: must hold at least one record, got {found}")
 
 
 def text_of(raw: dict[str, Any], where: str, of: TextOf) -> str:

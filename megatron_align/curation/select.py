@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_align.curation.clusters import LayeredClusters
 from megatron_align.curation.embeddings import open_embeddings
 from megatron_align.curation.raw_prompts import RawPrompt
-from megatron_align.curation.records import Placed, TextOf, chunks, read_records, text_of
+from megatron_align.curation.records import BadRecords, JudgedRecord, TextOf, chunks, read_records
 from megatron_align.data.formats.fields import number
 from megatron_align.data.formats.files import expand
 from megatron_align.data.store import sha256
@@ -42,6 +40,7 @@ class SelectOptions:
         per_cluster: records that are kept of each cluster of the last layer
         best: field with a number: the highest of a cluster are kept; None: the first
         of: which text of a record is embedded
+        skip_bad: leave malformed records out and count them
         max_tokens: of a text that a model embeds
     """
 
@@ -55,6 +54,7 @@ class SelectOptions:
     per_cluster: int = 1
     best: str | None = None
     of: TextOf = "prompt"
+    skip_bad: bool = False
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
@@ -75,6 +75,7 @@ class SelectCounts:
     """Records, what each step dropped, and clusters by layer."""
 
     records: int = 0
+    bad: int = 0
     too_easy: int = 0
     too_hard: int = 0
     redundant: int = 0
@@ -98,23 +99,26 @@ def select(options: SelectOptions) -> SelectCounts:
         first = SelectCounts() if chosen is not None else counts  # counted in the first pass
         for chunk in chunks(_within(options, first), CHUNK):
             lines = []
-            for index, (_, raw) in chunk:
+            for index, record in chunk:
                 if chosen is not None and index not in chosen:
                     continue
                 written += 1
                 if written > output.done:  # the others were written before a kill
                     more = {} if chosen is None else {CLUSTER: ".".join(map(str, chosen[index]))}
-                    lines.append(json.dumps({**raw, **more}, ensure_ascii=False))
+                    lines.append(json.dumps({**record.raw, **more}, ensure_ascii=False))
             output.append(lines)
         counts.selected = written
         output.finish()
     return counts
 
 
-def _within(options: SelectOptions, counts: SelectCounts) -> Iterator[tuple[int, Placed]]:
-    """Yield the records within the bounds of difficulty, each with its number among all records."""
-    for index, (where, raw) in enumerate(read_records(options.data)):
-        counts.records += 1
+def _within(options: SelectOptions, counts: SelectCounts) -> Iterator[tuple[int, JudgedRecord]]:
+    """Yield the records within the bounds of difficulty, each with its number among all good records."""
+    bad = BadRecords(options.skip_bad)
+    of = None if options.embeddings is None else options.of
+    for index, record in enumerate(read_records(options.data, bad, of)):
+        counts.records, counts.bad = counts.records + 1, bad.count
+        where, raw = record.where, record.raw
         if options.difficulty is not None:
             value = number(raw.get(options.difficulty), where, options.difficulty)
             if options.easiest is not None and value < options.easiest:
@@ -123,7 +127,7 @@ def _within(options: SelectOptions, counts: SelectCounts) -> Iterator[tuple[int,
             if options.hardest is not None and value > options.hardest:
                 counts.too_hard += 1
                 continue
-        yield index, (where, raw)
+        yield index, record
 
 
 def _of_clusters(options: SelectOptions, counts: SelectCounts) -> dict[int, ClusterPath]:
@@ -135,8 +139,11 @@ def _of_clusters(options: SelectOptions, counts: SelectCounts) -> dict[int, Clus
     seen = 0
     with progress("clustering", 0) as advance:
         for chunk in chunks(_within(options, counts), CHUNK):
-            for (index, (where, raw)), vector_D in zip(chunk, _embedded(chunk, embed, options), strict=True):
-                rank = 0.0 if options.best is None else number(raw.get(options.best), where, options.best)
+            prompts = [RawPrompt(text=r.text, raw=r.raw, where=r.where) for _, r in chunk]
+            for (index, record), vector_D in zip(chunk, embed(prompts), strict=True):
+                rank = 0.0
+                if options.best is not None:
+                    rank = number(record.raw.get(options.best), record.where, options.best)
                 kept = best.setdefault(clusters.add(vector_D), [])
                 heapq.heappush(kept, (rank, -index))
                 if len(kept) > options.per_cluster:
@@ -146,11 +153,6 @@ def _of_clusters(options: SelectOptions, counts: SelectCounts) -> dict[int, Clus
     chosen = {-index: path for path, kept in best.items() for _, index in kept}
     counts.clusters, counts.redundant = clusters.counts, seen - len(chosen)
     return chosen
-
-
-def _embedded(chunk: Sequence[tuple[int, Placed]], embed: Any, options: SelectOptions) -> np.ndarray:
-    prompts = [RawPrompt(text=text_of(raw, w, options.of), raw=raw, where=w) for _, (w, raw) in chunk]
-    return np.asarray(embed(prompts))
 
 
 def _identity(options: SelectOptions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_align.errors import InputError, require
 
 SHINGLE = 5  # characters
-PERMUTATIONS = 128  # hash functions: 512 bytes a text
+PERMUTATIONS = 128  # hash functions; the index takes about 11 KB a text
 MISSED = 1e-3  # most of the pairs at the threshold that LSH may miss
 
 

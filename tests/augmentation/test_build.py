@@ -244,7 +244,7 @@ BAD = {
     "threshold": ({"quality": None}, "min_quality needs quality"),
     "duplicates": ({"duplicates": 0}, r"duplicates must be in \(0, 1\]"),
     "examples": ({"examples": "none.jsonl"}, "none.jsonl: must be a data file"),
-    "endpoint": ({"generator": "http://127.0.0.1:9#m"}, "requests failed, 0 are allowed"),
+    "endpoint": ({"generator": "http://127.0.0.1:9#m"}, "^[1-4] requests failed, 0 are allowed; the last: http"),
     "column": ({"labels": "column:"}, "needs the name of a field"),
     "small context": ({"tokenizer": "x", "context": 100}, "must hold a prompt and a complement of 256 tokens"),
 }  # fmt: skip

@@ -44,6 +44,11 @@ def test_dedup_compares_prompts_or_all_texts(tmp_path):
     assert (counts.records, counts.kept) == (3, 2)
     assert rows_of(tmp_path / "prompts.jsonl") == [rows[0], rows[2]]
     assert dedup(data, str(tmp_path / "records.jsonl"), 0.7, "record").kept == 3
+    bad = write(tmp_path / "bad.jsonl", [*rows, {"prompt": ""}, {"id": 3}])
+    with pytest.raises(InputError, match=r"bad.jsonl:4: field 'prompt' must not be empty"):
+        dedup(bad, str(tmp_path / "bad_out.jsonl"), 0.7)
+    counts = dedup(bad, str(tmp_path / "good.jsonl"), 0.7, skip_bad=True)
+    assert (counts.records, counts.kept, counts.bad) == (3, 2, 2)
 
 
 def test_labelling_that_stops_sends_no_request_twice(tmp_path, monkeypatch):
