@@ -131,7 +131,7 @@ def token_scores(
     return score(hidden_NH, targets_N, shard, top_k)
 
 
-def slab_loss(
+def slab_loss(  # noqa: PLR0913 - options that are independent of each other
     hidden_NH: Tensor,
     weight_VH: Tensor,
     targets_N: Tensor,
@@ -139,6 +139,7 @@ def slab_loss(
     loss: SlabFunction,
     *,
     statistics: bool = False,
+    entropy_gradient: bool = False,
     **options: Unpack[GradientOptions],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed loss of all slabs and compute its gradients on the way: 6 NHV in total.
@@ -160,6 +161,8 @@ def slab_loss(
             and detached scalars by name, the same names for every slab. It is called once for each slab, in order,
             on every rank with the same log-probs.
         statistics: also pass the rows' detached ``entropy`` and ``log_sum_square`` to ``loss``; else its dict is empty.
+        entropy_gradient: of a loss that is differentiated by ``entropy`` too, which then has a gradient; with
+            ``statistics``. No further pass: the gradient is added where the logits are overwritten.
         options: as :func:`token_logprobs`.
 
     Returns:
@@ -169,6 +172,10 @@ def slab_loss(
     Raises:
         ValueError: as :func:`token_logprobs`, and on slabs that do not cover the rows.
     """
+    if entropy_gradient and not statistics:
+        raise ValueError(
+            "slab_loss passes the entropy to the loss with statistics=True, got entropy_gradient without"
+        )
     shard = open_shard(hidden_NH, weight_VH, targets_N, **options)
     check_slabs(slabs, hidden_NH.shape[0])
     call = SlabLossCall(
@@ -178,5 +185,6 @@ def slab_loss(
         loss=loss,
         training=torch.is_grad_enabled(),
         statistics=statistics,
+        entropy_gradient=entropy_gradient,
     )
     return SlabLoss.apply(hidden_NH, weight_VH, call), call.sums

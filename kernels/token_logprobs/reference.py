@@ -79,6 +79,8 @@ def slab_loss_reference(
     targets_N: Tensor,
     slabs: Sequence[tuple[int, int]],
     loss: SlabFunction,
+    *,
+    entropy_gradient: bool = False,
     **options: Unpack[LogitOptions],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the summed loss of all slabs from full logits, differentiable. Arguments as :func:`slab_loss`."""
@@ -88,8 +90,10 @@ def slab_loss_reference(
     for i, (start, stop) in enumerate(slabs):
         rows = slice(start, stop)
         statistics = {"entropy": scores.entropy_N, "log_sum_square": scores.log_sum_square_N}
-        detached = {name: values_N[rows].detach() for name, values_N in statistics.items()}
-        value, sums = loss(i, scores.logprobs_N[rows], detached)
+        given = {name: values_N[rows].detach() for name, values_N in statistics.items()}
+        if entropy_gradient:
+            given["entropy"] = scores.entropy_N[rows]
+        value, sums = loss(i, scores.logprobs_N[rows], given)
         total = total + value
         totals = {
             name: combine_sums(name, totals[name], amount.detach()) if name in totals else amount.detach()

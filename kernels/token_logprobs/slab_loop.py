@@ -32,6 +32,7 @@ class SlabLossCall:
     loss: SlabFunction
     training: bool
     statistics: bool
+    entropy_gradient: bool = False
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -85,7 +86,7 @@ def _run_slab(
         local_n = shard.local_targets(call.targets_N[rows])
         logits_nV = slab.project(hidden_NH[rows])
         per_piece.append(row_statistics(logits_nV, local_n, shard, more=call.statistics))
-    value, grad_n = _evaluate(call, i, per_piece, gradients is not None)
+    value, grad_n, entropy_grad_n = _evaluate(call, i, per_piece, gradients is not None)
     if gradients is None or grad_n is None:
         return value
     # In reverse: the last piece's logits are still in the buffer, so a slab of one piece is projected only once.
@@ -93,28 +94,33 @@ def _run_slab(
         local_n = shard.local_targets(call.targets_N[rows])
         if rows is not pieces[-1]:
             logits_nV = slab.project(hidden_NH[rows])
-        piece_grad_n = grad_n[rows.start - pieces[0].start : rows.stop - pieces[0].start]
-        overwrite_by_dlogits(logits_nV, local_n, piece_grad_n, statistics, shard)
+        piece = slice(rows.start - pieces[0].start, rows.stop - pieces[0].start)
+        of_entropy_n = None if entropy_grad_n is None else entropy_grad_n[piece]
+        overwrite_by_dlogits(logits_nV, local_n, grad_n[piece], statistics, shard, of_entropy_n)
         gradients.add(rows, logits_nV, hidden_NH[rows], shard.hidden_grad_group)
     return value
 
 
 def _evaluate(
     call: SlabLossCall, i: int, per_piece: list[RowStatistics], training: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Evaluate the loss on slab ``i``; return its value and, in training, the gradient of the log-probs."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Evaluate the loss on slab ``i``; return its value and, in training, the gradients of log-probs and entropies."""
     logprob_n = torch.cat([statistics.logprob_n for statistics in per_piece])
     names = per_piece[0].extra
     extra = {name: torch.cat([statistics.extra[name] for statistics in per_piece]) for name in names}
+    inputs = [logprob_n, *([extra["entropy"]] if call.entropy_gradient else [])]
+    gradients: list[Tensor | None] = [None, None]
     with torch.set_grad_enabled(training):
-        logprob_n.requires_grad_(training)
+        for each_n in inputs:
+            each_n.requires_grad_(training)
         value, sums = call.loss(i, logprob_n, extra)
-        grad_n = None
         if training:
-            grad_n = torch.zeros_like(logprob_n)
+            gradients[: len(inputs)] = [torch.zeros_like(each_n) for each_n in inputs]
             if value.requires_grad:  # false if the slab has no rows or the loss ignores them
-                [grad_n] = torch.autograd.grad(value, [logprob_n], allow_unused=True, materialize_grads=True)
+                gradients[: len(inputs)] = torch.autograd.grad(
+                    value, inputs, allow_unused=True, materialize_grads=True
+                )
     for name, amount in sums.items():
         found = call.sums.get(name)
         call.sums[name] = amount.detach() if found is None else combine_sums(name, found, amount.detach())
-    return value.detach(), grad_n
+    return value.detach(), gradients[0], gradients[1]

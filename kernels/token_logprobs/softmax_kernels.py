@@ -116,6 +116,8 @@ def _dlogits_kernel(
     logits_ptr,
     target_ptr,
     grad_ptr,
+    mean_ptr,
+    entropy_grad_ptr,
     max_ptr,
     log_sum_ptr,
     stride,
@@ -124,20 +126,31 @@ def _dlogits_kernel(
     inverse_temperature,
     softcap,
     SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Overwrite ``[row, block of columns]`` by ``grad (onehot - softmax) d logit / d x``; padding columns by 0."""
+    """Overwrite ``[row, block of columns]`` by ``grad (onehot - softmax) d logit / d x``; padding columns by 0.
+
+    With ENTROPY add the entropy's gradient, ``-entropy_grad softmax (l - max - mean) d logit / d x``, where mean is
+    that of ``l - max`` under the softmax: log softmax + entropy, without their large common part.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = logits_ptr + row * stride + column
     x = tl.load(at, mask=column < real, other=0.0)
     logit, slope = _logit(x.to(tl.float32), inverse_temperature, softcap, SOFTCAP)
     grad = tl.load(grad_ptr + row)
-    softmax = tl.exp((logit - tl.load(max_ptr + row)) - tl.load(log_sum_ptr + row))
+    gap = logit - tl.load(max_ptr + row)
+    softmax = tl.exp(gap - tl.load(log_sum_ptr + row))
     onehot = tl.where(column == tl.load(target_ptr + row), 1.0, 0.0)
     change = grad * inverse_temperature * slope * (onehot - softmax)
+    ignored = grad == 0.0
+    if ENTROPY:
+        entropy_grad = tl.load(entropy_grad_ptr + row)
+        change -= entropy_grad * inverse_temperature * slope * softmax * (gap - tl.load(mean_ptr + row))
+        ignored = ignored & (entropy_grad == 0.0)
     # A row with zero gradient contributes nothing, whatever its logits are: 0 * inf would be NaN.
-    change = tl.where(grad == 0.0, 0.0, tl.where(column < real, change, 0.0))
+    change = tl.where(ignored, 0.0, tl.where(column < real, change, 0.0))
     tl.store(at, change.to(x.dtype), mask=column < rows_here)
 
 
@@ -171,7 +184,12 @@ def triton_statistics(logits_nV: Tensor, local_n: Tensor, shard: VocabShard, *, 
 
 
 def triton_overwrite(
-    logits_nV: Tensor, local_n: Tensor, grad_n: Tensor, max_2n: Tensor, shard: VocabShard
+    logits_nV: Tensor,
+    local_n: Tensor,
+    grad_n: Tensor,
+    max_2n: Tensor,
+    shard: VocabShard,
+    entropy_2n: Tensor | None = None,
 ) -> None:
     """Overwrite the projection by the loss's gradient with respect to it, in one pass.
 
@@ -181,6 +199,8 @@ def triton_overwrite(
         grad_n: fp32, the gradient with respect to each log-prob.
         max_2n: fp32, maximum, and log of the sum of exponentials, over all ranks.
         shard: as in :func:`triton_statistics`.
+        entropy_2n: fp32, mean of ``l - maximum`` under each row's softmax over all ranks, and the gradient with respect
+            to its entropy; None: it has none.
     """
     n, rows_here = logits_nV.shape
     if n:
@@ -188,6 +208,7 @@ def triton_overwrite(
             logits_nV,
             local_n,
             grad_n,
+            *(max_2n if entropy_2n is None else entropy_2n),  # not read without ENTROPY
             max_2n[0],
             max_2n[1],
             logits_nV.stride(0),
@@ -196,6 +217,7 @@ def triton_overwrite(
             1.0 / shard.temperature,
             shard.softcap or 1.0,
             SOFTCAP=shard.softcap is not None,
+            ENTROPY=entropy_2n is not None,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )

@@ -28,6 +28,9 @@ class RowStatistics(NamedTuple):
     # Maximum, and log of sum exp(l - maximum): separate, as adding them would round the second away.
     max_2n: Tensor
     extra: dict[str, Tensor]  # entropy, log_sum_square; empty unless requested
+    mean_n: Tensor | None = (
+        None  # of l - maximum under the softmax: log of the sum, less the entropy; with these
+    )
 
 
 def row_statistics(
@@ -41,12 +44,13 @@ def row_statistics(
     else:
         most_n, sum_n, target_n, *rest = _combine(shard.all_gather(part_Sn))
     log_sum_n = sum_n.log()
-    extra = {}
+    extra, mean_n = {}, None
     if more:
         squares_n, moment_n = rest
-        extra["entropy"] = log_sum_n - moment_n / sum_n
+        mean_n = moment_n / sum_n
+        extra["entropy"] = log_sum_n - mean_n
         extra["log_sum_square"] = squares_n.log() - 2 * log_sum_n
-    return RowStatistics(target_n - most_n - log_sum_n, torch.stack([most_n, log_sum_n]), extra)
+    return RowStatistics(target_n - most_n - log_sum_n, torch.stack([most_n, log_sum_n]), extra, mean_n)
 
 
 def _combine(parts_RSn: Tensor) -> list[Tensor]:
@@ -66,13 +70,20 @@ def _combine(parts_RSn: Tensor) -> list[Tensor]:
 
 
 def overwrite_by_dlogits(
-    logits_nV: Tensor, local_n: Tensor, grad_n: Tensor, statistics: RowStatistics, shard: VocabShard
+    logits_nV: Tensor,
+    local_n: Tensor,
+    grad_n: Tensor,
+    statistics: RowStatistics,
+    shard: VocabShard,
+    entropy_grad_n: Tensor | None = None,
 ) -> None:
-    """Overwrite the projection by its gradient, given ``grad_n``, the gradient of the log-probs."""
-    if uses_triton(logits_nV):
-        triton_overwrite(logits_nV, local_n, grad_n, statistics.max_2n, shard)
-    else:
-        torch_overwrite(logits_nV, local_n, grad_n, statistics.max_2n, shard)
+    """Overwrite the projection by its gradient, given the gradients of the log-probs and, if any, of the entropies."""
+    overwrite = triton_overwrite if uses_triton(logits_nV) else torch_overwrite
+    entropy_2n = None
+    if entropy_grad_n is not None:
+        assert statistics.mean_n is not None, "the loss was given entropies"
+        entropy_2n = torch.stack([statistics.mean_n, entropy_grad_n])
+    overwrite(logits_nV, local_n, grad_n, statistics.max_2n, shard, entropy_2n)
 
 
 def _few_rows(logits_nV: Tensor) -> Iterator[slice]:
@@ -114,21 +125,34 @@ def torch_statistics(logits_nV: Tensor, local_n: Tensor, shard: VocabShard, *, m
 
 
 def torch_overwrite(
-    logits_nV: Tensor, local_n: Tensor, grad_n: Tensor, max_2n: Tensor, shard: VocabShard
+    logits_nV: Tensor,
+    local_n: Tensor,
+    grad_n: Tensor,
+    max_2n: Tensor,
+    shard: VocabShard,
+    entropy_2n: Tensor | None = None,
 ) -> None:
     """PyTorch version of :func:`triton_overwrite`; any dtype."""
     grad_n = grad_n / shard.temperature
     here_n = (local_n >= 0) & (local_n < shard.real_rows)
     column_n, onehot_n = local_n.where(here_n, 0), grad_n * here_n
+    ignored_n = grad_n == 0
+    if entropy_2n is not None:
+        mean_n, entropy_grad_n = entropy_2n[0], entropy_2n[1] / shard.temperature
+        ignored_n = ignored_n & (entropy_grad_n == 0)
     logits_nV[:, shard.real_rows :] = 0.0
     if shard.real_rows == 0:
         return
     for rows in _few_rows(logits_nV):
         x = to_logits(logits_nV[rows, : shard.real_rows], shard)
         slope = None if shard.softcap is None else 1 - (x * (shard.temperature / shard.softcap)).square_()
-        x.sub_(max_2n[0, rows, None]).sub_(max_2n[1, rows, None]).exp_().mul_(-grad_n[rows, None])
+        x.sub_(max_2n[0, rows, None])
+        factor = grad_n[rows, None]
+        if entropy_2n is not None:
+            factor = (x - mean_n[rows, None]).mul_(entropy_grad_n[rows, None]).add_(factor)
+        x.sub_(max_2n[1, rows, None]).exp_().mul_(-factor)
         x.scatter_add_(1, column_n[rows, None], onehot_n[rows, None])
         if slope is not None:
             x.mul_(slope)
         # A row with zero gradient contributes nothing, whatever its logits are: 0 * inf would be NaN.
-        logits_nV[rows, : shard.real_rows] = x.masked_fill_(grad_n[rows, None] == 0, 0.0)
+        logits_nV[rows, : shard.real_rows] = x.masked_fill_(ignored_n[rows, None], 0.0)

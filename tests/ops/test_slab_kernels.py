@@ -17,7 +17,16 @@ from megatron_align.kernels.token_logprobs.vocab_parallel_softmax import (
 from megatron_align.kernels.token_logprobs.vocab_shard import VocabShard
 from tests.harness.compiled import compiling_for
 from tests.harness.interpreter import DEVICE, DTYPES, GPU
-from tests.harness.logprobs import PairLoss, StatisticsLoss, assert_within, cut, draw, exactly, gradients
+from tests.harness.logprobs import (
+    EntropyLoss,
+    PairLoss,
+    StatisticsLoss,
+    assert_within,
+    cut,
+    draw,
+    exactly,
+    gradients,
+)
 from tests.harness.marks import mark_slow
 
 SLACK = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -57,15 +66,21 @@ def test_statistics(dtype, columns, real, options, scale):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.mark.parametrize("columns, real", COLUMNS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_overwrite(dtype, columns, real, options):
+@pytest.mark.parametrize("of_entropy", [False, True], ids=["logprobs", "entropies"])
+def test_overwrite(of_entropy, dtype, columns, real, options):
     """In place; padding columns become 0; rows around the slab stay; a row without gradient becomes 0."""
     logits, local, shard = random_slab(columns, real, dtype, 3.0, **options)
-    found = row_statistics(logits[1:6].double(), local, shard)
-    grad = torch.tensor([0.5, -2.0, 1.0, 0.3, 0.0], device=DEVICE)
+    found = row_statistics(logits[1:6].double(), local, shard, more=True)
+    grad = torch.tensor([0.5, -2.0, 1.0, 0.0 if of_entropy else 0.3, 0.0], device=DEVICE)
+    entropy = [None, None]
+    if of_entropy:
+        both = torch.stack([found.mean_n, grad.double().flip(0) - grad[0] + 0.5 * grad.sign()])
+        both[1, -1] = 0.0
+        entropy = [both, both.float()]
     want = logits[1:6].double()
-    torch_overwrite(want, local, grad.double(), found.max_2n, shard)
+    torch_overwrite(want, local, grad.double(), found.max_2n, shard, entropy[0])
     logits[5, : max(real, 1)] = float("inf")
-    triton_overwrite(logits[1:6], local, grad, found.max_2n.float(), shard)
+    triton_overwrite(logits[1:6], local, grad, found.max_2n.float(), shard, entropy[1])
     assert logits[[0, 6]].isnan().all()
     torch.testing.assert_close(logits[1:6].double(), want, rtol=SLACK[dtype], atol=1e-6)
     assert (logits[1:6, real:] == 0).all()
@@ -74,23 +89,24 @@ def test_overwrite(dtype, columns, real, options):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-@pytest.mark.parametrize("kind", [PairLoss, StatisticsLoss])
+@pytest.mark.parametrize("kind", [PairLoss, StatisticsLoss, EntropyLoss])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slab_loss_runs_on_them(dtype, kind, options, monkeypatch):
     """The complete engine: 21 rows in slabs of up to 8, a limit of 5, so that some are projected twice."""
     tensors = draw(21, 24, 4200, dtype, device=DEVICE)
     monkeypatch.setitem(slab.SLAB_BYTES, DEVICE, 5 * 4200 * tensors[1].element_size())
     slabs = cut(21, [3, 8, 1])
-    flags = {"statistics": True} if kind is StatisticsLoss else {}
+    flags = {} if kind is PairLoss else {"statistics": True}
+    same = {"entropy_gradient": True} if kind is EntropyLoss else {}
     launched = []
     run = triton_overwrite
     monkeypatch.setattr(
         vocab_parallel_softmax, "triton_overwrite", lambda *args: (launched.append(1), run(*args))
     )
-    got, _ = gradients(slab_loss, tensors, slabs, kind(slabs), **flags, **options)
+    got, _ = gradients(slab_loss, tensors, slabs, kind(slabs), **flags, **same, **options)
     assert launched
     same, truth = (
-        gradients(slab_loss_reference, t, slabs, kind(slabs), **options)[0]
+        gradients(slab_loss_reference, t, slabs, kind(slabs), **same, **options)[0]
         for t in (tensors, exactly(tensors))
     )
     # Of the sum: PyTorch adds 4,200 products in another order for 3 rows than for the reference's 21.
@@ -130,5 +146,6 @@ def test_compiles_without_spills(options, dtype, chip):
         triton_statistics(logits, local, shard, more=False)
         triton_statistics(logits, local, shard, more=True)
         triton_overwrite(logits, local, torch.empty(4), torch.empty(2, 4), shard)
-    assert len(built) == 3
+        triton_overwrite(logits, local, torch.empty(4), torch.empty(2, 4), shard, torch.empty(2, 4))
+    assert len(built) == 4
     assert not [fault for kernel in built if (fault := kernel.fault(tensor_core=False, registers=128))]

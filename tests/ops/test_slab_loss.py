@@ -10,6 +10,7 @@ from megatron_align.kernels.token_logprobs import slab
 from tests.harness import kernel_ranks
 from tests.harness.logprobs import (
     Costs,
+    EntropyLoss,
     PairLoss,
     StatisticsLoss,
     TokenLoss,
@@ -38,19 +39,22 @@ OPTIONS = {"plain": {}, "temperature": {"temperature": 0.7}, "softcap": {"softca
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-@pytest.mark.parametrize("kind", ["token", "pair", "statistics"])
+@pytest.mark.parametrize("kind", ["token", "pair", "statistics", "entropy"])
 @pytest.mark.parametrize("shape", [(252, 507, 123), (3, 47, 31), (1, 8, 1)])
 def test_equals_the_loss_of_full_logits(shape, kind, options, slab_of):
     """Slabs of 3 to 60 rows and a limit of 20: some are one piece, some are projected again."""
     tensors = draw(*shape)
     slabs = cut(shape[0], [3, 60, 20, 41, 7])
     loss = TokenLoss(shape[0], slabs) if kind == "token" else PairLoss(slabs)
-    flags = {}
+    flags, same = {}, {}
     if kind == "statistics":
         loss, flags = StatisticsLoss(slabs), {"statistics": True}
+    if kind == "entropy":
+        loss, same = EntropyLoss(slabs), {"entropy_gradient": True}
+        flags = {"statistics": True, **same}
     slab_of(tensors[1], 20)
     got, got_sums = gradients(slab_loss, tensors, slabs, loss, **options, **flags)
-    want, want_sums = gradients(slab_loss_reference, tensors, slabs, loss, **options)
+    want, want_sums = gradients(slab_loss_reference, tensors, slabs, loss, **options, **same)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     assert got_sums.pop("recomputed_samples") == sum(stop - start > 20 for start, stop in slabs)
     torch.testing.assert_close(got_sums, want_sums, rtol=1e-9, atol=1e-12)
@@ -85,6 +89,26 @@ def test_error_is_within_that_of_the_same_dtype_reference(shape, dtype, slack, s
         )
     )
     assert_within(got, same, truth, slack)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
+def test_error_of_the_entropys_gradient(dtype, slack, scale):
+    """Where almost nothing is certain, and where almost everything is: the entropy is then 0 but for rounding."""
+    tensors = draw(40, 64, 5003, dtype, scale=SCALES[scale])
+    slabs = [(0, 40)]
+    flags = {"entropy_gradient": True}
+    got = gradients(slab_loss, tensors, slabs, EntropyLoss(slabs), statistics=True, **flags)[0]
+    same, truth = (
+        gradients(slab_loss_reference, inputs, slabs, EntropyLoss(slabs), **flags)[0]
+        for inputs in (tensors, exactly(tensors))
+    )
+    assert_within(got, same, truth, slack)
+
+
+def test_an_entropy_that_is_not_passed_has_no_gradient():
+    with pytest.raises(ValueError, match="statistics=True, got entropy_gradient without"):
+        slab_loss(*draw(6, 8, 10), [(0, 6)], EntropyLoss([0]), entropy_gradient=True)
 
 
 @pytest.mark.slow
