@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_align.config import RunConfig
     from megatron_align.cost.search import Candidate
     from megatron_align.cost.work import WorkOf
+    from megatron_align.data.sample_table import SampleTable
     from megatron_align.model.families import ModelShape
     from megatron_align.tools.command import Parser
 
@@ -47,6 +48,7 @@ def run(arguments: list[str]) -> int:
     from megatron_align.errors import InputError
     from megatron_align.objectives.configuration import parse
     from megatron_align.tools.plan_text import configured_layout, head, nothing_fits, table
+    from megatron_align.training.online_costs import online_costs
 
     config = parse(["--config", options.config, *changes])
     if options.write and Path(options.write).exists():
@@ -55,6 +57,7 @@ def run(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         work, source, known = _work(config, folder)
         steps, epochs = known or (config.train.steps, None)
+        ptx = _ptx(config, folder)
         request = PlanRequest(
             config=config,
             shape=shape,
@@ -65,6 +68,7 @@ def run(arguments: list[str]) -> int:
             efficiency=options.efficiency,
             steps=steps,
             epochs=epochs,
+            online=online_costs(config, ptx),
         )
         print(head(request, options.chip, source))
         print(configured_layout(request))
@@ -140,6 +144,30 @@ def _shape(config: RunConfig) -> ModelShape:
 def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str, tuple[int, float] | None]:
     """Return the work of a step, a description of the lengths it is based on, and, with data, steps and epochs."""
     from megatron_align.cost.work import full_packs, of_store, steps_and_epochs
+
+    table, about = _table(config, "train", folder)
+    if table is None:
+        full = (
+            f"every pack is assumed to be one document of {config.data.sequence_length:,} tokens, all scored"
+        )
+        return full_packs(config), f"{about}: {full}", None
+    return of_store(table, config), about, steps_and_epochs(table, config)
+
+
+def _ptx(config: RunConfig, folder: str) -> WorkOf | None:
+    """Return the work of the supervised samples of a step; None: the run has none, or their lengths are not known."""
+    from megatron_align.cost.work import of_ptx
+
+    table, about = _table(config, "ptx", folder)
+    if table is None:
+        if about:
+            print(f"warning: {about}: the samples of objective.ptx are not counted")
+        return None
+    return of_ptx(table, config)
+
+
+def _table(config: RunConfig, split: str, folder: str) -> tuple[SampleTable | None, str]:
+    """Return tokenised data, and what they are; None: there are none, or why they are not read."""
     from megatron_align.data.formats.files import expand
     from megatron_align.data.store import TokenStore
     from megatron_align.data.tokenize.cache_key import StoreSpec
@@ -148,29 +176,27 @@ def _work(config: RunConfig, folder: str) -> tuple[WorkOf, str, tuple[int, float
     from megatron_align.rollout.prompt_table import open_prompts
     from megatron_align.training.setup import generates, locate
 
+    name = "objective.ptx.data" if split == "ptx" else f"data.{split}"
     _, assets = locate(config.model.path, weights=False)
-    spec = StoreSpec.of_run(config, "train", str(assets))
-    assert spec is not None, "data.train has no default"
-    full = f"every pack is assumed to be one document of {config.data.sequence_length:,} tokens, all scored"
+    spec = StoreSpec.of_run(config, split, str(assets))
+    if spec is None:
+        return None, ""
     try:
         size = sum(os.path.getsize(file) for source in spec.sources for file in expand(source))
     except InputError:
-        return full_packs(config), f"data.train does not exist: {full}", None
+        return None, f"{name} does not exist"
     if not list(Path(assets).glob("tokenizer*")):
-        return full_packs(config), f"model.path has no tokenizer: {full}", None
-    if generates(config):
+        return None, "model.path has no tokenizer"
+    if split == "train" and generates(config):
         prompts, tokens = open_prompts(config.data, config.rollout, str(assets)), config.rollout.max_tokens
         about = f"{len(prompts):,} prompts, each with {prompts.completions} completions of {tokens:,} tokens"
-        return of_store(prompts, config), about, steps_and_epochs(prompts, config)
+        return prompts, about
     if Path(spec.cache).is_dir() and (path := spec.path(spec.inputs())).exists():
-        store, about = TokenStore(path), f"lengths of the tokenised data in {path}"
-    elif size > SMALL_BYTES:
-        large = "data.train is large and not tokenised yet (megatron-align prepare)"
-        return full_packs(config), f"{large}: {full}", None
-    else:
-        store = TokenStore(prepare(dataclasses.replace(spec, cache=folder)))
-        about = f"lengths of data.train, {len(store):,} samples"
-    return of_store(store, config), about, steps_and_epochs(store, config)
+        return TokenStore(path), f"lengths of the tokenised data in {path}"
+    if size > SMALL_BYTES:
+        return None, f"{name} is large and not tokenised yet (megatron-align prepare)"
+    store = TokenStore(prepare(dataclasses.replace(spec, cache=folder)))
+    return store, f"lengths of {name}, {len(store):,} samples"
 
 
 def _write(file: str, config: RunConfig, chosen: Candidate) -> None:

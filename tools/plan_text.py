@@ -20,6 +20,7 @@ from megatron_align.cost.text import (
     duration,
     layout,
     memory_table,
+    online_text,
     recomputation,
     step_text,
     trained_text,
@@ -81,6 +82,7 @@ def step_lines(request: PlanRequest, one: Candidate) -> list[str]:
     seconds = one.time.total
     lines = [
         step_text(placement, work, flops),
+        *online_text(request.online.flops(request.config, placement, work)),
         f"each rank  sends {_mib(moved.tensor)} tensor and {_mib(moved.context)} context a layer and micro-batch, "
         f"{_mib(moved.pipeline)} to the next stage a micro-batch, {_mib(moved.data)} data a step",
         f"estimated  {seconds:.3g} s a step, {work.tokens / seconds:,.0f} tokens/s, "

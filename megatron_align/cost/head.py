@@ -35,6 +35,16 @@ def _adapted_head(placement: Placement) -> int:
     return columns * (shape.hidden_size + adapter.rank) * (placement.itemsize + 4)
 
 
+def column_bytes(placement: Placement, scored_rows: int, top_k: int) -> int:
+    """Return the bytes of the reference's likeliest tokens of each row, and of the loss on them.
+
+    Tokens (int32, and int64 as indices) and logits of the reference, its logits and the policy's in fp32, their
+    gradient.
+    """
+    rows = -(-scored_rows // placement.parallel.context)
+    return rows * top_k * (4 + 8 + placement.itemsize + 3 * 4)
+
+
 def slab_bytes(placement: Placement, scored_rows: int) -> int:
     """Return the bytes of a slab of logits on one tensor-parallel rank."""
     columns = padded_vocab(placement.shape.vocab_size, placement.parallel.tensor) // placement.parallel.tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_align.cost.activations import boundary_bytes, layer_workspace, stage_bytes
-from megatron_align.cost.head import head_bytes
+from megatron_align.cost.head import column_bytes, head_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, state_bytes
 
@@ -29,7 +29,9 @@ class StageMemory:
         temporary: the larger of a layer's backward pass (with the layers recomputed for it) and the head's slab
             of logits.
         communication: buffers that collectives gather into.
-        engine: the copy of the model that a generation engine in this process holds, without its key/value cache.
+        engine: the copy of the model that a generation engine in this process holds.
+        cache: that engine's keys and values, at most, while it generates.
+        rewards: weights of reward models.
         critic: weights, gradients and optimizer shard of a critic; its activations come after the policy's are freed.
     """
 
@@ -41,6 +43,8 @@ class StageMemory:
     temporary: int
     communication: int
     engine: int = 0
+    cache: int = 0
+    rewards: int = 0
     critic: int = 0
 
     @property
@@ -55,7 +59,13 @@ class StageMemory:
 
 
 def stage_memory(
-    placement: Placement, stage: int, tokens: int, micro_batches: int, *, live_reference: bool = False
+    placement: Placement,
+    stage: int,
+    tokens: int,
+    micro_batches: int,
+    *,
+    live_reference: bool = False,
+    top_k: int = 0,
 ) -> StageMemory:
     """Return the memory of each rank of a pipeline stage.
 
@@ -65,12 +75,13 @@ def stage_memory(
         tokens: padded length of a pack; every token is assumed to be scored, an upper bound.
         micro_batches: per step and data-parallel rank.
         live_reference: whether ``reference.mode`` is ``live``.
+        top_k: the reference's likeliest tokens that the loss reads of each scored row.
     """
     state = state_bytes(placement, stage)
     activations = stage_bytes(placement, stage, tokens, micro_batches)
     layer = activations.recomputed + layer_workspace(placement, tokens)
     ends = placement.chunks(stage)[-1].ends
-    head = head_bytes(placement, tokens, tokens) if ends else 0
+    head = head_bytes(placement, tokens, tokens) + column_bytes(placement, tokens, top_k) if ends else 0
     gathered = placement.sequence_ranks > 1
     return StageMemory(
         parameters=state.parameters,

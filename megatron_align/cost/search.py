@@ -11,8 +11,9 @@ from megatron_align.config import RunConfig
 from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.chips import Chip
 from megatron_align.cost.memory import StageMemory, stage_memory
+from megatron_align.cost.online import OnlineCosts, engine_bytes
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.state import parameter_count, state_bytes
+from megatron_align.cost.state import state_bytes
 from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
 from megatron_align.cost.work import CRITIC_PASSES, Work, WorkOf, mean, scoring_passes
 from megatron_align.errors import InputError
@@ -21,7 +22,7 @@ from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.policy import transformer_config
-from megatron_align.objectives.registry import has_critic, reference_mode
+from megatron_align.objectives.registry import build_objective, has_critic, reference_mode
 
 HEADROOM = (
     0.08  # share of a GPU's memory that should stay free: temporaries and fragmentation are not measured
@@ -71,6 +72,7 @@ class PlanRequest:
         efficiency: see :func:`megatron_align.cost.time.step_time`.
         steps: of the run; None: not known, as it follows from data that are not tokenised.
         epochs: passes over the data; None: not known.
+        online: what a run on rollouts adds.
     """
 
     config: RunConfig
@@ -82,6 +84,7 @@ class PlanRequest:
     efficiency: float = EFFICIENCY
     steps: int | None = None
     epochs: float | None = None
+    online: OnlineCosts = field(default_factory=OnlineCosts)
     adapter: Adapter | None = field(init=False)
     frozen: frozenset[str] = field(init=False)
 
@@ -95,29 +98,41 @@ def evaluate(request: PlanRequest, placement: Placement) -> Candidate:
     """Return the cost of a placement with its own ``recompute_layers``."""
     work = mean(request.work(placement))
     config = request.config
+    time = time_of(config, placement, work, request.chip, request.efficiency)
+    other = request.online.seconds(config, placement, work, request.chip, request.efficiency)
     return Candidate(
         placement=placement,
         work=work,
-        memory=memory_of(config, placement, work.micro_batches),
-        time=time_of(config, placement, work, request.chip, request.efficiency),
+        memory=memory_of(config, placement, work.micro_batches, request.online),
+        time=replace(time, other=other),
         peak_unless_recomputed=None,
     )
 
 
-def memory_of(config: RunConfig, placement: Placement, micro_batches: int) -> tuple[StageMemory, ...]:
-    """Return the memory of each stage for packs of the maximum length."""
+def memory_of(
+    config: RunConfig, placement: Placement, micro_batches: int, online: OnlineCosts | None = None
+) -> tuple[StageMemory, ...]:
+    """Return the memory of each stage for packs of the maximum length; ``online``: with reward models.
+
+    Raises:
+        InputError: the layout does not divide the layers of a reward model.
+    """
     multiple = placement.token_multiple
     tokens = -(-config.data.sequence_length // multiple) * multiple
     # An adapter's reference is the policy with the adapter off.
     live = reference_mode(config) == "live" and (
         placement.adapter is None or config.reference.path is not None
     )
-    engine = engine_bytes(config, placement)
+    ptx = getattr(config.objective, "ptx", None)
+    top_k = max(build_objective(config.objective).top_k, ptx.columns if ptx else 0)
+    engine, cache = engine_bytes(config, placement)
     critic = placement.as_critic() if has_critic(config) else None
     return tuple(
         replace(
-            stage_memory(placement, stage, tokens, micro_batches, live_reference=live),
+            stage_memory(placement, stage, tokens, micro_batches, live_reference=live, top_k=top_k),
             engine=engine,
+            cache=cache,
+            rewards=0 if online is None else online.reward_bytes(placement, stage),
             critic=state_bytes(critic, stage).total if critic is not None else 0,
         )
         for stage in range(placement.parallel.pipeline)
@@ -132,14 +147,6 @@ def time_of(
     if not has_critic(config):
         return time
     return time + step_time(placement.as_critic(), work, chip, CRITIC_PASSES, efficiency)
-
-
-def engine_bytes(config: RunConfig, placement: Placement) -> int:
-    """Return the bytes of the model that a rank's generation engine holds; 0: the run has no engine of its own."""
-    generates = getattr(config.objective, "minibatches", None) is not None
-    if not generates or config.rollout.engine != "transformers":
-        return 0
-    return parameter_count(placement.shape) * placement.itemsize
 
 
 def candidates(request: PlanRequest) -> list[Candidate]:
@@ -253,7 +260,8 @@ def _placement(
             frozen=request.frozen,
         )
         # divisibility does not depend on the precision
-        transformer_config(request.shape, parallel, torch.bfloat16)
+        for shape in (request.shape, *(model.shape for model in request.online.reward_models)):
+            transformer_config(shape, parallel, torch.bfloat16)
     except InputError:
         return None
     return placement

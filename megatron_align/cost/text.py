@@ -49,7 +49,7 @@ def trained_text(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[s
 
 def memory_table(memory: tuple[StageMemory, ...]) -> str:
     """Return a table of the GiB per rank of each pipeline stage; equal neighbouring stages share a line."""
-    optional = ("engine", "critic")  # of some runs only
+    optional = ("engine", "cache", "rewards", "critic")  # of some runs only
     parts = tuple(part for part in PARTS if part not in optional or any(getattr(one, part) for one in memory))
     rows = [("stage", *parts, "total")]
     first = 0
@@ -70,6 +70,15 @@ def step_text(placement: Placement, work: Work, flops: StepFlops) -> str:
         f"on each of {placement.data} data-parallel ranks, {1 - work.tokens / work.padded_tokens:.1%} padding\n"
         f"FLOPs      {flops.model:.4g} required by the model, {flops.executed:.4g} executed"
     )
+
+
+def online_text(costs: dict[str, StepFlops]) -> list[str]:
+    """Describe the further operations of a step on rollouts, a line for each cause."""
+    return [
+        f"{name.partition(' ')[0]:10} {of.executed:.4g} FLOPs executed besides these"
+        + (f", forward of {name.partition(' ')[2]}" if " " in name else ", on supervised samples")
+        for name, of in costs.items()
+    ]
 
 
 def columns(rows: Sequence[tuple[str, ...]], *, last_is_text: bool = False) -> str:

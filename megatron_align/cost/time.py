@@ -40,6 +40,7 @@ class StepTime:
         pipeline: hidden states sent between stages.
         data: gradient reduction and weight all-gather.
         update: optimizer update.
+        other: scoring by reward models, and supervised samples, of a run on rollouts.
     """
 
     compute: float
@@ -49,6 +50,7 @@ class StepTime:
     pipeline: float
     data: float
     update: float
+    other: float = 0.0
 
     @property
     def total(self) -> float:

@@ -23,6 +23,7 @@ from megatron_align.cost.placement import Placement
 from megatron_align.data.batching.attention_cost import visible_keys
 from megatron_align.data.batching.packing import PackOptions, packed_lengths, plan_samples
 from megatron_align.data.batching.rollout_order import train_order
+from megatron_align.data.batching.sampler import EpochOrder, SampleSteps
 from megatron_align.data.batching.step_batches import StepCounts, scored_rows
 from megatron_align.data.sample_table import SampleTable
 from megatron_align.objectives.base import SCORED_BY
@@ -133,6 +134,37 @@ def of_store(store: SampleTable, config: RunConfig) -> WorkOf:
             micro_batch_multiple=placement.micro_batch_multiple,
         )
         return packed(placement.data, options)
+
+    return of_layout
+
+
+def of_ptx(store: SampleTable, config: RunConfig) -> WorkOf:
+    """Return the supervised samples of some steps of a run with ``objective.ptx``, as any layout would pack them."""
+    order = EpochOrder(store.sources, (1.0,), config.train.seed, config.data.shuffle)
+    steps = SampleSteps(order, config.objective.ptx.samples, steps=SAMPLED_STEPS)
+    seen_S = visible_keys(store.prompt_lengths, store.completion_counts, store.completion_lengths, True)
+
+    def of_layout(placement: Placement) -> list[Work]:
+        options = PackOptions.of_data(
+            config.data,
+            multiple=placement.token_multiple,
+            micro_batch_multiple=placement.micro_batch_multiple,
+        )
+        samples = [steps.samples(step) for step in range(SAMPLED_STEPS)]
+        return [
+            _packed(
+                store,
+                _StepSamples(
+                    samples_B,
+                    int(store.lengths[samples_B].sum()),
+                    int(seen_S[samples_B].sum()),
+                    scored_rows(store, samples_B, False),
+                ),
+                placement.data,
+                options,
+            )
+            for samples_B in samples
+        ]
 
     return of_layout
 

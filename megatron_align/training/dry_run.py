@@ -11,11 +11,19 @@ from megatron_align.cost.memory import GIB
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.state import parameter_count
-from megatron_align.cost.text import layout, memory_table, recomputation, step_text, trained_text
-from megatron_align.cost.work import flops_of, mean, of_store
+from megatron_align.cost.text import (
+    layout,
+    memory_table,
+    online_text,
+    recomputation,
+    step_text,
+    trained_text,
+)
+from megatron_align.cost.work import flops_of, mean, of_ptx, of_store
 from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.model.parallel import RankInfo
 from megatron_align.objectives.registry import objective_class, reference_mode
+from megatron_align.training.online_costs import online_costs
 from megatron_align.training.setup import RunSetup, prepare_run
 from megatron_align.training.validation_tasks import followed_metric, lower_is_better
 
@@ -69,10 +77,15 @@ def _rollout_text(setup: RunSetup, placement: Placement) -> list[str]:
         return [f"rollouts   given with the data, {rollout.prompts:,} prompts for {steps}"]
     size = parameter_count(placement.shape) * placement.itemsize / GIB
     rewards = ", ".join(reward.label for reward in config.rewards)
+    sampling = rollout.dynamic_sampling
+    further = [
+        *([f"replaced in up to {sampling.max_batches - 1} further batches"] if sampling else []),
+        *(["generated one set ahead"] if rollout.off_policy_steps else []),
+    ]
     return [
         f"rollouts   {rollout.prompts:,} prompts x {setup.train.completion_counts[0]} completions of up to "
         f"{rollout.max_tokens:,} tokens for {steps}, by {rollout.engine}; {size:.3g} GiB of weights to it each "
-        f"time; rewards {rewards}",
+        f"time; rewards {rewards}" + "".join(f"; {text}" for text in further),
     ]
 
 
@@ -82,6 +95,7 @@ def describe(setup: RunSetup) -> str:
     placement = Placement.of_run(config, shape, setup.rank_info.world_size)
     work = mean(of_store(setup.train, config)(placement))
     flops = flops_of(config, placement, work)
+    online = online_costs(config, of_ptx(setup.ptx, config) if setup.ptx is not None else None)
     order = train_order(setup.train, config)
     done = setup.resume.step if setup.resume else 0
     reference = reference_mode(config)
@@ -98,10 +112,11 @@ def describe(setup: RunSetup) -> str:
             *_rollout_text(setup, placement),
             *([f"critic     {setup.critic.note}"] if setup.critic else []),
             step_text(placement, work, flops),
+            *online_text(online.flops(config, placement, work)),
             *([f"tasks      {', '.join(names)}"] if (names := _task_names(config)) else []),
             f"steps      {done} done of {order.steps}",
             *(f"{name:10} {text}" for name, text in setup.notes),
-            memory_table(memory_of(config, placement, work.micro_batches)),
+            memory_table(memory_of(config, placement, work.micro_batches, online)),
             "a dry run: nothing was trained",
         )
     )
