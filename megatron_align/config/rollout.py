@@ -12,6 +12,9 @@ from megatron_align.config.paths import expand_fields
 from megatron_align.config.sections import CriticConfig
 from megatron_align.errors import require
 
+# Most tokens in the cache of the engine transformers, padding and room for completions included.
+BATCH_TOKENS = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
@@ -42,6 +45,30 @@ class CorrectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DynamicSamplingConfig:
+    """Dynamic sampling (DAPO, arXiv:2503.14476): prompts whose completions all have the same reward are replaced.
+
+    Args:
+        max_batches: batches of prompts that are answered for a set of rollouts, the first included; each further one
+            has as many prompts as are missing
+        exhausted: what happens if prompts without signal are left after these: keep: the set is filled with the first
+            of them, which the row's groups_without_signal counts; stop: the run ends
+        reward: name of the reward that is compared; null: the weighted sum of all
+    """
+
+    max_batches: int = 10
+    exhausted: Literal["keep", "stop"] = "keep"
+    reward: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_batches >= 2,
+            "rollout.dynamic_sampling.max_batches must be at least 2 (the first included, so 1 replaces nothing), got "
+            f"{self.max_batches}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Rollouts: the completions that objectives grpo, rloo and ppo train on.
 
@@ -60,10 +87,17 @@ class RolloutConfig:
         vllm_python: interpreter of an environment with vLLM, in which the run starts a server
         vllm_options: of vllm serve, as in ["--gpu-memory-utilization", "0.5"]
         weights_folder: vllm: folder that the servers can read, for new weights; null: the folder for temporary files
+        timeout: vllm: seconds until a request without an answer is made again
+        retries: vllm: further tries of a request that failed or took too long, with pauses that double from a second;
+            after the last the run ends
         correction: {mode, cap, floor}: weights for the difference between trainer and engine; null: none
         mismatch_stop: largest mean difference of a step's log-probs, trainer against engine, in nats per token, that
-            does not end the run; null: 0.05
+            does not end the run; null: 0.05, with off_policy_steps 0.5
         as_chat: a prompt that is text is the turn of a user, not to be continued as it is
+        dynamic_sampling: {max_batches, exhausted, reward}: replace prompts whose completions all have the same reward,
+            by the next prompts; null: not
+        off_policy_steps: 1: a set of rollouts is generated with the weights before the first update on the set before
+            it, so that servers generate while the run trains; 0: with the newest weights
     """
 
     engine: Literal["transformers", "vllm", "data"] = "transformers"
@@ -78,9 +112,13 @@ class RolloutConfig:
     vllm_python: str | None = None
     vllm_options: list[str] = field(default_factory=list)
     weights_folder: str | None = None
+    timeout: float = 600.0
+    retries: int = 2
     correction: CorrectionConfig | None = field(default_factory=CorrectionConfig)
     mismatch_stop: float | None = None
     as_chat: bool = False
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    off_policy_steps: Literal[0, 1] = 0
 
     def __post_init__(self) -> None:
         expand_fields(self, "vllm_python", "weights_folder")
@@ -99,10 +137,14 @@ class RolloutConfig:
             self.mismatch_stop is None or self.mismatch_stop > 0,
             f"rollout.mismatch_stop must be positive, got {self.mismatch_stop}",
         )
+        require(
+            0 < self.timeout < float("inf"), f"rollout.timeout must be a positive number, got {self.timeout}"
+        )
+        require(self.retries >= 0, f"rollout.retries must be at least 0, got {self.retries}")
         self._check_engine()
 
     def _check_engine(self) -> None:
-        of_vllm = ("url", "vllm_python", "vllm_options", "weights_folder")
+        of_vllm = ("url", "vllm_python", "vllm_options", "weights_folder", "timeout", "retries")
         if self.engine == "vllm":
             require(
                 (self.url is None) != (self.vllm_python is None),
@@ -113,7 +155,15 @@ class RolloutConfig:
                 not self.vllm_options or self.vllm_python is not None,
                 f"rollout.vllm_options needs rollout.vllm_python, got {self.vllm_options}",
             )
-        of_engines = ("top_p", "top_k", "stop", "mismatch_stop", "as_chat")
+        of_engines = (
+            "top_p",
+            "top_k",
+            "stop",
+            "mismatch_stop",
+            "as_chat",
+            "dynamic_sampling",
+            "off_policy_steps",
+        )
         unread = {"transformers": of_vllm, "data": (*of_vllm, *of_engines), "vllm": ()}[self.engine]
         defaults = RolloutConfig.__dataclass_fields__
         for name in unread:

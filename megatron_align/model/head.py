@@ -8,7 +8,7 @@ row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from megatron_align.model.lora_ends import HeadAdapter
 from megatron_align.model.trained_copy import TrainedCopy
 from megatron_align.records import LossRows, PackedBatch
 
+RowScore = Literal["likeliest", "entropy"]  # what is known of a row besides its log-prob
+
 
 class PackLoss(NamedTuple):
     """A pack's share of the step's loss and its metric sums; the gradients of a loss on log-probs exist already."""
@@ -48,6 +50,7 @@ class RowObjective(Protocol):
 
     whole_samples: bool
     row_statistics: bool
+    entropy_gradient: bool
     top_k: int
 
     def row_values(self, logits_NK: Tensor, reference_NK: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ class VocabularyHead(ColumnParallelLinear):
         objective: RowObjective | None,
         *,
         weight: Tensor,
-        likeliest: bool = False,
+        row_score: RowScore | None = None,
         top_k: int = 0,
     ) -> Tensor | PackLoss:
         """Return ``logprobs_N`` fp32 of the scored rows, or with an objective the pack's loss.
@@ -113,7 +116,8 @@ class VocabularyHead(ColumnParallelLinear):
             objective: evaluated on the log-probs, slab by slab, or on logits of ``objective.top_k`` tokens of each
                 row; None: return log-probs.
             weight: this module's, or the embedding's if tied on this rank, or the trained copy of either.
-            likeliest: return ``[2, N]``: log-probs, and 1 where no token is likelier than the target.
+            row_score: return ``[2, N]``: log-probs, and likeliest: 1 where no token is likelier than the target, or
+                entropy: that of the row's distribution.
             top_k: return ``[2, N, K]``: the K likeliest tokens, whose ids below 2^24 are exact in fp32, and their
                 logits at temperature 1.
         """
@@ -143,9 +147,9 @@ class VocabularyHead(ColumnParallelLinear):
         context_slabs = ContextSlabs(
             [slab.row_N.shape[0] for slab in slabs], None if part is None else part.rows, self.context
         )
-        if likeliest:
+        if row_score:
             columns_2n = [
-                _with_likeliest(hidden_nH[a:b], weight, target_n[a:b], self.tp_group, self.vocab_size)
+                _two_scores(hidden_nH[a:b], weight, target_n[a:b], row_score, options)
                 for a, b in context_slabs.ranges
             ]
             return torch.stack([_gathered(context_slabs, column) for column in zip(*columns_2n, strict=True)])
@@ -170,6 +174,7 @@ class VocabularyHead(ColumnParallelLinear):
             context_slabs.ranges,
             loss,
             statistics=objective.row_statistics,
+            entropy_gradient=objective.entropy_gradient,
             **options,
         )
         if part is not None:
@@ -268,13 +273,20 @@ def _gathered(slabs: ContextSlabs, values_n: Sequence[Tensor]) -> Tensor:
     return torch.cat([slabs.gather(i, of_slab_n) for i, of_slab_n in enumerate(values_n)])
 
 
-def _with_likeliest(
-    hidden_nH: Tensor, weight_VH: Tensor, target_n: Tensor, group: dist.ProcessGroup, vocab_size: int
+def _two_scores(
+    hidden_nH: Tensor, weight_VH: Tensor, target_n: Tensor, row_score: RowScore, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probs, and 1.0 where the target is the likeliest token."""
+    """Return log-probs, and 1.0 where the target is the likeliest token, or the entropy of its row.
+
+    ``options``: of the log-prob engine.
+    """
     if not len(target_n):  # a context-parallel rank may have no row of a slab
         return hidden_nH.new_zeros(0, dtype=torch.float32), hidden_nH.new_zeros(0, dtype=torch.float32)
-    scores = token_scores(hidden_nH, weight_VH, target_n, top_k=1, group=group, vocab_size=vocab_size)
+    options = {name: value for name, value in options.items() if name != "sum_hidden_grad"}
+    if row_score == "entropy":
+        scores = token_scores(hidden_nH, weight_VH, target_n, **options)
+        return scores.logprobs_N, scores.entropy_N
+    scores = token_scores(hidden_nH, weight_VH, target_n, top_k=1, **options)
     assert scores.top_tokens_NK is not None, "one was requested"
     return scores.logprobs_N, (scores.top_tokens_NK[:, 0] == target_n).to(scores.logprobs_N.dtype)
 

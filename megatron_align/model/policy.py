@@ -45,7 +45,7 @@ from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.families.adapter import START, Adapter, adaptable_rows
 from megatron_align.model.families.saved_modules import copies_of, copy_name, saved_rows
-from megatron_align.model.head import PackLoss, RewardHead, RowObjective, VocabularyHead
+from megatron_align.model.head import PackLoss, RewardHead, RowObjective, RowScore, VocabularyHead
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
 from megatron_align.model.layer_adapter import LayerAdapter
 from megatron_align.model.lora import adapters_off, attach
@@ -239,7 +239,7 @@ class Policy(LanguageModule):
         batch: PackedBatch,
         objective: RowObjective | None = None,
         *,
-        likeliest: bool = False,
+        row_score: RowScore | None = None,
         top_k: int = 0,
     ) -> Tensor | PackLoss:
         """Return hidden states ``[Q or Q / TP, 1, H]``; on the last stage the result of the head's ``forward``."""
@@ -249,7 +249,7 @@ class Policy(LanguageModule):
         if self.shape.is_reward:
             return self.reward_head(hidden, batch, objective, self.pg_collection)
         return self.output_layer(
-            hidden, batch, objective, weight=self._head(), likeliest=likeliest, top_k=top_k
+            hidden, batch, objective, weight=self._head(), row_score=row_score, top_k=top_k
         )
 
     @torch.no_grad()

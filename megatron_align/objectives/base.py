@@ -35,6 +35,7 @@ Need = Literal[
     "mismatched_logprobs",
     "reference_token_logprobs",
     "old_logprobs",
+    "token_entropies",
     "reference_top_k",
     "values",
 ]
@@ -47,6 +48,7 @@ SCORED_BY: dict[Need, tuple[Literal["policy", "reference", "critic"], ...]] = {
     "mismatched_logprobs": ("policy", "reference"),  # ... of each prompt with its neighbour's completion
     "reference_token_logprobs": ("reference",),  # of rollouts, for the tokens' column reference_logprobs
     "old_logprobs": ("policy",),  # of rollouts, for the tokens' column of this name
+    "token_entropies": ("policy",),  # of the step's tokens, for the tokens' column entropy_shares
     "reference_top_k": ("reference",),  # its likeliest tokens and their logits, for two columns of the tokens
     "values": ("critic",),  # of rollouts, for the tokens' column of this name
 }
@@ -90,6 +92,7 @@ class Objective:
         normalization: what weighs the same in the global batch; the weights in the rows follow from it.
         whole_samples: its loss needs complete samples; False: it is a sum over rows.
         row_statistics: its loss needs each row's entropy and log sum p^2.
+        entropy_gradient: its loss is differentiated by these entropies too.
         top_k: its loss is given a value of each row that :meth:`row_values` computes from the logits of as many tokens,
             the reference's likeliest; 0: it is given log-probs.
         score_prompt: prompts are scored too, see ``data.batching.collate.pack``.
@@ -108,6 +111,7 @@ class Objective:
     normalization: Normalization
     whole_samples: bool = True
     row_statistics: bool = False
+    entropy_gradient: bool = False
     top_k: int = 0
     score_prompt: bool = False
     beta: float | None = None
@@ -151,6 +155,13 @@ class Objective:
         Args:
             seen: of ``batch_statistics`` and ``mismatched_logprobs`` those that the objective needs.
             training: False in validation, which must not move :meth:`state`.
+        """
+        raise NotImplementedError
+
+    def entropy_bound(self, entropy_S: Tensor) -> float:
+        """Return the entropy from which on a token of the step has a share in the column ``entropy_shares``.
+
+        For an objective that needs ``token_entropies``; ``entropy_S``: of all tokens that count in the step, fp64.
         """
         raise NotImplementedError
 

@@ -28,7 +28,13 @@ from megatron_align.objectives.base import DataKind, Need, Objective, Sums
 from megatron_align.objectives.metrics import Metric
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.ptx import PTX_LOSS
-from megatron_align.objectives.scored_rollouts import KL, OF_ROLLOUTS, OF_STEPS, ScoredRollouts
+from megatron_align.objectives.scored_rollouts import (
+    ENTROPY_THRESHOLD,
+    KL,
+    OF_ROLLOUTS,
+    OF_STEPS,
+    ScoredRollouts,
+)
 from megatron_align.records import LossRows
 
 
@@ -62,7 +68,7 @@ class PolicyGradientObjective(Objective):
     """
 
     data: ClassVar[tuple[DataKind, ...]] = ("prompt", "ranked")
-    metrics: ClassVar[tuple[Metric, ...]] = (*OF_ROLLOUTS, *OF_STEPS, PTX_LOSS)
+    metrics: ClassVar[tuple[Metric, ...]] = (*OF_ROLLOUTS, *OF_STEPS, ENTROPY_THRESHOLD, PTX_LOSS)
     options: PolicyGradientOptions
     normalization = "sample"
     row_statistics = True
@@ -75,19 +81,16 @@ class PolicyGradientObjective(Objective):
             options.advantage != "gae" or self.has_critic,
             f"objective.advantage gae needs a critic, which objective.name ppo trains; got gae with {options.name}",
         )
-        require(
-            options.top_entropy_quantile == 1,
-            "objective.top_entropy_quantile must be 1: the pass that finds the step's entropies is not built; got "
-            f"{options.top_entropy_quantile}",
-        )
         self.rollout = RolloutConfig()
         self._loss, self._estimator = options.policy_gradient(), options.advantage_estimator()
         needs: dict[Need, bool] = {
             "reference_token_logprobs": options.beta > 0,
             "old_logprobs": self._needs_old(),
+            "token_entropies": options.top_entropy_quantile < 1,
             "values": self.has_critic,
         }
         self.needs = frozenset(need for need, needed in needs.items() if needed)
+        self.entropy_gradient = options.entropy_coef != 0
         steps = [metric.name for metric in OF_STEPS if metric is not KL or options.beta > 0]
         self.sum_names = (*(name for name in steps if name != "ess"), "correction", "squared_correction")
 
@@ -217,11 +220,22 @@ class PolicyGradientObjective(Objective):
             correction_N=self._correction(difference_N, length_C, share_N > 0),
             sampler_N=engine_N,
         )
-        terms = self._loss(replace(tokens, reference_N=None) if self._kl_elsewhere else tokens)
+        entropy_share_N = columns["entropy_shares"] if "token_entropies" in self.needs else None
+        terms = self._loss(
+            replace(tokens, reference_N=None) if self._kl_elsewhere else tokens,
+            None if entropy_share_N is None else entropy_share_N > 0,
+        )
         loss = (columns["loss_weights"] * terms.loss_N).sum()
+        if self.entropy_gradient:
+            bonus_share_N = share_N if entropy_share_N is None else entropy_share_N
+            loss = loss - self.options.entropy_coef * (bonus_share_N * row_statistics["entropy"]).sum()
         with torch.no_grad():
             sums = self._sums(tokens, terms, share_N, row_statistics["entropy"], difference_N)
         return loss, sums
+
+    def entropy_bound(self, entropy_S: Tensor) -> float:
+        """See :class:`Objective`."""
+        return float(self.options.entropy_bound(entropy_S)) if len(entropy_S) else 0.0
 
     @property
     def _kl_elsewhere(self) -> bool:

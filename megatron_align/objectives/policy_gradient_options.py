@@ -10,6 +10,7 @@ tokens that count in the step, over all ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -66,7 +67,10 @@ class PolicyGradientOptions(ObjectiveOptions):
         mask_truncated_completions: answers that were cut off have no part in the loss
         truncated_in_baseline: rewards of answers that were cut off count in the means and deviations of group, rloo,
             opo and reinforce_baseline
-        top_entropy_quantile: share of the step's tokens, those of highest entropy, whose policy loss is kept
+        top_entropy_quantile: share of the step's tokens, those of highest entropy, whose policy loss is kept; below 1 a
+            forward pass of each step finds them
+        entropy_coef: entropy bonus: this times the mean entropy of the step's tokens (of those that
+            top_entropy_quantile keeps) is subtracted from the loss
         advantage: group, rloo, opo, reinforce, reinforce_baseline or gae
         scale_rewards: group: deviation that divides: of the group, of the batch, or none; null: group
         std_eps: added to deviations that divide; null: 1e-4
@@ -111,6 +115,7 @@ class PolicyGradientOptions(ObjectiveOptions):
     mask_truncated_completions: bool = False
     truncated_in_baseline: bool = True
     top_entropy_quantile: float = 1.0
+    entropy_coef: float = 0.0
     advantage: Literal["group", "rloo", "opo", "reinforce", "reinforce_baseline", "gae"] = "group"
     scale_rewards: Literal["group", "batch", "none"] | None = None
     std_eps: float | None = None
@@ -192,9 +197,11 @@ class PolicyGradientOptions(ObjectiveOptions):
 
     def entropy_kept(self, entropy_N: Tensor, entropy_S: Tensor) -> Tensor | None:
         """Return which of some tokens keep their policy loss, ``[N]`` bool, by the entropies of the step; None: all."""
-        if self.top_entropy_quantile == 1:
-            return None
-        return entropy_N >= entropy_threshold(entropy_S, self.top_entropy_quantile)
+        return None if self.top_entropy_quantile == 1 else entropy_N >= self.entropy_bound(entropy_S)
+
+    def entropy_bound(self, entropy_S: Tensor) -> Tensor:
+        """Return the lowest entropy of a token of the step that keeps its policy loss, a scalar."""
+        return entropy_threshold(entropy_S, self.top_entropy_quantile)
 
     def policy_gradient(self) -> PolicyGradient:
         """Return the loss that these options describe."""
@@ -271,6 +278,11 @@ class PolicyGradientOptions(ObjectiveOptions):
                 f"objective.advantage {self.advantage} compares the completions of a prompt: rollout.completions must "
                 f"be at least 2, got {rollout.completions}",
             )
+        require(
+            rollout.dynamic_sampling is None or self.advantage in COMPARING,
+            "rollout.dynamic_sampling replaces prompts whose completions all have the same reward, which teach nothing "
+            f"where they are compared (advantage {', '.join(COMPARING)}); got advantage {self.advantage}",
+        )
         given = rollout.engine == "data"
         for name, usual in (("mask_truncated_completions", False), ("truncated_in_baseline", True)):
             require(
@@ -317,6 +329,10 @@ class PolicyGradientOptions(ObjectiveOptions):
         require(
             0 < self.top_entropy_quantile <= 1,
             f"objective.top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile}",
+        )
+        require(
+            math.isfinite(self.entropy_coef),
+            f"objective.entropy_coef must be a number (negative: a penalty), got {self.entropy_coef}",
         )
 
     def _check_rewards(self) -> None:

@@ -47,6 +47,27 @@ OF_ROLLOUTS = (
         "completions/clipped_ratio",
     ),
     GROUPS_WITHOUT_SIGNAL,
+    _metric(
+        "staleness",
+        "steps",
+        "steps between the weights that generated the rollouts and those that the step starts from",
+    ),
+    _metric(
+        "groups_replaced",
+        "prompts",
+        "prompts without signal that were answered for the rollouts and replaced (rollout.dynamic_sampling)",
+    ),
+    _metric(
+        "generation_batches",
+        "batches",
+        "batches of prompts that were answered for the rollouts, the first included (rollout.dynamic_sampling)",
+    ),
+    _metric(
+        "reward_sampled",
+        "reward",
+        "mean reward of all completions that were generated for the rollouts, also of replaced prompts "
+        "(rollout.dynamic_sampling)",
+    ),
     Metric(
         name="rollout_seconds",
         unit="seconds",
@@ -65,6 +86,11 @@ KL = _metric(
     "nats per token",
     "mean estimate of the KL divergence from the reference, weighed by the ratio where the loss weighs it",
     "kl",
+)
+ENTROPY_THRESHOLD = _metric(
+    "entropy_threshold",
+    "nats",
+    "lowest entropy of a token that keeps its policy loss (top_entropy_quantile below 1)",
 )
 OF_STEPS = (
     KL,
@@ -126,16 +152,21 @@ def rollout_metrics(rollouts: ScoredRollouts) -> dict[str, float]:
     """Return the metrics of a set of rollouts, besides those of each reward, as TRL 1.16 defines them."""
     scored_C, size_G = rollouts.scored_C, rollouts.size_G
     reward_C = rollouts.reward_C.double().masked_fill(~scored_C, 0.0)
-    mean_G, deviation_G = _moments(reward_C, scored_C, size_G)
     [mean], [deviation] = _moments(reward_C, scored_C, size_G.sum()[None])
     return {
         "reward": float(mean),
         "reward_std": float(deviation),
         "completion_length": float(rollouts.length_C.double().mean()),
         "truncated": float(rollouts.truncated_C.double().mean()),
-        # Equal rewards are not exactly their mean: 0.1 three times.
-        "groups_without_signal": float((deviation_G <= 1e-8).double().mean()),
+        "groups_without_signal": float((~groups_with_signal(reward_C, scored_C, size_G)).double().mean()),
     }
+
+
+def groups_with_signal(reward_C: Tensor, scored_C: Tensor, size_G: Tensor) -> Tensor:
+    """Return which prompts have completions of different rewards, ``[G]`` bool, among those that were scored."""
+    reward_C = reward_C.double().masked_fill(~scored_C, 0.0)
+    deviation_G = _moments(reward_C, scored_C, size_G)[1]
+    return deviation_G > 1e-8  # equal rewards are not exactly their mean: 0.1 three times
 
 
 def _moments(reward_C: Tensor, scored_C: Tensor, size_G: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -26,7 +26,15 @@ _Item = TypeVar("_Item")
 
 
 class RequestFailed(RuntimeError):
-    """A request that failed after all its tries; the message is one line with the endpoint and the reason."""
+    """A request that failed after all its tries; the message is one line with the endpoint and the reason.
+
+    Attributes:
+        status: with which the endpoint refused it; None: it failed otherwise.
+    """
+
+    def __init__(self, line: str, status: int | None = None) -> None:
+        super().__init__(line)
+        self.status = status
 
 
 @dataclass(slots=True)
@@ -39,6 +47,7 @@ class Endpoint:
         timeout_seconds: of one try.
         tries: of one request; waits between them double from ``first_wait``, or are what the server says.
         first_wait: seconds before the second try.
+        timeout_option: that sets this time, for messages.
         gone: returns why the server will never answer again, None if it may: no further try is made then.
     """
 
@@ -47,6 +56,7 @@ class Endpoint:
     timeout_seconds: float = 300.0
     tries: int = 6
     first_wait: float = 1.0
+    timeout_option: str = ""
     gone: Callable[[], str | None] = field(default=lambda: None, repr=False)
     _random: random.Random = field(default_factory=random.Random, repr=False)
 
@@ -90,6 +100,9 @@ class Endpoint:
                 status, after, text = self._send(method, path, body)
             except (OSError, http.client.HTTPException) as error:
                 reason = one_line(error)
+                if isinstance(error, TimeoutError):
+                    option = f" ({self.timeout_option})" if self.timeout_option else ""
+                    reason = f"timed out: no answer within {self.timeout_seconds:g} s{option}"
                 if (end := self.gone()) is not None:
                     raise RequestFailed(end) from error
                 continue
@@ -107,7 +120,8 @@ class Endpoint:
                 continue
             reason = f"status {status}: {one_line(text, _SHOWN)}"
             if status not in _RETRIED:
-                raise RequestFailed(f"{self.url}{path} refused a request: {reason}{self._about_key(status)}")
+                refusal = f"{self.url}{path} refused a request: {reason}{self._about_key(status)}"
+                raise RequestFailed(refusal, status)
             wait = max(wait, after)
         raise RequestFailed(f"{self.url}{path} failed {self.tries} times, the last time: {reason}")
 
@@ -192,14 +206,38 @@ def concurrently(
 ) -> Iterator[_Result]:
     """Yield ``call(item)`` of each item in order, several at a time; an error drops the calls not yet begun.
 
+    The end of the program does not wait for calls that are under way, to a server that hangs for instance.
+
     Args:
         call: of an item.
         items: in order.
         workers: calls at a time.
         wait: after an error, for the calls that have begun.
     """
-    pool = ThreadPoolExecutor(workers)
+    results: list[Future[_Result]] = [Future() for _ in items]
+    waiting, lock, stopped = iter(zip(items, results, strict=True)), threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with lock:
+                item_and_result = next(waiting, None)
+            if item_and_result is None:
+                return
+            item, result = item_and_result
+            try:
+                value = call(item)
+            except BaseException as error:  # it is raised where the result is read
+                result.set_exception(error)
+            else:
+                result.set_result(value)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(results)))]
+    for thread in threads:
+        thread.start()
     try:
-        yield from pool.map(call, items)
+        for result in results:
+            yield result.result()
     finally:
-        pool.shutdown(wait=wait, cancel_futures=True)
+        stopped.set()
+        for thread in threads if wait else ():
+            thread.join()

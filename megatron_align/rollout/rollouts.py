@@ -24,7 +24,7 @@ from megatron_align.storage.deletion import discard
 
 ROLLOUTS = "rollouts"  # in checkpoint.dir
 FILE = "rollouts.parquet"
-_KEY = b"megatron_align"
+_KEY, _SAMPLED = b"megatron_align", b"megatron_align_sampled"  # of the file's metadata
 # Log-probs under the policy that sampled and under the reference; the critic's values, and the returns.
 COLUMNS = ("old_logprobs", "reference_logprobs", "values", "returns")
 Rewards = dict[str, list[float | None]]
@@ -45,7 +45,7 @@ class Rollouts:
         weight_G: of each prompt in the loss
         advantage_C: mean advantage of each completion's tokens, once it is known
         columns: of the tokens by name, see :data:`COLUMNS`, fp64 ``[N]``, once they are known
-        seconds: by phase; not on disk
+        sampled: metrics of dynamic sampling by name; empty: without it
     """
 
     prompt_G: np.ndarray
@@ -58,7 +58,7 @@ class Rollouts:
     weight_G: Tensor
     advantage_C: Tensor | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    sampled: dict[str, float] = field(default_factory=dict)
 
     @property
     def flat(self) -> list[Completion]:
@@ -83,6 +83,22 @@ class Rollouts:
     def engine_logprobs(self) -> Tensor:
         """Return the engine's log-prob of each token, ``[N]`` fp64; NaN where it gave none."""
         return torch.tensor([x for completion in self.flat for x in completion.logprobs], dtype=torch.float64)
+
+    def of_groups(self, groups: np.ndarray) -> Rollouts:
+        """Return some of the prompts in this order, without what is computed after rewards."""
+        ends_G = np.cumsum([len(some) for some in self.completions])
+        places = [np.arange(ends_G[g] - len(self.completions[g]), ends_G[g]) for g in groups]
+        index_C = np.concatenate([np.empty(0, np.int64), *places])
+        return Rollouts(
+            prompt_G=self.prompt_G[groups],
+            prompt_ids=[self.prompt_ids[g] for g in groups],
+            texts=[self.texts[g] for g in groups],
+            completions=[self.completions[g] for g in groups],
+            rewards={name: [values[i] for i in index_C] for name, values in self.rewards.items()},
+            reward_C=self.reward_C[index_C],
+            scored_C=self.scored_C[index_C],
+            weight_G=self.weight_G[groups],
+        )
 
     def table(self, row_columns: Mapping[str, Tensor]) -> MemoryTable:
         """Return the rollouts as samples: each prompt with its completions, all of whose tokens are trained.
@@ -114,9 +130,28 @@ def _sample(prompt: np.ndarray, completions: Sequence[Completion], weight: float
     )
 
 
-def rollouts_folder(run: Path, step: int) -> Path:
-    """Return the folder of the rollouts whose first training step is ``step``, 1-based."""
-    return run / ROLLOUTS / f"step_{step:06d}"
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """Return the prompts of several sets, one set's after the other, without what is computed after rewards."""
+    return Rollouts(
+        prompt_G=np.concatenate([part.prompt_G for part in parts]),
+        prompt_ids=[ids for part in parts for ids in part.prompt_ids],
+        texts=[text for part in parts for text in part.texts],
+        completions=[some for part in parts for some in part.completions],
+        rewards={
+            name: [value for part in parts for value in part.rewards[name]] for name in parts[0].rewards
+        },
+        reward_C=torch.cat([part.reward_C for part in parts]),
+        scored_C=torch.cat([part.scored_C for part in parts]),
+        weight_G=torch.cat([part.weight_G for part in parts]),
+    )
+
+
+def rollouts_folder(run: Path, step: int, *, generated: bool = False) -> Path:
+    """Return the folder of the rollouts whose first training step is ``step``, 1-based.
+
+    ``generated``: before that step, without log-probs of the trainer and advantages.
+    """
+    return run / ROLLOUTS / f"{'generated' if generated else 'step'}_{step:06d}"
 
 
 def write_rollouts(folder: Path, rollouts: Rollouts, key: Mapping[str, Any]) -> None:
@@ -155,7 +190,10 @@ def write_rollouts(folder: Path, rollouts: Rollouts, key: Mapping[str, Any]) -> 
     for name, values_N in rollouts.columns.items():
         parts = [part.tolist() for part in values_N.double().split(length_C.tolist())]
         columns[name] = pa.array(parts, pa.list_(pa.float64()))
-    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(key, sort_keys=True).encode()})
+    metadata = {_KEY: json.dumps(key, sort_keys=True).encode()}
+    if rollouts.sampled:
+        metadata[_SAMPLED] = json.dumps(rollouts.sampled).encode()
+    table = pa.table(columns).replace_schema_metadata(metadata)
     partial = partial_folder(folder)
     with naming_file("rollouts", folder):
         discard(partial)
@@ -183,7 +221,8 @@ def read_rollouts(folder: Path, key: Mapping[str, Any], unread: Collection[str] 
         return None
     try:
         table = parquet.read_table(file)
-        found = json.loads((table.schema.metadata or {}).get(_KEY, b"null"))
+        metadata = table.schema.metadata or {}
+        found, sampled = (json.loads(metadata.get(name, b"null")) for name in (_KEY, _SAMPLED))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
             f"rollouts are corrupt: {one_line(error)} in {file}; delete the folder, and they are generated again"
@@ -191,7 +230,9 @@ def read_rollouts(folder: Path, key: Mapping[str, Any], unread: Collection[str] 
     wanted = json.loads(json.dumps(key))
     if not isinstance(found, dict) or _without(found, unread) != _without(wanted, unread):
         return None
-    return _of_columns({name: table[name].to_pylist() for name in table.column_names})
+    rollouts = _of_columns({name: table[name].to_pylist() for name in table.column_names})
+    rollouts.sampled = sampled or {}
+    return rollouts
 
 
 def _without(key: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_align.config.rollout import BATCH_TOKENS
 from megatron_align.data.tokenize.tokenizer import load_tokenizer
 from megatron_align.errors import InputError, one_line
 from megatron_align.hf.baichuan import llama_config, llama_tensors
@@ -40,7 +41,6 @@ from megatron_align.rollout.types import Completion, Prompt, Sampling, require_f
 
 LEAST_FILL = 0.75  # share of a group's longest prompt that its shortest one has
 _LIVE = "live"
-BATCH_TOKENS = 1 << 16  # most tokens in the cache, padding and room for completions included
 
 
 class TransformersEngine:

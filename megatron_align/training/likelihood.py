@@ -66,7 +66,7 @@ class CompletionScorer:
 
         Arguments as of a call. Collective.
         """
-        scorer = Scorer(self.chunks, SFT(SFTOptions()), likeliest=True)
+        scorer = Scorer(self.chunks, SFT(SFTOptions()), row_score="likeliest")
         sums_C, others_C = self._columns(scorer, _sums_and_others, 2, table, (doing, advance))
         return sums_C, others_C == 0
 

@@ -12,73 +12,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align import faults
-from megatron_align.config import to_dict
-from megatron_align.config.rewards import FunctionReward
-from megatron_align.data.batching.rollout_order import RolloutOrder, rollout_order
+from megatron_align.data.batching.rollout_order import Place, RolloutOrder, rollout_order
 from megatron_align.data.batching.step_batches import Step, StepBatches
-from megatron_align.data.store import TokenStore, sha256
+from megatron_align.data.store import TokenStore
 from megatron_align.errors import TrainingFault
 from megatron_align.losses.segments import per_token, segment_sums
-from megatron_align.model.parallel import all_reduce_sum
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.objectives.scored_rollouts import ScoredRollouts, rollout_metrics
 from megatron_align.rollout.prompt_table import PromptTable
 from megatron_align.rollout.rewards.scoring import mean_rewards
-from megatron_align.rollout.rollouts import Rollouts, read_rollouts, rollouts_folder, write_rollouts
+from megatron_align.rollout.rollouts import Rollouts
 from megatron_align.rollout.types import Completion
 from megatron_align.training.batches import data_rank, pack_options
-from megatron_align.training.generation import EngineRollouts, LivePolicy
+from megatron_align.training.dynamic_sampling import REPLACED
+from megatron_align.training.generation import EngineRollouts, Generation, LivePolicy, PromptDraw
+from megatron_align.training.prompt_cursor import PromptCursor
+from megatron_align.training.rollout_files import RolloutFiles
 from megatron_align.training.scoring import Scorer, step_logprobs
 
 # Of log-probs, trainer against engine, in nats per token: engines in bf16 differ by 0.01 to 0.04.
 MISMATCH_STOP = 0.05
-UPDATES = ("optimizer", "train")  # sections that determine the weights after a step
+OFF_POLICY_MISMATCH_STOP = 0.5  # and updates of the weights since then by some hundredths, as a rule
 
 
-class RolloutSource(Protocol):
-    """A source of rollouts."""
-
-    def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
-        """Return the rollouts of some prompts of the training data; ``first``: index of the first among all made."""
-        ...
-
-
-class GivenRollouts:
-    """``rollout.engine: data``: the completions of ranked data, with their scores as rewards.
+def given_rollouts(store: TokenStore, prompts_G: np.ndarray) -> Rollouts:
+    """Return the completions of ranked data, with their scores as rewards (``rollout.engine: data``).
 
     They count as sampled by the policy, and as complete.
     """
-
-    def __init__(self, store: TokenStore):
-        self._store = store
-
-    def rollouts(self, prompts_G: np.ndarray, first: int) -> Rollouts:
-        """See :class:`RolloutSource`."""
-        samples = [self._store.sample(int(i)) for i in prompts_G]
-        completions = []
-        for sample in samples:
-            ends = sample.prompt_length + np.cumsum(sample.completion_lengths)
-            parts = np.split(sample.tokens_L, [sample.prompt_length, *ends[:-1]])[1:]
-            completions.append([_given(tuple(part.tolist())) for part in parts])
-        scores = [score for sample in samples for score in sample.scores]
-        return Rollouts(
-            prompt_G=prompts_G,
-            prompt_ids=[sample.tokens_L[: sample.prompt_length] for sample in samples],
-            texts=["" for _ in samples],
-            completions=completions,
-            rewards={},
-            reward_C=torch.tensor(scores, dtype=torch.float64),
-            scored_C=torch.ones(len(scores), dtype=torch.bool),
-            weight_G=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
-        )
+    samples = [store.sample(int(i)) for i in prompts_G]
+    completions = []
+    for sample in samples:
+        ends = sample.prompt_length + np.cumsum(sample.completion_lengths)
+        parts = np.split(sample.tokens_L, [sample.prompt_length, *ends[:-1]])[1:]
+        completions.append([_given(tuple(part.tolist())) for part in parts])
+    scores = [score for sample in samples for score in sample.scores]
+    return Rollouts(
+        prompt_G=prompts_G,
+        prompt_ids=[sample.tokens_L[: sample.prompt_length] for sample in samples],
+        texts=["" for _ in samples],
+        completions=completions,
+        rewards={},
+        reward_C=torch.tensor(scores, dtype=torch.float64),
+        scored_C=torch.ones(len(scores), dtype=torch.bool),
+        weight_G=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
+    )
 
 
 def _given(token_ids: tuple[int, ...]) -> Completion:
@@ -99,24 +83,15 @@ class RolloutSteps:
         order = rollout_order(setup.train, setup.config)
         assert order is not None, "the objective trains on rollouts"
         self.order: RolloutOrder = order
-        self._generates = isinstance(setup.train, PromptTable)
+        self._engines = EngineRollouts(trainer, setup.train) if isinstance(setup.train, PromptTable) else None
         # Given completions stay in the data, but not the log-probs of the policy that later steps compare with, nor
         # the critic's values.
-        self._on_disk = self._generates or not objective.needs.isdisjoint({"old_logprobs", "values"})
-        self._source: RolloutSource = (
-            EngineRollouts(trainer, setup.train)
-            if isinstance(setup.train, PromptTable)
-            else GivenRollouts(cast("TokenStore", setup.train))
-        )
-        # A function's file may change between two starts: completions are then scored again.
-        self._functions = {
-            reward.path: sha256(reward.path.rpartition(":")[0])
-            for reward in setup.config.rewards
-            if isinstance(reward, FunctionReward)
-        }
-        self._updates = (*UPDATES, *(("critic",) if objective.has_critic else ()))
+        kept = not objective.needs.isdisjoint({"old_logprobs", "values"})
+        self._on_disk = self._engines is not None or kept
+        self._files = RolloutFiles(trainer, order, has_critic=objective.has_critic)
+        self._cursor = PromptCursor(setup.config.rollout.prompts or 0)
         self._current: _OpenRollouts | None = None
-        self._first_step: int | None = None  # of this process, 0-based
+        self._ahead: tuple[int, Generation] | None = None  # the next set, which the engines are answering
 
     def steps(self, first: int, last: int) -> Iterator[Step]:
         """Yield the 0-based steps from ``first`` up to ``last``; each is made when it is taken."""
@@ -126,21 +101,25 @@ class RolloutSteps:
     def step(self, number: int) -> Step:
         """Return a 0-based step, making its rollouts if no earlier step has."""
         place = self.order.place(number)
-        if self._first_step is None:
-            self._first_step = number
+        if self._files.first_step is None:
+            self._files.first_step = number
         current, seconds = self._current, {}
         if current is None or current.number != place.rollout:
             current = self._current = self._open(place.rollout)
-            seconds = current.seconds
+            if self.trainer.config.rollout.off_policy_steps:
+                self._begin(place.rollout + 1)
+            seconds = {} if self._engines is None else self._engines.take_seconds()
         step = current.batches.step(number)
         statistics = {"rollout": place.rollout + 1, **current.metrics, **seconds}
+        if current.version is not None:
+            statistics["staleness"] = number - current.version
         packs = replace(
             step.packs,
             batches=[
                 replace(batch, rows=replace(batch.rows, step_statistics=statistics)) for batch in step.batches
             ],
         )
-        return replace(step, packs=packs, stored_C=self._stored(number))
+        return replace(step, packs=packs, stored_C=self._stored(current.prompts_G, place))
 
     def require_match(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Check that the engine's log-probs are the trainer's, within ``rollout.mismatch_stop``.
@@ -148,29 +127,67 @@ class RolloutSteps:
         Raises:
             TrainingFault: on every rank, as metrics are global.
         """
-        found, bound = metrics["mismatch_mean"], self.trainer.config.rollout.mismatch_stop or MISMATCH_STOP
-        if self._generates and not found <= bound:
+        config = self.trainer.config.rollout
+        usual = OFF_POLICY_MISMATCH_STOP if config.off_policy_steps else MISMATCH_STOP
+        found, bound = metrics["mismatch_mean"], config.mismatch_stop or usual
+        if self._engines is not None and not found <= bound:
             raise TrainingFault(
                 f"step {step}: log-probs of the engine must be the trainer's within {bound:g} nats per token on "
                 f"average (rollout.mismatch_stop), they differ by {found:.3g}: the engine has other weights, another "
                 "temperature, or computes in another precision"
             )
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold: where the prompts of the present set and of the next one begin."""
+        return {} if self._current is None else {"rollouts": self._cursor.state(self._current.number)}
+
+    def load_state(self, metadata: Mapping[str, Any]) -> None:
+        """Continue with the prompts that come after those of a checkpoint; older ones do not name them."""
+        self._cursor.load_state(metadata.get("rollouts"))
+
     def close(self) -> None:
         """Free the engines."""
-        if isinstance(self._source, EngineRollouts):
-            self._source.close()
+        if self._engines is not None:
+            self._engines.close()
+
+    def settle(self) -> None:
+        """Wait for the set of rollouts that is being generated, and write it, before a checkpoint is saved.
+
+        A run that resumes there reads it: the weights that generated it are not in the checkpoint.
+        """
+        if self._ahead is None:
+            return
+        assert self._engines is not None, "it generates"
+        (rollout, generation), self._ahead = self._ahead, None
+        self._files.write(rollout, self._engines.finish(generation), generation.draw, generated=True)
+
+    def _begin(self, rollout: int) -> None:
+        """Let the engines answer the prompts of the next set with the present weights, unless it is on the disk."""
+        if rollout * self.order.steps_of_rollouts >= self.order.steps:
+            return
+        draw = self._draw(rollout)
+        assert self._engines is not None, "rollouts that are given are never off-policy"
+        if self._files.read(rollout, draw) is None:
+            self._ahead = rollout, self._engines.begin(draw, in_background=True)
+
+    def _made(self, rollout: int, draw: PromptDraw) -> Rollouts:
+        """Return a set that is not on the disk, or whose completions come with the data."""
+        if self._engines is None:
+            return given_rollouts(cast("TokenStore", self.trainer.setup.train), draw.prompts_G)
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != rollout:
+            return self._engines.rollouts(draw)
+        return self._engines.finish(ahead[1])
 
     def _open(self, rollout: int) -> _OpenRollouts:
-        """Read or make a set of rollouts."""
+        """Read or make a set of rollouts, and complete it by log-probs and advantages."""
         objective, trainer = self.objective, self.trainer
         first = rollout * self.order.steps_of_rollouts + 1
-        folder = rollouts_folder(trainer.setup.folder, first)
-        found = read_rollouts(folder, self._key(rollout), self._unread(first)) if self._on_disk else None
-        if found is not None and self._generates:
-            rollouts = found
-        else:
-            rollouts = self._source.rollouts(self.order.prompts(rollout), self._first_prompt(rollout))
+        draw = self._draw(rollout)
+        found = self._files.read(rollout, draw) if self._on_disk else None
+        rollouts = found if found is not None and self._engines is not None else self._made(rollout, draw)
+        self._cursor.made(rollout, len(rollouts.completions) + int(rollouts.sampled.get(REPLACED, 0)))
+        is_complete = found is not None and found.advantage_C is not None
         if found is not None:
             rollouts.columns = found.columns
         scored = ScoredRollouts(
@@ -182,25 +199,26 @@ class RolloutSteps:
             length_C=rollouts.length_C,
             truncated_C=rollouts.truncated_C,
         )
-        if found is None:
+        if not is_complete:
             with trainer.watchdog.patient(f"log-probs of the rollouts of step {first}"):
                 rollouts.columns = self._scored_tokens(rollout, rollouts)
         given = (rollouts.columns.get(name) for name in ("old_logprobs", "reference_logprobs", "values"))
         columns = objective.columns(scored, *given)
-        if found is None and self._on_disk:
+        if not is_complete and self._on_disk:
             sums_C = segment_sums(columns["advantages"], rollouts.length_C)
             rollouts.advantage_C = sums_C / rollouts.length_C.clamp(min=1)
             if "returns" in columns:
                 rollouts.columns["returns"] = columns["returns"]
-            self._write(rollout, rollouts)
+            self._files.write(rollout, rollouts, draw)
         columns |= rollouts.columns
-        if self._generates:
+        if self._engines is not None:
             columns["engine_logprobs"] = rollouts.engine_logprobs()
         return _OpenRollouts(
             number=rollout,
+            prompts_G=rollouts.prompt_G,
             batches=self._batches(rollouts, columns, _OfRollouts(self.order, rollout)),
-            metrics={**rollout_metrics(scored), **mean_rewards(rollouts.rewards)},
-            seconds=rollouts.seconds,
+            metrics={**rollout_metrics(scored), **mean_rewards(rollouts.rewards), **rollouts.sampled},
+            version=None if self._engines is None else rollouts.flat[0].weight_version,
         )
 
     def _batches(self, rollouts: Rollouts, columns: dict[str, Tensor], order: _OfRollouts) -> StepBatches:
@@ -243,63 +261,18 @@ class RolloutSteps:
         length_S = rollouts.length_C[minibatch_C == self.order.place(step.number).minibatch]
         return step_logprobs(scorer, step, length_S.numpy(), self.trainer.groups)
 
-    def _stored(self, number: int) -> np.ndarray:
+    def _stored(self, prompts_G: np.ndarray, place: Place) -> np.ndarray:
         """Return the index of each completion of a step in the training data."""
-        table, prompts_B = self.trainer.setup.train, self.order.samples(number)
+        prompts_B = prompts_G[self.order.minibatch_of(place.rollout) == place.minibatch]
+        table = self.trainer.setup.train
         starts, counts = table.completion_offsets[prompts_B], table.completion_counts[prompts_B]
         return np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
 
-    def _first_prompt(self, rollout: int) -> int:
-        """Return how many prompts earlier sets had: the keys of random numbers count from there."""
-        return rollout * (self.trainer.config.rollout.prompts or 0)
-
-    def _key(self, rollout: int) -> dict[str, Any]:
-        """Return everything that determines a set of rollouts."""
-        setup, config = self.trainer.setup, to_dict(self.trainer.config)
-        return {
-            "version": 1,
-            "data": setup.train.path.name,
-            "prompts": self.order.prompts(rollout).tolist(),
-            "first_step": rollout * self.order.steps_of_rollouts + 1,
-            "rollout": config["rollout"],
-            "rewards": config.get("rewards"),
-            "functions": self._functions,
-            "objective": config["objective"],
-            "reference": config["reference"],
-            "seed": self.trainer.config.train.seed,
-            "model": config["model"],
-            **{name: config[name] for name in self._updates},
-        }
-
-    def _unread(self, first: int) -> tuple[str, ...]:
-        """Return the parts of the key that need not match for rollouts whose first step is ``first``, 1-based.
-
-        Those of an update do where the weights that sampled are not among those that the run resumes from: a run with
-        another learning rate would never have had them.
-        """
-        assert self._first_step is not None, "a step was taken"
-        return self._updates if first <= self._first_step + 1 else ()
-
-    def _write(self, rollout: int, rollouts: Rollouts) -> None:
-        """Write the rollouts on rank 0.
-
-        Raises:
-            OSError: on every rank: the disk refuses it.
-        """
-        trainer = self.trainer
-        trainer.setup.require_folder()
-        fault: OSError | None = None
-        if dist.get_rank() == 0:
-            folder = rollouts_folder(trainer.setup.folder, rollout * self.order.steps_of_rollouts + 1)
-            try:
-                folder.parent.mkdir(exist_ok=True)
-                faults.at("rollouts.write", trainer.step + 1)
-                write_rollouts(folder, rollouts, self._key(rollout))
-                faults.at("rollouts.written", trainer.step + 1)
-            except OSError as error:
-                fault = error
-        if all_reduce_sum([float(fault is not None)])[0]:
-            raise fault or OSError("rank 0 could not write the rollouts")
+    def _draw(self, rollout: int) -> PromptDraw:
+        """Return the prompts of a set."""
+        first = self._cursor.first(rollout)
+        prompts_G = self.order.stream(first, first + self.order.rollouts.size(rollout))
+        return PromptDraw(prompts_G, first, self.order.stream)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,15 +281,17 @@ class _OpenRollouts:
 
     Args:
         number: 0-based.
+        prompts_G: index of each prompt in the training data.
         batches: of its steps.
         metrics: of the set, for the rows of its steps.
-        seconds: by phase, for the row of the first of them.
+        version: of the weights that generated it; None: it was given.
     """
 
     number: int
+    prompts_G: np.ndarray
     batches: StepBatches
     metrics: dict[str, float]
-    seconds: dict[str, float]
+    version: int | None
 
 
 class _OfRollouts:

@@ -1,6 +1,6 @@
-"""No-grad pre-pass of a step: reference log-probs and batch statistics (KTO baseline, AOT sort, BCO mean).
+"""No-grad pre-pass of a step: reference log-probs and batch statistics (KTO baseline, AOT sort, BCO mean), entropies.
 
-Shapes: C completions of one pack, S completions of a step, over all ranks.
+Shapes: C completions and N tokens of one pack, S completions of a step, over all ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_align.data.batching.step_batches import Step
 from megatron_align.objectives.base import Need, Objective, StepSums
 from megatron_align.records import Columns, PackedBatch
 from megatron_align.training.reference.logprobs import Reference, ZeroReference
-from megatron_align.training.scoring import Scorer, gather_step, mismatched_sums
+from megatron_align.training.scoring import Scorer, gather_step, gather_tokens, mismatched_sums
 
 
 class PrePass:
@@ -49,12 +49,40 @@ class PrePass:
                 _with_columns(batch, {"reference_logprobs": sums_C})
                 for batch, sums_C in zip(batches, logprobs, strict=True)
             ]
+        if "token_entropies" in self.objective.needs:
+            batches = self._with_entropies(batches, training)
         seen: dict[Need, StepSums] = {}
         if "mismatched_logprobs" in self.objective.needs:
             seen["mismatched_logprobs"] = self._mismatched_sums(step)
         if "batch_statistics" in self.objective.needs:
             seen["batch_statistics"] = self._step_sums(batches, step, training)
         return self._with_statistics(batches, step, seen, training) if seen else batches
+
+    def _with_entropies(self, batches: list[PackedBatch], training: bool) -> list[PackedBatch]:
+        """Add the tokens' column ``entropy_shares``, and the number that the objective derives it from.
+
+        The objective's ``entropy_bound`` says which of the step's tokens count; each of these has the same share, the
+        others 0.
+        """
+        drops = training and batches[0].dropout_T is not None
+        scorer = Scorer(self.policy.chunks, self.objective, row_score="entropy")
+        of_packs = scorer.collect(
+            batches,
+            lambda values_2N, rows: values_2N[1].where(rows.columns["shares"] > 0, -1.0),
+            training=drops,
+        )
+        every_S = gather_tokens(of_packs, self.groups)
+        bound = self.objective.entropy_bound(every_S[~(every_S < 0)])
+        count = int((every_S >= bound).sum())
+        columns = [(pack_N.cpu().double() >= bound).double() / max(count, 1) for pack_N in of_packs]
+        completed = []
+        for i, batch in enumerate(batches):
+            statistics = {**batch.rows.step_statistics, "entropy_threshold": bound}
+            rows = replace(batch.rows, step_statistics=statistics)
+            if columns:
+                rows = replace(rows, columns=Columns({**rows.columns, "entropy_shares": columns[i].float()}))
+            completed.append(replace(batch, rows=rows))
+        return completed
 
     def _mismatched_sums(self, step: Step) -> StepSums:
         policy_S = mismatched_sums(self.policy, step, self.groups)

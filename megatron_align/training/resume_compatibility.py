@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_align.checkpoint.folder import ASSETS
 from megatron_align.config import AdapterConfig, OptimizerConfig, RunConfig, to_dict
+from megatron_align.config.rollout import RolloutConfig
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.errors import InputError
 from megatron_align.hf.tokenizer import require_same_tokenizer
@@ -84,7 +85,7 @@ def differences(
     config: RunConfig, data_key: str, metadata: dict[str, Any], steps: int | None
 ) -> dict[str, list[str]]:
     """Return the differences between a run's configuration and data and a checkpoint's, one line each, by group."""
-    before, now = metadata["config"], to_dict(config)
+    before, now = _with_new_options(metadata["config"], config), to_dict(config)
     pairs: dict[str, dict[str, tuple[Any, Any]]] = {
         "data": {
             "the tokenised data": (metadata["data"]["key"], data_key),
@@ -115,6 +116,15 @@ def differences(
         for group, of_group in pairs.items()
     }
     return {group: lines for group, lines in found.items() if lines}
+
+
+def _with_new_options(before: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Return a checkpoint's configuration with the defaults of options that its version did not have yet."""
+    found = {**before, "rollout": {**asdict(RolloutConfig()), **before.get("rollout", {})}}
+    if before.get("objective", {}).get("name") == config.objective.name:
+        options = {f.name: f.default for f in fields(config.objective) if f.default is not MISSING}
+        found["objective"] = {**options, **before["objective"]}
+    return found
 
 
 def _rewards(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

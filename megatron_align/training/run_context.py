@@ -16,6 +16,7 @@ from megatron_align.monitoring import flight_recorder
 from megatron_align.monitoring.memory import explaining_out_of_memory
 from megatron_align.rollout.prompt_table import PromptTable
 from megatron_align.training.rewards import require_rewards
+from megatron_align.training.rollout_servers import require_servers
 from megatron_align.training.run_lock import RunLock
 from megatron_align.training.setup import RunSetup, prepare_run
 from megatron_align.training.watchdog import Watchdog, join_watched
@@ -37,15 +38,19 @@ def prepared_run(config: RunConfig, rank_info: parallel.RankInfo) -> Iterator[Ru
 
 @contextmanager
 def joined_ranks(setup: RunSetup) -> Iterator[Watchdog]:
-    """Hold the process groups of a run, watched, inside a with-block.
+    """Hold the process groups of a run, watched, inside a with-block; its vLLM servers are checked before.
 
     Raises:
+        InputError: a server of ``rollout.url`` does not answer, or holds another model.
         TimeoutError: naming the ranks that did not come in time.
         OutOfMemory: in place of torch's error.
     """
     # megatron-core relies on this for the order of tensor-parallel collectives and GEMMs; CUDA reads it when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     config, rank_info = setup.config, setup.rank_info
+    for note in require_servers(config.rollout, setup.assets, setup.shape):
+        if rank_info.rank == 0:
+            print(f"warning: {note}", flush=True)
     if torch.cuda.is_available():
         flight_recorder.enable(setup.folder)
     watchdog = join_watched(rank_info, config.parallel)

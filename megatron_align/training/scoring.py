@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_align.data.batching.step_batches import Packs, Step
 from megatron_align.model import cpu
+from megatron_align.model.head import RowScore
 from megatron_align.model.lora import adapters_off
 from megatron_align.model.parallel import is_metric_rank
 from megatron_align.objectives.base import Objective, completion_sums
@@ -34,7 +35,8 @@ class Scorer:
         chunks: this rank's.
         objective: which log-probs are summed, and how they are weighted.
         base: score with the base of a model that has an adapter, as its reference.
-        likeliest: of a language model collect ``[2, N]``: log-probs, and 1 where no token is likelier.
+        row_score: of a language model collect ``[2, N]``: log-probs, and likeliest: 1 where no token is likelier, or
+            entropy: that of each row.
         top_k: of a language model collect ``[2, N, K]``: the K likeliest tokens of each row, and their logits.
     """
 
@@ -44,11 +46,11 @@ class Scorer:
         objective: Objective,
         *,
         base: bool = False,
-        likeliest: bool = False,
+        row_score: RowScore | None = None,
         top_k: int = 0,
     ):
         self.chunks, self.objective, self.base = list(chunks), objective, base
-        self.likeliest, self.top_k = likeliest, top_k
+        self.row_score, self.top_k = row_score, top_k
 
     def sums(self, batches: Sequence[PackedBatch], *, training: bool = False) -> list[Tensor]:
         """Return ``[C]`` of each batch on the last pipeline stage, nothing on the others."""
@@ -93,7 +95,7 @@ class Scorer:
         *_: Any,
     ) -> tuple[Tensor, Any]:
         batch = next(batches).to(cpu.device())
-        output = model(batch, likeliest=self.likeliest, top_k=self.top_k)
+        output = model(batch, row_score=self.row_score, top_k=self.top_k)
         return output, lambda values, non_loss_data: of_pack(values, batch.rows)
 
 
@@ -131,6 +133,21 @@ def step_logprobs(scorer: Scorer, step: Step, length_S: np.ndarray, groups: Proc
     ]
     of_packs = scorer.collect(step.batches, lambda logprobs_N, rows: logprobs_N)
     return _gather(of_packs, places, int(length_S.sum()), groups)
+
+
+def gather_tokens(of_packs: Sequence[Tensor], groups: ProcessGroupCollection) -> Tensor:
+    """Gather the packs' values ``[N]`` of all ranks, rank after rank: fp64 on the host of every rank. Collective.
+
+    ``of_packs`` is empty on pipeline stages that have no values.
+    """
+    own = torch.cat([torch.zeros(0, dtype=torch.float64), *(pack.cpu().double() for pack in of_packs)])
+    if not is_metric_rank(groups):
+        own = own[:0]  # another rank has the same
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=cpu.device())
+    counts[dist.get_rank()] = len(own)
+    dist.all_reduce(counts)
+    before, total = int(counts[: dist.get_rank()].sum()), int(counts.sum())
+    return _gather([own], [before + np.arange(len(own))], total, groups)
 
 
 def _gather(

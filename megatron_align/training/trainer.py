@@ -357,6 +357,8 @@ class Trainer:
             self.health.load_state(point.metadata["health_state"])
         if saved["objective"]["name"] == self.config.objective.name:
             self.objective.load_state(point.metadata["objective_state"])
+        if self._rollouts is not None:
+            self._rollouts.load_state(point.metadata)
         self.step, self.resumed = point.step, point
         updates = self.step - self.health.counts["skipped_steps"]
         for optimizer in (self.optimizer, *([self.critic.optimizer] if self.critic else [])):
@@ -376,6 +378,8 @@ class Trainer:
 
     def begin_save(self, saver: Saver) -> None:
         """Hand the state after the current step to ``saver``, which may write it in the background."""
+        if self._rollouts is not None:
+            self._rollouts.settle()
         metadata = self._metadata()
         target = step_folder(self.setup.folder, self.step)
         gather_parameters(self.model)
@@ -460,6 +464,7 @@ class Trainer:
             health_state=self.health.state(),
             **self._adapter_metadata(),
             **({"critic": self.critic.start.metadata()} if self.critic else {}),
+            **(self._rollouts.state() if self._rollouts else {}),
         )
 
     def _adapter_metadata(self) -> dict[str, Any]:

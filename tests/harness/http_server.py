@@ -58,10 +58,14 @@ def serving(
 
 
 class VLLMScript:
-    """Answers as vLLM does: the completion of a request is its seed modulo 7, as many tokens as are allowed."""
+    """Answers as vLLM does: the completion of a request is its seed modulo 7, as many tokens as are allowed.
 
-    def __init__(self, context=64, rl=True, most_rank=16):
+    ``tokenizer``: of its model; None: it has no route /tokenize. ``root``: folder of its model.
+    """
+
+    def __init__(self, context=64, rl=True, most_rank=16, tokenizer=None, root="m"):
         self.context, self.rl, self.most_rank = context, rl, most_rank
+        self.tokenizer, self.root = tokenizer, root
         self.adapters, self.loaded = (
             {},
             [],
@@ -71,7 +75,11 @@ class VLLMScript:
     def __call__(self, path, body):
         if path == "/v1/models":
             cards = [{"id": name, "parent": "m"} for name in self.adapters]
-            return 200, {"data": [{"id": "m", "max_model_len": self.context}, *cards]}
+            card = {"id": "m", "root": str(self.root), "max_model_len": self.context}
+            return 200, {"data": [card, *cards]}
+        if self.tokenizer and path == "/tokenize":
+            tokens = self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"]).input_ids
+            return 200, {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}
         if path.endswith("_lora_adapter"):
             return self._lora(path, body)
         if path == "/v1/completions":

@@ -17,7 +17,9 @@ OPTIONS = {
     "distill": {"objective__top_k": 8},
 }  # with the likelihood term, which is off by default
 # Only on bad steps, where the chip's peak is known, where completions are generated, or with objective.ptx.
-CONDITIONAL = {"suspects", "mfu", "rollout_seconds", "sync_seconds", "ptx_loss"}
+CONDITIONAL = {"suspects", "mfu", "rollout_seconds", "sync_seconds", "staleness", "ptx_loss"}
+CONDITIONAL |= {"groups_replaced", "generation_batches", "reward_sampled"}  # with rollout.dynamic_sampling
+CONDITIONAL |= {"entropy_threshold"}  # with objective.top_entropy_quantile below 1
 
 
 def test_the_page_is_the_table():

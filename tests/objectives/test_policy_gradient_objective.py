@@ -14,7 +14,7 @@ from megatron_align.objectives.policy_gradient import GRPO, RLOO, GRPOOptions, R
 from megatron_align.objectives.scored_rollouts import ScoredRollouts
 from tests.objectives.test_policy_gradient_options import FINE, LENGTH_C, LIMIT, NEEDED, given_of_a_step
 
-UNBUILT = {"gae_lambda", "top_entropy_quantile"}
+UNBUILT = {"gae_lambda"}
 
 
 def outcome(options, **more):
@@ -37,6 +37,9 @@ def outcome(options, **more):
     }
     columns = objective.columns(rollouts, *given.values())
     columns |= {name: value for name, value in given.items() if value is not None}
+    if "token_entropies" in objective.needs:
+        kept_N = step["entropy_N"] >= objective.entropy_bound(step["entropy_N"][columns["shares"] > 0])
+        columns["entropy_shares"] = kept_N / kept_N.sum()
     columns["engine_logprobs"] = step["old_N"] + 0.1 * step["reference_N"]
     rows = SimpleNamespace(
         columns=columns,
@@ -96,11 +99,45 @@ def test_the_engines_correction_changes_the_loss():
 
 @pytest.mark.parametrize(
     "given, line",
-    [
-        ({"advantage": "gae"}, "needs a critic, which objective.name ppo trains; got gae with grpo"),
-        ({"top_entropy_quantile": 0.5}, "not built"),
-    ],
+    [({"advantage": "gae"}, "needs a critic, which objective.name ppo trains; got gae with grpo")],
 )
 def test_what_a_run_cannot_do_is_refused(given, line):
     with pytest.raises(InputError, match=line):
         GRPO(options(**given))
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "grpo"])
+def test_on_policy_distillation_is_the_reverse_kl_of_each_token(loss_type):
+    """The documented options: a token's gradient is its own log-ratio to the teacher, whatever comes after it."""
+    step = given_of_a_step()
+    objective = GRPO(
+        GRPOOptions(
+            loss_type=loss_type,
+            advantage="reinforce",
+            normalize_advantages=False,
+            beta=1.0,
+            kl_in="token_reward",
+            gamma=0.0,
+        )
+    )
+    rollouts = ScoredRollouts(
+        reward_C=torch.zeros(4, dtype=torch.float64),
+        scored_C=torch.ones(4, dtype=torch.bool),
+        size_G=step["size_G"],
+        weight_G=torch.ones(2, dtype=torch.float64),
+        minibatch_G=torch.zeros(2, dtype=torch.int64),
+        length_C=LENGTH_C,
+        truncated_C=step["truncated_C"],
+    )
+    columns = objective.columns(rollouts, step["old_N"], step["reference_N"])
+    torch.testing.assert_close(columns["advantages"], step["reference_N"] - step["old_N"])
+    columns |= {"old_logprobs": step["old_N"], "reference_logprobs": step["reference_N"]}
+    rows = SimpleNamespace(
+        columns=columns,
+        completions=SimpleNamespace(rows_C=LENGTH_C, columns={"scored": torch.ones(4, dtype=torch.float64)}),
+    )
+    policy_N = step["old_N"].clone().requires_grad_()
+    loss, _ = objective.loss(policy_N, rows, {"entropy": step["entropy_N"]})
+    [gradient_N] = torch.autograd.grad(loss, policy_N)
+    wanted_N = columns["loss_weights"] * (step["old_N"] - step["reference_N"])
+    torch.testing.assert_close(gradient_N, wanted_N)

@@ -72,6 +72,7 @@ FINE = [
     {"loss_type": "sapo", "sapo_temperature_pos": 0.5, "sapo_temperature_neg": 0.8},
     {"delta": 4.0, "log_ratio_bound": 20.0, "off_policy_mask_threshold": 0.01},
     {"mask_truncated_completions": True, "top_entropy_quantile": 0.5},
+    {"entropy_coef": 0.1, "top_entropy_quantile": 0.5},
     {"truncated_in_baseline": False},
     {"overlong_buffer": 2, "overlong_factor": 2.0, "scale_rewards": "none"},
     {"reward_clip_range": [0.0, 1.0], "scale_rewards": "batch"},
@@ -104,6 +105,7 @@ def given_of_a_step():
         "entropy_S": entropy_N,
         "completions": 4,
         "step_tokens": N,
+        "kept_tokens": N,
     }
 
 
@@ -123,7 +125,8 @@ def outcome(chosen):
     """Return what is built and what the example computes, as something that compares."""
     step = documented_step(chosen)
     values = [step[name].tolist() for name in ("advantage_N", "weight_N")]
-    return chosen.policy_gradient(), chosen.advantage_estimator(), values, step["terms"].loss_N.tolist()
+    found = step["terms"].loss_N.tolist(), step["loss"].item()
+    return chosen.policy_gradient(), chosen.advantage_estimator(), values, found
 
 
 @pytest.mark.parametrize("given", FINE)
@@ -209,6 +212,7 @@ REFUSED = [
     ({"loss_type": "vespo", "log_ratio_bound": 20.0}, "log_ratio_bound belongs to"),
     ({"max_completion_length": 512}, "max_completion_length belongs to loss_type dr_grpo"),
     ({"top_entropy_quantile": 0.0}, "top_entropy_quantile must be in"),
+    ({"entropy_coef": float("nan")}, "entropy_coef must be a number"),
     ({"off_policy_mask_threshold": 0.0}, "off_policy_mask_threshold must be positive"),
     ({"advantage": "rloo", "scale_rewards": "group"}, "scale_rewards belongs to advantage group"),
     ({"advantage": "rloo", "std_eps": 1e-6}, "std_eps belongs to advantages that a deviation divides"),

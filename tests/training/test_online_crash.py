@@ -6,6 +6,7 @@ An engine or a reward that fails ends the run on every rank with one line, and n
 import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -197,6 +198,8 @@ class BadServer(VLLMScript):
                 choice |= {"token_ids": [], "logprobs": {"token_logprobs": []}}
             if self.fault == "vocabulary":
                 choice["token_ids"][0] = 259
+            if self.fault == "hangs" and len(self.requests) > 4:
+                time.sleep(5)
         if path == "/weight_info" and self.fault == "restarted" and self.requests:
             return 200, {"weight_version": "default"}
         return status, answer
@@ -206,16 +209,19 @@ ENGINE = {
     "gone": "generation failed in step 1: .*the engine is dead",
     "few": "an engine must give 3 completions of at least one token, got 0 for .*prompts.jsonl:",
     "vocabulary": "tokens of the model's vocabulary of 259, got token 259 for .*prompts.jsonl:",
+    "hangs": r"/v1/completions failed 1 times, the last time: timed out: no answer within 2 s \(rollout.timeout\)",
     "restarted": "must have the weights of version",
     "other model": "log-probs of the engine must be the trainer's",
 }
 
 
-@pytest.mark.parametrize("fault", mark_slow(ENGINE, ["gone", "few", "restarted", "other model"]))
+@pytest.mark.parametrize("fault", mark_slow(ENGINE, ["gone", "few", "hangs", "restarted", "other model"]))
 def test_an_engine_that_fails_ends_the_run_with_one_line(fault, arguments, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     with serving(BadServer(fault)) as url:
         options = {"rollout__engine": "vllm", "rollout__url": url}
+        if fault == "hangs":
+            options |= {"rollout__timeout": 2, "rollout__retries": 0}
         codes = crash.train(1, arguments(run, **options), log)
     assert codes == [1], log.read_text()
     [line] = [line for line in log.read_text().splitlines() if line.startswith("error")]

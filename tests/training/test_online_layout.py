@@ -22,6 +22,7 @@ OBJECTIVES = {
     "reinforce": {"name": "grpo", "advantage": "reinforce", "beta": 0.05, "kl_in": "token_reward"},
     "dr_grpo": {"name": "grpo", "loss_type": "dr_grpo", "scale_rewards": "none"},
     "vespo": {"name": "grpo", "loss_type": "vespo", "iterations": 2},
+    "entropy": {"name": "grpo", "top_entropy_quantile": 0.3, "entropy_coef": 0.05, "iterations": 2},
 }
 CASES = [
     ("grpo", "tp2_pp2"),
@@ -31,6 +32,7 @@ CASES = [
     ("gspo", "repeated_prompts_tp2_dp2"),
     ("reinforce", "allgather2"),  # whitening over all ranks, not in each
     ("vespo", "repeated_prompts"),
+    ("entropy", "ulysses2_tp2"),  # a row's entropy is of all tensor-parallel ranks, the threshold of all rows
 ]
 SLOW = [(name, layout) for name in OBJECTIVES for layout in LAYOUTS if (name, layout) not in CASES]
 CLOCK = ("padding", "tokens_per_second", "step_seconds", "rollout_seconds", "sync_seconds")

@@ -96,12 +96,21 @@ def test_refused(name, tiny_models, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "found, bound, stops",
-    [(0.04, None, False), (0.06, None, True), (0.06, 0.1, False), (float("nan"), 0.1, True)],
+    "found, bound, stale, stops",
+    [
+        (0.04, None, 0, False),
+        (0.06, None, 0, True),
+        (0.06, None, 1, False),
+        (0.6, None, 1, True),
+        (0.06, 0.1, 0, False),
+        (float("nan"), 0.1, 0, True),
+    ],
 )
-def test_an_engine_that_differs_too_much_stops_the_run(found, bound, stops):
+def test_an_engine_that_differs_too_much_stops_the_run(found, bound, stale, stops):
     """Log-probs of the engine against the trainer's, on average; NaN is never within a bound."""
-    trainer = SimpleNamespace(config=SimpleNamespace(rollout=RolloutConfig(mismatch_stop=bound)))
-    steps = SimpleNamespace(trainer=trainer, _generates=True)
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(rollout=RolloutConfig(mismatch_stop=bound, off_policy_steps=stale))
+    )
+    steps = SimpleNamespace(trainer=trainer, _engines=SimpleNamespace())
     with pytest.raises(TrainingFault, match="step 3: log-probs of the engine") if stops else nullcontext():
         RolloutSteps.require_match(steps, 3, {"mismatch_mean": found})

@@ -41,6 +41,10 @@ SEQUENCE = {"importance_sampling_level": "sequence"}
 CASES = {
     "dapo": case({}),
     "dapo_kl": case({**KL, "use_bias_correction_kl": True, **REUSED}),
+    "entropy": case(
+        {"top_entropy_quantile": 0.4, "entropy_coef": 0.05, **KL, "use_bias_correction_kl": True, **REUSED}
+    ),
+    "entropy_bonus": case({"loss_type": "grpo", "entropy_coef": 0.05}, temperature=0.8),
     "grpo_batch": case({"loss_type": "grpo", "scale_rewards": "batch"}),
     "rloo": case({"beta": 0.05}, kind="RLOO"),
     **{name: case({"loss_type": name, **REUSED}) for name in ("grpo", "bnpo", "sapo", "luspo", "vespo")},
@@ -55,7 +59,7 @@ CASES = {
     "rloo_reused": case({"beta": 0.05, "normalize_advantages": True, **REUSED}, kind="RLOO"),
     "rloo_plain": case({"beta": 0.0, "reward_clip_range": [-0.5, 0.5], **REUSED}, kind="RLOO"),
 }
-FAST = ("dapo_kl", "rloo")
+FAST = ("entropy", "rloo")
 TRL_NAMES = {"iterations": "num_iterations"}
 
 

@@ -210,3 +210,15 @@ def test_the_weights_of_rewards_may_change_and_are_named_their_other_options_may
         with pytest.raises(InputError, match=rf"{line}.*set checkpoint.resume_allow \[rewards\]"):
             require_same_run(with_rewards(entries), KEY, before, checkpoint, assets)
         require_same_run(with_rewards(entries, "rewards"), KEY, before, checkpoint, assets)
+
+
+def test_options_that_an_older_version_did_not_have_were_at_their_defaults(checkpoint, assets):
+    """A run continues after an upgrade, and a new option that is used is a difference."""
+    grpo = {"objective__name": "grpo", "rewards": "[{kind: length, min: 2}]", "rollout__max_tokens": 8}
+    saved, supervised = at_step(2, 5, **grpo), at_step(2, 5)
+    del saved["config"]["objective"]["entropy_coef"], saved["config"]["rollout"]["as_chat"]
+    del supervised["config"]["rollout"]
+    require_same_run(config(**grpo), KEY, saved, checkpoint, assets)
+    require_same_run(config(), KEY, supervised, checkpoint, assets)
+    with pytest.raises(InputError, match="objective.entropy_coef was 0.0 and is 0.1 "):
+        require_same_run(config(**grpo, objective__entropy_coef=0.1), KEY, saved, checkpoint, assets)

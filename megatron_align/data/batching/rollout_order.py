@@ -64,6 +64,10 @@ class RolloutOrder:
         """Return the indices (int64[G]) of the prompts of a set of rollouts."""
         return self.rollouts.samples(rollout)
 
+    def stream(self, begin: int, end: int) -> np.ndarray:
+        """Return prompts (int64) of the endless stream of epochs, from place ``begin`` up to ``end``."""
+        return self.rollouts.order.between(begin, end)
+
     def minibatch_of(self, rollout: int) -> np.ndarray:
         """Return the minibatch (int64[G]) of each prompt of a set."""
         parts = np.array_split(np.arange(self.rollouts.size(rollout)), self.minibatches)
