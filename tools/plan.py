@@ -29,6 +29,7 @@ where the data are tokenised already or small, else every pack is assumed full. 
 Options of the run (--section.key value) can be given too, as for train.
 
 Bytes and operations are counted, and the counts are tested; times are estimates for comparing layouts."""
+_WITHOUT_DOT = ("--rewards", "--rewards+")  # the run's options are named section.key, but for this list
 SMALL_BYTES = 16_000_000  # data up to this size are tokenised for the plan, into a temporary folder
 
 
@@ -87,7 +88,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     rest = iter(arguments)
     for argument in rest:
         name, has_value, _ = argument.partition("=")
-        if not (name.startswith("--") and "." in name):
+        if not (name.startswith("--") and ("." in name or name in _WITHOUT_DOT)):
             own.append(argument)
             continue
         value = None if has_value else next(rest, None)

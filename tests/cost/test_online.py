@@ -102,17 +102,14 @@ def test_the_samples_of_ptx_are_those_of_the_steps(arguments, placement, tmp_pat
     assert np.isfinite(flops.executed)
 
 
-def test_a_dry_run_and_a_plan_say_it(arguments, capsys):
+def test_a_dry_run_and_a_plan_say_it(arguments, tmp_path, capsys):
     from megatron_align.tools.main import main
 
     assert train.main([*arguments, "--dry_run"]) == 0
     dry = capsys.readouterr().out
-    given = [f"--{key[2:]}" if key.startswith("--") else key for key in arguments]
-    config = parse(arguments)
-    file = f"{config.checkpoint.dir}.yaml"
-    with open(file, "w") as out:
-        out.write("{}")
-    assert main(["plan", "--config", file, "--gpus", "1", "--gpu-memory", "80", *given]) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text("{}")
+    assert main(["plan", "--config", str(file), "--gpus", "1", "--gpu-memory", "80", *arguments]) == 0
     plan = capsys.readouterr().out
     for said in (dry, plan):
         assert re.search(r"reward +\S+ FLOPs executed besides these, forward of good", said)
