@@ -24,6 +24,8 @@ OBJECTIVES = {
     "vespo": {"name": "grpo", "loss_type": "vespo", "iterations": 2},
     "entropy": {"name": "grpo", "top_entropy_quantile": 0.3, "entropy_coef": 0.05, "iterations": 2},
 }
+# Entropies of a new model are all the vocabulary's but for rounding; at a low temperature they differ.
+ROLLOUT = {"entropy": {"rollout__temperature": 0.1}}
 CASES = [
     ("grpo", "tp2_pp2"),
     ("report", "ulysses2_tp2"),
@@ -64,7 +66,7 @@ def train(pool, tiny_models, ranked, tmp_path_factory):
             tiny_models(),
             ranked,
             folder,
-            **{"train__global_batch_size": 8, **given, **options},
+            **{"train__global_batch_size": 8, **given, **ROLLOUT.get(objective, {}), **options},
             optimizer__lr=2e-4,
             rollout__engine="data",
         )

@@ -41,8 +41,10 @@ SEQUENCE = {"importance_sampling_level": "sequence"}
 CASES = {
     "dapo": case({}),
     "dapo_kl": case({**KL, "use_bias_correction_kl": True, **REUSED}),
+    # At a low temperature: the entropies of a new model are all the vocabulary's but for rounding.
     "entropy": case(
-        {"top_entropy_quantile": 0.4, "entropy_coef": 0.05, **KL, "use_bias_correction_kl": True, **REUSED}
+        {"top_entropy_quantile": 0.4, "entropy_coef": 0.05, **KL, "use_bias_correction_kl": True, **REUSED},
+        temperature=0.1,
     ),
     "entropy_bonus": case({"loss_type": "grpo", "entropy_coef": 0.05}, temperature=0.8),
     "grpo_batch": case({"loss_type": "grpo", "scale_rewards": "batch"}),
