@@ -1,4 +1,4 @@
-"""What a run on rollouts holds and computes besides training on them: the engine, reward models, supervised samples."""
+"""The costs of a run on rollouts besides training on them: the engine, reward models, supervised samples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RewardModelCost:
 
 @dataclass(frozen=True, slots=True)
 class OnlineCosts:
-    """What a run on rollouts adds to training steps.
+    """The costs that a run on rollouts adds to training steps.
 
     Args:
         reward_models: of ``rewards``.

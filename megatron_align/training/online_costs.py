@@ -1,4 +1,4 @@
-"""What a run on rollouts adds to a plan: the shapes of its reward models, read from their folders."""
+"""The costs that a run on rollouts adds to a plan; the shapes of its reward models are read from their folders."""
 
 from __future__ import annotations
 

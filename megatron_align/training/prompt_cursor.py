@@ -1,4 +1,4 @@
-"""Where the prompts of each set of rollouts begin in the endless stream of the run's prompts."""
+"""The places in the endless stream of the run's prompts at which each set of rollouts begins."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def endpoint_of(config: RolloutConfig, server: str | Endpoint) -> Endpoint:
 
 
 def require_servers(config: RolloutConfig, assets: Path, shape: ModelShape) -> list[str]:
-    """Check that the servers at ``rollout.url`` answer, and hold the run's model, as far as they tell.
+    """Check that the servers at ``rollout.url`` answer, and hold the run's model, as far as they say.
 
     Their tokenizer must give the tokens of the model's own, special ones included; where the folder that they serve can
     be read here, its model must have the run's shape. Their chat template is not used: prompts are sent as tokens.
