@@ -29,9 +29,8 @@ class StageMemory:
         temporary: the larger of a layer's backward pass (with the layers recomputed for it) and the head's slab
             of logits.
         communication: buffers that collectives gather into.
-        engine: the copy of the model that a generation engine in this process holds.
-        cache: that engine's keys and values, at most, while it generates.
         rewards: weights of reward models.
+        engine: the copy of the model that a generation engine in this process holds, and its keys and values at most.
         critic: weights, gradients and optimizer shard of a critic; its activations come after the policy's are freed.
     """
 
@@ -42,9 +41,8 @@ class StageMemory:
     activations: int
     temporary: int
     communication: int
-    engine: int = 0
-    cache: int = 0
     rewards: int = 0
+    engine: int = 0
     critic: int = 0
 
     @property

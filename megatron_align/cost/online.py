@@ -85,16 +85,16 @@ class OnlineCosts:
         return executed / (chip.bf16 * efficiency * placement.world_size)
 
 
-def engine_bytes(config: RunConfig, placement: Placement) -> tuple[int, int]:
+def engine_bytes(config: RunConfig, placement: Placement) -> int:
     """Return the bytes of a rank's generation engine: its copy of the model, and its key/value cache at most.
 
     0 if the run has no engine of its own.
     """
     generates = getattr(config.objective, "minibatches", None) is not None
     if not generates or config.rollout.engine != "transformers":
-        return 0, 0
+        return 0
     shape = placement.shape
     per_token = 2 * shape.num_layers * shape.num_query_groups * shape.head_dim * placement.itemsize
     longest = config.data.sequence_length  # of a prompt with all its completions, prompts shared
     tokens = max(BATCH_TOKENS, longest)
-    return parameter_count(shape) * placement.itemsize, tokens * per_token
+    return parameter_count(shape) * placement.itemsize + tokens * per_token

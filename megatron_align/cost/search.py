@@ -125,13 +125,12 @@ def memory_of(
     )
     ptx = getattr(config.objective, "ptx", None)
     top_k = max(build_objective(config.objective).top_k, ptx.columns if ptx else 0)
-    engine, cache = engine_bytes(config, placement)
+    engine = engine_bytes(config, placement)
     critic = placement.as_critic() if has_critic(config) else None
     return tuple(
         replace(
             stage_memory(placement, stage, tokens, micro_batches, live_reference=live, top_k=top_k),
             engine=engine,
-            cache=cache,
             rewards=0 if online is None else online.reward_bytes(placement, stage),
             critic=state_bytes(critic, stage).total if critic is not None else 0,
         )

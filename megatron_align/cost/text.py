@@ -49,7 +49,7 @@ def trained_text(shape: ModelShape, adapter: Adapter | None, frozen: frozenset[s
 
 def memory_table(memory: tuple[StageMemory, ...]) -> str:
     """Return a table of the GiB per rank of each pipeline stage; equal neighbouring stages share a line."""
-    optional = ("engine", "cache", "rewards", "critic")  # of some runs only
+    optional = ("rewards", "engine", "critic")  # of some runs only
     parts = tuple(part for part in PARTS if part not in optional or any(getattr(one, part) for one in memory))
     rows = [("stage", *parts, "total")]
     first = 0

@@ -14,7 +14,7 @@ from megatron_align.config.rollout import BATCH_TOKENS
 from megatron_align.cost.online import OnlineCosts, RewardModelCost, engine_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
-from megatron_align.cost.state import parameter_bytes
+from megatron_align.cost.state import parameter_bytes, parameter_count
 from megatron_align.cost.work import Work, full_packs, mean, of_ptx, step_flops
 from megatron_align.data.batching.packing import PackOptions
 from megatron_align.data.batching.sampler import EpochOrder, SampleSteps
@@ -75,9 +75,10 @@ def test_the_cache_holds_what_transformers_puts_there(arguments, placement):
         cache = model(torch.ones(1, 10, dtype=torch.int64), use_cache=True).past_key_values
     layers = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     of_ten = sum(tensor.numel() * tensor.element_size() for tensor in layers)
-    assert engine_bytes(config, placement)[1] == BATCH_TOKENS * of_ten // 10
+    weights = 4 * parameter_count(placement.shape)
+    assert engine_bytes(config, placement) == weights + BATCH_TOKENS * of_ten // 10
     servers = replace(config, rollout=replace(config.rollout, engine="vllm", url="http://127.0.0.1:1"))
-    assert engine_bytes(servers, placement) == (0, 0)
+    assert engine_bytes(servers, placement) == 0
 
 
 def test_columns_of_the_reference_are_memory(arguments, placement):
@@ -114,5 +115,5 @@ def test_a_dry_run_and_a_plan_say_it(arguments, tmp_path, capsys):
     for said in (dry, plan):
         assert re.search(r"reward +\S+ FLOPs executed besides these, forward of good", said)
         assert re.search(r"ptx +\S+ FLOPs executed besides these, on supervised samples", said)
-        assert re.search(r"communication +engine +cache +rewards +total", said)
+        assert re.search(r"communication +rewards +engine +total", said)
     assert "8 prompts, each with 3 completions of 8 tokens" in plan
