@@ -182,25 +182,42 @@ class ShardWriter:
             raise InputError(f"cannot export the model: {self.folder} is not empty")
 
     def _assign_offsets(self, file: Path, specs: Mapping[str, TensorSpec]) -> None:
-        """Compute a shard's header and its tensors' offsets, wide dtypes first so that all are aligned."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
-            span = [offset, offset + spec.nbytes]
-            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
-            offset = span[1]
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._headers[file] = len(text).to_bytes(8, "little") + text
+        """Compute a shard's header and its tensors' offsets."""
+        self._headers[file], starts = _header(specs)
         for name, spec in specs.items():
-            start = len(self._headers[file]) + header[name]["data_offsets"][0]
-            self._locations[name] = _Location(file, start, spec)
+            self._locations[name] = _Location(file, starts[name], spec)
 
     def _write_index(self) -> None:
         if len(self._headers) > 1:
             weight_map = {name: location.file.name for name, location in sorted(self._locations.items())}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensor(file: Path, name: str, tensor: Tensor) -> None:
+    """Write a safetensors file with one tensor, straight from its memory; it is not forced onto the disk."""
+    tensor = tensor.detach().cpu().contiguous()
+    header, _ = _header({name: TensorSpec(tensor.dtype, tuple(tensor.shape))})
+    with file.open("wb", buffering=0) as out:
+        for part in (memoryview(header), memoryview(tensor.reshape(-1).view(torch.uint8).numpy())):
+            while part:
+                part = part[out.write(part) :]
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """Return a file's header and where each tensor starts, wide dtypes first so that all are aligned."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
+        span = [offset, offset + spec.nbytes]
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text) + 8
+    return len(text).to_bytes(8, "little") + text, {
+        name: data + header[name]["data_offsets"][0] for name in specs
+    }
 
 
 def _assign_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:

@@ -43,13 +43,14 @@ def live_engine(chunks: Sequence[Policy], assets: Path, changes: AssetChanges) -
 def named_weights(chunks: Sequence[Policy], *, base: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield the Hugging Face tensors of the live policy by name, an adapter merged, on every rank. Collective.
 
-    Every rank must take all of them, in step with the others; the tensors are copies, in the policy's dtype.
+    Every rank must take all of them, in step with the others, and may read a tensor until it takes the next: memory is
+    used again, and a tensor that a rank holds in full is the policy's own. All are in the policy's dtype.
 
     Args:
         chunks: this rank's; with overlapped gathering of weights (``parallel.overlap_param_gather``), gathered before.
         base: those of the base that an adapter is trained on, without it.
     """
-    for tensors in gathered_rows(chunks, everywhere=True, base=base):
+    for tensors in gathered_rows(chunks, everywhere=True, base=base, reuse=True):
         yield from tensors.items()
         del tensors  # before the next row is gathered
 

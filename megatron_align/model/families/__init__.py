@@ -1,6 +1,6 @@
 """Model families: shapes read from Hugging Face folders, and the table that maps their weights to Megatron's."""
 
-from megatron_align.model.families.mapping import Segment, copy_segments, to_hf, to_megatron
+from megatron_align.model.families.mapping import Segment, copy_segments, to_hf, to_megatron, views_of_hf
 from megatron_align.model.families.shape import (
     ModelShape,
     read_json,
@@ -27,4 +27,5 @@ __all__ = [
     "rows",
     "to_hf",
     "to_megatron",
+    "views_of_hf",
 ]

@@ -5,7 +5,7 @@ Every reader and writer of weights walks :func:`copy_segments`; nothing else int
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,11 +83,27 @@ def _all_segments(
     yield Segment(row.hf[0], 0, 0, row.hf_shapes(shape)[0][dim], dim)
 
 
-def to_hf(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Join the tensors of all tensor ranks, in order, into new HF tensors; vocabulary padding is dropped."""
+def views_of_hf(row: Row, shard: Tensor, shape: ModelShape) -> dict[str, Tensor] | None:
+    """Return the HF tensors as views of the only tensor rank's tensor; None: there they are interleaved."""
+    segments = [segment for segment in copy_segments(row, shape) if segment.name is not None]
+    views = {segment.name: segment.of_megatron(shard) for segment in segments if segment.name is not None}
+    return views if len(views) == len(segments) else None
+
+
+def to_hf(
+    row: Row, shards: Sequence[Tensor], shape: ModelShape, empty: Callable[..., Tensor] = torch.empty
+) -> dict[str, Tensor]:
+    """Join the tensors of all tensor ranks, in order, into new HF tensors; vocabulary padding is dropped.
+
+    Args:
+        row: of the weight table.
+        shards: of each tensor rank.
+        shape: of the model.
+        empty: makes the new tensors, as ``torch.empty`` does.
+    """
     like = shards[0]
     tensors = {
-        name: torch.empty(size, dtype=like.dtype, device=like.device)
+        name: empty(size, dtype=like.dtype, device=like.device)
         for name, size in zip(row.hf, row.hf_shapes(shape), strict=True)
     }
     for rank, shard in enumerate(shards if row.split is not None else shards[:1]):
