@@ -44,7 +44,7 @@ class Endpoint:
     Args:
         url: its base, ``http://host:port`` or ``https://host/path``.
         key_variable: environment variable with a key, sent as a bearer token if it is set.
-        timeout_seconds: of one try.
+        timeout_seconds: of one try, from its start to the end of the answer.
         tries: of one request; waits between them double from ``first_wait``, or are what the server says.
         first_wait: seconds before the second try.
         timeout_option: that sets this time, for messages.
@@ -137,6 +137,7 @@ class Endpoint:
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         assert parts.hostname is not None, "checked at the start"
+        end = time.monotonic() + self.timeout_seconds
         connection = kind(parts.hostname, parts.port, timeout=self.timeout_seconds)
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
@@ -145,7 +146,7 @@ class Endpoint:
             data = None if body is None else json.dumps(body).encode()
             connection.request(method, parts.path.rstrip("/") + path, data, headers)
             response = connection.getresponse()
-            text = response.read().decode("utf-8", "replace")
+            text = _read_all(response, end).decode("utf-8", "replace")
             after = response.headers.get("Retry-After", "")
             return response.status, min(float(after), _LONGEST_WAIT) if after.isdecimal() else 0.0, text
         finally:
@@ -169,6 +170,27 @@ def chat_reply(endpoint: Endpoint, body: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(text, str):
         raise RequestFailed(f"{endpoint.url} answered no message: {one_line(answer, _SHOWN)} (no text)")
     return text, str(reason)
+
+
+def _read_all(response: http.client.HTTPResponse, end: float) -> bytes:
+    """Return a response's body; the connection's own limit is of each piece, and a server may send byte by byte.
+
+    Args:
+        response: whose head was read.
+        end: on the monotonic clock.
+
+    Raises:
+        TimeoutError: the body is not complete by then.
+        http.client.IncompleteRead: the connection ends before it is.
+    """
+    pieces = []
+    while piece := response.read1(1 << 16):
+        pieces.append(piece)
+        if time.monotonic() > end:
+            raise TimeoutError
+    if response.length:  # of a stated length; read1 ends without a word
+        raise http.client.IncompleteRead(b"".join(pieces), response.length)
+    return b"".join(pieces)
 
 
 def backoff(attempt: int, first: float, source: random.Random) -> float:

@@ -1,6 +1,9 @@
 """A request survives a slow, busy or broken endpoint within its tries; what fails for ever is one line and counted."""
 
+import socketserver
+import threading
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -52,6 +55,51 @@ def test_an_endpoint_that_is_down_or_hangs():
 
     with serving(hang) as url, pytest.raises(RequestFailed, match="timed out: no answer within 0.05 s$"):
         quick(url, tries=1, timeout_seconds=0.05).get("/a")
+
+
+@contextmanager
+def raw_answers(*pieces, pause=0.0):
+    """Yield the URL of a server that sends these bytes after any request, with pauses, and closes the connection."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1 << 16)
+            with suppress(OSError):  # the client gave up
+                for piece in pieces:
+                    self.request.sendall(piece)
+                    time.sleep(pause)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n"
+
+
+def test_an_answer_that_comes_byte_by_byte_has_the_same_time_limit():
+    """Each byte comes well within the connection's limit."""
+    with raw_answers(HEAD, *[bytes([b]) for b in b'{"x": 1}'], pause=0.03) as url:
+        assert quick(url, tries=1).get("/a") == {"x": 1}
+        with pytest.raises(RequestFailed, match="timed out: no answer within 0.1 s"):
+            quick(url, tries=1, timeout_seconds=0.1).get("/a")
+
+
+def test_an_answer_that_is_cut_is_a_failure():
+    with (
+        raw_answers(HEAD, b'{"x"') as url,
+        pytest.raises(RequestFailed, match="IncompleteRead.*4 more expected"),
+    ):
+        quick(url, tries=1).get("/a")
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with raw_answers(chunked, b"8\r\n", b'{"x": 1}\r\n', b"0\r\n\r\n") as url:
+        assert quick(url, tries=1).get("/a") == {"x": 1}
+    with raw_answers(chunked, b'8\r\n{"x"') as url, pytest.raises(RequestFailed, match="failed 1 times"):
+        quick(url, tries=1).get("/a")
 
 
 def test_the_server_may_say_how_long_to_wait():
