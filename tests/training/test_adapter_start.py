@@ -36,6 +36,7 @@ LAYOUTS = {
 TP2_PP2 = {"parallel__tensor": 2, "parallel__pipeline": 2}
 
 
+@pytest.mark.slow  # the start is held against PEFT's code in the fast tests
 def test_ten_steps_equal_trl_with_peft_and_its_pissa(pool, tiny_models, tmp_path):
     """Nothing is handed over: both decompose the same weights. Signs are free, and Adam does not see them."""
     from peft import LoraConfig

@@ -172,9 +172,8 @@ def test_rows_that_a_full_disk_refuses_are_written_later(command, whole, tmp_pat
 @pytest.mark.parametrize(
     "point",
     [
-        "save.begun",
         "save.file",
-        *(pytest.param(p, marks=pytest.mark.slow) for p in ("save.written", "save.named")),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("save.begun", "save.written", "save.named")),
     ],
 )
 def test_a_last_save_that_fails_is_an_error_and_spoils_nothing(command, tmp_path, point):

@@ -28,7 +28,7 @@ DIVERGENCES = {
     "forward": {"divergence": "forward", "top_k": VOCABULARY, "temperature": 2.0},
     "js": {"divergence": "js", "top_k": 3, "js_beta": 0.3},
 }
-CASES = [("reverse", "tp2_pp2"), ("js", "ulysses2_tp2")]
+CASES = [("reverse", "tp2_pp2")]
 SLOW = [(name, layout) for name in DIVERGENCES for layout in LAYOUTS if (name, layout) not in CASES]
 
 

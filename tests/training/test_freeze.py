@@ -33,7 +33,11 @@ def test_only_the_others_change(tiny_models, one_rank):
     "world, layout",
     [
         (4, {"parallel__tensor": 2, "parallel__pipeline": 2}),
-        (2, {"train__recompute_layers": 1, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2}),
+        pytest.param(
+            2,
+            {"train__recompute_layers": 1, "parallel__pipeline": 2, "parallel__virtual_pipeline": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tp2_pp2", "vpp2_recompute"],
 )

@@ -109,7 +109,7 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
     "world, layout",
     [
         (2, {"parallel__tensor": 2}),
-        (2, {"parallel__pipeline": 2}),
+        pytest.param(2, {"parallel__pipeline": 2}, marks=pytest.mark.slow),
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(1, {"data__packing": False}, marks=pytest.mark.slow),
         pytest.param(2, {**ULYSSES, "parallel__context": 2}, marks=pytest.mark.slow),

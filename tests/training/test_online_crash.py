@@ -120,6 +120,7 @@ def test_a_rank_of_two_killed(layout, arguments, tmp_path):
     assert state_of(run) == state_of(whole)
 
 
+@pytest.mark.slow
 def test_rollouts_that_a_full_disk_refuses_end_the_run_with_one_line(arguments, whole, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     assert crash.train(1, arguments(run), log, fault="full@rollouts.write:3") == [1]
