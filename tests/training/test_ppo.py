@@ -8,14 +8,18 @@ import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_align.convert.export_hf import export_hf
+from megatron_align.model.families import read_shape
+from megatron_align.objectives.configuration import load_config
 from megatron_align.rollout.rollouts import FILE, ROLLOUTS
 from megatron_align.train import main
+from megatron_align.training.critic_start import critic_paths, find_critic
 from tests.harness import training_ranks
 from tests.harness.marks import mark_slow
 from tests.harness.ppo import Settings, ten_steps
@@ -253,6 +257,39 @@ def test_refused(name, tiny_models, ranked, tmp_path, capsys):
     assert main(given) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(f"error: [^\n]*{pattern}[^\n]*\n", error), error
+
+
+def test_the_critic_starts_from_the_first_reward_model_that_fits_else_from_the_policy(
+    tiny_models, critic, tmp_path
+):
+    """It is said which, and why a reward model was passed over."""
+    model, other = str(tiny_models()), str(small(tmp_path / "small"))
+
+    def start(*paths):
+        config = load_config(
+            {
+                "model": {"path": model},
+                "data": {"train": "d"},
+                "objective": {"name": "ppo"},
+                "train": {"steps": 1},
+                "checkpoint": {"dir": "c"},
+                "rewards": [
+                    *({"kind": "model", "path": path, "name": f"r{i}"} for i, path in enumerate(paths)),
+                    {"kind": "length", "min": 1},
+                ],
+            }
+        )
+        folders = {path: (Path(path), Path(path)) for path in critic_paths(config)}
+        return find_critic(config, read_shape(Path(model)), folders)
+
+    assert start(str(critic)).note == f"starts from {critic}, a reward model"
+    assert start(other, str(critic)).path == str(critic)
+    found = start(other)
+    assert (found.path, found.has_head) == (model, False)
+    assert found.note == (
+        f"starts from {model}, a language model, with a new value head; not from {other}: num_layers 2 for 4"
+    )
+    assert start().path == model
 
 
 @pytest.mark.slow
