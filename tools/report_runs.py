@@ -13,6 +13,7 @@ from megatron_align.config.yaml_text import read_yaml
 from megatron_align.errors import InputError
 
 METRICS, CONFIG, SAMPLES = "metrics.jsonl", "config.yaml", "samples.jsonl"
+_REWARDS = "rewards"
 _NAMES_A_RUN = ("checkpoint.dir",)  # always differs between runs
 _LAST = 0.1  # of the steps: final values are means over them
 
@@ -138,6 +139,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     content = read_yaml(str(file))
+    rewards = content.get(_REWARDS)  # a list, whose entries have names
+    if isinstance(rewards, list) and all(isinstance(reward, dict) for reward in rewards):
+        content[_REWARDS] = {reward.get("name", number): reward for number, reward in enumerate(rewards)}
     if not all(isinstance(section, dict) for section in content.values()):
         raise InputError(f"{file} must hold sections of options, as written by a run")
     return {f"{section}.{key}": value for section, of in content.items() for key, value in of.items()}

@@ -11,7 +11,9 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
+from megatron_align.config import to_dict
 from megatron_align.errors import InputError
+from megatron_align.objectives.configuration import load_config
 from megatron_align.tools.main import main
 from megatron_align.tools.report_about import about
 from megatron_align.tools.report_charts import (
@@ -313,3 +315,27 @@ def test_the_newest_answers_are_shown(tmp_path):
     (run / "samples.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(InputError, match=r"samples.jsonl:1: must have prompt, completion, finish_reason"):
         to_html(read_runs([str(run)]), [])
+
+
+@pytest.mark.parametrize("objective, rewards", [("sft", []), ("ppo", [{"kind": "length", "min": 3}])])
+def test_the_configuration_that_a_run_writes_is_read(tmp_path, objective, rewards):
+    """With every section and option that there is, as rewards are a list and the critic has an optimizer."""
+    config = {
+        "model": {"path": "m"},
+        "data": {"train": "d"},
+        "objective": {"name": objective},
+        "train": {"steps": 2},
+        "checkpoint": {"dir": "c"},
+        "rewards": rewards,
+    }
+    folders = [write_run(tmp_path / name, steps=2) for name in ("one", "two")]
+    for folder, lr in zip(folders, (1e-5, 2e-5), strict=True):
+        given = {**config, "critic": {"optimizer": {"lr": lr}}} if objective == "ppo" else config
+        text = yaml.safe_dump(to_dict(load_config(given)), sort_keys=False)
+        (folder / "config.yaml").write_text(text)
+    runs = read_runs([str(folder) for folder in folders])
+    assert runs[0].config["objective.name"] == objective
+    found = differences(runs)
+    assert list(found) == (["critic.optimizer"] if objective == "ppo" else [])
+    if rewards:
+        assert "min" in str(runs[0].config["rewards.length"])
