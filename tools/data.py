@@ -23,6 +23,9 @@ COMMANDS = {
     "mix": "split by a column's values, with weights that give each value its share",
 }
 _MORE = "See docs/data.md."
+_EMBEDDER = (
+    "column:NAME (lists of numbers), FILE.py:FUNCTION, or a Hugging Face folder (mean of last hidden states)"
+)
 
 
 def run(arguments: list[str]) -> int:
@@ -70,8 +73,11 @@ def _bad(count: int) -> str:
 
 
 def _add_dedup(parser: Parser) -> None:
-    about = "Jaccard similarity from which a record duplicates an earlier one (default: 0.7)"
+    about = "similarity from which a record duplicates an earlier one: Jaccard's of shingles (default: 0.7)"
     parser.add_argument("--duplicates", type=float, default=0.7, metavar="J", help=about)
+    parser.add_argument(
+        "--embeddings", metavar="EMBEDDER", help=f"compare cosines of embeddings: {_EMBEDDER}"
+    )
     _add_text(parser)
 
 
@@ -79,7 +85,8 @@ def _dedup(options: argparse.Namespace) -> str:
     from megatron_align.curation.dedup import dedup
 
     skip_bad = options.on_bad_record == "skip"
-    counts = dedup(options.data, options.out, options.duplicates, options.of, skip_bad=skip_bad)
+    more = {"embeddings": options.embeddings, "skip_bad": skip_bad}
+    counts = dedup(options.data, options.out, options.duplicates, options.of, **more)
     left_out = f"{counts.records - counts.kept:,} near duplicates left out"
     return f"{counts.kept:,} of {counts.records:,} records kept, {left_out}{_bad(counts.bad)}: {options.out}"
 
@@ -130,8 +137,7 @@ def _add_select(parser: Parser) -> None:
     add("--difficulty", metavar="COLUMN", help="field with a number, which --easiest and --hardest bound")
     add("--easiest", type=float, metavar="X", help="leave out records below")
     add("--hardest", type=float, metavar="X", help="leave out records above")
-    about = "column:NAME (lists of numbers), FILE.py:FUNCTION, or a Hugging Face folder (mean of last hidden states)"
-    add("--embeddings", metavar="EMBEDDER", help=about)
+    add("--embeddings", metavar="EMBEDDER", help=_EMBEDDER)
     about = "cosine thresholds of the layers of clusters, increasing (default: 0.6 0.75 0.9)"
     add("--layers", type=float, nargs="+", default=[0.6, 0.75, 0.9], metavar="C", help=about)
     add(

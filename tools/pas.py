@@ -70,9 +70,11 @@ def _run_build(arguments: list[str]) -> int:
     about = "labels prompts: as --quality, with a classifier in place of the reward model (default: column:category)"
     add("--labels", metavar="LABELLER", help=about)
     about = (
-        "Jaccard similarity from which a prompt duplicates an earlier one; 1: only equal ones (default: 0.7)"
+        "similarity from which a prompt duplicates an earlier one: Jaccard's of shingles; 1: only equal ones"
     )
-    add("--duplicates", type=float, default=0.7, metavar="J", help=about)
+    add("--duplicates", type=float, default=0.7, metavar="J", help=f"{about} (default: 0.7)")
+    about = "compare cosines of embeddings: column:NAME, FILE.py:FUNCTION or a Hugging Face folder (default: shingles)"
+    add("--embeddings", metavar="EMBEDDER", help=about)
     add(
         "--tokenizer",
         metavar="MODEL",
@@ -152,7 +154,7 @@ def _build(options: argparse.Namespace) -> int:
     require_one_process()
     of_writer = ("shots", "regenerations", "tries", "max_words", "max_tokens", "temperature")
     plain = ["prompts", "out", "examples", "generator", "critic", "quality", "min_quality", "labels"]
-    plain += ["duplicates", "tokenizer", "context", "template", "failures"]
+    plain += ["duplicates", "embeddings", "tokenizer", "context", "template", "failures"]
     counts = build(
         BuildOptions(
             **{name: getattr(options, name) for name in plain},

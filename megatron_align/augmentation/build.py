@@ -21,10 +21,10 @@ from megatron_align.augmentation.selection import Selected, Selection, Selection
 from megatron_align.augmentation.texts import filled, load_template
 from megatron_align.curation.asking import Asker
 from megatron_align.curation.chat_models import ChatModel, ChatOptions, open_chat
+from megatron_align.curation.duplicates import Duplicates, open_duplicates
 from megatron_align.curation.open_scorers import open_labels, open_quality
 from megatron_align.curation.raw_prompts import RawPrompt
 from megatron_align.curation.scorers import Scorer
-from megatron_align.data.near_duplicates import NearDuplicates
 from megatron_align.errors import require
 from megatron_align.evaluation.progress import progress
 from megatron_align.rollout.endpoint import FailureBudget
@@ -50,7 +50,9 @@ class BuildOptions:
         quality: column:NAME, FILE.py:FUNCTION, a reward model, URL#NAME or a language model; None: not scored
         min_quality: prompts below it are dropped; None: none are
         labels: column:NAME, FILE.py:FUNCTION, a classifier, URL#NAME or a language model; None: column:category
-        duplicates: Jaccard similarity from which a prompt is a near duplicate of an earlier one; 1: equal prompts only
+        duplicates: similarity from which a prompt is a near duplicate of an earlier one; 1: equal prompts only
+        embeddings: column:NAME, FILE.py:FUNCTION or a Hugging Face folder, whose cosines are compared; None: the
+            Jaccard similarities of shingles are
         tokenizer: model whose tokenizer measures samples; None: they are not measured
         context: longest sample, in tokens of this tokenizer
         template: file of the template that is trained; None: ours
@@ -68,6 +70,7 @@ class BuildOptions:
     min_quality: float | None = None
     labels: str | None = None
     duplicates: float = 0.7
+    embeddings: str | None = None
     tokenizer: str | None = None
     context: int = 4096
     template: str | None = None
@@ -79,6 +82,10 @@ class BuildOptions:
         require(
             self.min_quality is None or self.quality is not None,
             f"min_quality needs quality, which scores the prompts, got {self.min_quality} without",
+        )
+        require(
+            self.embeddings is None or self.duplicates < 1,
+            f"duplicates must be below 1 with embeddings, which it compares, got {self.duplicates:g}",
         )
         require(0 < self.duplicates <= 1, f"duplicates must be in (0, 1], got {self.duplicates}")
         require(self.failures >= 0, f"failures must not be negative, got {self.failures}")
@@ -164,7 +171,9 @@ class _Build:
         self._examples = read_examples(options.examples)
         template = options.chat.chat_template
         self._length = SampleLength(options.tokenizer, template) if options.tokenizer else None
-        self._near = NearDuplicates(options.duplicates) if options.duplicates < 1 else None
+        self._near: Duplicates | None = None
+        if options.duplicates < 1:
+            self._near = open_duplicates(options.embeddings, options.duplicates)
         self._budget, self._askers = FailureBudget(options.failures), list[Asker]()
         self._models: dict[str, ChatModel] = {}
         self._counts = BuildCounts()

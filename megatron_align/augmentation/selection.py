@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_align.augmentation.pairs import LabelledPrompt, Log
 from megatron_align.augmentation.texts import Example
+from megatron_align.curation.duplicates import Duplicates
 from megatron_align.curation.raw_prompts import RawPrompt, Unusable, read_raw_prompts
+from megatron_align.curation.records import chunks
 from megatron_align.curation.scorers import Scorer
-from megatron_align.data.near_duplicates import NearDuplicates
 from megatron_align.evaluation.progress import progress
 
 CHUNK = 256  # prompts that are scored between two signs of progress
@@ -61,7 +62,7 @@ class Selection:
     def distinct(
         self,
         path: str,
-        near: NearDuplicates | None,
+        near: Duplicates | None,
         excess: Callable[[RawPrompt], str | None],
     ) -> list[RawPrompt]:
         """Return the usable prompts of a file that duplicate no earlier one.
@@ -72,6 +73,17 @@ class Selection:
             excess: returns by how much a prompt is too long; None: it is not.
         """
         kept: list[RawPrompt] = []
+        for chunk in chunks(self._different(path, excess), CHUNK):
+            others = [None] * len(chunk) if near is None else near.of(chunk)
+            for prompt, other in zip(chunk, others, strict=True):
+                if other is None:
+                    kept.append(prompt)
+                else:
+                    self._drop("near_duplicate", prompt.where, prompt.text, f"of {other}")
+        return kept
+
+    def _different(self, path: str, excess: Callable[[RawPrompt], str | None]) -> Iterator[RawPrompt]:
+        """Yield the usable prompts of a file that equal no earlier one."""
         places: dict[str, str] = {}
         for found in read_raw_prompts(path):
             self._counts.records += 1
@@ -83,11 +95,7 @@ class Selection:
                 self._drop("equal", found.where, found.text, f"equal to {places[plain]}")
             else:
                 places[plain] = found.where
-                if near is not None and (other := near.add(found.where, found.text)) is not None:
-                    self._drop("near_duplicate", found.where, found.text, f"of {other}")
-                else:
-                    kept.append(found)
-        return kept
+                yield found
 
     def good(
         self, prompts: Sequence[RawPrompt], quality: Scorer[float] | None, least: float | None

@@ -43,6 +43,10 @@ SHAPES = [
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"conversations": [{"from": "human", "value": "q\nc"}, {"from": "gpt", "value": "a"}]},
     ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"}]},
+        {"messages": [USER, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r\nc"}]},
+    ),
     ({"instruction": "i", "output": "o"}, {"instruction": "i\nc", "output": "o"}),
     ({"instruction": "i", "input": "q", "output": "o"}, {"instruction": "i", "input": "q\nc", "output": "o"}),
     (
@@ -83,7 +87,7 @@ def test_a_pipe(script):
     batches = arriving(io.BytesIO(lines), 3)
     done = augment_lines(AugmentOptions(model=script), batches, written.append)
     assert [json.loads(line) for line in written] == [{**row, "complement": "c"} for _, row in SHAPES]
-    assert done.summary() == "8 prompts augmented"
+    assert done.summary() == f"{len(SHAPES)} prompts augmented"
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,8 @@ BAD = {
     "duplicates": ({"duplicates": 0}, r"duplicates must be in \(0, 1\]"),
     "examples": ({"examples": "none.jsonl"}, "none.jsonl: must be a data file"),
     "endpoint": ({"generator": "http://127.0.0.1:9#m"}, "^[1-4] requests failed, 0 are allowed; the last: http"),
+    "embeddings": ({"duplicates": 1.0, "embeddings": "column:e"}, "must be below 1 with embeddings"),
+    "no embeddings": ({"embeddings": "column:e"}, "field 'e' must be a list of numbers, got null"),
     "column": ({"labels": "column:"}, "needs the name of a field"),
     "small context": ({"tokenizer": "x", "context": 100}, "must hold a prompt and a complement of 256 tokens"),
 }  # fmt: skip

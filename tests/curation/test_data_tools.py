@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_align.config import DataSource
+from megatron_align.curation import dedup as dedup_module
 from megatron_align.curation import label as label_module
 from megatron_align.curation.chat_models import ChatOptions
 from megatron_align.curation.clusters import LayeredClusters
@@ -49,6 +50,22 @@ def test_dedup_compares_prompts_or_all_texts(tmp_path):
         dedup(bad, str(tmp_path / "bad_out.jsonl"), 0.7)
     counts = dedup(bad, str(tmp_path / "good.jsonl"), 0.7, skip_bad=True)
     assert (counts.records, counts.kept, counts.bad) == (3, 2, 2)
+
+
+def test_dedup_by_embeddings_compares_with_every_distinct_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup_module, "CHUNK", 3)
+    random = np.random.default_rng(1)
+    vectors = random.normal(size=(40, 3))
+    rows = [{"prompt": f"p{i}", "e": vector.tolist()} for i, vector in enumerate(vectors)]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    kept = []
+    for i, vector in enumerate(vectors):
+        if not any(vectors[k] @ vector >= 0.9 for k in kept):
+            kept.append(i)
+    assert 5 < len(kept) < 35
+    data = write(tmp_path / "in.jsonl", rows)
+    dedup(data, str(tmp_path / "out.jsonl"), 0.9, embeddings="column:e")
+    assert rows_of(tmp_path / "out.jsonl") == [rows[i] for i in kept]
 
 
 def test_labelling_that_stops_sends_no_request_twice(tmp_path, monkeypatch):
