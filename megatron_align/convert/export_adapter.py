@@ -15,7 +15,6 @@ from megatron_align.convert.export_hf import write_model_card
 from megatron_align.convert.merged_state import MergedState, open_base
 from megatron_align.convert.open_adapter import StoredAdapter, open_adapter_checkpoint
 from megatron_align.convert.open_checkpoint import model_dtype
-from megatron_align.convert.streaming import single_threaded
 from megatron_align.errors import InputError
 from megatron_align.hf.adapter import require_finite_tensors, write_adapter
 from megatron_align.hf.assets import copy_assets, write_config_dtype
@@ -26,6 +25,7 @@ from megatron_align.storage.atomic_write import require_new, require_one_process
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.progress import Progress
 from megatron_align.storage.tensor_digest import TensorDigest, count_nonfinite, require_finite
+from megatron_align.storage.threads import single_threaded
 
 
 @dataclass(frozen=True, slots=True)

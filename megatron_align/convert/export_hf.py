@@ -25,7 +25,7 @@ from megatron_align.checkpoint.integrity import verifying_while_reading
 from megatron_align.checkpoint.tensor_reader import FileRange
 from megatron_align.convert.open_checkpoint import Checkpoint, open_checkpoint, open_state
 from megatron_align.convert.state_reader import StateReader, TensorBlock
-from megatron_align.convert.streaming import BLOCK_BYTES, single_threaded
+from megatron_align.convert.streaming import BLOCK_BYTES
 from megatron_align.hf.assets import (
     AssetChanges,
     Padding,
@@ -50,6 +50,7 @@ from megatron_align.storage.tensor_digest import (
     count_nonfinite,
     require_finite,
 )
+from megatron_align.storage.threads import single_threaded
 
 
 def export_hf(

@@ -18,7 +18,7 @@ from megatron_align.checkpoint.card import FORMAT, make_checkpoint_metadata
 from megatron_align.checkpoint.folder import ASSETS, CARD, STATE
 from megatron_align.convert.open_checkpoint import Checkpoint
 from megatron_align.convert.state_writer import StateWriter
-from megatron_align.convert.streaming import BLOCK_BYTES, single_threaded
+from megatron_align.convert.streaming import BLOCK_BYTES
 from megatron_align.errors import InputError
 from megatron_align.hf.assets import copy_assets
 from megatron_align.hf.hub import model_folder
@@ -43,6 +43,7 @@ from megatron_align.storage.tensor_digest import (
     count_nonfinite,
     require_finite,
 )
+from megatron_align.storage.threads import single_threaded
 
 
 def import_hf(

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_align.data.store import sha256
 from megatron_align.errors import InputError, listed
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.model.families import ModelShape, copy_segments, local_shape, read_shape, rows
+from megatron_align.storage.checksums import hash_files
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -120,8 +120,8 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def weights_hash(path: Path) -> str:
     """Return one hash of all weight files of a Hugging Face folder or of a checkpoint."""
     files = sorted(path.glob("*.safetensors")) or sorted(p for p in (path / "state").iterdir() if p.is_file())
-    hashes = [(file.name, sha256(file)) for file in files]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    hashes = hash_files(files[0].parent, [file.name for file in files]) if files else {}
+    return hashlib.sha256(json.dumps(list(hashes.items())).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ extraction the difference of one tensor and its singular vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,8 +48,9 @@ from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.journal import fingerprint
 from megatron_align.storage.progress import Progress
 from megatron_align.storage.tensor_digest import count_nonfinite
+from megatron_align.storage.threads import in_order, single_threaded
 
-BLOCK_ELEMENTS = 1 << 21  # of a tensor, merged at once: in fp32 they fit a processor's cache
+BLOCK_ELEMENTS = 1 << 19  # of a tensor, merged at once: in fp32 they fit a core's cache
 EXACT = 1024  # matrices with a side up to this are decomposed completely, others by random projections
 _OVERSAMPLING, _ITERATIONS = 16, 6
 
@@ -91,18 +92,18 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
         Progress("merging", sum(spec.nbytes for spec in specs.values())) as progress,
         BackgroundWorker() as writing,
         BackgroundWorker() as hashing,
+        single_threaded(),
     ):
-        if (
-            base_hash(adapter) is not None
-        ):  # the base is hashed while it is merged: a disk reads it once for both
+        if base_hash(adapter) is not None:  # hashed while it is merged: a disk reads it once for both
             hashing.run(lambda: require_base(adapter, weights_hash(Path(base)), base))
-        for name, spec in specs.items():
-            if not writer.has(name):
-                for start, block in _merged_blocks(inputs, name, spec):
-                    writing.run(partial(writer.write_flat, name, start, block))
-                writing.run(partial(writer.finish, name))
-                weights.release(name)
-            progress.add(spec.nbytes)
+        missing = {name: spec for name, spec in specs.items() if not writer.has(name)}
+        progress.add(sum(spec.nbytes for name, spec in specs.items() if name not in missing))
+        for block in in_order(_merges(inputs, missing)):
+            writing.run(partial(writer.write_flat, block.name, block.start, block.elements))
+            if block.start + len(block.elements) == math.prod(specs[block.name].shape):
+                writing.run(partial(writer.finish, block.name))
+                weights.release(block.name)
+                progress.add(specs[block.name].nbytes)
         writing.wait()
         hashing.wait()
         copy_assets(base, writer.partial)
@@ -135,23 +136,39 @@ class _Inputs:
         return self.weights, name
 
 
-def _merged_blocks(inputs: _Inputs, name: str, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
-    """Yield first element and elements of each block of a merged tensor, in memory of its own."""
+class _Block(NamedTuple):
+    """Elements of a merged tensor from ``start`` on, one-dimensional, in memory of their own."""
+
+    name: str
+    start: int
+    elements: Tensor
+
+
+def _merges(inputs: _Inputs, specs: Mapping[str, TensorSpec]) -> Iterator[Callable[[], _Block]]:
+    """Yield the calls that read and merge the blocks of all tensors, in order."""
+    for name, spec in specs.items():
+        count = max(1, BLOCK_ELEMENTS // math.prod(spec.shape[1:]))
+        for first in range(0, spec.shape[0], count):
+            yield partial(_merge_block, inputs, name, spec, slice(first, min(first + count, spec.shape[0])))
+
+
+def _merge_block(inputs: _Inputs, name: str, spec: TensorSpec, rows: slice) -> _Block:
+    """Read rows of a tensor, with the adapter if it changes them.
+
+    Raises:
+        InputError: they are not finite, stored or merged.
+    """
     weights, stored_name = inputs.source(name)
     columns = math.prod(spec.shape[1:])
-    rows = max(1, BLOCK_ELEMENTS // columns)
-    for first in range(0, spec.shape[0], rows):
-        count = min(rows, spec.shape[0] - first)
-        block = torch.empty(count * columns, dtype=DTYPES[weights.dtype(stored_name)])
-        weights.read_flat(stored_name, first * columns, block)
-        merged = block
-        if is_adapted(name, inputs.adapter):
-            of_block, weight = slice(first, first + count), block.view(count, columns)
-            merged = merged_rows(name, of_block, weight, inputs.adapter, inputs.tensors).reshape(-1)
-        stored = merged.to(spec.dtype)
-        if count_nonfinite(stored) != (0, 0):
-            _refuse_nonfinite(stored_name, block, spec, weights)
-        yield first * columns, stored
+    block = torch.empty((rows.stop - rows.start) * columns, dtype=DTYPES[weights.dtype(stored_name)])
+    weights.read_flat(stored_name, rows.start * columns, block)
+    merged = block
+    if is_adapted(name, inputs.adapter):
+        merged = merged_rows(name, rows, block.view(-1, columns), inputs.adapter, inputs.tensors).reshape(-1)
+    stored = merged.to(spec.dtype)
+    if count_nonfinite(stored) != (0, 0):
+        _refuse_nonfinite(stored_name, block, spec, weights)
+    return _Block(name, rows.start * columns, stored)
 
 
 def is_adapted(name: str, adapter: Adapter) -> bool:
