@@ -18,6 +18,7 @@ from megatron_align.objectives.configuration import load_config
 from megatron_align.rollout.rollouts import FILE, ROLLOUTS, Rollouts
 from megatron_align.training.dynamic_sampling import replaced_without_signal
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments
 from tests.training.test_resume import cut_after
 
@@ -173,7 +174,7 @@ def test_a_run_takes_its_prompts_one_after_the_other(run):
         assert without == pytest.approx(0) or row["generation_batches"] == 3
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", mark_slow([1, 2], [1]))  # test_off_policy.py has both
 def test_a_killed_run_goes_on_with_the_same_prompts(step, pool, tiny_models, prompts, run, tmp_path):
     """Killed within a set, and between two: later sets are generated again, of the prompts that came next."""
     cut = cut_after(run, tmp_path / "cut", step)

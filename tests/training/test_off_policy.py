@@ -104,7 +104,7 @@ def train_and_save(rank_info, given, saved, last):
                     trainer.save()
 
 
-@pytest.mark.parametrize("saved, last", mark_slow([(1, 1), (2, 2), (1, 4), (4, 5)], [(2, 2), (1, 4)]))
+@pytest.mark.parametrize("saved, last", mark_slow([(1, 1), (2, 2), (1, 4), (4, 5)], [(2, 2), (1, 4), (4, 5)]))
 def test_a_killed_run_goes_on_with_the_set_that_was_in_flight(
     saved, last, pool, tiny_models, prompts, run, tmp_path
 ):
