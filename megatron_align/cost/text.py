@@ -8,7 +8,7 @@ from dataclasses import fields
 from megatron_align.cost.memory import GIB, StageMemory
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_count, trained_count
-from megatron_align.cost.work import StepFlops, Work
+from megatron_align.cost.work import StepFlops, Work, step_flops
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
@@ -63,12 +63,14 @@ def memory_table(memory: tuple[StageMemory, ...]) -> str:
 
 
 def step_text(placement: Placement, work: Work, flops: StepFlops) -> str:
-    """Describe the work of a step in two lines."""
+    """Describe the work of a step in two lines; what it needs besides training beside a step of SFT."""
+    sft = step_flops(placement, work, 0).model
+    beside = f", {flops.model / sft:.2f} times those of SFT on the same tokens" if flops.model > sft else ""
     return (
         f"step       {work.samples:,} samples, {work.tokens:,} tokens, {work.scored:,} scored, "
         f"{work.micro_batches} micro-batches of {work.pack_tokens:,} tokens "
         f"on each of {placement.data} data-parallel ranks, {1 - work.tokens / work.padded_tokens:.1%} padding\n"
-        f"FLOPs      {flops.model:.4g} required by the model, {flops.executed:.4g} executed"
+        f"FLOPs      {flops.model:.4g} required by the model{beside}, {flops.executed:.4g} executed"
     )
 
 

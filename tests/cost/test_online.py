@@ -15,6 +15,7 @@ from megatron_align.cost.online import OnlineCosts, RewardModelCost, engine_byte
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.state import parameter_bytes, parameter_count
+from megatron_align.cost.text import step_text
 from megatron_align.cost.work import Work, full_packs, mean, of_ptx, step_flops
 from megatron_align.data.batching.packing import PackOptions
 from megatron_align.data.batching.sampler import EpochOrder, SampleSteps
@@ -115,5 +116,15 @@ def test_a_dry_run_and_a_plan_say_it(arguments, tmp_path, capsys):
     for said in (dry, plan):
         assert re.search(r"reward +\S+ FLOPs executed besides these, forward of good", said)
         assert re.search(r"ptx +\S+ FLOPs executed besides these, on supervised samples", said)
+        assert "1.33 times those of SFT" in said  # iterations 2: a pass of the policy before the first
         assert re.search(r"communication +rewards +engine +total", said)
     assert "8 prompts, each with 3 completions of 8 tokens" in plan
+
+
+@pytest.mark.parametrize("passes, said", [(0, None), (1, "1.33"), (2, "1.67")])
+def test_what_a_step_needs_besides_training_is_named_beside_sft(passes, said, arguments, placement):
+    """Training is three passes."""
+    work = mean(full_packs(parse(arguments))(placement))
+    text = step_text(placement, work, step_flops(placement, work, passes))
+    found = re.findall(r"required by the model, (\S+) times those of SFT on the same tokens", text)
+    assert found == ([said] if said else [])
