@@ -63,14 +63,14 @@ def memory_table(memory: tuple[StageMemory, ...]) -> str:
 
 
 def step_text(placement: Placement, work: Work, flops: StepFlops) -> str:
-    """Describe the work of a step in two lines; what it needs besides training beside a step of SFT."""
+    """Describe the work of a step in two lines, and how many times the operations of SFT it needs."""
     sft = step_flops(placement, work, 0).model
-    beside = f", {flops.model / sft:.2f} times those of SFT on the same tokens" if flops.model > sft else ""
+    ratio = f", {flops.model / sft:.2f} times those of SFT on the same tokens" if flops.model > sft else ""
     return (
         f"step       {work.samples:,} samples, {work.tokens:,} tokens, {work.scored:,} scored, "
         f"{work.micro_batches} micro-batches of {work.pack_tokens:,} tokens "
         f"on each of {placement.data} data-parallel ranks, {1 - work.tokens / work.padded_tokens:.1%} padding\n"
-        f"FLOPs      {flops.model:.4g} required by the model{beside}, {flops.executed:.4g} executed"
+        f"FLOPs      {flops.model:.4g} required by the model{ratio}, {flops.executed:.4g} executed"
     )
 
 

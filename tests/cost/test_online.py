@@ -122,7 +122,7 @@ def test_a_dry_run_and_a_plan_say_it(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("passes, said", [(0, None), (1, "1.33"), (2, "1.67")])
-def test_what_a_step_needs_besides_training_is_named_beside_sft(passes, said, arguments, placement):
+def test_what_a_step_needs_besides_training_is_named_with_sfts(passes, said, arguments, placement):
     """Training is three passes."""
     work = mean(full_packs(parse(arguments))(placement))
     text = step_text(placement, work, step_flops(placement, work, passes))
