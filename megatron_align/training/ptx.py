@@ -64,7 +64,7 @@ class PTXSteps:
         with watchdog.patient("opening the reference's likeliest tokens"):
             if weights is None:
                 weights = hash_of_rank_0(locate(config.reference.path or config.model.path)[0])
-            columns = TopKColumns.open(store, config, self.objective.top_k, weights)
+            columns = TopKColumns.open(store, config, self.objective.top_k, weights, self._setup.shape)
         missing = columns.missing(self._steps, range(first_step, self._setup.steps))
         if missing:
             with watchdog.patient("loading the reference"):

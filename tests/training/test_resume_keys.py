@@ -49,7 +49,9 @@ FREE = {
     "read by validation only": "data.validation validation.generate validation.tasks train.validate_every",
     "when the run ends, and what is checked": "train.early_stopping train.on_nonfinite train.self_check",
     "where things are written": "data.cache "
-    + " ".join(f"{section}.{name}" for section in ("checkpoint", "logging") for name in to_dict(config())[section]),
+    + " ".join(
+        f"{section}.{name}" for section in ("checkpoint", "logging") for name in to_dict(config())[section]
+    ),
 }
 OFF = {"lr": 0.5, "warmup_steps": 3, "schedule": "linear", "steps": 9, "adapter": asdict(AdapterConfig())}
 
@@ -77,15 +79,15 @@ def found(run, section, option):
         metadata["steps"], steps = 5, 7
     lines = differences(run, KEY, metadata, steps)
     named = harmless_differences(run, metadata)
-    assert all(f"{section}.{option} was " in line for of_group in [*lines.values(), named] for line in of_group)
+    assert all(
+        f"{section}.{option} was " in line for of_group in [*lines.values(), named] for line in of_group
+    )
     return [*lines, *(["named"] if named else [])]
 
 
 def test_every_option_of_every_section_is_compared_or_may_change():
     run = config(objective__name="dpo", optimizer__schedule="cosine")
-    epochs = config(
-        objective__name="dpo", optimizer__schedule="cosine", train__steps="null", train__epochs=1
-    )
+    epochs = config(objective__name="dpo", optimizer__schedule="cosine", train__steps="null", train__epochs=1)
     free = {name for names in FREE.values() for name in names.split()}
     assert not free & COMPARED.keys()
     walked = set()
@@ -94,7 +96,9 @@ def test_every_option_of_every_section_is_compared_or_may_change():
         walked.add(name)
         group = COMPARED.get(name) or COMPARED_SECTIONS.get(section)
         assert (group is None) == (name in free), f"{name} needs an entry"
-        assert found(epochs if option == "epochs" else run, section, option) == ([group] if group else []), name
+        assert found(epochs if option == "epochs" else run, section, option) == ([group] if group else []), (
+            name
+        )
     assert free | COMPARED.keys() <= walked  # no entry of an option that is gone
     assert set(to_dict(run)) == {field.name for field in fields(RunConfig)}
 

@@ -1,6 +1,7 @@
 """Cached log-probs of the reference: one number per completion, computed once, kept in a file, reused by later runs.
 
-A column's key is a hash of everything its values depend on (weights, tokenised data, precision, options of the sums).
+A column's key is a hash of everything its values depend on: weights, the model's config, tokenised data, precision,
+options of the sums.
 It is filled for the samples that a run uses; a run with others fills in those. The file is replaced atomically.
 
 Shapes: K entries of a column (completions of a store, or steps of a run).
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from megatron_align.data.tokenize.cache_key import CACHE_IN_RUN
 from megatron_align.errors import InputError
 from megatron_align.hf.load import weights_hash
 from megatron_align.model import cpu
+from megatron_align.model.families import ModelShape
 from megatron_align.objectives.base import Objective
 from megatron_align.storage.atomic_write import replace_file
 from megatron_align.training.reference.logprobs import CachedReference
@@ -138,6 +140,7 @@ class ReferenceColumns:
         """
         key = {
             "weights": weights,
+            "shape": shape_key(setup.shape),
             "precision": config.train.precision,
             **objective.scoring_options,
         }
@@ -244,6 +247,15 @@ def computed_steps(
 def cache_folder(config: RunConfig) -> Path:
     """Return the folder of a run's cached columns."""
     return Path(config.data.cache or Path(config.checkpoint.dir) / CACHE_IN_RUN)
+
+
+def shape_key(shape: ModelShape) -> dict[str, Any]:
+    """Return what a reference's log-probs depend on besides its weight files: RoPE, epsilons, heads of its config.json.
+
+    A field at its default is left out, so that one that is added changes no key.
+    """
+    values = asdict(shape)
+    return {field.name: values[field.name] for field in fields(shape) if values[field.name] != field.default}
 
 
 def hash_of_rank_0(weights: Path) -> str:

@@ -29,6 +29,7 @@ from megatron_align.config import RunConfig
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
+from megatron_align.model.families import ModelShape
 from megatron_align.model.parallel import all_reduce_sum, failing_together, is_metric_rank
 from megatron_align.objectives.base import Objective
 from megatron_align.records import LossRows
@@ -40,6 +41,7 @@ from megatron_align.training.reference.cache import (
     cache_folder,
     computed_steps,
     missing_steps,
+    shape_key,
 )
 from megatron_align.training.reference.logprobs import CachedReference
 from megatron_align.training.scoring import Scorer, gather_step
@@ -86,12 +88,14 @@ class TopKColumns:
             if isinstance(store, TokenStore):
                 name = store.path.name
                 if name not in of_stores:
-                    of_stores[name] = cls.open(store, config, objective.top_k, weights)
+                    of_stores[name] = cls.open(store, config, objective.top_k, weights, setup.shape)
                 opened[split] = of_stores[name]
         return opened
 
     @classmethod
-    def open(cls, store: TokenStore, config: RunConfig, top_k: int, weights: str) -> TopKColumns:
+    def open(
+        cls, store: TokenStore, config: RunConfig, top_k: int, weights: str, shape: ModelShape
+    ) -> TopKColumns:
         """Open the rows of a store, or start a file without any. Collective; rank 0 checks what is there.
 
         Raises:
@@ -99,6 +103,7 @@ class TopKColumns:
         """
         key = {
             "weights": weights,
+            "shape": shape_key(shape),
             "precision": config.train.precision,
             "data": store.path.name,
             "top_k": top_k,
