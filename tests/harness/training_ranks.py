@@ -342,6 +342,28 @@ def fail_to_update(
     return errors
 
 
+def reference_moves(rank_info: parallel.RankInfo, arguments: list[str]) -> list[tuple[float, bool]]:
+    """Train; return of each step how far the live reference moved to the policy, and whether all its weights did so."""
+    from megatron_align.training.optimizer import gather_parameters
+    from megatron_align.training.trainer import Trainer
+
+    def weights(chunks: list) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for chunk in chunks for p in chunk.parameters()]).clone()
+
+    moves = []
+    with Trainer.open(parse(arguments)) as trainer:
+        reference = trainer.references.synced_chunks()
+        assert reference is not None
+        for step in range(trainer.steps):
+            old = weights(reference)
+            trainer.train_step(trainer.train_batches.step(step))
+            gather_parameters(trainer.model)
+            policy, new = weights(trainer.chunks), weights(reference)
+            share = ((new - old) @ (policy - old) / (policy - old).square().sum()).item()
+            moves.append((round(share, 4), torch.allclose(new, torch.lerp(old, policy, share), atol=1e-7)))
+    return moves
+
+
 def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:
     """Train with slabs of at most ``rows`` rows of logits."""
     from megatron_align.kernels.token_logprobs import slab

@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_align.errors import InputError
 from megatron_align.train import main
+from megatron_align.training.setup import require_vocabulary
 from tests.harness.tiny import make_model, run_arguments
 
 
@@ -149,6 +152,36 @@ def test_a_vocabulary_smaller_than_the_tokenizer(chat_file, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [
         "data_cache"
     ]  # the tokens can be used again
+
+
+def test_every_token_needs_a_row_of_the_vocabulary():
+    """Of 259 rows the last is of token 258: data with it fit, and do not fit 258 rows."""
+    stores = {
+        f"data.{split}": SimpleNamespace(manifest={"largest_token": token})
+        for split, token in (("train", 12), ("validation", 258))
+    }
+    require_vocabulary(stores, SimpleNamespace(vocab_size=259))
+    with pytest.raises(InputError, match="vocabulary of 258, data.validation has token 258"):
+        require_vocabulary(stores, SimpleNamespace(vocab_size=258))
+
+
+@pytest.mark.parametrize("option", ["model.path", "reference.path", "critic.path"])
+def test_a_tied_model_with_another_head_is_refused(refused, tiny_models, tmp_path, option):
+    """Whatever the folder is read for: transformers would not read its head, or not as tied."""
+    untied = make_model(tmp_path / "untied", "qwen2_tied")
+    file = untied / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.5
+    save_file(weights, file, {"format": "pt"})
+    pair, prompt = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}, {"prompt": "1 + 1 ="}
+    data = lines(tmp_path / "data.jsonl", prompt if option == "critic.path" else pair)
+    options = {"objective__name": "dpo", option.replace(".", "__"): untied}
+    if option == "critic.path":
+        options |= {"objective__name": "ppo", "objective__beta": 0.1, "rewards": "[{kind: length, max: 3}]"}
+        options |= {"train__global_batch_size": 1, "rollout__max_tokens": 8}
+    model = options.pop("model__path", tiny_models())
+    pattern = "lm_head.weight must be absent or equal model.embed_tokens.weight .*differs by .* in .*untied"
+    refused(pattern, model=model, data=data, **options)
 
 
 @pytest.mark.parametrize("place", ["file/run", "/proc/run"])
