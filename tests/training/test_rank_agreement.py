@@ -39,7 +39,7 @@ def refused_resume(rank_info, steps):
     point = None if step is None else ResumePoint(step, Path("absent"))
     with (
         join_watched(rank_info, ParallelConfig()).watching(),
-        mock.patch.object(resume, "find_resume_point", lambda *_: point),
+        mock.patch.object(resume, "find_resume_point", return_value=point),
     ):
         try:
             verified_resume_point(None, Path("run"), None, "key", Path("assets"), 5)
