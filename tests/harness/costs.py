@@ -20,10 +20,12 @@ from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.objectives.configuration import parse
 from megatron_align.objectives.sft import SFT, SFTOptions
 from megatron_align.records import PackedBatch, Sample
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_align.training.setup import DTYPES
+from megatron_align.training.trainer import Trainer
 from megatron_align.training.watchdog import join_watched
 
 
@@ -208,3 +210,36 @@ def sent_bytes(
         policy._hidden(batch).sum().backward()
     parallel.leave()
     return sent
+
+
+def sent_in_a_step(rank_info: parallel.RankInfo, arguments: list[str]) -> tuple[int, int, list[int]]:
+    """Train one step; return the bytes this rank sends to other stages, those for gradients and weights, its packs.
+
+    A pack is given by its tokens. Bytes of collectives are counted as :mod:`megatron_align.cost.traffic` counts them.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    sent = {"stages": 0, "data": 0}
+
+    def counting(kind: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            tensors = [x for x in (*args, *options.values()) if isinstance(x, torch.Tensor)]
+            size, ranks = max(_bytes(x) for x in tensors), 0
+            if kind == "data":
+                ranks = options["group"].size()
+            sent[kind] += size * (ranks - 1) // ranks if ranks else size
+            return function(*args, **options)
+
+        return call
+
+    with Trainer.open(parse(arguments)) as trainer, ExitStack() as stack:
+        data = trainer.train_batches.step(0)
+        for module, name, kind in (
+            (torch.distributed, "isend", "stages"),
+            (buffers, "dist_reduce_scatter_func", "data"),
+            (buffers, "dist_all_gather_func", "data"),
+        ):
+            changed = counting(kind, getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, changed))
+        trainer.train_step(data)
+    return sent["stages"], sent["data"], [len(batch.tokens_T) for batch in data.batches]

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -364,19 +365,30 @@ def reference_moves(rank_info: parallel.RankInfo, arguments: list[str]) -> list[
     return moves
 
 
-def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> None:
-    """Train with slabs of at most ``rows`` rows of logits."""
+def train_in_slabs(rank_info: parallel.RankInfo, arguments: list[str], rows: int | None) -> list[float]:
+    """Train with slabs of at most ``rows`` rows of logits; return of each pack the samples this rank recomputed."""
+    from megatron_align.kernels import RECOMPUTED
     from megatron_align.kernels.token_logprobs import slab
+    from megatron_align.model import head
 
-    before = slab.SLAB_BYTES["cpu"]
+    recomputed: list[float] = []
+
+    def counting(*args, **options):
+        value, sums = slab_loss(*args, **options)
+        recomputed.append(sums[RECOMPUTED].item())  # before the ranks agree on it
+        return value, sums
+
+    before, slab_loss = slab.SLAB_BYTES["cpu"], head.slab_loss
     if rows is not None:
         # 259 tokens, padded to a multiple of 128 on each rank
         columns = 128 * (3 if parse(arguments).parallel.tensor == 1 else 2)
         slab.SLAB_BYTES["cpu"] = rows * columns * 4
     try:
-        train(rank_info, arguments)
+        with mock.patch.object(head, "slab_loss", counting):
+            train(rank_info, arguments)
     finally:
         slab.SLAB_BYTES["cpu"] = before
+    return recomputed
 
 
 def train_in_buckets(rank_info: parallel.RankInfo, arguments: list[str], elements: int) -> None:
