@@ -10,7 +10,7 @@ import pytest
 from megatron_align.config import ParallelConfig
 from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.memory import CONTEXT, StageMemory, stage_memory
-from megatron_align.cost.online import OnlineCosts, RewardModelCost
+from megatron_align.cost.online import BATCH_TOKENS, OnlineCosts, RewardModelCost
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
 from megatron_align.cost.state import StateBytes, state_bytes
@@ -94,6 +94,7 @@ def test_further_models_are_counted_where_a_run_has_them(placement, tmp_path):
         run[name] = memory_of(config, placement, 2, OnlineCosts((judge, judge)) if name == "grpo" else None)
     layer = 2 * QKV * (H + 1) + 8 * HEAD * H + 3 * H * FFN + 2 * H  # of the engine's, which is on one rank
     model = 4 * layer + H + 2 * 301 * H
+    engine = (model + 2 * 4 * 2 * HEAD * BATCH_TOKENS) * BF16  # and keys and values of four layers
     for stage in (0, 1):
         second = STAGES[stage] * BF16
         assert run["live"][stage].tensors - run["cached"][stage].tensors == second
@@ -105,8 +106,8 @@ def test_further_models_are_counted_where_a_run_has_them(placement, tmp_path):
         assert found == {
             "cached": (0, 0, 0, 0),
             "live": (second, 0, 0, 0),
-            "grpo": (second, 2 * second, model * BF16, 0),
-            "ppo": (second, 0, model * BF16, critic),
+            "grpo": (second, 2 * second, engine, 0),
+            "ppo": (second, 0, engine, critic),
         }
 
 
