@@ -53,21 +53,36 @@ def test_every_save_is_told_once(pool, tiny_models, chat_file, tmp_path):
 LATE = 0.5  # seconds
 
 
+class _Asked:
+    """A future that notes in an event when its result is waited for."""
+
+    def __init__(self, future, asked):
+        self.future, self.asked, self.done = future, asked, future.done
+
+    def result(self):
+        self.asked.set()
+        return self.future.result()
+
+
 def train_with_late_copies(rank_info, arguments):
-    """In a process of the pool: what a save holds is copied a while after somebody begins to wait for it."""
+    """In a process of the pool: what a save holds is copied LATE seconds after somebody began to wait for it."""
     asked = threading.Event()
-    copy_state, wait, finish = HostOptimizerState.copy, Saver.wait_until_copied, Saver.finish
+    copy_state, begin = HostOptimizerState.copy, Saver.begin
 
     def copy_late(self):
         assert asked.wait(60), "nobody waits for the copy"
-        asked.clear()
         time.sleep(LATE)
         copy_state(self)
 
+    def begin_asked(self, *arguments):
+        asked.clear()
+        begin(self, *arguments)
+        pending = self._pending
+        pending.copied, pending.written = _Asked(pending.copied, asked), _Asked(pending.written, asked)
+
     with (
         mock.patch.object(HostOptimizerState, "copy", copy_late),
-        mock.patch.object(Saver, "wait_until_copied", lambda self: (asked.set(), wait(self))[1]),
-        mock.patch.object(Saver, "finish", lambda self: (asked.set(), finish(self), asked.clear())[1]),
+        mock.patch.object(Saver, "begin", begin_asked),
     ):
         return run(parse(arguments), rank_info)
 
