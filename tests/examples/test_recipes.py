@@ -47,6 +47,8 @@ def inputs(tmp_path_factory):
     return {
         "qwen2": make_model(folder / "qwen2", "qwen2_untied", num_hidden_layers=8),
         "llama3": make_model(folder / "llama3", "llama3", num_hidden_layers=8),
+        "qwen2_reward": make_model(folder / "qwen2_reward", "qwen2_reward", num_hidden_layers=8),
+        "llama3_reward": make_model(folder / "llama3_reward", "llama_reward", num_hidden_layers=8),
         "chat": write_chat(folder / "chat.jsonl"),
         "prompts": write_prompts(folder / "prompts.jsonl"),
         "pairs": write_pairs(folder / "pairs.jsonl", chosen_score=score, rejected_score=score),
@@ -85,14 +87,16 @@ def test_fits_the_gpus_it_names(recipe, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_passes_the_checks_of_a_run(recipe, inputs, tmp_path, capsys):
     kind = {"sft": "chat", "pas": "chat", "grpo": "prompts"}.get(recipe.partition("/")[2], "pairs")
-    model, data = inputs[recipe.partition("_")[0]], inputs[kind]
+    family = recipe.partition("_")[0]
+    model, data = inputs[family], inputs[kind]
+    rewards = f"[{{kind: model, path: {inputs[f'{family}_reward']}}}]"
     options = {
         "model.path": model,
         "data.train": data,
         "checkpoint.dir": tmp_path / "run",
         "data.sequence_length": 2048,
         "train.global_batch_size": 8,
-        **({"rollout.max_tokens": 64} if kind == "prompts" else {}),
+        **({"rollout.max_tokens": 64, "rewards": rewards} if kind == "prompts" else {}),
         "train.epochs": 40,  # so that the warm-up fits into the tiny data's steps
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
