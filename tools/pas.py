@@ -110,6 +110,8 @@ def _add_writer(parser: Parser) -> None:
     add("--max-words", type=int, default=80, metavar="N", help="longest complement (default: 80)")
     about = "longest reply of the generator, in tokens (default: 256)"
     add("--max-tokens", type=int, default=256, metavar="N", help=about)
+    about = "longest reply of the critic, in tokens (default: 1024)"
+    add("--critic-tokens", type=int, default=1024, metavar="N", help=about)
     add(
         "--temperature",
         type=float,
@@ -152,7 +154,7 @@ def _build(options: argparse.Namespace) -> int:
     from megatron_align.storage.atomic_write import require_one_process
 
     require_one_process()
-    of_writer = ("shots", "regenerations", "tries", "max_words", "max_tokens", "temperature")
+    of_writer = ("shots", "regenerations", "tries", "max_words", "max_tokens", "critic_tokens", "temperature")
     plain = ["prompts", "out", "examples", "generator", "critic", "quality", "min_quality", "labels"]
     plain += ["duplicates", "embeddings", "tokenizer", "context", "template", "failures"]
     counts = build(

@@ -99,6 +99,7 @@ class BuildOptions:
             self.tokenizer is None or self.context > self.writer.max_tokens,
             f"context must hold a prompt and a complement of {self.writer.max_tokens} tokens, got {self.context}",
         )
+        least |= {"critic_tokens": (self.writer.critic_tokens, 1)}
         least |= {"regenerations": (self.writer.regenerations, 0)}
         for name, (value, lowest) in least.items():
             require(value >= lowest, f"{name} must be at least {lowest}, got {value}")

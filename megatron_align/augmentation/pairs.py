@@ -27,7 +27,6 @@ RULES = {
     "cut": "it was cut at the longest reply",
     "too_many_words": "it has too many words",
 }
-CRITIQUE_TOKENS = 512
 Log = Callable[[dict[str, Any]], None]
 
 
@@ -56,6 +55,7 @@ class WriterOptions:
         tries: replies of the critic to one request, until one has a verdict
         max_words: longest complement; each character of a script without spaces is a word
         max_tokens: longest reply of the generator
+        critic_tokens: longest reply of the critic
         temperature: of the generator
     """
 
@@ -64,6 +64,7 @@ class WriterOptions:
     tries: int = 3
     max_words: int = 80
     max_tokens: int = 256
+    critic_tokens: int = 1024
     temperature: float = 0.7
 
 
@@ -227,7 +228,7 @@ class ComplementWriter:
                 "category": work.labelled.category,
                 "complement": work.complement,
             },
-            max_tokens=CRITIQUE_TOKENS,
+            max_tokens=self._options.critic_tokens,
             where=prompt.where,
         )
 

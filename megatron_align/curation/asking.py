@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from megatron_align.curation.chat_models import ChatModel, NoReply, Reply, Request
+from megatron_align.errors import InputError
 from megatron_align.rollout.endpoint import FailureBudget, RequestFailed
 from megatron_align.rollout.kept_replies import KeptReplies, content_key
 
@@ -57,7 +58,7 @@ class Asker:
                 return
             without[names[index]] = reply
             if reply.reason == "failed":
-                self._budget.spend(RequestFailed(reply.line))
+                self._spend(reply.line)
 
         if missing:
             self._model.reply(list(missing.values()), on_reply)
@@ -90,6 +91,13 @@ class Asker:
         """Close the model and the file of its replies."""
         self._model.close()
         self._kept.close()
+
+    def _spend(self, line: str) -> None:
+        try:
+            self._budget.spend(RequestFailed(line))
+        except InputError as error:
+            then = "; replies are kept: the same command continues" if self._kept.is_stored else ""
+            raise InputError(f"{error}{then}") from error
 
     def _key(self, request: Request) -> str:
         sampling = [request.temperature, request.max_tokens]

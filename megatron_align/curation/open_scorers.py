@@ -23,7 +23,7 @@ from megatron_align.rollout.kept_replies import KeptReplies
 
 COLUMN = "column:"
 CATEGORY = f"{COLUMN}category"  # what labels reads where it names nothing
-REPLY_TOKENS = 256
+REPLY_TOKENS = 1024  # room for a model that reasons first
 OpenAsker = Callable[[str, str, str], Asker]  # model, option, name of the file of its replies
 
 

@@ -32,6 +32,11 @@ class KeptReplies:
             if read is not None and read.exists():
                 self._read(read)
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the replies are in a file."""
+        return self._file is not None
+
     def of(self, key: str) -> list[Any]:
         """Return the replies with a key, in the order in which they came."""
         with self._lock:
