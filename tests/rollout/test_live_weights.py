@@ -27,11 +27,19 @@ LAYOUTS = {
         "model__adapter": {"rank": 4, "alpha": 64},
     },
     "tensor_pissa": {"parallel__tensor": 4, "model__adapter": {"rank": 4, "alpha": 8, "init": "pissa"}},
+    "pipeline_copies": {
+        "parallel__tensor": 2,
+        "parallel__pipeline": 2,
+        "model__adapter": {"rank": 4, "modules_to_save": ["norm", "lm_head"], "ensure_weight_tying": True},
+    },
 }
 
 
 @pytest.mark.parametrize(
-    "layout", mark_slow(LAYOUTS, ["tensor_context", "overlapped", "virtual_adapter", "tensor_pissa"])
+    "layout",
+    mark_slow(
+        LAYOUTS, ["tensor_context", "overlapped", "virtual_adapter", "tensor_pissa", "pipeline_copies"]
+    ),
 )
 def test_live_weights_answer_as_the_exported_folder(pool, tiny_models, chat_file, tmp_path, layout):
     model = tiny_models("qwen2_untied" if layout == "tensor_context" else "qwen2_tied")
