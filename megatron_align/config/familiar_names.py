@@ -108,6 +108,8 @@ train.validate_every: eval_steps eval_interval eval_strategy evaluation_strategy
 train.early_stopping: early_stopping_patience early_stopping_threshold metric_for_best_model early_stopping_metric
     greater_is_better early_stopping_monitor
 checkpoint.keep_best: load_best_model_at_end save_best save_best_only keep_best_checkpoint checkpoint_metric
+objective.entropy_coef: entropy_coeff ent_coef entropy_loss_coef
+rollout.dynamic_sampling: use_dynamic_sampling filter_groups
 rollout.completions: num_generations n_samples_per_prompt num_generations_per_prompt rollout_n
 rollout.max_tokens: max_new_tokens response_length max_response_length
 rollout.prompts: rollout_batch_size num_prompts_per_step generation_batch_size

@@ -87,9 +87,9 @@ class RolloutConfig:
         vllm_python: interpreter of an environment with vLLM, in which the run starts a server
         vllm_options: of vllm serve, as in ["--gpu-memory-utilization", "0.5"]
         weights_folder: vllm: folder that the servers can read, for new weights; null: the folder for temporary files
-        timeout: vllm: seconds until a request without an answer is made again
-        retries: vllm: further tries of a request that failed or took too long, with pauses that double from a second;
-            after the last the run ends
+        request_timeout: vllm: seconds until a request without an answer is made again
+        request_retries: vllm: further tries of a request that failed or took too long, with pauses that double from a
+            second; after the last the run ends
         correction: {mode, cap, floor}: weights for the difference between trainer and engine; null: none
         mismatch_stop: largest mean difference of a step's log-probs, trainer against engine, in nats per token, that
             does not end the run; null: 0.05, with off_policy_steps 0.5
@@ -112,8 +112,8 @@ class RolloutConfig:
     vllm_python: str | None = None
     vllm_options: list[str] = field(default_factory=list)
     weights_folder: str | None = None
-    timeout: float = 600.0
-    retries: int = 2
+    request_timeout: float = 600.0
+    request_retries: int = 2
     correction: CorrectionConfig | None = field(default_factory=CorrectionConfig)
     mismatch_stop: float | None = None
     as_chat: bool = False
@@ -138,13 +138,24 @@ class RolloutConfig:
             f"rollout.mismatch_stop must be positive, got {self.mismatch_stop}",
         )
         require(
-            0 < self.timeout < float("inf"), f"rollout.timeout must be a positive number, got {self.timeout}"
+            0 < self.request_timeout < float("inf"),
+            f"rollout.request_timeout must be a positive number, got {self.request_timeout}",
         )
-        require(self.retries >= 0, f"rollout.retries must be at least 0, got {self.retries}")
+        require(
+            self.request_retries >= 0,
+            f"rollout.request_retries must be at least 0, got {self.request_retries}",
+        )
         self._check_engine()
 
     def _check_engine(self) -> None:
-        of_vllm = ("url", "vllm_python", "vllm_options", "weights_folder", "timeout", "retries")
+        of_vllm = (
+            "url",
+            "vllm_python",
+            "vllm_options",
+            "weights_folder",
+            "request_timeout",
+            "request_retries",
+        )
         if self.engine == "vllm":
             require(
                 (self.url is None) != (self.vllm_python is None),

@@ -86,23 +86,6 @@ class RunConfig:
             f"rewards score sampled completions: they do not apply to objective {self.objective.name}, which trains "
             "on given data",
         )
-        self._check_dynamic_sampling()
-
-    def _check_dynamic_sampling(self) -> None:
-        sampling = self.rollout.dynamic_sampling
-        if sampling is None:
-            return
-        require(
-            self.train.steps is not None,
-            "rollout.dynamic_sampling needs train.steps: how many prompts a step takes is not known before; got "
-            f"train.epochs {self.train.epochs}",
-        )
-        names = [reward.label for reward in self.rewards]
-        require(
-            sampling.reward is None or sampling.reward in names,
-            f"rollout.dynamic_sampling.reward must name one of the rewards ({listed(names) or 'none'}), got "
-            f"'{sampling.reward}'",
-        )
 
     def _fill_batches(self) -> None:
         """Set the samples of a step and the prompts of rollouts where not given: one follows from the other."""

@@ -127,6 +127,7 @@ def _check_rollouts(config: RunConfig) -> None:
         bool(config.rewards),
         f"objective {options.name} needs rewards, a list that scores the completions, or rollout.engine data; got none",
     )
+    _check_dynamic_sampling(config)
     compares = options.advantage in COMPARING
     require(
         not compares or rollout.completions is None or rollout.completions > 1,
@@ -145,4 +146,21 @@ def _check_rollouts(config: RunConfig) -> None:
         rollout.max_tokens < data.sequence_length,
         f"rollout.max_tokens must be below data.sequence_length = {data.sequence_length}, which holds a prompt and all "
         f"its completions; got {rollout.max_tokens}",
+    )
+
+
+def _check_dynamic_sampling(config: RunConfig) -> None:
+    """Check what ``rollout.dynamic_sampling`` needs of the other sections."""
+    sampling = config.rollout.dynamic_sampling
+    if sampling is None:
+        return
+    require(
+        config.train.steps is not None,
+        "rollout.dynamic_sampling needs train.steps: how many prompts a step takes is not known before; got "
+        f"train.epochs {config.train.epochs}",
+    )
+    names = [reward.label for reward in config.rewards]
+    require(
+        sampling.reward is None or sampling.reward in names,
+        f"rollout.dynamic_sampling.reward must name one of the rewards ({listed(names)}), got '{sampling.reward}'",
     )

@@ -25,9 +25,9 @@ def endpoint_of(config: RolloutConfig, server: str | Endpoint) -> Endpoint:
     endpoint = server if isinstance(server, Endpoint) else Endpoint(server, VLLM_KEY_VARIABLE)
     return dataclasses.replace(
         endpoint,
-        timeout_seconds=config.timeout,
-        tries=config.retries + 1,
-        timeout_option="rollout.timeout",
+        timeout_seconds=config.request_timeout,
+        tries=config.request_retries + 1,
+        timeout_option="rollout.request_timeout",
     )
 
 

@@ -48,6 +48,7 @@ def arguments(tiny_models, reward, chat_file, tmp_path_factory):
         objective__ptx=f"{{data: {chat_file}, top_k: 50, samples: 5}}",
         rewards=f"[{{kind: model, path: {reward}, name: good}}]",
         rollout__max_tokens=8,
+        rollout__dynamic_sampling="{max_batches: 4}",
         rollout__completions=3,
         train__global_batch_size=4,
     )
@@ -118,6 +119,7 @@ def test_a_dry_run_and_a_plan_say_it(arguments, tmp_path, capsys):
         assert re.search(r"ptx +\S+ FLOPs executed besides these, on supervised samples", said)
         assert "1.33 times those of SFT" in said  # iterations 2: a pass of the policy before the first
         assert re.search(r"communication +rewards +engine +total", said)
+    assert "replaced in up to 3 further batches" in dry
     assert "8 prompts, each with 3 completions of 8 tokens" in plan
 
 

@@ -210,7 +210,7 @@ ENGINE = {
     "gone": "generation failed in step 1: .*the engine is dead",
     "few": "an engine must give 3 completions of at least one token, got 0 for .*prompts.jsonl:",
     "vocabulary": "tokens of the model's vocabulary of 259, got token 259 for .*prompts.jsonl:",
-    "hangs": r"/v1/completions failed 1 times, the last time: timed out: no answer within 2 s \(rollout.timeout\)",
+    "hangs": r"/v1/completions failed 1 times, .*: no answer within 2 s \(rollout.request_timeout\)",
     "restarted": "must have the weights of version",
     "other model": "log-probs of the engine must be the trainer's",
 }
@@ -222,7 +222,7 @@ def test_an_engine_that_fails_ends_the_run_with_one_line(fault, arguments, tmp_p
     with serving(BadServer(fault)) as url:
         options = {"rollout__engine": "vllm", "rollout__url": url}
         if fault == "hangs":
-            options |= {"rollout__timeout": 2, "rollout__retries": 0}
+            options |= {"rollout__request_timeout": 2, "rollout__request_retries": 0}
         codes = crash.train(1, arguments(run, **options), log)
     assert codes == [1], log.read_text()
     [line] = [line for line in log.read_text().splitlines() if line.startswith("error")]

@@ -17,7 +17,7 @@ from tests.harness.tiny import byte_tokenizer, make_model, run_arguments
 
 
 def config(url, **options):
-    return RolloutConfig(engine="vllm", url=url, **{"retries": 0, **options})
+    return RolloutConfig(engine="vllm", url=url, **{"request_retries": 0, **options})
 
 
 def shifted(text, **options):
@@ -72,7 +72,11 @@ def test_a_run_without_its_server_ends_before_the_ranks_meet(tiny_models, tmp_pa
     data, folder = tmp_path / "prompts.jsonl", tmp_path / "run"
     data.write_text(json.dumps({"prompt": "one?"}))
     options = {"objective__name": "grpo", "rewards": "[{kind: length, min: 2}]", "rollout__max_tokens": 8}
-    options |= {"rollout__engine": "vllm", "rollout__url": "http://127.0.0.1:9", "rollout__retries": 0}
+    options |= {
+        "rollout__engine": "vllm",
+        "rollout__url": "http://127.0.0.1:9",
+        "rollout__request_retries": 0,
+    }
     capsys.readouterr()
     code = main(run_arguments(tiny_models(), data, folder, train__global_batch_size=1, **options))
     error = capsys.readouterr().err
@@ -88,7 +92,7 @@ def test_a_server_that_hangs_is_named_with_its_limit():
         return 200, {}
 
     with serving(hang) as url:
-        server = endpoint_of(config(url, timeout=0.1), Endpoint(url, first_wait=0.01))
-        refusal = r"/v1/completions failed .*: timed out: no answer within 0.1 s \(rollout.timeout\)"
+        server = endpoint_of(config(url, request_timeout=0.1), Endpoint(url, first_wait=0.01))
+        refusal = r"/v1/completions failed .*: timed out: no answer within 0.1 s \(rollout.request_timeout\)"
         with pytest.raises(RequestFailed, match=refusal):
             server.post("/v1/completions", {})
