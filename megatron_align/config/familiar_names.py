@@ -134,7 +134,7 @@ parallel.sequence: sequence_parallel sequence_parallelism use_sequence_parallel
 parallel.overlap_grad_reduce: overlap_grad_reduction ddp_overlap overlap_comm
 parallel.overlap_param_gather: overlap_param_sync overlap_param_gather_with_optimizer_step
 parallel.overlap_p2p: overlap_p2p_comm overlap_p2p_communication
-parallel.timeout_seconds: ddp_timeout distributed_timeout_minutes nccl_timeout distributed_timeout timeout
+parallel.timeout_seconds: ddp_timeout distributed_timeout_minutes nccl_timeout distributed_timeout
 checkpoint.dir: output_dir output save save_dir save_path out_dir run_dir output_path ckpt_dir checkpoint_dir
     save_checkpoint_path default_local_dir logging_dir project_dir work_dir exp_dir run_name
     overwrite_output_dir add_version out save_folder
