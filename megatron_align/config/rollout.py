@@ -14,6 +14,8 @@ from megatron_align.errors import require
 
 # Most tokens in the cache of the engine transformers, padding and room for completions included.
 BATCH_TOKENS = 1 << 16
+# Options that say where servers are and how long they are waited for, not what they answer: a requeued job has others.
+OF_SERVERS = ("url", "vllm_python", "weights_folder", "request_timeout", "request_retries")
 
 
 @dataclass(frozen=True, kw_only=True)

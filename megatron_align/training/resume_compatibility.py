@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_align.checkpoint.folder import ASSETS
 from megatron_align.config import AdapterConfig, OptimizerConfig, RunConfig, to_dict
-from megatron_align.config.rollout import RolloutConfig
+from megatron_align.config.rollout import OF_SERVERS, RolloutConfig
 from megatron_align.data.batching.sampler import passes_per_epoch
 from megatron_align.errors import InputError
 from megatron_align.hf.tokenizer import require_same_tokenizer
@@ -110,7 +110,8 @@ def differences(
     }
     for group in ("objective", "reference"):
         pairs[group] = _changes(before, now, group, [*{**before.get(group, {}), **now[group]}])
-    pairs["objective"] |= _changes(before, now, "rollout", [*{**before.get("rollout", {}), **now["rollout"]}])
+    of_rollouts = [name for name in {**before.get("rollout", {}), **now["rollout"]} if name not in OF_SERVERS]
+    pairs["objective"] |= _changes(before, now, "rollout", of_rollouts)
     found = {
         group: [f"{key} was {old} and is {new}" for key, (old, new) in of_group.items() if old != new]
         for group, of_group in pairs.items()

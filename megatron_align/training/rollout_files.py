@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_align import faults
 from megatron_align.config import to_dict
 from megatron_align.config.rewards import FunctionReward
+from megatron_align.config.rollout import OF_SERVERS
 from megatron_align.data.batching.rollout_order import RolloutOrder
 from megatron_align.data.store import sha256
 from megatron_align.model.parallel import all_reduce_sum
@@ -87,7 +88,7 @@ class RolloutFiles:
             "data": setup.train.path.name,
             "prompts": draw.prompts_G.tolist(),
             "first_step": first,
-            "rollout": config["rollout"],
+            "rollout": {name: v for name, v in config["rollout"].items() if name not in OF_SERVERS},
             "rewards": config.get("rewards"),
             "functions": self._functions,
             "objective": config["objective"],

@@ -222,3 +222,14 @@ def test_options_that_an_older_version_did_not_have_were_at_their_defaults(check
     require_same_run(config(), KEY, supervised, checkpoint, assets)
     with pytest.raises(InputError, match="objective.entropy_coef was 0.0 and is 0.1 "):
         require_same_run(config(**grpo, objective__entropy_coef=0.1), KEY, saved, checkpoint, assets)
+
+
+def test_servers_may_be_elsewhere_when_a_run_resumes(checkpoint, assets):
+    """A requeued job finds its engine on another node; what the engine answers is the same."""
+    grpo = {"objective__name": "grpo", "rewards": "[{kind: length, min: 2}]", "rollout__max_tokens": 8}
+    servers = {**grpo, "rollout__engine": "vllm", "rollout__url": "http://one:8000"}
+    elsewhere = {**servers, "rollout__url": "http://two:8000", "rollout__request_timeout": 1200}
+    require_same_run(config(**elsewhere), KEY, at_step(2, 5, **servers), checkpoint, assets)
+    other = config(**elsewhere, rollout__temperature=0.5)
+    with pytest.raises(InputError, match="rollout.temperature was 1.0 and is 0.5 "):
+        require_same_run(other, KEY, at_step(2, 5, **servers), checkpoint, assets)
