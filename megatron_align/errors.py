@@ -99,6 +99,11 @@ def shown(value: object) -> str:
     return f"{text[:80]}..." if len(text) > 83 else text
 
 
+def key_text(key: object) -> str:
+    """Return a key from a file as an error quotes it: of a text at most 83 characters, others as :func:`shown`."""
+    return one_line(key, 83) if isinstance(key, str) else shown(key)
+
+
 def one_line(message: object, most: int | None = None) -> str:
     """Return somebody else's message (an exception, a server's answer) on one line, of at most ``most`` characters.
 

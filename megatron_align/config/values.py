@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from megatron_align.config.familiar_names import answer
 from megatron_align.config.yaml_text import parse_yaml
-from megatron_align.errors import InputError, listed, nearest, shown
+from megatron_align.errors import InputError, key_text, listed, nearest, shown
 
 LARGEST_WHOLE = 2**63 - 1
 LARGEST = 3.4028234e38  # of fp32: what an option is multiplied with
@@ -229,7 +229,7 @@ def build(value: Any, wanted: type, key: str) -> Any:
     if not isinstance(value, Mapping):
         raise UnsuitableValue
     kinds = option_types(wanted)
-    if unknown := [str(name) for name in value if name not in kinds]:
+    if unknown := [key_text(name) for name in value if name not in kinds]:
         known = [f": {text}" if (text := answer(name)) else nearest(name, kinds) for name in unknown]
         several = [f"'{key}.{name}'{text}" for name, text in zip(unknown, known, strict=True)]
         raise InputError(f"unknown configuration key{'s' * (len(several) > 1)} {listed(several)}")

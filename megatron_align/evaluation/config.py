@@ -21,7 +21,7 @@ from megatron_align.config.run import plain_mapping
 from megatron_align.config.values import convert, option_types
 from megatron_align.config.yaml_text import read_yaml
 from megatron_align.data.tokenize.template_clock import parse_date
-from megatron_align.errors import InputError, nearest, require
+from megatron_align.errors import InputError, key_text, nearest, require, shown
 from megatron_align.evaluation.adapter_names import ONLY, parse_adapters, require_name
 from megatron_align.rollout.endpoint import Endpoint
 from megatron_align.rollout.types import Sampling
@@ -433,7 +433,7 @@ def load_evaluation(
     where = "" if isinstance(config, Mapping) else f"{config}: "
     content = plain_mapping(config) if isinstance(config, Mapping) else read_yaml(str(config), _HOLDS)
     engine = content.pop("rollout", None) or {}
-    require(isinstance(engine, Mapping), f"{where}rollout must be a mapping of options, got {engine!r}")
+    require(isinstance(engine, Mapping), f"{where}rollout must be a mapping of options, got {shown(engine)}")
     for name, value in (overrides or {}).items():
         section, dotted, option = name.partition(".")
         if dotted and section == "rollout":
@@ -461,7 +461,7 @@ def tasks_of(content: Any, where: str) -> tuple[Task, ...]:
         InputError: naming the key and, for a misspelt one, the nearest key that exists.
     """
     is_list = isinstance(content, Sequence) and not isinstance(content, str)
-    require(is_list, f"{where} must be a list, got {content!r}")
+    require(is_list, f"{where} must be a list, got {shown(content)}")
     tasks = tuple(_task(task, f"{where}[{i}]") for i, task in enumerate(content))
     require(bool(tasks), f"{where} must name at least one task, got none")
     names = [task.name for task in tasks]
@@ -472,18 +472,19 @@ def tasks_of(content: Any, where: str) -> tuple[Task, ...]:
 
 def _task(content: Any, where: str) -> Task:
     require(
-        isinstance(content, Mapping), f"{where} must be a mapping with name, kind and data, got {content!r}"
+        isinstance(content, Mapping),
+        f"{where} must be a mapping with name, kind and data, got {shown(content)}",
     )
     kind = content.get("kind")
     require(
         kind in KINDS,
-        f"{where}: kind must be one of {', '.join(KINDS)}, got {kind!r}{nearest(str(kind), list(KINDS))}",
+        f"{where}: kind must be one of {', '.join(KINDS)}, got {shown(kind)}{nearest(str(kind), list(KINDS))}",
     )
     return _options(KINDS[kind], content, f"{where} ({content.get('name', kind)})")
 
 
 def _options(kind: type[_Options], content: Any, where: str) -> _Options:
-    require(isinstance(content, Mapping), f"{where} must be a mapping of options, got {content!r}")
+    require(isinstance(content, Mapping), f"{where} must be a mapping of options, got {shown(content)}")
     return kind(**_checked(kind, content, where))
 
 
@@ -495,7 +496,8 @@ def _checked(
     known = [f for f in dataclasses.fields(kind) if f.name not in left_out]
     names = [f.name for f in known]
     for key in content:
-        require(key in names, f"{place}unknown configuration key '{key}'{nearest(str(key), names)}")
+        name = key_text(key)
+        require(key in names, f"{place}unknown configuration key '{name}'{nearest(name, names)}")
     for option in known:
         needed = option.default is MISSING and option.default_factory is MISSING
         require(

@@ -13,6 +13,7 @@ import pytest
 from megatron_align.config.run import SECTIONS
 from megatron_align.config.values import convert, description, option_types
 from megatron_align.errors import InputError
+from megatron_align.evaluation.config import load_evaluation
 from megatron_align.objectives.configuration import load_config, parse
 from megatron_align.objectives.registry import OBJECTIVES
 
@@ -109,3 +110,20 @@ def test_types_of_a_users_objective():
         with pytest.raises(InputError, match="^x.* must be") as error:
             convert(value, wanted, "x")
         assert not PYTHON.search(str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    "key", ["9" * 5000, 10**200, 9, None, "a\nb"], ids=["text", "number", "digit", "null", "lines"]
+)
+@pytest.mark.parametrize("place", ["run", "evaluation"])
+def test_a_key_of_any_kind_and_length_is_one_short_line(place, key):
+    of_an_evaluation = {
+        "model": "m",
+        "out": "o",
+        "tasks": [{"name": "a", "kind": "loss", "data": "x"}],
+        key: 1,
+    }
+    with pytest.raises(InputError, match="unknown configuration key '") as error:
+        load_config(RUN, {"model.adapter": {key: 1}}) if place == "run" else load_evaluation(of_an_evaluation)
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)

@@ -37,7 +37,7 @@ def task(**changes):
         (config(tasks=[{"name": "a", "kind": "losss", "data": "x"}]), "got 'losss'; did you mean 'loss'?"),
         (
             config(tasks=[{"name": "a", "data": "x"}]),
-            "kind must be one of loss, preference, choice, generate, judge, lm_eval, got None",
+            "kind must be one of loss, preference, choice, generate, judge, lm_eval, got null",
         ),
         (config(tasks=[{"name": "a", "kind": "loss"}]), r"tasks\[0\] \(a\): data must be given"),
         (config(tasks=[{"name": "a/b", "kind": "loss", "data": "x"}]), "name of a file, got 'a/b'"),
