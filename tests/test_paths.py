@@ -36,6 +36,7 @@ OPTIONS = {
     "reference": {"path": "~/r"},
     "checkpoint": {"dir": "~/run"},
 }
+OF_PPO = {"critic": {"path": "~/critic"}}
 
 
 def paths_of(config: RunConfig):
@@ -59,6 +60,12 @@ def test_every_path_of_a_configuration(home):
     }
 
 
+def test_the_path_of_a_critic(home):
+    rollouts = {"objective": {"name": "ppo"}, "rollout": {"engine": "data"}, "train": {"steps": 1}}
+    given = {"model": {"path": "m"}, "data": {"train": "d"}, "checkpoint": {"dir": "c"}}
+    assert load_config({**given, **rollouts, **OF_PPO}).critic.path == f"{home}/critic"
+
+
 def test_no_path_is_missing_in_the_list_above():
     words = ("file", "folder", "glob")
     for section, kind in SECTIONS.items():
@@ -68,7 +75,8 @@ def test_no_path_is_missing_in_the_list_above():
         for field in dataclasses.fields(kind):
             text = helps.get(field.name, "").partition(": ")[2].lower()
             if field.type.startswith("str") and text.startswith(("a hugging face folder", *words)):
-                assert field.name in OPTIONS.get(section, {}), f"{section}.{field.name} is a path"
+                listed = (OPTIONS | OF_PPO).get(section, {})
+                assert field.name in listed, f"{section}.{field.name} is a path"
 
 
 def test_the_file_of_a_configuration_and_of_an_objective(home):
@@ -100,6 +108,8 @@ def parsers(monkeypatch):
     commands = {
         "adapter": [["merge"], ["extract"]],
         "chat": [[]],
+        "data": [["dedup"], ["label"], ["select"], ["mix"]],
+        "pas": [["build"], ["augment"]],
         "convert": [["import"], ["export"], ["verify"]],
         "evaluate": [["compare"]],
         "generate": [[]],

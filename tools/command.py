@@ -11,7 +11,10 @@ from megatron_align.config.familiar_names import answer, plain
 from megatron_align.errors import InputError, nearest
 
 # metavars of options that are paths
-PATHS = ("DIR", "CKPT", "PATH", "FILE", "FILE.jsonl", "REPORT", "RUN.yaml", "MODEL", "FIRST", "SECOND")
+PATHS = (
+    *("DIR", "CKPT", "PATH", "FILE", "FILE.jsonl", "REPORT", "RUN.yaml", "MODEL", "FIRST", "SECOND"),
+    *("WRITER", "CRITIC", "SCORER", "LABELLER", "EMBEDDER"),  # or a URL, a column: these begin with no ~
+)
 # A tool's option -> names of it in other programs; those of training are in config/familiar_names.py.
 _SAME = {
     "out": "output output_dir output_path save save_dir save_path out_path out_dir export_dir save_folder hf_save_path "
