@@ -23,10 +23,10 @@ from megatron_align.hf.adapter_checks import (
 )
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.gather import collect, owning_stages
-from megatron_align.hf.safetensors import open_safetensors, save_tensors
+from megatron_align.hf.safetensors import open_safetensors
+from megatron_align.hf.writer import PYTORCH, save_tensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
 from megatron_align.model.families.adapter import (
-    LM_HEAD,
     PEFT,
     Adapter,
     adaptable_modules,
@@ -350,11 +350,9 @@ def write_adapter(
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    metadata = {"format": "pt", **({BASE_HASH: weights_hash} if weights_hash else {})}
-    stored = {name: tensor.contiguous() for name, tensor in with_tied_head(tensors, shape, adapter).items()}
+    metadata = {**PYTORCH, **({BASE_HASH: weights_hash} if weights_hash else {})}
     is_tied_here = is_tied_copy(shape, adapter)
-    if is_tied_here:  # PEFT reads both; the file has no two names of one tensor
-        stored[f"{PEFT}{LM_HEAD}.weight"] = stored[f"{PEFT}{LM_HEAD}.weight"].clone()
+    stored = with_tied_head(tensors, shape, adapter)  # PEFT reads a tied copy by both names
     with naming_file("adapter", partial / WEIGHTS):
         save_tensors(stored, partial / WEIGHTS, metadata)
     saved = saved_names(shape, adapter.saved) + ([SCORE] if shape.is_reward else [])

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_align.errors import InputError, listed
@@ -147,12 +146,6 @@ def open_safetensors(path: Path) -> safe_open:
             "it is a git-lfs pointer (run: git lfs pull)" if pointer else f"corrupt or truncated: {error}"
         )
         raise InputError(f"cannot read safetensors file {path}: {reason}") from error
-
-
-def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that may be read by whoever may read its folder; the library's only by its owner."""
-    save_file(dict(tensors), file, metadata)
-    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _open_shards(folder: Path) -> dict[str, _SafetensorsFile]:

@@ -6,6 +6,7 @@ of each tensor), and the tensors' bytes. Since offsets are known beforehand, no 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from megatron_align.storage.direct_io import DirectFile
 from megatron_align.storage.journal import Journal
 from megatron_align.storage.mounts import require_replaceable
 
+PYTORCH = {"format": "pt"}  # metadata of a file, as transformers writes it
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -194,19 +196,30 @@ class ShardWriter:
             (self.partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensor(file: Path, name: str, tensor: Tensor) -> None:
-    """Write a safetensors file with one tensor, straight from its memory; it is not forced onto the disk."""
-    tensor = tensor.detach().cpu().contiguous()
-    header, _ = _header({name: TensorSpec(tensor.dtype, tuple(tensor.shape))})
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] = PYTORCH) -> None:
+    """Write a safetensors file straight from the tensors' memory; it is not forced onto the disk.
+
+    It may be read by whoever may read its folder, unlike the library's, which only its owner may.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()}
+    header, starts = _header(specs, metadata)
     with file.open("wb", buffering=0) as out:
-        for part in (memoryview(header), memoryview(tensor.reshape(-1).view(torch.uint8).numpy())):
-            while part:
-                part = part[out.write(part) :]
+        _write_all(out, memoryview(header))
+        for name in sorted(held, key=starts.__getitem__):
+            _write_all(out, memoryview(held[name].reshape(-1).view(torch.uint8).numpy()))
 
 
-def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def _write_all(out: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[out.write(data) :]
+
+
+def _header(
+    specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] = PYTORCH
+) -> tuple[bytes, dict[str, int]]:
     """Return a file's header and where each tensor starts, wide dtypes first so that all are aligned."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, spec in sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize):
         span = [offset, offset + spec.nbytes]
@@ -215,9 +228,8 @@ def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = len(text) + 8
-    return len(text).to_bytes(8, "little") + text, {
-        name: data + header[name]["data_offsets"][0] for name in specs
-    }
+    starts = {name: data + header[name]["data_offsets"][0] for name in specs}
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def _assign_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:

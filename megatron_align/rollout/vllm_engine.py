@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_align.errors import InputError, TrainingFault, listed, one_line, require
 from megatron_align.hf.adapter import write_adapter
-from megatron_align.hf.writer import write_tensor
+from megatron_align.hf.writer import save_tensors
 from megatron_align.model.families.adapter import EMBED_TOKENS, LM_HEAD, Adapter
 from megatron_align.rollout.endpoint import (
     VLLM_KEY_VARIABLE,
@@ -154,7 +154,7 @@ class VLLMEngine:
             for number, (name, tensor) in enumerate(tensors):
                 file = Path(folder) / f"model-{number:05d}.safetensors"
                 with naming_file("weights for the vllm servers", file):
-                    write_tensor(file, name, tensor)
+                    save_tensors({name: tensor}, file)
             for server in self.servers:
                 reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
                 self._administer(server, "/collective_rpc", reload)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from megatron_align.config import ParallelConfig
 from megatron_align.hf.gather import _Memory, gathered_rows
-from megatron_align.hf.writer import write_tensor
+from megatron_align.hf.writer import save_tensors
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
 from megatron_align.model.policy import build_policy, transformer_config
@@ -63,7 +63,7 @@ def test_a_block_is_valid_until_it_is_cleared():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_file_of_one_tensor_is_read_by_safetensors(dtype, tmp_path):
     tensor = torch.randn(5, 3).to(dtype)
-    write_tensor(tmp_path / "one.safetensors", "model.norm.weight", tensor.T)
+    save_tensors({"model.norm.weight": tensor.T}, tmp_path / "one.safetensors")
     [(name, read)] = load_file(tmp_path / "one.safetensors").items()
     assert (name, read.dtype) == ("model.norm.weight", dtype)
     assert read.equal(tensor.T)
