@@ -107,7 +107,7 @@ def tokenising(
         return
     # A fork server imports everything once and has no threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, f"{__package__}.unblock_interrupts"])
     # Ctrl-C is this process's to handle: the server inherits a mask, as it would print tracebacks while it imports.
     resource_tracker.ensure_running()  # the server starts it too, and would then lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])

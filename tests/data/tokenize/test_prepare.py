@@ -315,6 +315,21 @@ def test_a_worker_that_is_killed_is_one_line(make, monkeypatch):
         prepare(make(RECORDS, processes=2))
 
 
+def test_processes_forked_after_tokenising_receive_ctrl_c(make):
+    """The fork server starts under a mask and stays for whatever else the program forks."""
+    spec = make(RECORDS, processes=2)
+    script = (
+        "import multiprocessing, os, signal, sys\n"
+        "from megatron_align.data.tokenize import cache_key, prepare\n"
+        f"prepare.prepare(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r}))\n"
+        "child = multiprocessing.get_context('forkserver').Process(target=signal.raise_signal, args=(signal.SIGINT,))\n"
+        "child.start(); child.join(); print(child.exitcode)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split()[-1:] == ["1"], ran.stderr  # 0: the signal waits behind the mask
+    assert "KeyboardInterrupt" in ran.stderr
+
+
 def test_two_nodes_may_prepare_at_once(make, monkeypatch):
     spec, publish = make(RECORDS), prepare_module._publish
 
