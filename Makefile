@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Two test files at once; each starts up to four ranks.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help install check format test test-all test-matrix constraints soak gpu-test gpu-bench quickstart clean
+.PHONY: help install check format test test-all test-matrix constraints soak gpu-test gpu-wheels gpu-check gpu-bench quickstart clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,8 +56,15 @@ constraints: $(STAMP)  ## write tests/constraints/ and docker/constraints.txt ag
 soak: $(STAMP)  ## kill one run thirty times at random and resume it (SOAK_SEED, SOAK_KILLS)
 	$(BIN)/python -m pytest tests/soak -s
 
-gpu-test: $(STAMP)  ## run the kernel tests on a GPU, bf16 included
-	$(BIN)/python -m pytest tests/ops tests/harness --durations=10
+gpu-test: $(STAMP)  ## run the kernel tests on a GPU, bf16 included; no test of several ranks is among them
+	$(BIN)/python -m pytest tests/ops tests/harness/test_kernel_harness.py -m triton --durations=10
+	$(BIN)/python -m pytest tests/ops/test_attention_compiled.py
+
+gpu-wheels:  ## collect what a machine without a network lacks for gpu-check into .gpu_wheels/
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check.packages
+
+gpu-check:  ## check kernels, losses, memory and speed on one GPU in under 9 minutes; without one, at tiny sizes
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(GPU_CHECK)
 
 gpu-bench: $(STAMP)  ## run every benchmarks/gpu_*.py on a GPU; rows go into benchmarks/results/
 	@set -e; for script in benchmarks/gpu_*.py; do \

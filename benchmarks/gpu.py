@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 
 from benchmarks.rows import stamp
@@ -16,6 +17,13 @@ def require_gpu(parser: argparse.ArgumentParser) -> None:
 
     if not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: needs a CUDA GPU; torch {torch.__version__} sees none here\n")
+
+
+def device() -> str:
+    """Return the device that is measured: the GPU; without one the CPU, on which only ``gpu_check`` runs."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def environment() -> dict[str, str]:
@@ -39,9 +47,11 @@ def environment() -> dict[str, str]:
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 30) -> dict[str, list[float]]:
-    """Time runs alternately (A B A B ...) after warm-up, in ms, with the L2 cache flushed before each."""
+    """Time runs alternately (A B A B ...) after warm-up, in ms, on a GPU with its L2 cache flushed before each."""
     import torch
 
+    if device() == "cpu":
+        return _interleaved_on_cpu(runs, rounds)
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for run in runs.values():
         for _ in range(3):
@@ -59,16 +69,26 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int = 30) -> dict
     return times
 
 
+def _interleaved_on_cpu(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(1 + rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: each[1:] for name, each in times.items()}
+
+
 def quantiles(times: list[float]) -> tuple[float, float, float]:
     """Return p20, p50 and p80."""
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return fifths[0], statistics.median(times), fifths[3]
 
 
-def yardstick() -> float:
-    """Return the TFLOP/s of a bf16 cuBLAS product of 8192 x 8192 x 8192 on this GPU now."""
+def yardstick(size: int = 8192) -> float:
+    """Return the TFLOP/s of a bf16 product of ``size`` x ``size`` x ``size`` on this device now."""
     import torch
 
-    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device())
     [times] = interleaved({"gemm": lambda: a @ b}, 10).values()
-    return 2 * 8192**3 / quantiles(times)[1] / 1e9
+    return 2 * size**3 / quantiles(times)[1] / 1e9

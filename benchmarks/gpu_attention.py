@@ -9,26 +9,47 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import environment, interleaved, quantiles, require_gpu, yardstick
+from benchmarks.gpu import device, environment, interleaved, quantiles, require_gpu, yardstick
 from benchmarks.rows import record
 from megatron_align.data.batching.context_split import attention_work
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
 
-HEADS, GROUPS = 32, 8
 MIXED = [6000, 3500, 2500, 1500, 1000, 700, 500, 360, 200, 124]
 PAIR = (4096, [512, 512])
-# case: (layout, peers with the floor of ours / theirs in speed, fwd + bwd)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is measured.
+
+    Args:
+        layout: of the pack.
+        floors: peers, and how many times faster than each ours should be, forward and backward together.
+        heads: query heads.
+        groups: key/value heads.
+        head_dim: of each.
+    """
+
+    layout: PackedLayout
+    floors: dict[str, float] = field(default_factory=dict)
+    heads: int = 32
+    groups: int = 8
+    head_dim: int = 128
+
+
+_FLEX = {"flex": 1.8, "flex+mask": 2.5}
 CASES = {
-    "1x16k": (PackedLayout.from_lengths([16384]), {"cudnn": 0.8}),
-    "4x4k": (PackedLayout.from_lengths([4096] * 4), {"flex": 1.8, "flex+mask": 2.5}),
-    "mixed 16k": (PackedLayout.from_lengths(MIXED), {"flex": 1.8, "flex+mask": 2.5}),
-    "16x1k": (PackedLayout.from_lengths([1024] * 16), {"flex": 1.8, "flex+mask": 2.5}),
-    "128x128 (a losing case)": (PackedLayout.from_lengths([128] * 128), {"flex": 1.8}),
-    "3 pairs P4096 2x512": (PackedLayout.from_groups([PAIR] * 3), {"flex": 1.9}),
+    "1x16k": Case(layout=PackedLayout.from_lengths([16384]), floors={"cudnn": 0.8}),
+    "4x4k": Case(layout=PackedLayout.from_lengths([4096] * 4), floors=_FLEX),
+    "mixed 16k": Case(layout=PackedLayout.from_lengths(MIXED), floors=_FLEX),
+    "16x1k": Case(layout=PackedLayout.from_lengths([1024] * 16), floors=_FLEX),
+    "128x128 (a losing case)": Case(layout=PackedLayout.from_lengths([128] * 128), floors={"flex": 1.8}),
+    "3 pairs P4096 2x512": Case(layout=PackedLayout.from_groups([PAIR] * 3), floors={"flex": 1.9}),
 }
 
 
@@ -37,9 +58,10 @@ def useful_pairs(layout: PackedLayout) -> int:
     return int(attention_work(layout.groups, layout.tokens).sum())
 
 
-def flops(layout: PackedLayout, head_dim: int, part: str) -> float:
+def flops(case: Case, part: str) -> float:
     """Return useful FLOPs: two products forward, backward 2.5 times that."""
-    return 4 * useful_pairs(layout) * HEADS * head_dim * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[part]
+    of_forward = 4 * useful_pairs(case.layout) * case.heads * case.head_dim
+    return of_forward * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[part]
 
 
 def flex(layout: PackedLayout) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -54,7 +76,7 @@ def flex(layout: PackedLayout) -> tuple[Callable[..., Tensor], Callable[..., Ten
         return ((prefix_start[q] <= k) & (k < prefix_end[q])) | ((own_start[q] <= k) & (k <= q))
 
     def make():
-        return build(mask_mod, None, None, layout.tokens, layout.tokens, device="cuda")
+        return build(mask_mod, None, None, layout.tokens, layout.tokens, device=device())
 
     made = make()
 
@@ -76,14 +98,19 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def inputs(tokens: int, head_dim: int) -> list[Tensor]:
+def inputs(case: Case) -> list[Tensor]:
     """Return q, k and v with a fixed seed."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device()).manual_seed(0)
     return [
         torch.randn(
-            tokens, n, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator
+            case.layout.tokens,
+            heads,
+            case.head_dim,
+            device=device(),
+            dtype=torch.bfloat16,
+            generator=generator,
         ).requires_grad_()
-        for n in (HEADS, GROUPS, GROUPS)
+        for heads in (case.heads, case.groups, case.groups)
     ]
 
 
@@ -99,8 +126,8 @@ def passes(function: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor)
 
 def require_correct(head_dim: int) -> None:
     """Exit unless forward and backward are right on a small pack: figures of a wrong kernel are worthless."""
-    layout = PackedLayout.from_groups([(300, [200, 77]), (0, [500])], total=1100).to("cuda")
-    tensors = inputs(layout.tokens, head_dim)
+    layout = PackedLayout.from_groups([(300, [200, 77]), (0, [500])], total=1100).to(device())
+    tensors = inputs(Case(layout=layout, head_dim=head_dim))
     grad = torch.randn_like(tensors[0])
     exact = [x.detach().float().requires_grad_() for x in tensors]
     got, truth = (
@@ -115,50 +142,49 @@ def require_correct(head_dim: int) -> None:
             )
 
 
-def measure(case: str, head_dim: int, rounds: int, gemm: float, where: dict[str, str]) -> list[dict]:
-    """Return one row per contestant and pass."""
-    layout, targets = CASES[case]
-    layout = layout.to("cuda")
-    tensors = inputs(layout.tokens, head_dim)
+def measure(name: str, case: Case, rounds: int, gemm: float, where: dict[str, str]) -> list[dict]:
+    """Return one row per contestant and pass of the case of this name."""
+    layout = case.layout.to(device())
+    tensors = inputs(case)
     grad = torch.randn_like(tensors[0])
     peers: dict[str, Callable[..., Tensor]] = {"ours": lambda q, k, v: packed_attention(q, k, v, layout)}
-    if "flex" in targets:
+    if "flex" in case.floors:
         peers["flex"], peers["flex+mask"] = flex(layout)
-    if "cudnn" in targets:
+    if "cudnn" in case.floors:
         peers["cudnn"] = cudnn
-    made = {name: passes(function, tensors, grad) for name, function in peers.items()}
+    made = {who: passes(function, tensors, grad) for who, function in peers.items()}
     rows = []
     for part in ("fwd", "bwd", "fwd+bwd"):
-        times = interleaved({name: runs[part] for name, runs in made.items()}, rounds)
+        times = interleaved({who: runs[part] for who, runs in made.items()}, rounds)
         ours = quantiles(times["ours"])[1]
-        for name, each in times.items():
+        for who, each in times.items():
             p20, p50, p80 = quantiles(each)
-            rate = flops(layout, head_dim, part) / p50 / 1e9
+            rate = flops(case, part) / p50 / 1e9
             rows.append(
                 {
                     **where,
-                    "case": case,
-                    "heads": f"{HEADS}:{GROUPS}",
-                    "head_dim": head_dim,
+                    "case": name,
+                    "heads": f"{case.heads}:{case.groups}",
+                    "head_dim": case.head_dim,
                     "pass": part,
-                    "who": name,
+                    "who": who,
                     "ms_p20": f"{p20:.4f}",
                     "ms_p50": f"{p50:.4f}",
                     "ms_p80": f"{p80:.4f}",
                     "useful_tflops": f"{rate:.1f}",
                     "of_gemm": f"{rate / gemm:.3f}",
                     "ours_is_faster_by": f"{p50 / ours:.3f}",
-                    "target": target(case, head_dim, part, name),
+                    "target": target(name, case, part, who),
                 }
             )
     return rows
 
 
-def target(case: str, head_dim: int, part: str, who: str) -> str:
+def target(name: str, case: Case, part: str, who: str) -> str:
     """Return the target of a figure in words, empty where none is set."""
-    if who == "ours" and case == "4x4k" and head_dim == 128 and part != "fwd+bwd":
+    if who == "ours" and name == "4x4k" and case.head_dim == 128 and part != "fwd+bwd":
         return f"useful_tflops >= {420 if part == 'fwd' else 280}"
-    wanted = CASES[case][1].get(who)
+    wanted = case.floors.get(who)
     return f"ours_is_faster_by >= {wanted}" if wanted and part == "fwd+bwd" else ""
 
 
@@ -166,12 +192,12 @@ def shared_against_copies(rounds: int, where: dict[str, str]) -> list[dict]:
     """Return the share of the FLOPs ratio of copied to shared prompts that is gained in time (target 0.9)."""
     prompt, completions = PAIR
     layouts = {
-        "shared": PackedLayout.from_groups([PAIR] * 3).to("cuda"),
-        "copies": PackedLayout.from_lengths([prompt + c for c in completions] * 3).to("cuda"),
+        "shared": PackedLayout.from_groups([PAIR] * 3).to(device()),
+        "copies": PackedLayout.from_lengths([prompt + c for c in completions] * 3).to(device()),
     }
     runs = {}
     for name, layout in layouts.items():
-        tensors = inputs(layout.tokens, 128)
+        tensors = inputs(Case(layout=layout))
         grad = torch.randn_like(tensors[0])
         runs[name] = passes(lambda q, k, v, layout=layout: packed_attention(q, k, v, layout), tensors, grad)[
             "fwd+bwd"
@@ -199,7 +225,7 @@ def metadata(rounds: int, where: dict[str, str]) -> list[dict]:
         PackedLayout.from_lengths(MIXED)
         times.append((time.perf_counter() - started) * 1e6)
     layout = PackedLayout.from_lengths(MIXED)
-    [copies] = interleaved({"to": lambda: layout.to("cuda")}, rounds).values()
+    [copies] = interleaved({"to": lambda: layout.to(device())}, rounds).values()
     p20, p50, p80 = quantiles(times)
     return [
         {
@@ -232,7 +258,8 @@ def main() -> None:
     for head_dim in args.head_dim:
         require_correct(head_dim)
         for case in args.case:
-            record("gpu_attention", measure(case, head_dim, args.rounds, gemm, where))
+            chosen = replace(CASES[case], head_dim=head_dim)
+            record("gpu_attention", measure(case, chosen, args.rounds, gemm, where))
     record("gpu_attention_sharing", shared_against_copies(args.rounds, where))
     record("gpu_attention_metadata", metadata(args.rounds, where))
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import environment, interleaved, quantiles, require_gpu
+from benchmarks.gpu import device, environment, interleaved, quantiles, require_gpu
 from benchmarks.rows import record
 from megatron_align.kernels import slab_loss, slab_loss_reference, slab_rows, token_logprobs
 
@@ -36,13 +37,13 @@ class Case:
 
     def __init__(self, rows: int, hidden: int, vocab: int, pair_rows: int = 1024):
         torch.manual_seed(0)
-        options = {"device": "cuda", "dtype": torch.bfloat16}
+        options = {"device": device(), "dtype": torch.bfloat16}
         self.rows, self.hidden_size, self.vocab, self.pair_rows = rows, hidden, vocab, pair_rows
         self.hidden = torch.randn(rows, hidden, **options).requires_grad_()
         self.weight = (torch.randn(vocab, hidden, **options) / hidden**0.5).requires_grad_()
-        self.targets = torch.randint(vocab, (rows,), device="cuda")
+        self.targets = torch.randint(vocab, (rows,), device=device())
         self.reference_weight = self.weight.detach() + 0.01 * torch.randn_like(self.weight)
-        self.main_grad = torch.zeros(vocab, hidden, device="cuda")
+        self.main_grad = torch.zeros(vocab, hidden, device=device())
 
     def slabs(self, group: int) -> list[tuple[int, int]]:
         """Cut rows into slabs of complete groups of ``group`` rows."""
@@ -160,7 +161,7 @@ def gate(rows: int = 256, hidden: int = 512, vocab: int = 8192) -> None:
     case = Case(rows, hidden, vocab, pair_rows=64)
     wide = [t.detach().float().requires_grad_() for t in (case.hidden, case.weight)]
     slabs = case.slabs(64)
-    for loss in (case.tokens, case.pairs(torch.zeros(rows, device="cuda"))):
+    for loss in (case.tokens, case.pairs(torch.zeros(rows, device=device()))):
         case.main_grad.zero_()
         case.weight.main_grad = case.main_grad
         value, _ = slab_loss(case.hidden, case.weight, case.targets, slabs, loss)
@@ -217,35 +218,65 @@ def _liger() -> str | None:
         return None
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured.
+
+    Args:
+        rows: scored rows, a multiple of ``pair_rows``.
+        hidden: of the model.
+        vocab: rows of the output layer.
+        samples: of each figure.
+        pair_rows: of a pair.
+        lengths: numbers of rows whose peak memory is measured too; none on a CPU, which counts no tensors' bytes.
+        compiled: whether full logits under torch.compile are a contestant.
+    """
+
+    rows: int = 16384
+    hidden: int = 4096
+    vocab: int = 128256
+    samples: int = 30
+    pair_rows: int = 1024
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536)
+    compiled: bool = True
+
+
+def measure(sizes: Sizes) -> list[dict]:
     """Return all rows."""
-    rows_, hidden, vocab, samples = options.rows, options.hidden, options.vocab, options.samples
-    case = Case(rows_, hidden, vocab)
-    ce: dict[str, Call] = {"gemms": case.gemms(), "ours": case.ce, "compiled_full_logits": case.naive()}
+    case = Case(sizes.rows, sizes.hidden, sizes.vocab, sizes.pair_rows)
+    ce: dict[str, Call] = {"gemms": case.gemms(), "ours": case.ce}
     dpo: dict[str, Call] = {"ours": case.dpo}
-    if _liger():
+    if sizes.compiled:
+        ce["compiled_full_logits"] = case.naive()
+    if _liger() and device() == "cuda":
         ce[f"liger {_liger()} LigerFusedLinearCrossEntropyLoss"] = case.liger_ce()
         dpo[f"liger {_liger()} LigerFusedLinearDPOLoss"] = case.liger_dpo()
     else:
         print("liger-kernel is not installed: its rows are missing")
-    rows = compare("ce", case, ce, 6, samples)
-    rows += compare("dpo", case, dpo, 8, samples)
-    rows += compare("score", case, {"ours": case.score}, 2, samples)
+    rows = compare("ce", case, ce, 6, sizes.samples)
+    rows += compare("dpo", case, dpo, 8, sizes.samples)
+    rows += compare("score", case, {"ours": case.score}, 2, sizes.samples)
     gradients = case.hidden.nbytes + case.weight.nbytes
-    for name, calls in (("ce", ce), ("dpo", dpo)):
+    for name, calls in (("ce", ce), ("dpo", dpo)) if sizes.lengths else ():
         for who, call in calls.items():
             if who != "gemms":
                 returned = case.hidden.nbytes if who == "ours" else gradients
                 rows.append(_row(f"memory {name}", who, case, peak_gib=f"{peak(call, returned):.3f}"))
     del case, ce, dpo
-    for count in (8192, 16384, 32768, 65536):
-        long = Case(count, hidden, vocab)
+    for count in sizes.lengths:
+        long = Case(count, sizes.hidden, sizes.vocab)
         rows.append(_row("memory ce", "ours", long, peak_gib=f"{peak(long.ce, long.hidden.nbytes):.3f}"))
         del long
-    shards = {k: Case(rows_, hidden, vocab // k) for k in (1, 2, 4, 8)}
-    found = interleaved({str(k): shard.ce for k, shard in shards.items()}, samples)
-    median = {k: quantiles(found[str(k)])[1] for k in shards}
-    for k, shard in shards.items():
+    return rows + shards(sizes)
+
+
+def shards(sizes: Sizes) -> list[dict]:
+    """Return the rows of a half, a quarter and an eighth of the vocabulary."""
+    cases = {k: Case(sizes.rows, sizes.hidden, sizes.vocab // k, sizes.pair_rows) for k in (1, 2, 4, 8)}
+    found = interleaved({str(k): shard.ce for k, shard in cases.items()}, sizes.samples)
+    median = {k: quantiles(found[str(k)])[1] for k in cases}
+    rows = []
+    for k, shard in cases.items():
         share = median[1] / (k * median[k])
         rows.append(_row("shards", f"1/{k}", shard, ms_p50=f"{median[k]:.3f}", efficiency=f"{share:.3f}"))
     return rows
@@ -263,7 +294,8 @@ def main() -> None:
     options = parser.parse_args()
     require_gpu(parser)
     gate()
-    rows = measure(options)
+    sizes = Sizes(rows=options.rows, hidden=options.hidden, vocab=options.vocab, samples=options.samples)
+    rows = measure(sizes)
     columns = dict.fromkeys(name for row in rows for name in row)  # rows have different figures
     environment_columns = {**environment(), "liger": _liger() or ""}
     record(

@@ -31,7 +31,7 @@ def test_without_a_gpu_one_line_says_so(script):
 def test_useful_pairs_are_those_of_the_mask():
     layout = PackedLayout.from_groups([(7, [5, 0, 12]), (0, [9]), (4, [])], total=50)
     assert useful_pairs(layout) == layout.mask_QT().sum()
-    assert {layout.tokens for layout, _ in CASES.values()} == {16384, 15360}
+    assert {case.layout.tokens for case in CASES.values()} == {16384, 15360}
 
 
 def test_the_table_is_what_the_tuning_script_writes():

@@ -38,6 +38,7 @@ def free_port() -> int:
 
 def _serve(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks cannot share one GPU: theirs is the CPU
     import warnings
 
     import torch
