@@ -152,17 +152,17 @@ def _export_adapter(checkpoint: Path, options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    if (checkpoint := _adapter_checkpoint(options)) is not None:
-        from megatron_align.errors import require
-
-        require(
-            not options.critic,
-            f"--critic needs a checkpoint of objective ppo, got an adapter's: {checkpoint}",
-        )
-        return _export_adapter(checkpoint, options)
     from megatron_align.checkpoint.card import is_of_training
     from megatron_align.convert.export_hf import export_hf
+    from megatron_align.errors import require
     from megatron_align.hf.assets import describe_assets
+
+    require(
+        not options.critic or options.base is None,
+        f"--base does not apply to --critic, which is a complete model in its checkpoint; got {options.base}",
+    )
+    if not options.critic and (checkpoint := _adapter_checkpoint(options)) is not None:
+        return _export_adapter(checkpoint, options)
 
     done = export_hf(options.checkpoint, options.out, options.dtype, critic=options.critic)
     print(f"exported {'the critic, ' * options.critic}{done}, from {done.folder} to {options.out}")

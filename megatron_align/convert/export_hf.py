@@ -81,10 +81,7 @@ def export_hf(
             usable.
     """
     require_one_process()
-    source = open_checkpoint(checkpoint)
-    if critic:
-        metadata_of_critic(read_checkpoint_metadata(source.folder))
-        source = replace(source, shape=source.shape.as_reward(), of_critic=True)
+    source = open_checkpoint(checkpoint, critic=critic)
     state = open_state(source)
     written = getattr(torch, dtype) if dtype else source.dtype
     specs = hf_specs(source.shape, written)

@@ -10,6 +10,7 @@ import torch
 
 from megatron_align.checkpoint.card import (
     checkpoint_shape,
+    metadata_of_critic,
     read_checkpoint_metadata,
     require_all_weights,
     shape_differences,
@@ -40,17 +41,24 @@ class Checkpoint:
         return sum(math.prod(size) for row in rows(self.shape) for size in row.hf_shapes(self.shape))
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, critic: bool = False) -> Checkpoint:
     """Return the checkpoint at ``path``, or the newest of a run's folder.
 
+    Args:
+        path: of either.
+        critic: open the critic in place of the policy, of which an adapter may be all that is stored.
+
     Raises:
-        InputError: there is none, or its files contradict each other.
+        InputError: there is none, its files contradict each other, or it has no critic.
     """
     folder = find_checkpoint(path)
     if folder is None:
         raise InputError(f"neither a checkpoint (a folder with {CARD}) nor a run's folder with one: {path}")
     metadata, shape = read_checkpoint_metadata(folder), checkpoint_shape(folder)
-    require_all_weights(folder)
+    if critic:
+        metadata_of_critic(metadata)
+    else:
+        require_all_weights(folder)
     dtype = model_dtype(folder)
     stored = metadata.get("shape")
     if not isinstance(stored, dict) or (differences := shape_differences(asdict(shape), stored)):
@@ -60,7 +68,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             else "no shape"
         )
         raise InputError(f"{CARD} does not match {ASSETS}/config.json: {listed} in {folder}")
-    return Checkpoint(folder, shape, dtype)
+    return Checkpoint(folder, shape.as_reward() if critic else shape, dtype, of_critic=critic)
 
 
 def model_dtype(checkpoint: Path) -> torch.dtype:

@@ -79,10 +79,6 @@ def _checked(config: RunConfig) -> RunConfig:
         has_critic(config) or not of_critic,
         f"objective {name} has no critic: the options critic.* belong to objective ppo, got {listed(of_critic)}",
     )
-    require(
-        not has_critic(config) or config.model.adapter is None,
-        f"objective {name} trains all weights of policy and critic: model.adapter is not built for it; set it to null",
-    )
     if isinstance(objective, PolicyGradientObjective):
         _check_rollouts(config)
     else:

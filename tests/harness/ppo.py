@@ -40,13 +40,18 @@ class Rollout:
     numbers: dict = field(default_factory=dict)
 
 
-def ten_steps(policy_folder, critic_folder, groups, settings):
+def ten_steps(policy_folder, critic_folder, groups, settings, adapter=None):
     """Return the rows of all steps, the rollouts of each set, and both models after the last step.
 
     ``groups``: ``[(prompt ids, [(answer ids, score), ...]), ...]`` in the order in which prompts are trained on.
+    ``adapter``: PEFT folder that is trained in place of the policy's weights; the reference is the policy without it.
     """
     load = {"dtype": torch.float64}
     policy = AutoModelForCausalLM.from_pretrained(policy_folder, **load)
+    if adapter is not None:
+        from peft import PeftModel
+
+        policy = PeftModel.from_pretrained(policy, adapter, is_trainable=True).double()
     reference = AutoModelForCausalLM.from_pretrained(policy_folder, **load)
     critic = AutoModelForSequenceClassification.from_pretrained(critic_folder, **load)
     optimizers = [
@@ -142,8 +147,9 @@ def update(model, optimizer, loss, settings):
 
 
 def adam(model, lr, settings):
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim == 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

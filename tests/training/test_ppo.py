@@ -1,7 +1,7 @@
-"""Laws 1, 3, 4 and 9 of PPO: ten steps on given completions are those of a float64 loop (1e-4), on every layout.
+"""Laws 1, 3, 4, 9 and 10 of PPO: ten steps on given completions are those of a float64 loop (1e-4), on every layout.
 
 At the first minibatch of rollouts every ratio is 1 and no value has moved. A killed run continues bit for bit. The
-critic is part of checkpoints, and exported as a reward model.
+critic is part of checkpoints, and exported as a reward model. So with an adapter, whose base is the reference.
 """
 
 import json
@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_align.convert.export_hf import export_hf
 from megatron_align.model.families import read_shape
 from megatron_align.objectives.configuration import load_config
 from megatron_align.rollout.rollouts import FILE, ROLLOUTS
+from megatron_align.tools.main import main as command
 from megatron_align.train import main
 from megatron_align.training.critic_start import critic_paths, find_critic
 from tests.harness import training_ranks
 from tests.harness.marks import mark_slow
 from tests.harness.ppo import Settings, ten_steps
-from tests.harness.tiny import byte_tokenizer, make_model, metrics_of, run_arguments
+from tests.harness.tiny import byte_tokenizer, make_adapter, make_model, metrics_of, run_arguments
 from tests.training.test_preference_layout import LAYOUTS
 from tests.training.test_resume import cut_after
 
@@ -36,6 +36,7 @@ JUDGED = (
 CASES = {
     "reused": Settings(iterations=2, minibatches=2),
     "plain": Settings(beta=0.0, cliprange_value=None, gae_lambda=0.9, gamma=0.97, vf_coef=1.0),
+    "adapter": Settings(iterations=2, minibatches=2),
 }
 USUAL = Settings()
 
@@ -90,7 +91,13 @@ def arguments(model, critic, data, folder, settings, **options):
 
 
 @pytest.fixture(scope="module")
-def train(pool, tiny_models, critic, ranked, tmp_path_factory):
+def adapter(tiny_models, tmp_path_factory):
+    """An adapter that changes the policy from the start: the reference, its base, is another model."""
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "adapter", tiny_models())
+
+
+@pytest.fixture(scope="module")
+def train(pool, tiny_models, critic, ranked, adapter, tmp_path_factory):
     """``train(case, layout)`` -> the folder of a run, made once."""
     done = {}
 
@@ -100,6 +107,8 @@ def train(pool, tiny_models, critic, ranked, tmp_path_factory):
             if layout is not None:
                 world, options = LAYOUTS[layout]
                 options = {**options, "train__steps": 5}
+            if case == "adapter":
+                options = {**options, "model__adapter": f"{{path: {adapter}}}"}
             folder = done[case, layout] = tmp_path_factory.mktemp("run")
             pool.run(
                 world,
@@ -118,7 +127,7 @@ def numbers_of(folder, step):
 
 
 @pytest.mark.parametrize("case", mark_slow(CASES, ["plain"]))
-def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic, ranked):
+def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic, ranked, adapter):
     folder, settings = train(case), CASES[case]
     ids = lambda text: byte_tokenizer()(text).input_ids  # noqa: E731
     end = byte_tokenizer().eos_token_id
@@ -126,7 +135,8 @@ def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic,
         (ids(record["prompt"]), [([*ids(a["content"]), end], a["score"]) for a in record["completions"]])
         for record in map(json.loads, ranked.read_text().splitlines())
     ]
-    wanted, sets, policy, trained_critic = ten_steps(tiny_models(), critic, groups, settings)
+    start = adapter if case == "adapter" else None
+    wanted, sets, policy, trained_critic = ten_steps(tiny_models(), critic, groups, settings, start)
     rows = metrics_of(folder)
     assert len(rows) == len(wanted) == settings.steps
     for row, want in zip(rows, wanted, strict=True):
@@ -134,6 +144,8 @@ def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic,
             assert row[name] == pytest.approx(want[name], rel=1e-4, abs=2e-6), (row["step"], name)
         # A count: a token whose two losses are equal to fp32's rounding falls on either side.
         assert row["value_clip_fraction"] == pytest.approx(want["value_clip_fraction"], abs=0.02)
+    if start is not None:
+        assert abs(rows[0]["kl"]) > 1e-3  # the reference is the base
     if settings.cliprange_value is not None:
         assert max(row["value_clip_fraction"] for row in rows) > 0
         assert max(row["ratio_max"] for row in rows) > 1.05
@@ -145,7 +157,7 @@ def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic,
                 assert ours == pytest.approx(theirs.numbers[name].tolist(), rel=1e-4, abs=2e-5)
         means = [rollout.numbers["advantages"].mean().item() for rollout in rollouts]
         assert table["advantage"] == pytest.approx(means, rel=1e-4, abs=1e-4)
-    require_exported(folder / "hf", policy)
+    require_exported(folder / "hf", policy if start is None else policy.merge_and_unload())
     require_exported(folder / "critic", trained_critic)
 
 
@@ -162,12 +174,15 @@ def require_exported(folder, judge):
             assert torch.allclose(found[name], want, rtol=0, atol=2e-4), name
 
 
-LAYOUT = ["tp2_sp"]
+LAYOUT_CASES = [(case, layout) for case in ("reused", "adapter") for layout in LAYOUTS]
+FAST = [("reused", "tp2_sp")]
 
 
-@pytest.mark.parametrize("layout", mark_slow(LAYOUTS, [name for name in LAYOUTS if name not in LAYOUT]))
-def test_layouts_agree(layout, train):
-    rows, wanted = metrics_of(train("reused", layout)), metrics_of(train("reused"))
+@pytest.mark.parametrize(
+    "case, layout", mark_slow(LAYOUT_CASES, [case for case in LAYOUT_CASES if case not in FAST])
+)
+def test_layouts_agree(case, layout, train):
+    rows, wanted = metrics_of(train(case, layout)), metrics_of(train(case))
     assert len(rows) == 5  # a set of rollouts, and a step of the next
     for row, want in zip(rows, wanted, strict=False):
         assert set(row) == set(want)
@@ -190,19 +205,25 @@ def test_at_the_first_minibatch_nothing_has_moved(train):
     assert "groups_without_signal" not in first
 
 
-def test_both_models_of_a_checkpoint_are_exported(train, tmp_path):
+@pytest.mark.parametrize("case", ["reused", "adapter"])
+def test_both_models_of_a_checkpoint_are_exported(case, train, tmp_path):
     """Tensors of the critic in a checkpoint are none of the model's."""
-    folder = train("reused")
-    export_hf(folder, tmp_path / "exported")
-    export_hf(folder, tmp_path / "exported_critic", critic=True)
-    for at_the_end, exported in (("hf", "exported"), ("critic", "exported_critic")):
-        ours, theirs = (
-            load_file(path / "model.safetensors") for path in (folder / at_the_end, tmp_path / exported)
-        )
+    folder = train(case)
+    convert = ["convert", "export", "--checkpoint", str(folder), "--out"]
+    assert command([*convert, str(tmp_path / "policy")]) == 0
+    assert command([*convert, str(tmp_path / "critic"), "--critic"]) == 0
+    pairs = [("critic", "critic", "model.safetensors")]
+    if case == "adapter":
+        pairs += [("hf", "policy/hf", "model.safetensors")]
+        pairs += [("adapter", "policy/adapter", "adapter_model.safetensors")]
+    else:
+        pairs += [("hf", "policy", "model.safetensors")]
+    for at_the_end, exported, file in pairs:
+        ours, theirs = (load_file(path / file) for path in (folder / at_the_end, tmp_path / exported))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("config.json", "tokenizer_config.json", "README.md"):
-        assert (folder / "critic" / name).read_text() == (tmp_path / "exported_critic" / name).read_text()
+        assert (folder / "critic" / name).read_text() == (tmp_path / "critic" / name).read_text()
 
 
 def small(folder, **changes):
@@ -245,7 +266,6 @@ REFUSED = {
         {"objective__name": "grpo"},
         r"objective grpo has no critic: the options critic.\* belong to objective ppo",
     ),
-    "an adapter": (small, {"model__adapter": "{rank: 4}"}, "model.adapter is not built for it"),
     "a warm-up that does not end": (
         small,
         {"critic__optimizer": "{warmup_steps: 9}"},
@@ -301,9 +321,10 @@ def test_the_critic_starts_from_the_first_reward_model_that_fits_else_from_the_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3])
-@pytest.mark.parametrize("layout", ["one", "tp2", "pp2_dp2"])
-def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, tmp_path, step, layout):
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2_dp2", "adapter_one", "adapter_tp2_pp2"])
+def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, adapter, tmp_path, step, layout):
     """Between two steps on the same rollouts, and between two sets; the critic starts from the policy."""
+    is_adapted, layout = layout.startswith("adapter"), layout.removeprefix("adapter_")
     data, folder = tmp_path / "prompts.jsonl", tmp_path / "run"
     data.write_text("\n".join(json.dumps({"prompt": f"What is {i} + {3 * i}?"}) for i in range(10)))
     world, options = (1, {}) if layout == "one" else LAYOUTS[{"tp2": "tp2_sp"}.get(layout, layout)]
@@ -319,6 +340,7 @@ def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, tmp_path, step, l
             "train__steps": 6,
             "checkpoint__save_every": 1,
             "checkpoint__keep": 9,
+            **({"model__adapter": f"{{path: {adapter}}}"} if is_adapted else {}),
             **options,
         }
         pool.run(world, training_ranks.train, run_arguments(tiny_models(), data, folder, **settings))
