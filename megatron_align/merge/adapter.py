@@ -136,6 +136,47 @@ class _Inputs:
         return self.weights, name
 
 
+class AdaptedWeights:
+    """The tensors of a base with an adapter, computed in fp32 as they are read.
+
+    Args:
+        base: weights of the base.
+        folder: PEFT's.
+        adapter: of the folder.
+    """
+
+    def __init__(self, base: HFWeights, folder: Path, adapter: Adapter):
+        self._inputs = _Inputs(base, HFWeights(folder, WEIGHTS), adapter, read_tensors(folder, copies=False))
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of the elements that :meth:`read_flat` gives."""
+        weights, stored = self._inputs.source(name)
+        found = weights.dtype(stored)
+        return "F32" if is_adapted(name, self._inputs.adapter) and found != "F64" else found
+
+    def numel(self, name: str) -> int:
+        """Return a tensor's number of elements."""
+        return self._inputs.weights.numel(name)
+
+    def read_flat(self, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` with the merged elements from ``start`` on; of rows that are cut, the part within."""
+        weights, stored = self._inputs.source(name)
+        if not is_adapted(name, self._inputs.adapter):
+            weights.read_flat(stored, start, out)
+            return
+        columns = self._inputs.weights.shape(name)[1]
+        first, last = start // columns, -(-(start + len(out)) // columns)
+        block = torch.empty((last - first) * columns, dtype=DTYPES[weights.dtype(stored)])
+        weights.read_flat(stored, first * columns, block)
+        inputs, rows = self._inputs, slice(first, last)
+        merged = merged_rows(name, rows, block.view(-1, columns), inputs.adapter, inputs.tensors)
+        begin = start - first * columns
+        out.copy_(merged.reshape(-1)[begin : begin + len(out)])
+
+    def release(self, name: str) -> None:
+        """Do nothing: the base's own reader drops what all have read."""
+
+
 class _Block(NamedTuple):
     """Elements of a merged tensor from ``start`` on, one-dimensional, in memory of their own."""
 
@@ -259,7 +300,7 @@ def extract_adapter(
     adapter = Adapter(
         rank=rank, alpha=float(rank), rslora=False, modules=select_modules(shape, targets or "all-linear")
     )
-    _require_rank(adapter, shape)
+    require_rank(adapter, shape)
     tensors: dict[str, Tensor] = {}
     left_out: dict[str, float] = {}
     squares: dict[str, tuple[float, float]] = {}  # of the difference, and of what the adapter holds of it
@@ -269,7 +310,7 @@ def extract_adapter(
             module = module_name(name)
             if module in adapter.modules and name.endswith(".weight"):
                 difference = (_read(theirs, name) - _read(ours, name)).reshape(spec.shape)
-                a, b, held = _nearest(difference.T if module == EMBED_TOKENS else difference, rank)
+                a, b, held = nearest_factors(difference.T if module == EMBED_TOKENS else difference, rank)
                 tensors |= dict(zip(adapter_tensors(module), (a, b), strict=True))
                 squares[module] = (difference.double().square().sum().item(), held)
             elif (largest := largest_difference(_read(theirs, name), _read(ours, name))) != 0:
@@ -287,7 +328,8 @@ def extract_adapter(
     return Extracted(len(squares), held / total, shares[worst], worst, left_out)
 
 
-def _require_rank(adapter: Adapter, shape: ModelShape) -> None:
+def require_rank(adapter: Adapter, shape: ModelShape) -> None:
+    """Refuse a rank that is larger than a module's smaller side."""
     sizes = hf_specs(shape, torch.float32)
     smallest = min((min(sizes[f"{module}.weight"].shape), module) for module in adapter.modules)
     require(
@@ -304,7 +346,7 @@ def _read(weights: HFWeights, name: str) -> Tensor:
     return tensor
 
 
-def _nearest(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def nearest_factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return A and B whose product comes nearest to a matrix, and the sum of squares that they hold of it."""
     if min(difference.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)

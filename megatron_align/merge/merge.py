@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -91,18 +92,55 @@ def merge(
         "inputs": [fingerprint(folder) for _, folder in merged],
     }
     with ShardWriter(target, specs, shard_bytes, key=key) as writer:
-        _merge_tensors(method, weights, specs, writer)
-        inputs = [
-            Input(role, folder, {name: TensorDigest(**writer.notes(name)[number]) for name in specs})
-            for number, (role, folder) in enumerate(merged)
-        ]
-        for source in inputs:
-            require_finite(source.tensors, source.folder)
-        _require_finite_result({name: TensorDigest("", *writer.notes(name)[-1]) for name in specs}, specs)
+        inputs = merge_into(writer, method, [(*entry, opened[entry[1]]) for entry in merged], specs)
         copy_assets(models[0], writer.partial)
         if dtype:
             write_config_dtype(writer.partial, getattr(torch, dtype))
         write_card(writer.partial, method, inputs)
+    return inputs
+
+
+class Weights(Protocol):
+    """The tensors of a model as a merge reads them: :class:`.HFWeights`, or a base with an adapter."""
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype in which a tensor is read, as safetensors spells it."""
+
+    def numel(self, name: str) -> int:
+        """Return a tensor's number of elements."""
+
+    def read_flat(self, name: str, start: int, out: Tensor) -> None:
+        """Fill the one-dimensional ``out`` with a tensor's elements from ``start`` on."""
+
+    def release(self, name: str) -> None:
+        """Drop a tensor that will not be read again from the page cache."""
+
+
+def merge_into(
+    writer: ShardWriter,
+    method: Method,
+    merged: Sequence[tuple[str, Path, Weights]],
+    specs: dict[str, TensorSpec],
+) -> list[Input]:
+    """Merge all tensors into a writer's files; return the inputs with their digests.
+
+    Args:
+        writer: of the result.
+        method: formula and options.
+        merged: role, folder and tensors of every input of the formula, the base first if the formula uses it.
+        specs: dtypes and shapes of the result's tensors.
+
+    Raises:
+        InputError: an input or the result is not finite.
+    """
+    _merge_tensors(method, [weights for _, _, weights in merged], specs, writer)
+    inputs = [
+        Input(role, folder, {name: TensorDigest(**writer.notes(name)[number]) for name in specs})
+        for number, (role, folder, _) in enumerate(merged)
+    ]
+    for source in inputs:
+        require_finite(source.tensors, source.folder)
+    _require_finite_result({name: TensorDigest("", *writer.notes(name)[-1]) for name in specs}, specs)
     return inputs
 
 
@@ -154,7 +192,7 @@ def _specs(weights: list[HFWeights], shape: ModelShape, dtype: str | None) -> di
 
 
 def _merge_tensors(
-    method: Method, weights: list[HFWeights], specs: dict[str, TensorSpec], writer: ShardWriter
+    method: Method, weights: list[Weights], specs: dict[str, TensorSpec], writer: ShardWriter
 ) -> None:
     once = sum(DTYPES[each.dtype(name)].itemsize * each.numel(name) for each in weights for name in specs)
     with (
@@ -215,7 +253,7 @@ class _OutputWindows:
 class _InputWindows:
     """Two windows of every input, and the threads that fill them."""
 
-    def __init__(self, weights: list[HFWeights], pool: ThreadPoolExecutor, progress: Progress) -> None:
+    def __init__(self, weights: list[Weights], pool: ThreadPoolExecutor, progress: Progress) -> None:
         self.weights, self._pool, self.progress = weights, pool, progress
         self._raw = torch.empty(2, len(weights), WINDOW_ELEMENTS * torch.float64.itemsize, dtype=torch.uint8)
 

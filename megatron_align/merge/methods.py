@@ -55,6 +55,13 @@ class Method:
         """Yield the merged blocks of the tensor ``name``."""
         raise NotImplementedError
 
+    def task_weights(self, gram_NN: Tensor) -> Tensor | None:
+        """Return ``weights_N`` where the merged tensor is ``base + sum(w_i task_i)``; None: it is no such sum.
+
+        ``gram_NN`` are the inner products of the tensor's task vectors.
+        """
+        return None
+
     def check(self, models: int) -> None:
         """Check the options against the number of models.
 
@@ -115,6 +122,11 @@ class Linear(Weighted):
             weights_N = self._weights(models_NE)
             yield _weighted_sum(weights_N / weights_N.sum(), models_NE)
 
+    def task_weights(self, gram_NN: Tensor) -> Tensor:
+        """Return the weights, which sum to 1."""
+        weights_N = self._weights(gram_NN)
+        return weights_N / weights_N.sum()
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(Weighted):
@@ -130,6 +142,10 @@ class TaskArithmetic(Weighted):
         for block in blocks:
             base_E, task_NE = block.tasks()
             yield _add_tasks(base_E, task_NE, self._weights(task_NE), self.scale)
+
+    def task_weights(self, gram_NN: Tensor) -> Tensor:
+        """Return the weights with the scale."""
+        return self.scale * self._weights(gram_NN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +171,10 @@ class ModelStock(Method):
             base_E, task_NE = block.tasks()
             mean_N = task_NE.new_full((len(task_NE),), 1 / len(task_NE))
             yield _add_tasks(base_E, task_NE, mean_N, ratio)
+
+    def task_weights(self, gram_NN: Tensor) -> Tensor:
+        """Return the tensor's ``t / N`` for each model."""
+        return gram_NN.new_full((len(gram_NN),), _stock_ratio(gram_NN) / len(gram_NN))
 
 
 @dataclass(frozen=True, kw_only=True)

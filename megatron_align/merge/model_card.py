@@ -23,8 +23,8 @@ class Input:
     tensors: dict[str, TensorDigest]
 
 
-def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
-    """Write README.md, and merge.json with a hash of every input tensor."""
+def write_card(folder: Path, method: Method, inputs: list[Input], assets: str = "model 1") -> None:
+    """Write README.md, and merge.json with a hash of every input tensor; ``assets``: whose tokenizer it has."""
     name = next(name for name, method_class in METHODS.items() if method_class is type(method))
     record: dict[str, Any] = {
         "method": name,
@@ -53,7 +53,7 @@ def write_card(folder: Path, method: Method, inputs: list[Input]) -> None:
         summary,
         "",
         f"Options: {options}. Made by megatron_align {record['megatron_align']}.",
-        "Configuration and tokenizer are those of model 1.",
+        f"Configuration and tokenizer are those of {assets}.",
         "",
         "| role | folder | sha256 of the weights |",
         "|---|---|---|",

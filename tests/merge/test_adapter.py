@@ -142,7 +142,7 @@ def test_large_matrices_are_decomposed_by_projections(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "EXACT", 8)
     a, b = (torch.randn(*size, generator=torch.Generator().manual_seed(2)) for size in ((4, 60), (90, 4)))
     noise = 1e-3 * torch.randn(90, 60, generator=torch.Generator().manual_seed(3))
-    found_a, found_b, held = module._nearest(b @ a + noise, 4)
+    found_a, found_b, held = module.nearest_factors(b @ a + noise, 4)
     u, s, vh = torch.linalg.svd((b @ a + noise).double())
     torch.testing.assert_close(found_b @ found_a, ((u[:, :4] * s[:4]) @ vh[:4]).float(), rtol=1e-3, atol=1e-3)
     assert held == pytest.approx(s[:4].square().sum().item(), rel=1e-5)

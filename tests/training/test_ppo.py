@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_align.checkpoint.torch_metadata import read_stored_tensors
 from megatron_align.model.families import read_shape
 from megatron_align.objectives.configuration import load_config
 from megatron_align.rollout.rollouts import FILE, ROLLOUTS
@@ -126,7 +127,7 @@ def numbers_of(folder, step):
     return parquet.read_table(folder / ROLLOUTS / f"step_{step:06d}" / FILE).to_pydict()
 
 
-@pytest.mark.parametrize("case", mark_slow(CASES, ["plain"]))
+@pytest.mark.parametrize("case", mark_slow(CASES, ["plain", "adapter"]))
 def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic, ranked, adapter):
     folder, settings = train(case), CASES[case]
     ids = lambda text: byte_tokenizer()(text).input_ids  # noqa: E731
@@ -205,25 +206,41 @@ def test_at_the_first_minibatch_nothing_has_moved(train):
     assert "groups_without_signal" not in first
 
 
-@pytest.mark.parametrize("case", ["reused", "adapter"])
-def test_both_models_of_a_checkpoint_are_exported(case, train, tmp_path):
+def test_both_models_of_a_checkpoint_are_exported(train, tmp_path):
     """Tensors of the critic in a checkpoint are none of the model's."""
-    folder = train(case)
+    folder = train("reused")
+    require_same_exports(folder, tmp_path, {"hf": "policy"})
+
+
+def test_a_checkpoint_holds_adapter_critic_and_optimizers(
+    pool, tiny_models, critic, ranked, adapter, tmp_path
+):
+    """Nothing of the base; and the penalty is of the policy against the base."""
+    folder, settings = tmp_path / "run", CASES["adapter"]
+    options = {"train__steps": 1, "checkpoint__export_hf": True, "model__adapter": f"{{path: {adapter}}}"}
+    pool.run(1, training_ranks.train, arguments(tiny_models(), critic, ranked, folder, settings, **options))
+    names = list(read_stored_tensors(folder / "step_000001" / "state"))
+    adapted = [name for name in names if ".adapter." in name]
+    of_critic = [name for name in names if name not in adapted]
+    assert len(adapted) == 4 * 7 * 2 * (1 + 3)  # layers x modules x (A, B) x (weight; master, two moments)
+    assert of_critic
+    assert all("critic." in name for name in of_critic)
+    assert abs(metrics_of(folder)[0]["kl"]) > 1e-3
+    require_same_exports(folder, tmp_path, {"hf": "policy/hf", "adapter": "policy/adapter"})
+
+
+def require_same_exports(folder, out, exported):
+    """``convert export`` writes from a checkpoint what the run wrote at its end, of the policy and of the critic."""
     convert = ["convert", "export", "--checkpoint", str(folder), "--out"]
-    assert command([*convert, str(tmp_path / "policy")]) == 0
-    assert command([*convert, str(tmp_path / "critic"), "--critic"]) == 0
-    pairs = [("critic", "critic", "model.safetensors")]
-    if case == "adapter":
-        pairs += [("hf", "policy/hf", "model.safetensors")]
-        pairs += [("adapter", "policy/adapter", "adapter_model.safetensors")]
-    else:
-        pairs += [("hf", "policy", "model.safetensors")]
-    for at_the_end, exported, file in pairs:
-        ours, theirs = (load_file(path / file) for path in (folder / at_the_end, tmp_path / exported))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert command([*convert, str(out / "policy")]) == 0
+    assert command([*convert, str(out / "critic"), "--critic"]) == 0
+    for ours, theirs in {**exported, "critic": "critic"}.items():
+        [file] = (folder / ours).glob("*.safetensors")
+        found, wanted = load_file(out / theirs / file.name), load_file(file)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     for name in ("config.json", "tokenizer_config.json", "README.md"):
-        assert (folder / "critic" / name).read_text() == (tmp_path / "critic" / name).read_text()
+        assert (folder / "critic" / name).read_text() == (out / "critic" / name).read_text()
 
 
 def small(folder, **changes):
