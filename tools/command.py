@@ -15,6 +15,9 @@ PATHS = (
     *("DIR", "CKPT", "PATH", "FILE", "FILE.jsonl", "REPORT", "RUN.yaml", "MODEL", "FIRST", "SECOND"),
     *("WRITER", "CRITIC", "SCORER", "LABELLER", "EMBEDDER"),  # or a URL, a column: these begin with no ~
 )
+OPTIONS = (
+    "OPTIONS"  # metavar of an option whose one value is another program's options: it begins with dashes
+)
 # A tool's option -> names of it in other programs; those of training are in config/familiar_names.py.
 _SAME = {
     "out": "output output_dir output_path save save_dir save_path out_path out_dir export_dir save_folder hf_save_path "
@@ -57,6 +60,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, about: str):
         self._names: list[str] = []
+        self._verbatim: set[str] = set()  # options with OPTIONS
         super().__init__(
             prog=program,
             description=about,
@@ -68,6 +72,8 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """Add an argument as argparse does; in one whose ``metavar`` is of :data:`PATHS`, ``~`` is expanded."""
         self._names += names
+        if options.get("metavar") == OPTIONS:
+            self._verbatim.update(names)
         if options.get("metavar") in PATHS:
             options["type"] = _path
         return super().add_argument(*names, **options)
@@ -78,11 +84,22 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: for an unknown, missing or malformed one.
         """
+        arguments = self._with_their_values(arguments)
         # Checked first: argparse would only report that the correctly spelt option is missing.
         for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
             if name not in self._names:
                 raise InputError(f"{self.prog} has no option {name[:80]}{self._meant(name)}")
         return self.parse_args(arguments)
+
+    def _with_their_values(self, arguments: list[str]) -> list[str]:
+        """Join options whose value may begin with dashes to it, by which argparse takes it for a value."""
+        joined: list[str] = []
+        for argument in arguments:
+            if joined and joined[-1] in self._verbatim:
+                joined[-1] += f"={argument}"
+            else:
+                joined.append(argument)
+        return joined
 
     def _meant(self, name: str) -> str:
         """Return this tool's option that a name is a misspelling or another program's name of, or else a run's."""

@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     about = "start a vLLM server of the model with this interpreter of an environment that has vLLM; log: OUT.vllm.log"
     add("--vllm-python", metavar="PYTHON", help=about)
     about = "options of that server, as of `vllm serve`, in one argument: '--tensor-parallel-size 2'"
-    add("--vllm-options", default="", metavar="TEXT", help=about)
+    add("--vllm-options", default="", metavar="OPTIONS", help=about)
     about = "adapter of the model, a PEFT folder or a checkpoint; several as NAME=PATH: each writes OUT with its name"
     add("--adapter", type=str, nargs="+", default=[], metavar="[NAME=]PATH", help=about)
     about = "model that writes a complement of each prompt, which is appended to it (docs/pas.md): path, URL#NAME or "

@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
     about = "start a vLLM server of each model in turn with this interpreter of an environment that has vLLM"
     add("--vllm-python", metavar="PYTHON", help=about)
     about = "options of these servers, as of `vllm serve`, in one argument: '--tensor-parallel-size 2'"
-    add("--vllm-options", default="", metavar="TEXT", help=about)
+    add("--vllm-options", default="", metavar="OPTIONS", help=about)
     return _sample(parser.parse(arguments))
 
 

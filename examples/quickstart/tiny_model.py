@@ -63,9 +63,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausal
     return Qwen2ForCausalLM(config)
 
 
-def save(folder: Path, seed: int) -> int:
-    """Write the folder (config, generation config, tokenizer, safetensors); return the parameter count."""
-    tokenizer = build_tokenizer()
+def save(folder: Path, seed: int, words: Sequence[str] = ROLES) -> int:
+    """Write the folder (config, generation config, tokenizer, safetensors); return the parameter count.
+
+    ``words`` are one token each.
+    """
+    tokenizer = build_tokenizer(words)
     model = build_model(tokenizer, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -64,7 +64,7 @@ def test_none_is_forgotten():
     found = {f"{path.parent.name}/{path.stem}" for path in EXAMPLES.glob("*/*.yaml")}
     assert found == set(RECIPES) | {
         f"{folder}/{path.stem}"
-        for folder in ("quickstart", "pas", "real_data")
+        for folder in ("quickstart", "pas", "real_data", "baichuan_alignment")
         for path in (EXAMPLES / folder).glob("*.yaml")
     }
 

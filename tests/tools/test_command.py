@@ -1,4 +1,4 @@
-"""Whole numbers of a command line are read as those of a configuration: 1e6 and 3.0 are some, 1.5 is none."""
+"""Whole numbers of a command line are read as those of a configuration; options of another program are a value."""
 
 import pytest
 
@@ -34,3 +34,16 @@ def test_a_count_is_positive(parser):
     for text in ("0", "-1"):
         with pytest.raises(InputError, match=f"--count: must be a positive whole number, got {text}"):
             parser.parse([f"--count={text}"])
+
+
+def test_options_of_another_program_are_a_value():
+    """As `docs/evaluation.md` writes them; a value that begins with dashes used to be taken for an option."""
+    parser = Parser("program", "about")
+    parser.add_argument("--vllm-options", metavar="OPTIONS")
+    parser.add_argument("--seed", type=int)
+    for value in ("--tensor-parallel-size 2", "--enforce-eager"):
+        for given in (["--vllm-options", value], [f"--vllm-options={value}"]):
+            options = parser.parse([*given, "--seed", "3"])
+            assert (options.vllm_options, options.seed) == (value, 3)
+    with pytest.raises(InputError, match="no option --enforce-eager"):
+        parser.parse(["--seed", "--enforce-eager"])
