@@ -24,7 +24,8 @@ FLOORS = [
     ["curation"],
     ["augmentation"],
     ["train", "evaluate"],
-    ["tools", "examples"],
+    ["tools"],
+    ["examples"],  # that of the report draws its page with the pieces of the report command
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
