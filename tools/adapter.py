@@ -5,9 +5,12 @@ One CPU process, tensor by tensor.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
+
+from megatron_align.errors import listed
 
 PROGRAM = "megatron-align adapter"
 ABOUT = "Merge a low-rank adapter into its base model, or extract an adapter from a base and a trained model."
@@ -33,11 +36,18 @@ def run(arguments: list[str]) -> int:
         add("--dtype", choices=("bfloat16", "float32"), help=about)
     else:
         add("--model", required=True, metavar="DIR", help="Hugging Face folder of the trained model")
-        add("--rank", required=True, type=int, metavar="R", help="rank of the adapter")
+        about = "rank of the adapter; full: the one at which nothing is lost"
+        add("--rank", required=True, type=_rank, metavar="R", help=about)
         about = (
             "module names or patterns that get an adapter (default: every linear layer of the transformer)"
         )
         add("--targets", nargs="+", metavar="NAME", help=about)
+        about = (
+            "modules of which a complete copy is written, as PEFT's modules_to_save, besides A and B of the others: "
+            "names or patterns, or all: those with tensors outside of A and B that differ, as norms, embedding and "
+            "head; a linear layer whose bias differs is copied too (default: none)"
+        )
+        add("--modules-to-save", nargs="+", default=[], metavar="NAME", help=about)
     add("--out", required=True, metavar="DIR", help="folder to write: new or empty")
     options = parser.parse(rest)
     if "torch" not in sys.modules:  # other processes may use the GPUs
@@ -48,16 +58,47 @@ def run(arguments: list[str]) -> int:
         count = merge_adapter(options.base, options.adapter, options.out, options.dtype)
         print(f"merged {count} adapted tensors into {options.base}, to {options.out}")
         return 0
+    return _extract(options)
+
+
+def _rank(text: str) -> int | None:
+    if text == "full":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or full, got {text}") from None
+
+
+def _extract(options: argparse.Namespace) -> int:
     from megatron_align.merge.adapter import extract_adapter
 
-    result = extract_adapter(options.base, options.model, options.out, options.rank, options.targets)
-    print(
-        f"extracted an adapter of rank {options.rank} from {result.modules} linear layers, to {options.out}: it "
-        f"holds {result.share:.2%} of the squared difference ({result.worst:.2%} in {result.worst_module})"
+    done = extract_adapter(
+        options.base, options.model, options.out, options.rank, options.targets, options.modules_to_save
     )
-    for name, difference in result.left_out.items():
-        print(f"not in the adapter: {name} differs by up to {difference:.3g}")
+    worst = f" ({done.worst:.2%} in {done.worst_module})" if done.worst_module else ""
+    print(
+        f"extracted an adapter of rank {done.adapter.rank} from {done.modules} linear layers, to {options.out}: it "
+        f"holds {done.share:.2%} of the squared difference{worst}"
+    )
+    if saved := sorted(done.adapter.saved):
+        print(f"complete copies of {len(saved)} modules, {_size(done.copied_bytes)}: {listed(saved)}")
+    for name, spec in done.left_out_specs.items():
+        print(
+            f"not in the adapter: {name} {list(spec.shape)}, {_size(spec.nbytes)}, differs by up to "
+            f"{done.left_out[name]:.3g}"
+        )
+    if done.left_out:
+        size = sum(spec.nbytes for spec in done.left_out_specs.values())
+        print(
+            f"{len(done.left_out)} tensors that differ, {_size(size)}, are not in the adapter: --modules-to-save all "
+            "writes complete copies of their modules"
+        )
     return 0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
 
 
 if __name__ == "__main__":

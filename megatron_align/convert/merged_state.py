@@ -20,7 +20,7 @@ from megatron_align.hf.adapter_start import halves
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.safetensors import HFWeights
-from megatron_align.merge.adapter import BLOCK_ELEMENTS, is_adapted, merged_rows, weight_delta
+from megatron_align.merge.adapted_weights import BLOCK_ELEMENTS, is_adapted, merged_rows, weight_delta
 from megatron_align.model.families import ModelShape, Row
 from megatron_align.model.families.adapter import PEFT
 

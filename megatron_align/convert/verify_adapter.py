@@ -32,7 +32,7 @@ from megatron_align.hf.baichuan import llama_tensors
 from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, same_bytes
 from megatron_align.hf.safetensors import HFWeights
-from megatron_align.merge.adapter import is_adapted, merged_rows
+from megatron_align.merge.adapted_weights import is_adapted, merged_rows
 from megatron_align.model import cpu
 from megatron_align.model.families import rows
 from megatron_align.model.families.adapter import PEFT, module_name

@@ -24,7 +24,7 @@ from megatron_align.hf.adapter_checks import (
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
 from megatron_align.hf.gather import collect, owning_stages
 from megatron_align.hf.safetensors import open_safetensors
-from megatron_align.hf.writer import PYTORCH, save_tensors
+from megatron_align.hf.writer import PYTORCH, hf_specs, save_tensors
 from megatron_align.model.families import ModelShape, Row, copy_segments, read_json, rows
 from megatron_align.model.families.adapter import (
     PEFT,
@@ -33,6 +33,8 @@ from megatron_align.model.families.adapter import (
     adapter_tensors,
     all_adapter_rows,
     is_low_rank,
+    linear_modules,
+    module_name,
     start_rows,
 )
 from megatron_align.model.families.saved_modules import (
@@ -84,8 +86,13 @@ _KNOWN = frozenset(
 _PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
+def read_adapter(folder: str | Path, shape: ModelShape, *, linear_copies: bool = False) -> Adapter:
     """Return the adapter of a PEFT folder, having checked that it fits a model.
+
+    Args:
+        folder: PEFT's.
+        shape: of the model.
+        linear_copies: accept complete copies of linear layers, which can be merged but not trained.
 
     Raises:
         InputError: it is missing, incomplete, of another model, or of a kind that is not built.
@@ -97,7 +104,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         raise InputError(
             f"an adapter needs a positive r and lora_alpha, found {rank!r} and {alpha!r} in {folder / CONFIG}"
         )
-    saved = _saved_modules(config, shape, folder)
+    saved = _saved_modules(config, shape, folder, linear_copies)
     with _open(folder) as file:
         sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     modules = frozenset(module for module in adaptable_modules(shape) if adapter_tensors(module)[0] in sizes)
@@ -118,7 +125,9 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     return adapter
 
 
-def _saved_modules(config: Mapping[str, Any], shape: ModelShape, folder: Path) -> frozenset[str]:
+def _saved_modules(
+    config: Mapping[str, Any], shape: ModelShape, folder: Path, linear: bool
+) -> frozenset[str]:
     """Return the modules of which the folder has complete copies, without a reward model's score."""
     names = config.get("modules_to_save") or []
     if not shape.is_reward and set(names) & {SCORE, "classifier"}:
@@ -127,7 +136,8 @@ def _saved_modules(config: Mapping[str, Any], shape: ModelShape, folder: Path) -
             f"{folder / CONFIG}"
         )
     tied = bool(config.get("ensure_weight_tying"))
-    return select_saved(shape, names, tied=tied, option=f"modules_to_save in {folder / CONFIG}")
+    option = f"modules_to_save in {folder / CONFIG}"
+    return select_saved(shape, names, tied=tied, option=option, linear=linear)
 
 
 def base_hash(folder: str | Path) -> str | None:
@@ -218,6 +228,11 @@ def _check_tensors(
     adapter: Adapter, shape: ModelShape, sizes: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
     table = {row.hf[0]: row.hf_shapes(shape)[0] for row in adapter_table(shape, adapter)}
+    linear = set(linear_modules(shape)) & adapter.saved
+    sizes_of_base = hf_specs(shape, torch.float32)
+    table |= {
+        f"{PEFT}{name}": spec.shape for name, spec in sizes_of_base.items() if module_name(name) in linear
+    }
     expected = with_tied_head(table, shape, adapter)
     missing, unexpected = sorted(expected.keys() - sizes.keys()), sorted(sizes.keys() - expected.keys())
     if missing or unexpected or not adapter.modules:

@@ -7,7 +7,7 @@ extraction the difference of one tensor and its singular vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from megatron_align.hf.adapter import (
     read_adapter,
     read_tensors,
     require_base,
+    require_finite_tensors,
     write_adapter,
 )
 from megatron_align.hf.assets import copy_assets, write_config_dtype
@@ -30,19 +31,20 @@ from megatron_align.hf.hub import model_folder
 from megatron_align.hf.load import largest_difference, open_hf, require_tied_head, weights_hash
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.hf.writer import ShardWriter, TensorSpec, hf_specs
+from megatron_align.merge.adapted_weights import BLOCK_ELEMENTS, AdapterInputs, is_adapted, merged_rows
 from megatron_align.merge.merge import open_alike
 from megatron_align.model.adapter_start import truncated_svd
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import (
     EMBED_TOKENS,
-    MAGNITUDE,
+    LM_HEAD,
     PEFT,
     Adapter,
     adapter_tensors,
     module_name,
     select_modules,
 )
-from megatron_align.model.families.saved_modules import SCORE
+from megatron_align.model.families.saved_modules import SCORE, select_saved
 from megatron_align.storage.atomic_write import require_new, require_one_process, require_space
 from megatron_align.storage.background_worker import BackgroundWorker
 from megatron_align.storage.journal import fingerprint
@@ -50,9 +52,9 @@ from megatron_align.storage.progress import Progress
 from megatron_align.storage.tensor_digest import count_nonfinite
 from megatron_align.storage.threads import in_order, single_threaded
 
-BLOCK_ELEMENTS = 1 << 19  # of a tensor, merged at once: in fp32 they fit a core's cache
 EXACT = 1024  # matrices with a side up to this are decomposed completely, others by random projections
 _OVERSAMPLING, _ITERATIONS = 16, 6
+EVERY = "all"  # modules that differ
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype: str | None = None) -> int:
@@ -77,7 +79,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
     base = model_folder(base)
     weights, shape = open_hf(base)
     require_tied_head(weights, shape)
-    found = read_adapter(adapter, shape)
+    found = read_adapter(adapter, shape, linear_copies=True)
     target = require_new(out)
     stored = {name: getattr(torch, dtype) if dtype else DTYPES[weights.dtype(name)] for name in weights.names}
     specs = {
@@ -85,7 +87,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
     }
     require_space(target, sum(spec.nbytes for spec in specs.values()))
     tensors = read_tensors(adapter, copies=False)
-    inputs = _Inputs(weights, HFWeights(adapter, WEIGHTS), found, tensors)
+    inputs = AdapterInputs(weights, HFWeights(adapter, WEIGHTS), found, tensors)
     key = {"adapter": [fingerprint(Path(folder)) for folder in (base, adapter)], "dtype": dtype}
     with (
         ShardWriter(target, specs, key=key) as writer,
@@ -112,71 +114,6 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, dtype:
     return len(found.modules) + len(found.saved) + shape.is_reward
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """A base and an adapter of it.
-
-    Args:
-        weights: of the base.
-        copies: of the adapter's file, which holds complete modules too.
-        adapter: options.
-        tensors: A, B and magnitudes by PEFT's names.
-    """
-
-    weights: HFWeights
-    copies: HFWeights
-    adapter: Adapter
-    tensors: Mapping[str, Tensor]
-
-    def source(self, name: str) -> tuple[HFWeights, str]:
-        """Return which file a Hugging Face tensor is read from, and its name there."""
-        module = module_name(name)
-        if module in self.adapter.saved or module == SCORE:
-            return self.copies, f"{PEFT}{name}"
-        return self.weights, name
-
-
-class AdaptedWeights:
-    """The tensors of a base with an adapter, computed in fp32 as they are read.
-
-    Args:
-        base: weights of the base.
-        folder: PEFT's.
-        adapter: of the folder.
-    """
-
-    def __init__(self, base: HFWeights, folder: Path, adapter: Adapter):
-        self._inputs = _Inputs(base, HFWeights(folder, WEIGHTS), adapter, read_tensors(folder, copies=False))
-
-    def dtype(self, name: str) -> str:
-        """Return the dtype of the elements that :meth:`read_flat` gives."""
-        weights, stored = self._inputs.source(name)
-        found = weights.dtype(stored)
-        return "F32" if is_adapted(name, self._inputs.adapter) and found != "F64" else found
-
-    def numel(self, name: str) -> int:
-        """Return a tensor's number of elements."""
-        return self._inputs.weights.numel(name)
-
-    def read_flat(self, name: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` with the merged elements from ``start`` on; of rows that are cut, the part within."""
-        weights, stored = self._inputs.source(name)
-        if not is_adapted(name, self._inputs.adapter):
-            weights.read_flat(stored, start, out)
-            return
-        columns = self._inputs.weights.shape(name)[1]
-        first, last = start // columns, -(-(start + len(out)) // columns)
-        block = torch.empty((last - first) * columns, dtype=DTYPES[weights.dtype(stored)])
-        weights.read_flat(stored, first * columns, block)
-        inputs, rows = self._inputs, slice(first, last)
-        merged = merged_rows(name, rows, block.view(-1, columns), inputs.adapter, inputs.tensors)
-        begin = start - first * columns
-        out.copy_(merged.reshape(-1)[begin : begin + len(out)])
-
-    def release(self, name: str) -> None:
-        """Do nothing: the base's own reader drops what all have read."""
-
-
 class _Block(NamedTuple):
     """Elements of a merged tensor from ``start`` on, one-dimensional, in memory of their own."""
 
@@ -185,7 +122,7 @@ class _Block(NamedTuple):
     elements: Tensor
 
 
-def _merges(inputs: _Inputs, specs: Mapping[str, TensorSpec]) -> Iterator[Callable[[], _Block]]:
+def _merges(inputs: AdapterInputs, specs: Mapping[str, TensorSpec]) -> Iterator[Callable[[], _Block]]:
     """Yield the calls that read and merge the blocks of all tensors, in order."""
     for name, spec in specs.items():
         count = max(1, BLOCK_ELEMENTS // math.prod(spec.shape[1:]))
@@ -193,7 +130,7 @@ def _merges(inputs: _Inputs, specs: Mapping[str, TensorSpec]) -> Iterator[Callab
             yield partial(_merge_block, inputs, name, spec, slice(first, min(first + count, spec.shape[0])))
 
 
-def _merge_block(inputs: _Inputs, name: str, spec: TensorSpec, rows: slice) -> _Block:
+def _merge_block(inputs: AdapterInputs, name: str, spec: TensorSpec, rows: slice) -> _Block:
     """Read rows of a tensor, with the adapter if it changes them.
 
     Raises:
@@ -212,41 +149,6 @@ def _merge_block(inputs: _Inputs, name: str, spec: TensorSpec, rows: slice) -> _
     return _Block(name, rows.start * columns, stored)
 
 
-def is_adapted(name: str, adapter: Adapter) -> bool:
-    """Return whether an adapter changes a Hugging Face tensor."""
-    return name.endswith(".weight") and module_name(name) in adapter.modules
-
-
-def weight_delta(name: str, rows: slice, adapter: Adapter, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return these rows of ``scale x B A``, what an adapter adds to a Hugging Face tensor, in fp32."""
-    module = module_name(name)
-    a, b = (tensors[factor].float() for factor in adapter_tensors(module))
-    if module == EMBED_TOKENS:  # of an embedding A has the vocabulary
-        return (a.T[rows] @ b.T).mul_(adapter.scale)
-    return (b[rows] @ a).mul_(adapter.scale)
-
-
-def merged_rows(
-    name: str, rows: slice, weight: Tensor, adapter: Adapter, tensors: Mapping[str, Tensor]
-) -> Tensor:
-    """Return rows of a Hugging Face tensor with the adapter, at least in fp32.
-
-    Args:
-        name: of the tensor.
-        rows: of it.
-        weight: these rows of the base. DoRA's lengths are rounded to its dtype, and divide the magnitudes in the dtype
-            that those are stored in or the weight's, the wider: as in training and in PEFT.
-        adapter: options.
-        tensors: of the adapter, by PEFT's names.
-    """
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight_delta(name, rows, adapter, tensors).to(exact).add_(weight)
-    if adapter.dora:
-        magnitude = tensors[f"{PEFT}{module_name(name)}{MAGNITUDE}"][rows]
-        merged *= (magnitude / merged.norm(dim=1).to(weight.dtype))[:, None].to(exact)
-    return merged
-
-
 def _refuse_nonfinite(name: str, block: Tensor, spec: TensorSpec, weights: HFWeights) -> NoReturn:
     """Raise InputError for a merged block that is not finite: ``block`` is what it was made of."""
     if count_nonfinite(block) != (0, 0):
@@ -257,27 +159,64 @@ def _refuse_nonfinite(name: str, block: Tensor, spec: TensorSpec, weights: HFWei
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Extracted:
     """An extracted adapter's share of the difference of two models.
 
     Args:
-        modules: number of adapted linear layers.
-        share: of the sum of squares of all of their differences.
+        adapter: its rank, its modules, and those of which it has a complete copy.
+        copied_bytes: of the copies.
+        share: of the sum of squares of the differences of all adapted layers.
         worst: smallest share of one module.
         worst_module: its name.
-        left_out: largest difference of each tensor that has no adapter and differs.
+        left_out: largest difference of each tensor that differs and is not in the adapter.
+        left_out_specs: dtype and shape of these tensors.
     """
 
-    modules: int
+    adapter: Adapter
+    copied_bytes: int
     share: float
     worst: float
     worst_module: str
     left_out: dict[str, float]
+    left_out_specs: dict[str, TensorSpec]
+
+    @property
+    def modules(self) -> int:
+        """Number of adapted linear layers."""
+        return len(self.adapter.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """A base, a model that was trained from it, and their common shape."""
+
+    base: HFWeights
+    model: HFWeights
+    shape: ModelShape
+
+    def difference(self, name: str) -> Tensor:
+        """Return the difference of a tensor in fp32, in its shape."""
+        return (_read(self.model, name) - _read(self.base, name)).reshape(self.model.shape(name))
+
+    def outside(self, modules: frozenset[str]) -> dict[str, float]:
+        """Return the largest difference of each tensor that differs, besides the weights of adapted modules."""
+        found: dict[str, float] = {}
+        for name in hf_specs(self.shape, torch.float32):
+            if module_name(name) in modules and name.endswith(".weight"):
+                continue
+            if (largest := largest_difference(_read(self.model, name), _read(self.base, name))) != 0:
+                found[name] = largest
+        return found
 
 
 def extract_adapter(
-    base: str | Path, model: str | Path, out: str | Path, rank: int, targets: list[str] | None = None
+    base: str | Path,
+    model: str | Path,
+    out: str | Path,
+    rank: int | None,
+    targets: list[str] | None = None,
+    modules_to_save: Sequence[str] = (),
 ) -> Extracted:
     """Write the adapter of a rank that comes nearest to ``model - base``: its largest singular values.
 
@@ -285,47 +224,84 @@ def extract_adapter(
         base: Hugging Face folder.
         model: Hugging Face folder of a model of the base's architecture and sizes.
         out: PEFT folder to write, new or empty; its alpha is the rank, so that its scale is 1.
-        rank: of the adapter.
+        rank: of the adapter; None: the rank that every difference has at most, so that nothing is lost.
         targets: names or patterns of modules; None: all linear layers of the transformer.
+        modules_to_save: names or patterns of modules of which a complete copy is written as in ``model``, in place of A
+            and B; ``all``: of every module that has a tensor outside of A and B that differs.
 
     Raises:
         InputError: the folders do not fit each other, or nothing differs.
     """
     require_one_process()
     base, model = model_folder(base), model_folder(model)
-    require(rank >= 1, f"--rank must be at least 1, got {rank}")
+    require(rank is None or rank >= 1, f"--rank must be at least 1, got {rank}")
     target = require_new(out)
     opened, shape = open_alike([Path(base), Path(model)])
-    ours, theirs = opened[Path(base)], opened[Path(model)]
-    adapter = Adapter(
-        rank=rank, alpha=float(rank), rslora=False, modules=select_modules(shape, targets or "all-linear")
+    models = _Models(opened[Path(base)], opened[Path(model)], shape)
+    modules = select_modules(shape, targets or "all-linear")
+    require_rank(Adapter(rank=rank or 1, alpha=1.0, rslora=False, modules=modules), shape)
+    outside = models.outside(modules)
+    saved = _select_copies(modules_to_save, shape, outside)
+    require(
+        bool(modules - saved),
+        "an adapter needs a module with A and B: --modules-to-save leaves none of --targets, as each is copied",
     )
-    require_rank(adapter, shape)
-    tensors: dict[str, Tensor] = {}
-    left_out: dict[str, float] = {}
-    squares: dict[str, tuple[float, float]] = {}  # of the difference, and of what the adapter holds of it
-    specs = hf_specs(shape, torch.float32)
-    with Progress("extracting", sum(spec.nbytes for spec in specs.values())) as progress:
-        for name, spec in specs.items():
-            module = module_name(name)
-            if module in adapter.modules and name.endswith(".weight"):
-                difference = (_read(theirs, name) - _read(ours, name)).reshape(spec.shape)
-                a, b, held = nearest_factors(difference.T if module == EMBED_TOKENS else difference, rank)
-                tensors |= dict(zip(adapter_tensors(module), (a, b), strict=True))
-                squares[module] = (difference.double().square().sum().item(), held)
-            elif (largest := largest_difference(_read(theirs, name), _read(ours, name))) != 0:
-                left_out[name] = largest
-            progress.add(spec.nbytes)
+    rank = rank or max(min(models.model.shape(f"{module}.weight")) for module in modules - saved)
+    adapter = Adapter(rank=rank, alpha=float(rank), rslora=False, modules=modules - saved, saved=saved)
+    tensors, squares = _decompose(models, adapter)
     total = sum(square for square, _ in squares.values())
-    require(total > 0, f"the models must differ in the adapted layers, {model} equals {base} there")
-    if shape.is_reward:
-        tensors[f"{PEFT}score.weight"] = _read(theirs, "score.weight").reshape(1, -1)
-        left_out.pop("score.weight", None)
+    require(
+        total > 0 or bool(saved),
+        f"the models must differ in the adapted layers, {model} equals {base} there",
+    )
+    copies = [name for name in hf_specs(shape, torch.float32) if module_name(name) in saved | _score(shape)]
+    tensors |= {f"{PEFT}{name}": models.model.tensor(name) for name in copies}
+    require_finite_tensors(tensors, Path(model))
+    left_out = {name: largest for name, largest in outside.items() if name not in copies}
     write_adapter(target, tensors, adapter, shape, str(base), weights_hash(Path(base)))
     shares = {module: held / square for module, (square, held) in squares.items() if square > 0}
-    worst = min(shares, key=lambda module: shares[module])
-    held = sum(held for _, held in squares.values())
-    return Extracted(len(squares), held / total, shares[worst], worst, left_out)
+    worst = min(shares, key=lambda module: shares[module], default="")
+    return Extracted(
+        adapter=adapter,
+        copied_bytes=sum(tensors[f"{PEFT}{name}"].nbytes for name in copies),
+        share=sum(held for _, held in squares.values()) / total if total else 1.0,
+        worst=shares.get(worst, 1.0),
+        worst_module=worst,
+        left_out=left_out,
+        left_out_specs={
+            name: TensorSpec(DTYPES[models.model.dtype(name)], models.model.shape(name)) for name in left_out
+        },
+    )
+
+
+def _score(shape: ModelShape) -> frozenset[str]:
+    """Return the head of a reward model, of which every adapter has a copy."""
+    return frozenset({SCORE} if shape.is_reward else ())
+
+
+def _select_copies(names: Sequence[str], shape: ModelShape, outside: Mapping[str, float]) -> frozenset[str]:
+    """Return the modules of which ``--modules-to-save`` writes complete copies."""
+    if list(names) == [EVERY]:
+        found = set(map(module_name, outside)) - _score(shape)
+        without = {LM_HEAD} if shape.norm_head else set()  # which has no copy, as its rows are normalised
+        names = sorted(found - without)
+    return select_saved(shape, names, tied=True, option="--modules-to-save", linear=True)
+
+
+def _decompose(models: _Models, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Return A and B of every module, and of each the squared difference and what they hold of it."""
+    tensors: dict[str, Tensor] = {}
+    squares: dict[str, tuple[float, float]] = {}
+    names = [f"{module}.weight" for module in sorted(adapter.modules)]
+    with Progress("extracting", sum(models.model.numel(name) for name in names)) as progress:
+        for name in names:
+            module, difference = module_name(name), models.difference(name)
+            is_embedding = module == EMBED_TOKENS  # whose A has the vocabulary
+            a, b, held = nearest_factors(difference.T if is_embedding else difference, adapter.rank)
+            tensors |= dict(zip(adapter_tensors(module), (a, b), strict=True))
+            squares[module] = (difference.double().square().sum().item(), held)
+            progress.add(difference.numel())
+    return tensors, squares
 
 
 def require_rank(adapter: Adapter, shape: ModelShape) -> None:
@@ -334,7 +310,8 @@ def require_rank(adapter: Adapter, shape: ModelShape) -> None:
     smallest = min((min(sizes[f"{module}.weight"].shape), module) for module in adapter.modules)
     require(
         adapter.rank <= smallest[0],
-        f"--rank must be at most {smallest[0]}, the smaller side of {smallest[1]}, got {adapter.rank}",
+        f"--rank must be at most {smallest[0]}, the smaller side of {smallest[1]}, got {adapter.rank}; full is the "
+        "rank at which nothing is lost",
     )
 
 
@@ -348,10 +325,13 @@ def _read(weights: HFWeights, name: str) -> Tensor:
 
 def nearest_factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return A and B whose product comes nearest to a matrix, and the sum of squares that they hold of it."""
-    if min(difference.shape) <= EXACT:
+    smaller = min(difference.shape)
+    if smaller <= max(EXACT, rank):
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
     else:
         u, s, vh = truncated_svd(difference, rank + _OVERSAMPLING, _ITERATIONS)
-    root = s[:rank].sqrt()
-    a, b = (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
-    return a, b, s[:rank].double().square().sum().item()
+    kept = min(rank, smaller)  # of a smaller matrix the other rows are 0
+    root = s[:kept].sqrt()
+    a, b = difference.new_zeros(rank, difference.shape[1]), difference.new_zeros(difference.shape[0], rank)
+    a[:kept], b[:, :kept] = root[:, None] * vh[:kept], u[:, :kept] * root
+    return a, b, s[:kept].double().square().sum().item()

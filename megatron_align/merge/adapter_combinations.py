@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_align.merge.adapter import nearest_factors, weight_delta
+from megatron_align.merge.adapted_weights import weight_delta
+from megatron_align.merge.adapter import nearest_factors
 from megatron_align.merge.methods import Block, Method
 from megatron_align.model.families.adapter import EMBED_TOKENS, Adapter, adapter_tensors
 

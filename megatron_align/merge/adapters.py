@@ -29,7 +29,8 @@ from megatron_align.hf.hub import is_hub_name, model_folder
 from megatron_align.hf.load import open_hf, require_tied_head, weights_hash
 from megatron_align.hf.safetensors import DTYPES, HFWeights
 from megatron_align.hf.writer import ShardWriter, TensorSpec, hf_specs
-from megatron_align.merge.adapter import AdaptedWeights, require_rank
+from megatron_align.merge.adapted_weights import AdaptedWeights
+from megatron_align.merge.adapter import require_rank
 from megatron_align.merge.adapter_combinations import ModuleAdapters
 from megatron_align.merge.merge import Weights, merge_into
 from megatron_align.merge.methods import METHODS, Method, Slerp
@@ -252,7 +253,7 @@ def _open(base: str | Path | None, models: Sequence[str | Path]) -> _Adapters:
     folder = Path(model_folder(base if base is not None else _named_base(folders)))
     weights, shape = open_hf(folder)
     require_tied_head(weights, shape)
-    adapters = tuple(read_adapter(each, shape) for each in folders)
+    adapters = tuple(read_adapter(each, shape, linear_copies=True) for each in folders)
     for stored, each in stated.items():
         found = weights_hash(folder)
         require(

@@ -5,9 +5,11 @@ The judge of merging is PEFT's formula in fp32; PEFT's own ``merge_and_unload`` 
 """
 
 import hashlib
+import re
 
 import pytest
 import torch
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from megatron_align.errors import InputError
@@ -16,6 +18,7 @@ from megatron_align.merge.adapter import extract_adapter, merge_adapter
 from megatron_align.model.dora import row_norms
 from megatron_align.model.families import read_shape
 from megatron_align.tools.main import main
+from tests.harness.peft import load
 from tests.harness.tiny import change_tensors, make_adapter, make_baichuan, make_model, make_reward
 
 FILE = "adapter_model.safetensors"
@@ -134,6 +137,83 @@ def test_a_smaller_rank_holds_the_largest_singular_values(tmp_path):
     assert found.share == pytest.approx((squares[:5].sum() / squares.sum()).item(), rel=1e-5)
     assert found.worst_module == name.removesuffix(".weight")
     assert found.left_out == pytest.approx({"model.norm.weight": 0.5}, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["qwen2_tied", "qwen3", "llama3"])
+def test_nothing_is_lost_at_full_rank_with_copies(variant, tmp_path, capsys):
+    """Every tensor differs: PEFT finds neither a missing nor an unexpected key, and has the complete model's logits."""
+    base, model = (make_model(tmp_path / name, variant, num_hidden_layers=2) for name in ("base", "model"))
+    draw = torch.Generator().manual_seed(4)
+    change_tensors(
+        model, lambda tensors: [t.add_(torch.randn(t.shape, generator=draw) * 0.03) for t in tensors.values()]
+    )
+    extract = ["adapter", "extract", "--base", str(base), "--model", str(model), "--rank", "full", "--out"]
+    assert main([*extract, str(tmp_path / "part")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "it holds 100.00% of the squared difference" in lines[0]
+    assert any(
+        re.match(r"not in the adapter: model.norm.weight \[64\], 256 bytes, differs by up to 0\.\d", line)
+        for line in lines
+    )
+    assert re.match(
+        r"\d+ tensors that differ, .*, are not in the adapter: --modules-to-save all writes", lines[-1]
+    )
+    assert main([*extract, str(tmp_path / "adapter"), "--modules-to-save", "all"]) == 0
+    out = capsys.readouterr().out
+    assert "not in the adapter" not in out
+    assert "complete copies of " in out
+    tokens, logits = torch.arange(40)[None] * 5, []
+    adapted = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    result = set_peft_model_state_dict(adapted, load_file(tmp_path / "adapter" / FILE))
+    assert not result.unexpected_keys
+    assert not [name for name in result.missing_keys if "lora" in name or "modules_to_save" in name]
+    with torch.no_grad():
+        logits = [one(tokens).logits for one in (adapted, load(model))]
+    assert (logits[0] - logits[1]).abs().max() < 1e-4
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "model"))
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-4, atol=1e-5)
+
+
+def test_copies_are_named(base, tmp_path, capsys):
+    """What is neither adapted nor copied is listed; a name that matches nothing is an error."""
+    model = make_model(tmp_path / "model")
+
+    def change(tensors):
+        for name in (
+            "model.norm.weight",
+            "model.layers.0.input_layernorm.weight",
+            "model.embed_tokens.weight",
+        ):
+            tensors[name] += 0.5
+        tensors["model.layers.1.self_attn.q_proj.bias"] += 0.25
+        tensors["model.layers.1.mlp.up_proj.weight"] += 0.5
+
+    change_tensors(model, change)
+    found = extract_adapter(base, model, tmp_path / "out", 2, None, ["model.norm", "embed_tokens"])
+    assert found.adapter.saved == {"model.norm", "model.embed_tokens"}
+    assert found.left_out == pytest.approx(
+        {"model.layers.0.input_layernorm.weight": 0.5, "model.layers.1.self_attn.q_proj.bias": 0.25}
+    )
+    found = extract_adapter(base, model, tmp_path / "all", 2, None, ["all"])
+    assert found.left_out == {}
+    assert "model.layers.1.self_attn.q_proj" in found.adapter.saved - found.adapter.modules
+    extract = [
+        "adapter",
+        "extract",
+        "--base",
+        str(base),
+        "--model",
+        str(model),
+        "--out",
+        str(tmp_path / "no"),
+    ]
+    assert main([*extract, "--rank", "2", "--modules-to-save", "embed_token"]) == 2
+    assert "--modules-to-save: 'embed_token' matches no embedding" in capsys.readouterr().err
+    assert main([*extract, "--rank", "some"]) == 2
+    assert "must be a number or full, got some" in capsys.readouterr().err
 
 
 def test_large_matrices_are_decomposed_by_projections(tmp_path, monkeypatch):

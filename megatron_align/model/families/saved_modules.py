@@ -15,6 +15,7 @@ from megatron_align.model.families.adapter import (
     LM_HEAD,
     PEFT,
     Adapter,
+    linear_modules,
     matches,
     module_name,
 )
@@ -38,7 +39,9 @@ def _is_saveable(row: Row) -> bool:
     return row.megatron in (EMBEDDING, HEAD) or row.megatron.endswith(_NORM)
 
 
-def select_saved(shape: ModelShape, names: Sequence[str], *, tied: bool, option: str) -> frozenset[str]:
+def select_saved(
+    shape: ModelShape, names: Sequence[str], *, tied: bool, option: str, linear: bool = False
+) -> frozenset[str]:
     """Return the modules that ``modules_to_save`` names: as in PEFT, all whose names end with one of these.
 
     So ``norm`` names every norm, and ``model.norm`` the last one. A name may be a pattern too (``layers.3.*norm``), and
@@ -49,17 +52,19 @@ def select_saved(shape: ModelShape, names: Sequence[str], *, tied: bool, option:
         names: or patterns.
         tied: PEFT's ``ensure_weight_tying``: the copies of a tied embedding and head are one weight.
         option: what error lines call the list, and where it stands.
+        linear: the copies are merged, not trained: linear layers have them too.
 
     Raises:
         InputError: a name matches nothing, a module of another kind, or a head whose rows the model normalises; or
             embedding and head are tied and ``tied`` is not set.
     """
     saveable = saveable_modules(shape) + ([LM_HEAD] if is_tied(shape) else [])
+    saveable += linear_modules(shape) if linear else []
     others = _other_modules(shape, saveable)
     selected: set[str] = set()
     for name in names:
-        found = {module for module in saveable if _named(module, name)}
-        if refused := [module for module in others if _named(module, name)]:
+        found = {module for module in saveable if is_named(module, name)}
+        if refused := [module for module in others if is_named(module, name)]:
             raise InputError(
                 f"{option} must name the embedding, the output head or norms, '{name}' matches {refused[0]}: complete "
                 "training of others with an adapter is not built; model.adapter.targets may name linear layers"
@@ -86,7 +91,8 @@ def select_saved(shape: ModelShape, names: Sequence[str], *, tied: bool, option:
     return frozenset(selected)
 
 
-def _named(module: str, name: str) -> bool:
+def is_named(module: str, name: str) -> bool:
+    """Return whether a name of ``modules_to_save`` is that of a module: of its end, as in PEFT, or a pattern."""
     return module.endswith(name) or matches(module, name)
 
 
@@ -102,7 +108,7 @@ def _other_modules(shape: ModelShape, saveable: Sequence[str]) -> list[str]:
 
 def saved_names(shape: ModelShape, saved: frozenset[str]) -> list[str]:
     """Return the shortest names that PEFT finds exactly these modules by: ``norm``, or complete names."""
-    every = saveable_modules(shape)
+    every = saveable_modules(shape) + linear_modules(shape)
     names = set()
     for module in saved:
         short = module.rpartition(".")[2]
