@@ -1,16 +1,20 @@
 """One-line errors and warnings for users: bad input (the programs exit with 2) and training faults (exit code 1)."""
 
+import fcntl
 import logging
 import os
 import reprlib
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
 
 _warned: set[str] = set()
 MOST_LISTED = 10  # names in one line
-REPORT_SECONDS = 15.0  # that other ranks wait for rank 0 to report an error, on a busy machine
+REPORT_SECONDS = 15.0  # that other ranks wait for rank 0 to report an error
 
 
 class _Quote(reprlib.Repr):
@@ -135,11 +139,49 @@ def warn_once(line: str, key: str | None = None) -> None:
 
 
 def report_once(rank: str, error: Exception, code: int) -> int:
-    """Print the error once and return the exit code: every rank raises it, and rank 0's exit stops the others."""
-    if rank != "0":
-        time.sleep(REPORT_SECONDS)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print the error once and return the exit code: every rank raises it, and the first exit stops the others.
+
+    Rank 0 prints it, as some launchers show its output only; another rank prints what rank 0 has not within
+    REPORT_SECONDS. Under torchrun each launch has a file that says whether one did, however busy the machine is.
+    """
+    file = _report_file()
+    deadline = time.monotonic() + REPORT_SECONDS
+    while rank != "0" and time.monotonic() < deadline and not _is_reported(file):
+        time.sleep(0.05)
+    with _exclusive(file) as mark:
+        if mark is None or os.fstat(mark.fileno()).st_size == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if mark is not None:
+            mark.truncate(1)  # a length without content, which needs no space on a full disk
     return code
+
+
+@contextmanager
+def _exclusive(file: Path | None) -> Iterator[BinaryIO | None]:
+    """Open a file that one process has at a time; its lock is freed however its holder ends. None: there is none."""
+    try:
+        opened = file.open("ab") if file is not None else None
+    except OSError:  # a disk without a free inode, or a launcher that has removed its folder
+        opened = None
+    if opened is None:
+        yield None
+        return
+    with opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield opened
+
+
+def _report_file() -> Path | None:
+    """Return the file that marks an error of this launch as reported; torchrun makes its folder, on each node."""
+    of_rank = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/RANK/error.json
+    return Path(of_rank).parents[1] / "reported" if of_rank else None
+
+
+def _is_reported(file: Path | None) -> bool:
+    try:
+        return file is not None and file.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def silence_libraries() -> None:
