@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Two test files at once; each starts up to four ranks.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help install check format test test-all test-matrix constraints soak gpu-test gpu-wheels gpu-check gpu-bench quickstart clean
+.PHONY: help install check format test test-all test-matrix mutants constraints soak gpu-test gpu-wheels gpu-check gpu-bench quickstart clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,14 @@ test-all: $(STAMP) check  ## also run the slow tests, minutes each
 
 test-matrix:  ## run the laws' quick form on each CPython found, with each end of megatron-core (docs/compatibility.md)
 	$(PYTHON) tests/matrix.py
+
+# A room of tests/mutants.py: losses, objectives, batching, data, training, checkpoint, kernels.
+ROOM ?= losses
+MINUTES ?= 60
+mutants: $(STAMP)  ## put small faults into a room's code, and count those that its tests notice (ROOM, MINUTES)
+	$(BIN)/python -m pip install -q cosmic-ray==8.7.0
+	$(BIN)/python -m tests.mutants $(ROOM) --minutes $(MINUTES)
+	$(BIN)/python -m tests.mutants --table > tests/mutants.md
 
 constraints: $(STAMP)  ## write tests/constraints/ and docker/constraints.txt again, from the package registry
 	$(BIN)/python -m pip install -q uv

@@ -403,7 +403,8 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     )
     names = ["--config", *(f"--{name}" for name in options)]
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-        require(name in (*names, "--help"), f"{program} has no option {name}{nearest(name, names)}")
+        is_known = " " in name or name in (*names, "--help")  # with a blank it is a value: '--tensor-parallel-size 2'
+        require(is_known, f"{program} has no option {name}{nearest(name, names)}")
     try:
         given = vars(parser.parse_args(list(arguments)).as_flat())
     except ArgumentError as error:

@@ -6,7 +6,6 @@ started here are ever stopped.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -18,12 +17,12 @@ from typing import Any
 
 from megatron_align import faults
 from tests.harness.pool import free_port
+from tests.harness.processes import forking
 
 HELD = (
     "TEST_HELD_SAVES"  # a file that must exist before a save is completed; until then "save held" is printed
 )
 SIGNALLED_AT_LOADING = "TEST_SIGNALLED_AT_LOADING"  # the signal that the process sends to itself
-_PRELOAD = ["megatron_align.train", "megatron_align.training.loop", "tests.harness.crash"]
 
 
 def start(
@@ -33,13 +32,11 @@ def start(
 
     Their output is appended to ``log``.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
     place = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(world_size):
         own = {**place, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
-        ranks.append(context.Process(target=_train, args=(own, arguments, log), daemon=True))
+        ranks.append(forking().Process(target=_train, args=(own, arguments, log), daemon=True))
         ranks[-1].start()
     return ranks
 

@@ -36,6 +36,24 @@ def train_recorded(rank_info: parallel.RankInfo, arguments: list[str]) -> tuple[
     return seen.renamed, seen.unsafe()
 
 
+def optimizers_in_use(rank_info: parallel.RankInfo, arguments: list[str]) -> list[list[dict]]:
+    """Train; return of each optimizer of the run its options and its rate at every update."""
+    from megatron_align.training.optimizer import Optimizer
+
+    seen: dict[int, list[dict]] = {}
+    update = Optimizer.update
+
+    def recorded(self: Optimizer, norm: float) -> None:
+        group = max(self.param_groups, key=lambda each: each["weight_decay"])  # that of matrices
+        options = {name: group[name] for name in ("weight_decay", "betas", "eps", "lr")}
+        seen.setdefault(id(self), []).append({**options, "clip_grad": self.config.clip_grad})
+        update(self, norm)
+
+    with mock.patch.object(Optimizer, "update", recorded):
+        train(rank_info, arguments)
+    return list(seen.values())
+
+
 def train_to_the_refusal(rank_info: parallel.RankInfo, arguments: list[str]) -> str:
     """Train; return the line with which a run is refused after the ranks have met. The pool's processes stay."""
     try:

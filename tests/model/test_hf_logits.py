@@ -9,6 +9,7 @@ from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.collate import pack
 from megatron_align.records import Sample
 from tests.harness import model_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import VARIANTS
 
 LENGTHS = [1, 7, 130, 38]
@@ -21,20 +22,27 @@ def packed(vocab_size):
     return pack(samples, [0.0] * len(LENGTHS), sum(LENGTHS) + PADDING)
 
 
+LAYOUTS = {
+    "tp1": ParallelConfig(),
+    "tp2_sp": ParallelConfig(tensor=2),
+    "tp4_sp": ParallelConfig(tensor=4),
+    "tp4": ParallelConfig(tensor=4, sequence=False),
+    "ulysses": ParallelConfig(context=2, context_kind="ulysses"),
+    "allgather": ParallelConfig(context=2, context_kind="allgather"),
+}
+# On every commit each variant on one rank, cut into four, and with one kind of context ranks; grouped and other heads
+# on every layout.
+ALWAYS = {"tp1": VARIANTS, "tp4_sp": VARIANTS, "ulysses": ("qwen2_mha", "llama3", "qwen3", "mistral")}
+ALWAYS |= {"allgather": ("qwen2_mha", "qwen2_tied", "qwen2_untied", "llama32_tied")}
+ALWAYS |= dict.fromkeys(("tp2_sp", "tp4"), ("qwen2_mha", "llama32_tied"))
+CASES = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS]
+
+
 @pytest.mark.parametrize(
-    "parallel",
-    [
-        ParallelConfig(),
-        ParallelConfig(tensor=2),
-        ParallelConfig(tensor=4),
-        ParallelConfig(tensor=4, sequence=False),
-        ParallelConfig(context=2, context_kind="ulysses"),
-        ParallelConfig(context=2, context_kind="allgather"),
-    ],
-    ids=["tp1", "tp2_sp", "tp4_sp", "tp4", "ulysses", "allgather"],
+    "variant, layout", mark_slow(CASES, [case for case in CASES if case[0] not in ALWAYS[case[1]]])
 )
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_transformers(pool, tiny_models, variant, parallel):
+def test_logits_equal_transformers(pool, tiny_models, variant, layout):
+    parallel = LAYOUTS[layout]
     model = AutoModelForCausalLM.from_pretrained(tiny_models(variant), dtype=torch.float32).eval()
     batch = packed(model.config.vocab_size)
     with torch.no_grad():

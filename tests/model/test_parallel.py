@@ -7,24 +7,18 @@ from megatron_align.errors import InputError
 from megatron_align.model import parallel
 from megatron_align.training.watchdog import join_watched
 from tests.harness import model_ranks
-from tests.harness.pool import free_port
-from tests.harness.processes import finish, release, start
-
-JOIN = """
-from megatron_align.config import ParallelConfig
-from megatron_align.model.parallel import RankInfo, join
-print("imported", flush=True)
-input()
-try:
-    join(RankInfo.from_environment(), ParallelConfig(timeout_seconds=3))
-except TimeoutError as error:
-    print(error)
-"""
+from tests.harness.processes import run_ranks
 
 
-def test_absent_ranks_are_named():
-    port = free_port()
-    [(out, err, _), _] = finish(release([start(JOIN, rank, 4, port) for rank in (0, 2)]), timeout=90)
+def join_within_3_seconds(rank_info):
+    try:
+        parallel.join(rank_info, ParallelConfig(timeout_seconds=3))
+    except TimeoutError as error:
+        print(error)
+
+
+def test_absent_ranks_are_named(tmp_path):
+    [(out, err, _), _] = run_ranks(join_within_3_seconds, (0, 2), 4, tmp_path)
     assert out.strip() == "4 ranks must join within 3 s, missing: rank 1, 3", err
 
 

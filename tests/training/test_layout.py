@@ -48,10 +48,11 @@ LAYOUTS = {
 }
 # The others cover each of these options, and each pair of two kinds of ranks.
 SLOW = (
-    *("tp2_sp", "pp2", "dp2", "tp2_dp2", "unpacked_tp2_pp2", "recompute"),
+    *("tp2_sp", "pp2", "dp2", "dp4", "tp2_pp2", "tp2_dp2", "unpacked_tp2_pp2", "recompute"),
     *("unpacked_allgather2_pp2", "recompute_ulysses2_pp2"),
 )
 REST = ("qwen2_untied", "llama3", "llama32_tied")
+PLAIN = {"train__self_check": False}  # it has tests of its own, and costs as much as two steps
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def reference(pool, tiny_models, chat_file, tmp_path_factory):
         if key not in done:
             folder = tmp_path_factory.mktemp("reference")
             arguments = run_arguments(
-                tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **options
+                tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **PLAIN, **options
             )
             pool.run(1, training_ranks.train, arguments)
             done[key] = folder
@@ -90,16 +91,16 @@ def assert_same_run(got, want):
 @pytest.mark.parametrize("layout", mark_slow(LAYOUTS, SLOW))
 def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout):
     world, options = LAYOUTS[layout]
-    arguments = run_arguments(tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **options)
-    pool.run(world, training_ranks.train, arguments)
+    options = {**PLAIN, **options, "checkpoint__export_hf": True}
+    pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
     assert_same_run(tmp_path, reference("qwen2_tied"))
 
 
-@pytest.mark.parametrize("variant", REST)
+@pytest.mark.parametrize("variant", mark_slow(REST, ["llama3"]))  # llama32_tied has its rope too
 def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, reference, variant):
     options = {"parallel__tensor": 2, "parallel__pipeline": 2}
     arguments = run_arguments(
-        tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **options
+        tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **PLAIN, **options
     )
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference(variant))
@@ -113,7 +114,7 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
         pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(1, {"data__packing": False}, marks=pytest.mark.slow),
         pytest.param(2, {**ULYSSES, "parallel__context": 2}, marks=pytest.mark.slow),
-        (2, {**ALLGATHER, "parallel__context": 2}),
+        pytest.param(2, {**ALLGATHER, "parallel__context": 2}, marks=pytest.mark.slow),
     ],
     ids=["tp2", "pp2", "dp2", "unpacked", "ulysses2", "allgather2"],
 )
@@ -122,7 +123,7 @@ def test_bf16_layouts_agree_as_far_as_bf16_goes(
 ):
     """bf16 keeps 8 bits (4e-3): sums over ranks and packs round in another order, and five steps add up."""
     options = {"train__precision": "bf16"}
-    arguments = run_arguments(tiny_models(), chat_file, tmp_path, **layout, **options)
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path, **PLAIN, **layout, **options)
     pool.run(world, training_ranks.train, arguments)
     want = metrics_of(reference("qwen2_tied", **options))
     for row, same in zip(metrics_of(tmp_path), want, strict=True):
@@ -136,7 +137,7 @@ def test_bf16_layouts_agree_as_far_as_bf16_goes(
 def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tmp_path, reference):
     options = {"objective__normalization": "sample"}
     arguments = run_arguments(
-        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, parallel__tensor=2, **options
+        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, parallel__tensor=2, **PLAIN, **options
     )
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))
@@ -149,7 +150,7 @@ def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tm
     [
         (3, {}),
         (1, {**ALLGATHER, "parallel__context": 2}),
-        (1, {**ULYSSES, "parallel__context": 2, "parallel__tensor": 2}),
+        pytest.param(1, {**ULYSSES, "parallel__context": 2, "parallel__tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=["dp4", "allgather2_dp2", "ulysses2_tp2"],
 )
@@ -157,7 +158,7 @@ def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, refere
     """Some ranks get packs of padding only, or no scored row of a pack, and still take part."""
     options = {"train__global_batch_size": samples}
     arguments = run_arguments(
-        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **layout, **options
+        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **PLAIN, **layout, **options
     )
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))

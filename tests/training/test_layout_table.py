@@ -32,7 +32,7 @@ def rows_of(pool, tiny_models, chat_file, tmp_path_factory):
 
     def run(objective, world=1, **options):
         folder = tmp_path_factory.mktemp("run")
-        given = {**OBJECTIVES[objective], **options}
+        given = {"train__self_check": False, **OBJECTIVES[objective], **options}
         data = chat_file if objective == "sft" else pairs
         pool.run(world, training_ranks.train, run_arguments(tiny_models(), data, folder, **given))
         return metrics_of(folder)

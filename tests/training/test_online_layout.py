@@ -67,6 +67,7 @@ def train(pool, tiny_models, ranked, tmp_path_factory):
             ranked,
             folder,
             **{"train__global_batch_size": 8, **given, **ROLLOUT.get(objective, {}), **options},
+            train__self_check=False,
             optimizer__lr=2e-4,
             rollout__engine="data",
         )

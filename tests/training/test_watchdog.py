@@ -1,55 +1,47 @@
 """A rank that keeps the others waiting, or dies, is named once, and every rank ends."""
 
+import os
+import signal
+
 import pytest
 import torch.distributed as dist
 
-from megatron_align.model.parallel import PATIENCE, RankInfo
-from megatron_align.training import watchdog as module
-from megatron_align.training.watchdog import Watchdog
-from tests.harness.pool import free_port
-from tests.harness.processes import finish, release, start
-
-STALL = """
-from megatron_align.model.parallel import RankInfo
-from tests.harness.training_ranks import stall
-print("imported", flush=True)
-input()
-stall(RankInfo.from_environment(), late=1, timeout=4)
-"""
-
-
-DIE = """
-import os, signal
 from megatron_align.config import ParallelConfig
-from megatron_align.model.parallel import RankInfo, all_reduce_sum
-from megatron_align.training.watchdog import AlreadyReported, RankLost, join_watched
-rank_info = RankInfo.from_environment()
-try:
-    with join_watched(rank_info, ParallelConfig()).watching() as watchdog:
-        watchdog.report("step 1")
-        all_reduce_sum([1.0])
-        watchdog.report("step 2")
-        if rank_info.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        all_reduce_sum([1.0])
-except (RankLost, AlreadyReported) as error:
-    print(type(error).__name__, error)
-    os._exit(1)
-"""
+from megatron_align.model.parallel import PATIENCE, RankInfo, all_reduce_sum
+from megatron_align.training import watchdog as module
+from megatron_align.training.watchdog import AlreadyReported, RankLost, Watchdog, join_watched
+from tests.harness.processes import run_ranks
+from tests.harness.training_ranks import stall
 
 
-def test_a_stalled_rank_is_named_once_and_everyone_ends():
-    port = free_port()
-    outputs = finish(release([start(STALL, rank, 3, port) for rank in range(3)]), timeout=90)
+def stall_on_rank_1(rank_info):
+    stall(rank_info, late=1, timeout=4)
+
+
+def die_on_rank_1(rank_info):
+    try:
+        with join_watched(rank_info, ParallelConfig()).watching() as watchdog:
+            watchdog.report("step 1")
+            all_reduce_sum([1.0])
+            watchdog.report("step 2")
+            if rank_info.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            all_reduce_sum([1.0])
+    except (RankLost, AlreadyReported) as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(1)
+
+
+def test_a_stalled_rank_is_named_once_and_everyone_ends(tmp_path):
+    outputs = run_ranks(stall_on_rank_1, range(3), 3, tmp_path)
     said = "".join(err for _, err, _ in outputs)
     assert said.count("error:") == 1, said
     assert "no progress for 4 s: rank 1 is still in 'step 1' while others wait in 'step 2'" in said
     assert all(code != 0 for *_, code in outputs)
 
 
-def test_a_killed_rank_is_reported_once():
-    port = free_port()
-    outputs = finish([start(DIE, rank, 3, port) for rank in range(3)], timeout=90)
+def test_a_killed_rank_is_reported_once(tmp_path):
+    outputs = run_ranks(die_on_rank_1, range(3), 3, tmp_path)
     said = sorted(out.split(" ", 1)[0] for rank, (out, _, _) in enumerate(outputs) if rank != 1)
     assert said == ["AlreadyReported", "RankLost"], outputs
     [line] = [out for out, _, _ in outputs if out.startswith("RankLost")]
