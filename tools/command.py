@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         arguments = self._with_their_values(arguments)
         # Checked first: argparse would only report that the correctly spelt option is missing.
         for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-            if " " not in name and name not in self._names:  # with a blank it is a value: '--tensor-parallel-size 2'
+            is_value = " " in name  # as '--tensor-parallel-size 2'
+            if not is_value and name not in self._names:
                 raise InputError(f"{self.prog} has no option {name[:80]}{self._meant(name)}")
         return self.parse_args(arguments)
 

@@ -403,7 +403,7 @@ def parse(arguments: Sequence[str], program: str) -> EvaluationConfig:
     )
     names = ["--config", *(f"--{name}" for name in options)]
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
-        is_known = " " in name or name in (*names, "--help")  # with a blank it is a value: '--tensor-parallel-size 2'
+        is_known = name in (*names, "--help") or " " in name  # a value, as '--tensor-parallel-size 2'
         require(is_known, f"{program} has no option {name}{nearest(name, names)}")
     try:
         given = vars(parser.parse_args(list(arguments)).as_flat())
