@@ -93,11 +93,11 @@ def _few_rows(logits_nV: Tensor) -> Iterator[slice]:
 
 
 def to_logits(projected: Tensor, shard: VocabShard) -> Tensor:
-    """Apply soft-cap and temperature to the projection; returns a copy in fp32 at least."""
-    x = projected.to(torch.promote_types(projected.dtype, torch.float32), copy=True)
+    """Apply soft-cap and temperature to the projection, in fp32 at least; the projection itself if it is that already."""
+    x = projected.to(torch.promote_types(projected.dtype, torch.float32))
     if shard.softcap is not None:
-        x.div_(shard.softcap).tanh_().mul_(shard.softcap)
-    return x if shard.temperature == 1.0 else x.div_(shard.temperature)
+        x = (x / shard.softcap).tanh_().mul_(shard.softcap)
+    return x if shard.temperature == 1.0 else x / shard.temperature
 
 
 def torch_statistics(logits_nV: Tensor, local_n: Tensor, shard: VocabShard, *, more: bool) -> Tensor:
@@ -113,10 +113,10 @@ def torch_statistics(logits_nV: Tensor, local_n: Tensor, shard: VocabShard, *, m
         x = to_logits(logits_nV[rows, : shard.real_rows], shard)
         out_Sn[2, rows] = x.gather(1, column_n[rows, None])[:, 0].where(here_n[rows], 0.0)
         out_Sn[0, rows] = x.amax(1)
-        gap = x.sub_(out_Sn[0, rows, None])
+        gap = x - out_Sn[0, rows, None]
         if more:
             e = gap.exp()
-            out_Sn[3, rows] = e.square().sum(1)
+            out_Sn[3, rows] = torch.linalg.vector_norm(e, dim=1).square()
             out_Sn[4, rows] = gap.mul_(e).sum(1)
         else:
             e = gap.exp_()
@@ -144,7 +144,8 @@ def torch_overwrite(
     if shard.real_rows == 0:
         return
     for rows in _few_rows(logits_nV):
-        x = to_logits(logits_nV[rows, : shard.real_rows], shard)
+        projected = logits_nV[rows, : shard.real_rows]
+        x = to_logits(projected, shard)
         slope = None if shard.softcap is None else 1 - (x * (shard.temperature / shard.softcap)).square_()
         x.sub_(max_2n[0, rows, None])
         factor = grad_n[rows, None]
@@ -155,4 +156,6 @@ def torch_overwrite(
         if slope is not None:
             x.mul_(slope)
         # A row with zero gradient contributes nothing, whatever its logits are: 0 * inf would be NaN.
-        logits_nV[rows, : shard.real_rows] = x.masked_fill_(ignored_n[rows, None], 0.0)
+        x[ignored_n[rows]] = 0.0
+        if x is not projected:
+            projected.copy_(x)

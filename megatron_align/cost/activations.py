@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from megatron_align.cost.flops import Trained
 from megatron_align.cost.placement import Placement
@@ -21,7 +20,6 @@ from megatron_align.model.families.adapter import Adapter, adapter_rows, layer_o
 
 FP32 = 4
 OF_QUERY, OF_KEY = 4 * 4, 2 * 4  # bytes: the int32 tensors of kernels.packed_attention.PackedLayout
-Attention = Literal["triton", "per_document"]  # our kernels, or the CPU's path
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +59,13 @@ def boundary_bytes(placement: Placement, tokens: int) -> int:
     return x.b * x.s * x.h
 
 
-def layer_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
+def layer_bytes(placement: Placement, tokens: int) -> int:
     """Return the bytes one layer saves for its backward pass, ignoring ``recompute_layers``."""
     x = Sizes.of(placement, tokens)
     again = placement.recompute_modules
     # The norms' outputs, which the linears after them save; or the norms' inputs, where the outputs are recomputed.
     kept = 2 * x.b * x.s * x.h + (0 if "norms" in again else 2 * _norm(x))
-    kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x, attention)
+    kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x)
     return kept + (0 if "mlp" in again else _mlp(x)) + _adapter(placement, x)
 
 
@@ -115,25 +113,20 @@ def _norm(x: Sizes) -> int:
     return (FP32 + x.b) * x.s * x.h + FP32 * x.s
 
 
-def _attention(placement: Placement, x: Sizes, attention: Attention) -> int:
+def _attention(placement: Placement, x: Sizes) -> int:
     """Return the bytes of attention: rotated q and k, v, the output, and the log-sum-exp of each query."""
     shape = placement.shape
     kind = context_kind_of(shape, placement.parallel)
     kept = 2 * x.b * x.t * x.q + FP32 * x.t * x.heads
-    if attention == "per_document":
-        kept += (
-            3 * x.b * x.t * x.q
-        )  # keys and values for each head, the documents' outputs before they are concatenated
-    elif kind is None:
+    if kind is None:
         kept += x.b * x.t * x.kv
     if kind == "ulysses":
-        # One message brings q, k and v, which are views of it (on the CPU q alone). The output is kept twice: by
-        # attention, and regrouped by tokens by the linear after it.
+        # One message brings q, k and v, which are views of it. The output is kept twice: by attention, and regrouped by
+        # tokens by the linear after it.
         kept += x.b * x.t * (x.q + 2 * ulysses_groups(placement.split) * shape.head_dim)
-        kept -= x.b * x.t * x.q if attention == "per_document" else 0
-    elif kind == "allgather" and attention == "triton":
+    elif kind == "allgather":
         kept += 2 * x.b * x.t * placement.parallel.context * x.kv  # of the complete pack
-    keeps_projection = attention == "triton" and kind is None  # v is a view of it
+    keeps_projection = kind is None  # v is a view of it
     if shape.qk_norm:
         # The norm of each head: its output is not saved, as rotation does not need it. In fp32 its inputs are saved
         # without a cast: a copy of q, and k within the projection.
@@ -194,9 +187,7 @@ class ActivationBytes:
     recomputed: int
 
 
-def stage_bytes(
-    placement: Placement, stage: int, tokens: int, micro_batches: int, attention: Attention = "triton"
-) -> ActivationBytes:
+def stage_bytes(placement: Placement, stage: int, tokens: int, micro_batches: int) -> ActivationBytes:
     """Return the activation bytes of a pipeline stage at its peak.
 
     Args:
@@ -204,16 +195,15 @@ def stage_bytes(
         stage: 0-based pipeline stage.
         tokens: padded length of a pack.
         micro_batches: per step and data-parallel rank.
-        attention: implementation of attention.
     """
     chunks = placement.chunks(stage)
-    layer, boundary = layer_bytes(placement, tokens, attention), boundary_bytes(placement, tokens)
+    layer, boundary = layer_bytes(placement, tokens), boundary_bytes(placement, tokens)
     in_flight = placement.in_flight(stage, micro_batches)
     k = placement.recompute_layers
     held = 0
     for i in range(in_flight):
         chunk = chunks[i * len(chunks) // in_flight]  # the schedule visits all chunks equally often
-        held += tables_bytes(placement, tokens, attention)
+        held += tables_bytes(placement, tokens)
         held += embedding_bytes(placement, tokens) if chunk.embeds else 0
         held += -(-chunk.layers // k) * boundary if k else chunk.layers * layer
         if not (chunk.embeds or k):
@@ -223,16 +213,21 @@ def stage_bytes(
     return ActivationBytes(held=held, recomputed=k * layer)
 
 
-def tables_bytes(placement: Placement, tokens: int, attention: Attention = "triton") -> int:
+def tables_bytes(placement: Placement, tokens: int) -> int:
     """Return the bytes all layers of a pack share: rotary tables, the kernels' intervals, token order over ranks."""
     parallel = placement.parallel
     own = tokens // parallel.context
     gathers = context_kind_of(placement.shape, parallel) == "allgather"
     rotary = 2 * FP32 * own * placement.shape.head_dim
     order = 8 * tokens if gathers else 0
-    if attention == "per_document":
-        return rotary + order
-    return rotary + order + OF_QUERY * (own if gathers else tokens) + OF_KEY * tokens
+    return rotary + order + interval_bytes(placement, tokens)
+
+
+def interval_bytes(placement: Placement, tokens: int) -> int:
+    """Return the bytes of the intervals of keys and queries that the kernels save; the CPU implementation has none."""
+    gathers = context_kind_of(placement.shape, placement.parallel) == "allgather"
+    own = tokens // placement.parallel.context
+    return OF_QUERY * (own if gathers else tokens) + OF_KEY * tokens
 
 
 def embedding_bytes(placement: Placement, tokens: int) -> int:

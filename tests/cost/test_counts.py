@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_align.config import AdapterConfig, ParallelConfig
-from megatron_align.cost.activations import stage_bytes, tables_bytes
+from megatron_align.cost.activations import interval_bytes, stage_bytes, tables_bytes
 from megatron_align.cost.flops import (
     executed_flops,
     forward_flops,
@@ -151,10 +151,10 @@ def test_activations(pool, tiny_models, variant, options, precision, recompute):
     found = pool.run(
         placement.world_size, costs.saved, model, placement.parallel, precision, recompute, batch
     )
-    held = stage_bytes(placement, 0, TOKENS, 1, "per_document").held
-    if placement.runs_again("attention"):  # what runs again holds the tables then, not autograd
-        held -= tables_bytes(placement, TOKENS, "per_document")
-    assert set(found) == {held}
+    held = stage_bytes(placement, 0, TOKENS, 1).held
+    # What runs again holds the tables then, not autograd; and on the CPU attention needs no intervals.
+    again = placement.runs_again("attention")
+    assert set(found) == {held - (tables_bytes if again else interval_bytes)(placement, TOKENS)}
 
 
 def test_activations_of_dora(pool, tiny_models):
@@ -166,7 +166,7 @@ def test_activations_of_dora(pool, tiny_models):
         adapter = resolve_adapter(AdapterConfig(rank=3, dora=dora), placement.shape)
         placement = replace(placement, adapter=adapter)
         [found[dora]] = pool.run(1, costs.saved, model, placement.parallel, "bf16", 0, batch, adapter)
-        counted[dora] = stage_bytes(placement, 0, TOKENS, 1, "per_document").held
+        counted[dora] = stage_bytes(placement, 0, TOKENS, 1).held
         assert found[dora] <= counted[dora]
     more = counted[True] - counted[False]
     assert more == pytest.approx(found[True] - found[False], rel=0.05)
@@ -232,6 +232,6 @@ def test_activations_with_the_kernels_attention(tiny_models, monkeypatch):
             ranks = options.get("context", 1)
             placement = placed(model, options, ranks, "fp32")
             found = kernels.run(ranks, costs.saved, model, placement.parallel, "fp32", 0, batch, timeout=500)
-            assert set(found) == {stage_bytes(placement, 0, TOKENS, 1, "triton").held}
+            assert set(found) == {stage_bytes(placement, 0, TOKENS, 1).held}
     finally:
         kernels.stop()
