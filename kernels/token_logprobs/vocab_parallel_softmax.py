@@ -93,7 +93,7 @@ def _few_rows(logits_nV: Tensor) -> Iterator[slice]:
 
 
 def to_logits(projected: Tensor, shard: VocabShard) -> Tensor:
-    """Apply soft-cap and temperature to the projection, in fp32 at least; the projection itself if it is that already."""
+    """Apply soft-cap and temperature to the projection, in fp32 at least; returns it if it is that already."""
     x = projected.to(torch.promote_types(projected.dtype, torch.float32))
     if shard.softcap is not None:
         x = (x / shard.softcap).tanh_().mul_(shard.softcap)

@@ -69,8 +69,9 @@ METRICS = (
         name="mfu",
         section="Speed",
         unit="share",
-        meaning="model FLOPs utilisation: operations the model needs, divided by the chips' peak over the step's time",
-        written="timing, on chips with a known peak",
+        meaning="model FLOPs utilisation: operations the model needs, divided by the chips' peak over the step's time; "
+        "on CPUs by the speed of matrix products that the ranks measure at start",
+        written="timing, on chips with a known peak and on CPUs in fp32",
     ),
     Metric(
         name="peak_memory_gb",

@@ -1,4 +1,8 @@
-"""Utilisation is the operations that a step's model needs, counted exactly, over the peak of all chips."""
+"""Utilisation is the operations that a step's model needs, counted exactly, over the peak of all chips or the CPU."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -6,6 +10,7 @@ from megatron_align.cost.chips import CHIPS, chip_of_device
 from megatron_align.cost.flops import forward_flops, model_flops
 from megatron_align.data.batching.step_batches import StepCounts
 from megatron_align.model.families import read_shape
+from megatron_align.monitoring import mfu
 from megatron_align.monitoring.mfu import Utilisation
 from megatron_align.objectives.configuration import parse
 from tests.harness.tiny import run_arguments
@@ -38,9 +43,25 @@ def test_counts_what_the_model_needs(run):
     assert share > 0
 
 
-def test_is_not_told_where_the_peak_is_unknown(run):
+def test_the_peak_of_a_cpu_is_measured(run, monkeypatch):
     config, shape = run
+    monkeypatch.setattr(mfu, "matrix_product_speed", lambda: 2e12)
+    share = Utilisation(config, shape, world_size=1).of_step(COUNTS, seconds=0.5)
+    assert share == pytest.approx(
+        Utilisation(config, shape, world_size=1, peak=2e12).of_step(COUNTS, seconds=0.5)
+    )
+
+
+def test_there_is_none_where_the_peak_is_unknown(run):
+    config, shape = run
+    config = replace(config, train=replace(config.train, precision="bf16"))  # which many CPUs only emulate
     assert Utilisation(config, shape, world_size=2).of_step(COUNTS, seconds=0.5) is None
+
+
+def test_the_measured_speed_is_that_of_the_fastest_product(monkeypatch):
+    readings = itertools.accumulate([0.0, 0.1, 0.9, 0.1, 0.4, 1.0, 0.5, 1.0])
+    monkeypatch.setattr(mfu, "time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    assert mfu.matrix_product_speed(size=8, seconds=1.3) == pytest.approx(2 * 8**3 / 0.4)
 
 
 def test_chips_are_known_by_their_devices_names():
