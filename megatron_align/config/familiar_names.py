@@ -24,6 +24,7 @@ model.adapter.rslora: use_rslora
 model.adapter.modules_to_save: additional_target lora_modules_to_save
 model.adapter.init: init_lora_weights init_weights
 model.adapter.path: adapter_name_or_path adapters lora_path resume_from_adapter lora_adapter_path
+model.attention: attn_implementation attention_backend attn_impl flash_attn use_flash_attn flash_attention
 model.freeze: freeze_parameters freeze_modules freeze_layers frozen_modules freeze_trainable_layers
     unfrozen_parameters freeze_llm
 data.train: dataset datasets dataset_name dataset_path dataset_dir dataset_names train_file train_files
@@ -196,8 +197,7 @@ data_parallel_size dp dp_size = the data-parallel size is what parallel.tensor, 
 nproc_per_node num_gpus n_gpus ngpus gpus num_nodes nnodes num_processes n_gpus_per_node = torchrun starts the
     ranks: torchrun --nproc-per-node 8 -m megatron_align.train --config run.yaml
 trust_remote_code = no code of a model's folder is run
-attn_implementation attn_impl flash_attn use_flash_attn flash_attention attention_backend use_liger_kernel
-    liger_kernel use_liger = attention and loss kernels are chosen by themselves
+use_liger_kernel liger_kernel use_liger = loss kernels are chosen by themselves
 dataloader_num_workers preprocessing_num_workers dataset_num_proc num_workers dataset_processes = data are
     tokenised by all cores; megatron-align prepare --processes N sets their number
 train_on_inputs train_on_prompt completion_only_loss assistant_only_loss mask_history = answers are trained,

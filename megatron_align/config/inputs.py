@@ -100,11 +100,15 @@ class ModelConfig:
     Args:
         path: a Hugging Face folder (config.json, tokenizer, safetensors) or one of our checkpoints
         adapter: train a low-rank adapter of the model instead of its weights; null: train its weights
+        attention: implementation, also of reference and critic: auto (triton on a GPU, torch on a CPU), triton (our
+            kernels), torch (plain PyTorch; on a GPU with a dense mask, to compare with), flash (flash-attn, where
+            prompts are not shared)
         freeze: Hugging Face tensor names or patterns that are not trained (embed_tokens.*, layers.0.*); []: none
     """
 
     path: str
     adapter: AdapterConfig | None = None
+    attention: Literal["auto", "triton", "torch", "flash"] = "auto"
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

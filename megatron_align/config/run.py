@@ -80,6 +80,10 @@ class RunConfig:
             "reference.sync_steps must be null with model.adapter: a reference that follows an adapter is not built, "
             f"got {self.reference.sync_steps}",
         )
+        require(
+            self.model.attention != "flash" or self.train.precision == "bf16",
+            f"model.attention: flash needs train.precision: bf16, got {self.train.precision}",
+        )
         samples = hasattr(self.objective, "minibatches")  # of an objective that trains on rollouts
         require(
             not self.rewards or samples,

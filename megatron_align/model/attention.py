@@ -6,15 +6,18 @@ key/value heads of this tensor-parallel rank, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_align.kernels import PackedLayout, packed_attention
+from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
+from megatron_align.model import cpu
 from megatron_align.model.context_parallel import attend_over_ranks
+from megatron_align.model.flash import Documents, find_flash
+from megatron_align.model.kernel_choice import PolicyConfig
 from megatron_align.model.rope import apply_rope
 from megatron_align.records import ContextPart
 
@@ -32,6 +35,11 @@ class PackParams(PackedSeqParams):
     sin_QD: Tensor = field(kw_only=True)
     part: ContextPart | None = field(default=None, kw_only=True)  # as in PackedBatch
     dropout_Q: Tensor | None = field(default=None, kw_only=True)  # of PackedBatch.held_dropout
+    documents: Documents | None = field(default=None, kw_only=True)  # where attention goes by documents
+
+
+# q_QHD, k_TGD, v_TGD, layout, documents, scale -> out_QHD
+Kernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, "Documents | None", "float | None"], Tensor]
 
 
 class PackedCoreAttention(nn.Module):
@@ -39,7 +47,7 @@ class PackedCoreAttention(nn.Module):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: PolicyConfig,
         softmax_scale: float | None = None,
         *,
         pg_collection: ProcessGroupCollection,
@@ -49,6 +57,7 @@ class PackedCoreAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale
         self.context = pg_collection.cp
+        self.kernel = _kernel(config)
 
     def forward(
         self,
@@ -65,8 +74,32 @@ class PackedCoreAttention(nn.Module):
         q_QHD = apply_rope(query.squeeze(1), pack.cos_QD, pack.sin_QD)
         k_QGD = apply_rope(key.squeeze(1), pack.cos_QD, pack.sin_QD)
         qkv = q_QHD, k_QGD, value.squeeze(1)
+
+        def attend(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) -> Tensor:
+            return self.kernel(q_QHD, k_TGD, v_TGD, layout, pack.documents, self.scale)
+
         if pack.part is None:
-            out_QHD = packed_attention(*qkv, pack.layout, scale=self.scale)
+            out_QHD = attend(*qkv, pack.layout)
         else:
-            out_QHD = attend_over_ranks(qkv, pack.layout, pack.part, self.context, self.scale)
+            out_QHD = attend_over_ranks(qkv, pack.layout, pack.part, self.context, attend)
         return out_QHD.flatten(1).unsqueeze(1)
+
+
+def _kernel(config: PolicyConfig) -> Kernel:
+    """Return the implementation that ``model.attention`` chooses.
+
+    Raises:
+        InputError: its package or chip is missing.
+    """
+    choice = config.kernels.attention
+    if choice == "flash":
+        flash = find_flash(config.kv_channels)
+        return lambda q, k, v, layout, documents, scale: flash(q, k, v, _given(documents), scale)
+    if choice == "torch" and cpu.device().type == "cuda":
+        return lambda q, k, v, layout, _, scale: packed_attention_reference(q, k, v, layout, scale=scale)
+    return lambda q, k, v, layout, _, scale: packed_attention(q, k, v, layout, scale=scale)
+
+
+def _given(documents: Documents | None) -> Documents:
+    assert documents is not None, "the policy makes them wherever attention goes by documents"
+    return documents

@@ -16,7 +16,7 @@ X of both on this tensor-parallel rank, D head dim; N rows (or completions), n o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,10 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_align.kernels import PackedLayout, packed_attention
+from megatron_align.kernels import PackedLayout
 from megatron_align.records import ContextPart, LocalRows
 
 Group = dist.ProcessGroup
+# q_QHD, k_TGD, v_TGD, layout -> out_QHD
+Attend = Callable[[Tensor, Tensor, Tensor, PackedLayout], Tensor]
 
 
 def attend_over_ranks(
@@ -36,7 +38,7 @@ def attend_over_ranks(
     layout: PackedLayout,
     part: ContextPart,
     group: Group,
-    scale: float | None,
+    attend: Attend,
 ) -> Tensor:
     """Attend over a pack whose tokens are sharded over several ranks.
 
@@ -45,22 +47,22 @@ def attend_over_ranks(
         layout: of the entire pack.
         part: this rank's part of the pack.
         group: context-parallel ranks.
-        scale: as in ``packed_attention``.
+        attend: attention of one rank.
 
     Returns:
         ``out_QHD``.
     """
     if part.kind == "ulysses":
-        return _ulysses(qkv, layout, group, scale)
+        return _ulysses(qkv, layout, group, attend)
     q_QHD, k_QGD, v_QGD = qkv
     kv_TXD = _GatherTokens.apply(torch.cat([k_QGD, v_QGD], 1), part.order_T, group)
     k_TGD, v_TGD = kv_TXD.chunk(2, dim=1)
     assert part.queries is not None, "allgather needs the layout of this rank's queries"
-    return packed_attention(q_QHD, k_TGD, v_TGD, part.queries, scale=scale)
+    return attend(q_QHD, k_TGD, v_TGD, part.queries)
 
 
 def _ulysses(
-    qkv: tuple[Tensor, Tensor, Tensor], layout: PackedLayout, group: Group, scale: float | None
+    qkv: tuple[Tensor, Tensor, Tensor], layout: PackedLayout, group: Group, attend: Attend
 ) -> Tensor:
     q_QHD, k_QGD, v_QGD = qkv
     ranks = group.size()
@@ -72,7 +74,7 @@ def _ulysses(
     heads = [share.shape[2] for share in shares]
     x_TXD = _SwapTokensForHeads.apply(torch.cat(shares, 2).flatten(1, 2), group)
     q_THD, k_TGD, v_TGD = x_TXD.split(heads, dim=1)
-    out_THD = packed_attention(q_THD, k_TGD, v_TGD, layout, scale=scale)
+    out_THD = attend(q_THD, k_TGD, v_TGD, layout)
     return _SwapHeadsForTokens.apply(out_THD, group)
 
 

@@ -30,7 +30,6 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -45,7 +44,9 @@ from megatron_align.model.context_parallel import gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.families.adapter import START, Adapter, adaptable_rows
 from megatron_align.model.families.saved_modules import copies_of, copy_name, saved_rows
+from megatron_align.model.flash import Documents
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, RowScore, VocabularyHead
+from megatron_align.model.kernel_choice import KernelChoice, PolicyConfig, require_complete_packs
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
 from megatron_align.model.layer_adapter import LayerAdapter
 from megatron_align.model.lora import adapters_off, attach
@@ -68,13 +69,17 @@ def transformer_config(
     dtype: torch.dtype,
     recompute_layers: int = 0,
     recompute_modules: Sequence[str] = (),
-) -> TransformerConfig:
-    """Return megatron-core's configuration of a model on this layout.
+    kernels: KernelChoice | None = None,
+) -> PolicyConfig:
+    """Return megatron-core's configuration of a model on this layout; ``kernels``: by default those that need nothing.
 
     Raises:
-        InputError: if heads or layers do not divide over the layout, or ``recompute_layers`` exceeds a chunk's layers.
+        InputError: if heads or layers do not divide over the layout, ``recompute_layers`` exceeds a chunk's layers, or
+            kernels do not fit the layout.
     """
+    kernels = kernels or KernelChoice()
     _check_layout(shape, parallel, recompute_layers)
+    require_complete_packs(kernels, shape, parallel)
     recompute: dict[str, Any] = {}
     if recompute_layers:
         recompute = {
@@ -87,7 +92,8 @@ def transformer_config(
             "recompute_granularity": "selective",
             "recompute_modules": [RECOMPUTE_MODULES[name] for name in recompute_modules],
         }
-    return TransformerConfig(
+    return PolicyConfig(
+        kernels=kernels,
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_size,
@@ -167,7 +173,7 @@ class Policy(LanguageModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: PolicyConfig,
         shape: ModelShape,
         groups: ProcessGroupCollection,
         chunk: int | None = None,
@@ -181,6 +187,7 @@ class Policy(LanguageModule):
         self.pre_process = is_pp_first_stage(groups.pp) and is_vp_first_stage(chunk, chunks)
         self.post_process = is_pp_last_stage(groups.pp) and is_vp_last_stage(chunk, chunks)
         self.share_embeddings_and_output_weights = is_tied(shape)
+        self._by_document = config.kernels.attends_by_document
         self.rope_frequencies = shape.rope_frequencies().to(cpu.device())
         vocab = padded_vocab(shape.vocab_size, config.tensor_model_parallel_size)
         if self.pre_process:
@@ -346,6 +353,7 @@ class Policy(LanguageModule):
             cos_QD=cos_QD,
             sin_QD=sin_QD,
             dropout_Q=batch.held_dropout(),
+            documents=Documents.of_layout(batch.layout) if self._by_document else None,
         )
         return self.decoder(embedded, attention_mask=None, packed_seq_params=pack)
 
@@ -363,7 +371,7 @@ class Policy(LanguageModule):
 
 
 def build_policy(
-    config: TransformerConfig,
+    config: PolicyConfig,
     shape: ModelShape,
     groups: ProcessGroupCollection,
     adapter: Adapter | None = None,

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.hf.export import export_model
 from megatron_align.model.head import score_rows
+from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.objectives.ppo import CriticObjective
 from megatron_align.training.critic_start import CriticStart
@@ -88,6 +89,7 @@ class Critic:
             DTYPES[config.train.precision],
             config.train.recompute_layers,
             config.train.recompute_modules,
+            KernelChoice.of_model(config.model),
         )
         chunks = build_policy(megatron, start.shape, groups)
         score_rows(chunks)

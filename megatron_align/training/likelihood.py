@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_align.config import ParallelConfig
-from megatron_align.data.batching.packing import PackOptions
+from megatron_align.data.batching.packing import PackOptions, packed_lengths
 from megatron_align.data.batching.prefetch import Prefetcher
 from megatron_align.data.batching.sampler import EpochOrder, SampleSteps
 from megatron_align.data.batching.step_batches import StepBatches
@@ -84,8 +84,13 @@ class CompletionScorer:
         order = EpochOrder(table.sources, [1.0] * (int(table.sources.max()) + 1), shuffle=False)
         steps = SampleSteps(order, SAMPLES * self.groups.dp.size(), epochs=1)
         multiple, micro_batches = pack_multiples(self.parallel)
+        share = not self.chunks[0].config.kernels.attends_by_document
         options = PackOptions(
-            capacity=self.sequence_length, multiple=multiple, micro_batch_multiple=micro_batches
+            # Copies of a prompt may need more than the samples that were checked to fit.
+            capacity=max(self.sequence_length, int(packed_lengths(table, share).max(initial=0))),
+            share_prefix=share,
+            multiple=multiple,
+            micro_batch_multiple=micro_batches,
         )
         batches = StepBatches(table, steps, options, data_rank(shape, self.parallel, self.groups), "sample")
         values = np.full((count, int(table.completion_offsets[-1])), np.nan)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_align.checkpoint.card import shape_differences
 from megatron_align.config import RunConfig
-from megatron_align.data.sample_table import SampleTable
+from megatron_align.data.sample_table import SampleTable, TrainingData
 from megatron_align.errors import InputError, require
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.flash import find_flash
+from megatron_align.model.kernel_choice import KernelChoice
+from megatron_align.model.optional_packages import require_gpu
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.registry import build_objective
 
@@ -78,4 +83,42 @@ def require_rollouts(config: RunConfig, shape: ModelShape) -> None:
         require(
             config.rollout.top_k <= shape.vocab_size,
             f"rollout.top_k must be at most the model's {shape.vocab_size} tokens (0: all), got {config.rollout.top_k}",
+        )
+
+
+def require_kernels(config: RunConfig, shape: ModelShape, *, dry_run: bool) -> None:
+    """Check that this machine has the packages and the chip of the kernels that the run chooses.
+
+    Args:
+        config: of the run.
+        shape: of the model.
+        dry_run: for another machine, which cannot be checked here.
+
+    Raises:
+        InputError: something is missing, too old, or does not support the model.
+    """
+    if dry_run:
+        return
+    if config.model.attention == "flash":
+        find_flash(shape.head_dim)
+    if config.model.attention == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        require_gpu("model.attention: triton")
+
+
+def require_unshared_prompts(config: RunConfig, stores: Mapping[str, TrainingData]) -> None:
+    """Check that no pack shares a prompt between completions where attention goes by documents.
+
+    Raises:
+        InputError: data, by the name of their split, or tasks would share prompts.
+    """
+    if not KernelChoice.of_model(config.model).attends_by_document:
+        return
+    option = f"model.attention: {config.model.attention}"
+    for split, store in stores.items():
+        most = int(store.completion_counts.max()) if len(store) else 1
+        require(
+            most <= 1 or not config.data.share_prefix,
+            f"{option} cannot share a prompt between completions, and data.{split} has up to {most} of them for one "
+            "prompt: set data.share_prefix: false, which computes each prompt once for every completion, or use "
+            "model.attention: auto",
         )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_align
 from megatron_align.checkpoint.card import require_all_weights
@@ -35,6 +34,7 @@ from megatron_align.model import parallel
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
+from megatron_align.model.kernel_choice import KernelChoice, PolicyConfig
 from megatron_align.model.policy import transformer_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
@@ -46,10 +46,12 @@ from megatron_align.training.asset_changes import Notes, plan_asset_changes
 from megatron_align.training.critic_start import CriticStart, critic_paths, find_critic, with_changes
 from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.model_checks import (
+    require_kernels,
     require_positions,
     require_reference,
     require_rollouts,
     require_top_k,
+    require_unshared_prompts,
 )
 from megatron_align.training.output_folder import (
     remove_empty_folders_after_bad_input,
@@ -103,7 +105,7 @@ class RunSetup:
     assets: Path
     weights: Path
     resume: ResumePoint | None
-    megatron: TransformerConfig
+    megatron: PolicyConfig
     train: TrainingData
     data_key: str
     validation: TrainingData | None
@@ -166,7 +168,9 @@ def prepare_run(
         DTYPES[config.train.precision],
         config.train.recompute_layers,
         config.train.recompute_modules,
+        KernelChoice.of_model(config.model),
     )
+    require_kernels(config, shape, dry_run=scratch_cache is not None)
     require_weights(weights, assets, start)
     adapter = resolve_adapter(config.model.adapter, shape)
     frozen = frozen_tensors(shape, config.model.freeze)
@@ -191,6 +195,7 @@ def prepare_run(
         config = fix_template_date(config, assets, resume)
         stores = _open_stores(config, assets, rank_info, scratch_cache)
         require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
+        require_unshared_prompts(config, stores)
         require_top_k(config, shape)
         require_positions(stores.get("ptx"), shape)
         steps = _require_steps_left(config, stores, resume)

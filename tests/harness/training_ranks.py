@@ -22,6 +22,7 @@ from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.training.loop import run
 from megatron_align.training.watchdog import join_watched
 from tests.harness.durability import Durability
+from tests.harness.fake_packages import installed
 
 
 def train(rank_info: parallel.RankInfo, arguments: list[str]) -> None:
@@ -418,3 +419,9 @@ def train_in_buckets(rank_info: parallel.RankInfo, arguments: list[str], element
         train(rank_info, arguments)
     finally:
         optimizer.BUCKET_ELEMENTS = before
+
+
+def train_with_fakes(rank_info: parallel.RankInfo, arguments: list[str], *packages: str) -> None:
+    """Train as on an sm_90 GPU with these packages of ``fake_packages``."""
+    with installed(*packages):
+        train(rank_info, arguments)

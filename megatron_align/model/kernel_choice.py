@@ -1,0 +1,57 @@
+"""Which implementation a model uses where several exist, and megatron-core's configuration with that choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_align.config import ModelConfig, ParallelConfig
+from megatron_align.errors import require
+from megatron_align.model.context_kind import context_kind_of
+from megatron_align.model.families import ModelShape
+
+OF_DOCUMENTS = ("flash", "te")  # attention of packages that know documents, but no shared prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """Implementations of a model's layers; the default needs torch and Triton only.
+
+    Args:
+        attention: as ``model.attention``.
+    """
+
+    attention: str = "auto"
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> KernelChoice:
+        """Return the choice of a run's policy, its reference and its critic."""
+        return cls(attention=model.attention)
+
+    @property
+    def attends_by_document(self) -> bool:
+        """Whether attention needs every pack to consist of separate documents."""
+        return self.attention in OF_DOCUMENTS
+
+
+@dataclass
+class PolicyConfig(TransformerConfig):
+    """megatron-core's configuration of a model, and the choice of its kernels."""
+
+    kernels: KernelChoice = field(default_factory=KernelChoice)
+
+
+def require_complete_packs(kernels: KernelChoice, shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Check that attention by documents sees all tokens of a pack on every rank.
+
+    Raises:
+        InputError: context-parallel ranks would hold some of the queries.
+    """
+    kind = context_kind_of(shape, parallel)
+    require(
+        not kernels.attends_by_document or kind != "allgather",
+        f"model.attention: {kernels.attention} needs parallel.context_kind: ulysses, where a rank sees complete "
+        f"documents, got {parallel.context_kind}"
+        + (", which is allgather here" if parallel.context_kind == "auto" else ""),
+    )
