@@ -22,6 +22,10 @@ OPTION_OF_TEXT = {
     "checkpoint": "checkpoint.dir",
     "logging": "logging.wandb",
 }
+# Keys that look like an option of another section, and are not built.
+NOT_BUILT = {
+    "critic.adapter": "an adapter of the critic is not built: all of its weights are trained",
+}
 
 
 def unknown_keys(unknown: Mapping[str, Any], sections: Mapping[str, type], owners: Owners) -> str:
@@ -44,7 +48,7 @@ def unknown_keys(unknown: Mapping[str, Any], sections: Mapping[str, type], owner
 
 def _known_within(key: str, value: Any, options: Sequence[str], depth: int = 0) -> list[str]:
     """Return the keys inside of an unknown section that have an answer; without any, the section's."""
-    if not isinstance(value, Mapping) or depth > _DEEPEST:
+    if not isinstance(value, Mapping) or depth > _DEEPEST or key in NOT_BUILT:
         return [key]
     inside = [
         name
@@ -69,6 +73,8 @@ def _answer(key: str, options: Sequence[str], sections: Sequence[str], owners: O
     """Return what probably was meant."""
     if "." not in key and key in sections:
         return ""
+    if key in NOT_BUILT:
+        return f": {NOT_BUILT[key]}"
     if (option := _same_option(key, options)) and option != key:
         return f"; did you mean '{option}'?"
     known = answer(_last(key))

@@ -19,6 +19,7 @@ from megatron_align.hf.adapter_checks import (
     require_linear,
     require_no_tied,
     require_one_use,
+    require_targets,
     without_base,
 )
 from megatron_align.hf.adapter_start import plain_adapter, plain_tensors
@@ -55,33 +56,13 @@ BASE_HASH = "base_weights"  # in the safetensors metadata: a hash of the base's 
 RANK, ALPHA = 16, 32.0  # where neither the configuration nor an adapter says otherwise
 REWARD_HEAD = "reward_head.weight"
 # Options of PEFT's LoRA that do not change what A and B mean, or are read here. Any other one must be off.
-_KNOWN = frozenset(
-    [
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "modules_to_save",
-        "megatron_config",
-        "megatron_core",
-        "eva_config",
-        "qalora_group_size",
-        "runtime_config",
-        "ensure_weight_tying",
-    ]
-)
+_KNOWN_NAMES = """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    lora_alpha lora_dropout use_rslora use_dora target_modules exclude_modules layers_to_transform
+    layers_pattern modules_to_save megatron_config megatron_core eva_config qalora_group_size
+    runtime_config ensure_weight_tying
+"""
+_KNOWN = frozenset(_KNOWN_NAMES.split())
 # The others (PiSSA, OLoRA, CorDA, ...) change the base's weights too.
 _PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -120,6 +101,7 @@ def read_adapter(folder: str | Path, shape: ModelShape, *, linear_copies: bool =
     require_linear(adapter, f"use_dora in {folder / CONFIG}")
     require_one_use(adapter, f"modules_to_save in {folder / CONFIG}")
     _check_tensors(adapter, shape, without_base(sizes, adapter), folder)
+    require_targets(config, adapter, shape, folder)
     with _open(folder) as file:
         require_equal_copies(file, adapter, shape, folder / WEIGHTS)
     return adapter

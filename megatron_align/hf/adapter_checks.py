@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError, listed, require
 from megatron_align.model.families import ModelShape
-from megatron_align.model.families.adapter import EMBED_TOKENS, LM_HEAD, PEFT, Adapter
+from megatron_align.model.families.adapter import EMBED_TOKENS, LM_HEAD, PEFT, Adapter, adaptable_modules
 from megatron_align.model.families.saved_modules import is_tied_copy
 from megatron_align.model.tied_embedding import is_tied
 
@@ -29,6 +30,32 @@ def require_one_use(adapter: Adapter, what: str) -> None:
     require(
         not twice,
         f"{what} must not name {', '.join(twice)}, which the low-rank adapter changes too: train it in one way",
+    )
+
+
+def require_targets(config: Mapping[str, Any], adapter: Adapter, shape: ModelShape, source: Path) -> None:
+    """Refuse an adapter without tensors for modules that PEFT would adapt by its ``target_modules``.
+
+    It is of a model with fewer layers, whose names this model has too. Lists are compared, where nothing excludes
+    modules from them; PEFT's other ways to choose modules are not.
+    """
+    targets = config.get("target_modules")
+    if (
+        not isinstance(targets, list)
+        or config.get("exclude_modules")
+        or config.get("layers_to_transform") is not None
+    ):
+        return
+    named = [
+        module
+        for module in adaptable_modules(shape)
+        if any(module == target or module.endswith(f".{target}") for target in targets)
+    ]
+    missing = [module for module in named if module not in adapter.modules | adapter.saved]
+    require(
+        not missing,
+        f"the adapter does not match {shape.architecture}: target_modules name {listed(missing)}, of which it has no "
+        f"tensors: it is of another model, in {source}",
     )
 
 

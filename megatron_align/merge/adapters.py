@@ -122,9 +122,15 @@ def are_adapters(models: Sequence[str | Path]) -> bool:
     """Return whether the folders to merge are PEFT's.
 
     Raises:
-        InputError: some are and some are not.
+        InputError: some are and some are not, or one is a run's folder that has an adapter inside.
     """
     found = [(Path(folder) / CONFIG).is_file() for folder in models]
+    for folder in map(Path, models):
+        inside = folder / "adapter"
+        require(
+            (folder / "config.json").is_file() or not (inside / CONFIG).is_file(),
+            f"{folder} is the folder of a run: give its adapter, {inside}, or its merged model, {folder / 'hf'}",
+        )
     if not any(found):
         return False
     other = [str(folder) for folder, is_adapter in zip(models, found, strict=True) if not is_adapter]

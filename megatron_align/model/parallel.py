@@ -90,9 +90,10 @@ def join(rank_info: RankInfo, config: ParallelConfig) -> dist.Store:
 
 
 def leave() -> None:
-    """Destroy the process groups."""
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    """Destroy the process groups, if there are any."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def groups() -> ProcessGroupCollection:

@@ -57,6 +57,12 @@ def joined_ranks(setup: RunSetup) -> Iterator[Watchdog]:
     if torch.cuda.is_available():
         watchdog.before_end = partial(flight_recorder.dump, setup.folder, rank_info)
     explaining = explaining_out_of_memory(config, setup.folder, rank_info.rank, lambda: watchdog.doing)
-    with watchdog.watching(), explaining:
-        yield watchdog
-    parallel.leave()
+    completed = False
+    try:
+        with watchdog.watching(), explaining:
+            yield watchdog
+        completed = True
+    finally:
+        # A process alone may open another run; after a failure of several nobody knows which of them still answer.
+        if completed or rank_info.world_size == 1:
+            parallel.leave()

@@ -140,6 +140,7 @@ def test_configurations_are_frozen(file):
             ["--parallel.tensr", "2"],
             "unknown configuration key 'parallel.tensr'; did you mean 'parallel.tensor'",
         ),
+        (["--critic.adapter", "{rank: 4}"], "key 'critic.adapter': an adapter of the critic is not built"),
         (
             ["--train.global_batch_size", "4", "--train.global_batch_tokens", "99"],
             "give train.global_batch_size or",

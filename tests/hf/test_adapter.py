@@ -154,6 +154,14 @@ def test_adapters_of_other_models(shape, tmp_path):
     deep = make_adapter(tmp_path / "deep", make_model(tmp_path / "two", num_hidden_layers=5))
     with pytest.raises(InputError, match=r"unexpected .*layers\.4\."):
         read_adapter(deep, shape)
+    shallow = make_adapter(tmp_path / "shallow", make_model(tmp_path / "three", num_hidden_layers=2))
+    with pytest.raises(
+        InputError,
+        match=r"target_modules name model\.layers\.2\..*, of which it has no tensors: .* in .*shallow",
+    ):
+        read_adapter(shallow, shape)
+    change(shallow, layers_to_transform=[0, 1])  # so it was trained on a model of as many layers as this one
+    assert len(read_adapter(shallow, shape).modules) == 14
 
 
 def test_folders_that_cannot_be_read(shape, adapter, tmp_path):

@@ -144,6 +144,12 @@ def pickled(folder, source):
     return folder
 
 
+def run(folder, source):
+    folder.mkdir()
+    changed(folder / "adapter", source)
+    return folder
+
+
 REFUSED = {
     "ranks": (
         lambda f, t: f / "two",
@@ -184,6 +190,11 @@ REFUSED = {
         lambda f, t: f / "one_model",
         [],
         "--models must all be adapters .* of the 2, .*one_model is no",
+    ),
+    "a run": (
+        lambda f, t: run(t / "run", f / "one"),
+        [],
+        ".* is the folder of a run: give its adapter, .*/adapter, or its merged model, .*/hf",
     ),
     "rank with cat": (
         lambda f, t: f / "two",

@@ -69,6 +69,19 @@ def load_and_export(rank_info, arguments, other, folder):
         trainer.export(folder)
 
 
+def fail_and_open_again(rank_info, arguments):
+    """In a process of the pool: a run that fails inside of its with-block, then a run."""
+    with pytest.raises(ZeroDivisionError), Trainer.open(parse(arguments)):
+        1 / 0  # noqa: B018
+    with Trainer.open(parse(arguments)) as trainer:
+        return trainer.step
+
+
+def test_a_process_opens_another_run_after_one_that_failed(pool, tiny_models, chat_file, tmp_path):
+    """As a notebook does; law of the library: bad input costs a correction, not the process."""
+    assert pool.run(1, fail_and_open_again, run_arguments(tiny_models(), chat_file, tmp_path / "run")) == [0]
+
+
 def test_load_replaces_weights_and_masters(pool, tiny_models, chat_file, tmp_path):
     make_model(tmp_path / "other", seed=7)
     options = {"optimizer__lr": 1e-30, "optimizer__weight_decay": 0}
