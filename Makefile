@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Two test files at once; each starts up to four ranks.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help install check format test test-all test-matrix mutants constraints soak gpu-test gpu-wheels gpu-check gpu-bench quickstart clean
+.PHONY: help install check format test test-all test-matrix mutants constraints soak gpu-test gpu-wheels gpu-check gpu-bench quickstart recipe clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ gpu-bench: $(STAMP)  ## run every benchmarks/gpu_*.py on a GPU; rows go into ben
 
 quickstart: $(STAMP)  ## tiny Qwen2 -> SFT -> DPO, GRPO -> HF export -> report on two CPU processes, in minutes
 	$(BIN)/python -m examples.quickstart.run --out runs/quickstart
+
+recipe: $(STAMP)  ## the report's recipe on a tiny model: PAS, SFT of three fields, merge, reward model, GRPO, one page
+	$(BIN)/python -m examples.baichuan_alignment.run --out runs/baichuan_alignment
 
 clean:  ## remove everything the targets created, including .venv
 	rm -rf $(VENV) runs build dist *.egg-info

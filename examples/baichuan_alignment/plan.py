@@ -13,16 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.baichuan_alignment.questions import GROUPS, TEMPLATE
+from examples.baichuan_alignment.questions import FIELDS, GROUPS, TEMPLATE
 from megatron_align.config.yaml_text import read_yaml
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("linear", "task_arithmetic", "model_stock")
 GOES_ON = "model_stock"  # the merge that later stages start from, as in the report
-BASE_SUMS = 0.45  # share of sums, the hardest field, in the base's training data
-OWN_SHARE = 0.8  # of a field's model: share of its own field in its training data
+BASE_SHARES = {
+    "sums": 0.6,
+    "strings": 0.06,
+    "format": 0.03,
+}  # of the base's training data: little of what is easy
+OWN_SHARE = 0.6  # of a field's model: share of its own field in its training data
 TRAINED = ("base", "pas", *(f"sft_{group}" for group in GROUPS), "reward", "grpo")
 MERGED = f"merge_{GOES_ON}"
+OWN_PAIRS = 8  # passes over the pairs of the merged model's own answers for one over the written pairs
+GOLDEN = ("sums", "sorting")  # fields that GRPO scores by the golden answer, as the report scores mathematics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,13 @@ def keys(planned: Sequence[Stage]) -> dict[str, str]:
     return found
 
 
+def rewards(model: Path) -> list[dict[str, object]]:
+    """Return the rewards of GRPO: golden answers where the field is mathematics, else the reward model."""
+    golden = {"kind": "exact_match", "weight": dict.fromkeys(GOLDEN, 1.0), "category": "field"}
+    others = dict.fromkeys((field for field in FIELDS if field not in GOLDEN), 1.0)
+    return [{"kind": "model", "path": str(model), "weight": others, "category": "field"}, golden]
+
+
 class _Plan:
     def __init__(self, out: Path, seed: int, held_out: int, scale: float):
         self.out, self.data = out, out / "data"
@@ -82,7 +95,7 @@ class _Plan:
             self._pas_build(),
             self._train("pas", "data/untrained", "pas_build/data.jsonl", "pas_build"),
             self._evaluate("pas", "complements"),
-            self._mix("base", "field", "sums", BASE_SUMS),
+            self._mix("base", "field", *(f"{field}={share}" for field, share in BASE_SHARES.items())),
             self._train("base", "data/untrained", "mix_base/mixture.json", "mix_base"),
             self._evaluate("base"),
             *(stage for group in GROUPS for stage in self._field(group)),
@@ -124,15 +137,10 @@ class _Plan:
         command = f"megatron-align pas build {_text(options)}"
         return Stage(name="pas_build", command=command, output=out / "data.jsonl", after=("questions",))
 
-    def _mix(self, name: str, by: str, value: str, share: float) -> Stage:
+    def _mix(self, name: str, by: str, *shares: str) -> Stage:
         out = self.out / f"mix_{name}"
-        options = {
-            "--data": self.data / "chats.jsonl",
-            "--by": by,
-            "--share": f"{value}={share}",
-            "--out": out,
-        }
-        command = f"megatron-align data mix {_text(options)}"
+        options = {"--data": self.data / "chats.jsonl", "--by": by, "--out": out}
+        command = f"megatron-align data mix {_text(options)} --share {' '.join(shares)}"
         return Stage(
             name=out.name,
             command=command,
@@ -145,14 +153,16 @@ class _Plan:
         """Return the stages of one field's model: its mixture, its training and its evaluation."""
         mix, name = f"mix_{group}", f"sft_{group}"
         trained = self._train(name, "base/hf", f"{mix}/mixture.json", "base", mix)
-        return self._mix(group, "group", group, OWN_SHARE), trained, self._evaluate(name)
+        return self._mix(group, "group", f"{group}={OWN_SHARE}"), trained, self._evaluate(name)
 
     def _merge(self, method: str) -> Stage:
         models = [f"sft_{group}" for group in GROUPS]
         base = "" if method == "linear" else f" --base {_quoted(self.out / 'base' / 'hf')}"
         folders = " ".join(_quoted(self._hf(model)) for model in models)
         out = self.out / f"merge_{method}" / "hf"
-        command = f"megatron-align merge {method}{base} --models {folders} --out {_quoted(out)}"
+        # As in its paper, which sums task vectors; with the default weights, their mean, it would equal linear.
+        weights = f" --weights {' '.join('1' for _ in models)}" if method == "task_arithmetic" else ""
+        command = f"megatron-align merge {method}{base} --models {folders}{weights} --out {_quoted(out)}"
         return Stage(name=f"merge_{method}", command=command, output=out, after=("base", *models))
 
     def _sample(self) -> Stage:
@@ -170,7 +180,8 @@ class _Plan:
         return Stage(name="sampled", command=command, output=out / "data.jsonl", after=(MERGED, "questions"))
 
     def _reward(self) -> Stage:
-        sources = json.dumps([str(self.out / "sampled" / "data.jsonl"), str(self.data / "pairs.jsonl")])
+        own = {"path": str(self.out / "sampled" / "data.jsonl"), "weight": OWN_PAIRS}
+        sources = json.dumps([own, str(self.data / "pairs.jsonl")])
         return self._train("reward", f"{MERGED}/hf", sources, "sampled", MERGED)
 
     def _grpo(self) -> Stage:
@@ -178,7 +189,7 @@ class _Plan:
         ptx["samples"] = max(8, round(64 * self._scale))
         more = {
             "--objective.ptx": json.dumps(ptx),
-            "--rewards": json.dumps([{"kind": "model", "path": str(self._hf("reward"))}]),
+            "--rewards": json.dumps(rewards(self._hf("reward"))),
         }
         return self._train("grpo", f"{MERGED}/hf", "data/prompts.jsonl", MERGED, "reward", more=more)
 

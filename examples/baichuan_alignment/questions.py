@@ -38,6 +38,7 @@ PIECES = (
 )  # one token each, as are the template's
 HELD_OUT_WORDS, TRAINED_WORDS = 400, 2600
 MAX_TOKENS = 12  # of an answer
+RAW = {"sums": 250, "sorting": 250, "strings": 250, "format": 250, "open": 1200}  # raw prompts of `pas build`
 SAMPLED = 1500  # prompts that the merged model answers for preference data
 _DIGITS = 5
 
@@ -91,7 +92,7 @@ def make(seed: int, held_out: int, scale: float = 1.0) -> Questions:
         draw = random.Random(f"{seed} {name}")
         kinds = {
             "sums": [Question("sums", s.question, s.answer, s.mistake) for s in of_sums],
-            "sorting": [_sorting(each, draw) for each in of_digits for _ in range(4)],
+            "sorting": [_sorting(each, draw) for each in of_digits for _ in range(2)],
             "strings": [q for word in of_words for q in _strings(word, draw)],
             "format": [q for word in of_words for q in _formats(word, draw)],
             "open": [_open(word, draw if name == "trained" else None) for word in of_words],
@@ -211,7 +212,7 @@ def write(out: Path, seed: int, held_out: int, scale: float) -> None:
     raw = [
         {"prompt": q.prompt}
         for field in FIELDS
-        for q in questions.train[field][: max(16, round(500 * scale))]
+        for q in questions.train[field][: max(16, round(RAW[field] * scale))]
     ]
     files = {
         "chats": chats(questions, seed),

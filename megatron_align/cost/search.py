@@ -153,7 +153,7 @@ def candidates(request: PlanRequest) -> list[Candidate]:
 
     The fastest come first, but those with headroom before those without.
     """
-    every = [one for placement in _placements(request) for one in _with_recompute(request, placement)]
+    every = [one for placement in placements(request) for one in _with_recompute(request, placement)]
     return sorted(every, key=lambda one: (not one.has_headroom(request.bytes), one.time.total, one.peak))
 
 
@@ -211,7 +211,7 @@ def run_seconds(request: PlanRequest, one: Candidate) -> float | None:
     return seconds
 
 
-def _placements(request: PlanRequest) -> Iterator[Placement]:
+def placements(request: PlanRequest) -> Iterator[Placement]:
     """Yield the layouts that divide the GPUs and the model."""
     layers, tokens = request.shape.num_layers, request.config.data.sequence_length
     powers = [2**i for i in range(request.gpus.bit_length())]
