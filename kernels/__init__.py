@@ -24,6 +24,7 @@ else:
         packed_attention,
         packed_attention_reference,
     )
+    from megatron_align.kernels.swiglu import swiglu, swiglu_reference
     from megatron_align.kernels.token_logprobs import (
         MAXIMUM,
         RECOMPUTED,
@@ -54,6 +55,8 @@ else:
         "slab_loss",
         "slab_loss_reference",
         "slab_rows",
+        "swiglu",
+        "swiglu_reference",
         "token_logprobs",
         "token_logprobs_reference",
         "token_scores",

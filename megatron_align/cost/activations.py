@@ -1,6 +1,6 @@
 """Activation memory: bytes that autograd saves for one layer, and the peak that a pipeline stage holds.
 
-Counted tensor by tensor as the modules save them (no fused norms or SwiGLU); tests compare the counts with the
+Counted tensor by tensor as the modules save them (no fused norms); tests compare the counts with the
 storages that autograd really saves. All sizes are bytes on one rank.
 
 Letters: t tokens of this rank's part of a pack, s of them between the tensor-parallel regions (t / TP under sequence
@@ -158,20 +158,20 @@ def _qkv(placement: Placement, x: Sizes) -> int:
 
 
 def _mlp(x: Sizes) -> int:
-    """Return the bytes of the MLP: gate, up, silu(gate), up again (megatron-core adds 0), their product."""
-    return 5 * x.b * x.t * x.f
+    """Return the bytes of the MLP: gate and up in one tensor, and ``silu(gate) * up``."""
+    return 3 * x.b * x.t * x.f
 
 
 def layer_workspace(placement: Placement, tokens: int) -> int:
     """Return the peak temporary bytes of a layer's backward pass, which is reached within the MLP.
 
-    The gradients of silu(gate), up, gate, and of both joined; the gradient of the projection's weight before it is
-    added to the buffer; and the gathered input under sequence parallel.
+    The gradients of the product, and of gate and up joined; the gradient of the projection's weight before it is added
+    to the buffer; and the gathered input under sequence parallel.
     """
     x = Sizes.of(placement, tokens)
     weight = x.b * 2 * x.f * x.h if Trained.of(placement).layers else 0
     gathered = x.b * x.t * x.h if placement.sequence_ranks > 1 else 0
-    return 5 * x.b * x.t * x.f + weight + gathered
+    return 3 * x.b * x.t * x.f + weight + gathered
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -29,6 +29,7 @@ from megatron_align.model.adapted_linear import ColumnLinear, RowLinear
 from megatron_align.model.attention import PackedCoreAttention
 from megatron_align.model.dropout import current_keys, dropout_keys
 from megatron_align.model.families import ModelShape
+from megatron_align.model.feed_forward import FeedForward
 from megatron_align.model.freed_output import FreedOutput
 from megatron_align.model.trained_copy import weight_in_use
 
@@ -128,7 +129,7 @@ class _WithKeys(nn.Module):
 
 
 def layer_spec(shape: ModelShape) -> ModuleSpec:
-    """Return the spec of a transformer layer: megatron-core's modules, our norm and core attention."""
+    """Return the spec of a transformer layer: megatron-core's modules, our norm, core attention and SwiGLU."""
     head_norm = RMSNorm if shape.qk_norm else None
     return ModuleSpec(
         module=Layer,
@@ -148,7 +149,7 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP,
+                module=FeedForward,
                 submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
             ),
             mlp_bda=get_bias_dropout_add,

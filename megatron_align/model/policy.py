@@ -109,7 +109,7 @@ def transformer_config(
         qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fused swiglu and bias-dropout use torch.compile; off until measured on a GPU.
+        # Fused bias-dropout uses torch.compile; off until measured on a GPU.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -40,7 +40,7 @@ def placement(tiny_models):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_memory(placement, stage):
-    layer = 5 * BF16 * TOKENS * FFN // 2 + BF16 * 2 * FFN // 2 * H + BF16 * TOKENS * H
+    layer = 3 * BF16 * TOKENS * FFN // 2 + BF16 * 2 * FFN // 2 * H + BF16 * TOKENS * H
     head = 3 * BF16 * TOKENS * H + TOKENS * VOCABULARY * BF16
     held = stage_bytes(placement, stage, TOKENS, 2).held  # measured in test_counts.py
     expected = {

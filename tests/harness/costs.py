@@ -9,10 +9,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.cost.placement import Placement
+from megatron_align.cost.work import Work, flops_of
 from megatron_align.data.batching.collate import pack
 from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.model import parallel
@@ -243,3 +247,40 @@ def sent_in_a_step(rank_info: parallel.RankInfo, arguments: list[str]) -> tuple[
             stack.enter_context(mock.patch.object(module, name, changed))
         trainer.train_step(data)
     return sent["stages"], sent["data"], [len(batch.tokens_T) for batch in data.batches]
+
+
+def step_passes(rank_info: parallel.RankInfo, arguments: list[str]) -> dict[str, int]:
+    """Train two steps; return the FLOPs of the second one's matrix products, and the bytes that everything else moves.
+
+    The bytes are those of the tensors that an operation reads and writes, without views. The least FLOPs are those that
+    ``megatron_align.cost`` counts for the same packs.
+    """
+    config = parse(arguments)
+    with Trainer.open(config) as trainer:
+        trainer.train_step(trainer.train_batches.step(0))
+        data = trainer.train_batches.step(1)
+        counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH)
+        with _MovedBytes() as moved, counter:
+            trainer.train_step(data)
+        placement = Placement.of_run(config, trainer.setup.shape, rank_info.world_size)
+        least = flops_of(config, placement, Work.of_counts(data.counts, 1, reward=placement.shape.is_reward))
+    return {"products": counter.get_total_flops(), "least": round(least.model), "bytes": moved.bytes}
+
+
+class _MovedBytes(TorchDispatchMode):
+    """Sums the bytes of all operations' tensors, except for views and matrix products."""
+
+    bytes = 0
+    _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        aliases = [one.alias_info for one in func._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and name not in self._PRODUCTS and "attention" not in name:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(_bytes(x) for x in {id(x): x for x in tensors}.values())
+        return result
