@@ -1,6 +1,6 @@
 """SwiGLU of a joined projection: ``silu(gate) * up`` in one pass, of which backward needs the projection alone.
 
-``public`` has the function, ``kernels`` its Triton passes. Liger-Kernel's op takes gate and up as two contiguous
+``public`` has the function, ``swiglu_kernels`` its Triton passes. Liger-Kernel's op takes gate and up as two contiguous
 tensors, into which a joined projection would have to be copied.
 """
 

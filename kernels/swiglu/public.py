@@ -46,7 +46,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         if _uses_triton(gate_up):
             # Imported here: the CPU path must work without Triton.
-            from megatron_align.kernels.swiglu.kernels import forward
+            from megatron_align.kernels.swiglu.swiglu_kernels import forward
 
             return forward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -57,7 +57,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         if _uses_triton(gate_up):
-            from megatron_align.kernels.swiglu.kernels import backward
+            from megatron_align.kernels.swiglu.swiglu_kernels import backward
 
             return backward(gate_up, dout.contiguous())
         gate, up = gate_up.chunk(2, dim=-1)

@@ -59,7 +59,7 @@ def test_only_the_projection_is_kept():
 
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 def test_kernels_compile_for_a_chip(chip):
-    from megatron_align.kernels.swiglu.kernels import backward, forward
+    from megatron_align.kernels.swiglu.swiglu_kernels import backward, forward
 
     x = torch.zeros(8, 2 * 18944, dtype=torch.bfloat16)
     with compiling_for(chip) as built:
