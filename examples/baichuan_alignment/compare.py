@@ -42,7 +42,7 @@ def stages(recipe: Path, out: Path, seeds: Sequence[int], policies: Sequence[str
         for name in (*policies, *REWARDS):
             more: dict[str, object] = {"--train.seed": seed}
             if name in kinds:
-                config, data = "grpo", str(recipe / "data" / "prompts.jsonl")
+                config, data = "grpo", (recipe / "mix_prompts" / "mixture.json").read_text(encoding="utf-8")
                 more["--rewards"] = json.dumps(rewards(recipe / "reward" / "hf"))
                 more |= {"--objective.ptx": json.dumps(kinds[name])} if kinds[name] else {}
             else:

@@ -28,7 +28,12 @@ OWN_SHARE = 0.6  # of a field's model: share of its own field in its training da
 TRAINED = ("base", "pas", *(f"sft_{group}" for group in GROUPS), "reward", "grpo")
 MERGED = f"merge_{GOES_ON}"
 OWN_PAIRS = 8  # passes over the pairs of the merged model's own answers for one over the written pairs
-GOLDEN = ("sums", "sorting")  # fields that GRPO scores by the golden answer, as the report scores mathematics
+GOLDEN = (
+    "sums",
+    "sorting",
+    "strings",
+)  # fields that GRPO scores by the golden answer, as the report does where it can
+HARD_PROMPTS = "sums=0.6"  # share of the prompts of GRPO: the field with most to gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ def keys(planned: Sequence[Stage]) -> dict[str, str]:
 
 
 def rewards(model: Path) -> list[dict[str, object]]:
-    """Return the rewards of GRPO: golden answers where the field is mathematics, else the reward model."""
+    """Return the rewards of GRPO: the golden answer where one is right, the reward model in the other fields."""
     golden = {"kind": "exact_match", "weight": dict.fromkeys(GOLDEN, 1.0), "category": "field"}
     others = dict.fromkeys((field for field in FIELDS if field not in GOLDEN), 1.0)
     return [{"kind": "model", "path": str(model), "weight": others, "category": "field"}, golden]
@@ -105,6 +110,7 @@ class _Plan:
             self._reward(),
             self._evaluate("reward", "preferences"),
             self._evaluate(MERGED, "preferences"),
+            self._mix("prompts", "field", HARD_PROMPTS, data="prompts"),
             self._grpo(),
             self._evaluate("grpo"),
             self._evaluate("grpo", "answers", "augmented", last, augment),
@@ -137,9 +143,9 @@ class _Plan:
         command = f"megatron-align pas build {_text(options)}"
         return Stage(name="pas_build", command=command, output=out / "data.jsonl", after=("questions",))
 
-    def _mix(self, name: str, by: str, *shares: str) -> Stage:
+    def _mix(self, name: str, by: str, *shares: str, data: str = "chats") -> Stage:
         out = self.out / f"mix_{name}"
-        options = {"--data": self.data / "chats.jsonl", "--by": by, "--out": out}
+        options = {"--data": self.data / f"{data}.jsonl", "--by": by, "--out": out}
         command = f"megatron-align data mix {_text(options)} --share {' '.join(shares)}"
         return Stage(
             name=out.name,
@@ -160,8 +166,8 @@ class _Plan:
         base = "" if method == "linear" else f" --base {_quoted(self.out / 'base' / 'hf')}"
         folders = " ".join(_quoted(self._hf(model)) for model in models)
         out = self.out / f"merge_{method}" / "hf"
-        # As in its paper, which sums task vectors; with the default weights, their mean, it would equal linear.
-        weights = f" --weights {' '.join('1' for _ in models)}" if method == "task_arithmetic" else ""
+        # Between their mean, which would equal linear, and their sum, which overshoots: all three share a direction.
+        weights = f" --weights {' '.join('0.5' for _ in models)}" if method == "task_arithmetic" else ""
         command = f"megatron-align merge {method}{base} --models {folders}{weights} --out {_quoted(out)}"
         return Stage(name=f"merge_{method}", command=command, output=out, after=("base", *models))
 
@@ -191,7 +197,9 @@ class _Plan:
             "--objective.ptx": json.dumps(ptx),
             "--rewards": json.dumps(rewards(self._hf("reward"))),
         }
-        return self._train("grpo", f"{MERGED}/hf", "data/prompts.jsonl", MERGED, "reward", more=more)
+        return self._train(
+            "grpo", f"{MERGED}/hf", "mix_prompts/mixture.json", MERGED, "reward", "mix_prompts", more=more
+        )
 
     def _train(
         self, name: str, model: str, data: str, *after: str, more: Mapping[str, object] | None = None

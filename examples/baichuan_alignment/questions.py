@@ -176,10 +176,15 @@ def pairs(questions: Iterable[Question]) -> list[dict[str, Any]]:
     ]
 
 
-def prompts(questions: Iterable[Question]) -> list[dict[str, Any]]:
-    """Return prompts for sampling and rollouts, with what is right."""
+def prompts(questions: Iterable[Question], augmented: float = 0.0) -> list[dict[str, Any]]:
+    """Return prompts for sampling and rollouts, with what is right; ``augmented``: that share has its complement."""
+    draw = random.Random(0)
     return [
-        {"prompt": [{"role": "user", "content": q.clear}], "answer": q.answer, "field": q.field}
+        {
+            "prompt": [{"role": "user", "content": q.augmented if draw.random() < augmented else q.clear}],
+            "answer": q.answer,
+            "field": q.field,
+        }
         for q in questions
     ]
 
@@ -216,7 +221,7 @@ def write(out: Path, seed: int, held_out: int, scale: float) -> None:
     ]
     files = {
         "chats": chats(questions, seed),
-        "prompts": prompts(every),
+        "prompts": prompts(every, augmented=0.5),
         "sample_prompts": prompts(every[: max(16, round(SAMPLED * scale))]),
         "pairs": pairs(every),
         "raw": [*raw, raw[0], raw[1], {"prompt": " "}, {"prompt": "12 34"}],

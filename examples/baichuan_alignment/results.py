@@ -19,6 +19,7 @@ from megatron_align.errors import InputError, require
 
 Verdict = Literal["gain", "loss", "no clear change"]
 METRIC = {"preferences": "accuracy"}  # of other evaluations: exact_match
+CLEAR = tuple(field for field in FIELDS if field != "open")  # whose prompts say what is right
 _Z = 1.96
 
 
@@ -56,7 +57,7 @@ class Model:
     name: str
     scores: Scores
     before: str = ""
-    fields: tuple[str, ...] = FIELDS
+    fields: tuple[str, ...] = CLEAR
     what: str = "answers"
 
 
@@ -93,17 +94,20 @@ def read_models(out: Path) -> list[Model]:
     }
     half = {field: Score(0.5, score.n) for field, score in of("reward_preferences", "preferences").items()}
     return [
-        Model("pas", of("pas"), fields=FIELDS, what="complements"),
+        Model("pas", of("pas"), what="complements"),
         Model("base", of("base")),
-        *(Model(f"sft_{group}", of(f"sft_{group}"), "base", fields) for group, fields in GROUPS.items()),
+        *(
+            Model(f"sft_{group}", of(f"sft_{group}"), "base", tuple(f for f in fields if f in CLEAR))
+            for group, fields in GROUPS.items()
+        ),
         Model("mean of the three", mean),
         Model("best of the three", best),
         *(Model(f"merge_{method}", of(f"merge_{method}"), "mean of the three") for method in METHODS),
         Model("grpo", of("grpo"), MERGED),
-        Model("grpo with pas", of("grpo_augmented"), "grpo"),
+        Model("grpo with pas", of("grpo_augmented"), "grpo", ("open",)),
         Model("chance", half, what="preferences"),
         Model(f"{MERGED} likelihood", of(f"{MERGED}_preferences", "preferences"), what="preferences"),
-        Model("reward", of("reward_preferences", "preferences"), "chance", what="preferences"),
+        Model("reward", of("reward_preferences", "preferences"), "chance", FIELDS, "preferences"),
     ]
 
 

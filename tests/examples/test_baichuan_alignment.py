@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.baichuan_alignment import cluster, page, results, run, runner, scripted
+from examples.baichuan_alignment import cluster, compare, page, results, run, runner, scripted
 from examples.baichuan_alignment.plan import METHODS, TRAINED, Stage, keys, stages
 from examples.baichuan_alignment.questions import FIELDS, GROUPS, make, write
 from megatron_align import train
@@ -110,9 +110,10 @@ def small(tmp_path_factory):
     (out / "pas_build" / "data.jsonl").write_text(chats)
     (out / "sampled").mkdir()
     (out / "sampled" / "data.jsonl").write_text((out / "data" / "pairs.jsonl").read_text())
-    for name in ("base", *GROUPS):
+    for name in ("base", "prompts", *GROUPS):
         (out / f"mix_{name}").mkdir()
-        mixture = [{"path": str(out / "data" / "chats.jsonl"), "weight": 1.0}]
+        data = "prompts" if name == "prompts" else "chats"
+        mixture = [{"path": str(out / "data" / f"{data}.jsonl"), "weight": 1.0}]
         (out / f"mix_{name}" / "mixture.json").write_text(json.dumps(mixture))
     return out
 
@@ -174,7 +175,17 @@ def test_every_other_command_is_understood(small, monkeypatch):
         elif words[1] == "evaluate":
             config = parse_evaluation(words[2:], "evaluate")
             assert [task.name for task in config.tasks] == list(FIELDS)
-    assert len(seen) == 9  # pas build, data mix x 4, merge x 3, sample
+    assert len(seen) == 10  # pas build, data mix x 5, merge x 3, sample
+
+
+def test_the_comparisons_train_on_what_the_recipe_wrote(small, tmp_path):
+    planned = compare.stages(small, tmp_path, (1, 2))
+    assert len({stage.name for stage in planned}) == len(planned) == 2 * 2 * 6
+    for stage in planned:
+        if stage.config:
+            parsed = parse(words_of(stage.command)[3:])
+            assert Path(parsed.model.path).is_dir()
+            assert parsed.train.seed in (1, 2)
 
 
 def test_the_scale_shortens_all_trainings(tmp_path):
