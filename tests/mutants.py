@@ -30,7 +30,13 @@ KEPT = ROOT / "runs" / "mutants"
 COPIED = ("megatron_align", "kernels", "tools", "tests", "examples", "benchmarks", "docs", "pyproject.toml")
 # A room: its source files, and the tests that belong to it, quick ones first.
 ROOMS = {
-    "losses": (["megatron_align/losses"], ["tests/losses", "tests/objectives"]),
+    "losses": (
+        ["megatron_align/losses"],
+        [
+            "tests/losses",
+            *(f"tests/objectives/test_{name}.py" for name in ("options_used", "policy_gradient_objective")),
+        ],
+    ),
     "objectives": (
         ["megatron_align/objectives"],
         ["tests/objectives", "tests/losses", "tests/training/test_slabs.py"],
@@ -87,6 +93,7 @@ LIBRARIES = (
     "pyarrow.parquet",
     "scipy.stats",
 )
+LOG = "tests.log"  # in the copy: what the tests printed last
 SLOWEST = 10.0  # times that the tests take without a fault, after which a fault counts as found
 
 
@@ -130,7 +137,9 @@ def run(room: str, until: float) -> None:
                 importlib.import_module(library)
         began = time.monotonic()
         if _fails(tests, 3600.0, tree):
-            raise SystemExit(f"the tests of {room} must pass without a fault: {tree}")
+            raise SystemExit(
+                f"the tests of {room} must pass without a fault:\n{(tree / LOG).read_text()[-3000:]}"
+            )
         limit = 10.0 + SLOWEST * (time.monotonic() - began)
         for item in kept.pending_work_items:
             if time.monotonic() > until:
@@ -206,7 +215,7 @@ def _test(tests: list[str], tree: Path) -> None:
     sys.path[:] = [str(tree), *(place for place in sys.path if place not in ("", str(ROOT)))]
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "megatron_align", "tools")]:
         del sys.modules[name]  # this one, as it lies in the tree without a fault
-    log = os.open(os.devnull, os.O_WRONLY)
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
     quiet = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not triton"]

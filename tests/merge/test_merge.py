@@ -85,8 +85,8 @@ def by_formula(method, base, models, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_merged_folder_is_what_the_formula_gives(tmp_path, family, monkeypatch, name):
     """Also where tensors are read in several windows, of several blocks each."""
-    monkeypatch.setattr("megatron_align.merge.merge.WINDOW_ELEMENTS", 1000)
-    monkeypatch.setattr("megatron_align.merge.merge.BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("megatron_align.merge.merge.WINDOW_ELEMENTS", 5000)
+    monkeypatch.setattr("megatron_align.merge.merge.BLOCK_ELEMENTS", 1500)
     base, models = family
     method, models = METHODS[name](), models[: 2 if name == "slerp" else 3]
     merge(method, base, models, tmp_path / "out")

@@ -157,7 +157,6 @@ def test_an_answer_that_nothing_scored_teaches_the_critic_its_own_value():
             "needs a critic, which objective.name ppo trains",
         ),
         ({"objective.name": "grpo", "objective.vf_coef": 0.1}, "objective.name ppo"),
-        ({"model.adapter": {"rank": 4}}, "objective ppo trains all weights of policy and critic"),
     ],
 )
 def test_refused(changes, line):

@@ -48,13 +48,17 @@ def random_slab(columns, real, dtype, scale, **options):
     return logits.to(DEVICE), local.to(DEVICE), shard
 
 
+SCALES = {"usual": 1.0, "flat": 1e-3, "peaked": 200.0}
+STATISTICS = [(*size, options, scale) for size in COLUMNS for options in OPTIONS for scale in SCALES]
+# On every commit each number of columns with each of the options, and each of these with each scale.
+MORE = [case for i, case in enumerate(STATISTICS) if i % 4 in (1, 2)]
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize("scale", [1.0, 1e-3, 200.0], ids=["usual", "flat", "peaked"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
-@pytest.mark.parametrize("columns, real", COLUMNS)
+@pytest.mark.parametrize("columns, real, options, scale", mark_slow(STATISTICS, MORE))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics(dtype, columns, real, options, scale):
-    logits, local, shard = random_slab(columns, real, dtype, scale, **options)
+    logits, local, shard = random_slab(columns, real, dtype, SCALES[scale], **OPTIONS[options])
     want = torch_statistics(logits[1:6].double(), local, shard, more=True)
     for more in (False, True):
         got = triton_statistics(logits[1:6], local, shard, more=more)

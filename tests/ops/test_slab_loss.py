@@ -67,16 +67,24 @@ FIELD = [(61, 112, 152064), (68, 28, 151936), (153, 256, 32256), (252, 507, 123)
 SCALES = {"usual": 1.0, "flat": 1e-3, "peaked": 60.0}
 
 
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
+
+
 @pytest.mark.parametrize(
-    "shape, scale",  # the largest vocabularies take seconds each: one of them once on every commit
+    "shape, scale, dtype",  # the largest vocabularies take seconds each: one of them once on every commit
     mark_slow(
-        itertools.product(FIELD, SCALES),
-        slow=[*itertools.product(FIELD[:3], ("flat", "peaked")), (FIELD[0], "usual")],
+        itertools.product(FIELD, SCALES, SLACK),
+        slow=[
+            *itertools.product(FIELD[:3], ("flat", "peaked"), SLACK),
+            *itertools.product(FIELD[:1], ("usual",), SLACK),
+            (FIELD[1], "usual", torch.float32),
+            (FIELD[2], "usual", torch.bfloat16),
+        ],
     ),
 )
-@pytest.mark.parametrize("dtype, slack", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
-def test_error_is_within_that_of_the_same_dtype_reference(shape, dtype, slack, scale):
+def test_error_is_within_that_of_the_same_dtype_reference(shape, scale, dtype):
     """A fifth of the rows has weight 0, all are in one sequence."""
+    slack = SLACK[dtype]
     tensors = draw(*shape, dtype, scale=SCALES[scale])
     slabs = [(0, shape[0])]
     loss = TokenLoss(shape[0], slabs)

@@ -45,18 +45,18 @@ def call(pool):
     return lambda *arguments: pool.run(1, cli.call, list(map(str, arguments)))[0]
 
 
-def test_three_ways_to_start_from_folder_to_verdict(tmp_path, tiny_models):
+def test_two_scripts_from_folder_to_folder_and_the_verdict(tmp_path, tiny_models, call):
     hf, checkpoint, out = tiny_models("llama3"), tmp_path / "ckpt", tmp_path / "out"
     done = run("tools/convert.py", "import", "--hf", hf, "--out", checkpoint)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert done.stdout == f"imported 148,416 parameters, float32, to {checkpoint}\n"
-    done = run(*MODULE, "convert", "export", "--checkpoint", checkpoint, "--out", out)
+    script = ROOT / "tools" / "main.py"  # from another folder: nothing may depend on where one stands
+    done = run(script, "convert", "export", "--checkpoint", checkpoint, "--out", out, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert done.stdout == f"exported 148,416 parameters, float32, from {checkpoint} to {out}\n"
-    script = ROOT / "tools" / "main.py"  # from another folder: nothing may depend on where one stands
-    done = run(script, "convert", "verify", "--hf", out, "--checkpoint", checkpoint, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    assert done.stdout.endswith(f"the same model: {checkpoint} and {out}\n")
+    verdict = call("convert", "verify", "--hf", out, "--checkpoint", checkpoint)
+    assert (verdict.code, verdict.err) == (0, ""), verdict
+    assert verdict.out.endswith(f"the same model: {checkpoint} and {out}\n")
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,12 @@ def test_the_reference_of_a_new_adapter_is_the_policy_itself(pool, tiny_models, 
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"parallel__tensor": 2, "train__precision": "bf16"}], ids=["one", "tp2_bf16"]
+    "layout",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"parallel__tensor": 2, "train__precision": "bf16"},
+    ],
+    ids=["one", "tp2_bf16"],
 )
 def test_resumed_rows_are_bit_identical(layout, pool, tiny_models, chat_file, tmp_path):
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9, **ADAPTER, **layout}

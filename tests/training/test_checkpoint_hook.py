@@ -113,13 +113,22 @@ def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, wo
     assert all(row["save_pause_seconds"] >= LATE for row in rows)  # waiting is the save's time
 
 
-WAIT = 5.0  # seconds, far more than a step of the tiny model takes on a busy machine
+WAIT = 1e6  # seconds of a clock that the wait moves on
 
 
 def train_waiting_for_long(rank_info, arguments):
     """In a process of the pool: every update waits WAIT seconds for a save."""
-    with mock.patch.object(
-        checkpoint_hook.Checkpointing, "before_update", side_effect=lambda: time.sleep(WAIT)
+    waits, real = [], time.perf_counter
+
+    def clock():
+        return real() + WAIT * len(waits)
+
+    def wait(hook):
+        waits.append(hook)
+
+    with (
+        mock.patch.object(time, "perf_counter", clock),
+        mock.patch.object(checkpoint_hook.Checkpointing, "before_update", wait),
     ):
         return run(parse(arguments), rank_info)
 

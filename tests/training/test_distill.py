@@ -79,8 +79,14 @@ def test_layouts_agree(divergence, layout, train):
             assert row[name] == pytest.approx(want[name], rel=1e-5), (row["step"], name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("divergence, world", [("reverse", 1), ("js", 2)])
+STILL = [
+    (divergence, world, p) for divergence, world in (("reverse", 1), ("js", 2)) for p in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(
+    "divergence, world, precision", mark_slow(STILL, [("reverse", 1, "fp32"), ("js", 2, "bf16")])
+)
 def test_a_policy_that_is_its_teacher_does_not_move(divergence, world, precision, train, tiny_models):
     options = {"parallel__tensor": world, "train__precision": precision, "train__steps": 2}
     options["optimizer__weight_decay"] = 0  # which moves weights without a gradient

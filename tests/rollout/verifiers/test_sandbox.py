@@ -216,7 +216,7 @@ def test_a_program_without_end_is_stopped():
     began = time.monotonic()
     assert not passes("while True: pass", seconds=1.0)
     assert not passes("import time\ntime.sleep(60)", seconds=1.0)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50  # of a minute that the second would take
 
 
 @pytest.mark.parametrize(
