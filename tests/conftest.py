@@ -21,6 +21,14 @@ from tests.harness.interpreter import (  # noqa: F401  # pytest finds hooks by t
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_warnings_yet():
+    """A warning is printed once in a process; each test sees it, whichever ran before."""
+    from megatron_align import errors
+
+    errors._warned.clear()
+
+
 @pytest.fixture(scope="session")
 def pool():
     from tests.harness.pool import Pool

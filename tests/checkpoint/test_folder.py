@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import pytest
 
-from megatron_align import errors
 from megatron_align.checkpoint.folder import clean_up_after_kill, find_checkpoint, list_steps, prune
 from tests.harness import refusals
 
@@ -56,12 +55,7 @@ def test_a_hugging_face_folder_with_files_of_our_names_is_no_checkpoint(tmp_path
     assert find_checkpoint(tmp_path) is None
 
 
-@pytest.fixture
-def no_warnings_yet(monkeypatch):
-    monkeypatch.setattr(errors, "_warned", set())
-
-
-def test_a_checkpoint_that_is_a_link_stays_with_its_archive(run, tmp_path_factory, no_warnings_yet, capsys):
+def test_a_checkpoint_that_is_a_link_stays_with_its_archive(run, tmp_path_factory, capsys):
     archive = tmp_path_factory.mktemp("archive") / "step"
     (run / "step_000003").rename(archive)
     (run / "step_000003").symlink_to(archive)
@@ -91,7 +85,7 @@ def changed_attribute(path):
 
 @pytest.mark.parametrize("immutable", [changed_attribute, refusals.immutable], ids=["chattr", "simulated"])
 @pytest.mark.parametrize("what", ["card.json", ""])
-def test_an_immutable_checkpoint_ends_no_run(run, no_warnings_yet, capsys, immutable, what):
+def test_an_immutable_checkpoint_ends_no_run(run, capsys, immutable, what):
     """Neither its file nor its folder can be deleted, or even renamed; the others are."""
     with immutable(run / "step_000003" / what):
         prune(run, keep=1)

@@ -5,14 +5,8 @@ import subprocess
 
 import pytest
 
-from megatron_align import errors
 from megatron_align.storage.deletion import delete_folder, discard
 from tests.harness import refusals
-
-
-@pytest.fixture(autouse=True)
-def no_warnings_yet(monkeypatch):
-    monkeypatch.setattr(errors, "_warned", set())
 
 
 @pytest.fixture

@@ -6,15 +6,9 @@ import stat
 
 import pytest
 
-from megatron_align import errors
 from megatron_align.storage.atomic_write import commit_folder, partial_folder
 from megatron_align.storage.direct_io import DirectFile
 from megatron_align.storage.fsync import fsync
-
-
-@pytest.fixture(autouse=True)
-def no_warnings_yet(monkeypatch):
-    monkeypatch.setattr(errors, "_warned", set())
 
 
 @pytest.fixture

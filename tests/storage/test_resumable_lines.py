@@ -74,7 +74,6 @@ def test_a_file_system_without_fsync_is_warned_of(tmp_path, monkeypatch, capsys)
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(fsync.os, "fsync", refused)
-    monkeypatch.setattr("megatron_align.errors._warned", set())
     with ResumableLines(tmp_path / "lines.jsonl", KEY) as lines:
         lines.append(["a"])
         lines.finish()

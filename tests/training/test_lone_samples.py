@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 
-from megatron_align import errors
 from megatron_align.data.batching.sampler import EpochOrder, SampleSteps, TokenSteps
 from megatron_align.errors import InputError
 from megatron_align.objectives.configuration import parse
 from megatron_align.training.lone_samples import require_other_samples
 from tests.harness.tiny import run_arguments
-
-
-@pytest.fixture(autouse=True)
-def no_warnings_yet(monkeypatch):
-    monkeypatch.setattr(errors, "_warned", set())
 
 
 def config(**options):
