@@ -216,7 +216,7 @@ def _seen(layout):
 def test_activations_with_the_kernels_attention(tiny_models, monkeypatch):
     """What a GPU keeps: the kernels run in Triton's interpreter, in a process that was started for it."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    kernels = Pool()
+    kernels = Pool(forked=False)
     batch = costs.one_pack(LENGTHS, TOKENS)
     gather, swap = ({"context": 2, "context_kind": kind} for kind in ("allgather", "ulysses"))
     cases = [

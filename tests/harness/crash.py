@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_align import faults
-from tests.harness.pool import free_port
-from tests.harness.processes import forking
+from tests.harness.pool import forking, free_port
 
 HELD = (
     "TEST_HELD_SAVES"  # a file that must exist before a save is completed; until then "save held" is printed

@@ -1,7 +1,8 @@
 """A pool of worker processes for all multi-rank tests, started once; each case joins a new layout.
 
-torchrun costs about 10 s a case, mostly imports; here a case costs about a second. Only processes that the pool
-started are ever stopped.
+torchrun costs about 10 s a case, mostly imports; here a case costs about a second. Processes are forked from a server
+that has done nothing but import, so that neither four of them nor the next ones after a failure import anything. Only
+processes that the pool started are ever stopped.
 """
 
 from __future__ import annotations
@@ -13,12 +14,31 @@ import random
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 START_SECONDS = 400
+_PRELOAD = [
+    *("megatron_align.train", "megatron_align.training.loop", "pytest"),
+    *(f"tests.harness.{name}" for name in ("crash", "kernel_ranks", "model_ranks", "training_ranks")),
+]
+
+
+def forking() -> ForkServerContext:
+    """Return the context of the server from which ranks are forked, one for all tests of a process.
+
+    It sees no GPU, which several ranks could not share: what it imports may look for one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        forkserver.ensure_running()
+    return context
 
 
 def free_port() -> int:
@@ -36,8 +56,9 @@ def free_port() -> int:
             return port
 
 
-def _serve(pipe: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.clear()  # that of the server's start
+    os.environ.update(environment, OMP_NUM_THREADS="1")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several ranks cannot share one GPU: theirs is the CPU
     import warnings
 
@@ -52,10 +73,10 @@ def _serve(pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            environment, function, arguments = pipe.recv()
+            of_rank, function, arguments = pipe.recv()
         except EOFError:
             return
-        os.environ.update(environment)
+        os.environ.update(of_rank)
         try:
             answer = (True, function(parallel.RankInfo.from_environment(), *arguments))
         except BaseException as error:  # reported to the test, which raises it there
@@ -70,7 +91,14 @@ class RankFailed(Exception):
 
 
 class Pool:
-    def __init__(self) -> None:
+    """Ranks that wait for calls.
+
+    Args:
+        forked: from the server of imports; False: each imports all, as variables that are read at an import are set.
+    """
+
+    def __init__(self, forked: bool = True) -> None:
+        self._context = forking if forked else lambda: multiprocessing.get_context("spawn")
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(
@@ -111,11 +139,11 @@ class Pool:
         return [answers[rank] for rank in range(world_size)]
 
     def _start(self, at_least: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = self._context()
         started: list[Connection] = []
         while len(self._workers) < at_least:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=False)
+            process = context.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=False)
             process.start()
             theirs.close()
             self._workers.append((process, ours))

@@ -6,32 +6,21 @@ Only processes that were started here are ever stopped.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_align.model.parallel import RankInfo
-from tests.harness.pool import free_port
-
-_PRELOAD = ["megatron_align.train", "megatron_align.training.loop", "tests.harness.crash", "pytest"]
+from tests.harness.pool import forking, free_port
 
 
 class Output(NamedTuple):
     out: str
     err: str
     code: int | None
-
-
-def forking() -> ForkServerContext:
-    """Return the context of the server from which ranks are forked, one for all tests of a process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
 
 
 def run_ranks(
