@@ -119,6 +119,8 @@ def test_rewards_that_are_no_numbers_are_refused_with_their_place(bad):
         combine_rewards([[1, 2], [None, bad]], [1, 1], ["length", "math"])
     with pytest.raises(InputError, match="reward math must return .* each of 2 completions, got 1"):
         combine_rewards([[1, 2], [1]], [1, 1], ["length", "math"])
+    with pytest.raises(ValueError, match="zip"):  # a programmer's error
+        combine_rewards([[1, 2]], [1, 1], ["length", "math"])
 
 
 def test_rewards_are_a_weighted_sum_and_none_is_no_score():
