@@ -82,7 +82,18 @@ OPERATORS = [
     "core/ZeroIterationForLoop",
 ]
 # (file, line without the fault, line with it) -> why no test could see it.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "megatron_align/losses/segments.py",
+        "ends_C = values_N.cumsum(0)[length_C.cumsum(0).clamp(min=1) - 1] if len(values_N) else values_N",
+        "ends_C = values_N.cumsum(0)[length_C.cumsum(0).clamp(min= 0) - 1] if len(values_N) else values_N",
+    ): "of an empty completion, whose end no token reads",
+    (
+        "megatron_align/losses/advantages.py",
+        'f"{int(self.size_G[alone[0]]) if len(alone) else 0} for prompt {int(alone[0]) if len(alone) else 0} of the "',
+        'f"{int(self.size_G[alone[0]]) if len(alone) else -1} for prompt {int(alone[0]) if len(alone) else 0} of the "',
+    ): "a number of a message that is not shown then",
+}
 LIBRARIES = (
     "torch",
     "numpy",

@@ -21,7 +21,7 @@ from megatron_align.losses.policy_gradient import (
     importance_ratio,
     token_weights,
 )
-from megatron_align.losses.segments import backward_sums, next_in_segment, tokens_left
+from megatron_align.losses.segments import backward_sums, next_in_segment, suffix_sums, tokens_left
 from megatron_align.losses.value import value_loss
 
 LENGTH_C = torch.tensor([4, 1, 0, 3, 6, 2])
@@ -272,7 +272,11 @@ def test_segments_count_from_the_end_and_know_empty_completions():
     values_N = torch.tensor([1.0, 2, 3, 4, 5])
     assert next_in_segment(values_N, torch.tensor([2, 0, 3])).tolist() == [2, 0, 4, 5, 0]
     assert backward_sums(values_N, torch.tensor([2, 0, 3]), 0.5).tolist() == [2, 2, 6.25, 6.5, 5]
+    for lengths in ([2, 0, 3], [0, 5], [5, 0]):
+        length_C = torch.tensor(lengths)
+        assert suffix_sums(values_N, length_C).tolist() == backward_sums(values_N, length_C).tolist()
     nothing = torch.empty(0)
+    assert suffix_sums(nothing, torch.tensor([0])).shape == (0,)
     assert backward_sums(nothing, torch.tensor([], dtype=torch.int64)).shape == (0,)
     assert next_in_segment(nothing, torch.tensor([0])).shape == (0,)
 
