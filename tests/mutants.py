@@ -1,6 +1,7 @@
 """Put small faults into the code, one at a time, and see whether the tests of its room notice.
 
     python -m tests.mutants losses --minutes 60      # begin, or go on where an earlier call ended
+    python -m tests.mutants losses --again           # those that no test noticed, after tests were added
     python -m tests.mutants --table > tests/mutants.md
 
 cosmic-ray finds the faults and keeps the results (``runs/mutants/ROOM.sqlite``). They are made in a copy of the tree,
@@ -116,6 +117,7 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="end after this time; a later call goes on"
     )
+    parser.add_argument("--again", action="store_true", help="test those again that survived")
     parser.add_argument("--table", action="store_true", help="print the table of all rooms that were run")
     options = parser.parse_args()
     if options.table:
@@ -123,12 +125,12 @@ def main() -> int:
         return 0
     if options.room is None:
         parser.error("name a room, or --table")
-    run(options.room, time.monotonic() + 60 * options.minutes)
+    run(options.room, time.monotonic() + 60 * options.minutes, options.again)
     return 0
 
 
-def run(room: str, until: float) -> None:
-    """Test the faults of a room that are not tested yet, until a time."""
+def run(room: str, until: float, again: bool) -> None:
+    """Test the faults of a room that are not tested yet, or again those that survived, until a time."""
     from cosmic_ray.commands.init import _all_work_items
     from cosmic_ray.work_db import WorkDB, use_db
     from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
@@ -152,7 +154,13 @@ def run(room: str, until: float) -> None:
                 f"the tests of {room} must pass without a fault:\n{(tree / LOG).read_text()[-3000:]}"
             )
         limit = 10.0 + SLOWEST * (time.monotonic() - began)
-        for item in kept.pending_work_items:
+        survived = {job for job, result in kept.results if not result.is_killed}
+        items = (
+            [item for item in kept.work_items if item.job_id in survived]
+            if again
+            else kept.pending_work_items
+        )
+        for item in items:
             if time.monotonic() > until:
                 break
             mutation = item.mutations[0]
