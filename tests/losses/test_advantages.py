@@ -50,6 +50,16 @@ def flat(lists):
     return torch.tensor([value for part in lists for value in part], dtype=torch.float64)
 
 
+def test_where_nothing_counts_there_is_no_advantage():
+    """Scored completions that are left out of the baseline, all of their prompt's: there is none."""
+    none = torch.zeros(4, dtype=torch.bool)
+    left_out = ScoredGroups.of(torch.tensor([1.0, 2, 3, 5]), torch.tensor([2, 2]), counted_C=none)
+    assert left_out.centred().tolist() == [0, 0, 0, 0]
+    none[3] = True
+    known = ScoredGroups.of(torch.tensor([1.0, 2, 3, 5]), torch.tensor([2, 2]), counted_C=none)
+    assert known.centred().tolist() == [0, 0, -2, 0]
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_group_scaling(unbiased):
     want = [[(r - mean(part)) / (std(part, unbiased) + 1e-6) for r in part] for part in LISTS]
