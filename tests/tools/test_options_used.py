@@ -66,7 +66,8 @@ EVALUATION = {"model": "m", "out": "o", "tasks": [{"name": "a", "kind": "generat
 ENGINE = "megatron_align.evaluation.engines:open_engine"
 
 # A command: arguments with which it works; what is called, with the answer or Done; of each option a value off its
-# default, and with it further arguments (a list), other arguments (a tuple), other answers, or the refusal (a text).
+# default, and with it further arguments (a list), other arguments (a tuple), the refusal (a text), or other answers (a
+# mapping, "": further arguments).
 COMMANDS = {
     "adapter merge": (
         ["--base", "b", "--adapter", "a", "--out", "o"],
@@ -76,7 +77,14 @@ COMMANDS = {
     "adapter extract": (
         ["--base", "b", "--model", "m", "--rank", "2", "--out", "o"],
         {"megatron_align.merge.adapter:extract_adapter": Done},
-        {"--base": ["x"], "--model": ["x"], "--rank": ["3"], "--targets": ["q_proj"], "--out": ["x"]},
+        {
+            "--base": ["x"],
+            "--model": ["x"],
+            "--rank": ["3"],
+            "--targets": ["q_proj"],
+            "--out": ["x"],
+            "--modules-to-save": ["all"],
+        },
     ),
     "chat": (
         ["m"],
@@ -345,7 +353,14 @@ COMMANDS = {
         },
     ),
 }
+ADAPTERS = {
+    "megatron_align.merge.adapters:are_adapters": True,
+    "megatron_align.merge.adapters:merge_adapters": Done,
+    "megatron_align.merge.adapters:merge_adapted_models": Done,
+}
 FOLDERS = {"--base": ["x"], "--models": ["x", "y"], "--out": ["x"], "--dtype": ["float32"]}
+FOLDERS |= {"--merged": ([], ADAPTERS), "--combination": (["svd"], {**ADAPTERS, "": ["--rank", "2"]})}
+FOLDERS |= {"--rank": (["3"], {**ADAPTERS, "": ["--combination", "svd", "--rank", "2"]})}
 FORMULA = {
     "--weights": ["0.3", "0.7"],
     "--scale": ["2"],
@@ -461,7 +476,8 @@ def test_every_option_changes_what_the_command_does_or_is_refused(command, place
         values, needs = entry if isinstance(entry, tuple) else (entry, [])
         stubs = {**called, **needs} if isinstance(needs, dict) else called
         beside = list(needs) if isinstance(needs, tuple) else arguments
-        beside = [*beside, *needs] if isinstance(needs, list) else beside
+        more = stubs.pop("", []) if isinstance(needs, dict) else needs if isinstance(needs, list) else []
+        beside = [*beside, *more]
         base = observe(command, beside, stubs, place)
         given = values if not option.startswith("-") else [*beside, option, *values]
         changed = observe(command, given, stubs, place)
