@@ -89,11 +89,11 @@ def _extract(options: argparse.Namespace) -> int:
             f"{done.left_out[name]:.3g}"
         )
     if done.left_out:
-        size = sum(spec.nbytes for spec in done.left_out_specs.values())
-        print(
-            f"{len(done.left_out)} tensors that differ, {_size(size)}, are not in the adapter: --modules-to-save all "
-            "writes complete copies of their modules"
-        )
+        size = _size(sum(spec.nbytes for spec in done.left_out_specs.values()))
+        remedy = "--modules-to-save all writes complete copies of their modules"
+        if options.modules_to_save == ["all"]:
+            remedy = "a head whose rows the model normalises cannot be copied"
+        print(f"{len(done.left_out)} tensors that differ, {size}, are not in the adapter: {remedy}")
     return 0
 
 
