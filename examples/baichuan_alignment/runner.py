@@ -97,7 +97,7 @@ class Runner:
         return self._out / "stages" / f"{stage.name}.json"
 
     def log(self, stage: Stage) -> Path:
-        """Return the file with all that the stage's command printed."""
+        """Return the file with all that the newest start of the stage printed."""
         return self._out / "logs" / f"{stage.name}.log"
 
     def _start(self, done: set[str], lock: IO[str]) -> None:
@@ -110,7 +110,7 @@ class Runner:
             if stage.starts_anew and stage.output.parent.exists():
                 shutil.rmtree(stage.output.parent)
             stage.output.parent.mkdir(parents=True, exist_ok=True)
-            with self.log(stage).open("ab") as log:
+            with self.log(stage).open("wb") as log:
                 process = subprocess.Popen(
                     ["bash", "-c", f"exec {executable(stage.command)}"],
                     env=_environment(),
