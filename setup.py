@@ -65,9 +65,9 @@ setup(
         ],
         "eval": [*EVAL, "lm_eval>=0.4.13,<0.5"],  # kind: lm_eval of evaluation tasks
         "pas": PAS,
-        "flash": [
-            "flash-attn>=2.8,<3"
-        ],  # model.attention: flash; compiled against the torch that is installed
+        # Optional packages by their switches (docs/optional_packages.md), compiled against the torch that is installed.
+        "flash": ["flash-attn>=2.8,<3"],  # model.attention: flash
+        "te": ["transformer-engine[pytorch]>=2.8,<3"],  # model.linear: te
         "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

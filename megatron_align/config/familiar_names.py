@@ -25,6 +25,7 @@ model.adapter.modules_to_save: additional_target lora_modules_to_save
 model.adapter.init: init_lora_weights init_weights
 model.adapter.path: adapter_name_or_path adapters lora_path resume_from_adapter lora_adapter_path
 model.attention: attn_implementation attention_backend attn_impl flash_attn use_flash_attn flash_attention
+model.linear: transformer_impl use_transformer_engine use_te
 model.freeze: freeze_parameters freeze_modules freeze_layers frozen_modules freeze_trainable_layers
     unfrozen_parameters freeze_llm
 data.train: dataset datasets dataset_name dataset_path dataset_dir dataset_names train_file train_files

@@ -103,12 +103,15 @@ class ModelConfig:
         attention: implementation, also of reference and critic: auto (triton on a GPU, torch on a CPU), triton (our
             kernels), torch (plain PyTorch; on a GPU with a dense mask, to compare with), flash (flash-attn, where
             prompts are not shared)
+        linear: implementation of the transformer's linear layers, also of reference and critic: torch (megatron-core's)
+            or te (Transformer Engine's)
         freeze: Hugging Face tensor names or patterns that are not trained (embed_tokens.*, layers.0.*); []: none
     """
 
     path: str
     adapter: AdapterConfig | None = None
     attention: Literal["auto", "triton", "torch", "flash"] = "auto"
+    linear: Literal["torch", "te"] = "torch"
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -116,6 +119,11 @@ class ModelConfig:
         require(
             self.adapter is None or not self.freeze,
             f"model.freeze must be [] with model.adapter, which trains nothing else, got {self.freeze}",
+        )
+        require(
+            self.adapter is None or self.linear == "torch",
+            f"model.linear must be torch with model.adapter: adapters of Transformer Engine's layers are not built, "
+            f"got {self.linear}",
         )
 
 

@@ -60,7 +60,7 @@ class OurLayers:
         self._rows = {row.megatron: row for row in rows(shape)}
         self.config = transformer_config(replace(shape, num_layers=1), ParallelConfig(), torch.float32)
         self._layer = build_module(
-            layer_spec(shape), config=self.config, layer_number=1, pg_collection=groups
+            layer_spec(shape, self.config.kernels), config=self.config, layer_number=1, pg_collection=groups
         )
         self._layer = self._layer.to(cpu.device()).eval()
         self._outputs: dict[str, Tensor] = {}

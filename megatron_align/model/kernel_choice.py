@@ -20,14 +20,16 @@ class KernelChoice:
 
     Args:
         attention: as ``model.attention``.
+        linear: as ``model.linear``.
     """
 
     attention: str = "auto"
+    linear: str = "torch"
 
     @classmethod
     def of_model(cls, model: ModelConfig) -> KernelChoice:
         """Return the choice of a run's policy, its reference and its critic."""
-        return cls(attention=model.attention)
+        return cls(attention=model.attention, linear=model.linear)
 
     @property
     def attends_by_document(self) -> bool:

@@ -31,6 +31,8 @@ from megatron_align.model.dropout import current_keys, dropout_keys
 from megatron_align.model.families import ModelShape
 from megatron_align.model.feed_forward import FeedForward
 from megatron_align.model.freed_output import FreedOutput
+from megatron_align.model.kernel_choice import KernelChoice
+from megatron_align.model.te_linear import te_linears
 from megatron_align.model.trained_copy import weight_in_use
 
 RECOMPUTE_MODULES = {
@@ -128,8 +130,13 @@ class _WithKeys(nn.Module):
             return self._module[0](*args, **kwargs)
 
 
-def layer_spec(shape: ModelShape) -> ModuleSpec:
-    """Return the spec of a transformer layer: megatron-core's modules, our norm, core attention and SwiGLU."""
+def layer_spec(shape: ModelShape, kernels: KernelChoice) -> ModuleSpec:
+    """Return the spec of a transformer layer: megatron-core's modules, our norm, core attention and SwiGLU.
+
+    Raises:
+        InputError: a package that ``kernels`` chooses is missing.
+    """
+    column, row = te_linears() if kernels.linear == "te" else (ColumnLinear, RowLinear)
     head_norm = RMSNorm if shape.qk_norm else None
     return ModuleSpec(
         module=Layer,
@@ -139,9 +146,9 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnLinear,
+                    linear_qkv=column,
                     core_attention=PackedCoreAttention,
-                    linear_proj=RowLinear,
+                    linear_proj=row,
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -150,7 +157,7 @@ def layer_spec(shape: ModelShape) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=FeedForward,
-                submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -197,7 +197,9 @@ class Policy(LanguageModule):
         layers = get_num_layers_to_build(config, chunk, groups.pp.rank())
         self.decoder = Block(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer_spec(shape)] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(
+                layer_specs=[layer_spec(shape, config.kernels)] * layers, layer_norm=RMSNorm
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,

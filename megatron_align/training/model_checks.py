@@ -17,6 +17,7 @@ from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.flash import find_flash
 from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.optional_packages import require_gpu
+from megatron_align.model.te_linear import require_te
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.registry import build_objective
 
@@ -101,6 +102,8 @@ def require_kernels(config: RunConfig, shape: ModelShape, *, dry_run: bool) -> N
         return
     if config.model.attention == "flash":
         find_flash(shape.head_dim)
+    if config.model.linear == "te":
+        require_te()
     if config.model.attention == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         require_gpu("model.attention: triton")
 

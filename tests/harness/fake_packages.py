@@ -1,7 +1,7 @@
 """Stand-ins for optional GPU packages: the signatures of the real ones, computed in plain PyTorch on any device.
 
-Signatures are those of flash-attn 2.8.3, of ``hopper/flash_attn_interface.py`` of the same project, and of flash-attn-4
-4.0.0b36.
+Signatures are those of flash-attn 2.8.3, of ``hopper/flash_attn_interface.py`` of the same project, of flash-attn-4
+4.0.0b36 and of Transformer Engine 2.20.2.
 """
 
 from __future__ import annotations
@@ -84,12 +84,77 @@ def _flash4() -> dict[str, ModuleType]:
     return {"flash_attn": namespace, "flash_attn.cute": module}
 
 
+def _te(version: str = "2.20.2") -> dict[str, ModuleType]:
+    from megatron.core import tensor_parallel as regions
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    class Linear(torch.nn.Module):
+        def __init__(
+            self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
+            tp_size=1, get_rng_state_tracker=None, rng_tracker_name=None, init_method=None, bias=True,
+            return_bias=False, params_dtype=None, parallel_mode=None, parameters_split=None, device="cuda",
+            ub_overlap_ag=False, ub_overlap_rs=False, ub_overlap_rs_dgrad=False, ub_bulk_dgrad=False,
+            ub_bulk_wgrad=False, ub_name=None, delay_wgrad_compute=False, symmetric_ar_type=None,
+            save_original_input=False, name=None,
+        ):  # fmt: skip
+            super().__init__()
+            self.tp_group, self.tp_size = tp_group, tp_group.size()
+            self.parallel_mode = parallel_mode
+            self.sequence_parallel = self.tp_size > 1 and sequence_parallel
+            self.return_bias = return_bias
+            size = {"column": (out_features // self.tp_size, in_features)}
+            size["row"] = (out_features, in_features // self.tp_size)
+            weight = torch.empty(size[parallel_mode], device=device, dtype=params_dtype)
+            self.weight = torch.nn.Parameter(weight)
+            init_method(self.weight)
+            set_tensor_model_parallel_attributes(self.weight, True, int(parallel_mode == "row"), 1)
+            if bias:
+                self.bias = torch.nn.Parameter(
+                    torch.zeros(size[parallel_mode][0], device=device, dtype=params_dtype)
+                )
+                set_tensor_model_parallel_attributes(self.bias, True, 0, 1)
+            else:
+                self.bias = torch.Tensor()
+
+        def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+            column, group = self.parallel_mode == "column", self.tp_group
+            if column and self.sequence_parallel:
+                inp = regions.gather_from_sequence_parallel_region(inp, group=group)
+            elif column:
+                inp = regions.copy_to_tensor_model_parallel_region(inp, group=group)
+            applied = self.bias if self.bias.numel() and not self.return_bias else None
+            out = F.linear(inp, self.weight, applied)
+            if not column and self.sequence_parallel:
+                out = regions.reduce_scatter_to_sequence_parallel_region(out, group=group)
+            elif not column:
+                out = regions.reduce_from_tensor_model_parallel_region(out, group=group)
+            return (out, self.bias) if self.return_bias else out
+
+        def get_extra_state(self):
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state):
+            assert state is None or state.numel() == 0
+
+    package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
+    package.__version__, package.__path__ = version, []  # type: ignore[attr-defined]
+    module.Linear = Linear  # type: ignore[attr-defined]
+    return {"transformer_engine": package, "transformer_engine.pytorch": module}
+
+
 FAKES: dict[str, Callable[..., dict[str, ModuleType]]] = {
     "flash2": _flash2,
     "flash3": _flash3,
     "flash4": _flash4,
+    "te": _te,
 }
-REAL = ("flash_attn", "flash_attn.cute", "flash_attn_interface")
+REAL = (
+    "flash_attn",
+    "flash_attn.cute",
+    "flash_attn_interface",
+    "transformer_engine",
+    "transformer_engine.pytorch",
+)
 
 
 @contextmanager

@@ -1,0 +1,115 @@
+"""Transformer Engine's linear layers in the place of megatron-core's (``model.linear: te``).
+
+Same parameters under the same names, sharded the same way: weights, checkpoints and exports are the same with either.
+The layers communicate by themselves, as megatron-core's do. They compute in the run's precision; FP8 is not built.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
+from torch import Tensor
+
+from megatron_align.errors import InputError, require
+from megatron_align.model import cpu
+from megatron_align.model.optional_packages import (
+    chip_name,
+    import_or_reason,
+    require_gpu,
+    require_version,
+    version_of,
+)
+
+OPTION = "model.linear: te"
+LEAST = "2.8"
+
+
+def require_te() -> ModuleType:
+    """Return ``transformer_engine.pytorch``.
+
+    Raises:
+        InputError: no GPU of sm_80 or newer, or the package is absent, too old, or built for another torch or CUDA.
+    """
+    chip = require_gpu(OPTION)
+    require(
+        chip >= (8, 0),
+        f"{OPTION} needs a GPU of sm_80 or newer, got {chip_name(chip)}: use model.linear: torch",
+    )
+    package = import_or_reason("transformer_engine")
+    module = import_or_reason("transformer_engine.pytorch")
+    if isinstance(package, str) or isinstance(module, str):
+        raise InputError(
+            f"{OPTION} needs transformer-engine {LEAST} or newer with its PyTorch part: "
+            f"{package if isinstance(package, str) else module} (pip install 'transformer-engine[pytorch]' "
+            "--no-build-isolation, or use model.linear: torch)"
+        )
+    require_version(OPTION, "transformer-engine", version_of(package, "transformer-engine"), LEAST)
+    return module
+
+
+def te_linears() -> tuple[type, type]:
+    """Return the column- and the row-parallel layer, built as megatron-core's are.
+
+    Raises:
+        InputError: as :func:`require_te`.
+    """
+    return _classes(require_te())
+
+
+@cache
+def _classes(te: Any) -> tuple[type, type]:
+    class Linear(te.Linear):
+        """Takes megatron-core's arguments and returns what its layers return."""
+
+        mode: str
+
+        def __init__(self, input_size: int, output_size: int, **options: Any):
+            # Not passed on: gather_output and input_is_parallel, which the model leaves at what the layers do; names of
+            # layers and buffers; is_expert, as there are no experts.
+            config = options["config"]
+            # megatron-core gives no group to a feed-forward network that is not its own.
+            group = get_tensor_model_parallel_group_if_none(options.get("tp_group"))
+            super().__init__(
+                input_size,
+                output_size,
+                sequence_parallel=config.sequence_parallel,
+                tp_group=group,
+                tp_size=group.size(),
+                init_method=options["init_method"],
+                bias=options["bias"],
+                return_bias=options["bias"] and options["skip_bias_add"],
+                params_dtype=config.params_dtype,
+                parallel_mode=self.mode,
+                device=cpu.device(),
+            )
+            self.weight.partition_stride = options.get("stride", 1)
+            self.register_module("adapter", None)
+
+        def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+            """Return the output, and the bias if it is left to the caller."""
+            output = super().forward(input_)
+            return output if isinstance(output, tuple) else (output, None)
+
+        def get_extra_state(self) -> None:
+            """Return nothing, as megatron-core's layers do: without FP8 there is no state."""
+
+        def set_extra_state(self, state: Any) -> None:
+            """Ignore what other layers have saved."""
+
+    class Column(Linear):
+        """The column-parallel layer."""
+
+        mode = "column"
+        sharded_state_dict = ColumnParallelLinear.sharded_state_dict
+
+    class Row(Linear):
+        """The row-parallel layer."""
+
+        mode = "row"
+        sharded_state_dict = RowParallelLinear.sharded_state_dict
+
+    return Column, Row
