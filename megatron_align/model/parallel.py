@@ -77,16 +77,21 @@ def join(rank_info: RankInfo, config: ParallelConfig) -> dist.Store:
         world_size=rank_info.world_size,
         timeout=fallback,
     )
+    build_groups(config, minutes=fallback.total_seconds() / 60)
+    return store
+
+
+def build_groups(config: ParallelConfig, minutes: float = 30.0) -> None:
+    """Build megatron-core's process groups of a layout, once the ranks have met; ``minutes``: their time limit."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline,
         context_parallel_size=config.context,
-        distributed_timeout_minutes=fallback.total_seconds() / 60,
+        distributed_timeout_minutes=minutes,
     )
     # Nothing draws random numbers (dropout is 0), but megatron-core's layers require its generators.
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-    return store
 
 
 def leave() -> None:
