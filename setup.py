@@ -34,6 +34,7 @@ setup(
     # `megatron_align/kernels` and `megatron_align/tools` are links to the top-level folders, so this
     # one pattern finds them too, and a wheel holds real files.
     packages=find_packages(include=["megatron_align", "megatron_align.*"]),
+    package_data={"megatron_align.rehearsal": ["*.cpp"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

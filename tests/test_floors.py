@@ -20,7 +20,7 @@ FLOORS = [
     ["cost", "checkpoint", "merge", "rollout"],
     ["monitoring"],
     ["convert", "training"],
-    ["evaluation"],
+    ["evaluation", "rehearsal"],
     ["curation"],
     ["augmentation"],
     ["train", "evaluate"],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from megatron_align.cost.flops import Trained
 from megatron_align.cost.placement import Placement
 from megatron_align.kernels.token_logprobs.slab import SLAB_BYTES
 from megatron_align.model.families import padded_vocab
 from megatron_align.model.families.adapter import LM_HEAD
+
+# Of a scored row: its target, row and weight, statistics of its logits, log-prob, and their gradients.
+OF_ROW = 160
 
 
 def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
@@ -16,14 +20,31 @@ def head_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
         tokens: padded length of a pack.
         scored_rows: scored rows of the pack, over all ranks.
     """
-    shape, b = placement.shape, placement.itemsize
-    rows = -(-scored_rows // placement.parallel.context)
-    gathered = tokens // placement.parallel.context if placement.sequence_ranks > 1 else 0
-    # The scored rows, their gradient, and the gathered rows that they were selected from.
-    hidden = (2 * rows + gathered) * shape.hidden_size * b
-    if shape.is_reward:
+    hidden = hidden_bytes(placement, tokens, scored_rows)
+    if placement.shape.is_reward:
         return hidden
     return hidden + slab_bytes(placement, scored_rows) + _adapted_head(placement)
+
+
+def hidden_bytes(placement: Placement, tokens: int, scored_rows: int) -> int:
+    """Return the bytes of the scored rows, their gradient, their numbers, and the gathered rows they come from.
+
+    Arguments as of :func:`head_bytes`.
+    """
+    rows = -(-scored_rows // placement.parallel.context)
+    gathered = tokens // placement.parallel.context if placement.sequence_ranks > 1 else 0
+    return (2 * rows + gathered) * placement.shape.hidden_size * placement.itemsize + OF_ROW * scored_rows
+
+
+def stand_in_bytes(placement: Placement) -> int:
+    """Return the bytes of what autograd is given for the gradient of the head's weight, which is in its buffer already.
+
+    0 where the weight is not trained. See ``kernels.token_logprobs.gradients``.
+    """
+    shape, tensor = placement.shape, placement.parallel.tensor
+    if shape.is_reward or not Trained.of(placement).head:
+        return 0
+    return padded_vocab(shape.vocab_size, tensor) // tensor * shape.hidden_size * placement.itemsize
 
 
 def _adapted_head(placement: Placement) -> int:

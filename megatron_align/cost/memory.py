@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_align.cost.activations import boundary_bytes, layer_workspace, stage_bytes
-from megatron_align.cost.head import column_bytes, head_bytes
+from megatron_align.cost.head import column_bytes, head_bytes, hidden_bytes, stand_in_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, state_bytes
 
@@ -26,8 +26,8 @@ class StageMemory:
         optimizer: this rank's shard of fp32 master weights and moments.
         reference: weights of a live reference model.
         activations: saved by the micro-batches in flight.
-        temporary: the larger of a layer's backward pass (with the layers recomputed for it) and the head's slab
-            of logits.
+        temporary: the largest of a layer's backward pass (with the layers recomputed for it), the head's slab of
+            logits, and the start of backward with a gradient of the head's weight.
         communication: buffers that collectives gather into.
         rewards: weights of reward models.
         engine: the copy of the model that a generation engine in this process holds, and its keys and values at most.
@@ -80,6 +80,12 @@ def stage_memory(
     layer = activations.recomputed + layer_workspace(placement, tokens)
     ends = placement.chunks(stage)[-1].ends
     head = head_bytes(placement, tokens, tokens) + column_bytes(placement, tokens, top_k) if ends else 0
+    stand_in = stand_in_bytes(placement) if ends else 0
+    alone = 0  # a peak without activations
+    if stand_in and placement.tied_on_one_stage:
+        layer += stand_in  # it waits for the embedding's gradient, the last one, to which it is added
+        alone = 3 * stand_in
+    largest = max(layer, head, stand_in + hidden_bytes(placement, tokens, tokens) if stand_in else 0)
     gathered = placement.sequence_ranks > 1
     return StageMemory(
         parameters=state.parameters,
@@ -87,6 +93,6 @@ def stage_memory(
         optimizer=state.optimizer,
         reference=parameter_bytes(placement, stage) if live_reference else 0,
         activations=activations.held,
-        temporary=max(layer, head),
+        temporary=max(largest, alone - activations.held),
         communication=boundary_bytes(placement, tokens) * placement.sequence_ranks if gathered else 0,
     )

@@ -12,7 +12,7 @@ from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.stages import layers_of_chunks
-from megatron_align.model.tied_embedding import has_two_copies
+from megatron_align.model.tied_embedding import has_two_copies, is_tied
 
 BYTES = {"bf16": 2, "fp32": 4}  # per element of a weight or an activation
 
@@ -129,6 +129,11 @@ class Placement:
     def tied_copies(self) -> bool:
         """Whether first and last stage each hold a copy of the tied embedding."""
         return has_two_copies(self.shape, self.parallel.pipeline)
+
+    @property
+    def tied_on_one_stage(self) -> bool:
+        """Whether embedding and head are one weight of one stage."""
+        return is_tied(self.shape) and not self.tied_copies
 
     def chunks(self, stage: int) -> list[Chunk]:
         """Return the model chunks of a pipeline stage (0-based), in the order of the layers."""

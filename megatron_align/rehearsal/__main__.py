@@ -41,9 +41,7 @@ def _rehearsed(request: dict[str, Any]) -> dict[str, Any]:
 
     try:
         config = parse(request["arguments"])
-        report = rehearse(
-            config, request["world_size"], request["stage"], request.get("most_micro_batches")
-        )
+        report = rehearse(config, request["world_size"], request["stage"], request.get("most_micro_batches"))
     except InputError as error:
         return {"error": str(error)}
     return report.as_json()

@@ -119,7 +119,7 @@ def install() -> None:
     random._set_cuda_rng_state = random._lazy_init = _always(None)
     _install_storages()
     _install_host_reads()
-    JITFunction.run = _check_launch  # type: ignore[method-assign]
+    JITFunction.run = _check_launch
 
 
 def _always(answer: Any) -> Any:
@@ -139,7 +139,7 @@ def _install_storages() -> None:
     def copied(self: torch.UntypedStorage, source: Any, non_blocking: bool | None = None) -> Any:
         return self if self.device.type == "meta" else copy(self, source, non_blocking)
 
-    torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]
+    torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]
     torch.UntypedStorage.copy_ = copied  # type: ignore[assignment, method-assign]
 
 
@@ -171,7 +171,7 @@ def _install_host_reads() -> None:
         return torch.empty(of_host.shape, dtype=of_host.dtype, device=device, requires_grad=requires_grad)
 
     Tensor.numpy = to_numpy  # type: ignore[assignment, method-assign]
-    Tensor.tolist = FakeTensor.tolist = listed  # type: ignore[method-assign]
+    Tensor.tolist = FakeTensor.tolist = listed  # type: ignore[assignment, method-assign]
     torch.tensor = made  # type: ignore[assignment]
 
 

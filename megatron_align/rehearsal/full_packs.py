@@ -29,8 +29,9 @@ class FullPacks(MemoryTable):
     """
 
     def __init__(self, count: int, length: int, objective: Objective, logits: np.dtype):
-        self.kind = objective.data[0]
-        completions = COMPLETIONS[self.kind]
+        kind = objective.data[0]
+        self.kind: str = kind
+        completions = COMPLETIONS[kind]
         samples = [_sample(completions, length, label=bool(i % 2)) for i in range(count)]
         columns = {}
         if "reference_logprobs" in objective.needs:

@@ -19,9 +19,7 @@ from megatron_align.rehearsal.device import Current
 @contextmanager
 def alone(rank_info: RankInfo, config: ParallelConfig) -> Iterator[None]:
     """Hold the process groups of one rank of a run inside a with-block."""
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=rank_info.rank, world_size=rank_info.world_size
-    )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank_info.rank, world_size=rank_info.world_size)
     try:
         parallel.build_groups(config)
         yield
@@ -45,6 +43,7 @@ def install() -> None:
             gathered[:] = [own] * len(gathered)
 
     dist.new_group = distributed_c10d.new_group = without_ranks
-    dist.all_gather_object, dist.gather_object = gather_everywhere, gather  # type: ignore[assignment]
-    dist.broadcast_object_list = lambda *args, **options: None  # type: ignore[assignment]
-    dist.barrier = lambda *args, **options: Current.ledger.collective("barrier")  # type: ignore[assignment]
+    dist.all_gather_object = gather_everywhere  # type: ignore[assignment]
+    dist.gather_object = gather  # type: ignore[assignment]
+    dist.broadcast_object_list = lambda *args, **options: None
+    dist.barrier = lambda *args, **options: Current.ledger.collective("barrier")

@@ -47,7 +47,7 @@ def install() -> None:
     ranks.install()
     # What is made on the host from lengths has values: layouts, packs, their parts.
     self_check._pack_both_ways = on_host(self_check._pack_both_ways)
-    Policy.to = _require_on_gpu  # type: ignore[assignment, method-assign]
+    Policy.to = _require_on_gpu
 
 
 def _require_on_gpu(policy: Policy, where: torch.device) -> Policy:
@@ -78,7 +78,9 @@ def enough_micro_batches(placement: Placement) -> int:
     return 3 * parallel.pipeline * (2 if parallel.chunks > 1 else 1)
 
 
-def rehearse(config: RunConfig, world_size: int, stage: int, most_micro_batches: int | None = None) -> RankReport:
+def rehearse(
+    config: RunConfig, world_size: int, stage: int, most_micro_batches: int | None = None
+) -> RankReport:
     """Rehearse the first rank of a pipeline stage.
 
     Args:
@@ -144,7 +146,7 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
         critic=None,
         steps=1,
         changes=AssetChanges(),
-        notes=[],
+        notes=(),
     )
 
 
@@ -152,7 +154,10 @@ def _train(setup: RunSetup, ledger: Ledger) -> tuple[int, int]:
     """Build and make a step as a run does, without its files; return its micro-batches and their tokens."""
     trainer = _trainer(setup, ledger)
     if setup.config.train.self_check:
-        with ledger.during("self-check"), suppress(TrainingFault):  # its verdict is on values, which are made up
+        with (
+            ledger.during("self-check"),
+            suppress(TrainingFault),
+        ):  # its verdict is on values, which are made up
             self_check.before_first_step(trainer.model, trainer.train_batches, 0, trainer.groups)
     data = on_host(trainer.train_batches.step)(0)
     with ledger.during(STEP):

@@ -22,12 +22,23 @@ from megatron_align.rehearsal.ledger import Ledger
 
 Result = TypeVar("Result")
 # Operations that move no bytes: views, allocations, bookkeeping.
-_FREE = frozenset(
-    "view detach slice select transpose permute expand alias split split_with_sizes unsqueeze squeeze as_strided "
-    "unbind t _reshape_alias chunk lift_fresh record_stream _unsafe_view set_ resize_ _local_scalar_dense is_same_size "
-    "unfold diagonal empty empty_like empty_strided new_empty new_empty_strided is_pinned".split()
+_FREE = (
+    *(
+        "view",
+        "_reshape_alias",
+        "_unsafe_view",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "set_",
+        "resize_",
+        "is_same_size",
+    ),
+    *("slice", "select", "split", "split_with_sizes", "chunk", "unbind", "unfold", "diagonal", "as_strided"),
+    *("transpose", "permute", "expand", "unsqueeze", "squeeze", "t", "_local_scalar_dense"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 )
-_PRODUCTS = frozenset("mm addmm bmm baddbmm addmm_".split())
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 _SIZED_BY_VALUES = ("aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim")
 # Collectives without a kernel for tensors without values.
 _COALESCED = (
@@ -65,7 +76,7 @@ class Tracker(TorchDispatchMode):
         if name.startswith("c10d::"):
             self._note_collective(name, args)
             if name in _COALESCED:
-                return torch._C._distributed_c10d.FakeWork().boxed()  # type: ignore[attr-defined]
+                return torch._C._distributed_c10d.FakeWork().boxed()
         self._note_waits(name, args, kwargs)
         if name == "aten::_to_copy" and not _on_gpu(args[0]) and _is_gpu(kwargs.get("device")):
             # The values of the host go no further: only their shape.
@@ -116,7 +127,9 @@ class Tracker(TorchDispatchMode):
             asynchronous = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             self._note_copy(args[1], args[0].device, asynchronous, args[0])
 
-    def _note_copy(self, source: Tensor, device: Any, asynchronous: bool, target: Tensor | None = None) -> None:
+    def _note_copy(
+        self, source: Tensor, device: Any, asynchronous: bool, target: Tensor | None = None
+    ) -> None:
         target_type = source.device.type if device is None else torch.device(device).type
         if source.device.type == target_type or "meta" in (source.device.type, target_type):
             return
@@ -187,4 +200,5 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda"
+    # ``x.device`` of a tensor without values is an operation, which this mode would see.
+    return (x.fake_device if isinstance(x, FakeTensor) else x.device).type == "cuda"

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_align.config import ParallelConfig
 from megatron_align.cost.activations import stage_bytes
+from megatron_align.cost.head import OF_ROW
 from megatron_align.cost.memory import CONTEXT, StageMemory, stage_memory
 from megatron_align.cost.online import BATCH_TOKENS, OnlineCosts, RewardModelCost
 from megatron_align.cost.placement import Placement
@@ -41,7 +42,9 @@ def placement(tiny_models):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_memory(placement, stage):
     layer = 3 * BF16 * TOKENS * FFN // 2 + BF16 * 2 * FFN // 2 * H + BF16 * TOKENS * H
-    head = 3 * BF16 * TOKENS * H + TOKENS * VOCABULARY * BF16
+    hidden = 3 * BF16 * TOKENS * H + OF_ROW * TOKENS
+    # A slab of logits; later what stands for the gradient of the weight.
+    head = hidden + max(TOKENS, H) * VOCABULARY * BF16
     held = stage_bytes(placement, stage, TOKENS, 2).held  # measured in test_counts.py
     expected = {
         "parameters": BUFFERS[stage] * BF16,
@@ -61,9 +64,24 @@ def test_memory(placement, stage):
     assert asdict(live) == {**expected, "reference": STAGES[stage] * BF16}  # a second model
     if stage:  # tokens, indices, the reference's logits, those in fp32, the policy's, their gradient
         likeliest = stage_memory(placement, stage, TOKENS, 2, top_k=90)
-        assert likeliest.temporary == head + TOKENS * 90 * (4 + 8 + BF16 + 3 * FP32)
+        assert likeliest.temporary == hidden + TOKENS * VOCABULARY * BF16 + TOKENS * 90 * (
+            4 + 8 + BF16 + 3 * FP32
+        )
     alone = replace(placement, parallel=ParallelConfig(tensor=2, pipeline=2, sequence=False))
     assert stage_memory(alone, stage, TOKENS, 2).communication == 0  # nothing is gathered
+
+
+def test_a_tied_weight_of_one_stage_waits_for_its_last_gradient(tiny_models):
+    """Rehearsals peak there: see tests/rehearsal."""
+    tied, untied = (read_shape(tiny_models(variant)) for variant in ("llama32_tied", "llama3"))
+    weight = 384 * H * BF16
+    layer = 3 * BF16 * FFN + BF16 * 2 * FFN * H  # of one token
+    for shape, stands in ((tied, True), (untied, False)):
+        one = Placement(shape=shape, parallel=ParallelConfig(), data=1, precision="bf16")
+        found, held = stage_memory(one, 0, 1, 1), stage_bytes(one, 0, 1, 1).held
+        hidden = 2 * BF16 * H + OF_ROW
+        expected = max(layer + weight, 3 * weight - held) if stands else max(layer, hidden + weight)
+        assert found.temporary == expected
 
 
 def test_every_term_is_in_the_total():

@@ -1,0 +1,60 @@
+"""Laws of a rehearsed step: no device mix, no host tensor in a collective, no wrong launch; its peak is plan's.
+
+Tensors claim to be on CUDA and have no values, so complete steps of the real training code run on a CPU. The rehearsed
+peak is at most what ``plan`` counts and at least 0.97 of it.
+"""
+
+import pytest
+
+from tests.harness.rehearsals import model_folder, rehearsed, request, require_laws
+
+TP, PP, CP = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, {"parallel.context": 2}
+VPP = {**PP, "parallel.virtual_pipeline": 2}
+DPO, KTO, REWARD = ({"objective.name": name} for name in ("dpo", "kto", "reward"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "untied": model_folder(folder / "untied"),
+        "tied": model_folder(folder / "tied", tie_word_embeddings=True),
+        "small": model_folder(folder / "small", tie_word_embeddings=True, num_hidden_layers=2),
+    }
+
+
+def test_a_tied_model_alone_and_pairs_on_every_kind_of_rank(models):
+    reports = rehearsed(
+        [
+            request(models["small"], 1, 0, {}, most=3),
+            request(models["small"], 16, 1, {**DPO, **TP, **PP, **CP}, most=3),
+        ]
+    )
+    for report in reports:
+        require_laws(report)
+
+
+@pytest.mark.slow
+def test_layouts_and_objectives(models):
+    cases = [
+        ("untied", 1, 0, {}),
+        ("tied", 1, 0, {"data.sequence_length": 128}),  # the vocabulary weighs most
+        ("untied", 2, 0, {}),
+        ("untied", 2, 0, TP),
+        *(("tied", 2, stage, PP) for stage in (0, 1)),
+        *(("untied", 2, stage, VPP) for stage in (0, 1)),
+        ("untied", 2, 0, CP),
+        ("untied", 2, 0, {**CP, "parallel.context_kind": "allgather"}),
+        ("tied", 1, 0, DPO),
+        ("untied", 1, 0, {**DPO, "reference.mode": "live"}),
+        ("untied", 4, 1, {**KTO, **TP, **PP}),
+        ("untied", 1, 0, KTO),
+        *(("untied", 4, stage, {**REWARD, **TP, **PP}) for stage in (0, 1)),
+        ("untied", 2, 0, {"train.recompute_layers": 1}),
+    ]
+    requests = [request(models[model], world, stage, options) for model, world, stage, options in cases]
+    for case, report in zip(cases, rehearsed(requests), strict=True):
+        try:
+            require_laws(report)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
