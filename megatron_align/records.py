@@ -161,16 +161,13 @@ class LossRows:
     # Numbers of the pre-pass, the same for all packs of a step.
     step_statistics: Mapping[str, float] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> LossRows:
-        """Return the rows on ``device``."""
-        moved = _each(self, lambda t: t.to(device, non_blocking=True))
+    def changed(self, change: Callable[[Tensor], Tensor]) -> LossRows:
+        """Return the rows with every tensor changed."""
         return replace(
             self,
-            **moved,
+            **_each(self, change),
             host_row_N=self.rows_on_host(),
-            completions=replace(
-                self.completions, **_each(self.completions, lambda t: t.to(device, non_blocking=True))
-            ),
+            completions=replace(self.completions, **_each(self.completions, change)),
         )
 
     def rows_on_host(self) -> np.ndarray:
@@ -263,18 +260,14 @@ class ContextPart:
     order_T: Tensor | None  # allgather: int64, indices of the pack's tokens, rank after rank
     queries: PackedLayout | None  # allgather: the attention layout of these tokens over the pack
 
-    def to(self, device: torch.device) -> ContextPart:
-        """Return the part on ``device``."""
-
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
+    def changed(self, change: Callable[[Tensor], Tensor]) -> ContextPart:
+        """Return the part with every tensor changed."""
         return replace(
             self,
-            **_each(self, move),
-            rows=replace(self.rows, **_each(self.rows, move)),
-            last=replace(self.last, **_each(self.last, move)),
-            queries=self.queries and self.queries.to(device),
+            **_each(self, change),
+            rows=replace(self.rows, **_each(self.rows, change)),
+            last=replace(self.last, **_each(self.last, change)),
+            queries=self.queries and self.queries.changed(change),
         )
 
 
@@ -290,17 +283,22 @@ class PackedBatch:
     dropout_T: Tensor | None = (
         None  # int64: what an adapter's dropout is drawn from; None: nothing is dropped
     )
+    block: Tensor | None = None  # uint8: pinned memory in which the tensors lie, see ``model.transfer``
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        """Return the batch with every tensor changed, always in the same order; it has no ``block``."""
+        return PackedBatch(
+            change(self.tokens_T),
+            change(self.positions_T),
+            self.layout.changed(change),
+            self.rows.changed(change),
+            self.part and self.part.changed(change),
+            None if self.dropout_T is None else change(self.dropout_T),
+        )
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch on ``device``."""
-        return PackedBatch(
-            self.tokens_T.to(device, non_blocking=True),
-            self.positions_T.to(device, non_blocking=True),
-            self.layout.to(device),
-            self.rows.to(device),
-            self.part and self.part.to(device),
-            None if self.dropout_T is None else self.dropout_T.to(device, non_blocking=True),
-        )
+        return self.changed(lambda t: t.to(device, non_blocking=True))
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Return the tokens that this rank computes, and their positions."""

@@ -1,6 +1,6 @@
 """``megatron-align plan``: estimate memory, operations and time of a run and search layouts, without a GPU.
 
-Also ``python tools/plan.py``. Exit code: 0 a layout fits; 1 none does; 2 bad input.
+Also ``python tools/plan.py``. Exit code: 0 a layout fits (``--rehearse``: the configured one); 1 none does; 2 bad input.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> int:
     from megatron_align.cost.search import PlanRequest, best
     from megatron_align.errors import InputError
     from megatron_align.objectives.configuration import parse
+    from megatron_align.tools.plan_rehearsal import rehearsal
     from megatron_align.tools.plan_text import configured_layout, head, nothing_fits, table
     from megatron_align.training.online_costs import online_costs
 
@@ -78,7 +79,13 @@ def run(arguments: list[str]) -> int:
     if fitting and options.write:
         _write(options.write, config, fitting[0])
         print(f"wrote the first layout to {options.write}")
-    return 0 if fitting else 1
+    fits = bool(fitting)
+    if options.rehearse:
+        config.parallel.data_parallel(options.gpus)
+        arguments = ["--config", options.config, *changes]
+        text, fits = rehearsal(arguments, config.parallel.pipeline, options.gpus, request.bytes)
+        print(text)
+    return 0 if fits else 1
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -114,6 +121,13 @@ def _arguments(parser: Parser) -> None:
         help=f"assumed share of the chip's peak FLOP/s (default: {EFFICIENCY})",
     )
     add("--count", type=positive_count, default=5, metavar="N", help="number of layouts to show (default: 5)")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="also rehearse a step of the configuration's layout on this CPU, with tensors that have no values: peak "
+        "memory, host waits, what would fail on a GPU; minutes for a large model, needs a C++ compiler and a CPU build "
+        "of torch",
+    )
     add("--write", metavar="FILE", help="write the configuration with the first layout to a new file")
 
 

@@ -5,7 +5,7 @@ Shapes: T tokens of a pack; Q queries: all T, or those of one context-parallel r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,7 +153,11 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> PackedLayout:
         """Return the layout with its intervals on ``device``."""
-        return self._with_intervals(x.to(device, non_blocking=True) for x in self.intervals)
+        return self.changed(lambda x: x.to(device, non_blocking=True))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> PackedLayout:
+        """Return the layout with each of its intervals changed, in the order of the fields."""
+        return self._with_intervals(map(change, self.intervals))
 
     def _with_intervals(self, intervals: Iterable[Tensor]) -> PackedLayout:
         """Return a layout of the same groups with six other tensors, in the order of the fields."""

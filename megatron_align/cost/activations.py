@@ -233,3 +233,15 @@ def interval_bytes(placement: Placement, tokens: int) -> int:
 def embedding_bytes(placement: Placement, tokens: int) -> int:
     """Return the bytes the embedding saves: int64 indices, and a one-byte mask of those on other ranks."""
     return (8 + (placement.parallel.tensor > 1)) * tokens // placement.parallel.context
+
+
+def pack_bytes(placement: Placement, tokens: int) -> int:
+    """Return the bytes of a pack's tensors in a rank's memory, every token scored: tokens, positions, layout and rows.
+
+    With context parallelism also this rank's part of it.
+    """
+    own = tokens // placement.parallel.context
+    of_rows = 3 * 8 + 4 + 1
+    part = 8 * tokens + (8 + 2 * 8) * own + OF_QUERY * own + OF_KEY * tokens
+    pack = (2 * 8 + of_rows + OF_QUERY + OF_KEY) * tokens
+    return pack + (part if placement.parallel.context > 1 else 0)

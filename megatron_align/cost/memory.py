@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_align.cost.activations import boundary_bytes, layer_workspace, stage_bytes
+from megatron_align.cost.activations import boundary_bytes, layer_workspace, pack_bytes, stage_bytes
 from megatron_align.cost.head import column_bytes, head_bytes, hidden_bytes, stand_in_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, state_bytes
@@ -25,7 +25,7 @@ class StageMemory:
         gradients: fp32 main gradients.
         optimizer: this rank's shard of fp32 master weights and moments.
         reference: weights of a live reference model.
-        activations: saved by the micro-batches in flight.
+        activations: saved by the micro-batches in flight, with the tensors of their packs.
         temporary: the largest of a layer's backward pass (with the layers recomputed for it), the head's slab of
             logits, and the start of backward with a gradient of the head's weight.
         communication: buffers that collectives gather into.
@@ -80,6 +80,7 @@ def stage_memory(
     layer = activations.recomputed + layer_workspace(placement, tokens)
     ends = placement.chunks(stage)[-1].ends
     head = head_bytes(placement, tokens, tokens) + column_bytes(placement, tokens, top_k) if ends else 0
+    packs = placement.in_flight(stage, micro_batches) + 1  # the next one is copied ahead
     stand_in = stand_in_bytes(placement) if ends else 0
     alone = 0  # a peak without activations
     if stand_in and placement.tied_on_one_stage:
@@ -92,7 +93,7 @@ def stage_memory(
         gradients=state.gradients,
         optimizer=state.optimizer,
         reference=parameter_bytes(placement, stage) if live_reference else 0,
-        activations=activations.held,
+        activations=activations.held + packs * pack_bytes(placement, tokens),
         temporary=max(largest, alone - activations.held),
         communication=boundary_bytes(placement, tokens) * placement.sequence_ranks if gathered else 0,
     )

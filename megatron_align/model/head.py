@@ -33,6 +33,7 @@ from megatron_align.model.context_parallel import ContextSlabs, gather_rows
 from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.lora_ends import HeadAdapter
 from megatron_align.model.trained_copy import TrainedCopy
+from megatron_align.model.transfer import to_device
 from megatron_align.records import LossRows, PackedBatch
 
 RowScore = Literal["likeliest", "entropy"]  # what is known of a row besides its log-prob
@@ -244,7 +245,7 @@ class VocabularyHead(ColumnParallelLinear):
             picked = pick_rows(host_row_n, hidden.shape[0], self.tp_group.size())
             if picked is not None:
                 own_M, row_n = (
-                    torch.from_numpy(indices).to(hidden.device, non_blocking=True)
+                    to_device(torch.from_numpy(indices), hidden.device)
                     for indices in (picked.own_RM[self.tp_group.rank()], picked.index_N)
                 )
                 hidden = hidden[own_M]

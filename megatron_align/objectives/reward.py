@@ -17,6 +17,7 @@ from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError, require
 from megatron_align.losses.ranked import RANKED_LOSSES
 from megatron_align.losses.reward import Rewards, reward_loss, score_error
+from megatron_align.model.transfer import to_device
 from megatron_align.objectives.base import Objective, Sums
 from megatron_align.objectives.metrics import (
     ACCURACY,
@@ -161,7 +162,7 @@ class RewardModel(Objective):
         host_absent_NK = np.arange(longest) >= counts[:, None]
         host_index_NK = np.where(host_absent_NK, 0, (stops - counts)[:, None] + np.arange(longest))
         index_NK, absent_NK = (
-            torch.from_numpy(x).to(rewards_C.device) for x in (host_index_NK, host_absent_NK)
+            to_device(torch.from_numpy(x), rewards_C.device) for x in (host_index_NK, host_absent_NK)
         )
         reward_NK = rewards_C[index_NK]
         score_NK = completions.score_C[index_NK].masked_fill(absent_NK, torch.nan)
@@ -180,7 +181,7 @@ class RewardModel(Objective):
         return (completions.score_C - shift) / scale
 
     def _histogram(self, rewards_C: Tensor) -> Sums:
-        edges = torch.tensor(EDGES, device=rewards_C.device)
+        edges = to_device(torch.tensor(EDGES), rewards_C.device)
         bins_C = torch.bucketize(rewards_C, edges, right=True)
         counts = torch.zeros(len(self._bins), device=rewards_C.device).index_add_(
             0, bins_C, torch.ones_like(rewards_C)

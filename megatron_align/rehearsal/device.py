@@ -170,6 +170,7 @@ def _install_host_reads() -> None:
         of_host = tensor(data, **options)
         return torch.empty(of_host.shape, dtype=of_host.dtype, device=device, requires_grad=requires_grad)
 
+    Tensor.record_stream = _always(None)  # type: ignore[method-assign]
     Tensor.numpy = to_numpy  # type: ignore[assignment, method-assign]
     Tensor.tolist = FakeTensor.tolist = listed  # type: ignore[assignment, method-assign]
     torch.tensor = made  # type: ignore[assignment]

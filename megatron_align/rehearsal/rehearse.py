@@ -29,8 +29,9 @@ from megatron_align.rehearsal import device, ranks
 from megatron_align.rehearsal.full_packs import COMPLETIONS, FullPacks
 from megatron_align.rehearsal.ledger import Ledger
 from megatron_align.rehearsal.report import STEP, RankReport
-from megatron_align.rehearsal.tracker import on_host, tracking
+from megatron_align.rehearsal.tracker import Tracker, on_host, tracking
 from megatron_align.training import self_check
+from megatron_align.training.batches import pin_step
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_align.training.reference.builder import References
 from megatron_align.training.reference.logprobs import LiveReference
@@ -98,8 +99,8 @@ def rehearse(
     info = RankInfo(rank=rank, local_rank=rank % device.GPUS_OF_A_NODE, world_size=world_size)
     setup = _setup(config, info, most_micro_batches)
     ledger = device.Current.ledger = Ledger()
-    with tracking(ledger), ranks.alone(info, layout):
-        batches, tokens = _train(setup, ledger)
+    with tracking(ledger) as tracker, ranks.alone(info, layout):
+        batches, tokens = _train(setup, ledger, tracker)
     gc.collect()
     placement = Placement.of_run(config, setup.shape, world_size)
     planned: StageMemory = memory_of(config, placement, batches)[stage]
@@ -150,7 +151,7 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
     )
 
 
-def _train(setup: RunSetup, ledger: Ledger) -> tuple[int, int]:
+def _train(setup: RunSetup, ledger: Ledger, tracker: Tracker) -> tuple[int, int]:
     """Build and make a step as a run does, without its files; return its micro-batches and their tokens."""
     trainer = _trainer(setup, ledger)
     if setup.config.train.self_check:
@@ -159,7 +160,7 @@ def _train(setup: RunSetup, ledger: Ledger) -> tuple[int, int]:
             suppress(TrainingFault),
         ):  # its verdict is on values, which are made up
             self_check.before_first_step(trainer.model, trainer.train_batches, 0, trainer.groups)
-    data = on_host(trainer.train_batches.step)(0)
+    data = on_host(lambda: pin_step(trainer.train_batches.step(0)), tracker)()  # as the prefetch thread does
     with ledger.during(STEP):
         trainer.begin_step()
         trainer.train_step(data)

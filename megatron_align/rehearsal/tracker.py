@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -69,8 +69,10 @@ class Tracker(TorchDispatchMode):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
             return self.pin(func(*args, **kwargs))
-        if name in ("aten::is_pinned", "aten::record_stream"):
-            return self.is_pinned(args[0]) if name == "aten::is_pinned" else None
+        if name == "aten::is_pinned":
+            return self.is_pinned(args[0])
+        if name in ("aten::pin_memory", "aten::_pin_memory"):
+            return self.pin(args[0])
         if name == "aten::_local_scalar_dense":
             return self._scalar(func, args[0])
         if name.startswith("c10d::"):
@@ -177,11 +179,11 @@ class Tracker(TorchDispatchMode):
         return x
 
 
-def on_host(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Wrap a function of the host: the tensors that it makes have values."""
+def on_host(function: Callable[..., Result], tracker: Tracker | None = None) -> Callable[..., Result]:
+    """Wrap a function of the host: the tensors that it makes have values; ``tracker`` notes which are pinned."""
 
     def run(*args: Any, **options: Any) -> Result:
-        with _disable_current_modes():
+        with _disable_current_modes(), tracker or nullcontext():
             return function(*args, **options)
 
     return run

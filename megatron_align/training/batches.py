@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -11,12 +12,22 @@ from megatron_align.data.batching.context_parts import ContextRank
 from megatron_align.data.batching.packing import PackOptions
 from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.sampler import step_order
-from megatron_align.data.batching.step_batches import DataRank, StepBatches
+from megatron_align.data.batching.step_batches import DataRank, Packs, Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape
+from megatron_align.model.transfer import pinned
 from megatron_align.objectives.base import Objective
 from megatron_align.training.setup import RunSetup, one_epoch
+
+
+def pin_step(step: Step) -> Step:
+    """Return a step whose packs lie in pinned memory, from which they are copied to the GPU without a wait."""
+
+    def pin(packs: Packs) -> Packs:
+        return replace(packs, batches=[pinned(batch) for batch in packs.batches])
+
+    return replace(step, packs=pin(step.packs), mismatched=step.mismatched and pin(step.mismatched))
 
 
 def pack_multiples(layout: ParallelConfig) -> tuple[int, int]:

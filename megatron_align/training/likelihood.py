@@ -23,7 +23,7 @@ from megatron_align.model.policy import Policy
 from megatron_align.objectives.base import completion_sums
 from megatron_align.objectives.sft import SFT, SFTOptions
 from megatron_align.records import LossRows
-from megatron_align.training.batches import data_rank, pack_multiples
+from megatron_align.training.batches import data_rank, pack_multiples, pin_step
 from megatron_align.training.scoring import Scorer, gather_step
 from megatron_align.training.watchdog import Watchdog
 
@@ -94,7 +94,7 @@ class CompletionScorer:
         )
         batches = StepBatches(table, steps, options, data_rank(shape, self.parallel, self.groups), "sample")
         values = np.full((count, int(table.completion_offsets[-1])), np.nan)
-        with Prefetcher(range(batches.steps), batches.step) as made:
+        with Prefetcher(range(batches.steps), lambda step: pin_step(batches.step(step))) as made:
             for step in made:
                 self.watchdog.report(f"{doing}, batch {step.number + 1} of {batches.steps}")
                 of_packs = scorer.collect(step.batches, of_pack)

@@ -6,7 +6,6 @@ so the parts are assembled here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,21 +66,41 @@ class Optimizer(DistributedOptimizer):
             group["step"] = max(steps, default=self.updates)
         return state
 
-    def grad_norm(self) -> float:
-        """Copy the gradients to the optimizer's shards; return their global norm before clipping."""
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether an update is launched before the host knows whether it is made: see :meth:`launch_update`."""
+        return torch.cuda.is_available()  # torch's AdamW is then fused, see _options
+
+    def grad_norm(self) -> Tensor:
+        """Copy the gradients to the optimizer's shards; return their :func:`global_norm` before clipping."""
         self.prepare_grads()
         return global_norm(grads_for_norm(self), self.get_grad_stats_parallel_group())
 
-    def update(self, norm: float) -> None:
-        """Clip, update, gather the new weights. ``norm`` is what :meth:`grad_norm` returned."""
-        if self.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(self.get_parameters(), self.config.clip_grad, norm)
+    def launch_update(self, norm: Tensor, skip: Tensor) -> None:
+        """Clip, update, gather the new weights, unless ``skip``; the host reads neither.
+
+        torch's fused AdamW divides gradients by ``grad_scale``, and where ``found_inf`` is 1 leaves all as it is.
+
+        Args:
+            norm: what :meth:`grad_norm` returned.
+            skip: bool, a scalar.
+        """
+        clip = self.config.clip_grad
+        self.optimizer.found_inf = skip.float()
+        self.optimizer.grad_scale = ((norm + 1e-6) / clip).clamp(min=1).float() if clip > 0 else None
         self.step_with_ready_grads()
+
+    def finish_update(self, norm: float) -> None:
+        """Count an update that was launched; where none was, make it. ``norm`` is that of :meth:`grad_norm`."""
+        if not self.skips_on_device:
+            if self.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(self.get_parameters(), self.config.clip_grad, norm)
+            self.step_with_ready_grads()
         self.updates += 1
 
 
-def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
-    """Return the 2-norm of all gradients of all ranks of ``group``, summed in fp64.
+def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """Return the 2-norm of all gradients of all ranks of ``group``, a scalar on the device, summed in fp64.
 
     megatron-core sums squares in fp32. On CPU that is off by 1e-3 for some ten million elements, by a different
     amount on each layout, and clipping would inherit the error.
@@ -92,7 +111,7 @@ def global_norm(grads: Sequence[Tensor], group: dist.ProcessGroup) -> float:
         norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
         squares += torch.stack(norms).square().sum()
     dist.all_reduce(squares, group=group)
-    return math.sqrt(squares.item())
+    return squares.sqrt()
 
 
 def wrap_data_parallel(chunks: list[Policy], parallel: ParallelConfig) -> list[DistributedDataParallel]:

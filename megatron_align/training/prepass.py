@@ -16,7 +16,7 @@ from megatron_align.data.batching.step_batches import Step
 from megatron_align.objectives.base import Need, Objective, StepSums
 from megatron_align.records import Columns, PackedBatch
 from megatron_align.training.reference.logprobs import Reference, ZeroReference
-from megatron_align.training.scoring import Scorer, gather_step, gather_tokens, mismatched_sums
+from megatron_align.training.scoring import Scorer, gather_columns, gather_tokens, mismatched_sums
 
 
 class PrePass:
@@ -95,7 +95,7 @@ class PrePass:
         completions = [batch.rows.completions for batch in batches] if scores else []
         references = [c.columns["reference_logprobs"] for c in completions] if self.objective.compares else []
         columns = (scores, references, [c.length_C for c in completions])
-        return StepSums(*(gather_step(column, step.packs, step, self.groups) for column in columns))
+        return StepSums(*gather_columns(columns, step.packs, step, self.groups))
 
     def _with_statistics(
         self, batches: list[PackedBatch], step: Step, seen: Mapping[Need, StepSums], training: bool

@@ -21,6 +21,7 @@ from megatron_align.model import cpu
 from megatron_align.model.head import RowScore
 from megatron_align.model.lora import adapters_off
 from megatron_align.model.parallel import is_metric_rank
+from megatron_align.model.transfer import to_device
 from megatron_align.objectives.base import Objective, completion_sums
 from megatron_align.records import LossRows, PackedBatch
 from megatron_align.training.pipeline import run_schedule
@@ -82,7 +83,6 @@ class Scorer:
                 self.chunks,
                 batches,
                 partial(self._forward, of_pack),
-                tokens=batches[0].tokens_T.shape[0],
                 forward_only=True,
                 collect_non_loss_data=True,
             )
@@ -90,11 +90,11 @@ class Scorer:
     def _forward(
         self,
         of_pack: Callable[[Tensor, LossRows], Any],
-        batches: Iterator[PackedBatch],
+        batches: Iterator[tuple[int, PackedBatch]],
         model: nn.Module,
         *_: Any,
     ) -> tuple[Tensor, Any]:
-        batch = next(batches).to(cpu.device())
+        batch = next(batches)[1]
         output = model(batch, row_score=self.row_score, top_k=self.top_k)
         return output, lambda values, non_loss_data: of_pack(values, batch.rows)
 
@@ -112,7 +112,15 @@ def gather_step(
 
     Collective. ``of_packs`` is empty on pipeline stages that have no values.
     """
-    return _gather(of_packs, packs.completions, len(step.stored_C), groups)
+    [values_S] = gather_columns([of_packs], packs, step, groups)
+    return values_S
+
+
+def gather_columns(
+    columns: Sequence[Sequence[Tensor]], packs: Packs, step: Step, groups: ProcessGroupCollection
+) -> tuple[Tensor, ...]:
+    """Gather several columns of the packs as :func:`gather_step`, with one wait for the device. Collective."""
+    return _gather(columns, packs.completions, len(step.stored_C), groups)
 
 
 def step_logprobs(scorer: Scorer, step: Step, length_S: np.ndarray, groups: ProcessGroupCollection) -> Tensor:
@@ -132,7 +140,7 @@ def step_logprobs(scorer: Scorer, step: Step, length_S: np.ndarray, groups: Proc
         for completions in step.packs.completions
     ]
     of_packs = scorer.collect(step.batches, lambda logprobs_N, rows: logprobs_N)
-    return _gather(of_packs, places, int(length_S.sum()), groups)
+    return _gather([of_packs], places, int(length_S.sum()), groups)[0]
 
 
 def gather_tokens(of_packs: Sequence[Tensor], groups: ProcessGroupCollection) -> Tensor:
@@ -147,16 +155,21 @@ def gather_tokens(of_packs: Sequence[Tensor], groups: ProcessGroupCollection) ->
     counts[dist.get_rank()] = len(own)
     dist.all_reduce(counts)
     before, total = int(counts[: dist.get_rank()].sum()), int(counts.sum())
-    return _gather([own], [before + np.arange(len(own))], total, groups)
+    return _gather([[own]], [before + np.arange(len(own))], total, groups)[0]
 
 
 def _gather(
-    of_packs: Sequence[Tensor], places: Sequence[np.ndarray], count: int, groups: ProcessGroupCollection
-) -> Tensor:
-    """Return the packs' values of all ranks in one tensor of ``count``, each at its place."""
-    values = torch.zeros(count, dtype=torch.float64, device=cpu.device())
+    columns: Sequence[Sequence[Tensor]],
+    places: Sequence[np.ndarray],
+    count: int,
+    groups: ProcessGroupCollection,
+) -> tuple[Tensor, ...]:
+    """Return for each column the packs' values of all ranks in one tensor of ``count``, each at its place."""
+    values = torch.zeros(len(columns), count, dtype=torch.float64, device=cpu.device())
     if is_metric_rank(groups):
-        for of_pack, at in zip(of_packs, places, strict=bool(of_packs)):
-            values[torch.from_numpy(at).to(values.device)] = of_pack.to(values.device, torch.float64)
+        for of_column, of_packs in zip(values, columns, strict=True):
+            for of_pack, at in zip(of_packs, places, strict=bool(of_packs)):
+                place = to_device(torch.from_numpy(at), values.device)
+                of_column[place] = to_device(of_pack, values.device).to(torch.float64)
     dist.all_reduce(values)
-    return values.cpu()
+    return values.cpu().unbind()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_align.kernels import MAXIMUM, RECOMPUTED
 from megatron_align.model import cpu
 from megatron_align.model.head import PackLoss
-from megatron_align.model.parallel import all_reduce_max, all_reduce_sum, is_metric_rank
+from megatron_align.model.parallel import is_metric_rank
+from megatron_align.model.transfer import HostRead
 from megatron_align.monitoring.timing import StepClock
 from megatron_align.objectives.base import Objective
 from megatron_align.records import PackedBatch
@@ -62,6 +63,42 @@ class StepResult:
     def is_finite(self) -> bool:
         """Whether loss and gradient norm are finite."""
         return math.isfinite(self.sums["loss"]) and math.isfinite(self.grad_norm or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSums:
+    """Sums of a step that are still on the device.
+
+    Args:
+        names: of the sums, ``loss`` first.
+        values: fp64, reduced over all ranks.
+        losses: fp64, loss share of each of this rank's packs; empty except on the last pipeline stage.
+        statistics: numbers of the step's pre-pass.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    losses: Tensor
+    statistics: Mapping[str, float]
+
+    def packed(self, norm: Tensor | None) -> Tensor:
+        """Return all numbers in one tensor, to be read together; ``norm``: of the gradients, None: there are none."""
+        return torch.cat([self.values, self.losses, *([] if norm is None else [norm[None]])])
+
+    def with_extra(self, more: DeviceSums) -> DeviceSums:
+        """Return these sums with those of a further term, whose loss is added."""
+        values = torch.cat([self.values, more.values[1:]])
+        values[0] += more.values[0]
+        return DeviceSums(
+            (*self.names, *more.names[1:]), values, self.losses, {**self.statistics, **more.statistics}
+        )
+
+    def result(self, numbers: list[float]) -> StepResult:
+        """Return the result of a step, given its :meth:`packed` numbers on the host."""
+        count, losses = len(self.names), len(self.losses)
+        sums = dict(zip(self.names, numbers[:count], strict=True))
+        norm = next(iter(numbers[count + losses :]), None)
+        return StepResult({**sums, **self.statistics}, norm, numbers[count : count + losses])
 
 
 class Stepper:
@@ -106,47 +143,44 @@ class Stepper:
             critic: of the critic.
         """
         steppers = [self] if critic is None else [self, critic]
-        results = [self._backward(batches, extra)]
+        sums = [self._backward(batches, extra)]
         if critic is not None:
-            results.append(critic._backward(batches))
+            sums.append(critic._backward(batches))
         started = time.perf_counter()
         before_update()
         paused = time.perf_counter() - started
         self.clock.discard()
         self._detail("update")
-        results = [stepper._with_norm(own) for stepper, own in zip(steppers, results, strict=True)]
+        optimizers = [stepper._own_optimizer() for stepper in steppers]
+        norms = [optimizer.grad_norm() for optimizer in optimizers]
+        reads = [HostRead(own.packed(norm)) for own, norm in zip(sums, norms, strict=True)]
+        if self._own_optimizer().skips_on_device:  # the update is launched before the host has the numbers
+            numbers = torch.stack([*norms, *(own.values[0] for own in sums)])
+            skip = numbers.isfinite().logical_not().any()
+            for optimizer, norm in zip(optimizers, norms, strict=True):
+                optimizer.launch_update(norm, skip)
+        results = [own.result(read.read()) for own, read in zip(sums, reads, strict=True)]
         if updated := all(own.is_finite for own in results):
-            for stepper, own in zip(steppers, results, strict=True):
-                stepper._update(own)
+            for optimizer, own in zip(optimizers, results, strict=True):
+                assert own.grad_norm is not None, "a backward pass ran"
+                optimizer.finish_update(own.grad_norm)
         self.clock.mark("optimizer")
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # otherwise the update's time would count towards the next step
         of_critic = results[1] if critic is not None else None
         return replace(results[0], updated=updated, paused_seconds=paused, critic=of_critic)
 
-    def _backward(self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None) -> StepResult:
-        """Compute the gradients of a step; nothing is updated."""
+    def _own_optimizer(self) -> Optimizer:
         if self.optimizer is None:
             raise RuntimeError("Stepper.train needs an optimizer; this Stepper was built for evaluation")
-        self.optimizer.zero_grad()
-        sums, pack_losses = self.gradients(batches, extra)
+        return self.optimizer
+
+    def _backward(self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None) -> DeviceSums:
+        """Compute the gradients of a step; nothing is updated."""
+        self._own_optimizer().zero_grad()
+        sums = self.gradients(batches, extra)
         self.clock.mark("optimizer")
-        return StepResult(sums, None, pack_losses)
+        return sums
 
-    def _with_norm(self, result: StepResult) -> StepResult:
-        """Return the result of :meth:`_backward` with the norm of its gradients."""
-        assert self.optimizer is not None, "gradients were computed for it"
-        return replace(result, grad_norm=self.optimizer.grad_norm())
-
-    def _update(self, result: StepResult) -> None:
-        """Update weights and optimizer with the gradients of :meth:`_backward`."""
-        assert self.optimizer is not None, "gradients were computed for it"
-        assert result.grad_norm is not None, "a backward pass ran"
-        self.optimizer.update(result.grad_norm)
-
-    def gradients(
-        self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None
-    ) -> tuple[dict[str, float], list[float]]:
+    def gradients(self, batches: Sequence[PackedBatch], extra: ExtraLoss | None = None) -> DeviceSums:
         """Compute gradients, reduced over ranks, into the buffers; return the step's sums and this rank's losses."""
         for chunk in self.model:
             chunk.train()
@@ -156,17 +190,16 @@ class Stepper:
         with (
             self._local_gradients()
         ):  # they stay in the buffers, and are reduced with those of the further term
-            sums, losses = self._schedule(batches, self.objective, forward_only=False)
-        more, _ = self._schedule(extra.batches, extra.objective, forward_only=False)
-        return {**sums, **more, "loss": sums["loss"] + more["loss"]}, losses
+            sums = self._schedule(batches, self.objective, forward_only=False)
+        return sums.with_extra(self._schedule(extra.batches, extra.objective, forward_only=False))
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> StepResult:
         """Compute the same numbers without gradients."""
         for chunk in self.model:
             chunk.eval()
-        metrics, pack_losses = self._schedule(batches, self.objective, forward_only=True)
-        return StepResult(metrics, None, pack_losses)
+        sums = self._schedule(batches, self.objective, forward_only=True)
+        return sums.result(HostRead(sums.packed(None)).read())
 
     def finite_alone(self, batches: Sequence[PackedBatch]) -> list[bool]:
         """Return for each pack whether its gradients alone are finite on all model-parallel ranks.
@@ -219,35 +252,35 @@ class Stepper:
 
     def _schedule(
         self, batches: Sequence[PackedBatch], objective: Objective, forward_only: bool
-    ) -> tuple[dict[str, float], list[float]]:
+    ) -> DeviceSums:
         """Return sums over all packs of all ranks with the step's statistics, and the loss of each own pack."""
         config = self.model[0].config
         config.finalize_model_grads_func = self._finalize if self._reduces_gradients else None
-        numbered = [(f"micro-batch {i + 1} of {len(batches)}", batch) for i, batch in enumerate(batches)]
         partial_sums = run_schedule(
             self.model,
-            numbered,
-            partial(self._forward, objective),
-            tokens=batches[0].tokens_T.shape[0],
+            batches,
+            partial(self._forward, objective, len(batches)),
             forward_only=forward_only,
         )
         # megatron-core keeps the config of every model alive: it must not keep the model and its process groups too.
         config.finalize_model_grads_func = None
         self._detail("sums over ranks")
-        losses = torch.stack([sums["loss"] for sums in partial_sums]).tolist() if partial_sums else []
-        return {**self._reduce(partial_sums, objective), **batches[0].rows.step_statistics}, losses
+        names, values = self._reduce(partial_sums, objective)
+        losses = [sums["loss"].double() for sums in partial_sums]
+        statistics = batches[0].rows.step_statistics
+        return DeviceSums(names, values, torch.stack(losses) if losses else values[:0], statistics)
 
     def _forward(
         self,
         objective: Objective,
-        batches: Iterator[tuple[str, PackedBatch]],
+        count: int,
+        batches: Iterator[tuple[int, PackedBatch]],
         model: torch.nn.Module,
         *_: Any,
     ) -> tuple[Tensor, Any]:
         """Run a stage; return its output and the function from which megatron-core gets the loss and its sums."""
-        name, batch = next(batches)
-        self._detail(f"{name} on pipeline stage {self.groups.pp.rank()}")
-        batch = batch.to(cpu.device())
+        number, batch = next(batches)
+        self._detail(f"micro-batch {number + 1} of {count} on pipeline stage {self.groups.pp.rank()}")
         output = model(batch, objective)
         if not isinstance(output, PackLoss):
             return output, None
@@ -256,20 +289,31 @@ class Stepper:
     def _report(
         self, batch: PackedBatch, sums: dict[str, Tensor], loss: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        tokens = torch.tensor(batch.rows.row_N.shape[0], dtype=torch.int, device=loss.device)
+        tokens = torch.tensor(
+            batch.rows.row_N.shape[0], dtype=torch.int
+        )  # a number of the host, never copied
         return loss, tokens, {"loss": loss.detach().clone(), **sums}
 
-    def _reduce(self, partial_sums: list[dict[str, Tensor]], objective: Objective) -> dict[str, float]:
-        """Sum over micro-batches and ranks; of ranks that computed the same packs, one on the last stage counts."""
+    def _reduce(
+        self, partial_sums: list[dict[str, Tensor]], objective: Objective
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """Sum over micro-batches and ranks; of ranks that computed the same packs, one on the last stage counts.
+
+        Returns the names and on the device their sums, fp64; the first is the loss.
+        """
         names = ("loss", *objective.sum_names, *((RECOMPUTED,) if objective.whole_samples else ()))
-        totals = dict.fromkeys(names, 0.0)
-        if partial_sums and is_metric_rank(self.groups):
-            for name in names:
-                values = torch.stack([sums[name].double() for sums in partial_sums])
-                totals[name] = (values.max() if name.endswith(MAXIMUM) else values.sum()).item()
         summed = [name for name in names if not name.endswith(MAXIMUM)]
         largest = [name for name in names if name.endswith(MAXIMUM)]
-        reduced = dict(zip(summed, all_reduce_sum([totals[name] for name in summed]), strict=True))
+        totals = torch.zeros(len(names), dtype=torch.float64, device=cpu.device())
+        if partial_sums and is_metric_rank(self.groups):
+            columns = [
+                torch.stack([sums[name].double() for sums in partial_sums]) for name in summed + largest
+            ]
+            totals = torch.stack(
+                [column.sum() for column in columns[: len(summed)]]
+                + [c.max() for c in columns[len(summed) :]]
+            )
+        dist.all_reduce(totals[: len(summed)])
         if largest:
-            reduced |= zip(largest, all_reduce_max([totals[name] for name in largest]), strict=True)
-        return reduced
+            dist.all_reduce(totals[len(summed) :], dist.ReduceOp.MAX)
+        return (*summed, *largest), totals

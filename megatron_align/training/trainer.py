@@ -42,7 +42,7 @@ from megatron_align.rollout.engine import Engine
 from megatron_align.rollout.live_weights import live_engine, update_engine
 from megatron_align.rollout.transformers_engine import TransformersEngine
 from megatron_align.training.adapter import AdapterBase, adapter_base
-from megatron_align.training.batches import batches_of_split
+from megatron_align.training.batches import batches_of_split, pin_step
 from megatron_align.training.critic import Critic
 from megatron_align.training.finished import remove_finished_marker
 from megatron_align.training.learning_rate import learning_rate
@@ -247,7 +247,8 @@ class Trainer:
             with closing(self._rollouts):
                 yield self._rollouts.steps(self.step, self.steps)
             return
-        with Prefetcher(range(self.step, self.steps), self.train_batches.step) as steps:
+        make = self.train_batches.step
+        with Prefetcher(range(self.step, self.steps), lambda step: pin_step(make(step))) as steps:
             yield steps
 
     def begin_step(self, timed: bool = False) -> None:
@@ -308,7 +309,7 @@ class Trainer:
         batches, prepass = self.batches_of(split), self._prepass_of(split)
         totals: dict[str, float] = {}
         weight_sum = 0.0
-        with Prefetcher(range(batches.steps), batches.step) as steps:
+        with Prefetcher(range(batches.steps), lambda step: pin_step(batches.step(step))) as steps:
             for data in steps:
                 self.watchdog.report(f"{split} batch {data.number + 1}")
                 weight_sum += data.counts.weight

@@ -51,7 +51,7 @@ def test_memory(placement, stage):
         "gradients": BUFFERS[stage] * FP32,
         "optimizer": BUFFERS[stage] * 3 * FP32,
         "reference": 0,
-        "activations": held,
+        "activations": held + (3 - stage) * TOKENS * (2 * 8 + 3 * 8 + 4 + 1 + 6 * 4),  # packs, one ahead
         "temporary": max(layer, head) if stage else layer,
         "communication": TOKENS * H * BF16,
         "rewards": 0,

@@ -73,4 +73,7 @@ def require_laws(report: dict) -> None:
     assert not report["faults"]
     share = report["peak"] / report["planned"]
     assert 0.97 <= share <= 1.0, (share, report["peaks"], report["holders"])
+    waits = sum(count for _, _, count in report["waits"])
+    assert waits <= 2, report["waits"]
+    assert report["micro_batches"] >= 3
     assert report["launches"]["forward_kernel"] > 0

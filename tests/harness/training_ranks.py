@@ -193,7 +193,7 @@ def norm_of(rank_info: parallel.RankInfo, grads: list[torch.Tensor]) -> float:
     from megatron_align.training.optimizer import global_norm
 
     with join_watched(rank_info, ParallelConfig()).watching():
-        norm = global_norm(grads[rank_info.rank :: rank_info.world_size], parallel.groups().dp)
+        norm = global_norm(grads[rank_info.rank :: rank_info.world_size], parallel.groups().dp).item()
     parallel.leave()
     return norm
 

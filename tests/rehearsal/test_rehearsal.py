@@ -1,5 +1,7 @@
 """Laws of a rehearsed step: no device mix, no host tensor in a collective, no wrong launch; its peak is plan's.
 
+The host waits for the GPU at most twice in a step, so never for a micro-batch, of which a step here has three.
+
 Tensors claim to be on CUDA and have no values, so complete steps of the real training code run on a CPU. The rehearsed
 peak is at most what ``plan`` counts and at least 0.97 of it.
 """
