@@ -1,6 +1,6 @@
 """``megatron-align plan``: estimate memory, operations and time of a run and search layouts, without a GPU.
 
-Also ``python tools/plan.py``. Exit code: 0 a layout fits (``--rehearse``: the configured one); 1 none does; 2 bad input.
+Also ``python tools/plan.py``. Exit code: 0 a layout fits (``--rehearse``: the configured one); 1 none; 2 bad input.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def stage_memory(
     alone = 0  # a peak without activations
     if stand_in and placement.tied_on_one_stage:
         layer += stand_in  # it waits for the embedding's gradient, the last one, to which it is added
-        alone = 3 * stand_in
+        alone = 3 * stand_in + boundary_bytes(placement, tokens)  # both gradients, their sum, and its input's
     largest = max(layer, head, stand_in + hidden_bytes(placement, tokens, tokens) if stand_in else 0)
     gathered = placement.sequence_ranks > 1
     return StageMemory(

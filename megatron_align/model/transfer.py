@@ -8,7 +8,7 @@ and a step's numbers are read once, together. On a CPU all of this is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -34,8 +34,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def pinned(batch: PackedBatch) -> PackedBatch:
     """Return a pack of the host with its tensors in pinned memory, side by side; without a GPU the pack itself."""
-    if not torch.cuda.is_available():
-        return batch
+    return in_one_block(batch, pin=True) if torch.cuda.is_available() else batch
+
+
+def in_one_block(batch: PackedBatch, *, pin: bool) -> PackedBatch:
+    """Return a pack with its tensors of up to ``LARGEST`` in ``block``; ``pin``: in pinned memory, larger ones too."""
     tensors: list[Tensor] = []
 
     def note(x: Tensor) -> Tensor:
@@ -47,12 +50,12 @@ def pinned(batch: PackedBatch) -> PackedBatch:
     for x in tensors:
         starts.append(end)
         end += -(-_size(x) // ALIGNED) * ALIGNED if _size(x) <= LARGEST else 0
-    block, at = torch.empty(end, dtype=torch.uint8, pin_memory=True), iter(starts)
+    block, at = torch.empty(end, dtype=torch.uint8, pin_memory=pin), iter(starts)
 
     def lay(x: Tensor) -> Tensor:
         start = next(at)
         if _size(x) > LARGEST:
-            return x.pin_memory()
+            return x.pin_memory() if pin else x
         laid = _piece(block, start, x)
         laid.copy_(x)
         return laid
@@ -68,10 +71,10 @@ def packs_on_device(batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
     following = _start_copy(batches[0]) if batches else None
     for i in range(len(batches)):
         assert following is not None, "there is a pack"
-        batch, made, copied = following
+        batch, made, end = following
         following = _start_copy(batches[i + 1]) if i + 1 < len(batches) else None
         use = torch.cuda.current_stream()
-        use.wait_event(copied)
+        use.wait_event(end)
         for x in made:
             x.record_stream(use)  # their memory is the other stream's: it is not given away before it is read
         yield batch
@@ -79,23 +82,32 @@ def packs_on_device(batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
 
 def _start_copy(batch: PackedBatch) -> tuple[PackedBatch, list[Tensor], torch.cuda.Event]:
     """Launch the copy of a pack; return it on the device, the tensors that own its memory, and the end of the copy."""
-    device, stream, made = cpu.device(), _copies(), []
+    device, stream = cpu.device(), _copies()
     with torch.cuda.stream(stream):
-        block = None
-        if batch.block is not None:
-            block = batch.block.to(device, non_blocking=True)
-            made.append(block)
+        return *copied(batch, lambda x: to_device(x, device)), stream.record_event()
 
-        def copy(x: Tensor) -> Tensor:
-            if x.device.type != "cpu":
-                return x  # a column of the pre-pass
-            if block is not None and _is_within(x, batch.block):
-                return _piece(block, int(x.storage_offset()) * x.element_size(), x)
-            made.append(to_device(x, device))
-            return made[-1]
 
-        moved = batch.changed(copy)
-        return moved, made, stream.record_event()
+def copied(batch: PackedBatch, copy: Callable[[Tensor], Tensor]) -> tuple[PackedBatch, list[Tensor]]:
+    """Copy a pack: its block at once, other tensors of the host one by one; return it and the copies.
+
+    Columns that a pre-pass has added are not in the block, and may be on the device already.
+    """
+    made: list[Tensor] = []
+
+    def kept(x: Tensor) -> Tensor:
+        made.append(copy(x))
+        return made[-1]
+
+    block = None if batch.block is None else kept(batch.block)
+
+    def moved(x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return x
+        if block is not None and _is_within(x, batch.block):
+            return _piece(block, int(x.storage_offset()) * x.element_size(), x)
+        return kept(x)
+
+    return batch.changed(moved), made
 
 
 def _size(x: Tensor) -> int:

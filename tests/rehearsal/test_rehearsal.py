@@ -6,9 +6,14 @@ Tensors claim to be on CUDA and have no values, so complete steps of the real tr
 peak is at most what ``plan`` counts and at least 0.97 of it.
 """
 
+from pathlib import Path
+
 import pytest
 
 from tests.harness.rehearsals import model_folder, rehearsed, request, require_laws
+from tests.harness.sizes import write_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 TP, PP, CP = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, {"parallel.context": 2}
 VPP = {**PP, "parallel.virtual_pipeline": 2}
@@ -60,3 +65,26 @@ def test_layouts_and_objectives(models):
             require_laws(report)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, gpus, stages",
+    [
+        ("qwen2_7b/sft", 8, [0]),
+        ("qwen2_7b/dpo", 8, [0]),
+        ("qwen2_7b/reward", 8, [0]),
+        ("qwen2_72b/sft", 32, [0, 1, 2, 3]),
+        ("llama3_70b/sft", 32, [0, 3]),
+        ("llama3_70b/dpo", 32, [0, 1, 2, 3]),
+    ],
+)
+def test_recipes(tmp_path, recipe, gpus, stages):
+    """The recipes on their own layouts, the first rank of each stage."""
+    size = recipe.partition("/")[0]
+    model = str(write_config(tmp_path / size, size))
+    config = str(EXAMPLES / f"{recipe}.yaml")
+    # As many micro-batches as the first of four stages has in flight, and one more.
+    requests = [request(model, gpus, stage, {}, config, most=5 if len(stages) > 1 else 3) for stage in stages]
+    for report in rehearsed(requests):
+        require_laws(report)
