@@ -21,6 +21,7 @@ from megatron_align.hf.assets import AssetChanges
 from megatron_align.model import parallel
 from megatron_align.model.families import read_shape
 from megatron_align.model.families.frozen import frozen_tensors
+from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.parallel import RankInfo
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
@@ -63,13 +64,17 @@ def require_can_rehearse(config: RunConfig) -> None:
     """Check that a run's step can be rehearsed.
 
     Raises:
-        InputError: its steps are made of rollouts.
+        InputError: its steps are made of rollouts, or its attention is another package's.
     """
     kind = objective_class(config.objective.name)
     require(
         not issubclass(kind, PolicyGradientObjective) and kind.data[0] in COMPLETIONS,
         f"a step of objective {config.objective.name} cannot be rehearsed: its packs are made of rollouts; rehearse "
         "objective sft with the same model, layout and data.sequence_length",
+    )
+    require(
+        config.model.attention != "flash",
+        "model.attention: flash cannot be rehearsed, as its kernels need a GPU: rehearse model.attention: auto",
     )
 
 
@@ -122,6 +127,7 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
     config = replace(
         config,
         train=replace(train, global_batch_size=samples, global_batch_tokens=None, steps=1, epochs=None),
+        optimizer=replace(config.optimizer, warmup_steps=0),
         data=replace(config.data, train="full packs", shuffle=False),
     )
     objective = build_objective(config.objective)
@@ -138,7 +144,12 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
         weights=assets,
         resume=None,
         megatron=transformer_config(
-            shape, config.parallel, DTYPES[train.precision], train.recompute_layers, train.recompute_modules
+            shape,
+            config.parallel,
+            DTYPES[train.precision],
+            train.recompute_layers,
+            train.recompute_modules,
+            KernelChoice.of_model(config.model),
         ),
         train=FullPacks(samples, length, objective, logits),
         data_key="",
