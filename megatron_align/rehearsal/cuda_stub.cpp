@@ -1,7 +1,7 @@
 // Makes a torch without CUDA accept tensors that claim to be on it: a device guard and CUDA hooks that do nothing.
 //
 // One device, one stream that is always idle, no memory. Only for tensors without values (FakeTensorMode): anything that
-// would compute or copy still fails. Must be loaded before torch's Python package asks for the hooks, as it keeps them.
+// would compute or copy still fails. Must be loaded before torch's Python package takes the hooks, as it keeps them.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -47,7 +47,7 @@ namespace at {
 C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", IdleHooks)
 }
 
-// Returns whether torch now takes the hooks; false: it had asked for them before.
+// Returns whether torch now takes the hooks; false: it had taken others before.
 extern "C" bool install() {
   static IdleGuard guard;
   c10::impl::device_guard_impl_registry[static_cast<size_t>(kCUDA)].store(&guard);

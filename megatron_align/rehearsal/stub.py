@@ -30,7 +30,7 @@ def load() -> None:
     Raises:
         InputError: torch is a build with CUDA, or there is no C++ compiler, or it fails.
     """
-    assert "torch" not in sys.modules, "torch has asked for CUDA's hooks"
+    assert "torch" not in sys.modules, "torch has taken CUDA's hooks"
     libraries = _torch_folder() / "lib"
     require(
         not (libraries / "libtorch_cuda.so").exists(),
@@ -40,7 +40,7 @@ def load() -> None:
     library = ctypes.CDLL(str(_built(libraries)))
     library.install.restype = ctypes.c_bool
     if not library.install():
-        raise RuntimeError("torch asked for CUDA's hooks before the stub was loaded")
+        raise RuntimeError("torch took CUDA's hooks before the stub was loaded")
 
 
 def _torch_folder() -> Path:
