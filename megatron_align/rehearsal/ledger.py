@@ -1,4 +1,4 @@
-"""What a rehearsal sees, by phase of the run: host waits, memory, bytes and operations, collectives, faults."""
+"""The record of a rehearsal by phase of the run: host waits, memory, bytes and operations, collectives, faults."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def alone(rank_info: RankInfo, config: ParallelConfig) -> Iterator[None]:
 
 
 def install() -> None:
-    """Make new groups without ranks, and collectives of host objects that return this rank's, for good."""
+    """Make new groups without ranks, and collectives of host objects that return this rank's, permanently."""
     new_group = dist.new_group
 
     def without_ranks(ranks: Any = None, *args: Any, **options: Any) -> Any:

@@ -13,7 +13,7 @@ HOLDERS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What one rank of a run would do on its GPU.
+    """The record of one rank of a run: its memory, waits, faults and work on a GPU.
 
     Args:
         stage: pipeline stage.
