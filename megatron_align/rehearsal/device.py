@@ -97,7 +97,7 @@ def install() -> None:
         **dict.fromkeys(("init", "_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats"), None),
         **dict.fromkeys(("manual_seed", "manual_seed_all", "set_rng_state"), None),
         "device_count": GPUS_OF_A_NODE,
-        "current_device": 0,
+        **dict.fromkeys(("current_device", "_exchange_device", "_maybe_exchange_device"), 0),
         "get_device_capability": CAPABILITY,
         "get_device_name": NAME,
         "get_device_properties": properties,
