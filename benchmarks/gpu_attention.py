@@ -17,7 +17,9 @@ from torch import Tensor
 from benchmarks.gpu import device, environment, interleaved, quantiles, require_gpu, yardstick
 from benchmarks.rows import record
 from megatron_align.data.batching.context_split import attention_work
+from megatron_align.errors import InputError
 from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
+from megatron_align.model.flash import Documents, find_flash
 
 MIXED = [6000, 3500, 2500, 1500, 1000, 700, 500, 360, 200, 124]
 PAIR = (4096, [512, 512])
@@ -98,6 +100,19 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
+def flash(case: Case) -> Callable[..., Tensor] | None:
+    """Return flash-attn's attention over the layout; None: it is not installed or does not support it."""
+    if any(len(completions) > 1 for _, completions in case.layout.groups):
+        return None
+    try:
+        kernels = find_flash(case.head_dim)
+    except InputError as reason:
+        print(f"flash-attn is left out: {reason}")
+        return None
+    documents = Documents.of_layout(case.layout.to(device()))
+    return lambda q, k, v: kernels(q, k, v, documents, None)
+
+
 def inputs(case: Case) -> list[Tensor]:
     """Return q, k and v with a fixed seed."""
     generator = torch.Generator(device()).manual_seed(0)
@@ -152,6 +167,8 @@ def measure(name: str, case: Case, rounds: int, gemm: float, where: dict[str, st
         peers["flex"], peers["flex+mask"] = flex(layout)
     if "cudnn" in case.floors:
         peers["cudnn"] = cudnn
+    if (known := flash(case)) is not None:
+        peers["flash"] = known
     made = {who: passes(function, tensors, grad) for who, function in peers.items()}
     rows = []
     for part in ("fwd", "bwd", "fwd+bwd"):
