@@ -419,6 +419,7 @@ OFF = {
 }
 # A test that runs on every commit sees it.
 SHOWN = {
+    "model.linear": "tests/model/test_te_linear.py::test_what_cannot_run_is_refused_in_one_line",
     "model.attention": "tests/model/test_flash.py::test_a_run_has_the_numbers_of_a_run_without_it",
     "data.validation": "tests/training/test_validation.py::test_validation_equals_training_over_all_samples",
     "reference.path": "tests/training/reference/test_cache.py::test_a_reference_of_its_own",

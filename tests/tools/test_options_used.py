@@ -279,6 +279,7 @@ COMMANDS = {
             "--efficiency": ["0.1"],
             "--count": ["1"],
             "--write": ["planned.yaml"],
+            "--rehearse": ([], {"megatron_align.tools.plan_rehearsal:rehearsal": Done}),
         },
     ),
     "prepare": (
