@@ -86,7 +86,8 @@ def stage_memory(
     if stand_in and placement.tied_on_one_stage:
         layer += stand_in  # it waits for the embedding's gradient, the last one, to which it is added
         alone = 3 * stand_in + boundary_bytes(placement, tokens)  # both gradients, their sum, and its input's
-    largest = max(layer, head, stand_in + hidden_bytes(placement, tokens, tokens) if stand_in else 0)
+    backward = hidden_bytes(placement, tokens, tokens) + boundary_bytes(placement, tokens)  # its start
+    largest = max(layer, head, stand_in + backward if stand_in else 0)
     gathered = placement.sequence_ranks > 1
     return StageMemory(
         parameters=state.parameters,

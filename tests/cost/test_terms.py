@@ -81,7 +81,9 @@ def test_a_tied_weight_of_one_stage_waits_for_its_last_gradient(tiny_models):
         found, held = stage_memory(one, 0, 1, 1), stage_bytes(one, 0, 1, 1).held
         hidden = 2 * BF16 * H + OF_ROW
         expected = (
-            max(layer + weight, 3 * weight + BF16 * H - held) if stands else max(layer, hidden + weight)
+            max(layer + weight, 3 * weight + BF16 * H - held)
+            if stands
+            else max(layer, hidden + BF16 * H + weight)
         )
         assert found.temporary == expected
 
