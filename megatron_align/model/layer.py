@@ -18,7 +18,7 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -29,7 +29,7 @@ from megatron_align.model.adapted_linear import ColumnLinear, RowLinear
 from megatron_align.model.attention import PackedCoreAttention
 from megatron_align.model.dropout import current_keys, dropout_keys
 from megatron_align.model.families import ModelShape
-from megatron_align.model.feed_forward import FeedForward
+from megatron_align.model.feed_forward import SwiGLU
 from megatron_align.model.freed_output import FreedOutput
 from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.te_linear import te_linears
@@ -156,8 +156,8 @@ def layer_spec(shape: ModelShape, kernels: KernelChoice) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=FeedForward,
-                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row),
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=SwiGLU),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

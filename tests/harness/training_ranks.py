@@ -42,7 +42,7 @@ def optimizers_in_use(rank_info: parallel.RankInfo, arguments: list[str]) -> lis
     from megatron_align.training.optimizer import Optimizer
 
     seen: dict[int, list[dict]] = {}
-    update = Optimizer.update
+    update = Optimizer.finish_update
 
     def recorded(self: Optimizer, norm: float) -> None:
         group = max(self.param_groups, key=lambda each: each["weight_decay"])  # that of matrices
@@ -50,7 +50,7 @@ def optimizers_in_use(rank_info: parallel.RankInfo, arguments: list[str]) -> lis
         seen.setdefault(id(self), []).append({**options, "clip_grad": self.config.clip_grad})
         update(self, norm)
 
-    with mock.patch.object(Optimizer, "update", recorded):
+    with mock.patch.object(Optimizer, "finish_update", recorded):
         train(rank_info, arguments)
     return list(seen.values())
 
