@@ -211,16 +211,18 @@ def stall(rank_info: parallel.RankInfo, late: int, timeout: float) -> None:
 class _GradientsAsWeights:
     """An optimizer whose update replaces each parameter by its gradient."""
 
+    skips_on_device = False
+
     def __init__(self, model: list):
         self.model = model
 
     def zero_grad(self) -> None:
         pass
 
-    def grad_norm(self) -> float:
-        return 0.0
+    def grad_norm(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64)
 
-    def update(self, norm: float) -> None:
+    def finish_update(self, norm: float) -> None:
         with torch.no_grad():
             for chunk in self.model:
                 for parameter in chunk.parameters():

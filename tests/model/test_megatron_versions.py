@@ -177,9 +177,12 @@ def test_what_the_seam_replaces_is_called():
 
 
 def test_nothing_is_patched_outside_the_seam():
-    """No assignment to an attribute of what is imported from megatron-core; ours to our own objects are none."""
+    """No assignment to an attribute of what is imported from megatron-core; ours to our own objects are none.
+
+    A rehearsal patches megatron-core in a process of its own, which trains nothing.
+    """
     for path, tree in our_sources():
-        if path == SOURCES / "model" / "cpu.py":
+        if path in (SOURCES / "model" / "cpu.py", SOURCES / "rehearsal" / "device.py"):
             continue
         imported = {
             alias.asname or alias.name
