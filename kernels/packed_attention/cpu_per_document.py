@@ -22,7 +22,6 @@ from megatron_align.kernels.packed_attention.layout import PackedLayout
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
 _Tensors = tuple[Tensor, Tensor, Tensor]
 
 

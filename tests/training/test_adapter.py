@@ -145,8 +145,8 @@ def test_the_reference_of_a_new_adapter_is_the_policy_itself(pool, tiny_models, 
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param({}, marks=pytest.mark.slow),
-        {"parallel__tensor": 2, "train__precision": "bf16"},
+        {},
+        pytest.param({"parallel__tensor": 2, "train__precision": "bf16"}, marks=pytest.mark.slow),
     ],
     ids=["one", "tp2_bf16"],
 )

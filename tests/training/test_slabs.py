@@ -3,6 +3,7 @@
 import pytest
 
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 
 OBJECTIVES = {
@@ -17,7 +18,7 @@ def pairs_file(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", mark_slow(OBJECTIVES, ["wpo"]))
 def test_slabs_change_no_number(pool, tiny_models, chat_file, pairs_file, tmp_path, objective):
     """One slab for all, slabs of about 64 rows, slabs that no pair fits into: on one rank, or shared by two."""
     options, rows, recomputed = {"train__steps": 2, **OBJECTIVES[objective]}, {}, {}

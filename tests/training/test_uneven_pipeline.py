@@ -79,6 +79,7 @@ def test_under_merged_layers(train, reference, tmp_path):
     assert_same(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_elsewhere_and_converts(train, reference, tmp_path):
     world, layout = SPLITS["virtual"]
     train(tmp_path, world, layout, train__steps=3)
