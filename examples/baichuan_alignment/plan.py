@@ -28,6 +28,7 @@ OWN_SHARE = 0.6  # of a field's model: share of its own field in its training da
 TRAINED = ("base", "pas", *(f"sft_{group}" for group in GROUPS), "reward", "grpo")
 MERGED = f"merge_{GOES_ON}"
 OWN_PAIRS = 8  # passes over the pairs of the merged model's own answers for one over the written pairs
+OWN_PAIRS_FROM = 0.5  # scale of the recipe from which the reward model trains on them
 GOLDEN = (
     "sums",
     "sorting",
@@ -187,7 +188,9 @@ class _Plan:
 
     def _reward(self) -> Stage:
         own = {"path": str(self.out / "sampled" / "data.jsonl"), "weight": OWN_PAIRS}
-        sources = json.dumps([own, str(self.data / "pairs.jsonl")])
+        # A model of few steps has no right answer, and so no pairs.
+        own_pairs = [own] if self._scale >= OWN_PAIRS_FROM else []
+        sources = json.dumps([*own_pairs, str(self.data / "pairs.jsonl")])
         return self._train("reward", f"{MERGED}/hf", sources, "sampled", MERGED)
 
     def _grpo(self) -> Stage:
