@@ -19,9 +19,8 @@ from megatron_align.model import cpu
 from megatron_align.records import PackedBatch
 
 ALIGNED = 16  # bytes: where tensors start in a block
-LARGEST = (
-    2**20
-)  # bytes of a tensor in the block: a larger one (of a reference's top k) is freed when it is read
+# Bytes of a tensor in the block: a larger one (of a reference's top k) is freed when it is read.
+LARGEST = 2**20
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

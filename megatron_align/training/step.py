@@ -289,9 +289,7 @@ class Stepper:
     def _report(
         self, batch: PackedBatch, sums: dict[str, Tensor], loss: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        tokens = torch.tensor(
-            batch.rows.row_N.shape[0], dtype=torch.int
-        )  # a number of the host, never copied
+        tokens = torch.tensor(batch.rows.row_N.shape[0], dtype=torch.int)  # on the host: never copied
         return loss, tokens, {"loss": loss.detach().clone(), **sums}
 
     def _reduce(
@@ -306,13 +304,9 @@ class Stepper:
         largest = [name for name in names if name.endswith(MAXIMUM)]
         totals = torch.zeros(len(names), dtype=torch.float64, device=cpu.device())
         if partial_sums and is_metric_rank(self.groups):
-            columns = [
-                torch.stack([sums[name].double() for sums in partial_sums]) for name in summed + largest
-            ]
-            totals = torch.stack(
-                [column.sum() for column in columns[: len(summed)]]
-                + [c.max() for c in columns[len(summed) :]]
-            )
+            columns = {name: torch.stack([sums[name].double() for sums in partial_sums]) for name in names}
+            of_packs = [columns[name].sum() for name in summed] + [columns[name].max() for name in largest]
+            totals = torch.stack(of_packs)
         dist.all_reduce(totals[: len(summed)])
         if largest:
             dist.all_reduce(totals[len(summed) :], dist.ReduceOp.MAX)
