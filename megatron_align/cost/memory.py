@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_align.cost.activations import boundary_bytes, layer_workspace, pack_bytes, stage_bytes
+from megatron_align.cost.activations import (
+    boundary_bytes,
+    layer_workspace,
+    pack_bytes,
+    stage_bytes,
+    tables_bytes,
+)
 from megatron_align.cost.head import column_bytes, head_bytes, hidden_bytes, stand_in_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, state_bytes
@@ -79,7 +85,11 @@ def stage_memory(
     activations = stage_bytes(placement, stage, tokens, micro_batches)
     layer = activations.recomputed + layer_workspace(placement, tokens)
     ends = placement.chunks(stage)[-1].ends
-    head = head_bytes(placement, tokens, tokens) + column_bytes(placement, tokens, top_k) if ends else 0
+    head = 0
+    if ends:
+        head = head_bytes(placement, tokens, tokens) + column_bytes(placement, tokens, top_k)
+        head += boundary_bytes(placement, tokens)  # the final norm's output
+        head += _previous_bytes(placement, tokens)
     packs = placement.in_flight(stage, micro_batches) + 1  # the next one is copied ahead
     stand_in = stand_in_bytes(placement) if ends else 0
     alone = 0  # a peak without activations
@@ -98,3 +108,13 @@ def stage_memory(
         temporary=max(largest, alone - activations.held),
         communication=boundary_bytes(placement, tokens) * placement.sequence_ranks if gathered else 0,
     )
+
+
+def _previous_bytes(placement: Placement, tokens: int) -> int:
+    """Return the bytes of the micro-batch before that the schedule drops only when the next one's loss is there.
+
+    They are what the last stage received for it and the gradient of that, and what its recompute checkpoints took.
+    """
+    received = 2 * boundary_bytes(placement, tokens) if placement.parallel.pipeline > 1 else 0
+    again = placement.recompute_layers > 0
+    return received + (tables_bytes(placement, tokens) + pack_bytes(placement, tokens) if again else 0)

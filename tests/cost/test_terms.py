@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from megatron_align.config import ParallelConfig
-from megatron_align.cost.activations import stage_bytes
+from megatron_align.cost.activations import stage_bytes, tables_bytes
 from megatron_align.cost.head import OF_ROW
 from megatron_align.cost.memory import CONTEXT, StageMemory, stage_memory
 from megatron_align.cost.online import BATCH_TOKENS, OnlineCosts, RewardModelCost
@@ -43,8 +43,9 @@ def placement(tiny_models):
 def test_memory(placement, stage):
     layer = 3 * BF16 * TOKENS * FFN // 2 + BF16 * 2 * FFN // 2 * H + BF16 * TOKENS * H
     hidden = 3 * BF16 * TOKENS * H + OF_ROW * TOKENS
-    # A slab of logits; later what stands for the gradient of the weight.
-    head = hidden + max(TOKENS, H) * VOCABULARY * BF16
+    # The final norm's output, and the micro-batch before: what was received, and its gradient.
+    kept = 3 * BF16 * TOKENS // 2 * H
+    head = hidden + kept + TOKENS * VOCABULARY * BF16
     held = stage_bytes(placement, stage, TOKENS, 2).held  # measured in test_counts.py
     expected = {
         "parameters": BUFFERS[stage] * BF16,
@@ -64,9 +65,10 @@ def test_memory(placement, stage):
     assert asdict(live) == {**expected, "reference": STAGES[stage] * BF16}  # a second model
     if stage:  # tokens, indices, the reference's logits, those in fp32, the policy's, their gradient
         likeliest = stage_memory(placement, stage, TOKENS, 2, top_k=90)
-        assert likeliest.temporary == hidden + TOKENS * VOCABULARY * BF16 + TOKENS * 90 * (
-            4 + 8 + BF16 + 3 * FP32
-        )
+        assert likeliest.temporary == head + TOKENS * 90 * (4 + 8 + BF16 + 3 * FP32)
+        again = replace(placement, recompute_layers=1)  # a checkpoint keeps the pack before, and its tables
+        kept = TOKENS * (2 * 8 + 3 * 8 + 4 + 1 + 6 * 4) + tables_bytes(placement, TOKENS)
+        assert stage_memory(again, stage, TOKENS, 2, top_k=90).temporary == likeliest.temporary + kept
     alone = replace(placement, parallel=ParallelConfig(tensor=2, pipeline=2, sequence=False))
     assert stage_memory(alone, stage, TOKENS, 2).communication == 0  # nothing is gathered
 
