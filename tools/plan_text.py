@@ -42,7 +42,7 @@ def head(request: PlanRequest, chip: str, data: str) -> str:
             f"model      {shape.architecture}, {parameter_count(shape) / 1e9:.2f} billion weights, "
             f"{shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}",
             *([f"trained    {trained}"] if trained else []),
-            f"run        {config.objective.name}, {config.train.precision}, packs of up to "
+            f"run        {config.objective.name}, {config.train.arithmetic}, packs of up to "
             f"{config.data.sequence_length:,} tokens" + _reference(request),
             f"data       {data}",
             f"GPUs       {request.gpus} of {request.bytes / GIB:g} GiB, {chip}: bf16 peak {peak / 1e12:g} TFLOP/s, "

@@ -11,6 +11,7 @@ from megatron_align.config.run import RunConfig, to_dict
 from megatron_align.config.sections import (
     CheckpointConfig,
     CriticConfig,
+    Fp8Config,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "DataSource",
+    "Fp8Config",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -84,6 +84,10 @@ class RunConfig:
             self.model.attention != "flash" or self.train.precision == "bf16",
             f"model.attention: flash needs train.precision: bf16, got {self.train.precision}",
         )
+        require(
+            self.train.fp8 is None or self.model.linear == "te",
+            f"train.fp8 needs model.linear: te, whose layers compute in FP8, got {self.model.linear}",
+        )
         samples = hasattr(self.objective, "minibatches")  # of an objective that trains on rollouts
         require(
             not self.rewards or samples,

@@ -187,6 +187,25 @@ class CriticConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Matrix products of the transformer's linear layers in FP8, by Transformer Engine.
+
+    Args:
+        recipe: what shares a scale: tensorwise (a tensor), blockwise (128 values of an activation, 128 x 128 of a
+            weight), mxfp8 (32 values); delayed is refused, as its scales come from earlier steps
+    """
+
+    recipe: Literal["tensorwise", "blockwise", "mxfp8", "delayed"] = "tensorwise"
+
+    def __post_init__(self) -> None:
+        require(
+            self.recipe != "delayed",
+            "train.fp8.recipe must be tensorwise, blockwise or mxfp8, got delayed: its scales come from the largest "
+            "values of earlier steps, which checkpoints do not hold: a resumed run would not repeat its numbers",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Batch size, length, precision and checks of training.
 
@@ -199,6 +218,8 @@ class TrainConfig:
         epochs: passes over the training data; give this or steps
         seed: random seed of the data order
         precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
+        fp8: {recipe}: compute the transformer's linear layers in FP8, also of reference and critic; needs model.linear:
+            te and precision: bf16; null: in precision
         recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and
             recompute k layers at a time in backward
         recompute_modules: parts of every layer whose activations are recomputed in backward: attention, mlp,
@@ -217,6 +238,7 @@ class TrainConfig:
     epochs: int | None = None
     seed: int = 1234
     precision: Literal["bf16", "fp32"] = "bf16"
+    fp8: Fp8Config | None = None
     recompute_layers: int = 0
     recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
     validate_every: int | None = None
@@ -243,6 +265,10 @@ class TrainConfig:
                 f"train.{name} must be at most {most.get(name, 0):,}, got {value}",
             )
         require(
+            self.fp8 is None or self.precision == "bf16",
+            f"train.fp8 needs train.precision: bf16, got {self.precision}",
+        )
+        require(
             self.recompute_layers >= 0,
             f"train.recompute_layers must not be negative, got {self.recompute_layers}",
         )
@@ -260,6 +286,11 @@ class TrainConfig:
             "train.early_stopping needs train.validate_every, got none",
         )
         require(self.seed >= 0, f"train.seed must not be negative, got {self.seed}")
+
+    @property
+    def arithmetic(self) -> str:
+        """Return what a forward pass is computed in: the precision, and the recipe of FP8."""
+        return self.precision if self.fp8 is None else f"{self.precision}, {self.fp8.recipe} fp8"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ parallel), h hidden, q and kv columns of queries and of keys on this rank, f col
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -66,7 +67,7 @@ def layer_bytes(placement: Placement, tokens: int) -> int:
     # The norms' outputs, which the linears after them save; or the norms' inputs, where the outputs are recomputed.
     kept = 2 * x.b * x.s * x.h + (0 if "norms" in again else 2 * _norm(x))
     kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x)
-    return kept + (0 if "mlp" in again else _mlp(x)) + _adapter(placement, x)
+    return kept + (0 if "mlp" in again else _mlp(x)) + _adapter(placement, x) + _fp8_weights(placement)
 
 
 def _adapter(placement: Placement, x: Sizes) -> int:
@@ -106,6 +107,20 @@ def _adapter_sizes(shape: ModelShape, adapter: Adapter, tensor: int) -> frozense
             sums[1] += columns * sum(size)
             sums[2 if row.split == 0 else 3] += size[0]
     return frozenset((columns, weights, of_t, of_s) for columns, weights, of_t, of_s in of_layer.values())
+
+
+def _fp8_weights(placement: Placement) -> int:
+    """Return the bytes of FP8 copies of a layer's weights, by rows and by columns, which its backward pass reads.
+
+    Each micro-batch makes its own. Activations are counted in the precision, though FP8 copies are half of that: an
+    upper bound.
+    """
+    if placement.fp8 is None:
+        return 0
+    shape, tensor = placement.shape, placement.parallel.tensor
+    return 2 * sum(
+        math.prod(local_shape(row, shape, tensor)) for row in linear_rows(shape) if layer_of(row) == 0
+    )
 
 
 def _norm(x: Sizes) -> int:

@@ -11,6 +11,7 @@ from megatron_align.model.context_kind import AttentionSplit
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
+from megatron_align.model.fp8 import token_multiple
 from megatron_align.model.stages import layers_of_chunks
 from megatron_align.model.tied_embedding import has_two_copies, is_tied
 
@@ -40,6 +41,7 @@ class Placement:
         recompute_modules: modules of every layer that are recomputed.
         adapter: trained instead of the model's weights; None: the weights are trained.
         frozen: Megatron names of weights that are not trained.
+        fp8: recipe of FP8 in the linear layers; None: it is off.
     """
 
     shape: ModelShape
@@ -50,6 +52,7 @@ class Placement:
     recompute_modules: tuple[str, ...] = ()
     adapter: Adapter | None = None
     frozen: frozenset[str] = frozenset()
+    fp8: str | None = None
 
     @classmethod
     def of_run(cls, config: RunConfig, shape: ModelShape, world_size: int) -> Placement:
@@ -72,6 +75,7 @@ class Placement:
             recompute_modules=tuple(config.train.recompute_modules),
             adapter=resolve_adapter(config.model.adapter, shape),
             frozen=frozen_tensors(shape, config.model.freeze),
+            fp8=config.train.fp8.recipe if config.train.fp8 else None,
         )
 
     def as_critic(self) -> Placement:
@@ -106,7 +110,7 @@ class Placement:
     @property
     def token_multiple(self) -> int:
         """The padded length of a pack is a multiple of this."""
-        return self.parallel.context * self.sequence_ranks
+        return token_multiple(self.parallel, self.fp8)
 
     @property
     def micro_batch_multiple(self) -> int:

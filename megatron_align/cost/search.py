@@ -21,6 +21,8 @@ from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
+from megatron_align.model.fp8 import require_widths
+from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.policy import transformer_config
 from megatron_align.objectives.registry import build_objective, has_critic, reference_mode
 
@@ -257,10 +259,12 @@ def _placement(
             precision=config.train.precision,
             adapter=request.adapter,
             frozen=request.frozen,
+            fp8=KernelChoice.of_run(config).fp8,
         )
         # divisibility does not depend on the precision
         for shape in (request.shape, *(model.shape for model in request.online.reward_models)):
             transformer_config(shape, parallel, torch.bfloat16)
+        require_widths(request.shape, parallel, placement.fp8)
     except InputError:
         return None
     return placement

@@ -171,7 +171,7 @@ class RunTasks:
         about = {
             "model": str(self.setup.folder),
             "step": model.step,
-            "precision": config.train.precision,
+            "precision": config.train.arithmetic,
             "parallel": layout_of(config.parallel, self.setup.rank_info.world_size),
             "version": __version__,
         }

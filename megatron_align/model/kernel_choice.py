@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_align.config import ModelConfig, ParallelConfig
+from megatron_align.config import ParallelConfig, RunConfig
 from megatron_align.errors import require
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape
@@ -21,15 +21,18 @@ class KernelChoice:
     Args:
         attention: as ``model.attention``.
         linear: as ``model.linear``.
+        fp8: as ``train.fp8.recipe``; None: FP8 is off.
     """
 
     attention: str = "auto"
     linear: str = "torch"
+    fp8: str | None = None
 
     @classmethod
-    def of_model(cls, model: ModelConfig) -> KernelChoice:
+    def of_run(cls, config: RunConfig) -> KernelChoice:
         """Return the choice of a run's policy, its reference and its critic."""
-        return cls(attention=model.attention, linear=model.linear)
+        model, fp8 = config.model, config.train.fp8
+        return cls(attention=model.attention, linear=model.linear, fp8=fp8.recipe if fp8 else None)
 
     @property
     def attends_by_document(self) -> bool:

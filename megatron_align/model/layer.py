@@ -136,7 +136,7 @@ def layer_spec(shape: ModelShape, kernels: KernelChoice) -> ModuleSpec:
     Raises:
         InputError: a package that ``kernels`` chooses is missing.
     """
-    column, row = te_linears() if kernels.linear == "te" else (ColumnLinear, RowLinear)
+    column, row = te_linears(kernels.fp8) if kernels.linear == "te" else (ColumnLinear, RowLinear)
     head_norm = RMSNorm if shape.qk_norm else None
     return ModuleSpec(
         module=Layer,

@@ -45,6 +45,7 @@ from megatron_align.model.families import ModelShape, padded_vocab
 from megatron_align.model.families.adapter import START, Adapter, adaptable_rows
 from megatron_align.model.families.saved_modules import copies_of, copy_name, saved_rows
 from megatron_align.model.flash import Documents
+from megatron_align.model.fp8 import require_widths
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, RowScore, VocabularyHead
 from megatron_align.model.kernel_choice import KernelChoice, PolicyConfig, require_complete_packs
 from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
@@ -80,6 +81,7 @@ def transformer_config(
     kernels = kernels or KernelChoice()
     _check_layout(shape, parallel, recompute_layers)
     require_complete_packs(kernels, shape, parallel)
+    require_widths(shape, parallel, kernels.fp8)
     recompute: dict[str, Any] = {}
     if recompute_layers:
         recompute = {

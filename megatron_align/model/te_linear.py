@@ -1,11 +1,13 @@
 """Transformer Engine's linear layers in the place of megatron-core's (``model.linear: te``).
 
 Same parameters under the same names, sharded the same way: weights, checkpoints and exports are the same with either.
-The layers communicate by themselves, as megatron-core's do. They compute in the run's precision; FP8 is not built.
+The layers communicate by themselves, as megatron-core's do. They compute in the run's precision, or in FP8
+(``fp8.py``): each call enters the recipe itself, so that a layer which is computed again in backward does too.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from megatron_align.errors import InputError, require
 from megatron_align.model import cpu
+from megatron_align.model.fp8 import fp8_context
 from megatron_align.model.optional_packages import (
     chip_name,
     import_or_reason,
@@ -51,17 +54,22 @@ def require_te() -> ModuleType:
     return module
 
 
-def te_linears() -> tuple[type, type]:
+def te_linears(fp8: str | None = None) -> tuple[type, type]:
     """Return the column- and the row-parallel layer, built as megatron-core's are.
 
+    Args:
+        fp8: recipe; None: they compute in the precision of their weights.
+
     Raises:
-        InputError: as :func:`require_te`.
+        InputError: as :func:`require_te` and :func:`.fp8.require_fp8`.
     """
-    return _classes(require_te())
+    return _classes(require_te(), fp8)
 
 
 @cache
-def _classes(te: Any) -> tuple[type, type]:
+def _classes(te: Any, fp8: str | None) -> tuple[type, type]:
+    context = nullcontext if fp8 is None else fp8_context(te, fp8)
+
     class Linear(te.Linear):
         """Takes megatron-core's arguments and returns what its layers return."""
 
@@ -91,11 +99,12 @@ def _classes(te: Any) -> tuple[type, type]:
 
         def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
             """Return the output, and the bias if it is left to the caller."""
-            output = super().forward(input_)
+            with context():
+                output = super().forward(input_)
             return output if isinstance(output, tuple) else (output, None)
 
         def get_extra_state(self) -> None:
-            """Return nothing, as megatron-core's layers do: without FP8 there is no state."""
+            """Return nothing, as megatron-core's layers do: the recipes that are offered have no state."""
 
         def set_extra_state(self, state: Any) -> None:
             """Ignore what other layers have saved."""

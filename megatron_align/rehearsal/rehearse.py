@@ -149,7 +149,7 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
             DTYPES[train.precision],
             train.recompute_layers,
             train.recompute_modules,
-            KernelChoice.of_model(config.model),
+            KernelChoice.of_run(config),
         ),
         train=FullPacks(samples, length, objective, logits),
         data_key="",

@@ -16,6 +16,8 @@ from megatron_align.data.batching.step_batches import DataRank, Packs, Step, Ste
 from megatron_align.data.store import TokenStore
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape
+from megatron_align.model.fp8 import token_multiple
+from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.transfer import pinned
 from megatron_align.objectives.base import Objective
 from megatron_align.training.setup import RunSetup, one_epoch
@@ -30,11 +32,15 @@ def pin_step(step: Step) -> Step:
     return replace(step, packs=pin(step.packs), mismatched=step.mismatched and pin(step.mismatched))
 
 
-def pack_multiples(layout: ParallelConfig) -> tuple[int, int]:
-    """Return ``multiple`` and ``micro_batch_multiple`` of :class:`PackOptions` that a layout needs."""
-    sequence_ranks = layout.tensor if layout.sequence else 1
+def pack_multiples(layout: ParallelConfig, fp8: str | None = None) -> tuple[int, int]:
+    """Return ``multiple`` and ``micro_batch_multiple`` of :class:`PackOptions` that a layout needs.
+
+    Args:
+        layout: of the run.
+        fp8: recipe of the run; None: FP8 is off.
+    """
     # The interleaved schedule needs micro-batches in multiples of the pipeline's length.
-    return layout.context * sequence_ranks, layout.pipeline if layout.chunks > 1 else 1
+    return token_multiple(layout, fp8), layout.pipeline if layout.chunks > 1 else 1
 
 
 def data_rank(shape: ModelShape, layout: ParallelConfig, groups: ProcessGroupCollection) -> DataRank:
@@ -49,9 +55,10 @@ def data_rank(shape: ModelShape, layout: ParallelConfig, groups: ProcessGroupCol
 
 def pack_options(setup: RunSetup, objective: Objective) -> PackOptions:
     """Return how a run's samples are laid into packs."""
-    multiple, micro_batch_multiple = pack_multiples(setup.config.parallel)
+    config = setup.config
+    multiple, micro_batch_multiple = pack_multiples(config.parallel, KernelChoice.of_run(config).fp8)
     return PackOptions.of_data(
-        setup.config.data,
+        config.data,
         score_prompt=objective.score_prompt,
         multiple=multiple,
         micro_batch_multiple=micro_batch_multiple,

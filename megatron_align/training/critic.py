@@ -89,7 +89,7 @@ class Critic:
             DTYPES[config.train.precision],
             config.train.recompute_layers,
             config.train.recompute_modules,
-            KernelChoice.of_model(config.model),
+            KernelChoice.of_run(config),
         )
         chunks = build_policy(megatron, start.shape, groups)
         score_rows(chunks)

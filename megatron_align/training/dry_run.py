@@ -103,7 +103,7 @@ def describe(setup: RunSetup) -> str:
     return "\n".join(
         (
             f"model      {shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
-            f"{shape.vocab_size}, {config.train.precision}",
+            f"{shape.vocab_size}, {config.train.arithmetic}",
             *([f"trained    {trained}"] if trained else []),
             f"layout     {placement.world_size} ranks = {layout(placement)}, {recomputation(placement)}",
             f"data       {', '.join(stored['shapes'])}: {stored['samples']:,} samples, {stored['tokens']:,} tokens, "

@@ -83,8 +83,9 @@ class CompletionScorer:
         shape = self.chunks[0].shape
         order = EpochOrder(table.sources, [1.0] * (int(table.sources.max()) + 1), shuffle=False)
         steps = SampleSteps(order, SAMPLES * self.groups.dp.size(), epochs=1)
-        multiple, micro_batches = pack_multiples(self.parallel)
-        share = not self.chunks[0].config.kernels.attends_by_document
+        kernels = self.chunks[0].config.kernels
+        multiple, micro_batches = pack_multiples(self.parallel, kernels.fp8)
+        share = not kernels.attends_by_document
         options = PackOptions(
             # Copies of a prompt may need more than the samples that were checked to fit.
             capacity=max(self.sequence_length, int(packed_lengths(table, share).max(initial=0))),

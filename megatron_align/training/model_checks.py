@@ -15,6 +15,7 @@ from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.flash import find_flash
+from megatron_align.model.fp8 import require_fp8
 from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.optional_packages import require_gpu
 from megatron_align.model.te_linear import require_te
@@ -103,7 +104,9 @@ def require_kernels(config: RunConfig, shape: ModelShape, *, dry_run: bool) -> N
     if config.model.attention == "flash":
         find_flash(shape.head_dim)
     if config.model.linear == "te":
-        require_te()
+        te = require_te()
+        if config.train.fp8 is not None:
+            require_fp8(te, config.train.fp8.recipe)
     if config.model.attention == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         require_gpu("model.attention: triton")
 
@@ -114,7 +117,7 @@ def require_unshared_prompts(config: RunConfig, stores: Mapping[str, TrainingDat
     Raises:
         InputError: data, by the name of their split, or tasks would share prompts.
     """
-    if not KernelChoice.of_model(config.model).attends_by_document:
+    if not KernelChoice.of_run(config).attends_by_document:
         return
     option = f"model.attention: {config.model.attention}"
     for split, store in stores.items():

@@ -147,7 +147,7 @@ def _adapter_options(model: dict[str, Any]) -> dict[str, Any] | None:
 def harmless_differences(config: RunConfig, metadata: dict[str, Any]) -> list[str]:
     """Return one line for each difference that needs no permission and yet changes what the remaining steps do."""
     before, now = metadata["config"], to_dict(config)
-    changes = _changes(before, now, "optimizer", _OPTIMIZER)
+    changes = _changes(before, now, "optimizer", _OPTIMIZER) | _changes(before, now, "train", ["fp8"])
     if metadata.get("critic"):
         changes |= _changes(_of_critic(before), _of_critic(now), _CRITIC, _OPTIMIZER)
     old_rewards = _rewards(before)

@@ -39,11 +39,14 @@ from megatron_align.training.step import Stepper
 # Bounds on |difference| / |gradient| with and without packing. Sums are taken in another order, in bf16 with 8-bit
 # mantissas and, as shapes differ, in other kernels. A leak between samples changes the gradient by O(1).
 PACKING_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# In FP8, where samples of a pack also share scales and gradients have 2 bits of mantissa.
+FP8_PACKING_BOUND = 0.3
 # A gradient that nearly cancels (of a key's bias, which softmax ignores) is rounding noise: its difference is compared
 # with this fraction of the norm of all gradients instead.
 NOISE_FLOOR = 0.01
 # Bounds on |reward| / |beta x log-prob|: a cached reference may have been computed on another layout.
 IDENTITY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+FP8_IDENTITY_BOUND = 0.05  # the reference's packs of the same samples have other scales on another layout
 KEPT_TOKENS = 32  # of a prompt, and of each completion, in the packing check
 HASHED_ELEMENTS = 2**20  # hashed at a time, in 32 MiB: no step needs less memory
 
@@ -82,10 +85,8 @@ def after_first_step(config: RunConfig, metrics: Mapping[str, float], dtype: tor
     adapter = config.model.adapter
     if adapter and adapter.init != "default" and (adapter.dropout or reference_mode(config) == "cached"):
         return  # A's input is dropped; the cached base is rounded once less than that without A's and B's start
-    bounds = {
-        side: IDENTITY_BOUND[dtype] * objective.beta * abs(metrics[f"{side}_logps"])
-        for side in ("chosen", "rejected")
-    }
+    bound = IDENTITY_BOUND[dtype] if config.train.fp8 is None else FP8_IDENTITY_BOUND
+    bounds = {side: bound * objective.beta * abs(metrics[f"{side}_logps"]) for side in ("chosen", "rejected")}
     for side, bound in bounds.items():
         reward = metrics[f"{side}_reward"]
         if not abs(reward) <= bound:
@@ -198,7 +199,10 @@ def _packing_faults(
         norms = _norms(parameters)
         stepper.gradients(together + separate)
         rests = _norms(parameters)
-    bound, floor = PACKING_BOUND[policy.config.params_dtype], NOISE_FLOOR * math.hypot(*norms.values())
+    bound = (
+        PACKING_BOUND[policy.config.params_dtype] if policy.config.kernels.fp8 is None else FP8_PACKING_BOUND
+    )
+    floor = NOISE_FLOOR * math.hypot(*norms.values())
     off = {name: norm / max(norms[name], floor) for name, norm in rests.items() if norm > 0}
     return [
         f"the gradient of {name} on rank {dist.get_rank()} must be the same with and without packing within "

@@ -168,7 +168,7 @@ def prepare_run(
         DTYPES[config.train.precision],
         config.train.recompute_layers,
         config.train.recompute_modules,
-        KernelChoice.of_model(config.model),
+        KernelChoice.of_run(config),
     )
     require_kernels(config, shape, dry_run=scratch_cache is not None)
     require_weights(weights, assets, start)

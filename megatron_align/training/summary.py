@@ -30,7 +30,7 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
         (
             "model",
             f"{shape.architecture}, {shape.num_layers} layers, hidden {shape.hidden_size}, "
-            f"vocabulary {shape.vocab_size}, {train.precision}",
+            f"vocabulary {shape.vocab_size}, {train.arithmetic}",
         ),
         *([("trained", trained)] if trained else []),
         (

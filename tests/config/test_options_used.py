@@ -420,6 +420,9 @@ OFF = {
 # A test that runs on every commit sees it.
 SHOWN = {
     "model.linear": "tests/model/test_te_linear.py::test_what_cannot_run_is_refused_in_one_line",
+    "train.fp8": "tests/model/test_fp8.py::test_what_does_not_fit_is_refused_by_the_configuration",
+    "train.fp8.recipe": "tests/model/test_fp8.py::"
+    "test_run_and_plan_pad_packs_to_what_the_recipe_needs_of_each_rank",
     "model.attention": "tests/model/test_flash.py::test_a_run_has_the_numbers_of_a_run_without_it",
     "data.validation": "tests/training/test_validation.py::test_validation_equals_training_over_all_samples",
     "reference.path": "tests/training/reference/test_cache.py::test_a_reference_of_its_own",

@@ -6,9 +6,11 @@ Signatures are those of flash-attn 2.8.3, of ``hopper/flash_attn_interface.py`` 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -84,9 +86,77 @@ def _flash4() -> dict[str, ModuleType]:
     return {"flash_attn": namespace, "flash_attn.cute": module}
 
 
-def _te(version: str = "2.20.2") -> dict[str, ModuleType]:
+FP8_MAX = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+
+
+def _rounded(x, dtype, block=None):
+    """Round values to FP8 within the scale of the tensor, or of ``block`` values of a row; return them unscaled."""
+    width = x.shape[-1]
+    filled = x.float() if block is None else F.pad(x.float(), (0, -width % block))
+    parts = filled if block is None else filled.unflatten(-1, (-1, block))
+    largest = parts.abs().amax() if block is None else parts.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, FP8_MAX[dtype] / largest, 1.0)
+    return ((parts * scale).to(dtype).float() / scale).view(filled.shape)[..., :width].to(x.dtype)
+
+
+class _Fp8Product(torch.autograd.Function):
+    """``x w^T`` of operands in FP8, and its gradients of operands in FP8."""
+
+    @staticmethod
+    def forward(ctx, x, weight, block, of_gradients):
+        ctx.block, ctx.of_gradients = block, of_gradients
+        x, weight = (_rounded(each, torch.float8_e4m3fn, block) for each in (x, weight))
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        gradient = _rounded(gradient, ctx.of_gradients, ctx.block)
+        return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2), None, None
+
+
+def _te_recipes() -> ModuleType:
+    """Recipes as (values that share a scale, dtype of gradients)."""
+    module = ModuleType("transformer_engine.common.recipe")
+    for name, block, of_gradients in (
+        ("Float8CurrentScaling", None, torch.float8_e5m2),
+        ("Float8BlockScaling", 128, torch.float8_e4m3fn),
+        ("MXFP8BlockScaling", 32, torch.float8_e4m3fn),
+    ):
+        setattr(module, name, type(name, (), {"block": block, "of_gradients": of_gradients}))
+    return module
+
+
+def _te(version: str = "2.20.2", rounds: bool = True, lacks: str = "") -> dict[str, ModuleType]:
     from megatron.core import tensor_parallel as regions
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+    class autocast:  # noqa: N801  # the package's name
+        recipe: Any = None  # of the innermost context; None: FP8 is off
+
+        def __init__(
+            self, enabled=True, calibrating=False, recipe=None, amax_reduction_group=None, _graph=False
+        ):
+            self.inner = recipe if enabled else None
+
+        def __enter__(self):
+            self.outer, autocast.recipe = autocast.recipe, self.inner
+
+        def __exit__(self, *of_error):
+            autocast.recipe = self.outer
+
+    def require_multiples(x, weight):
+        """As assert_dim_for_fp8_exec, and what the gradients' products need."""
+        multiple = 32 if autocast.recipe.block == 32 else 16
+        sizes = (math.prod(x.shape[:-1]), *weight.shape)
+        assert not any(size % multiple for size in sizes), f"{sizes} are no multiples of {multiple}"
+
+    def product(x, weight):
+        recipe = autocast.recipe
+        if recipe is None or not rounds:
+            return F.linear(x, weight)
+        return _Fp8Product.apply(x, weight, recipe.block, recipe.of_gradients)
 
     class Linear(torch.nn.Module):
         def __init__(
@@ -118,12 +188,16 @@ def _te(version: str = "2.20.2") -> dict[str, ModuleType]:
 
         def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
             column, group = self.parallel_mode == "column", self.tp_group
+            if autocast.recipe is not None:
+                require_multiples(inp, self.weight)
             if column and self.sequence_parallel:
                 inp = regions.gather_from_sequence_parallel_region(inp, group=group)
             elif column:
                 inp = regions.copy_to_tensor_model_parallel_region(inp, group=group)
             applied = self.bias if self.bias.numel() and not self.return_bias else None
-            out = F.linear(inp, self.weight, applied)
+            out = product(inp, self.weight)
+            if applied is not None:
+                out = out + applied
             if not column and self.sequence_parallel:
                 out = regions.reduce_scatter_to_sequence_parallel_region(out, group=group)
             elif not column:
@@ -138,8 +212,20 @@ def _te(version: str = "2.20.2") -> dict[str, ModuleType]:
 
     package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
     package.__version__, package.__path__ = version, []  # type: ignore[attr-defined]
-    module.Linear = Linear  # type: ignore[attr-defined]
-    return {"transformer_engine": package, "transformer_engine.pytorch": module}
+    module.Linear, module.autocast = Linear, autocast  # type: ignore[attr-defined]
+    for name in ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available"):
+        reason = f"{name} is not supported." if name == lacks else ""
+        answer = (not reason, reason)
+        setattr(
+            module, name, lambda return_reason=False, answer=answer: answer if return_reason else answer[0]
+        )
+    common = ModuleType("transformer_engine.common")
+    return {
+        "transformer_engine": package,
+        "transformer_engine.pytorch": module,
+        "transformer_engine.common": common,
+        "transformer_engine.common.recipe": _te_recipes(),
+    }
 
 
 FAKES: dict[str, Callable[..., dict[str, ModuleType]]] = {
@@ -147,6 +233,7 @@ FAKES: dict[str, Callable[..., dict[str, ModuleType]]] = {
     "flash3": _flash3,
     "flash4": _flash4,
     "te": _te,
+    "te_exact": partial(_te, rounds=False),  # FP8 without rounding
 }
 REAL = (
     "flash_attn",
@@ -154,6 +241,8 @@ REAL = (
     "flash_attn_interface",
     "transformer_engine",
     "transformer_engine.pytorch",
+    "transformer_engine.common",
+    "transformer_engine.common.recipe",
 )
 
 

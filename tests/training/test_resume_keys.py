@@ -25,6 +25,7 @@ COMPARED = {
     "train.global_batch_size": "order",
     "train.global_batch_tokens": "order",
     "train.precision": "precision",
+    "train.fp8": "named",
     "train.steps": "schedule",
     "train.epochs": "schedule",
     "optimizer.lr": "schedule",

@@ -141,7 +141,7 @@ class ReferenceColumns:
         key = {
             "weights": weights,
             "shape": shape_key(setup.shape),
-            "precision": config.train.precision,
+            "precision": config.train.arithmetic,
             **objective.scoring_options,
         }
         folder = cache_folder(config)

@@ -104,7 +104,7 @@ class TopKColumns:
         key = {
             "weights": weights,
             "shape": shape_key(shape),
-            "precision": config.train.precision,
+            "precision": config.train.arithmetic,
             "data": store.path.name,
             "top_k": top_k,
         }
