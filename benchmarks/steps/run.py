@@ -60,7 +60,10 @@ def compare(objective: str, description: str, ways: Sequence[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 placed = replace(task, folder=folder)
                 make(placed)
-                measured = {way: contest(placed, way, threads) for way in ways}
+                measured: dict[str, dict[str, Any]] = {}
+                for way in ways:
+                    measured[way] = contest(placed, way, threads)
+                    require_equal(measured, way)
                 report(placed, measured, threads)
 
 
@@ -108,19 +111,23 @@ def contest(task: Task, way: str, threads: int) -> dict[str, Any]:
     return result
 
 
-def report(task: Task, measured: dict[str, dict[str, Any]], threads: int) -> None:
-    """Print the table and append it to the results, if losses and gradient norms agree.
+def require_equal(measured: dict[str, dict[str, Any]], way: str) -> None:
+    """Check that a contestant's losses and gradient norms are ours.
 
     Raises:
-        SystemExit: they do not.
+        SystemExit: they are not.
     """
+    own, one = measured["ours"], measured[way]
+    if way != ALONE and difference(own, one) > TOLERANCE:
+        raise SystemExit(
+            f"losses or gradient norms of {way} differ from ours by {difference(own, one):.1e}: "
+            f"{one['losses']}, {one['grad_norms']}; ours {own['losses']}, {own['grad_norms']}"
+        )
+
+
+def report(task: Task, measured: dict[str, dict[str, Any]], threads: int) -> None:
+    """Print the table and append it to the results."""
     own = measured["ours"]
-    for way, one in measured.items():
-        if way != ALONE and difference(own, one) > TOLERANCE:
-            raise SystemExit(
-                f"losses or gradient norms of {way} differ from ours by {difference(own, one):.1e}: "
-                f"{one['losses']}, {one['grad_norms']}; ours {own['losses']}, {own['grad_norms']}"
-            )
     factors = parts(task, task.read_records()[-task.batch :])
     rows = [row(task, way, measured, factors, threads) for way in measured]
     print(f"\n{task.objective}, {task.model} model, {rows[0]['data']}, prompt {rows[0]['prompt']} x answer")
