@@ -24,6 +24,8 @@ else:
         packed_attention,
         packed_attention_reference,
     )
+    from megatron_align.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+    from megatron_align.kernels.rope import rope, rope_reference
     from megatron_align.kernels.swiglu import swiglu, swiglu_reference
     from megatron_align.kernels.token_logprobs import (
         MAXIMUM,
@@ -47,11 +49,16 @@ else:
         "RECOMPUTED",
         "PackedLayout",
         "TokenScores",
+        "add_rms_norm",
         "column_logits",
         "column_logits_reference",
         "combine_sums",
         "packed_attention",
         "packed_attention_reference",
+        "rms_norm",
+        "rms_norm_reference",
+        "rope",
+        "rope_reference",
         "slab_loss",
         "slab_loss_reference",
         "slab_rows",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-import torch
 from torch import Tensor
 
+from megatron_align.kernels.dispatch import is_interpreted, takes_triton
 from megatron_align.kernels.packed_attention.cpu_per_document import attend_per_document
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 from megatron_align.kernels.packed_attention.tiles import INTERPRETER, LARGEST_HEAD_DIM, chip_of, choose_tiles
@@ -36,14 +34,15 @@ def packed_attention(
     scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"packed_attention needs scale > 0; got {scale}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if q_THD.device.type == "cpu" and not interpreted:
+    if not takes_triton(q_THD, "packed_attention"):
         return attend_per_document(q_THD, k_TGD, v_TGD, layout, scale)
-    _check_kernel_support(q_THD, interpreted)
+    if q_THD.shape[-1] > LARGEST_HEAD_DIM:
+        raise ValueError(f"packed_attention needs D <= {LARGEST_HEAD_DIM} on GPU; got D {q_THD.shape[-1]}")
     # Imported here: the CPU path must work without Triton.
     from megatron_align.kernels.packed_attention.autograd import attend
 
-    tiles = INTERPRETER if interpreted else choose_tiles(chip_of(q_THD.device), q_THD.shape[-1], q_THD.dtype)
+    dim, dtype = q_THD.shape[-1], q_THD.dtype
+    tiles = INTERPRETER if is_interpreted() else choose_tiles(chip_of(q_THD.device), dim, dtype)
     return attend(q_THD, k_TGD, v_TGD, layout, scale, tiles)
 
 
@@ -72,15 +71,3 @@ def _check(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) ->
     if any(x.stride(-1) != 1 for x in tensors if x.numel() > 1):
         strides = [x.stride() for x in tensors]
         raise ValueError(f"packed_attention needs the last dimension contiguous; got strides {strides}")
-
-
-def _check_kernel_support(q_THD: Tensor, interpreted: bool) -> None:
-    if interpreted and q_THD.dtype == torch.bfloat16:
-        raise ValueError(
-            "packed_attention needs fp32 or fp16 under TRITON_INTERPRET=1; got bf16, whose bit patterns Triton's "
-            "interpreter multiplies as integers"
-        )
-    if q_THD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"packed_attention needs bf16, fp16 or fp32 on {q_THD.device}; got {q_THD.dtype}")
-    if q_THD.shape[-1] > LARGEST_HEAD_DIM:
-        raise ValueError(f"packed_attention needs D <= {LARGEST_HEAD_DIM} on GPU; got D {q_THD.shape[-1]}")

@@ -5,13 +5,14 @@ Shapes: T rows, F columns of the feed-forward network on this rank.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_align.kernels.dispatch import takes_triton
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        if _uses_triton(gate_up):
+        if takes_triton(gate_up, "swiglu"):
             # Imported here: the CPU path must work without Triton.
             from megatron_align.kernels.swiglu.swiglu_kernels import forward
 
@@ -56,7 +57,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        if _uses_triton(gate_up):
+        if takes_triton(gate_up, "swiglu"):
             from megatron_align.kernels.swiglu.swiglu_kernels import backward
 
             return backward(gate_up, dout.contiguous())
@@ -68,19 +69,3 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(dout, up, out=activated)
         torch.ops.aten.silu_backward.grad_input(activated, gate, grad_input=dgate)
         return grad
-
-
-def _uses_triton(x: Tensor) -> bool:
-    """Return whether the Triton kernels take this tensor: on GPUs and in Triton's interpreter.
-
-    Raises:
-        ValueError: for a dtype that they lack; in the interpreter for bf16, which it computes wrongly.
-    """
-    interpreted = not x.is_cuda and os.environ.get("TRITON_INTERPRET") == "1"
-    if not (x.is_cuda or interpreted):
-        return False
-    dtypes = (torch.float32, torch.float16, *([] if interpreted else [torch.bfloat16]))
-    if x.dtype not in dtypes:
-        where = "under TRITON_INTERPRET=1" if interpreted else f"on {x.device}"
-        raise ValueError(f"swiglu {where} needs one of {', '.join(map(str, dtypes))}; got {x.dtype}")
-    return True

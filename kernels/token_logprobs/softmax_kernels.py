@@ -6,8 +6,6 @@ soft-cap and temperature. Shapes: n rows of the slab, V vocabulary rows of this 
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -18,23 +16,6 @@ from megatron_align.kernels.token_logprobs.vocab_shard import VocabShard
 BLOCK = 4096  # vocabulary columns of one program at a time
 WARPS = 8
 EMPTY = -1e30  # the maximum of no columns: finite, so that EMPTY - EMPTY is 0 and not NaN
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def uses_triton(logits_nV: Tensor) -> bool:
-    """Return whether the Triton kernels handle these logits: on GPUs and in Triton's interpreter, but not fp64.
-
-    Raises:
-        ValueError: for bf16 in the interpreter, which would multiply raw bit patterns.
-    """
-    if logits_nV.is_cuda:
-        return logits_nV.dtype in _DTYPES
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if interpreted and logits_nV.dtype == torch.bfloat16:
-        raise ValueError(
-            "TRITON_INTERPRET=1 needs fp32 or fp16, got bf16, which Triton's interpreter computes wrongly"
-        )
-    return interpreted and logits_nV.dtype in _DTYPES
 
 
 @triton.jit

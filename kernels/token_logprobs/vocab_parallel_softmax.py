@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_align.kernels.dispatch import takes_triton
 from megatron_align.kernels.token_logprobs.slab import TEMPORARY_ELEMENTS
 from megatron_align.kernels.token_logprobs.softmax_kernels import (
     EMPTY,
     triton_overwrite,
     triton_statistics,
-    uses_triton,
 )
 from megatron_align.kernels.token_logprobs.vocab_shard import VocabShard
 
@@ -37,7 +37,7 @@ def row_statistics(
     logits_nV: Tensor, local_n: Tensor, shard: VocabShard, *, more: bool = False
 ) -> RowStatistics:
     """Reduce the logits to row statistics over all ranks: one all-gather of 12 bytes a row and rank, 20 with more."""
-    part = triton_statistics if uses_triton(logits_nV) else torch_statistics
+    part = triton_statistics if _takes_triton(logits_nV) else torch_statistics
     part_Sn = part(logits_nV, local_n, shard, more=more)
     if shard.ranks == 1:
         most_n, sum_n, target_n, *rest = part_Sn
@@ -78,12 +78,17 @@ def overwrite_by_dlogits(
     entropy_grad_n: Tensor | None = None,
 ) -> None:
     """Overwrite the projection by its gradient, given the gradients of the log-probs and, if any, of the entropies."""
-    overwrite = triton_overwrite if uses_triton(logits_nV) else torch_overwrite
+    overwrite = triton_overwrite if _takes_triton(logits_nV) else torch_overwrite
     entropy_2n = None
     if entropy_grad_n is not None:
         assert statistics.mean_n is not None, "the loss was given entropies"
         entropy_2n = torch.stack([statistics.mean_n, entropy_grad_n])
     overwrite(logits_nV, local_n, grad_n, statistics.max_2n, shard, entropy_2n)
+
+
+def _takes_triton(logits_nV: Tensor) -> bool:
+    """Return whether the kernels take these logits; fp64 is computed in fp64, by PyTorch, on GPUs too."""
+    return logits_nV.dtype != torch.float64 and takes_triton(logits_nV, "token_logprobs")
 
 
 def _few_rows(logits_nV: Tensor) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """Activation memory: bytes that autograd saves for one layer, and the peak that a pipeline stage holds.
 
-Counted tensor by tensor as the modules save them (no fused norms); tests compare the counts with the
-storages that autograd really saves. All sizes are bytes on one rank.
+Counted tensor by tensor as the modules save them on a GPU; tests compare the counts with the storages that autograd
+really saves. On a CPU, whose norms are PyTorch's own operations, it saves more. All sizes are bytes on one rank.
 
 Letters: t tokens of this rank's part of a pack, s of them between the tensor-parallel regions (t / TP under sequence
 parallel), h hidden, q and kv columns of queries and of keys on this rank, f columns of the MLP on this rank.
@@ -64,8 +64,8 @@ def layer_bytes(placement: Placement, tokens: int) -> int:
     """Return the bytes one layer saves for its backward pass, ignoring ``recompute_layers``."""
     x = Sizes.of(placement, tokens)
     again = placement.recompute_modules
-    # The norms' outputs, which the linears after them save; or the norms' inputs, where the outputs are recomputed.
-    kept = 2 * x.b * x.s * x.h + (0 if "norms" in again else 2 * _norm(x))
+    # The norms' inputs, and their outputs, which the linears after them save, unless they are recomputed.
+    kept = (2 if "norms" in again else 4) * boundary_bytes(placement, tokens)
     kept += _attention_inputs(placement, x) if "attention" in again else _attention(placement, x)
     return kept + (0 if "mlp" in again else _mlp(x)) + _adapter(placement, x) + _fp8_weights(placement)
 
@@ -74,8 +74,7 @@ def _adapter(placement: Placement, x: Sizes) -> int:
     """Return the bytes of an adapter in the layer that saves most: the inputs of B, A joined, B block-diagonal.
 
     DoRA saves two outputs more of each linear layer: that of the base, and the share (``model.dora.scaled``).
-    The inputs of A are counted as the inputs of the layers that it adapts. A frozen norm saves less than is counted
-    for it, so with an adapter the activations are an upper bound.
+    The inputs of A are counted as the inputs of the layers that it adapts.
     """
     if placement.adapter is None:
         return 0
@@ -123,11 +122,6 @@ def _fp8_weights(placement: Placement) -> int:
     )
 
 
-def _norm(x: Sizes) -> int:
-    """Return the bytes of a norm: its fp32 input (a copy in bf16 runs), the normalised one, and a factor per token."""
-    return (FP32 + x.b) * x.s * x.h + FP32 * x.s
-
-
 def _attention(placement: Placement, x: Sizes) -> int:
     """Return the bytes of attention: rotated q and k, v, the output, and the log-sum-exp of each query."""
     shape = placement.shape
@@ -143,12 +137,9 @@ def _attention(placement: Placement, x: Sizes) -> int:
         kept += 2 * x.b * x.t * placement.parallel.context * x.kv  # of the complete pack
     keeps_projection = kind is None  # v is a view of it
     if shape.qk_norm:
-        # The norm of each head: its output is not saved, as rotation does not need it. In fp32 its inputs are saved
-        # without a cast: a copy of q, and k within the projection.
-        columns = x.q + x.kv
-        keeps_projection |= placement.precision == "fp32"
-        inputs = x.q if placement.precision == "fp32" else columns
-        kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // shape.head_dim
+        # The norm of each head: its inputs, a copy of q and k within the projection. Rotation needs no output.
+        keeps_projection = True
+        kept += x.b * x.t * x.q
     if keeps_projection:
         kept += _qkv(placement, x)
     return kept
@@ -158,10 +149,7 @@ def _attention_inputs(placement: Placement, x: Sizes) -> int:
     """Return the bytes of recomputed attention: unrotated q, the projection (k and v are views), output, a scalar."""
     kept = 2 * x.b * x.t * x.q + _qkv(placement, x) + 4
     if placement.shape.qk_norm:
-        columns = x.q + x.kv
-        inputs = x.q if placement.precision == "fp32" else columns
-        kept += FP32 * x.t * inputs + x.b * x.t * columns + FP32 * x.t * columns // placement.shape.head_dim
-        kept += x.b * x.t * x.kv  # the norm's output is k
+        kept += x.b * x.t * (x.q + x.kv)  # a copy of q, which is normalised, and the norm of k
     return kept
 
 
@@ -221,10 +209,7 @@ def stage_bytes(placement: Placement, stage: int, tokens: int, micro_batches: in
         held += tables_bytes(placement, tokens)
         held += embedding_bytes(placement, tokens) if chunk.embeds else 0
         held += -(-chunk.layers // k) * boundary if k else chunk.layers * layer
-        if not (chunk.embeds or k):
-            held += boundary if placement.precision == "bf16" else 0  # received; fp32 norms save it
-        # The final norm, or the hidden states that were sent.
-        held += _norm(Sizes.of(placement, tokens)) if chunk.ends else boundary
+        held += boundary  # the final norm's input, or the hidden states that were sent
     return ActivationBytes(held=held, recomputed=k * layer)
 
 

@@ -13,12 +13,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference
+from megatron_align.kernels import PackedLayout, packed_attention, packed_attention_reference, rope
 from megatron_align.model import cpu
 from megatron_align.model.context_parallel import attend_over_ranks
 from megatron_align.model.flash import Documents, find_flash
 from megatron_align.model.kernel_choice import PolicyConfig
-from megatron_align.model.rope import apply_rope
 from megatron_align.records import ContextPart
 
 
@@ -71,8 +70,7 @@ class PackedCoreAttention(nn.Module):
     ) -> Tensor:
         """Return attention ``[Q, 1, H * D]`` of query ``[Q, 1, H, D]`` over key and value ``[Q, 1, G, D]``."""
         pack = packed_seq_params
-        q_QHD = apply_rope(query.squeeze(1), pack.cos_QD, pack.sin_QD)
-        k_QGD = apply_rope(key.squeeze(1), pack.cos_QD, pack.sin_QD)
+        q_QHD, k_QGD = rope(query.squeeze(1), key.squeeze(1), pack.cos_QD, pack.sin_QD)
         qkv = q_QHD, k_QGD, value.squeeze(1)
 
         def attend(q_QHD: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) -> Tensor:

@@ -12,6 +12,7 @@ Saved for backward, by ``train.recompute_layers`` (k) and ``train.recompute_modu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from megatron_align.kernels import add_rms_norm, rms_norm
+from megatron_align.kernels.dispatch import takes_triton
 from megatron_align.model import cpu
 from megatron_align.model.adapted_linear import ColumnLinear, RowLinear
 from megatron_align.model.attention import PackedCoreAttention
@@ -46,6 +49,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm in fp32, scaled in the input dtype as HF Llama does. Zhang and Sennrich 2019."""
 
     recomputed = False  # whether the output is freed until backward, see ``free_output``
+    _ahead: tuple[Tensor, Tensor] | None = None  # a sum and its norm, until the norm is taken
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object):
         super().__init__()
@@ -55,26 +59,42 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.register_module("adapter", None)  # a trained copy
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; keeps shape and dtype."""
-        if not (self.recomputed and torch.is_grad_enabled()):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise the last dimension; keeps shape and dtype.
+
+        Given a residual, return the sum instead. Its norm is computed in the same pass and kept for the next call,
+        which returns it if it is for that sum.
+        """
+        if residual is not None:
+            total, normalised = add_rms_norm(x, residual, weight_in_use(self), self.eps)
+            self._ahead = total, normalised
+            return total
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is x:
+            return ahead[1]
+        if not self._frees_output():
             return self._normalise(x)
         self._freed = FreedOutput(self._normalise)
         return self._freed.run(x)
+
+    def follows_sum(self, x: Tensor) -> bool:
+        """Return whether a sum with ``x`` should be computed by this norm: by its kernels, if its output is kept."""
+        return takes_triton(x, "add_rms_norm") and not self._frees_output()
+
+    def _frees_output(self) -> bool:
+        return self.recomputed and torch.is_grad_enabled()
 
     def free_output(self, user: Tensor) -> None:
         """Free the last output; backward recomputes it once the gradient of ``user`` is computed.
 
         ``user`` must depend on the output, and every operation that saved the output must run in backward after it.
         """
-        if self.recomputed and torch.is_grad_enabled():
+        if self._frees_output():
             self._freed.free(user)
             del self._freed
 
     def _normalise(self, x: Tensor) -> Tensor:
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return weight_in_use(self) * exact.to(x.dtype)
+        return rms_norm(x, weight_in_use(self), self.eps)
 
 
 class Layer(TransformerLayer):
@@ -91,6 +111,7 @@ class Layer(TransformerLayer):
         self.input_layernorm.recomputed = self.recompute_input_layernorm
         self.pre_mlp_layernorm.recomputed = self.recompute_pre_mlp_layernorm
         self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False
+        self.self_attn_bda = add_before(self.pre_mlp_layernorm)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Return the layer's output, as megatron-core's layer does."""
@@ -116,6 +137,37 @@ class Layer(TransformerLayer):
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, None], residual: Tensor) -> Tensor:
         self.pre_mlp_layernorm.free_output(mlp_output_with_bias[0])
         return super()._forward_post_mlp(mlp_output_with_bias, residual)
+
+
+def add_before(norm: RMSNorm) -> Callable[[bool, bool], Callable[..., Tensor]]:
+    """Return megatron-core's residual add, for a sum that ``norm`` normalises next: with the kernels in one pass."""
+
+    def of_mode(training: bool, fused: bool) -> Callable[..., Tensor]:
+        plain = get_bias_dropout_add(training, fused)
+
+        def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            x, bias = x_with_bias
+            if bias is None and not dropout and norm.follows_sum(x):
+                return norm(x, residual)
+            return plain(x_with_bias, residual, dropout)
+
+        return add
+
+    return of_mode
+
+
+def join_layers(layers: Sequence[Layer], final: RMSNorm | None, recomputed_together: int) -> None:
+    """Compute each layer's last sum with the norm after it, of the next layer or at the end of the model.
+
+    Args:
+        layers: of a chunk.
+        final: the norm after them; None: another stage has it, or none is there.
+        recomputed_together: as ``train.recompute_layers``. Their last sum is kept as a tensor of its own.
+    """
+    norms = [*(layer.input_layernorm for layer in layers[1:]), final]
+    for i, (layer, norm) in enumerate(zip(layers, norms, strict=False), start=1):
+        if norm is not None and not (recomputed_together and i % recomputed_together == 0):
+            layer.mlp_bda = add_before(norm)
 
 
 class _WithKeys(nn.Module):

@@ -48,7 +48,7 @@ from megatron_align.model.flash import Documents
 from megatron_align.model.fp8 import require_widths
 from megatron_align.model.head import PackLoss, RewardHead, RowObjective, RowScore, VocabularyHead
 from megatron_align.model.kernel_choice import KernelChoice, PolicyConfig, require_complete_packs
-from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, layer_spec
+from megatron_align.model.layer import RECOMPUTE_MODULES, RMSNorm, join_layers, layer_spec
 from megatron_align.model.layer_adapter import LayerAdapter
 from megatron_align.model.lora import adapters_off, attach
 from megatron_align.model.lora_pair import Adaptable
@@ -208,6 +208,8 @@ class Policy(LanguageModule):
             pg_collection=groups,
             vp_stage=chunk,
         )
+        together = (config.recompute_num_layers or 0) if config.recompute_granularity == "full" else 0
+        join_layers(self.decoder.layers, self.decoder.final_layernorm, together)
         if self.post_process and shape.is_reward:
             self.reward_head = RewardHead(config)
         elif self.post_process:

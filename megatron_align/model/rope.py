@@ -1,6 +1,6 @@
-"""Rotary position embeddings (RoPE): frequencies with Llama-3.1's scaling, tables of explicit positions, rotation.
+"""Rotary position embeddings (RoPE): frequencies with Llama-3.1's scaling, tables of explicit positions.
 
-Shapes: Q tokens of this context-parallel rank, H heads, D head dim.
+Shapes: Q tokens of this context-parallel rank, D head dim. ``kernels.rope`` rotates.
 """
 
 from __future__ import annotations
@@ -40,10 +40,3 @@ def rope_tables(positions_Q: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
     """Return ``cos_QD, sin_QD`` of explicit positions in fp32; ``frequencies`` is ``[D / 2]`` on the same device."""
     angles_QD = torch.outer(positions_Q.float(), frequencies).repeat(1, 2)
     return angles_QD.cos(), angles_QD.sin()
-
-
-def apply_rope(x_QHD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> Tensor:
-    """Rotate the two halves of each head (the layout of HF Llama weights) in fp32; keeps the dtype."""
-    first, second = x_QHD.float().chunk(2, dim=-1)
-    rotated_QHD = torch.cat([-second, first], dim=-1)
-    return (x_QHD * cos_QD[:, None] + rotated_QHD * sin_QD[:, None]).to(x_QHD.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_align.data.sample_table import SampleTable, TrainingData
 from megatron_align.errors import InputError, require
 from megatron_align.hf.load import open_hf, require_tied_head
 from megatron_align.hf.tokenizer import require_tokenizer_of_reference
+from megatron_align.kernels.dispatch import is_interpreted
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.flash import find_flash
 from megatron_align.model.fp8 import require_fp8
@@ -107,7 +107,7 @@ def require_kernels(config: RunConfig, shape: ModelShape, *, dry_run: bool) -> N
         te = require_te()
         if config.train.fp8 is not None:
             require_fp8(te, config.train.fp8.recipe)
-    if config.model.attention == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    if config.model.attention == "triton" and not is_interpreted():
         require_gpu("model.attention: triton")
 
 

@@ -151,7 +151,7 @@ def test_activations(pool, tiny_models, variant, options, precision, recompute):
     found = pool.run(
         placement.world_size, costs.saved, model, placement.parallel, precision, recompute, batch
     )
-    held = stage_bytes(placement, 0, TOKENS, 1).held
+    held = stage_bytes(placement, 0, TOKENS, 1).held + costs.more_on_cpu(placement, TOKENS)
     # What runs again holds the tables then, not autograd; and on the CPU attention needs no intervals.
     again = placement.runs_again("attention")
     assert set(found) == {held - (tables_bytes if again else interval_bytes)(placement, TOKENS)}
@@ -166,7 +166,8 @@ def test_activations_of_dora(pool, tiny_models):
         adapter = resolve_adapter(AdapterConfig(rank=3, dora=dora), placement.shape)
         placement = replace(placement, adapter=adapter)
         [found[dora]] = pool.run(1, costs.saved, model, placement.parallel, "bf16", 0, batch, adapter)
-        counted[dora] = stage_bytes(placement, 0, TOKENS, 1).held
+        # A frozen norm saves less on a CPU than one that is trained.
+        counted[dora] = stage_bytes(placement, 0, TOKENS, 1).held + costs.more_on_cpu(placement, TOKENS)
         assert found[dora] <= counted[dora]
     more = counted[True] - counted[False]
     assert more == pytest.approx(found[True] - found[False], rel=0.05)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved_bytes import SavedBytes
 from megatron_align.config import OptimizerConfig, ParallelConfig
+from megatron_align.cost.activations import FP32, Sizes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.work import Work, flops_of
 from megatron_align.data.batching.collate import pack
@@ -108,6 +109,24 @@ def saved(
         hidden.sum().backward()
     parallel.leave()
     return held
+
+
+def more_on_cpu(placement: Placement, tokens: int) -> int:
+    """Return the bytes that norms save on a CPU beyond what is counted, without context parallelism.
+
+    PyTorch's operations keep the input in fp32, the normalised rows and a factor of each; our kernels the input alone.
+    """
+    x, head_dim = Sizes.of(placement, tokens), placement.shape.head_dim
+    layers = 0 if placement.recompute_layers else placement.shape.num_layers
+    of_rows = FP32 * x.s * (x.h + 1)
+    of_heads = 0
+    if placement.shape.qk_norm:
+        columns = x.q + x.kv
+        of_heads = x.b * x.t * columns + FP32 * x.t * columns // head_dim
+        if placement.precision == "bf16":
+            of_heads += FP32 * x.t * columns - x.b * x.t * x.q
+    kept = 0 if "norms" in placement.recompute_modules else 2 * of_rows
+    return layers * (kept + of_heads) + of_rows
 
 
 def _context_rank(shape: ModelShape, config: ParallelConfig) -> ContextRank | None:

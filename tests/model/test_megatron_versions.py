@@ -79,9 +79,15 @@ ATTRIBUTES = {
         "numel_unpadded": ALWAYS,
     },
     ("transformer.transformer_layer", "TransformerLayer"): {
+        "input_layernorm": ALWAYS,
+        "mlp_bda": ALWAYS,
         "recompute_input_layernorm": ALWAYS,
         "recompute_mlp": ALWAYS,
         "recompute_pre_mlp_layernorm": ALWAYS,
+        "self_attn_bda": ALWAYS,
+    },
+    ("transformer.transformer_block", "TransformerBlock"): {
+        "final_layernorm": ALWAYS,
     },
 }
 # What the CPU seam replaces, and where megatron-core calls it: a replacement that nothing calls can go.
