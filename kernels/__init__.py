@@ -24,7 +24,12 @@ else:
         packed_attention,
         packed_attention_reference,
     )
-    from megatron_align.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+    from megatron_align.kernels.rms_norm import (
+        add_rms_norm,
+        add_rms_norm_reference,
+        rms_norm,
+        rms_norm_reference,
+    )
     from megatron_align.kernels.rope import rope, rope_reference
     from megatron_align.kernels.swiglu import swiglu, swiglu_reference
     from megatron_align.kernels.token_logprobs import (
@@ -50,6 +55,7 @@ else:
         "PackedLayout",
         "TokenScores",
         "add_rms_norm",
+        "add_rms_norm_reference",
         "column_logits",
         "column_logits_reference",
         "combine_sums",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.step import context
 
-FILES = ("test_attention_kernels.py", "test_slab_kernels.py", "test_attention_tiles.py")
+FILES = ("test_attention_kernels.py", "test_slab_kernels.py", "test_attention_tiles.py", "test_fused.py")
 TINY = ["tests/ops/test_attention_kernels.py", "-k", "matches_float64 and short and float32"]
 
 

@@ -3,6 +3,11 @@
 ``public`` has the functions, ``rms_norm_kernels`` their Triton passes.
 """
 
-from megatron_align.kernels.rms_norm.public import add_rms_norm, rms_norm, rms_norm_reference
+from megatron_align.kernels.rms_norm.public import (
+    add_rms_norm,
+    add_rms_norm_reference,
+    rms_norm,
+    rms_norm_reference,
+)
 
-__all__ = ["add_rms_norm", "rms_norm", "rms_norm_reference"]
+__all__ = ["add_rms_norm", "add_rms_norm_reference", "rms_norm", "rms_norm_reference"]

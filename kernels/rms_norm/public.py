@@ -50,8 +50,7 @@ def add_rms_norm(x_RC: Tensor, residual_RC: Tensor, weight_C: Tensor, eps: float
         ValueError: as :func:`rms_norm`.
     """
     if not takes_triton(x_RC, "add_rms_norm"):
-        total_RC = residual_RC + x_RC
-        return total_RC, rms_norm_reference(total_RC, weight_C, eps)
+        return add_rms_norm_reference(x_RC, residual_RC, weight_C, eps)
     _check(x_RC, weight_C)
     if (residual_RC.shape, residual_RC.dtype) != (x_RC.shape, x_RC.dtype):
         raise ValueError(
@@ -62,10 +61,18 @@ def add_rms_norm(x_RC: Tensor, residual_RC: Tensor, weight_C: Tensor, eps: float
 
 
 def rms_norm_reference(x_RC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """Return the norm by PyTorch's own operations."""
-    exact_RC = x_RC.float()
+    """Return the norm by PyTorch's own operations, in fp32 at least."""
+    exact_RC = x_RC.to(torch.promote_types(x_RC.dtype, torch.float32))
     exact_RC = exact_RC * torch.rsqrt(exact_RC.square().mean(-1, keepdim=True) + eps)
     return weight_C * exact_RC.to(x_RC.dtype)
+
+
+def add_rms_norm_reference(
+    x_RC: Tensor, residual_RC: Tensor, weight_C: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the sum and its norm by PyTorch's own operations."""
+    total_RC = residual_RC + x_RC
+    return total_RC, rms_norm_reference(total_RC, weight_C, eps)
 
 
 def _check(x_RC: Tensor, weight_C: Tensor) -> None:

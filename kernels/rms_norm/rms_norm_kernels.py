@@ -1,8 +1,8 @@
 """Triton kernels of the norm: each element is read once and written once; computed in fp32.
 
 Shapes: R rows, which lie at two strides (tokens, heads of a token), C columns. With ADD the rows are those of a sum,
-which is computed, rounded and stored first. WIDE are rows for which registers do not suffice in backward: the weight and
-the sum of its gradient are then read for each row, from a cache.
+which is computed, rounded and stored first. WIDE are rows for which registers do not suffice in backward: the weight
+and the sum of its gradient are then read for each row, from a cache.
 """
 
 from __future__ import annotations

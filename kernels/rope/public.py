@@ -35,15 +35,19 @@ def rope(q_QHD: Tensor, k_QGD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> tuple[
     """
     _check(q_QHD, k_QGD, cos_QD, sin_QD)
     if not takes_triton(q_QHD, "rope"):
-        return rope_reference(q_QHD, cos_QD, sin_QD), rope_reference(k_QGD, cos_QD, sin_QD)
+        return rope_reference(q_QHD, k_QGD, cos_QD, sin_QD)
     return _Rope.apply(q_QHD, k_QGD, cos_QD, sin_QD)  # type: ignore[no-any-return]  # autograd has no types
 
 
-def rope_reference(x_QHD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> Tensor:
-    """Return heads rotated by PyTorch's own operations."""
-    first, second = x_QHD.float().chunk(2, dim=-1)
-    rotated_QHD = torch.cat([-second, first], dim=-1)
-    return (x_QHD * cos_QD[:, None] + rotated_QHD * sin_QD[:, None]).to(x_QHD.dtype)
+def rope_reference(q_QHD: Tensor, k_QGD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rotated queries and keys by PyTorch's own operations, in fp32 at least."""
+    return _rotate(q_QHD, cos_QD, sin_QD), _rotate(k_QGD, cos_QD, sin_QD)
+
+
+def _rotate(x_QHD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> Tensor:
+    first, second = x_QHD.to(torch.promote_types(x_QHD.dtype, torch.float32)).chunk(2, dim=-1)
+    turned_QHD = torch.cat([-second, first], dim=-1)
+    return (x_QHD * cos_QD[:, None] + turned_QHD * sin_QD[:, None]).to(x_QHD.dtype)
 
 
 def _check(q_QHD: Tensor, k_QGD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -11,7 +15,7 @@ from megatron_align.config import ParallelConfig
 from megatron_align.data.batching.context_parts import ContextRank, take_part
 from megatron_align.errors import InputError
 from megatron_align.hf.load import load_weights
-from megatron_align.model import parallel
+from megatron_align.model import layer, parallel
 from megatron_align.model.context_kind import context_kind_of
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.policy import Policy, build_policy, transformer_config
@@ -30,10 +34,10 @@ def logits(
     return answer
 
 
-def _loaded_policy(model: Path, config: ParallelConfig) -> Policy:
+def _loaded_policy(model: Path, config: ParallelConfig, *recompute: Any) -> Policy:
     """Build the fp32 model of an HF folder on this layout, without pipeline parallelism, and load its weights."""
     groups, shape = parallel.groups(), read_shape(model)
-    [policy] = build_policy(transformer_config(shape, config, torch.float32), shape, groups)
+    [policy] = build_policy(transformer_config(shape, config, torch.float32, *recompute), shape, groups)
     load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
     return policy
 
@@ -54,6 +58,40 @@ def pack_logprobs(
             answers = [policy(_rank_batch(batch, policy.shape, config)) for batch in batches]
     parallel.leave()
     return answers
+
+
+def sums_by_norms(
+    rank_info: parallel.RankInfo, model: Path, recompute: tuple[int, tuple[str, ...]], batch: PackedBatch
+) -> list[tuple[dict[str, torch.Tensor], int, int]]:
+    """Compute a pack with residual adds of megatron-core's, then with those that norms compute, as on a GPU.
+
+    Returns, for each: the hidden states and all gradients by name, the calls that add and normalise, and those that
+    only normalise. ``recompute``: as the options of ``train``, layers and modules.
+    """
+    answers = []
+    with join_watched(rank_info, ParallelConfig()).watching():
+        for by_norms in (False, True):
+            policy = _loaded_policy(model, ParallelConfig(), *recompute).train()
+            calls: Counter[str] = Counter()
+            with ExitStack() as stack:
+                stack.enter_context(mock.patch.object(layer, "takes_triton", return_value=by_norms))
+                for name in ("add_rms_norm", "rms_norm"):
+                    counted = _counting(calls, name, getattr(layer, name))
+                    stack.enter_context(mock.patch.object(layer, name, counted))
+                hidden = policy._hidden(batch)
+                hidden.square().sum().backward()
+            found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+            answers.append(({"hidden": hidden.detach(), **found}, calls["add_rms_norm"], calls["rms_norm"]))
+    parallel.leave()
+    return answers
+
+
+def _counting(calls: Counter[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls[name] += 1
+        return function(*args)
+
+    return call
 
 
 def disagree(rank_info: parallel.RankInfo) -> str:

@@ -9,6 +9,7 @@ import torch
 from megatron_align.kernels import (
     PackedLayout,
     add_rms_norm,
+    add_rms_norm_reference,
     packed_attention,
     rms_norm,
     rms_norm_reference,
@@ -180,13 +181,16 @@ def test_the_norm_on_a_cpu_has_the_bits_of_pytorch():
 
     def by_hand(x, residual, weight):
         total = residual + x
-        return total, rms_norm_reference(total, weight, EPS)
+        rows = total.float()
+        return total, weight * (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
     given = [x, residual, weight]
-    for got, want in zip(
-        results(sum_and_norm, given, dsum, dout), results(by_hand, given, dsum, dout), strict=True
-    ):
-        assert torch.equal(got, want)
+    want = results(by_hand, given, dsum, dout)
+    for function in (sum_and_norm, lambda *given: add_rms_norm_reference(*given, EPS)):
+        got = results(function, given, dsum, dout)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    x, weight = x.double(), weight.double()
+    torch.testing.assert_close(rms_norm_reference(x, weight, EPS), exact_norm(x, weight))
 
 
 @pytest.mark.triton
@@ -246,11 +250,19 @@ def test_rope_keeps_the_tables_only_and_turns_back():
 def test_rope_on_a_cpu_has_the_bits_of_pytorch():
     q, k, cos, sin, *gradients = heads(7, 4, 2, 8, torch.bfloat16, "cpu")
 
-    def by_hand(q, k):
-        return rope_reference(q, cos, sin), rope_reference(k, cos, sin)
+    def by_hand(*heads):
+        turned = [torch.cat([-x.float()[..., 4:], x.float()[..., :4]], dim=-1) for x in heads]
+        return tuple(
+            (x * cos[:, None] + y * sin[:, None]).to(x.dtype) for x, y in zip(heads, turned, strict=True)
+        )
 
+    want = results(by_hand, [q, k], *gradients)
     got = results(lambda q, k: rope(q, k, cos, sin), [q, k], *gradients)
-    assert all(torch.equal(*pair) for pair in zip(got, results(by_hand, [q, k], *gradients), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    q, k = q.double(), k.double()
+    exact = exact_rope(cos, sin)(q, k)
+    for got, want in zip(rope_reference(q, k, cos.double(), sin.double()), exact, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_heads_and_tables_that_do_not_fit_are_refused():
