@@ -320,48 +320,41 @@ def launch_swiglu():
     return 2
 
 
-def launch_norm(columns, heads=1):
+def launch_norm(columns, heads=1, added=False):
     from megatron_align.kernels.rms_norm.rms_norm_kernels import backward, forward
 
-    x, weight = (
-        torch.zeros(64, heads, columns, dtype=torch.bfloat16),
-        torch.zeros(columns, dtype=torch.bfloat16),
-    )
-    for residual in [None] if heads > 1 else [None, x]:
-        forward(x, residual, weight, EPS)
-        backward(x, weight, x, residual, EPS, trained=True)
-    return 2 if heads > 1 else 4
+    x = torch.zeros(64, heads, columns, dtype=torch.bfloat16)
+    weight = torch.zeros(columns, dtype=torch.bfloat16)
+    residual = x if added else None
+    forward(x, residual, weight, EPS)
+    backward(x, weight, x, residual, EPS, trained=True)
+    return 2
 
 
-def launch_rope():
+def launch_rope(back):
     from megatron_align.kernels.rope.rope_kernels import rotate
 
     q, k = torch.zeros(8, 7, 128, dtype=torch.bfloat16), torch.zeros(8, 1, 128, dtype=torch.bfloat16)
-    tables = torch.zeros(2, 8, 128)
-    for back in (False, True):
-        rotate(q, k, *tables, back=back)
-    return 2
+    rotate(q, k, *torch.zeros(2, 8, 128), back=back)
+    return 1
 
 
 LAUNCHES = {
     "swiglu": launch_swiglu,
-    "norm of 3584": lambda: launch_norm(3584),
-    "norm of 16384": lambda: launch_norm(16384),
+    "norm": lambda: launch_norm(3584),
+    "sum and norm": lambda: launch_norm(3584, added=True),
+    "sum and norm of the widest": lambda: launch_norm(16384, added=True),
     "norm of heads": lambda: launch_norm(128, heads=4),
-    "rope": launch_rope,
+    "rope": lambda: launch_rope(False),
+    "rope back": lambda: launch_rope(True),
 }
+ON_EVERY_COMMIT = [("sm_80", "swiglu"), ("sm_90", "sum and norm"), ("sm_90", "rope back")]
+CHIPS_AND_LAUNCHES = [(chip, name) for chip in ("sm_80", "sm_90") for name in LAUNCHES]
 
 
 @pytest.mark.parametrize(
     "chip, name",
-    mark_slow(
-        cases := [(chip, name) for chip in ("sm_80", "sm_90") for name in LAUNCHES],
-        [
-            case
-            for case in cases
-            if case not in [("sm_80", "swiglu"), ("sm_90", "norm of 3584"), ("sm_90", "rope")]
-        ],
-    ),
+    mark_slow(CHIPS_AND_LAUNCHES, [case for case in CHIPS_AND_LAUNCHES if case not in ON_EVERY_COMMIT]),
 )
 def test_kernels_compile_for_a_chip(chip, name):
     with compiling_for(chip) as built:

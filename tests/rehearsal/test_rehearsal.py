@@ -39,6 +39,14 @@ def test_a_tied_model_alone_and_pairs_on_every_kind_of_rank(models):
     )
     for report in reports:
         require_laws(report)
+    launches = reports[0]["launches"]
+    for attention, norm in (
+        ("forward_kernel", "_norm_forward_kernel"),
+        ("dq_kernel", "_norm_backward_kernel"),
+    ):
+        # Two layers have two norms each, and one comes after them: none is computed twice.
+        assert 2 * launches[norm] == 5 * launches[attention] > 0
+    assert launches["_rope_kernel"] == launches["forward_kernel"] + launches["dq_kernel"]
 
 
 @pytest.mark.slow
