@@ -34,7 +34,8 @@ def rms_norm(x_RC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     if not takes_triton(x_RC, "rms_norm"):
         return rms_norm_reference(x_RC, weight_C, eps)
     _check(x_RC, weight_C)
-    return _Norm.apply(x_RC, weight_C, eps)  # type: ignore[no-any-return]  # autograd has no types
+    normalised_RC: Tensor = _Norm.apply(x_RC, weight_C, eps)
+    return normalised_RC
 
 
 def add_rms_norm(x_RC: Tensor, residual_RC: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ def add_rms_norm(x_RC: Tensor, residual_RC: Tensor, weight_C: Tensor, eps: float
             f"add_rms_norm needs a residual of {tuple(x_RC.shape)} in {x_RC.dtype}; got {tuple(residual_RC.shape)} in "
             f"{residual_RC.dtype}"
         )
-    return _AddNorm.apply(x_RC, residual_RC, weight_C, eps)  # type: ignore[no-any-return]
+    both: tuple[Tensor, Tensor] = _AddNorm.apply(x_RC, residual_RC, weight_C, eps)
+    return both
 
 
 def rms_norm_reference(x_RC: Tensor, weight_C: Tensor, eps: float) -> Tensor:

@@ -36,7 +36,8 @@ def rope(q_QHD: Tensor, k_QGD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> tuple[
     _check(q_QHD, k_QGD, cos_QD, sin_QD)
     if not takes_triton(q_QHD, "rope"):
         return rope_reference(q_QHD, k_QGD, cos_QD, sin_QD)
-    return _Rope.apply(q_QHD, k_QGD, cos_QD, sin_QD)  # type: ignore[no-any-return]  # autograd has no types
+    rotated: tuple[Tensor, Tensor] = _Rope.apply(q_QHD, k_QGD, cos_QD, sin_QD)
+    return rotated
 
 
 def rope_reference(q_QHD: Tensor, k_QGD: Tensor, cos_QD: Tensor, sin_QD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ Saved for backward, by ``train.recompute_layers`` (k) and ``train.recompute_modu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
@@ -156,17 +157,16 @@ def add_before(norm: RMSNorm) -> Callable[[bool, bool], Callable[..., Tensor]]:
     return of_mode
 
 
-def join_layers(layers: Sequence[Layer], final: RMSNorm | None, recomputed_together: int) -> None:
-    """Compute each layer's last sum with the norm after it, of the next layer or at the end of the model.
+def join_layers(decoder: TransformerBlock) -> None:
+    """Compute each layer's last sum with the norm after it: that of the next layer, or the one at the model's end.
 
-    Args:
-        layers: of a chunk.
-        final: the norm after them; None: another stage has it, or none is there.
-        recomputed_together: as ``train.recompute_layers``. Their last sum is kept as a tensor of its own.
+    Where k layers are recomputed together, the last sum of the k stays a tensor of its own.
     """
-    norms = [*(layer.input_layernorm for layer in layers[1:]), final]
+    layers, config = decoder.layers, decoder.config
+    norms = [*(layer.input_layernorm for layer in layers[1:]), decoder.final_layernorm]
+    k = config.recompute_num_layers if config.recompute_granularity == "full" else None
     for i, (layer, norm) in enumerate(zip(layers, norms, strict=False), start=1):
-        if norm is not None and not (recomputed_together and i % recomputed_together == 0):
+        if norm is not None and not (k and i % k == 0):
             layer.mlp_bda = add_before(norm)
 
 

@@ -208,8 +208,7 @@ class Policy(LanguageModule):
             pg_collection=groups,
             vp_stage=chunk,
         )
-        together = (config.recompute_num_layers or 0) if config.recompute_granularity == "full" else 0
-        join_layers(self.decoder.layers, self.decoder.final_layernorm, together)
+        join_layers(self.decoder)
         if self.post_process and shape.is_reward:
             self.reward_head = RewardHead(config)
         elif self.post_process:
