@@ -178,6 +178,9 @@ def backward(
     """
     rows, dx = _Rows.of(x), x.new_empty(x.shape)
     tile = rows.tile
+    wide = tile["COLUMNS"] > _WIDE
+    if wide:
+        tile["num_warps"] = 32
     each = triton.cdiv(max(_LEAST_ROWS, triton.cdiv(rows.count, _MOST_PARTS)), tile["ROWS"]) * tile["ROWS"]
     count = triton.cdiv(rows.count, each)
     parts = x.new_empty(count, x.shape[-1], dtype=torch.float32) if trained else None
@@ -188,7 +191,7 @@ def backward(
                 *(*rows.arguments, eps, each),
                 ADD=dsum is not None,
                 WEIGHT=trained,
-                WIDE=tile["COLUMNS"] > _WIDE,
+                WIDE=wide,
                 **tile,
             )
     return dx, None if parts is None else parts.sum(0).to(weight.dtype)
