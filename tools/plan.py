@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
     from megatron_align.objectives.configuration import parse
     from megatron_align.tools.plan_rehearsal import rehearsal
     from megatron_align.tools.plan_text import configured_layout, head, nothing_fits, table
-    from megatron_align.training.online_costs import online_costs
+    from megatron_align.training.online_costs import online_costs, second_shapes
 
     config = parse(["--config", options.config, *changes])
     if options.write and Path(options.write).exists():
@@ -71,6 +71,7 @@ def run(arguments: list[str]) -> int:
             steps=steps,
             epochs=epochs,
             online=online_costs(config, ptx),
+            second=second_shapes(config, shape),
         )
         print(head(request, options.chip, source))
         print(configured_layout(request))

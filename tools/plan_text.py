@@ -10,18 +10,21 @@ from megatron_align.cost.search import (
     PlanRequest,
     candidates,
     evaluate,
+    require_divided,
     run_seconds,
     smallest_fitting,
 )
 from megatron_align.cost.state import parameter_count
 from megatron_align.cost.text import (
     PARTS,
+    before_text,
     columns,
     duration,
     layout,
     memory_table,
     online_text,
     recomputation,
+    shape_text,
     step_text,
     trained_text,
 )
@@ -44,6 +47,7 @@ def head(request: PlanRequest, chip: str, data: str) -> str:
             *([f"trained    {trained}"] if trained else []),
             f"run        {config.objective.name}, {config.train.arithmetic}, packs of up to "
             f"{config.data.sequence_length:,} tokens" + _reference(request),
+            *(f"{name:10} {shape_text(other)}" for name, other in request.second._asdict().items() if other),
             f"data       {data}",
             f"GPUs       {request.gpus} of {request.bytes / GIB:g} GiB, {chip}: bf16 peak {peak / 1e12:g} TFLOP/s, "
             f"links {link / 1e9:g} GB/s, network {network / 1e9:g} GB/s ({request.chip.source})",
@@ -61,7 +65,8 @@ def _reference(request: PlanRequest) -> str:
 def configured_layout(request: PlanRequest) -> str:
     """Return the memory of each stage of the configuration's layout, and the cost of a step."""
     try:
-        placement = Placement.of_run(request.config, request.shape, request.gpus)
+        placement = Placement.of_run(request.config, request.shape, request.gpus, request.second)
+        require_divided(request.config, placement)
     except InputError as error:
         return f"\nthe layout of the configuration: {error}"
     one = evaluate(request, placement)
@@ -69,6 +74,7 @@ def configured_layout(request: PlanRequest) -> str:
     lines = [
         f"\nthe layout of the configuration: {layout(placement)}, {recomputation(placement)}: {verdict}",
         memory_table(one.memory),
+        *before_text(one.before),
         *step_lines(request, one),
     ]
     return "\n".join(lines)
@@ -89,7 +95,7 @@ def step_lines(request: PlanRequest, one: Candidate) -> list[str]:
         f"MFU {mfu(placement, flops, seconds, request.chip):.0%}: {_shares(one)}",
     ]
     if reference_mode(request.config) == "cached":
-        once = one_pass_seconds(placement, work, request.chip, request.efficiency)
+        once = one_pass_seconds(placement.as_reference(), work, request.chip, request.efficiency)
         lines.append(f"reference  once before training, about {once:.3g} s for the samples of each step")
     lines.append(f"total      {_total(request, one)}")
     return lines

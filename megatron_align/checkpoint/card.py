@@ -13,6 +13,7 @@ import torch
 from megatron_align.checkpoint.folder import ASSETS, CARD
 from megatron_align.errors import InputError
 from megatron_align.model.families import ModelShape, read_json, read_shape
+from megatron_align.model.rope import RopeScaling
 from megatron_align.version import __version__
 
 FORMAT = 2  # 1 had no checksums
@@ -91,6 +92,15 @@ def metadata_of_critic(metadata: dict[str, Any]) -> dict[str, Any]:
     config = metadata["config"]
     model = {**config["model"], "path": critic["start"]}
     return {**metadata, "config": {**config, "model": model}, "shape": critic["shape"]}
+
+
+def critic_shape(metadata: dict[str, Any], policy: ModelShape) -> ModelShape:
+    """Return the shape of a checkpoint's critic; ``policy``: that of its model."""
+    stored = metadata["critic"]["shape"]
+    if not shape_differences(dataclasses.asdict(policy.as_reward()), stored):
+        return policy.as_reward()
+    scaling = stored["rope_scaling"]
+    return ModelShape(**{**stored, "rope_scaling": RopeScaling(**scaling) if scaling else None})
 
 
 def require_same_model(metadata: dict[str, Any], shape: ModelShape, folder: Path) -> None:

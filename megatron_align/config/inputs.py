@@ -206,7 +206,8 @@ class ReferenceConfig:
         mode: cached: its log-probs are computed once before training and kept in a file; live: it stays in memory
             and is run at every step; none: all its log-probs are 0; null: cached
         path: a Hugging Face folder or one of our checkpoints, of the policy's shape; null: model.path.
-            Of distill it is the teacher, which must be given
+            Of distill it is the teacher, which must be given; it may have another shape, as in runs on rollouts, with
+            the policy's tokenizer
         sync_steps: mode live: steps between moves of the reference towards the policy (TR-DPO); null: never
         mixup_alpha: TR-DPO mixing weight: reference = mixup_alpha x policy + (1 - mixup_alpha) x reference; null: 0.6
     """

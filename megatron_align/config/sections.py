@@ -171,11 +171,12 @@ class CriticOptimizerConfig(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    """The critic of objective ppo: a second model of the policy's shape, with a value head.
+    """The critic of objective ppo: a second model on the policy's layout, with a value head.
 
     Args:
-        path: folder of a reward model or a language model of the policy's shape and tokenizer, to start from; null:
-            the first reward of kind model that has both, else model.path with a new value head
+        path: folder of a reward model or a language model of the policy's tokenizer to start from, of any shape that
+            the layout divides; null: the first reward of kind model that has the policy's shape and tokenizer, else
+            model.path with a new value head
         optimizer: its own, with the options of the section optimizer
     """
 

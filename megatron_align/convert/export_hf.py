@@ -118,8 +118,11 @@ def export_hf(
 
 
 def _write_critic_assets(source: Checkpoint, folder: Path) -> None:
-    padding = read_checkpoint_metadata(source.folder)["critic"]["padding"]
-    changes = AssetChanges(padding=None if padding is None else Padding(**padding))
+    critic = read_checkpoint_metadata(source.folder)["critic"]
+    padding = critic["padding"]
+    changes = AssetChanges(
+        padding=None if padding is None else Padding(**padding), config=critic.get("config")
+    )
     write_assets(source.folder / ASSETS, folder, source.shape, changes)
 
 

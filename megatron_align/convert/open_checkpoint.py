@@ -10,6 +10,7 @@ import torch
 
 from megatron_align.checkpoint.card import (
     checkpoint_shape,
+    critic_shape,
     metadata_of_critic,
     read_checkpoint_metadata,
     require_all_weights,
@@ -68,7 +69,9 @@ def open_checkpoint(path: str | Path, *, critic: bool = False) -> Checkpoint:
             else "no shape"
         )
         raise InputError(f"{CARD} does not match {ASSETS}/config.json: {listed} in {folder}")
-    return Checkpoint(folder, shape.as_reward() if critic else shape, dtype, of_critic=critic)
+    if critic:
+        return Checkpoint(folder, critic_shape(metadata, shape), dtype, of_critic=True)
+    return Checkpoint(folder, shape, dtype)
 
 
 def model_dtype(checkpoint: Path) -> torch.dtype:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megatron_align.cost.activations import (
     boundary_bytes,
+    layer_bytes,
     layer_workspace,
     pack_bytes,
     stage_bytes,
@@ -57,6 +58,22 @@ class StageMemory:
         return sum(getattr(self, f.name) for f in fields(self))
 
     @property
+    def working(self) -> int:
+        """Sum of what is freed when the model's pass over a step ends."""
+        return self.activations + self.temporary + self.communication
+
+    def with_work_of(self, other: StageMemory) -> StageMemory:
+        """Return this memory with the working tensors of another model's pass, if they are larger: it comes apart."""
+        if other.working <= self.working:
+            return self
+        return replace(
+            self,
+            activations=other.activations,
+            temporary=other.temporary,
+            communication=other.communication,
+        )
+
+    @property
     def total(self) -> int:
         """GPU memory required: all tensors, plus the assumed context and fragmentation."""
         return CONTEXT + round(self.tensors * (1 + FRAGMENTATION))
@@ -103,7 +120,7 @@ def stage_memory(
         parameters=state.parameters,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        reference=parameter_bytes(placement, stage) if live_reference else 0,
+        reference=parameter_bytes(placement.as_reference(), stage) if live_reference else 0,
         activations=activations.held + packs * pack_bytes(placement, tokens),
         temporary=max(largest, alone - activations.held),
         communication=boundary_bytes(placement, tokens) * placement.sequence_ranks if gathered else 0,
@@ -118,3 +135,29 @@ def _previous_bytes(placement: Placement, tokens: int) -> int:
     received = 2 * boundary_bytes(placement, tokens) if placement.parallel.pipeline > 1 else 0
     again = placement.recompute_layers > 0
     return received + (tables_bytes(placement, tokens) + pack_bytes(placement, tokens) if again else 0)
+
+
+def pass_memory(placement: Placement, stage: int, tokens: int, top_k: int = 0) -> StageMemory:
+    """Return the memory of a forward pass without gradients by a model that is not trained.
+
+    All that a layer makes is counted at once, an upper bound.
+
+    Args:
+        placement: of the model, see :meth:`.Placement.as_reference`.
+        stage: 0-based pipeline stage.
+        tokens: padded length of a pack; every token is assumed to be scored.
+        top_k: its likeliest tokens of each scored row, which it gives with their logits; 0: it gives log-probs.
+    """
+    boundary = boundary_bytes(placement, tokens)
+    ends = placement.chunks(stage)[-1].ends
+    head = head_bytes(placement, tokens, tokens) + column_bytes(placement, tokens, top_k) if ends else 0
+    gathered = placement.sequence_ranks > 1
+    return StageMemory(
+        parameters=parameter_bytes(placement, stage),
+        gradients=0,
+        optimizer=0,
+        reference=0,
+        activations=2 * boundary + tables_bytes(placement, tokens) + 2 * pack_bytes(placement, tokens),
+        temporary=max(layer_bytes(placement, tokens), head),
+        communication=boundary * placement.sequence_ranks if gathered else 0,
+    )

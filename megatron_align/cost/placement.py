@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_align.config import ParallelConfig, RunConfig
 from megatron_align.hf.adapter_options import resolve_adapter
-from megatron_align.model.context_kind import AttentionSplit
+from megatron_align.model.context_kind import AttentionSplit, context_kind_of
 from megatron_align.model.families import ModelShape
 from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
@@ -28,6 +28,13 @@ class Chunk:
     ends: bool  # ends with the final norm and the head
 
 
+class SecondShapes(NamedTuple):
+    """The shapes of a run's reference and critic where they are not the policy's; None: they are, or there is none."""
+
+    reference: ModelShape | None = None
+    critic: ModelShape | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """A model on a parallel layout.
@@ -42,6 +49,7 @@ class Placement:
         adapter: trained instead of the model's weights; None: the weights are trained.
         frozen: Megatron names of weights that are not trained.
         fp8: recipe of FP8 in the linear layers; None: it is off.
+        second: other shapes of the run's models on this layout.
     """
 
     shape: ModelShape
@@ -53,15 +61,23 @@ class Placement:
     adapter: Adapter | None = None
     frozen: frozenset[str] = frozenset()
     fp8: str | None = None
+    second: SecondShapes = SecondShapes()
 
     @classmethod
-    def of_run(cls, config: RunConfig, shape: ModelShape, world_size: int) -> Placement:
+    def of_run(
+        cls,
+        config: RunConfig,
+        shape: ModelShape,
+        world_size: int,
+        second: SecondShapes = SecondShapes(),  # noqa: B008  # a tuple
+    ) -> Placement:
         """Create the placement of a run on ``world_size`` ranks.
 
         Args:
             config: configuration of the run; its sections parallel and train are read.
             shape: dimensions of the trained model, with a reward head for the objective ``reward``.
             world_size: number of ranks.
+            second: shapes of reference and critic where they are not the policy's.
 
         Raises:
             InputError: the layout does not divide the number of ranks.
@@ -76,11 +92,26 @@ class Placement:
             adapter=resolve_adapter(config.model.adapter, shape),
             frozen=frozen_tensors(shape, config.model.freeze),
             fp8=config.train.fp8.recipe if config.train.fp8 else None,
+            second=second,
         )
 
     def as_critic(self) -> Placement:
         """Return the placement of the critic of a run on this one: a head of one row, every weight trained."""
-        return replace(self, shape=self.shape.as_reward(), adapter=None, frozen=frozenset())
+        return self._of_second(self.second.critic or self.shape.as_reward())
+
+    def as_reference(self) -> Placement:
+        """Return the placement of a reference of another shape, which is run forward only; without one, this."""
+        if self.second.reference is None:
+            return self
+        return replace(self._of_second(self.second.reference), recompute_layers=0, recompute_modules=())
+
+    def _of_second(self, shape: ModelShape) -> Placement:
+        """Return the placement of a second model, which computes in the packs of this one."""
+        kind = context_kind_of(self.shape, self.parallel)
+        parallel = self.parallel if kind is None else replace(self.parallel, context_kind=kind)
+        return replace(
+            self, shape=shape, parallel=parallel, adapter=None, frozen=frozenset(), second=SecondShapes()
+        )
 
     @property
     def itemsize(self) -> int:

@@ -10,12 +10,12 @@ import torch
 from megatron_align.config import RunConfig
 from megatron_align.cost.activations import stage_bytes
 from megatron_align.cost.chips import Chip
-from megatron_align.cost.memory import StageMemory, stage_memory
+from megatron_align.cost.memory import StageMemory, pass_memory, stage_memory
 from megatron_align.cost.online import OnlineCosts, engine_bytes
-from megatron_align.cost.placement import Placement
+from megatron_align.cost.placement import Placement, SecondShapes
 from megatron_align.cost.state import state_bytes
 from megatron_align.cost.time import EFFICIENCY, NODE, StepTime, one_pass_seconds, step_time
-from megatron_align.cost.work import CRITIC_PASSES, Work, WorkOf, mean, scoring_passes
+from megatron_align.cost.work import CRITIC_PASSES, Work, WorkOf, mean, passes_of
 from megatron_align.errors import InputError
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.model.families import ModelShape
@@ -24,6 +24,7 @@ from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.fp8 import require_widths
 from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.policy import transformer_config
+from megatron_align.model.second_model import second_model_config
 from megatron_align.objectives.registry import build_objective, has_critic, reference_mode
 
 HEADROOM = (
@@ -42,6 +43,7 @@ class Candidate:
         memory: memory of each pipeline stage.
         time: estimated time of a step.
         peak_unless_recomputed: peak bytes if all activations were saved; None if they are.
+        before: memory of each stage before training, by a cached reference of another shape; empty: there is none.
     """
 
     placement: Placement
@@ -49,11 +51,12 @@ class Candidate:
     memory: tuple[StageMemory, ...]
     time: StepTime
     peak_unless_recomputed: int | None
+    before: tuple[StageMemory, ...] = ()
 
     @property
     def peak(self) -> int:
         """Bytes on the stage that needs most."""
-        return max(stage.total for stage in self.memory)
+        return max(stage.total for stage in (*self.memory, *self.before))
 
     def has_headroom(self, gpu_bytes: int) -> bool:
         """Return whether the share ``HEADROOM`` of the memory stays free on every stage."""
@@ -75,6 +78,7 @@ class PlanRequest:
         steps: of the run; None: not known, as it follows from data that are not tokenised.
         epochs: passes over the data; None: not known.
         online: what a run on rollouts adds.
+        second: shapes of reference and critic where they are not the policy's.
     """
 
     config: RunConfig
@@ -87,6 +91,7 @@ class PlanRequest:
     steps: int | None = None
     epochs: float | None = None
     online: OnlineCosts = field(default_factory=OnlineCosts)
+    second: SecondShapes = SecondShapes()
     adapter: Adapter | None = field(init=False)
     frozen: frozenset[str] = field(init=False)
 
@@ -106,8 +111,9 @@ def evaluate(request: PlanRequest, placement: Placement) -> Candidate:
         placement=placement,
         work=work,
         memory=memory_of(config, placement, work.micro_batches, request.online),
-        time=replace(time, other=other),
+        time=replace(time, other=time.other + other),
         peak_unless_recomputed=None,
+        before=memory_before(config, placement),
     )
 
 
@@ -119,32 +125,67 @@ def memory_of(
     Raises:
         InputError: the layout does not divide the layers of a reward model.
     """
-    multiple = placement.token_multiple
-    tokens = -(-config.data.sequence_length // multiple) * multiple
+    tokens = _pack_tokens(config, placement)
     # An adapter's reference is the policy with the adapter off.
     live = reference_mode(config) == "live" and (
         placement.adapter is None or config.reference.path is not None
     )
-    ptx = getattr(config.objective, "ptx", None)
-    top_k = max(build_objective(config.objective).top_k, ptx.columns if ptx else 0)
+    top_k = _top_k(config)
     engine = engine_bytes(config, placement)
     critic = placement.as_critic() if has_critic(config) else None
-    return tuple(
-        replace(
-            stage_memory(placement, stage, tokens, micro_batches, live_reference=live, top_k=top_k),
+
+    def of_stage(stage: int) -> StageMemory:
+        one = stage_memory(placement, stage, tokens, micro_batches, live_reference=live, top_k=top_k)
+        if live and placement.second.reference is not None:
+            one = one.with_work_of(pass_memory(placement.as_reference(), stage, tokens))
+        if critic is not None and placement.second.critic is not None:
+            one = one.with_work_of(stage_memory(critic, stage, tokens, micro_batches))
+        return replace(
+            one,
             engine=engine,
             rewards=0 if online is None else online.reward_bytes(placement, stage),
             critic=state_bytes(critic, stage).total if critic is not None else 0,
         )
-        for stage in range(placement.parallel.pipeline)
+
+    return tuple(of_stage(stage) for stage in range(placement.parallel.pipeline))
+
+
+def memory_before(config: RunConfig, placement: Placement) -> tuple[StageMemory, ...]:
+    """Return the memory of each stage before training, while a reference of another shape computes cached columns.
+
+    Empty: there is none; one of the policy's shape needs less than training does.
+    """
+    ptx = getattr(config.objective, "ptx", None)
+    cached = reference_mode(config) == "cached" or (ptx is not None and ptx.columns)
+    if placement.second.reference is None or not cached:
+        return ()
+    tokens, teacher = _pack_tokens(config, placement), placement.as_reference()
+    return tuple(
+        pass_memory(teacher, stage, tokens, _top_k(config)) for stage in range(placement.parallel.pipeline)
     )
+
+
+def _pack_tokens(config: RunConfig, placement: Placement) -> int:
+    """Return the padded length of the longest pack."""
+    multiple = placement.token_multiple
+    return -(-config.data.sequence_length // multiple) * multiple
+
+
+def _top_k(config: RunConfig) -> int:
+    """Return how many of the reference's likeliest tokens the loss reads of each row."""
+    ptx = getattr(config.objective, "ptx", None)
+    return max(build_objective(config.objective).top_k, ptx.columns if ptx else 0)
 
 
 def time_of(
     config: RunConfig, placement: Placement, work: Work, chip: Chip, efficiency: float = EFFICIENCY
 ) -> StepTime:
-    """Estimate the time of a run's step: the policy's, and the critic's after it."""
-    time = step_time(placement, work, chip, scoring_passes(config), efficiency)
+    """Estimate the time of a run's step: the policy's, a reference's of another shape, and the critic's after it."""
+    of_policy, of_reference = passes_of(config, placement)
+    time = step_time(placement, work, chip, of_policy, efficiency)
+    if of_reference:
+        once = one_pass_seconds(placement.as_reference(), work, chip, efficiency)
+        time = replace(time, other=time.other + of_reference * once)
     if not has_critic(config):
         return time
     return time + step_time(placement.as_critic(), work, chip, CRITIC_PASSES, efficiency)
@@ -208,7 +249,7 @@ def run_seconds(request: PlanRequest, one: Candidate) -> float | None:
     if reference_mode(request.config) == "cached":
         steps_of_a_pass = request.steps / max(1.0, request.epochs or 1.0)
         seconds += steps_of_a_pass * one_pass_seconds(
-            one.placement, one.work, request.chip, request.efficiency
+            one.placement.as_reference(), one.work, request.chip, request.efficiency
         )
     return seconds
 
@@ -260,14 +301,30 @@ def _placement(
             adapter=request.adapter,
             frozen=request.frozen,
             fp8=KernelChoice.of_run(config).fp8,
+            second=request.second,
         )
         # divisibility does not depend on the precision
         for shape in (request.shape, *(model.shape for model in request.online.reward_models)):
             transformer_config(shape, parallel, torch.bfloat16)
         require_widths(request.shape, parallel, placement.fp8)
+        require_divided(config, placement)
     except InputError:
         return None
     return placement
+
+
+def require_divided(config: RunConfig, placement: Placement) -> None:
+    """Check that a layout divides a reference or a critic of another shape.
+
+    Raises:
+        InputError: it does not; naming the model.
+    """
+    for name, shape in placement.second._asdict().items():
+        if shape is not None:
+            kernels = KernelChoice(fp8=placement.fp8)
+            policy = transformer_config(placement.shape, placement.parallel, torch.bfloat16, kernels=kernels)
+            on_layout = replace(config, parallel=placement.parallel)
+            second_model_config(f"{name}.path", shape, placement.shape, policy, on_layout)
 
 
 def _chunks(layers: int, pipeline: int) -> list[int | None]:

@@ -62,6 +62,25 @@ def memory_table(memory: tuple[StageMemory, ...]) -> str:
     return "GiB per rank\n" + columns(rows)
 
 
+def shape_text(shape: ModelShape) -> str:
+    """Describe a reference or a critic of another shape than the policy's, in one line."""
+    return (
+        f"{shape.architecture}, {parameter_count(shape) / 1e9:.3g} billion weights, {shape.num_layers} "
+        f"layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}"
+    )
+
+
+def before_text(memory: tuple[StageMemory, ...]) -> list[str]:
+    """Describe the memory of a cached reference before training, on the stage that needs most; empty: there is none."""
+    if not memory:
+        return []
+    most = max(memory, key=lambda one: one.total)
+    return [
+        f"before training the reference takes up to {most.total / GIB:.2f} GiB per rank, {most.parameters / GIB:.2f} "
+        "of them its weights, which are then freed"
+    ]
+
+
 def step_text(placement: Placement, work: Work, flops: StepFlops) -> str:
     """Describe the work of a step in two lines, and how many times the operations of SFT it needs."""
     sft = step_flops(placement, work, 0).model

@@ -19,7 +19,7 @@ from megatron_align.cost.flops import (
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import state_bytes
 from megatron_align.cost.traffic import traffic
-from megatron_align.cost.work import StepFlops, Work, step_flops
+from megatron_align.cost.work import StepFlops, Work, pass_flops
 
 NODE = 8  # GPUs that share the fast links
 # Assumptions that we have not measured.
@@ -40,7 +40,7 @@ class StepTime:
         pipeline: hidden states sent between stages.
         data: gradient reduction and weight all-gather.
         update: optimizer update.
-        other: scoring by reward models, and supervised samples, of a run on rollouts.
+        other: scoring by reward models and a reference of another shape, and supervised samples, of a run on rollouts.
     """
 
     compute: float
@@ -128,5 +128,4 @@ def mfu(placement: Placement, flops: StepFlops, seconds: float, chip: Chip) -> f
 def one_pass_seconds(placement: Placement, work: Work, chip: Chip, efficiency: float = EFFICIENCY) -> float:
     """Estimate the seconds of one forward pass over a step's packs, a cached reference's one-time cost per step."""
     train = replace(placement, recompute_layers=0, recompute_modules=())
-    scored = step_flops(train, work, 1).executed - step_flops(train, work, 0).executed
-    return scored / (chip.bf16 * efficiency * placement.world_size)
+    return pass_flops(train, work).executed / (chip.bf16 * efficiency * placement.world_size)

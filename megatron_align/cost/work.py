@@ -203,14 +203,25 @@ def _packed(store: SampleTable, step: _StepSamples, ranks: int, options: PackOpt
     )
 
 
-def scoring_passes(config: RunConfig) -> int:
+def scoring_passes(config: RunConfig, of: Sequence[str] = ("policy", "reference")) -> int:
     """Return the forward passes of a step besides training: those of its pre-pass (policy, live reference).
 
     A critic's are :data:`CRITIC_PASSES`.
+
+    Args:
+        config: of the run.
+        of: models whose passes count.
     """
-    models = ["policy", *(["reference"] if reference_mode(config) == "live" else [])]
+    models = [model for model in of if model == "policy" or reference_mode(config) == "live"]
     needs = build_objective(config.objective).needs
     return sum(model in models for need in needs for model in SCORED_BY[need])
+
+
+def passes_of(config: RunConfig, placement: Placement) -> tuple[int, int]:
+    """Return the passes of models of the policy's shape, and those of a reference of another shape."""
+    if placement.second.reference is None:
+        return scoring_passes(config), 0
+    return scoring_passes(config, ["policy"]), scoring_passes(config, ["reference"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +230,10 @@ class StepFlops:
 
     model: float
     executed: float
+
+    def __add__(self, other: StepFlops) -> StepFlops:
+        """Return the operations of both."""
+        return StepFlops(self.model + other.model, self.executed + other.executed)
 
 
 def step_flops(placement: Placement, work: Work, passes: int) -> StepFlops:
@@ -240,12 +255,21 @@ def step_flops(placement: Placement, work: Work, passes: int) -> StepFlops:
 
 
 def flops_of(config: RunConfig, placement: Placement, work: Work) -> StepFlops:
-    """Return the operations of a run's step: the policy's with its pre-pass, and those of a critic."""
-    policy = step_flops(placement, work, scoring_passes(config))
-    if not has_critic(config):
-        return policy
-    critic = step_flops(placement.as_critic(), work, CRITIC_PASSES)
-    return StepFlops(model=policy.model + critic.model, executed=policy.executed + critic.executed)
+    """Return the operations of a run's step: the policy's with its pre-pass, a reference's, and those of a critic."""
+    of_policy, of_reference = passes_of(config, placement)
+    flops = step_flops(placement, work, of_policy)
+    if of_reference:
+        once = pass_flops(placement.as_reference(), work)
+        flops += StepFlops(of_reference * once.model, of_reference * once.executed)
+    if has_critic(config):
+        flops += step_flops(placement.as_critic(), work, CRITIC_PASSES)
+    return flops
+
+
+def pass_flops(placement: Placement, work: Work) -> StepFlops:
+    """Return the operations of one forward pass over a step."""
+    once, none = (step_flops(placement, work, passes) for passes in (1, 0))
+    return StepFlops(once.model - none.model, once.executed - none.executed)
 
 
 def mean(works: Sequence[Work]) -> Work:

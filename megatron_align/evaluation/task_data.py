@@ -36,7 +36,8 @@ from megatron_align.evaluation.results import Items, TaskResult
 from megatron_align.evaluation.tables import Choices, TaskContext, open_store, read_choices
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.training.likelihood import CompletionScorer
-from megatron_align.training.setup import locate, require_vocabulary
+from megatron_align.training.model_checks import require_vocabulary
+from megatron_align.training.setup import locate
 
 if TYPE_CHECKING:
     from megatron_align.evaluation.lm_eval_results import LoadedTask

@@ -93,11 +93,13 @@ class AssetChanges:
         chat_template: text of the template that was trained with; None: the folder's own.
         stop_ids: tokens at which the trained model ends its turn; empty: generation_config.json is not changed.
         padding: of a reward model; None: not changed.
+        config: content of config.json, of a model of another shape than the folder's; None: the folder's own.
     """
 
     chat_template: str | None = None
     stop_ids: tuple[int, ...] = ()
     padding: Padding | None = None
+    config: dict[str, Any] | None = None
 
 
 def write_assets(source: str | Path, target: str | Path, shape: ModelShape, changes: AssetChanges) -> None:
@@ -108,6 +110,9 @@ def write_assets(source: str | Path, target: str | Path, shape: ModelShape, chan
     """
     target = Path(target)
     copy_assets(source, target)
+    if changes.config is not None:
+        text = json.dumps(changes.config, indent=2, ensure_ascii=False)
+        (target / _CONFIG).write_text(text + "\n", encoding="utf-8")
     write_config_architecture(target, shape)
     if changes.chat_template is not None:
         _write_chat_template(target, changes.chat_template)

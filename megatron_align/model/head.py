@@ -79,6 +79,7 @@ class VocabularyHead(ColumnParallelLinear):
 
     Attributes:
         temperature: the logits are divided by it, in training and scoring: that at which rollouts are sampled.
+        top_tokens: the likeliest tokens are those of the first so many, which a policy of a smaller vocabulary has too.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class VocabularyHead(ColumnParallelLinear):
             tp_group=groups.tp,
         )
         self.vocab_size, self.unit_rows, self.context = shape.vocab_size, shape.norm_head, groups.cp
-        self.temperature = 1.0
+        self.temperature, self.top_tokens = 1.0, shape.vocab_size
         self.adapter: HeadAdapter | TrainedCopy | None
         self.register_module("adapter", None)
 
@@ -137,7 +138,7 @@ class VocabularyHead(ColumnParallelLinear):
             del options["temperature"]  # that of rollouts; such an objective divides by one of its own
             if objective is None:
                 logits_nK, tokens_nK = top_logits(
-                    hidden_nH, weight, top_k, group=self.tp_group, vocab_size=self.vocab_size
+                    hidden_nH, weight, top_k, group=self.tp_group, vocab_size=self.top_tokens
                 )
                 pairs_n2K = torch.stack([tokens_nK.to(logits_nK.dtype), logits_nK], dim=1)
                 return self._all_rows(pairs_n2K, batch).transpose(0, 1)
@@ -259,6 +260,14 @@ def set_temperature(chunks: Sequence[nn.Module], temperature: float) -> None:
         for module in chunk.modules():
             if isinstance(module, VocabularyHead):
                 module.temperature = temperature
+
+
+def limit_top_tokens(chunks: Sequence[nn.Module], tokens: int) -> None:
+    """Take the likeliest tokens of some model chunks among the first ``tokens`` ones only."""
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, VocabularyHead):
+                module.top_tokens = tokens
 
 
 def score_rows(chunks: Sequence[nn.Module]) -> None:

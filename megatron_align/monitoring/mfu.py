@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_align.config import RunConfig
 from megatron_align.cost.chips import chip_of_device
-from megatron_align.cost.placement import Placement
+from megatron_align.cost.placement import Placement, SecondShapes
 from megatron_align.cost.work import Work, flops_of
 from megatron_align.data.batching.step_batches import StepCounts
 from megatron_align.model.families import ModelShape
@@ -30,11 +30,20 @@ class Utilisation:
         config: of the run.
         shape: of the model that it trains.
         world_size: ranks, one GPU each.
+        second: shapes of reference and critic where they are not the policy's.
         peak: operations per second of one rank; None: the bf16 peak of this rank's GPU, if it is known, or measured.
     """
 
-    def __init__(self, config: RunConfig, shape: ModelShape, world_size: int, peak: float | None = None):
-        self._placement = Placement.of_run(config, shape, world_size)
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: ModelShape,
+        world_size: int,
+        second: SecondShapes = SecondShapes(),  # noqa: B008  # a tuple
+        *,
+        peak: float | None = None,
+    ):
+        self._placement = Placement.of_run(config, shape, world_size, second)
         self._config = config
         self._peak = _peak_of_all_ranks(config, world_size) if peak is None else world_size * peak
 

@@ -19,9 +19,9 @@ from megatron_align.errors import TrainingFault, require
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.model import parallel
-from megatron_align.model.families import read_shape
+from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.model.families.frozen import frozen_tensors
-from megatron_align.model.kernel_choice import KernelChoice
+from megatron_align.model.kernel_choice import KernelChoice, PolicyConfig
 from megatron_align.model.parallel import RankInfo
 from megatron_align.model.policy import Policy, build_policy, transformer_config
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
@@ -34,9 +34,10 @@ from megatron_align.rehearsal.tracker import Tracker, on_host, tracking
 from megatron_align.training import self_check
 from megatron_align.training.batches import pin_step
 from megatron_align.training.optimizer import build_optimizer, wrap_data_parallel
-from megatron_align.training.reference.builder import References
+from megatron_align.training.reference.builder import References, build_reference
 from megatron_align.training.reference.logprobs import LiveReference
 from megatron_align.training.reference.top_k import LOGITS
+from megatron_align.training.reference_model import ReferenceModel, reference_shape
 from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import DTYPES, RunSetup, locate, trained_shape
 from megatron_align.training.trainer import Trainer
@@ -107,7 +108,7 @@ def rehearse(
     with tracking(ledger) as tracker, ranks.alone(info, layout):
         batches, tokens = _train(setup, ledger, tracker)
     gc.collect()
-    placement = Placement.of_run(config, setup.shape, world_size)
+    placement = Placement.of_run(config, setup.shape, world_size, setup.second_shapes)
     planned: StageMemory = memory_of(config, placement, batches)[stage]
     return RankReport.of(
         ledger, stage=stage, rank=rank, micro_batches=batches, tokens=tokens, planned=planned.tensors
@@ -130,6 +131,14 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
         optimizer=replace(config.optimizer, warmup_steps=0),
         data=replace(config.data, train="full packs", shuffle=False),
     )
+    megatron = transformer_config(
+        shape,
+        config.parallel,
+        DTYPES[train.precision],
+        train.recompute_layers,
+        train.recompute_modules,
+        KernelChoice.of_run(config),
+    )
     objective = build_objective(config.objective)
     logits = np.dtype(LOGITS[train.precision])
     return RunSetup(
@@ -143,14 +152,8 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
         assets=assets,
         weights=assets,
         resume=None,
-        megatron=transformer_config(
-            shape,
-            config.parallel,
-            DTYPES[train.precision],
-            train.recompute_layers,
-            train.recompute_modules,
-            KernelChoice.of_run(config),
-        ),
+        megatron=megatron,
+        reference=_reference(config, shape, megatron),
         train=FullPacks(samples, length, objective, logits),
         data_key="",
         validation=None,
@@ -160,6 +163,14 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
         changes=AssetChanges(),
         notes=(),
     )
+
+
+def _reference(config: RunConfig, policy: ModelShape, megatron: PolicyConfig) -> ReferenceModel:
+    """Return the reference of the run, of which only config.json is read."""
+    if config.reference.path is None:
+        return ReferenceModel.of_policy(config, policy, megatron)
+    shape = reference_shape(config, policy, locate(config.reference.path, weights=False)[1])
+    return ReferenceModel.of_shape(config, shape, policy, megatron)
 
 
 def _train(setup: RunSetup, ledger: Ledger, tracker: Tracker) -> tuple[int, int]:
@@ -192,10 +203,7 @@ def _trainer(setup: RunSetup, ledger: Ledger) -> Trainer:
     if mode == "live":
         with ledger.during("reference"):
             own = setup.adapter is not None and config.reference.path is None
-            other = model if own else build_policy(setup.megatron, setup.shape, groups)
-            if not own:
-                for chunk in other:
-                    chunk.requires_grad_(False)
+            other = model if own else build_reference(setup.reference, groups)
             live = LiveReference(Scorer(other, objective, base=own), groups)
     references = References(
         mode=mode, columns={}, live=live, sync_steps=None, mixup_alpha=None, weights_hash=None

@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.hf.export import export_model
 from megatron_align.model.head import score_rows
-from megatron_align.model.kernel_choice import KernelChoice
-from megatron_align.model.policy import Policy, build_policy, transformer_config
+from megatron_align.model.policy import Policy, build_policy
+from megatron_align.model.second_model import second_model_config
 from megatron_align.objectives.ppo import CriticObjective
 from megatron_align.training.critic_start import CriticStart
 from megatron_align.training.learning_rate import learning_rate
@@ -27,7 +27,7 @@ from megatron_align.training.optimizer import (
     wrap_data_parallel,
 )
 from megatron_align.training.scoring import Scorer
-from megatron_align.training.setup import DTYPES, RunSetup
+from megatron_align.training.setup import RunSetup
 from megatron_align.training.step import Stepper, StepResult
 from megatron_align.training.watchdog import Watchdog
 from megatron_align.training.weights import load_critic_weights
@@ -83,13 +83,8 @@ class Critic:
         start, config = setup.critic, setup.config
         if start is None:
             return None
-        megatron = transformer_config(
-            start.shape,
-            config.parallel,
-            DTYPES[config.train.precision],
-            config.train.recompute_layers,
-            config.train.recompute_modules,
-            KernelChoice.of_run(config),
+        megatron = second_model_config(
+            "critic.path", start.shape, setup.shape, setup.megatron, config, trained=True
         )
         chunks = build_policy(megatron, start.shape, groups)
         score_rows(chunks)

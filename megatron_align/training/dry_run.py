@@ -9,13 +9,15 @@ from pathlib import Path
 from megatron_align.config import RunConfig
 from megatron_align.cost.memory import GIB
 from megatron_align.cost.placement import Placement
-from megatron_align.cost.search import memory_of
+from megatron_align.cost.search import memory_before, memory_of
 from megatron_align.cost.state import parameter_count
 from megatron_align.cost.text import (
+    before_text,
     layout,
     memory_table,
     online_text,
     recomputation,
+    shape_text,
     step_text,
     trained_text,
 )
@@ -92,7 +94,7 @@ def _rollout_text(setup: RunSetup, placement: Placement) -> list[str]:
 def describe(setup: RunSetup) -> str:
     """Return what a checked run would do, as text."""
     config, shape, stored = setup.config, setup.shape, setup.train.manifest
-    placement = Placement.of_run(config, shape, setup.rank_info.world_size)
+    placement = Placement.of_run(config, shape, setup.rank_info.world_size, setup.second_shapes)
     work = mean(of_store(setup.train, config)(placement))
     flops = flops_of(config, placement, work)
     online = online_costs(config, of_ptx(setup.ptx, config) if setup.ptx is not None else None)
@@ -109,6 +111,11 @@ def describe(setup: RunSetup) -> str:
             f"data       {', '.join(stored['shapes'])}: {stored['samples']:,} samples, {stored['tokens']:,} tokens, "
             f"{stored['scored_tokens']:,} trained",
             f"objective  {config.objective.name}" + (f", reference {reference}" if reference else ""),
+            *(
+                f"{name:10} {shape_text(other)}"
+                for name, other in placement.second._asdict().items()
+                if other
+            ),
             *_rollout_text(setup, placement),
             *([f"critic     {setup.critic.note}"] if setup.critic else []),
             step_text(placement, work, flops),
@@ -117,6 +124,7 @@ def describe(setup: RunSetup) -> str:
             f"steps      {done} done of {order.steps}",
             *(f"{name:10} {text}" for name, text in setup.notes),
             memory_table(memory_of(config, placement, work.micro_batches, online)),
+            *before_text(memory_before(config, placement)),
             "a dry run: nothing was trained",
         )
     )

@@ -38,6 +38,7 @@ from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.rollout.vllm_server import VLLM_DTYPES, shared_server
 from megatron_align.training.critic import Critic
 from megatron_align.training.dynamic_sampling import replaced_without_signal
+from megatron_align.training.known_tokens import require_known_tokens, require_scorable_tokens
 from megatron_align.training.reference.builder import References
 from megatron_align.training.rewards import RunRewards
 from megatron_align.training.rollout_servers import endpoint_of
@@ -273,6 +274,7 @@ class EngineRollouts:
         require_version(answers, version)
         require_complete(answers, prompts, sampling)
         require_known_tokens(answers, prompts, trainer.setup.shape.vocab_size)
+        require_scorable_tokens(answers, prompts, trainer.setup.scoring_vocabularies())
         return answers
 
     def _score(self, rollouts: Rollouts) -> None:
@@ -344,23 +346,6 @@ def require_complete(
                 f"an engine must give {sampling.completions} completions of at least one token, got {found} for "
                 f"{prompt.where}"
             )
-
-
-def require_known_tokens(
-    answers: Sequence[Sequence[Completion]], prompts: Sequence[Prompt], vocabulary: int
-) -> None:
-    """Check that completions are of the model's vocabulary.
-
-    Raises:
-        TrainingFault: naming the first prompt with another token.
-    """
-    for prompt, completions in zip(prompts, answers, strict=True):
-        for token in (token for completion in completions for token in completion.token_ids):
-            if not 0 <= token < vocabulary:
-                raise TrainingFault(
-                    f"an engine must answer with tokens of the model's vocabulary of {vocabulary}, got token {token} "
-                    f"for {prompt.where}: its server holds another model"
-                )
 
 
 def gathered(own: Sequence[T], count: int) -> list[T]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
-from megatron_align.checkpoint.card import shape_differences
 from megatron_align.config import RunConfig
 from megatron_align.data.sample_table import SampleTable, TrainingData
 from megatron_align.errors import InputError, require
-from megatron_align.hf.load import open_hf, require_tied_head
-from megatron_align.hf.tokenizer import require_tokenizer_of_reference
 from megatron_align.kernels.dispatch import is_interpreted
-from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.model.families import ModelShape
 from megatron_align.model.flash import find_flash
 from megatron_align.model.fp8 import require_fp8
 from megatron_align.model.kernel_choice import KernelChoice
@@ -23,40 +18,18 @@ from megatron_align.objectives.policy_gradient_options import PolicyGradientOpti
 from megatron_align.objectives.registry import build_objective
 
 
-def require_reference(weights: Path, assets: Path, shape: ModelShape, model_assets: Path) -> None:
-    """Check that ``reference.path`` holds a model of the policy's shape and tokenizer.
-
-    Args:
-        weights: of the reference.
-        assets: of the reference.
-        shape: of the policy.
-        model_assets: of the policy.
+def require_top_k(config: RunConfig, tokens: int) -> None:
+    """Check that the objective reads no more tokens of each row than policy and reference share.
 
     Raises:
-        InputError: naming what differs.
-    """
-    theirs = read_shape(assets)
-    apart = shape_differences(dataclasses.asdict(shape), dataclasses.asdict(theirs))
-    if apart:
-        facts = ", ".join(f"{key} {found!r} for {ours!r}" for key, (ours, found) in apart.items())
-        raise InputError(f"reference.path must hold a model of model.path's shape, got {facts} in {weights}")
-    require_tokenizer_of_reference(assets, model_assets)
-    if weights == assets:
-        require_tied_head(open_hf(assets)[0], shape)
-
-
-def require_top_k(config: RunConfig, shape: ModelShape) -> None:
-    """Check that the reference's vocabulary has as many tokens as the objective reads of each row.
-
-    Raises:
-        InputError: it has fewer.
+        InputError: they share fewer.
     """
     ptx = getattr(config.objective, "ptx", None)
     asked = {"top_k": build_objective(config.objective).top_k, "ptx.top_k": ptx.columns if ptx else 0}
     for name, count in asked.items():
         require(
-            count <= shape.vocab_size,
-            f"objective.{name} must be at most the vocabulary of {shape.vocab_size}, got {count}",
+            count <= tokens,
+            f"objective.{name} must be at most the vocabulary of {tokens}, got {count}",
         )
 
 
@@ -128,3 +101,13 @@ def require_unshared_prompts(config: RunConfig, stores: Mapping[str, TrainingDat
             "prompt: set data.share_prefix: false, which computes each prompt once for every completion, or use "
             "model.attention: auto",
         )
+
+
+def require_vocabulary(stores: Mapping[str, TrainingData], shape: ModelShape) -> None:
+    """Check that every token of the stores, given by the name of their data, has a row in the model's vocabulary."""
+    for name, store in stores.items():
+        highest = store.manifest["largest_token"]
+        if highest >= shape.vocab_size:
+            raise InputError(
+                f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, {name} has token {highest}"
+            )

@@ -1,12 +1,16 @@
-"""The costs that a run on rollouts adds to a plan; the shapes of its reward models are read from their folders."""
+"""The costs that a plan adds for a run's other models, whose shapes are read from their folders."""
 
 from __future__ import annotations
 
 from megatron_align.config import RunConfig
 from megatron_align.config.rewards import ModelReward
 from megatron_align.cost.online import OnlineCosts, RewardModelCost
+from megatron_align.cost.placement import SecondShapes
 from megatron_align.cost.work import WorkOf
-from megatron_align.model.families import read_shape
+from megatron_align.model.families import ModelShape, read_shape
+from megatron_align.objectives.registry import has_critic
+from megatron_align.training.critic_start import has_shape_of
+from megatron_align.training.reference_model import reference_shape
 from megatron_align.training.setup import locate
 
 
@@ -30,3 +34,19 @@ def online_costs(config: RunConfig, ptx: WorkOf | None) -> OnlineCosts:
         if isinstance(reward, ModelReward)
     ]
     return OnlineCosts(tuple(models), ptx)
+
+
+def second_shapes(config: RunConfig, policy: ModelShape) -> SecondShapes:
+    """Return the shapes of a run's reference and critic where they are not the policy's; only config.json is read.
+
+    Raises:
+        InputError: there is no model, or none that the objective takes.
+    """
+    reference, critic = None, None
+    if config.reference.path is not None:
+        found = reference_shape(config, policy, locate(config.reference.path, weights=False)[1])
+        reference = found if found != policy else None
+    if has_critic(config) and config.critic.path is not None:
+        found = read_shape(locate(config.critic.path, weights=False)[1]).as_reward()
+        critic = None if has_shape_of(policy, found) else found
+    return SecondShapes(reference, critic)

@@ -5,23 +5,19 @@ The samples of a step are a function of its number, the seed and the data, so a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_align.data.batching.sampler import EpochOrder, SampleSteps
 from megatron_align.data.batching.step_batches import StepBatches
 from megatron_align.data.store import TokenStore
-from megatron_align.model.policy import Policy
 from megatron_align.objectives.ptx import PTX, PTXOptions
 from megatron_align.records import PackedBatch
 from megatron_align.training.batches import data_rank, pack_options
+from megatron_align.training.reference.builder import compute_columns
 from megatron_align.training.reference.cache import hash_of_rank_0
 from megatron_align.training.reference.top_k import TopKColumns
-from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import RunSetup, locate
 from megatron_align.training.watchdog import Watchdog
-from megatron_align.training.weights import load_reference_weights
 
 
 class PTXSteps:
@@ -47,13 +43,10 @@ class PTXSteps:
         """Return this rank's packs of a 0-based step."""
         return self._steps.step(step).batches
 
-    def read_reference(
-        self, chunks: Sequence[Policy], weights: str | None, watchdog: Watchdog, first_step: int
-    ) -> None:
+    def read_reference(self, weights: str | None, watchdog: Watchdog, first_step: int) -> None:
         """Add the reference's likeliest tokens to the data; compute those that are not on the disk. Collective.
 
         Args:
-            chunks: the policy's, before its weights are loaded, see :meth:`.ReferenceBuilder.cached_columns`.
             weights: hash of the reference's weights; None: it was not computed.
             watchdog: of this rank.
             first_step: 0-based step at which the run starts.
@@ -64,13 +57,11 @@ class PTXSteps:
         with watchdog.patient("opening the reference's likeliest tokens"):
             if weights is None:
                 weights = hash_of_rank_0(locate(config.reference.path or config.model.path)[0])
-            columns = TopKColumns.open(store, config, self.objective.top_k, weights, self._setup.shape)
+            columns = TopKColumns.open(store, config, self.objective.top_k, weights, self._setup.reference)
         missing = columns.missing(self._steps, range(first_step, self._setup.steps))
         if missing:
-            with watchdog.patient("loading the reference"):
-                load_reference_weights(chunks, self._setup, self._groups)
-            scorer = Scorer(chunks, self.objective, base=True, top_k=self.objective.top_k)
-            columns.fill(self._steps, missing, scorer, self._groups, watchdog)
+            work = [(columns, self._steps, missing)]
+            compute_columns(work, self._setup, self.objective, self._groups, watchdog)
         self._steps = self._of(columns.added_to(store))
 
     def _of(self, store: TokenStore) -> StepBatches:

@@ -16,6 +16,7 @@ import megatron_align
 from megatron_align.checkpoint.card import require_all_weights
 from megatron_align.checkpoint.folder import ASSETS, find_checkpoint, folder_taken
 from megatron_align.config import RunConfig, TrainConfig
+from megatron_align.cost.placement import SecondShapes
 from megatron_align.data.batching.packing import require_room
 from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.sampler import step_order
@@ -36,28 +37,37 @@ from megatron_align.model.families.adapter import Adapter
 from megatron_align.model.families.frozen import frozen_tensors
 from megatron_align.model.kernel_choice import KernelChoice, PolicyConfig
 from megatron_align.model.policy import transformer_config
+from megatron_align.model.second_model import second_model_config
 from megatron_align.monitoring.trackers import check_logging
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.ptx import PTX
-from megatron_align.objectives.registry import build_objective, objective_class
+from megatron_align.objectives.registry import build_objective, objective_class, reference_mode
 from megatron_align.rollout.prompt_table import open_prompts
 from megatron_align.training.asset_changes import Notes, plan_asset_changes
-from megatron_align.training.critic_start import CriticStart, critic_paths, find_critic, with_changes
+from megatron_align.training.critic_start import (
+    CriticStart,
+    critic_paths,
+    find_critic,
+    has_shape_of,
+    require_same_critic,
+    with_changes,
+)
 from megatron_align.training.lone_samples import require_other_samples
 from megatron_align.training.model_checks import (
     require_kernels,
     require_positions,
-    require_reference,
     require_rollouts,
     require_top_k,
     require_unshared_prompts,
+    require_vocabulary,
 )
 from megatron_align.training.output_folder import (
     remove_empty_folders_after_bad_input,
     require_replaceable_outputs,
     require_writable,
 )
+from megatron_align.training.reference_model import ReferenceModel, find_reference, require_readable
 from megatron_align.training.resume import ResumePoint, find_resume_point
 from megatron_align.training.resume_compatibility import require_same_run
 from megatron_align.training.resumed_data import fix_template_date, key_of_same_data
@@ -87,6 +97,7 @@ class RunSetup:
         data_key: of the training data, for the checkpoint that the run resumes from.
         validation: validation data; None: the run has none.
         ptx: supervised data of each step on rollouts; None: the objective has no such term.
+        reference: the model that an objective compares with, if it compares.
         critic: the model that the critic starts from; None: the objective has none.
         steps: of the complete run.
         changes: of training in the files of ``assets``, for checkpoints and export.
@@ -106,6 +117,7 @@ class RunSetup:
     weights: Path
     resume: ResumePoint | None
     megatron: PolicyConfig
+    reference: ReferenceModel
     train: TrainingData
     data_key: str
     validation: TrainingData | None
@@ -120,6 +132,22 @@ class RunSetup:
     def taken_by(self) -> str | None:
         """Return on rank 0 which process took the folder from this run, which was paused; None: none has."""
         return self.lock.taken_by() if self.lock else None
+
+    @property
+    def second_shapes(self) -> SecondShapes:
+        """The shapes of reference and critic where they are not the policy's."""
+        reference = self.reference.shape if self.reference.shape != self.shape else None
+        if self.critic is None or has_shape_of(self.shape, self.critic.shape):
+            return SecondShapes(reference)
+        return SecondShapes(reference, self.critic.shape)
+
+    def scoring_vocabularies(self) -> dict[str, int]:
+        """Return the rows of each model that scores the policy's completions and has fewer, by its option."""
+        live = reference_mode(self.config) == "live"
+        sizes = {"reference.path": self.reference.shape.vocab_size} if live else {}
+        if self.critic is not None:
+            sizes["critic.path"] = self.critic.shape.vocab_size
+        return {name: size for name, size in sizes.items() if size < self.shape.vocab_size}
 
     def require_folder(self) -> None:
         """Check that the folder is still this run's, before anything is changed there; collective.
@@ -174,12 +202,16 @@ def prepare_run(
     require_weights(weights, assets, start)
     adapter = resolve_adapter(config.model.adapter, shape)
     frozen = frozen_tensors(shape, config.model.freeze)
+    reference = ReferenceModel.of_policy(config, shape, megatron)
     if config.reference.path is not None:
-        require_reference(*locate(config.reference.path), shape, assets)
+        reference = find_reference(config, shape, megatron, *locate(config.reference.path), assets)
+        require_kernels(config, reference.shape, dry_run=scratch_cache is not None)
     require_rollouts(config, shape)
-    critic = find_critic(config, shape, {p: locate(p) for p in (config.model.path, *critic_paths(config))})
+    folders = {path: locate(path) for path in (config.model.path, *critic_paths(config))}
+    critic = find_critic(config, shape, folders)
     if critic is not None:
-        require_weights(*locate(critic.path), critic.start_shape)
+        require_weights(*folders[critic.path], critic.start_shape)
+        second_model_config("critic.path", critic.shape, shape, megatron, config, trained=True)
     # A pack of rollouts holds a prompt and completions that each have its positions after it.
     online = generates(config)
     if config.data.sequence_length > shape.max_positions and not online:
@@ -194,15 +226,20 @@ def prepare_run(
         resume = find_resume_point(config, folder, shape)
         config = fix_template_date(config, assets, resume)
         stores = _open_stores(config, assets, rank_info, scratch_cache)
-        require_vocabulary({f"data.{split}": store for split, store in stores.items()}, shape)
+        named = {"objective.ptx.data" if s == "ptx" else f"data.{s}": store for s, store in stores.items()}
+        require_vocabulary(named, shape)
+        require_readable("reference.path", reference.shape, shape, named)
+        if critic is not None:
+            require_readable("critic.path", critic.shape, shape, named)
         require_unshared_prompts(config, stores)
-        require_top_k(config, shape)
+        require_top_k(config, reference.tokens)
         require_positions(stores.get("ptx"), shape)
         steps = _require_steps_left(config, stores, resume)
         changes, notes = plan_asset_changes(config, shape, assets, stores.values())
         data_key = key_of_same_data(stores["train"], resume)
         if resume is not None:
             require_same_run(config, data_key, resume.metadata, resume.folder, assets, steps)
+            require_same_critic(critic, resume.metadata, resume.folder)
         setup = RunSetup(
             config=config,
             start_shape=start,
@@ -215,11 +252,12 @@ def prepare_run(
             weights=weights,
             resume=resume,
             megatron=megatron,
+            reference=reference,
             train=stores["train"],
             data_key=data_key,
             validation=stores.get("validation"),
             ptx=stores.get("ptx"),
-            critic=with_changes(critic, config, assets, stores.values()),
+            critic=with_changes(critic, config, shape, folders, stores.values()),
             steps=steps,
             lock=lock,
             changes=changes,
@@ -320,16 +358,6 @@ def tokenised(spec: StoreSpec, rank_info: parallel.RankInfo, scratch_cache: Path
         return prepare_or_wait(spec, rank_info.local_rank, waited_for=rank_info.world_size > 1)
     path = spec.path(spec.inputs())
     return path if path.exists() else prepare(dataclasses.replace(spec, cache=str(scratch_cache)))
-
-
-def require_vocabulary(stores: Mapping[str, TrainingData], shape: ModelShape) -> None:
-    """Check that every token of the stores, given by the name of their data, has a row in the model's vocabulary."""
-    for name, store in stores.items():
-        highest = store.manifest["largest_token"]
-        if highest >= shape.vocab_size:
-            raise InputError(
-                f"the tokenizer must fit the model's vocabulary of {shape.vocab_size}, {name} has token {highest}"
-            )
 
 
 def _require_steps_left(

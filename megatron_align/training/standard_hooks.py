@@ -166,7 +166,9 @@ class MetricsLog(Hook):
         """See :class:`Hook`."""
         super().start(trainer)
         setup = trainer.setup
-        self._utilisation = Utilisation(trainer.config, setup.shape, setup.rank_info.world_size)
+        self._utilisation = Utilisation(
+            trainer.config, setup.shape, setup.rank_info.world_size, setup.second_shapes
+        )
 
     def after_step(self, report: StepReport) -> None:
         """See :class:`Hook`."""

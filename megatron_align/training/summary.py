@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_align.cost.text import trained_text
+from megatron_align.cost.text import shape_text, trained_text
 from megatron_align.data.formats.columns import fields_text
 from megatron_align.model.context_kind import context_kind_of
+from megatron_align.model.families import ModelShape
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.policy_gradient import PolicyGradientObjective
+from megatron_align.training.reference_model import ReferenceModel
 from megatron_align.training.trainer import Trainer
 
 
@@ -46,6 +48,7 @@ def run_summary(trainer: Trainer) -> list[tuple[str, str]]:
         ),
         ("fields", fields_text(data)),
         ("objective", f"{config.objective.name}, {_weighing(objective)}; {size}"),
+        *_reference(setup.reference, shape),
         *([("critic", setup.critic.note)] if setup.critic else []),
         ("steps", f"{done} done of {trainer.steps}{resumed}"),
         *setup.notes,
@@ -57,3 +60,10 @@ def _weighing(objective: Objective) -> str:
     if isinstance(objective, PolicyGradientObjective):
         return f"loss type {objective.options.loss_type}, advantage {objective.options.advantage}"
     return f"every {objective.normalization} weighs the same"
+
+
+def _reference(reference: ReferenceModel, policy: ModelShape) -> list[tuple[str, str]]:
+    """Describe a reference of another shape than the policy's; empty: it has the policy's, or there is none."""
+    if reference.shape == policy:
+        return []
+    return [("reference", f"{shape_text(reference.shape)}, at {reference.path}")]

@@ -193,14 +193,14 @@ class Trainer:
         reference_hash = reference.frozen_weights_hash(resume)
         with watchdog.patient("hashing the adapter's base"):
             base = adapter_base(setup, resume, reference_hash)
-        chunks = build_policy(setup.megatron, setup.shape, groups, setup.adapter, setup.frozen)
-        set_temperature(chunks, temperature)
         batches_of = partial(batches_of_split, setup=setup, objective=objective, groups=groups)
-        columns = reference.cached_columns(chunks, batches_of, reference_hash, resume.step if resume else 0)
+        columns = reference.cached_columns(batches_of, reference_hash, resume.step if resume else 0)
         ptx = None
         if setup.ptx is not None:
             ptx = PTXSteps(setup, config.objective.ptx, groups)
-            ptx.read_reference(chunks, reference_hash, watchdog, resume.step if resume else 0)
+            ptx.read_reference(reference_hash, watchdog, resume.step if resume else 0)
+        chunks = build_policy(setup.megatron, setup.shape, groups, setup.adapter, setup.frozen)
+        set_temperature(chunks, temperature)
         with watchdog.patient("loading weights"):
             if resume is None or setup.adapter is not None:  # an adapter's checkpoint holds no base
                 load_start_weights(chunks, setup, groups, resumes=resume is not None)

@@ -51,8 +51,14 @@ def load_start_weights(
 
 
 def load_reference_weights(chunks: Sequence[Policy], setup: RunSetup, groups: ProcessGroupCollection) -> None:
-    """Load the weights of the reference: ``reference.path``, or the model that training starts from."""
-    load_model_weights(chunks, setup.config.reference.path or setup.config.model.path, setup, groups)
+    """Load the weights of the reference: ``reference.path``, or the model that training starts from.
+
+    Raises:
+        InputError: the weights are incomplete, corrupt, not finite, or of another shape.
+    """
+    reference = setup.reference
+    read_model_weights(chunks, reference.path, reference.shape, groups)
+    require_finite_weights(chunks, reference.path)
 
 
 def load_critic_weights(

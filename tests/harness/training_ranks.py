@@ -65,6 +65,33 @@ def train_to_the_refusal(rank_info: parallel.RankInfo, arguments: list[str]) -> 
     return "none"
 
 
+def references_alive(rank_info: parallel.RankInfo, arguments: list[str]) -> list[int]:
+    """Train; return of each model that the trainer builds how many chunks of references are in memory then."""
+    from megatron_align.training import trainer
+    from megatron_align.training.reference import builder
+
+    made: list[weakref.ref] = []
+    alive: list[int] = []
+    build_reference, build = builder.build_reference, trainer.build_policy
+
+    def recorded(*given: object) -> list:
+        chunks = build_reference(*given)
+        made.extend(map(weakref.ref, chunks))
+        return chunks
+
+    def counted(*given: object) -> list:
+        alive.append(sum(chunk() is not None for chunk in made))
+        return build(*given)
+
+    with (
+        mock.patch.object(builder, "build_reference", recorded),
+        mock.patch.object(trainer, "build_policy", counted),
+    ):
+        train(rank_info, arguments)
+    assert made, "a reference was built"
+    return alive
+
+
 def evaluate(rank_info: parallel.RankInfo, config: dict) -> dict:
     """Run an evaluation and return its results."""
     from megatron_align.evaluation.run import evaluate

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_align.errors import InputError
 from megatron_align.train import main
-from megatron_align.training.setup import require_vocabulary
+from megatron_align.training.model_checks import require_vocabulary
 from tests.harness.tiny import make_model, run_arguments
 
 

@@ -257,20 +257,20 @@ def another_tokenizer(folder):
 
 
 REFUSED = {
-    "another shape": (
-        small,
-        {},
-        "critic.path must hold a model of model.path's shape and tokenizer, got num_layers 2 for 4",
+    "heads that the layout does not divide": (
+        lambda folder: small(folder, num_attention_heads=6),
+        {"parallel__tensor": 4, "parallel__context": 1},
+        "critic.path, a model of 2 layers: parallel.tensor must divide the model's 6 attention heads, got 4",
     ),
-    "another vocabulary": (
-        lambda folder: make_model(folder, "qwen2_reward", vocab_size=301),
+    "too few rows": (
+        lambda folder: small(folder, vocab_size=250),
         {},
-        "critic.path must hold .* got vocab_size 301 for 259",
+        "critic.path must have a row for every token of the data, got 250 rows for token 25[0-9] of data.train",
     ),
-    "another family": (
-        lambda folder: make_model(folder, "llama_reward"),
+    "no family of reward models": (
+        lambda folder: make_model(folder, "qwen3"),
         {},
-        "critic.path must hold .* got architecture 'LlamaForSequenceClassification' for",
+        "critic.path must hold .* of a family with reward models, got a reward model must be one of",
     ),
     "another tokenizer": (
         another_tokenizer,

@@ -1,26 +1,30 @@
 """The reference model of a run, however it is run: cached log-probs, a second model in memory, or zeros.
 
-Built in steps, as memory allows. *Before* the policy's weights are loaded, :meth:`ReferenceBuilder.cached_columns`
-borrows the policy's chunks to compute the cached log-probs. *After* the optimizer exists,
-:meth:`ReferenceBuilder.live_model` builds the second model of ``reference.mode: live``.
+Built in steps, as memory allows. *Before* the policy is built, :meth:`ReferenceBuilder.cached_columns` computes the
+cached log-probs with a model that it then frees. *After* the optimizer exists, :meth:`ReferenceBuilder.live_model`
+builds the second model of ``reference.mode: live``.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_align.data.batching.step_batches import StepBatches
+from megatron_align.model.head import limit_top_tokens
 from megatron_align.model.policy import Policy, build_policy
 from megatron_align.objectives.base import Objective
 from megatron_align.objectives.registry import ReferenceMode, reference_mode
 from megatron_align.training.reference.cache import ReferenceColumns, hash_of_rank_0
 from megatron_align.training.reference.logprobs import LiveReference, Reference, ZeroReference
 from megatron_align.training.reference.top_k import TopKColumns
+from megatron_align.training.reference_model import ReferenceModel
 from megatron_align.training.resume import ResumePoint
 from megatron_align.training.resume_compatibility import require_same_reference
 from megatron_align.training.scoring import Scorer
@@ -105,16 +109,15 @@ class ReferenceBuilder:
 
     def cached_columns(
         self,
-        chunks: Sequence[Policy],
         batches_of: Callable[[str], StepBatches],
         weights_hash: str | None,
         first_step: int,
     ) -> Mapping[str, ReferenceColumns | TopKColumns]:
         """Return the cached columns of each split, computing what is missing; empty for other modes.
 
+        If anything is missing, the reference is built and loaded for it, and freed again.
+
         Args:
-            chunks: the policy's, before its weights are loaded: if anything is missing, the reference's weights are
-                loaded into them.
             batches_of: returns the steps of a split, without cached columns.
             weights_hash: see :meth:`frozen_weights_hash`.
             first_step: 0-based training step at which the run starts.
@@ -131,11 +134,8 @@ class ReferenceBuilder:
             if steps := column.missing(batches, wanted):
                 missing[split] = (batches, steps)
         if missing:
-            with self.watchdog.patient("loading the reference"):
-                load_reference_weights(chunks, self.setup, self.groups)
-            scorer = Scorer(chunks, self.objective, base=True, top_k=self.objective.top_k)
-            for split, (batches, steps) in missing.items():
-                columns[split].fill(batches, steps, scorer, self.groups, self.watchdog)
+            work = [(columns[split], *of_split) for split, of_split in missing.items()]
+            compute_columns(work, self.setup, self.objective, self.groups, self.watchdog)
         return columns
 
     def live_model(self, policy: Sequence[nn.Module]) -> LiveReference | None:
@@ -150,8 +150,51 @@ class ReferenceBuilder:
             return None
         if self.setup.adapter is not None and self.setup.config.reference.path is None:
             return LiveReference(Scorer(policy, self.objective, base=True), self.groups)
-        chunks = build_policy(self.setup.megatron, self.setup.shape, self.groups)
-        for chunk in chunks:
-            chunk.requires_grad_(False)
+        chunks = build_reference(self.setup.reference, self.groups)
         load_reference_weights(chunks, self.setup, self.groups)
         return LiveReference(Scorer(chunks, self.objective), self.groups)
+
+
+def build_reference(reference: ReferenceModel, groups: ProcessGroupCollection) -> list[Policy]:
+    """Build this rank's chunks of a reference, of its own shape, with uninitialised weights that are not trained."""
+    chunks = build_policy(reference.megatron, reference.shape, groups)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    limit_top_tokens(chunks, reference.tokens)
+    return chunks
+
+
+def compute_columns(
+    work: Sequence[tuple[ReferenceColumns | TopKColumns, StepBatches, list[int]]],
+    setup: RunSetup,
+    objective: Objective,
+    groups: ProcessGroupCollection,
+    watchdog: Watchdog,
+) -> None:
+    """Fill cached columns with a model that is built and loaded for it; its memory is free afterwards. Collective.
+
+    Args:
+        work: columns, the steps of their data, and which of these to compute.
+        setup: of the run.
+        objective: what is computed for.
+        groups: of this rank.
+        watchdog: of this rank.
+    """
+    _compute(work, setup, objective, groups, watchdog)
+    gc.collect()  # modules refer to each other
+    torch.cuda.empty_cache()
+
+
+def _compute(
+    work: Sequence[tuple[ReferenceColumns | TopKColumns, StepBatches, list[int]]],
+    setup: RunSetup,
+    objective: Objective,
+    groups: ProcessGroupCollection,
+    watchdog: Watchdog,
+) -> None:
+    with watchdog.patient("loading the reference"):
+        chunks = build_reference(setup.reference, groups)
+        load_reference_weights(chunks, setup, groups)
+    scorer = Scorer(chunks, objective, top_k=objective.top_k)
+    for columns, batches, steps in work:
+        columns.fill(batches, steps, scorer, groups, watchdog)

@@ -140,7 +140,7 @@ class ReferenceColumns:
         """
         key = {
             "weights": weights,
-            "shape": shape_key(setup.shape),
+            "shape": shape_key(setup.reference.shape),
             "precision": config.train.arithmetic,
             **objective.scoring_options,
         }

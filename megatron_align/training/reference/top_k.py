@@ -29,7 +29,6 @@ from megatron_align.config import RunConfig
 from megatron_align.data.batching.step_batches import Step, StepBatches
 from megatron_align.data.store import TokenStore
 from megatron_align.errors import InputError
-from megatron_align.model.families import ModelShape
 from megatron_align.model.parallel import all_reduce_sum, failing_together, is_metric_rank
 from megatron_align.objectives.base import Objective
 from megatron_align.records import LossRows
@@ -44,6 +43,7 @@ from megatron_align.training.reference.cache import (
     shape_key,
 )
 from megatron_align.training.reference.logprobs import CachedReference
+from megatron_align.training.reference_model import ReferenceModel
 from megatron_align.training.scoring import Scorer, gather_step
 from megatron_align.training.setup import RunSetup
 from megatron_align.training.watchdog import Watchdog
@@ -88,26 +88,35 @@ class TopKColumns:
             if isinstance(store, TokenStore):
                 name = store.path.name
                 if name not in of_stores:
-                    of_stores[name] = cls.open(store, config, objective.top_k, weights, setup.shape)
+                    of_stores[name] = cls.open(store, config, objective.top_k, weights, setup.reference)
                 opened[split] = of_stores[name]
         return opened
 
     @classmethod
     def open(
-        cls, store: TokenStore, config: RunConfig, top_k: int, weights: str, shape: ModelShape
+        cls, store: TokenStore, config: RunConfig, top_k: int, weights: str, reference: ReferenceModel
     ) -> TopKColumns:
         """Open the rows of a store, or start a file without any. Collective; rank 0 checks what is there.
+
+        Args:
+            store: of the data.
+            config: of the run.
+            top_k: tokens of each row.
+            weights: hash of the reference's weights.
+            reference: whose tokens that the policy lacks are in no row.
 
         Raises:
             InputError: on every rank: a file is corrupt, or not every rank sees the same files.
         """
         key = {
             "weights": weights,
-            "shape": shape_key(shape),
+            "shape": shape_key(reference.shape),
             "precision": config.train.arithmetic,
             "data": store.path.name,
             "top_k": top_k,
         }
+        if reference.shared_tokens is not None:
+            key["tokens"] = reference.shared_tokens
         row = np.dtype([("tokens", "<i4", (top_k,)), ("logits", LOGITS[config.train.precision], (top_k,))])
         first_row_C = np.concatenate([[0], np.cumsum(store.completion_scored)])
         checksums = Column.open(cache_folder(config), key, len(first_row_C) - 1)
