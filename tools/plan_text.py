@@ -161,17 +161,20 @@ def nothing_fits(request: PlanRequest) -> str:
     every = candidates(request)
     if not every:
         return (
-            f"\nno layout of {request.gpus} GPUs divides the model: its heads, layers and ffn size allow none"
+            f"\nno layout of {request.gpus} GPUs divides the model{_others(request)}: its heads, layers and ffn size "
+            "allow none"
         )
     least = min(every, key=lambda one: one.peak)
-    stage = max(range(len(least.memory)), key=lambda at: least.memory[at].total)
-    fullest = least.memory[stage]
+    stages = [*least.memory, *least.before]
+    stage = max(range(len(stages)), key=lambda at: stages[at].total)
+    fullest = stages[stage]
+    when = "" if stage < len(least.memory) else ", before training, of the reference"
     part = max(PARTS, key=lambda name: getattr(fullest, name))
     lines = [
         f"\nnothing fits: the least that {request.gpus} GPUs need is {least.peak / GIB:.1f} GiB each, "
         f"{(least.peak - request.bytes) / GIB:.1f} more than there are",
         f"  with {layout(least.placement)}, {recomputation(least.placement)}; "
-        f"most of it is {part}, {getattr(fullest, part) / GIB:.1f} GiB on stage {stage}",
+        f"most of it is {part}, {getattr(fullest, part) / GIB:.1f} GiB on stage {stage % len(least.memory)}{when}",
     ]
     if larger := smallest_fitting(request):
         placement = larger.placement
@@ -180,6 +183,13 @@ def nothing_fits(request: PlanRequest) -> str:
             f"{recomputation(placement)}, {larger.peak / GIB:.1f} GiB each"
         )
     return "\n".join(lines)
+
+
+def _others(request: PlanRequest) -> str:
+    """Name the models of another shape that the layout must divide too."""
+    return "".join(
+        f" and the {name}" for name, shape in request.second._asdict().items() if shape is not None
+    )
 
 
 def _shares(one: Candidate) -> str:

@@ -63,7 +63,7 @@ class StageMemory:
         return self.activations + self.temporary + self.communication
 
     def with_work_of(self, other: StageMemory) -> StageMemory:
-        """Return this memory with the working tensors of another model's pass, if they are larger: it comes apart."""
+        """Return this memory with the working tensors of another model's pass, if that needs more: not at once."""
         if other.working <= self.working:
             return self
         return replace(

@@ -37,7 +37,7 @@ from megatron_align.training.optimizer import build_optimizer, wrap_data_paralle
 from megatron_align.training.reference.builder import References, build_reference
 from megatron_align.training.reference.logprobs import LiveReference
 from megatron_align.training.reference.top_k import LOGITS
-from megatron_align.training.reference_model import ReferenceModel, reference_shape
+from megatron_align.training.reference_model import ReferenceModel, reference_shape, takes_teacher
 from megatron_align.training.scoring import Scorer
 from megatron_align.training.setup import DTYPES, RunSetup, locate, trained_shape
 from megatron_align.training.trainer import Trainer
@@ -167,7 +167,7 @@ def _setup(config: RunConfig, info: RankInfo, most_micro_batches: int | None) ->
 
 def _reference(config: RunConfig, policy: ModelShape, megatron: PolicyConfig) -> ReferenceModel:
     """Return the reference of the run, of which only config.json is read."""
-    if config.reference.path is None:
+    if config.reference.path is None or not takes_teacher(config):
         return ReferenceModel.of_policy(config, policy, megatron)
     shape = reference_shape(config, policy, locate(config.reference.path, weights=False)[1])
     return ReferenceModel.of_shape(config, shape, policy, megatron)

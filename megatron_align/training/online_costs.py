@@ -10,7 +10,7 @@ from megatron_align.cost.work import WorkOf
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.objectives.registry import has_critic
 from megatron_align.training.critic_start import has_shape_of
-from megatron_align.training.reference_model import reference_shape
+from megatron_align.training.reference_model import reference_shape, takes_teacher
 from megatron_align.training.setup import locate
 
 
@@ -43,7 +43,7 @@ def second_shapes(config: RunConfig, policy: ModelShape) -> SecondShapes:
         InputError: there is no model, or none that the objective takes.
     """
     reference, critic = None, None
-    if config.reference.path is not None:
+    if config.reference.path is not None and takes_teacher(config):
         found = reference_shape(config, policy, locate(config.reference.path, weights=False)[1])
         reference = found if found != policy else None
     if has_critic(config) and config.critic.path is not None:

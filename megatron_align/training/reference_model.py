@@ -143,7 +143,7 @@ def find_reference(
 def longest_sequence(store: TrainingData) -> int:
     """Return the largest number of positions that a sample takes: those of its prompt and its longest completion."""
     longest_S = np.maximum.reduceat(store.completion_lengths, store.completion_offsets[:-1])
-    return int((store.prompt_lengths + longest_S).max())
+    return int((store.prompt_lengths + longest_S).max(initial=0))
 
 
 def require_readable(
@@ -161,15 +161,17 @@ def require_readable(
         InputError: it has no row for a token, or no position.
     """
     for data, store in stores.items():
-        highest = store.manifest["largest_token"]
-        require(
-            highest < shape.vocab_size or shape.vocab_size >= policy.vocab_size,
-            f"{name} must have a row for every token of the data, got {shape.vocab_size} rows for token {highest} of "
-            f"{data}",
-        )
-        longest = longest_sequence(store)
-        require(
-            longest <= shape.max_positions or shape.max_positions >= policy.max_positions,
-            f"{name} must have a position for every token of a sample, got {shape.max_positions} positions for "
-            f"{longest} tokens in {data}",
-        )
+        if shape.vocab_size < policy.vocab_size:
+            highest = store.manifest["largest_token"]
+            require(
+                highest < shape.vocab_size,
+                f"{name} must have a row for every token of the data, got {shape.vocab_size} rows for token {highest} "
+                f"of {data}",
+            )
+        if shape.max_positions < policy.max_positions:
+            longest = longest_sequence(store)
+            require(
+                longest <= shape.max_positions,
+                f"{name} must have a position for every token of a sample, got {shape.max_positions} positions for "
+                f"{longest} tokens in {data}",
+            )

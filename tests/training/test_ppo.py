@@ -23,6 +23,7 @@ from megatron_align.train import main
 from megatron_align.training.critic_start import critic_paths, find_critic
 from tests.harness import training_ranks
 from tests.harness.marks import mark_slow
+from tests.harness.pool import RankFailed
 from tests.harness.ppo import Settings, ten_steps
 from tests.harness.tiny import byte_tokenizer, make_adapter, make_model, metrics_of, run_arguments
 from tests.training.test_preference_layout import LAYOUTS
@@ -38,6 +39,7 @@ CASES = {
     "reused": Settings(iterations=2, minibatches=2),
     "plain": Settings(beta=0.0, cliprange_value=None, gae_lambda=0.9, gamma=0.97, vf_coef=1.0),
     "adapter": Settings(iterations=2, minibatches=2),
+    "small critic": Settings(iterations=2, minibatches=2),
 }
 USUAL = Settings()
 
@@ -46,6 +48,13 @@ USUAL = Settings()
 def critic(tmp_path_factory):
     """A reward model of the policy's shape."""
     return make_model(tmp_path_factory.mktemp("models") / "critic", "qwen2_reward")
+
+
+@pytest.fixture(scope="module")
+def small_critic(tmp_path_factory):
+    """A reward model of half the depth, another width and number of heads, and more rows of the embedding."""
+    folder = tmp_path_factory.mktemp("models") / "small_critic"
+    return small(folder, hidden_size=48, intermediate_size=80, num_attention_heads=4, vocab_size=264)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +107,7 @@ def adapter(tiny_models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(pool, tiny_models, critic, ranked, adapter, tmp_path_factory):
+def train(pool, tiny_models, critic, small_critic, ranked, adapter, tmp_path_factory):
     """``train(case, layout)`` -> the folder of a run, made once."""
     done = {}
 
@@ -114,7 +123,14 @@ def train(pool, tiny_models, critic, ranked, adapter, tmp_path_factory):
             pool.run(
                 world,
                 training_ranks.train,
-                arguments(tiny_models(), critic, ranked, folder, CASES[case], **options),
+                arguments(
+                    tiny_models(),
+                    small_critic if case == "small critic" else critic,
+                    ranked,
+                    folder,
+                    CASES[case],
+                    **options,
+                ),
             )
         return done[case, layout]
 
@@ -127,8 +143,10 @@ def numbers_of(folder, step):
     return parquet.read_table(folder / ROLLOUTS / f"step_{step:06d}" / FILE).to_pydict()
 
 
-@pytest.mark.parametrize("case", mark_slow(CASES, ["plain", "adapter"]))
-def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic, ranked, adapter):
+@pytest.mark.parametrize("case", mark_slow(CASES, ["plain", "adapter", "small critic"]))
+def test_ten_steps_are_those_of_a_float64_loop(
+    case, train, tiny_models, critic, small_critic, ranked, adapter
+):
     folder, settings = train(case), CASES[case]
     ids = lambda text: byte_tokenizer()(text).input_ids  # noqa: E731
     end = byte_tokenizer().eos_token_id
@@ -137,7 +155,8 @@ def test_ten_steps_are_those_of_a_float64_loop(case, train, tiny_models, critic,
         for record in map(json.loads, ranked.read_text().splitlines())
     ]
     start = adapter if case == "adapter" else None
-    wanted, sets, policy, trained_critic = ten_steps(tiny_models(), critic, groups, settings, start)
+    first = small_critic if case == "small critic" else critic
+    wanted, sets, policy, trained_critic = ten_steps(tiny_models(), first, groups, settings, start)
     rows = metrics_of(folder)
     assert len(rows) == len(wanted) == settings.steps
     for row, want in zip(rows, wanted, strict=True):
@@ -176,6 +195,8 @@ def require_exported(folder, judge):
 
 
 LAYOUT_CASES = [(case, layout) for case in ("reused", "adapter") for layout in LAYOUTS]
+# Of the critic's two layers each stage has one.
+LAYOUT_CASES += [("small critic", layout) for layout in LAYOUTS if layout != "vpp2"]
 FAST = [("reused", "tp2_sp")]
 
 
@@ -206,9 +227,10 @@ def test_at_the_first_minibatch_nothing_has_moved(train):
     assert "groups_without_signal" not in first
 
 
-def test_both_models_of_a_checkpoint_are_exported(train, tmp_path):
-    """Tensors of the critic in a checkpoint are none of the model's."""
-    folder = train("reused")
+@pytest.mark.parametrize("case", mark_slow(["reused", "small critic"], ["small critic"]))
+def test_both_models_of_a_checkpoint_are_exported(case, train, tmp_path):
+    """Tensors of the critic in a checkpoint are none of the model's; one of another shape has its own config."""
+    folder = train(case)
     require_same_exports(folder, tmp_path, {"hf": "policy"})
 
 
@@ -257,10 +279,10 @@ def another_tokenizer(folder):
 
 
 REFUSED = {
-    "heads that the layout does not divide": (
-        lambda folder: small(folder, num_attention_heads=6),
-        {"parallel__tensor": 4, "parallel__context": 1},
-        "critic.path, a model of 2 layers: parallel.tensor must divide the model's 6 attention heads, got 4",
+    "fewer layers than are recomputed": (
+        small,
+        {"train__recompute_layers": 4},
+        "critic.path, a model of 2 layers: train.recompute_layers must be at most the 2 layers of a model chunk, got 4",
     ),
     "too few rows": (
         lambda folder: small(folder, vocab_size=250),
@@ -338,10 +360,13 @@ def test_the_critic_starts_from_the_first_reward_model_that_fits_else_from_the_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3])
-@pytest.mark.parametrize("layout", ["one", "tp2", "pp2_dp2", "adapter_one", "adapter_tp2_pp2"])
-def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, adapter, tmp_path, step, layout):
-    """Between two steps on the same rollouts, and between two sets; the critic starts from the policy."""
-    is_adapted, layout = layout.startswith("adapter"), layout.removeprefix("adapter_")
+@pytest.mark.parametrize(
+    "layout", ["one", "tp2", "pp2_dp2", "adapter_one", "adapter_tp2_pp2", "small_pp2_dp2"]
+)
+def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, small_critic, adapter, tmp_path, step, layout):
+    """Between two steps on the same rollouts, and between two sets; the critic starts from the policy, or is small."""
+    is_adapted, is_small = layout.startswith("adapter"), layout.startswith("small")
+    layout = layout.removeprefix("adapter_").removeprefix("small_")
     data, folder = tmp_path / "prompts.jsonl", tmp_path / "run"
     data.write_text("\n".join(json.dumps({"prompt": f"What is {i} + {3 * i}?"}) for i in range(10)))
     world, options = (1, {}) if layout == "one" else LAYOUTS[{"tp2": "tp2_sp"}.get(layout, layout)]
@@ -358,6 +383,7 @@ def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, adapter, tmp_path
             "checkpoint__save_every": 1,
             "checkpoint__keep": 9,
             **({"model__adapter": f"{{path: {adapter}}}"} if is_adapted else {}),
+            **({"critic__path": small_critic} if is_small else {}),
             **options,
         }
         pool.run(world, training_ranks.train, run_arguments(tiny_models(), data, folder, **settings))
@@ -374,3 +400,19 @@ def test_a_killed_run_continues_bit_for_bit(pool, tiny_models, adapter, tmp_path
     for made in (folder / ROLLOUTS).iterdir():
         assert (cut / ROLLOUTS / made.name / FILE).read_bytes() == (made / FILE).read_bytes()
     assert len({row["value_mean"] for row in wanted}) == 6
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_a_critic_of_the_same_shape_only(
+    pool, tiny_models, critic, small_critic, ranked, tmp_path
+):
+    folder, settings = tmp_path / "run", CASES["plain"]
+    given = [
+        arguments(tiny_models(), path, ranked, folder, settings, train__steps=steps)
+        for path, steps in ((small_critic, 1), (critic, 2))
+    ]
+    pool.run(1, training_ranks.train, given[0])
+    with pytest.raises(
+        RankFailed, match="checkpoint does not match critic.path: num_layers 2 instead of 4, hidden"
+    ):
+        pool.run(1, training_ranks.train, [*given[1], "--checkpoint.resume_allow=[schedule]"])
