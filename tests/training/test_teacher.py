@@ -104,11 +104,12 @@ def judged(student, teacher, cache):
     """Return the mean divergence of full logits over the tokens that both models have."""
     [file] = cache.glob("*/manifest.json")
     store, total, count = TokenStore(file.parent), 0.0, 0
+    judges = models(student, teacher)
     for i in range(len(store)):
         sample = store.sample(i)
         tokens = torch.from_numpy(sample.tokens_L.astype(np.int64))[None]
         rows = torch.from_numpy(np.flatnonzero(sample.scored_L) - 1)
-        logits = [model(tokens).logits[0, rows] / TEMPERATURE for model in models(student, teacher)]
+        logits = [model(tokens).logits[0, rows] / TEMPERATURE for model in judges]
         shared = min(each.shape[1] for each in logits)
         p, q = (each[:, :shared].log_softmax(-1) for each in logits)
         total, count = total + trl_divergence(p, q, BETA).item(), count + len(rows)
@@ -162,7 +163,7 @@ def test_on_policy_the_teacher_normalises_over_all_of_its_tokens(
         ),
     )
     [file] = folder.rglob("manifest.json")
-    store, found = TokenStore(file.parent), []
+    store, found, judges = TokenStore(file.parent), [], models(tiny_models(), teacher)
     for i in range(len(store)):
         sample = store.sample(i)
         start = sample.prompt_length
@@ -170,9 +171,7 @@ def test_on_policy_the_teacher_normalises_over_all_of_its_tokens(
             text = [*sample.tokens_L[: sample.prompt_length], *sample.tokens_L[start : start + length]]
             tokens = torch.tensor([text], dtype=torch.int64)
             with torch.no_grad():
-                logprobs = [
-                    model(tokens).logits[0].log_softmax(-1) for model in models(tiny_models(), teacher)
-                ]
+                logprobs = [model(tokens).logits[0].log_softmax(-1) for model in judges]
             for row in range(sample.prompt_length - 1, len(text) - 1):
                 found.append(float(logprobs[0][row, text[row + 1]] - logprobs[1][row, text[row + 1]]))
             start += length
