@@ -2,6 +2,7 @@
 # tests on CPU: an image whose tests fail is not built.
 #   docker build -t megatron_align .
 #   docker build -t megatron_align --build-arg TESTS=tests/ops --build-arg FLASH_ATTN=2.8.3 .
+#   docker build -t megatron_align --build-arg EXTRAS=gpu,apex .
 #   docker run --rm --gpus all --ipc=host -v /models:/models -v "$PWD:/work" megatron_align \
 #       torchrun --nproc-per-node 8 -m megatron_align.train --config run.yaml
 # Any base with apt and Python 3.12 will do. docs/compatibility.md says how we build it, and when it was built last.
@@ -44,7 +45,15 @@ RUN if [ -n "$TRANSFORMER_ENGINE" ]; then \
 FROM extras AS install
 WORKDIR /opt/megatron_align
 COPY . .
-RUN pip install -e .
+# Extras of setup.py, as `te,flash` (gpu: both) or `apex`: what they need in the newest versions that we support.
+ARG EXTRAS=""
+ARG MAX_JOBS=8
+RUN if [ -n "$EXTRAS" ]; then \
+        APEX_CPP_EXT=1 APEX_CUDA_EXT=1 MAX_JOBS=$MAX_JOBS \
+        pip install --no-build-isolation -e ".[$EXTRAS]"; \
+    else \
+        pip install -e .; \
+    fi
 
 FROM install AS check
 ARG TESTS="tests"

@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = runpy.run_path(str(HERE / "megatron_align" / "version.py"))["__version__"]
 EVAL = ["math-verify[antlr4-13-2]>=0.9,<1"]  # check: math of evaluation tasks
+FLASH = ["flash-attn>=2.8,<3"]  # model.attention: flash
+TE = ["transformer-engine[pytorch]>=2.9,<3"]  # model.linear: te, model.attention: te, train.fp8
 PAS = ["datasketch>=2,<3"]  # near duplicates of `pas build` and `data dedup`
 
 setup(
@@ -67,8 +69,12 @@ setup(
         "eval": [*EVAL, "lm_eval>=0.4.13,<0.5"],  # kind: lm_eval of evaluation tasks
         "pas": PAS,
         # Optional packages by their switches (docs/optional_packages.md), compiled against the torch that is installed.
-        "flash": ["flash-attn>=2.8,<3"],  # model.attention: flash
-        "te": ["transformer-engine[pytorch]>=2.8,<3"],  # model.linear: te
+        "flash": FLASH,
+        "te": TE,
+        "gpu": [*FLASH, *TE],
+        # Not on the package index, where `apex` is another project: optimizer.implementation: apex, and
+        # train.gradient_accumulation_fusion. Built with APEX_CPP_EXT=1 APEX_CUDA_EXT=1.
+        "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
         "dev": ["ruff>=0.9", "mypy>=2.3,<3", "pre-commit>=3"],
     },
     entry_points={"console_scripts": ["megatron-align = megatron_align.tools.main:main"]},

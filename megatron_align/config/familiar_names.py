@@ -98,6 +98,8 @@ train.steps: max_steps train_iters num_steps max_iters max_iterations total_step
 train.epochs: num_train_epochs num_epochs max_epochs n_epochs epoch total_epochs train_epochs nepochs
     number_of_epochs
 train.seed: data_seed random_seed shuffle_seed global_seed
+train.gradient_accumulation_fusion: fuse_wgrad_accumulation no_gradient_accumulation_fusion
+optimizer.implementation: fused_adam use_fused_optimizer fused_optimizer use_apex
 train.fp8: fp8_recipe fp8_format fp8_hybrid fp8_e4m3 use_fp8 fp8_config
 train.precision: bf16 fp16 fp32 dtype torch_dtype mixed_precision params_dtype model_dtype compute_type amp
     half_precision pure_bf16 tf32 compute_dtype

@@ -101,8 +101,8 @@ class ModelConfig:
         path: a Hugging Face folder (config.json, tokenizer, safetensors) or one of our checkpoints
         adapter: train a low-rank adapter of the model instead of its weights; null: train its weights
         attention: implementation, also of reference and critic: auto (triton on a GPU, torch on a CPU), triton (our
-            kernels), torch (plain PyTorch; on a GPU with a dense mask, to compare with), flash (flash-attn, where
-            prompts are not shared)
+            kernels), torch (plain PyTorch; on a GPU with a dense mask, to compare with), flash (flash-attn) and te
+            (Transformer Engine's), where prompts are not shared
         linear: implementation of the transformer's linear layers, also of reference and critic: torch (megatron-core's)
             or te (Transformer Engine's)
         freeze: Hugging Face tensor names or patterns that are not trained (embed_tokens.*, layers.0.*); []: none
@@ -110,7 +110,7 @@ class ModelConfig:
 
     path: str
     adapter: AdapterConfig | None = None
-    attention: Literal["auto", "triton", "torch", "flash"] = "auto"
+    attention: Literal["auto", "triton", "torch", "flash", "te"] = "auto"
     linear: Literal["torch", "te"] = "torch"
     freeze: list[str] = field(default_factory=list)
 

@@ -81,12 +81,17 @@ class RunConfig:
             f"got {self.reference.sync_steps}",
         )
         require(
-            self.model.attention != "flash" or self.train.precision == "bf16",
-            f"model.attention: flash needs train.precision: bf16, got {self.train.precision}",
+            self.model.attention not in ("flash", "te") or self.train.precision == "bf16",
+            f"model.attention: {self.model.attention} needs train.precision: bf16, got {self.train.precision}",
         )
         require(
             self.train.fp8 is None or self.model.linear == "te",
             f"train.fp8 needs model.linear: te, whose layers compute in FP8, got {self.model.linear}",
+        )
+        require(
+            self.model.adapter is None or not self.train.gradient_accumulation_fusion,
+            "train.gradient_accumulation_fusion must be false with model.adapter, which trains no weight of these "
+            "layers, got true",
         )
         samples = hasattr(self.objective, "minibatches")  # of an objective that trains on rollouts
         require(

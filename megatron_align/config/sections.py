@@ -140,6 +140,7 @@ class OptimizerConfig:
         warmup_steps: steps of linear warm-up from 0
         schedule: after the warm-up: cosine or linear decay to 0 at the last step, or constant
         clip_grad: largest global gradient norm; 0: no clipping
+        implementation: of the update: torch, or apex (Apex's kernel, with the same state)
     """
 
     section: ClassVar[str] = "optimizer"  # as errors name it
@@ -151,6 +152,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip_grad: float = 1.0
+    implementation: Literal["torch", "apex"] = "torch"
 
     def __post_init__(self) -> None:
         at = self.section
@@ -221,6 +223,8 @@ class TrainConfig:
         precision: bf16: bf16 weights and activations, fp32 master weights and gradients; fp32: all fp32
         fp8: {recipe}: compute the transformer's linear layers in FP8, also of reference and critic; needs model.linear:
             te and precision: bf16; null: in precision
+        gradient_accumulation_fusion: add the gradients of linear layers to the fp32 buffer in the product that makes
+            them: by Apex with model.linear: torch, by itself with te
         recompute_layers: 0: keep the activations of all layers; k: keep the input of every k-th layer, and
             recompute k layers at a time in backward
         recompute_modules: parts of every layer whose activations are recomputed in backward: attention, mlp,
@@ -240,6 +244,7 @@ class TrainConfig:
     seed: int = 1234
     precision: Literal["bf16", "fp32"] = "bf16"
     fp8: Fp8Config | None = None
+    gradient_accumulation_fusion: bool = False
     recompute_layers: int = 0
     recompute_modules: list[Literal["attention", "mlp", "norms"]] = field(default_factory=list)
     validate_every: int | None = None

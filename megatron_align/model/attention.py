@@ -18,6 +18,7 @@ from megatron_align.model import cpu
 from megatron_align.model.context_parallel import attend_over_ranks
 from megatron_align.model.flash import Documents, find_flash
 from megatron_align.model.kernel_choice import PolicyConfig
+from megatron_align.model.te_attention import TeAttention
 from megatron_align.records import ContextPart
 
 
@@ -93,6 +94,9 @@ def _kernel(config: PolicyConfig) -> Kernel:
     if choice == "flash":
         flash = find_flash(config.kv_channels)
         return lambda q, k, v, layout, documents, scale: flash(q, k, v, _given(documents), scale)
+    if choice == "te":
+        te = TeAttention(config.kv_channels)
+        return lambda q, k, v, layout, documents, scale: te(q, k, v, _given(documents), scale)
     if choice == "torch" and cpu.device().type == "cuda":
         return lambda q, k, v, layout, _, scale: packed_attention_reference(q, k, v, layout, scale=scale)
     return lambda q, k, v, layout, _, scale: packed_attention(q, k, v, layout, scale=scale)

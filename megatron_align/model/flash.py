@@ -64,6 +64,26 @@ class Documents:
         return cls(ends.to(device, non_blocking=True), max(lengths, default=0), sum(lengths))
 
 
+def attend_documents(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, kernel: Callable[..., Tensor]
+) -> Tensor:
+    """Return attention ``[T, H, D]`` of a kernel that takes documents only; padding sees only itself.
+
+    Args:
+        q_THD: queries.
+        k_TGD: keys.
+        v_TGD: values.
+        documents: of the pack.
+        kernel: from the rows of documents in queries, keys and values to those of the output.
+    """
+    used = documents.tokens
+    padding = v_TGD[used:].repeat_interleave(q_THD.shape[1] // k_TGD.shape[1], dim=1)
+    if not used:
+        return padding
+    out = kernel(*(x[:used] for x in (q_THD, k_TGD, v_TGD)))
+    return torch.cat([out, padding]) if len(padding) else out
+
+
 @dataclass(frozen=True, slots=True)
 class FlashKernels:
     """One of the packages.
@@ -80,23 +100,21 @@ class FlashKernels:
         self, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, documents: Documents, scale: float | None
     ) -> Tensor:
         """Return causal attention ``[T, H, D]`` within each document; padding sees only itself."""
-        used = documents.tokens
-        heads_per_group = q_THD.shape[1] // k_TGD.shape[1]
-        padding = v_TGD[used:].repeat_interleave(heads_per_group, dim=1)
-        if not used:
-            return padding
-        result = self.function(
-            *(x[:used] for x in (q_THD, k_TGD, v_TGD)),
-            cu_seqlens_q=documents.starts,
-            cu_seqlens_k=documents.starts,
-            max_seqlen_q=documents.longest,
-            max_seqlen_k=documents.longest,
-            softmax_scale=scale,
-            causal=True,
-            deterministic=True,
-        )
-        out = result[0] if isinstance(result, tuple) else result
-        return torch.cat([out, padding]) if len(padding) else out
+
+        def kernel(*qkv: Tensor) -> Tensor:
+            result = self.function(
+                *qkv,
+                cu_seqlens_q=documents.starts,
+                cu_seqlens_k=documents.starts,
+                max_seqlen_q=documents.longest,
+                max_seqlen_k=documents.longest,
+                softmax_scale=scale,
+                causal=True,
+                deterministic=True,
+            )
+            return result[0] if isinstance(result, tuple) else result
+
+        return attend_documents(q_THD, k_TGD, v_TGD, documents, kernel)
 
 
 def find_flash(head_dim: int) -> FlashKernels:

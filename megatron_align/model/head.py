@@ -8,6 +8,7 @@ row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -85,6 +86,11 @@ class VocabularyHead(ColumnParallelLinear):
     def __init__(
         self, config: TransformerConfig, shape: ModelShape, groups: ProcessGroupCollection, *, tied: bool
     ):
+        if (
+            config.gradient_accumulation_fusion
+        ):  # its gradient is the engine's: Apex need not be installed for it
+            config = copy(config)
+            config.gradient_accumulation_fusion = False
         super().__init__(
             config.hidden_size,
             padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),

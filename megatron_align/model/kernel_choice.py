@@ -22,17 +22,24 @@ class KernelChoice:
         attention: as ``model.attention``.
         linear: as ``model.linear``.
         fp8: as ``train.fp8.recipe``; None: FP8 is off.
+        fused_gradients: as ``train.gradient_accumulation_fusion``.
     """
 
     attention: str = "auto"
     linear: str = "torch"
     fp8: str | None = None
+    fused_gradients: bool = False
 
     @classmethod
     def of_run(cls, config: RunConfig) -> KernelChoice:
         """Return the choice of a run's policy, its reference and its critic."""
-        model, fp8 = config.model, config.train.fp8
-        return cls(attention=model.attention, linear=model.linear, fp8=fp8.recipe if fp8 else None)
+        model, train = config.model, config.train
+        return cls(
+            attention=model.attention,
+            linear=model.linear,
+            fp8=train.fp8.recipe if train.fp8 else None,
+            fused_gradients=train.gradient_accumulation_fusion,
+        )
 
     @property
     def attends_by_document(self) -> bool:

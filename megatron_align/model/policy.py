@@ -116,7 +116,7 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=kernels.fused_gradients,
         # Weights are always loaded. But perform_initialization=False would leave parameters unmarked as
         # tensor-parallel, and the gradient norm would then count one rank's shards only.
         init_method=_no_init,

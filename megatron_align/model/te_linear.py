@@ -31,26 +31,30 @@ OPTION = "model.linear: te"
 LEAST = "2.8"
 
 
-def require_te() -> ModuleType:
+def require_te(option: str = OPTION, instead: str = "model.linear: torch") -> ModuleType:
     """Return ``transformer_engine.pytorch``.
+
+    Args:
+        option: that needs it.
+        instead: the option that does not, for errors.
 
     Raises:
         InputError: no GPU of sm_80 or newer, or the package is absent, too old, or built for another torch or CUDA.
     """
-    chip = require_gpu(OPTION)
+    chip = require_gpu(option)
     require(
         chip >= (8, 0),
-        f"{OPTION} needs a GPU of sm_80 or newer, got {chip_name(chip)}: use model.linear: torch",
+        f"{option} needs a GPU of sm_80 or newer, got {chip_name(chip)}: use {instead}",
     )
     package = import_or_reason("transformer_engine")
     module = import_or_reason("transformer_engine.pytorch")
     if isinstance(package, str) or isinstance(module, str):
         raise InputError(
-            f"{OPTION} needs transformer-engine {LEAST} or newer with its PyTorch part: "
+            f"{option} needs transformer-engine {LEAST} or newer with its PyTorch part: "
             f"{package if isinstance(package, str) else module} (pip install 'transformer-engine[pytorch]' "
-            "--no-build-isolation, or use model.linear: torch)"
+            f"--no-build-isolation, or use {instead})"
         )
-    require_version(OPTION, "transformer-engine", version_of(package, "transformer-engine"), LEAST)
+    require_version(option, "transformer-engine", version_of(package, "transformer-engine"), LEAST)
     return module
 
 
@@ -85,6 +89,7 @@ def _classes(te: Any, fp8: str | None) -> tuple[type, type]:
                 input_size,
                 output_size,
                 sequence_parallel=config.sequence_parallel,
+                fuse_wgrad_accumulation=config.gradient_accumulation_fusion,
                 tp_group=group,
                 tp_size=group.size(),
                 init_method=options["init_method"],

@@ -15,7 +15,7 @@ from megatron_align.config import RunConfig
 from megatron_align.cost.memory import StageMemory
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
-from megatron_align.errors import TrainingFault, require
+from megatron_align.errors import TrainingFault, require, shown
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.model import parallel
@@ -65,7 +65,7 @@ def require_can_rehearse(config: RunConfig) -> None:
     """Check that a run's step can be rehearsed.
 
     Raises:
-        InputError: its steps are made of rollouts, or its attention is another package's.
+        InputError: its steps are made of rollouts, or another package computes a part of it.
     """
     kind = objective_class(config.objective.name)
     require(
@@ -73,10 +73,16 @@ def require_can_rehearse(config: RunConfig) -> None:
         f"a step of objective {config.objective.name} cannot be rehearsed: its packs are made of rollouts; rehearse "
         "objective sft with the same model, layout and data.sequence_length",
     )
-    require(
-        config.model.attention != "flash",
-        "model.attention: flash cannot be rehearsed, as its kernels need a GPU: rehearse model.attention: auto",
-    )
+    for option, value, others, instead in (
+        ("model.attention", config.model.attention, ("flash", "te"), "auto"),
+        ("model.linear", config.model.linear, ("te",), "torch"),
+        ("optimizer.implementation", config.optimizer.implementation, ("apex",), "torch"),
+        ("train.gradient_accumulation_fusion", config.train.gradient_accumulation_fusion, (True,), "false"),
+    ):
+        require(
+            value not in others,
+            f"{option}: {shown(value)} cannot be rehearsed, as its kernels need a GPU: rehearse {option}: {instead}",
+        )
 
 
 def enough_micro_batches(placement: Placement) -> int:

@@ -11,11 +11,14 @@ from megatron_align.kernels.dispatch import is_interpreted
 from megatron_align.model.families import ModelShape
 from megatron_align.model.flash import find_flash
 from megatron_align.model.fp8 import require_fp8
+from megatron_align.model.gradient_fusion import require_gradient_fusion
 from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.optional_packages import require_gpu
+from megatron_align.model.te_attention import require_te_attention
 from megatron_align.model.te_linear import require_te
 from megatron_align.objectives.policy_gradient_options import PolicyGradientOptions
 from megatron_align.objectives.registry import build_objective
+from megatron_align.training.apex_adamw import require_apex
 
 
 def require_top_k(config: RunConfig, tokens: int) -> None:
@@ -76,10 +79,16 @@ def require_kernels(config: RunConfig, shape: ModelShape, *, dry_run: bool) -> N
         return
     if config.model.attention == "flash":
         find_flash(shape.head_dim)
+    if config.model.attention == "te":
+        require_te_attention(shape.head_dim)
     if config.model.linear == "te":
         te = require_te()
         if config.train.fp8 is not None:
             require_fp8(te, config.train.fp8.recipe)
+    if config.train.gradient_accumulation_fusion:
+        require_gradient_fusion(config.model.linear)
+    if "apex" in (config.optimizer.implementation, config.critic.optimizer.implementation):
+        require_apex()
     if config.model.attention == "triton" and not is_interpreted():
         require_gpu("model.attention: triton")
 

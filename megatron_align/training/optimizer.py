@@ -1,7 +1,7 @@
 """AdamW in megatron-core's distributed optimizer: fp32 masters and moments, sharded over data-parallel ranks.
 
-Needs neither Transformer Engine nor Apex. megatron-core's own factory takes no optimizer of the caller,
-so the parts are assembled here.
+Needs neither Transformer Engine nor Apex, and takes Apex's update only by ``optimizer.implementation``. megatron-core's
+own factory takes no optimizer of the caller, and the class by what is installed, so the parts are assembled here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from megatron_align.config import OptimizerConfig, ParallelConfig
 from megatron_align.model import cpu
 from megatron_align.model.megatron_versions import grads_for_norm
 from megatron_align.model.policy import Policy
+from megatron_align.training.apex_adamw import ApexAdamW
 
 # Elements per bucket of overlapped gradient reductions; None: megatron-core's choice.
 BUCKET_ELEMENTS: int | None = None
@@ -69,7 +70,7 @@ class Optimizer(DistributedOptimizer):
     @property
     def skips_on_device(self) -> bool:
         """Whether an update is launched before the host knows whether it is made: see :meth:`launch_update`."""
-        return torch.cuda.is_available()  # torch's AdamW is then fused, see _options
+        return torch.cuda.is_available()  # torch's AdamW is then fused, see _options; Apex's update always is
 
     def grad_norm(self) -> Tensor:
         """Copy the gradients to the optimizer's shards; return their :func:`global_norm` before clipping."""
@@ -79,7 +80,8 @@ class Optimizer(DistributedOptimizer):
     def launch_update(self, norm: Tensor, skip: Tensor) -> None:
         """Clip, update, gather the new weights, unless ``skip``; the host reads neither.
 
-        torch's fused AdamW divides gradients by ``grad_scale``, and where ``found_inf`` is 1 leaves all as it is.
+        torch's fused AdamW and Apex's divide gradients by ``grad_scale``, and leave all as it is where ``found_inf``
+        is 1.
 
         Args:
             norm: what :meth:`grad_norm` returned.
@@ -188,7 +190,7 @@ def build_optimizer(
     )
     for group in param_groups:
         group.update(_options(config, group["wd_mult"]))
-    adamw = torch.optim.AdamW(param_groups)
+    adamw = (ApexAdamW if config.implementation == "apex" else torch.optim.AdamW)(param_groups)
     optimizer = Optimizer(
         adamw,
         settings,

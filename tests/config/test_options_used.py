@@ -420,6 +420,14 @@ OFF = {
 # A test that runs on every commit sees it.
 SHOWN = {
     "model.linear": "tests/model/test_te_linear.py::test_what_cannot_run_is_refused_in_one_line",
+    **{
+        f"{name}": "tests/training/test_apex.py::test_each_switch_is_checked_before_the_ranks_meet"
+        for name in (
+            "optimizer.implementation",
+            "critic.optimizer.implementation",
+            "train.gradient_accumulation_fusion",
+        )
+    },
     "train.fp8": "tests/model/test_fp8.py::test_what_does_not_fit_is_refused_by_the_configuration",
     "train.fp8.recipe": "tests/model/test_fp8.py::"
     "test_run_and_plan_pad_packs_to_what_the_recipe_needs_of_each_rank",

@@ -7,7 +7,9 @@ Signatures are those of flash-attn 2.8.3, of ``hopper/flash_attn_interface.py`` 
 from __future__ import annotations
 
 import math
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,9 +20,12 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+CALLS: Counter[str] = Counter()  # of the functions of the fakes that are installed now, by their names
+
 
 def _documents(q, k, v, cu_q, cu_k, longest, scale, causal):
     """Attend within documents as PyTorch does; refuse what the real kernels refuse."""
+    CALLS["attention"] += 1
     assert causal, "a causal mask is expected"
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert torch.equal(cu_q, cu_k)
@@ -116,6 +121,22 @@ class _Fp8Product(torch.autograd.Function):
         return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2), None, None
 
 
+class _Accumulated(torch.autograd.Function):
+    """A weight whose gradient is added to its ``main_grad``; autograd gets one that holds nothing."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        CALLS["fused gradient of te"] += 1
+        ctx.weight.main_grad.add_(gradient)
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.full_like(gradient, torch.nan)
+
+
 def _te_recipes() -> ModuleType:
     """Recipes as (values that share a scale, dtype of gradients)."""
     module = ModuleType("transformer_engine.common.recipe")
@@ -172,6 +193,7 @@ def _te(version: str = "2.20.2", rounds: bool = True, lacks: str = "") -> dict[s
             self.parallel_mode = parallel_mode
             self.sequence_parallel = self.tp_size > 1 and sequence_parallel
             self.return_bias = return_bias
+            self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
             size = {"column": (out_features // self.tp_size, in_features)}
             size["row"] = (out_features, in_features // self.tp_size)
             weight = torch.empty(size[parallel_mode], device=device, dtype=params_dtype)
@@ -187,6 +209,7 @@ def _te(version: str = "2.20.2", rounds: bool = True, lacks: str = "") -> dict[s
                 self.bias = torch.Tensor()
 
         def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+            CALLS["te linear"] += 1
             column, group = self.parallel_mode == "column", self.tp_group
             if autocast.recipe is not None:
                 require_multiples(inp, self.weight)
@@ -195,7 +218,8 @@ def _te(version: str = "2.20.2", rounds: bool = True, lacks: str = "") -> dict[s
             elif column:
                 inp = regions.copy_to_tensor_model_parallel_region(inp, group=group)
             applied = self.bias if self.bias.numel() and not self.return_bias else None
-            out = product(inp, self.weight)
+            weight = _Accumulated.apply(self.weight) if self.fuse_wgrad_accumulation else self.weight
+            out = product(inp, weight)
             if applied is not None:
                 out = out + applied
             if not column and self.sequence_parallel:
@@ -210,9 +234,49 @@ def _te(version: str = "2.20.2", rounds: bool = True, lacks: str = "") -> dict[s
         def set_extra_state(self, state):
             assert state is None or state.numel() == 0
 
+    class DotProductAttention(torch.nn.Module):
+        def __init__(
+            self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
+            attn_mask_type="causal", window_size=None, bottom_right_diagonal=None, softcap=0.0,
+            sequence_parallel=False, tp_size=1, get_rng_state_tracker=None, tp_group=None, layer_number=None,
+            attention_type="self", cp_group=None, cp_global_ranks=None, cp_stream=None, cp_comm_type="p2p",
+            softmax_scale=None, softmax_type="vanilla", return_max_logit=False, name=None,
+        ):  # fmt: skip
+            super().__init__()
+            assert attention_dropout == 0.0
+            assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == os.environ["NVTE_UNFUSED_ATTN"] == "0"
+            self.shapes = (num_attention_heads, kv_channels), (num_gqa_groups, kv_channels)
+            self.scale = softmax_scale
+
+        def forward(
+            self, query_layer=None, key_layer=None, value_layer=None, attention_mask=None, qkv_format=None,
+            cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None,
+            max_seqlen_q=None, max_seqlen_kv=None, attn_mask_type=None, **others,
+        ):  # fmt: skip
+            assert not others
+            assert autocast.recipe is None, "attention computes in the precision of its inputs"
+            assert (qkv_format, attn_mask_type) == ("thd", "padding_causal")
+            assert (query_layer.shape[1:], key_layer.shape[1:]) == self.shapes
+            CALLS["te attention"] += 1
+            if lacks == "kernel":
+                raise ValueError("No dot product attention backend is available for the provided inputs.")
+            assert max_seqlen_q == max_seqlen_kv
+            out = _documents(
+                query_layer,
+                key_layer,
+                value_layer,
+                cu_seqlens_q,
+                cu_seqlens_kv,
+                max_seqlen_q,
+                self.scale,
+                True,
+            )
+            return out.flatten(1)
+
     package, module = ModuleType("transformer_engine"), ModuleType("transformer_engine.pytorch")
     package.__version__, package.__path__ = version, []  # type: ignore[attr-defined]
-    module.Linear, module.autocast = Linear, autocast  # type: ignore[attr-defined]
+    for offered in (Linear, autocast, DotProductAttention):
+        setattr(module, offered.__name__, offered)
     for name in ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available"):
         reason = f"{name} is not supported." if name == lacks else ""
         answer = (not reason, reason)
@@ -228,14 +292,57 @@ def _te(version: str = "2.20.2", rounds: bool = True, lacks: str = "") -> dict[s
     }
 
 
+def _apex(lacks: str = "") -> dict[str, ModuleType]:
+    def multi_tensor_adam_capturable(
+        chunk_size, noop_flag, tensor_lists, lr, beta1, beta2, epsilon, step, mode, bias_correction, weight_decay,
+        inv_scale,
+    ):  # fmt: skip
+        CALLS["apex update"] += 1
+        assert noop_flag.dtype == step.dtype == torch.int32
+        assert lr.dtype == inv_scale.dtype == torch.float32
+        assert mode == bias_correction == 1
+        if noop_flag.item():
+            return
+        for g, p, m, v in zip(*tensor_lists, strict=True):
+            assert g.dtype == p.dtype == m.dtype == v.dtype
+            g.mul_(inv_scale)
+            m.mul_(beta1).add_(g, alpha=1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            m_hat, v_hat = m / (1 - beta1 ** step.item()), v / (1 - beta2 ** step.item())
+            p.sub_(lr * (m_hat / (v_hat.sqrt() + epsilon) + weight_decay * p))
+
+    def multi_tensor_applier(op, noop_flag_buffer, tensor_lists, *args):
+        return op(2048 * 32, noop_flag_buffer, tensor_lists, *args)
+
+    def wgrad_gemm_accum_fp32(input_2d, d_output_2d, d_weight):
+        CALLS["fused gradient"] += 1
+        assert d_weight.dtype == torch.float32
+        d_weight.add_(d_output_2d.float().T @ input_2d.float())
+
+    apex, applies = ModuleType("apex"), ModuleType("apex.multi_tensor_apply")
+    kernels, product = ModuleType("amp_C"), ModuleType("fused_weight_gradient_mlp_cuda")
+    applies.multi_tensor_applier = multi_tensor_applier  # type: ignore[attr-defined]
+    kernels.multi_tensor_adam_capturable = multi_tensor_adam_capturable  # type: ignore[attr-defined]
+    product.wgrad_gemm_accum_fp32 = wgrad_gemm_accum_fp32  # type: ignore[attr-defined]
+    if lacks in vars(kernels):
+        delattr(kernels, lacks)
+    modules = {module.__name__: module for module in (apex, applies, kernels, product)}
+    return {name: module for name, module in modules.items() if name != lacks}
+
+
 FAKES: dict[str, Callable[..., dict[str, ModuleType]]] = {
     "flash2": _flash2,
     "flash3": _flash3,
     "flash4": _flash4,
+    "apex": _apex,
     "te": _te,
     "te_exact": partial(_te, rounds=False),  # FP8 without rounding
 }
 REAL = (
+    "apex",
+    "apex.multi_tensor_apply",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
     "flash_attn",
     "flash_attn.cute",
     "flash_attn_interface",
@@ -255,11 +362,17 @@ def installed(*names: str, chip: tuple[int, int] | None = (9, 0), **options: Any
         chip: compute capability.
         options: of the fakes.
     """
+    CALLS.clear()
     modules: dict[str, Any] = dict.fromkeys(REAL)  # None: an import fails
     for name in names:
         modules |= FAKES[name](**options)
+    product = modules["fused_weight_gradient_mlp_cuda"]  # megatron-core looks for it when it is imported
+    layers = "megatron.core.tensor_parallel.layers"
     with (
+        mock.patch(f"{layers}.fused_weight_gradient_mlp_cuda", product, create=True),
+        mock.patch(f"{layers}._grad_accum_fusion_available", product is not None),
         mock.patch.dict(sys.modules, modules),
+        mock.patch.dict(os.environ),
         mock.patch("megatron_align.model.optional_packages.capability", return_value=chip),
     ):
         yield

@@ -46,7 +46,9 @@ FREE = {
     "a part of the tokenised data's key": "data.train data.shape data.columns data.chat_template data.template_date "
     "data.train_turns data.drop_fields data.on_bad_record data.sequence_length data.too_long",
     "law 1: changes no number": "data.packing data.share_prefix train.recompute_layers train.recompute_modules "
-    "model.attention model.linear " + " ".join(f"parallel.{name}" for name in to_dict(config())["parallel"]),
+    "model.attention model.linear optimizer.implementation critic.optimizer.implementation "
+    "train.gradient_accumulation_fusion "
+    + " ".join(f"parallel.{name}" for name in to_dict(config())["parallel"]),
     "the weights come from the checkpoint": "model.path critic.path",
     "read by validation only": "data.validation validation.generate validation.tasks train.validate_every",
     "when the run ends, and what is checked": "train.early_stopping train.on_nonfinite train.self_check",
