@@ -7,9 +7,7 @@ its own, in the precision of the weights, that is added to the buffer.
 
 from __future__ import annotations
 
-from megatron.core.tensor_parallel import layers
-
-from megatron_align.errors import InputError, require
+from megatron_align.errors import InputError
 from megatron_align.model.optional_packages import import_or_reason, require_gpu
 
 OPTION = "train.gradient_accumulation_fusion"
@@ -34,7 +32,3 @@ def require_gradient_fusion(linear: str) -> None:
             f"{OPTION} needs Apex with its CUDA extensions ({EXTENSION}): {found} (docs/optional_packages.md says how "
             "to install it), or model.linear: te, whose layers need no Apex; or leave it out"
         )
-    require(
-        getattr(layers, "_grad_accum_fusion_available", False),
-        f"{OPTION}: megatron-core was imported before {EXTENSION} could be found; start the run again",
-    )

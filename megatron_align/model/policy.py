@@ -243,6 +243,9 @@ class Policy(LanguageModule):
         if self.post_process and self.shape.is_reward:
             self.reward_head.requires_grad_(True)
 
+    def _set_attention_backend(self) -> None:
+        """Leave Transformer Engine's variables alone: megatron-core would set them, though ours chooses attention."""
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Set the hidden states of the previous stage (called by megatron-core's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)

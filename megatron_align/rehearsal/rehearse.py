@@ -15,7 +15,7 @@ from megatron_align.config import RunConfig
 from megatron_align.cost.memory import StageMemory
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.search import memory_of
-from megatron_align.errors import TrainingFault, require, shown
+from megatron_align.errors import TrainingFault, require
 from megatron_align.hf.adapter_options import resolve_adapter
 from megatron_align.hf.assets import AssetChanges
 from megatron_align.model import parallel
@@ -81,7 +81,8 @@ def require_can_rehearse(config: RunConfig) -> None:
     ):
         require(
             value not in others,
-            f"{option}: {shown(value)} cannot be rehearsed, as its kernels need a GPU: rehearse {option}: {instead}",
+            f"{option}: {str(value).lower()} cannot be rehearsed, as its kernels need a GPU: rehearse {option}: "
+            f"{instead}",
         )
 
 

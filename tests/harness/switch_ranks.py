@@ -52,10 +52,10 @@ def losses_and_gradients(
     rank_info: parallel.RankInfo,
     model: Path,
     config: ParallelConfig,
-    batches: list[PackedBatch],
+    batch: PackedBatch,
     choices: list[Choice],
 ) -> list[Found]:
-    """Return what each choice gives in fp32, summed over the packs, tensors by name."""
+    """Return what each choice gives of a pack in fp32, tensors by name."""
     answers = []
     with join_watched(rank_info, config).watching():
         groups, shape = parallel.groups(), read_shape(model)
@@ -68,11 +68,8 @@ def losses_and_gradients(
                 load_weights(model, shape, policy.global_parameters(), groups.tp.rank(), groups.tp.size())
                 [wrapped] = wrap_data_parallel([policy], config)
                 wrapped.zero_grad_buffer()
-                total = 0.0
-                for batch in batches:
-                    loss = wrapped(batch).sum()
-                    loss.backward()
-                    total += loss.item()
+                loss = wrapped(batch).sum()
+                loss.backward()
                 parameters: dict[str, Any] = policy.global_parameters()
                 gradients = {name: parameter.main_grad.clone() for name, parameter in parameters.items()}
                 if choice.update is not None:
@@ -80,6 +77,6 @@ def losses_and_gradients(
                     optimizer = build_optimizer([wrapped], options, groups)
                     optimizer.finish_update(optimizer.grad_norm().item())
                 weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-                answers.append(Found(total, gradients, weights, CALLS.copy()))
+                answers.append(Found(loss.item(), gradients, weights, CALLS.copy()))
     parallel.leave()
     return answers

@@ -43,6 +43,7 @@ OVERRIDES = {
     ("model.adapted_linear", "ColumnLinear", "forward"): ALWAYS,
     ("model.adapted_linear", "RowLinear", "forward"): ALWAYS,
     ("model.megatron_versions", "_MergingBlock", "_checkpointed_forward"): ("0.16", "0.18"),
+    ("model.policy", "Policy", "_set_attention_backend"): ALWAYS,
     ("model.policy", "Policy", "sharded_state_dict"): ALWAYS,
     ("model.policy", "Policy", "shared_embedding_or_output_weight"): ALWAYS,
     ("training.optimizer", "Optimizer", "get_parameter_state_dp_zero"): ALWAYS,

@@ -15,8 +15,8 @@ from megatron_align.records import Sample
 from tests.harness import switch_ranks
 from tests.harness.switch_ranks import Choice
 
-LAYERS, PACKS, LINEARS = 4, 2, 4  # linear layers of a layer
-ATTENTION, LINEAR = LAYERS * PACKS, LAYERS * PACKS * LINEARS
+LAYERS, LINEARS = 4, 4  # linear layers of a layer
+ATTENTION, LINEAR = LAYERS, LAYERS * LINEARS  # calls for a pack
 ALL = ("te_exact", "flash3", "apex")
 TE = {"linear": "te"}
 # What is chosen, the packages that are installed, and what is called how often.
@@ -49,10 +49,10 @@ ROUNDED = {
 }
 
 
-def packs():
+def documents():
     draw = np.random.default_rng(0)
     samples = [Sample(draw.integers(0, 259, n).astype(np.int32), np.arange(n) > 0) for n in (9, 40, 3, 25)]
-    return [pack(samples[:3], [1.0] * 3, tokens=64), pack(samples[3:], [1.0], tokens=64)]
+    return pack(samples, [1.0] * 4, tokens=96)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def found(pool, tiny_models):
     choices = {"default": Choice(KernelChoice(), update="torch")}
     choices |= {name: choice for name, (choice, _) in EXACT.items()} | ROUNDED
     of_ranks = pool.run(
-        2, switch_ranks.losses_and_gradients, tiny_models("qwen2_untied"), ParallelConfig(tensor=2), packs(),
+        2, switch_ranks.losses_and_gradients, tiny_models("qwen2_untied"), ParallelConfig(tensor=2), documents(),
         list(choices.values()),
     )  # fmt: skip
     return {name: [of_rank[i] for of_rank in of_ranks] for i, name in enumerate(choices)}

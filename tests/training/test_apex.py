@@ -106,16 +106,19 @@ def test_what_cannot_run_is_refused_in_one_line(check, chip, options, message):
     "option, needs",
     [
         ("optimizer.implementation=apex", "apex.multi_tensor_apply"),
-        ("critic.optimizer.implementation=apex", "apex.multi_tensor_apply"),
+        (
+            "objective.name=ppo rollout.engine=data critic.optimizer.implementation=apex",
+            "apex.multi_tensor_apply",
+        ),
         ("train.gradient_accumulation_fusion=true", "fused_weight_gradient_mlp_cuda"),
     ],
 )
 def test_each_switch_is_checked_before_the_ranks_meet(option, needs, tiny_models):
     shape = read_shape(tiny_models())
     with installed(), pytest.raises(InputError, match=f"needs Apex .*{needs}"):
-        require_kernels(load_config(SECTIONS, [option]), shape, dry_run=False)
+        require_kernels(load_config(SECTIONS, option.split()), shape, dry_run=False)
     with installed("apex"):
-        require_kernels(load_config(SECTIONS, [option]), shape, dry_run=False)
+        require_kernels(load_config(SECTIONS, option.split()), shape, dry_run=False)
         require_kernels(load_config(SECTIONS, []), shape, dry_run=False)
 
 
