@@ -58,7 +58,7 @@ setup(
             *EVAL,
             *PAS,
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "setuptools>=77",
             "wheel>=0.43",
             "hypothesis>=6",

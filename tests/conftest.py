@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -19,6 +20,13 @@ from tests.harness.interpreter import (  # noqa: F401  # pytest finds hooks by t
     pytest_runtest_logreport,
     pytest_sessionfinish,
 )
+
+
+@pytest.hookimpl(trylast=True)  # of the tests that are left
+def pytest_collection_modifyitems(items):
+    """Put files of few tests first: the longest tests are there, and no process begins one when the others are done."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (tests[item.path], item.path))
 
 
 @pytest.fixture(autouse=True)

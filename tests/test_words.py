@@ -6,6 +6,7 @@ CONTRIBUTING has the rule. The list holds words that used to stand here in a sen
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -120,33 +121,37 @@ CHECKS = {
 }
 
 
-def findings(file, source, check):
+def findings(file, tree, check):
     """Return ``file:line: text: faults`` of one kind of text in a file."""
     texts, judge = CHECKS[check]
     return [
         f"{file}:{line}: {text.strip()!r}: {'; '.join(wrong)}"
-        for line, text in texts(ast.parse(source))
+        for line, text in texts(tree)
         if (wrong := judge(text)) and (file, text) not in ALLOWED
     ]
 
 
+@cache
 def files():
-    for room in ROOMS:
-        for path in sorted((ROOT / room).rglob("*.py")):
-            if not any(parent.is_symlink() for parent in path.parents):
-                yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+    """Return the name and the syntax tree of each of our files."""
+    paths = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return [
+        (path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8")))
+        for path in paths
+        if not any(parent.is_symlink() for parent in path.parents)
+    ]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_words(check):
-    found = [line for file, source in files() for line in findings(file, source, check)]
+    found = [line for file, tree in files() for line in findings(file, tree, check)]
     assert found == [], "\n".join(found)
 
 
 def test_every_kind_of_text_is_read():
     """A collector that finds nothing would make the test above vain."""
     counts = {
-        check: sum(bool(text) for _, source in files() for _, text in CHECKS[check][0](ast.parse(source)))
+        check: sum(bool(text) for _, tree in files() for _, text in CHECKS[check][0](tree))
         for check in CHECKS
     }
     assert counts["error messages"] > 200
@@ -187,10 +192,13 @@ def show():
 
 
 def test_words_are_found_where_they_stand():
-    lines = {check: sorted(line.split(":")[1] for line in findings("f.py", BAD, check)) for check in CHECKS}
+    lines = {
+        check: sorted(line.split(":")[1] for line in findings("f.py", ast.parse(BAD), check))
+        for check in CHECKS
+    }
     assert lines == {
         "error messages": ["15", "16", "17"],
         "help texts": ["18", "3", "7"],
         "docstrings": ["1"],
     }
-    assert [line for check in CHECKS for line in findings("f.py", GOOD, check)] == []
+    assert [line for check in CHECKS for line in findings("f.py", ast.parse(GOOD), check)] == []

@@ -574,7 +574,7 @@ def test_every_option_of_the_optimizers_acts(pool, place, tmp_path):
     critic |= {"warmup_steps": 1, "schedule": "linear"}
     options = {f"optimizer__{name}": value for name, value in policy.items()}
     options |= {"objective__name": "ppo", "rollout__engine": "data", "critic__optimizer": json.dumps(critic)}
-    options |= {"train__global_batch_size": 2, "train__steps": 3, "train__self_check": False}
+    options |= {"train__global_batch_size": 2, "train__steps": 3}
     arguments = run_arguments(place / "other", place / "ranked.jsonl", tmp_path / "run", **options)
     config = parse(arguments)
     [seen] = pool.run(1, training_ranks.optimizers_in_use, arguments)
@@ -620,7 +620,7 @@ def traces(run):
 
 def test_every_option_of_what_a_run_writes_has_its_trace(pool, place, tmp_path):
     """Two runs: all of these options have their defaults in one, and none has in the other."""
-    usual = {"data__validation": place / "more.jsonl", "train__self_check": False}
+    usual = {"data__validation": place / "more.jsonl"}
     usual |= {"train__global_batch_size": 4, "logging__tensorboard": True, "checkpoint__export_hf": True}
     usual |= {"validation__generate": json.dumps({"prompts": str(place / "prompts.jsonl")})}
     off = {"checkpoint__save_every": 1, "checkpoint__keep": 3, "checkpoint__keep_every": 2}

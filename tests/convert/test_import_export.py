@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import (
     change_tensors,
     make_baichuan,
@@ -68,8 +69,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("variant, dtype", CASES, ids=lambda part: str(part).removeprefix("torch."))
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+ROUND_TRIPS = [(*case, sharded) for sharded in (False, True) for case in CASES]
+MORE_SHARDS = [(*case, True) for case in CASES[2:]]
+
+
+@pytest.mark.parametrize(
+    "variant, dtype, sharded",
+    mark_slow(ROUND_TRIPS, MORE_SHARDS),
+    ids=lambda part: str(part).removeprefix("torch."),
+)
 def test_round_trip_is_byte_identical(tmp_path, convert, variant, dtype, sharded):
     hf = make_model(tmp_path / "hf", variant, dtype)
     if sharded:
@@ -91,11 +99,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
-def test_families_with_tensors_of_their_own(tmp_path, convert, make):
+@pytest.mark.parametrize("family", mark_slow(OTHERS, ["qwen2 reward"]))
+def test_families_with_tensors_of_their_own(tmp_path, convert, family):
     """W_pack and NormHead; a head of one label. verify's logits are those of the Llama that computes the same, and
     transformers' scores; remote code is copied and never run."""
-    hf = make(tmp_path / "hf")
+    hf = OTHERS[family](tmp_path / "hf")
     (hf / "tokenizer.model").write_bytes(b"sentencepiece")
     must(convert("import", "--hf", hf, "--out", tmp_path / "ckpt"))
     must(convert("export", "--checkpoint", tmp_path / "ckpt", "--out", tmp_path / "out"))
@@ -195,7 +203,7 @@ def test_a_stored_head_of_tied_embeddings_must_equal_them(tmp_path, convert, equ
         assert not (tmp_path / "ckpt").exists()
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=mark_slow(["fp32", "bf16"], ["fp32"]))
 def trained(request, pool, tiny_models, chat_file, tmp_path_factory):
     """A run on two tensor x two pipeline ranks, which padded the vocabulary and split the layers."""
     folder = tmp_path_factory.mktemp("trained") / "run"
@@ -231,7 +239,7 @@ def test_verify_distinguishes_a_trained_model_from_its_base(convert, trained, ti
     assert "of 50 DIFFER" in answer.out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", mark_slow(["fp32", "bf16"], ["fp32"]))
 def test_training_starts_identically_from_checkpoint_and_folder(
     tmp_path, pool, convert, tiny_models, chat_file, precision
 ):

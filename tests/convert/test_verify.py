@@ -17,6 +17,7 @@ from megatron_align.hf.load import open_hf
 from megatron_align.model.families import rows, to_megatron
 from megatron_align.storage.journal import Journal
 from tests.harness.corruption import flip, rewrite_checksums
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import VARIANTS, make_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -153,7 +154,7 @@ def write_state(folder, hf):
     (journal.partial / "state").rename(folder / "state")
 
 
-@pytest.mark.parametrize("variant", ["qwen2_tied", "llama3", "qwen3"])
+@pytest.mark.parametrize("variant", mark_slow(["qwen2_tied", "llama3", "qwen3"], ["llama3"]))
 def test_deep_gives_the_logits_of_the_complete_model(tmp_path, convert, imported, variant):
     hf, checkpoint = imported(variant)
     found = []
@@ -185,13 +186,18 @@ FIRST_APART = {
 }
 
 
-@pytest.mark.parametrize("depth", [[], ["--deep"]], ids=["complete", "deep"])
-@pytest.mark.parametrize("name, module", FIRST_APART.values(), ids=FIRST_APART)
-def test_the_first_module_that_differs_is_named(tmp_path, convert, copied, name, module, depth):
+# Each module at one of the two depths on every commit.
+BOTH_DEPTHS = [(place, depth) for place in FIRST_APART for depth in ("complete", "deep")]
+OTHER_DEPTH = [case for i, case in enumerate(BOTH_DEPTHS) if i % 4 in (1, 2)]
+
+
+@pytest.mark.parametrize("place, depth", mark_slow(BOTH_DEPTHS, OTHER_DEPTH))
+def test_the_first_module_that_differs_is_named(tmp_path, convert, copied, place, depth):
+    (name, module), options = FIRST_APART[place], ["--deep"] if depth == "deep" else []
     hf, checkpoint = copied()
     change_tensor(hf, name, lambda tensor: tensor * 1.5)
     report = tmp_path / "report.json"
-    answer = convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", report, *depth)
+    answer = convert("verify", "--hf", hf, "--checkpoint", checkpoint, "--json", report, *options)
     assert answer.code == 1
     assert f"module   the first that differs is {module} (max abs difference" in answer.out
     assert json.loads(report.read_text())["first_module_apart"].startswith(f"{module} (")

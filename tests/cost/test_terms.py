@@ -153,9 +153,7 @@ def test_traffic(placement):
 @pytest.mark.parametrize("layout", [{"parallel__pipeline": 2}, {}], ids=["stages", "data"])
 def test_bytes_between_stages_and_data_ranks(pool, tiny_models, chat_file, tmp_path, layout):
     """Counted as they are sent in a step of a run."""
-    arguments = run_arguments(
-        tiny_models("qwen2_untied"), chat_file, tmp_path / "run", **layout, train__self_check=False
-    )
+    arguments = run_arguments(tiny_models("qwen2_untied"), chat_file, tmp_path / "run", **layout)
     config = parse(arguments)
     placement = Placement.of_run(config, read_shape(tiny_models("qwen2_untied")), 2)
     for stages, data, packs in pool.run(2, costs.sent_in_a_step, arguments):

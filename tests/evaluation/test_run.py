@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from megatron_align.errors import InputError
 from megatron_align.evaluation.compare import compare
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import make_model, run_arguments, write_pairs
 
 CHOICES = [
@@ -192,7 +193,8 @@ LAYOUTS = {
 RANKS = {"one": 1, "mixed": 4}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# The mixed one has tensor and pipeline ranks too.
+@pytest.mark.parametrize("layout", mark_slow(LAYOUTS, ["tensor", "pipeline", "data"]))
 def test_scores_equal_transformers_on_every_layout(pool, tiny_models, tasks, expected, tmp_path, layout):
     config = {
         "model": str(tiny_models()),

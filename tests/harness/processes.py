@@ -55,6 +55,17 @@ def run_ranks(
     return outputs
 
 
+def run_code(code: str) -> BaseProcess:
+    """Start a process that runs some code, as ``python -c`` does, without its imports; return it."""
+    process = forking().Process(target=_execute, args=(code,))
+    process.start()
+    return process
+
+
+def _execute(code: str) -> None:
+    exec(code, {"__name__": "__main__"})
+
+
 def _call(environment: dict[str, str], function: Callable[[RankInfo], object], files: list[Path]) -> None:
     import torch
 

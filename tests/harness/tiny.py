@@ -237,7 +237,10 @@ def write_labelled(file: Path, samples: int = 48, seed: int = 2) -> Path:
 
 
 def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> list[str]:
-    """Return command-line arguments of a short fp32 run; ``options`` have ``__`` for the dot."""
+    """Return command-line arguments of a short fp32 run; ``options`` have ``__`` for the dot.
+
+    The self-check is off: it has tests of its own, and costs as much as two steps.
+    """
     settings = {
         "model.path": model,
         "data.train": data,
@@ -245,6 +248,7 @@ def run_arguments(model: Path, data: Path, folder: Path, **options: object) -> l
         "train.steps": 5,
         "train.global_batch_size": 12,
         "train.precision": "fp32",
+        "train.self_check": False,
         "optimizer.lr": 1e-3,
         "optimizer.schedule": "constant",
         "checkpoint.dir": folder,

@@ -12,6 +12,7 @@ import inspect
 import json
 import pkgutil
 import re
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,10 +123,15 @@ def our_modules():
         yield importlib.import_module(module.name)
 
 
+@cache
 def our_sources():
+    """Return path, text and syntax tree of each of our files."""
+    found = []
     for path in sorted(SOURCES.rglob("*.py")):
         if not any((SOURCES / part).is_symlink() for part in path.relative_to(SOURCES).parents if part.name):
-            yield path, ast.parse(path.read_text(encoding="utf-8"))
+            content = path.read_text(encoding="utf-8")
+            found.append((path, content, ast.parse(content)))
+    return found
 
 
 def test_each_override_overrides_something():
@@ -147,7 +153,7 @@ def test_each_override_overrides_something():
 
 def test_each_private_import_is_listed_and_exists():
     found = set()
-    for _, tree in our_sources():
+    for _, _, tree in our_sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron.core."):
                 room = node.module.removeprefix("megatron.core.")
@@ -164,7 +170,7 @@ def test_each_attribute_that_we_use_exists(owner):
     value = getattr(importlib.import_module(f"megatron.core.{module}"), name)
     bases = [base for base in value.__mro__ if base.__module__.startswith("megatron.core")]
     source = "".join(inspect.getsource(inspect.getmodule(base)) for base in bases)
-    used = "".join(path.read_text(encoding="utf-8") for path, _ in our_sources())
+    used = "".join(content for _, content, _ in our_sources())
     for attribute, releases in ATTRIBUTES[owner].items():
         named = rf"self\.{attribute}\b|getattr\(self, '{attribute}'"
         exists = hasattr(value, attribute) or re.search(named, source)
@@ -188,7 +194,7 @@ def test_nothing_is_patched_outside_the_seam():
 
     A rehearsal patches megatron-core in a process of its own, which trains nothing.
     """
-    for path, tree in our_sources():
+    for path, _, tree in our_sources():
         if path in (SOURCES / "model" / "cpu.py", SOURCES / "rehearsal" / "device.py"):
             continue
         imported = {

@@ -72,7 +72,6 @@ def written(pool, chat_file, tmp_path_factory):
             train__steps=1,
             train__global_batch_size=4,
             logging__timing_every=1,
-            train__self_check=False,
             **({"reference__path": model, "reference__mode": "cached"} if objective == "distill" else {}),
             **OPTIONS.get(objective, {}),
         )

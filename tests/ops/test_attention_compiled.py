@@ -12,6 +12,7 @@ from megatron_align.kernels.packed_attention import tiles as tile_sizes
 from megatron_align.kernels.packed_attention.autograd import attend
 from megatron_align.kernels.packed_attention.tuned_tiles import TABLE
 from tests.harness.compiled import compiling_for
+from tests.harness.marks import mark_slow
 
 WHOLE = PackedLayout.from_lengths([256])
 SHARE = WHOLE.for_queries(torch.arange(3, 256, 2))  # 127: no multiple of anything
@@ -31,13 +32,18 @@ def faults(built, **needs):
     return "\n".join(filter(None, (kernel.fault(**needs) for kernel in built)))
 
 
-# fp16 has the tiles of bf16 (test below), and the same instructions.
-@pytest.mark.parametrize("layout", [WHOLE, SHARE], ids=["whole", "share"])
-@pytest.mark.parametrize("row", [row for row in TABLE if row[2] == "bfloat16"], ids=str)
+LAYOUTS = {"all": WHOLE, "share": SHARE}
+# fp16 has the tiles of bf16 (test below), and the same instructions. Each row with one of the layouts on every commit.
+ROWS = [(row, layout) for row in TABLE if row[2] == "bfloat16" for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize(
+    "row, layout", mark_slow(ROWS, [case for i, case in enumerate(ROWS) if i % 4 in (1, 2)]), ids=str
+)
 def test_rows_of_16_bit(row, layout):
     chip, head_dim, name = row
     dtype = getattr(torch, name)
-    built = compiled(chip, head_dim, dtype, tile_sizes.choose_tiles(chip, head_dim, dtype), layout)
+    built = compiled(chip, head_dim, dtype, tile_sizes.choose_tiles(chip, head_dim, dtype), LAYOUTS[layout])
     assert not faults(built)
     assert all(kernel.warpgroup for kernel in built) == (chip == "sm_90")
 
@@ -55,7 +61,10 @@ def test_rows_of_fp32_run_outside_the_tensor_cores(row):
 
 @pytest.mark.parametrize(
     "chip, head_dim",
-    [("sm_80", 64), ("sm_86", 128), ("sm_90", 80), ("sm_100", 128), ("sm_86", 256), ("sm_90", 256)],
+    mark_slow(
+        [("sm_80", 64), ("sm_86", 128), ("sm_90", 80), ("sm_100", 128), ("sm_86", 256), ("sm_90", 256)],
+        [("sm_80", 64), ("sm_86", 128), ("sm_90", 256)],
+    ),
 )
 def test_safe_tiles_of_16_bit(chip, head_dim):
     tiles = tile_sizes.SAFE_16_BIT if head_dim <= 128 else tile_sizes.SAFE_16_BIT_WIDE

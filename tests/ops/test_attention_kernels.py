@@ -7,6 +7,8 @@ numbers of size 2 to 16 whose rounding is the weight's relative error. On a GPU 
 interpreter small ones.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from megatron_align.kernels import PackedLayout, packed_attention, packed_attent
 from megatron_align.kernels.packed_attention.autograd import attend
 from megatron_align.kernels.packed_attention.tiles import Tile, Tiles
 from tests.harness.interpreter import DEVICE, DTYPES, GPU
+from tests.harness.marks import mark_slow
 
 pytestmark = pytest.mark.triton
 
@@ -95,9 +98,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout, heads, groups, dim, blocks", CASES.values(), ids=list(CASES))
-def test_matches_float64(layout, heads, groups, dim, blocks, dtype):
+# Seconds each in the interpreter: with fp32 only on every commit.
+LONGEST = ("documents H2:2 D32", "groups H4:1 D128", "crumbs H2:1 D32")
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    mark_slow(itertools.product(CASES, DTYPES), [] if GPU else [(name, torch.float16) for name in LONGEST]),
+    ids=str,
+)
+def test_matches_float64(case, dtype):
+    layout, heads, groups, dim, blocks = CASES[case]
     assert_within_budget(inputs(layout.tokens, heads, groups, dim, dtype, layout.queries), layout, blocks)
 
 

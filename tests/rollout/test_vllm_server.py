@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_align.rollout.types import Prompt, Sampling
 from megatron_align.rollout.vllm_engine import VLLMEngine
 from megatron_align.rollout.vllm_server import VLLMServer
 from megatron_align.tools.main import main
+from tests.harness.processes import run_code
 from tests.harness.tiny import byte_tokenizer, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,20 +145,18 @@ def test_one_that_ignores_the_request_to_end_is_killed(environment, model, tmp_p
 
 def test_it_ends_when_its_run_is_killed(environment, model, tmp_path):
     make, seen = environment
-    program = (
-        "import sys, time; from megatron_align.rollout.vllm_server import VLLMServer; "
-        "server = VLLMServer(*sys.argv[1:]); print('up', flush=True); time.sleep(600)"
+    started, log = tmp_path / "up", str(tmp_path / "vllm.log")
+    run = run_code(
+        "import time; from pathlib import Path; from megatron_align.rollout.vllm_server import VLLMServer\n"
+        f"server = VLLMServer({str(make())!r}, {str(model)!r}, {log!r})\n"
+        f"Path({str(started)!r}).touch(); time.sleep(600)"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", program, str(make()), str(model), str(tmp_path / "vllm.log")],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert run.stdout.readline() == b"up\n"
+    while not started.exists():
+        assert run.is_alive()
+        time.sleep(0.05)
     server, child = seen()["pids"]
     run.kill()
-    run.wait()
-    run.stdout.close()
+    run.join()
     wait_until_gone([server])
     os.kill(child, signal.SIGKILL)  # real servers end their own children
 

@@ -45,11 +45,11 @@ def call(pool):
     return lambda *arguments: pool.run(1, cli.call, list(map(str, arguments)))[0]
 
 
-def test_two_scripts_from_folder_to_folder_and_the_verdict(tmp_path, tiny_models, call):
+def test_commands_and_a_script_from_folder_to_folder_and_the_verdict(tmp_path, tiny_models, call):
     hf, checkpoint, out = tiny_models("llama3"), tmp_path / "ckpt", tmp_path / "out"
-    done = run("tools/convert.py", "import", "--hf", hf, "--out", checkpoint)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    assert done.stdout == f"imported 148,416 parameters, float32, to {checkpoint}\n"
+    done = call("convert", "import", "--hf", hf, "--out", checkpoint)
+    assert (done.code, done.err) == (0, ""), done
+    assert done.out == f"imported 148,416 parameters, float32, to {checkpoint}\n"
     script = ROOT / "tools" / "main.py"  # from another folder: nothing may depend on where one stands
     done = run(script, "convert", "export", "--checkpoint", checkpoint, "--out", out, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, ""), done

@@ -26,7 +26,7 @@ from tests.harness.tiny import make_model, metrics_of, numbers, run_arguments, w
 from tests.harness.trl import BATCH, LENGTH, STEPS, trl_rows
 
 ALONE = RankInfo(rank=0, local_rank=0, world_size=1)
-PISSA = {"model__adapter": "{rank: 3, alpha: 6, init: pissa}", "optimizer__lr": 3e-3}
+PISSA = {"model__adapter": "{rank: 3, alpha: 6, init: pissa}", "optimizer__lr": 3e-3, "train__steps": 3}
 WEIGHTS = "adapter/adapter_model.safetensors"
 LAYOUTS = {
     "one": (1, {}),
@@ -54,9 +54,8 @@ def test_ten_steps_equal_trl_with_peft_and_its_pissa(pool, tiny_models, tmp_path
         tmp_path / "ours",
         data__sequence_length=LENGTH,
         data__shuffle=False,
-        train__steps=STEPS,
         train__global_batch_size=BATCH,
-        **PISSA,
+        **{**PISSA, "train__steps": STEPS},
         **TP2_PP2,
     )
     pool.run(4, training_ranks.train, arguments)
@@ -91,7 +90,7 @@ def test_what_a_run_writes_is_of_the_unchanged_base(trained, tiny_models, tmp_pa
     adapted = PeftModel.from_pretrained(load(tiny_models()), run / "adapter").eval()
     tokens = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(0))
     merge_adapter(tiny_models(), run / "adapter", tmp_path / "merged")
-    export_adapter(run / "step_000005", tmp_path / "exported")
+    export_adapter(run / "step_000003", tmp_path / "exported")
     with torch.no_grad():
         logits = adapted(tokens).logits
         for folder in (run / "hf", tmp_path / "merged", tmp_path / "exported" / "hf"):
@@ -101,7 +100,7 @@ def test_what_a_run_writes_is_of_the_unchanged_base(trained, tiny_models, tmp_pa
     for name, tensor in load_file(tmp_path / "exported" / WEIGHTS).items():
         assert torch.equal(tensor, load_file(run / WEIGHTS)[name])
     for folder in (run / "adapter", run / "hf"):
-        findings = verify_adapter(folder, run / "step_000005")
+        findings = verify_adapter(folder, run / "step_000003")
         assert findings.equal, findings.lines()
         assert findings.logits
 
@@ -112,7 +111,7 @@ def test_a_resumed_run_is_bit_identical(layout, trained, pool, tiny_models, chat
     run, _ = trained
     cut = tmp_path / "cut"
     shutil.copytree(run, cut)
-    for path in ("step_000004", "step_000005", "adapter", "hf"):
+    for path in ("step_000003", "adapter", "hf"):
         shutil.rmtree(cut / path)
     options = {"checkpoint__save_every": 2, "checkpoint__keep": 9}
     world, own = (4, TP2_PP2) if layout == "same" else LAYOUTS["one"]

@@ -109,6 +109,7 @@ def test_peft_loads_the_exported_adapter(reward, pool, tiny_models, chat_file, t
         model__adapter="{rank: 3, alpha: 7.5, rslora: true, targets: [q_proj, v_proj, layers.1.mlp.*]}",
         objective__name="reward" if reward else "sft",
         optimizer__lr=ADAPTER_LR,
+        train__steps=2,
         parallel__tensor=2,
     )
     pool.run(2, training_ranks.train, arguments)

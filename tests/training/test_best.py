@@ -42,7 +42,6 @@ def test_no_improvement_ends_the_run_as_a_complete_one(pool, tiny_models, chat_f
         "checkpoint__save_every": 1,
         "checkpoint__keep": 5,
         "checkpoint__export_hf": True,
-        "train__self_check": False,
     }
     arguments = run_arguments(tiny_models(), chat_file, run, **options)
     pool.run(1, training_ranks.train, arguments)

@@ -18,6 +18,7 @@ from megatron_align.storage.checksums import read_checksums
 from megatron_align.training import checkpoint_hook
 from megatron_align.training.loop import run
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments
 
 
@@ -97,7 +98,7 @@ def state_files(run_folder):
     }
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", mark_slow([1, 2], [1]))
 def test_an_update_waits_for_the_copy(pool, tiny_models, chat_file, tmp_path, world):
     options = {"checkpoint__save_every": 1, "checkpoint__keep": 9, "train__steps": 3}
     for name, train, background in (

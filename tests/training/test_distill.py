@@ -70,7 +70,7 @@ def train(pool, arguments, tmp_path_factory):
 @pytest.mark.parametrize("divergence, layout", mark_slow([*CASES, *SLOW], SLOW))
 def test_layouts_agree(divergence, layout, train):
     world, options = LAYOUTS[layout]
-    short = {"train__steps": 3, "train__self_check": False}
+    short = {"train__steps": 3}
     rows, wanted = train(divergence, world, **options, **short), train(divergence, **short)
     assert len(rows) == 3
     for row, want in zip(rows, wanted, strict=True):

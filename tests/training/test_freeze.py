@@ -16,7 +16,7 @@ FROZEN = "[embed_tokens, layers.0.*, layers.3.mlp.*]"  # the embedding is tied: 
 @pytest.fixture(scope="module")
 def one_rank(pool, tiny_models, chat_file, tmp_path_factory):
     run = tmp_path_factory.mktemp("one")
-    options = {"model__freeze": FROZEN, "checkpoint__export_hf": True, "train__self_check": False}
+    options = {"model__freeze": FROZEN, "checkpoint__export_hf": True}
     pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, run, **options))
     return run
 
@@ -42,7 +42,7 @@ def test_only_the_others_change(tiny_models, one_rank):
     ids=["tp2_pp2", "vpp2_recompute"],
 )
 def test_layouts_agree(world, layout, pool, tiny_models, chat_file, tmp_path, one_rank):
-    options = {"model__freeze": FROZEN, "train__self_check": False, **layout}
+    options = {"model__freeze": FROZEN, **layout}
     pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
     for row, same in zip(metrics_of(tmp_path), metrics_of(one_rank), strict=True):
         assert row["loss"] == pytest.approx(same["loss"], rel=LAYOUT)
@@ -63,7 +63,7 @@ def test_an_adapter_of_a_checkpoint_is_that_of_its_export(pool, chat_file, tmp_p
 def test_resumed_rows_are_bit_identical(pool, tiny_models, chat_file, tmp_path):
     """The optimizer's state of the trained layers alone is stored, layer by layer."""
     options = {"model__freeze": FROZEN, "checkpoint__save_every": 2, "checkpoint__keep": 9}
-    options |= {"parallel__tensor": 2, "train__steps": 3, "train__self_check": False}
+    options |= {"parallel__tensor": 2, "train__steps": 3}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, whole, **options))
     shutil.copytree(whole, cut)

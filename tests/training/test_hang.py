@@ -1,6 +1,6 @@
 """A rank that is killed or stopped ends the launched run in time: one line says which and where; no process stays.
 
-Through torchrun, as users launch it. Only processes of that launch are signalled, by their ids.
+The slow tests go through torchrun, as users launch it. Only processes of a test's own launch are signalled.
 """
 
 import os
@@ -14,8 +14,9 @@ import pytest
 
 from megatron_align.model.parallel import RankInfo
 from megatron_align.monitoring import flight_recorder
+from tests.harness import crash
 from tests.harness.pool import free_port
-from tests.harness.tiny import run_arguments
+from tests.harness.tiny import metrics_of, run_arguments
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 20  # seconds without progress; a loaded machine takes some for its imports
@@ -84,7 +85,22 @@ def end_of(launched, seconds):
     return said, [line for line in said.splitlines() if line.startswith("error:")]
 
 
-def test_a_killed_rank(launched):
+def test_a_killed_rank(tiny_models, chat_file, tmp_path):
+    """No launcher ends rank 0 here: it must notice by itself."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = {"train__steps": 100000, "parallel__pipeline": 2, "parallel__timeout_seconds": TIMEOUT}
+    ranks = crash.start(2, run_arguments(tiny_models(), chat_file, run, **options), log)
+    crash.wait_until(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) >= 2, ranks)
+    ranks[1].kill()
+    ranks[0].join(TIMEOUT + 60)
+    ranks[0].kill()
+    assert ranks[0].exitcode not in (0, -signal.SIGKILL)
+    [line] = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert "another rank died while rank 0 was in 'step " in line
+
+
+@pytest.mark.slow
+def test_a_killed_rank_under_torchrun(launched):
     os.kill(launched[1][1], signal.SIGKILL)
     said, errors = end_of(launched, TIMEOUT + 60)
     # The launcher may end rank 0 before it has noticed; either way the launcher names the rank.

@@ -1,4 +1,4 @@
-"""Law 1: loss, gradient norm and weights after five steps are the same on every layout (1e-5 relative, fp32)."""
+"""Law 1: loss, gradient norm and weights after three steps are the same on every layout (1e-5 relative, fp32)."""
 
 import pytest
 import torch
@@ -48,11 +48,11 @@ LAYOUTS = {
 }
 # The others cover each of these options, and each pair of two kinds of ranks.
 SLOW = (
-    *("tp2_sp", "pp2", "dp2", "dp4", "tp2_pp2", "tp2_dp2", "unpacked_tp2_pp2", "recompute"),
-    *("unpacked_allgather2_pp2", "recompute_ulysses2_pp2"),
+    *("tp2", "tp2_sp", "pp2", "vpp2", "dp2", "dp4", "tp2_pp2", "tp2_dp2", "unpacked", "unpacked_tp2_pp2"),
+    *("recompute", "recompute_allgather2", "unpacked_allgather2_pp2", "recompute_ulysses2_pp2"),
 )
 REST = ("qwen2_untied", "llama3", "llama32_tied")
-PLAIN = {"train__self_check": False}  # it has tests of its own, and costs as much as two steps
+SHORT = {"train__steps": 3}  # at the second the optimizer's moments are no longer 0
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def reference(pool, tiny_models, chat_file, tmp_path_factory):
         if key not in done:
             folder = tmp_path_factory.mktemp("reference")
             arguments = run_arguments(
-                tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **PLAIN, **options
+                tiny_models(variant), chat_file, folder, checkpoint__export_hf=True, **SHORT, **options
             )
             pool.run(1, training_ranks.train, arguments)
             done[key] = folder
@@ -75,7 +75,7 @@ def reference(pool, tiny_models, chat_file, tmp_path_factory):
 
 def assert_same_run(got, want):
     got_rows, want_rows = metrics_of(got), metrics_of(want)
-    assert [row["step"] for row in got_rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in got_rows] == [1, 2, 3]
     for row, same in zip(got_rows, want_rows, strict=True):
         for key in ("loss", "grad_norm"):
             assert row[key] == pytest.approx(same[key], rel=1e-5), (row["step"], key)
@@ -83,15 +83,15 @@ def assert_same_run(got, want):
     weights, reference = (load_file(folder / "hf" / "model.safetensors") for folder in (got, want))
     assert weights.keys() == reference.keys()
     for name, tensor in weights.items():
-        # Adam turns a gradient of rounding noise into a step of lr: 5 steps x 1e-3 bound any such element.
-        assert (tensor - reference[name]).abs().max() <= 5.1e-3, name
+        # Adam turns a gradient of rounding noise into a step of lr: 3 steps x 1e-3 bound any such element.
+        assert (tensor - reference[name]).abs().max() <= 3.1e-3, name
         torch.testing.assert_close(tensor.norm(), reference[name].norm(), rtol=1e-5, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("layout", mark_slow(LAYOUTS, SLOW))
 def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout):
     world, options = LAYOUTS[layout]
-    options = {**PLAIN, **options, "checkpoint__export_hf": True}
+    options = {**SHORT, **options, "checkpoint__export_hf": True}
     pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
     assert_same_run(tmp_path, reference("qwen2_tied"))
 
@@ -100,7 +100,7 @@ def test_layouts_agree(pool, tiny_models, chat_file, tmp_path, reference, layout
 def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, reference, variant):
     options = {"parallel__tensor": 2, "parallel__pipeline": 2}
     arguments = run_arguments(
-        tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **PLAIN, **options
+        tiny_models(variant), chat_file, tmp_path, checkpoint__export_hf=True, **SHORT, **options
     )
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference(variant))
@@ -121,9 +121,9 @@ def test_every_family_agrees_on_tp2_pp2(pool, tiny_models, chat_file, tmp_path, 
 def test_bf16_layouts_agree_as_far_as_bf16_goes(
     pool, tiny_models, chat_file, tmp_path, reference, world, layout
 ):
-    """bf16 keeps 8 bits (4e-3): sums over ranks and packs round in another order, and five steps add up."""
+    """bf16 keeps 8 bits (4e-3): sums over ranks and packs round in another order, and steps add up."""
     options = {"train__precision": "bf16"}
-    arguments = run_arguments(tiny_models(), chat_file, tmp_path, **PLAIN, **layout, **options)
+    arguments = run_arguments(tiny_models(), chat_file, tmp_path, **SHORT, **layout, **options)
     pool.run(world, training_ranks.train, arguments)
     want = metrics_of(reference("qwen2_tied", **options))
     for row, same in zip(metrics_of(tmp_path), want, strict=True):
@@ -137,7 +137,7 @@ def test_bf16_layouts_agree_as_far_as_bf16_goes(
 def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tmp_path, reference):
     options = {"objective__normalization": "sample"}
     arguments = run_arguments(
-        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, parallel__tensor=2, **PLAIN, **options
+        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, parallel__tensor=2, **SHORT, **options
     )
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))
@@ -158,7 +158,7 @@ def test_fewer_samples_than_ranks(pool, tiny_models, chat_file, tmp_path, refere
     """Some ranks get packs of padding only, or no scored row of a pack, and still take part."""
     options = {"train__global_batch_size": samples}
     arguments = run_arguments(
-        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **PLAIN, **layout, **options
+        tiny_models(), chat_file, tmp_path, checkpoint__export_hf=True, **SHORT, **layout, **options
     )
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))

@@ -28,7 +28,6 @@ OBJECTIVES = {
 ROLLOUT = {"entropy": {"rollout__temperature": 0.1}}
 CASES = [
     ("grpo", "tp2_pp2"),
-    ("report", "ulysses2_tp2"),
     ("reused", "pp2_dp2"),
     ("rloo", "allgather2_pp2"),
     ("gspo", "repeated_prompts_tp2_dp2"),
@@ -71,7 +70,6 @@ def train(pool, tiny_models, ranked, tmp_path_factory):
             ranked,
             folder,
             **{"train__global_batch_size": 8, **given, **ROLLOUT.get(objective, {}), **options},
-            train__self_check=False,
             optimizer__lr=2e-4,
             rollout__engine="data",
         )

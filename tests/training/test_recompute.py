@@ -25,7 +25,7 @@ LAYOUTS = {
 }
 # A chunk of tp2_pp2 has two layers, one of vpp2 has one.
 CASES = [(kind, "alone") for kind in KINDS]
-CASES += [("layers_1", "tp2_pp2"), ("norms", "tp2_pp2"), ("all_parts", "tp2_pp2"), ("all_parts", "vpp2")]
+CASES += [("layers_1", "tp2_pp2"), ("all_parts", "tp2_pp2"), ("all_parts", "vpp2")]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def test_gradients_are_the_same(kind, layout, gradients):
         assert (got[name] - tensor).norm() <= rounding * tensor.norm(), name
 
 
-def test_five_steps_of_bf16_are_bit_identical(pool, tiny_models, chat_file, tmp_path):
+def test_three_steps_of_bf16_are_bit_identical(pool, tiny_models, chat_file, tmp_path):
     rows = []
     for kind in ("[]", "[attention, mlp, norms]"):
         folder = tmp_path / kind
-        options = {"train__recompute_modules": kind, "train__precision": "bf16"}
+        options = {"train__recompute_modules": kind, "train__precision": "bf16", "train__steps": 3}
         pool.run(2, training_ranks.train, run_arguments(tiny_models(), chat_file, folder, **options))
         rows.append([(row["loss"], row["grad_norm"]) for row in metrics_of(folder)])
-    assert len(rows[0]) == 5
+    assert len(rows[0]) == 3
     assert rows[0] == rows[1]

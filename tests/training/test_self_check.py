@@ -13,6 +13,7 @@ from megatron_align.objectives.configuration import parse
 from megatron_align.training import self_check
 from tests.harness import training_ranks
 from tests.harness.broken import train_broken
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import metrics_of, run_arguments, write_pairs
 
 
@@ -26,7 +27,7 @@ def fault(pool, tiny_models, chat_file, tmp_path):
     """Return what a run says in which one thing is broken on its last rank."""
 
     def run(what, world=2, data=chat_file, **options):
-        arguments = run_arguments(tiny_models(), data, tmp_path, **options)
+        arguments = run_arguments(tiny_models(), data, tmp_path, train__self_check=True, **options)
         faults = pool.run(world, train_broken, arguments, what)
         assert len(set(faults)) == 1, "every rank must find the same"
         return faults[0]
@@ -81,7 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mark_slow(CASES, ["dp2", "reward_repeated"]))
 def test_it_leaves_no_trace_in_the_numbers(case, pool, tiny_models, chat_file, pairs, tmp_path):
     world, options = CASES[case]
     data = pairs if "objective__name" in options else chat_file

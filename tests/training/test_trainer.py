@@ -15,6 +15,7 @@ from megatron_align.training.run_context import joined_ranks
 from megatron_align.training.setup import prepare_run
 from megatron_align.training.trainer import Trainer
 from tests.harness import training_ranks
+from tests.harness.marks import mark_slow
 from tests.harness.tiny import make_model, metrics_of, run_arguments
 
 
@@ -32,9 +33,9 @@ def train_by_hand(rank_info, arguments, steps, export=None):
     return [(report.step, report.metrics["loss"], report.result.grad_norm) for report in reports]
 
 
-@pytest.mark.parametrize("layout", [{}, {"parallel__tensor": 2}], ids=["one", "tensor"])
-def test_steps_by_hand_are_those_of_the_command(pool, tiny_models, chat_file, tmp_path, layout):
-    world = 2 if layout else 1
+@pytest.mark.parametrize("world", mark_slow([1, 2], [1]))
+def test_steps_by_hand_are_those_of_the_command(pool, tiny_models, chat_file, tmp_path, world):
+    layout = {"parallel__tensor": world}
     pool.run(
         world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path / "command", **layout)
     )

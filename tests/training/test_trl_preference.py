@@ -107,9 +107,7 @@ def assert_same(ours, theirs, names=NAMES):
     assert max(moved) - min(moved) > 1e-3  # ten equal losses of a model that stands still prove nothing
 
 
-@pytest.mark.parametrize(
-    "name", quick_first([*DPO, *DPO_OPTIONS], "sigmoid", "ipo", "robust", "aot", "sft", "wpo", "ld", "mpo")
-)
+@pytest.mark.parametrize("name", quick_first([*DPO, *DPO_OPTIONS], "sigmoid", "aot", "wpo", "ld", "mpo"))
 def test_dpo(name, pool, tiny_models, pairs, tmp_path):
     options = {"loss_type": name, **DPO[name]} if name in DPO else DPO_OPTIONS[name]
     ours = our_rows(pool, tiny_models(), pairs, tmp_path / "ours", name="dpo", **options)
@@ -117,7 +115,7 @@ def test_dpo(name, pool, tiny_models, pairs, tmp_path):
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", quick_first(CPO, "sigmoid", "simpo"))
+@pytest.mark.parametrize("name", quick_first(CPO, "sigmoid"))
 def test_cpo(name, pool, tiny_models, text_pairs, tmp_path):
     options = {"loss_type": name, **CPO[name]}
     ours = our_rows(pool, tiny_models(), text_pairs, tmp_path / "ours", name="cpo", **options)
@@ -178,7 +176,7 @@ def reward_model(tmp_path_factory, tiny_models):
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "centred", "margin"])
+@pytest.mark.parametrize("name", quick_first(["plain", "centred", "margin"], "centred", "margin"))
 def test_reward(name, pool, reward_model, tmp_path):
     extra = {"margin": lambda draw: draw.uniform(0.1, 2.0)} if name == "margin" else {}
     pairs = write_pairs(tmp_path / "pairs.jsonl", samples=STEPS * BATCH, **extra)
@@ -189,7 +187,7 @@ def test_reward(name, pool, reward_model, tmp_path):
     assert sum(ours[0]["reward_histogram"]["counts"]) == 2 * BATCH
 
 
-@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("name", quick_first(["kto", "apo_zero_unpaired"], "kto"))
 def test_kto(name, pool, tiny_models, labelled, tmp_path):
     options = {"loss_type": name, "desirable_weight": 1.5, "undesirable_weight": 0.7}
     ours = our_rows(pool, tiny_models(), labelled, tmp_path / "ours", name="kto", **options)

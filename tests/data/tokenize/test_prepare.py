@@ -26,6 +26,7 @@ from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.data.tokenize.prepare import prepare
 from megatron_align.data.tokenize.work_dir import WorkDir
 from megatron_align.errors import InputError
+from tests.harness.processes import run_code
 
 RECORDS = [{"prompt": f"hello {i} " * (1 + i % 7), "completion": "world"} for i in range(40)]
 PAIRS = [{"prompt": f"hello {i}", "chosen": "the cat", "rejected": "the mat", "margin": i} for i in range(20)]
@@ -62,9 +63,9 @@ def written(monkeypatch):
     return numbers
 
 
-def run_apart(spec, change="", **options):
-    """Prepare in another process, after ``change`` was made there."""
-    code = (
+def code_of(spec, change):
+    """Return code that prepares, after ``change`` was made there."""
+    return (
         "import os, signal, time; from megatron_align.data.tokenize import cache_key, prepare\n"
         "from megatron_align.data.tokenize import record_blocks, workers\n"
         "if __name__ == '__main__':\n"
@@ -72,8 +73,13 @@ def run_apart(spec, change="", **options):
         f"    {change or 'pass'}\n"
         f"    prepare.prepare(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r}))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, **options)
+
+
+def killed(spec, change):
+    """Prepare in another process, after ``change`` was made there; return whether it was killed."""
+    process = run_code(code_of(spec, change))
+    process.join(60)
+    return process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("records", [RECORDS, PAIRS], ids=["chat", "pair"])
@@ -97,7 +103,7 @@ def test_a_killed_run_is_continued(make, tmp_path, written):
         "write = workers.BlockTokenizer.write; workers.BlockTokenizer.write = lambda self, block: "
         "write(self, block) if block.index < 6 else os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert run_apart(spec, change).wait(timeout=60) == -signal.SIGKILL
+    assert killed(spec, change)
     assert not spec.path(spec.inputs()).exists()
     path = prepare(spec)
     assert written == [6, 7, 8, 9]
@@ -108,7 +114,7 @@ def test_a_killed_run_is_continued(make, tmp_path, written):
 def test_a_killed_run_of_several_processes_is_continued(make, tmp_path, written):
     spec = make(RECORDS, processes=2)
     change = "prepare._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"  # at the last moment
-    assert run_apart(spec, change).wait(timeout=60) == -signal.SIGKILL
+    assert killed(spec, change)
     assert not spec.path(spec.inputs()).exists()
     path = prepare(dataclasses.replace(spec, processes=1))
     assert written == []
@@ -126,10 +132,10 @@ def test_memory_does_not_grow_with_the_data(make, jsonl):
         f"open('/proc/self/clear_refs', 'w').write('5'); {say}; "  # the peak starts anew
         f"import atexit; atexit.register(lambda: exec({say!r}))"
     )
-    running = run_apart(
-        dataclasses.replace(spec, sources=(large,)), change, stdout=subprocess.PIPE, text=True
-    )
-    (_, before), (peak, _) = map(json.loads, running.communicate(timeout=100)[0].splitlines())
+    code = code_of(dataclasses.replace(spec, sources=(large,)), change)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, timeout=100)
+    (_, before), (peak, _) = map(json.loads, ran.stdout.splitlines())
     assert peak - before < 12
 
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +12,7 @@ from megatron_align.data.tokenize import heartbeat as heartbeat_module
 from megatron_align.data.tokenize import prepare as prepare_module
 from megatron_align.data.tokenize.local_ranks import prepare_or_wait
 from megatron_align.errors import InputError
+from tests.harness.processes import run_code
 
 RECORDS = [{"prompt": f"hello {i} " * (1 + i % 7), "completion": "world"} for i in range(40)]
 
@@ -61,8 +59,7 @@ def test_waiting_ends_when_local_rank_0_is_killed(make, quick):
         "prepare._publish = lambda *_: time.sleep(60)\n"
         f"local_ranks.prepare_or_wait(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r}), 0)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    leader = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    leader = run_code(code)
     try:
         deadline = time.monotonic() + 60
         while not list(Path(spec.cache).glob(".*.alive")) and time.monotonic() < deadline:
@@ -74,7 +71,7 @@ def test_waiting_ends_when_local_rank_0_is_killed(make, quick):
         assert time.monotonic() - started > 4  # it lived for longer than it may be silent
     finally:
         leader.kill()
-        leader.wait()
+        leader.join()
 
 
 def test_waiting_ends_with_the_reason_of_local_rank_0(make, quick, monkeypatch):

@@ -83,7 +83,12 @@ def test_a_full_disk_leaves_the_old_column(tmp_path, monkeypatch):
 @pytest.fixture
 def run(pool, tiny_models, tmp_path):
     def go(name, data, world=1, model=None, **options):
-        given = {"train__global_batch_size": 8, "data__cache": tmp_path / "cache", **options}
+        given = {
+            "train__steps": 3,
+            "train__global_batch_size": 8,
+            "data__cache": tmp_path / "cache",
+            **options,
+        }
         pool.run(
             world, training_ranks.train, run_arguments(model or tiny_models(), data, tmp_path / name, **given)
         )
@@ -97,7 +102,7 @@ def columns(tmp_path):
 
 
 def test_a_second_run_computes_nothing_and_another_model_all(run, pairs, tmp_path):
-    dpo = {"objective__name": "dpo"}
+    dpo = {"objective__name": "dpo", "train__steps": 2}
     first = numbers(run("first", pairs, **dpo))
     made = columns(tmp_path)
     assert len(made) == 1
@@ -121,7 +126,7 @@ def test_a_longer_run_adds_what_it_meets(run, pairs, tmp_path):
         return int((~np.isnan(values)).sum())
 
     assert known() == 2 * 8 * 2  # steps x pairs x completions
-    run("long", pairs, objective__name="dpo", train__steps=9)
+    run("long", pairs, objective__name="dpo", train__steps=7)
     assert known() == 2 * 48  # every pair once, though some came twice
 
 
@@ -152,7 +157,7 @@ def test_a_reference_of_another_shape_is_refused(run, pairs, tmp_path):
 RESUMED = {
     "dpo": ({"objective__name": "dpo"}, 2, {"parallel__tensor": 2}),
     "moving reference": (
-        {"objective__name": "dpo", "reference__mode": "live", "reference__sync_steps": 2},
+        {"objective__name": "dpo", "reference__mode": "live", "reference__sync_steps": 1},
         2,
         {"parallel__pipeline": 2},
     ),
@@ -166,10 +171,10 @@ RESUMED = {
 def test_resumed_rows_are_bit_identical(name, run, pairs, labelled, tmp_path):
     options, world, layout = RESUMED[name]
     data = labelled if name in ("kto", "bco") else pairs
-    options = {**options, **layout, "checkpoint__save_every": 3, "checkpoint__keep": 9, "train__steps": 5}
+    options = {**options, **layout, "checkpoint__save_every": 2, "checkpoint__keep": 9}
     whole = run("whole", data, world, **options)
     shutil.copytree(whole, tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "step_000005")
+    shutil.rmtree(tmp_path / "cut" / "step_000003")
     cut = run("cut", data, world, **options)
     assert numbers(cut) == numbers(whole)
 
