@@ -24,6 +24,7 @@ from megatron_align.model.families import read_shape, rows
 from megatron_align.model.families.adapter import Adapter, all_adapter_rows
 from megatron_align.storage.journal import Journal
 from tests.harness.corruption import rewrite_checksums
+from tests.harness.marks import mark_slow
 
 VARIANTS = ["qwen2_tied", "qwen2_untied", "llama3", "qwen3"]
 
@@ -52,7 +53,7 @@ def summary(metadata):
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mark_slow(VARIANTS, ["qwen2_untied", "llama3"]))
 def test_it_is_what_megatron_core_writes(tmp_path, pool, tiny_models, variant):
     hf = tiny_models(variant)
     pool.run(1, save_by_megatron_core, hf, tmp_path / "theirs")

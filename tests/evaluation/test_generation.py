@@ -106,7 +106,7 @@ def test_rows_keep_their_record_and_say_how_completions_ended(options, tmp_path)
             assert completion["finish_reason"] in ("stop", "length")
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}])
+@pytest.mark.parametrize("layout", [{"tensor": 2}, pytest.param({"pipeline": 2}, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_any_layout_answers_as_its_exported_folder(
     pool, tiny_models, chat_file, tmp_path, layout
 ):

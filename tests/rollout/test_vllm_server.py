@@ -151,12 +151,14 @@ def test_it_ends_when_its_run_is_killed(environment, model, tmp_path):
         f"server = VLLMServer({str(make())!r}, {str(model)!r}, {log!r})\n"
         f"Path({str(started)!r}).touch(); time.sleep(600)"
     )
-    while not started.exists():
-        assert run.is_alive()
-        time.sleep(0.05)
-    server, child = seen()["pids"]
-    run.kill()
+    try:
+        while not started.exists():
+            assert run.is_alive()
+            time.sleep(0.05)
+    finally:
+        run.kill()
     run.join()
+    server, child = seen()["pids"]
     wait_until_gone([server])
     os.kill(child, signal.SIGKILL)  # real servers end their own children
 

@@ -9,18 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_align.tools.main import TOOLS, main
 from tests.harness import cli
+from tests.harness.processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ("-m", "megatron_align.tools.main")
 
 
-def run(*arguments, timeout=100, before=None, cwd=ROOT, **environment):
+def run(*arguments, timeout=100, cwd=ROOT, **environment):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -28,7 +30,6 @@ def run(*arguments, timeout=100, before=None, cwd=ROOT, **environment):
         capture_output=True,
         text=True,
         timeout=timeout,
-        preexec_fn=before,
     )
 
 
@@ -232,27 +233,32 @@ def test_an_empty_folder_may_be_filled_also_through_a_link(tmp_path, sample, cal
     assert (tmp_path / "other" / "config.json").is_file()
 
 
-def limit_files():
+def convert(words, largest, rank_info):
+    """In a process of its own: run the convert tool, which may write files of ``largest`` bytes at most."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    from megatron_align.tools.main import main
+
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    sys.exit(main(["convert", *words]))
 
 
 @pytest.mark.parametrize(
     "words", ["import --hf {hf} --out {dir}/new", "export --checkpoint {dir}/ckpt --out {dir}/new"]
 )
-def test_a_write_that_fails_is_one_line_and_leaves_no_trace(sample, words):
+def test_a_write_that_fails_is_one_line_and_leaves_no_trace(sample, words, tmp_path):
     before = everything_in(sample["dir"])
-    done = run("tools/convert.py", *words.format(**sample).split(), before=limit_files)
-    assert_one_line((done.returncode, done.stdout, done.stderr), "failed at ")
+    [done] = run_ranks(partial(convert, words.format(**sample).split(), 100_000), [0], 1, tmp_path)
+    assert_one_line((done.code, done.out, done.err), "failed at ")
     assert everything_in(sample["dir"]) == before
 
 
 def test_torchrun_is_refused(tmp_path, tiny_models):
-    environment = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    done = run("tools/convert.py", "import", "--hf", tiny_models(), "--out", tmp_path / "new", **environment)
+    words = ["import", "--hf", str(tiny_models()), "--out", str(tmp_path / "new")]
+    [done] = run_ranks(partial(convert, words, None), [1], 2, tmp_path)
     assert_one_line(
-        (done.returncode, done.stdout, done.stderr),
+        (done.code, done.out, done.err),
         "run this as one process, without torchrun; got WORLD_SIZE=2",
     )
     assert not (tmp_path / "new").exists()

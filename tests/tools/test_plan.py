@@ -8,7 +8,7 @@ import yaml
 
 from megatron_align.cost.chips import CHIPS
 from megatron_align.cost.memory import GIB
-from megatron_align.cost.search import HEADROOM, PlanRequest, best, candidates, run_seconds, smallest_fitting
+from megatron_align.cost.search import HEADROOM, PlanRequest, best, candidates, run_seconds
 from megatron_align.cost.time import one_pass_seconds
 from megatron_align.cost.work import full_packs
 from megatron_align.model.families import read_shape
@@ -128,7 +128,7 @@ def test_nothing_fits(sizes, tmp_path, capsys):
     assert float(least[1]) - float(least[2]) == pytest.approx(80, abs=0.11)  # both are rounded
     assert "most of it is optimizer" in said
     gpus = int(re.search(r"(\d+) GPUs would suffice", said)[1])
-    larger = smallest_fitting(ask_for(tmp_path, sizes["qwen2_72b"], 8, 80))
+    [larger] = best(ask_for(tmp_path, sizes["qwen2_72b"], gpus, 80), 1)
     assert larger.placement.world_size == gpus
     assert larger.peak <= 80 * GIB
     assert not best(ask_for(tmp_path, sizes["qwen2_72b"], gpus // 2, 80), 1)

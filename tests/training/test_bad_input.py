@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_align.errors import InputError
 from megatron_align.train import main
 from megatron_align.training.model_checks import require_vocabulary
+from tests.harness import crash
 from tests.harness.tiny import make_model, run_arguments
 
 
@@ -193,14 +194,32 @@ def test_a_folder_that_cannot_be_written(tiny_models, chat_file, tmp_path, capsy
     assert re.fullmatch("error: checkpoint.dir cannot be written.*\n", capsys.readouterr().err)
 
 
-def test_torchrun_says_it_once(tiny_models, chat_file, tmp_path):
+@pytest.fixture
+def too_few_ranks(tiny_models, chat_file, tmp_path):
+    """Arguments of a run that needs four ranks."""
+    layout = {"parallel__tensor": 2, "parallel__pipeline": 2}
+    return run_arguments(tiny_models(), chat_file, tmp_path / "run", **layout)
+
+
+def test_ranks_say_it_once(too_few_ranks, tmp_path):
+    """The launcher names a file to each rank, in one folder: one line, and each rank's exit code is 2."""
+    attempt, log = tmp_path / "attempt_0", tmp_path / "log"
+    attempt.mkdir()
+    ranks = crash.start(2, too_few_ranks, log, {"TORCHELASTIC_ERROR_FILE": str(attempt / "0" / "error.json")})
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [2, 2], log.read_text()
+    [line] = log.read_text().splitlines()
+    assert line.startswith("error: world size must be a multiple")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_says_it_once(too_few_ranks, tmp_path):
     """Through the real launcher: rank 0's one line, no traceback of ours, a non-zero exit."""
-    arguments = run_arguments(
-        tiny_models(), chat_file, tmp_path / "run", parallel__tensor=2, parallel__pipeline=2
-    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "megatron_align.train", *arguments],
+        [*command, "-m", "megatron_align.train", *too_few_ranks],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -85,7 +85,8 @@ STILL = [
 
 
 @pytest.mark.parametrize(
-    "divergence, world, precision", mark_slow(STILL, [("reverse", 1, "fp32"), ("js", 2, "bf16")])
+    "divergence, world, precision",
+    mark_slow(STILL, [("reverse", 1, "fp32"), ("js", 2, "bf16"), ("js", 2, "fp32")]),
 )
 def test_a_policy_that_is_its_teacher_does_not_move(divergence, world, precision, train, tiny_models):
     options = {"parallel__tensor": world, "train__precision": precision, "train__steps": 2}

@@ -1,6 +1,6 @@
 """Law 1 over the whole table of layouts: TP {1, 2, 4} x PP {1, 2, 4} x CP {1, 2, 4} x DP {1, 2} of up to 8 ranks.
 
-Loss and gradient norm of three steps are those of one rank (1e-5, fp32), for supervised fine-tuning and DPO. The layouts
+Loss and gradient norm of three steps are those of one rank (1e-5, fp32), for supervised fine-tuning and DPO. Layouts
 that share packs on up to 4 ranks run always, the others where slow tests do.
 """
 

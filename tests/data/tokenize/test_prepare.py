@@ -321,19 +321,20 @@ def test_a_worker_that_is_killed_is_one_line(make, monkeypatch):
         prepare(make(RECORDS, processes=2))
 
 
-def test_processes_forked_after_tokenising_receive_ctrl_c(make):
+def test_processes_forked_after_tokenising_receive_ctrl_c(make, tmp_path):
     """The fork server starts under a mask and stays for whatever else the program forks."""
-    spec = make(RECORDS, processes=2)
-    script = (
+    spec, said = make(RECORDS, processes=2), tmp_path / "said"
+    process = run_code(
         "import multiprocessing, os, signal, sys\n"
+        f"os.dup2(os.open({str(said)!r}, os.O_WRONLY | os.O_CREAT), 2)\n"
         "from megatron_align.data.tokenize import cache_key, prepare\n"
         f"prepare.prepare(cache_key.StoreSpec(**{dataclasses.asdict(spec)!r}))\n"
         "child = multiprocessing.get_context('forkserver').Process(target=signal.raise_signal, args=(signal.SIGINT,))\n"
-        "child.start(); child.join(); print(child.exitcode)\n"
+        "child.start(); child.join(); sys.exit(10 + child.exitcode)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert ran.stdout.split()[-1:] == ["1"], ran.stderr  # 0: the signal waits behind the mask
-    assert "KeyboardInterrupt" in ran.stderr
+    process.join(120)
+    assert process.exitcode == 11, said.read_text()  # 10: the signal waits behind the mask
+    assert "KeyboardInterrupt" in said.read_text()
 
 
 def test_two_nodes_may_prepare_at_once(make, monkeypatch):
