@@ -16,7 +16,7 @@ FROZEN = "[embed_tokens, layers.0.*, layers.3.mlp.*]"  # the embedding is tied: 
 @pytest.fixture(scope="module")
 def one_rank(pool, tiny_models, chat_file, tmp_path_factory):
     run = tmp_path_factory.mktemp("one")
-    options = {"model__freeze": FROZEN, "checkpoint__export_hf": True}
+    options = {"model__freeze": FROZEN, "checkpoint__export_hf": True, "train__steps": 3}
     pool.run(1, training_ranks.train, run_arguments(tiny_models(), chat_file, run, **options))
     return run
 
@@ -42,7 +42,7 @@ def test_only_the_others_change(tiny_models, one_rank):
     ids=["tp2_pp2", "vpp2_recompute"],
 )
 def test_layouts_agree(world, layout, pool, tiny_models, chat_file, tmp_path, one_rank):
-    options = {"model__freeze": FROZEN, **layout}
+    options = {"model__freeze": FROZEN, "train__steps": 3, **layout}
     pool.run(world, training_ranks.train, run_arguments(tiny_models(), chat_file, tmp_path, **options))
     for row, same in zip(metrics_of(tmp_path), metrics_of(one_rank), strict=True):
         assert row["loss"] == pytest.approx(same["loss"], rel=LAYOUT)
