@@ -142,7 +142,7 @@ def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tm
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))
     token = [row["loss"] for row in metrics_of(reference("qwen2_tied"))]
-    assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-3)
+    assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-4)
 
 
 @pytest.mark.parametrize(
