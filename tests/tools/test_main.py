@@ -247,9 +247,10 @@ def convert(words, largest, rank_info):
 @pytest.mark.parametrize(
     "words", ["import --hf {hf} --out {dir}/new", "export --checkpoint {dir}/ckpt --out {dir}/new"]
 )
-def test_a_write_that_fails_is_one_line_and_leaves_no_trace(sample, words, tmp_path):
+def test_a_write_that_fails_is_one_line_and_leaves_no_trace(sample, words, tmp_path_factory):
     before = everything_in(sample["dir"])
-    [done] = run_ranks(partial(convert, words.format(**sample).split(), 100_000), [0], 1, tmp_path)
+    said = tmp_path_factory.mktemp("said")
+    [done] = run_ranks(partial(convert, words.format(**sample).split(), 100_000), [0], 1, said)
     assert_one_line((done.code, done.out, done.err), "failed at ")
     assert everything_in(sample["dir"]) == before
 
