@@ -5,6 +5,7 @@ Transformer Engine needs a GPU: a stand-in with its signatures computes in PyTor
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from megatron_align.cost.placement import Placement
 from megatron_align.errors import InputError
 from megatron_align.model.families import read_shape
 from megatron_align.model.fp8 import require_fp8, require_widths
+from megatron_align.model.kernel_choice import KernelChoice
 from megatron_align.model.te_linear import require_te
-from megatron_align.training.batches import pack_multiples
+from megatron_align.training import likelihood
+from megatron_align.training.batches import pack_multiples, pack_options
 from tests.harness import training_ranks
 from tests.harness.fake_packages import installed
 from tests.harness.tiny import metrics_of, run_arguments
@@ -87,6 +90,30 @@ def test_run_and_plan_pad_packs_to_what_the_recipe_needs_of_each_rank(recipe, to
         placement = replace(Placement.of_run(of_run, shape, 1), parallel=layout)
         assert pack_multiples(layout, recipe)[0] == placement.token_multiple == ranks * tokens
         assert pack_multiples(layout)[0] == replace(placement, fp8=None).token_multiple == ranks
+
+
+def test_training_and_scoring_of_completions_pad_to_it(monkeypatch):
+    """The self-check takes the options of training's packs."""
+    setup = SimpleNamespace(config=config(fp8={"recipe": "mxfp8"}))
+    assert pack_options(setup, SimpleNamespace(score_prompt=False)).multiple == 32
+
+    class Stop(Exception):
+        pass
+
+    def stop(table, steps, options, rank, normalization):
+        raise Stop(options.multiple)
+
+    monkeypatch.setattr(likelihood, "StepBatches", stop)
+    monkeypatch.setattr(likelihood, "packed_lengths", lambda table, share: np.array([4]))
+    monkeypatch.setattr(likelihood, "data_rank", lambda *given: None)
+    kernels = KernelChoice(linear="te", fp8="mxfp8")
+    chunk = SimpleNamespace(config=SimpleNamespace(kernels=kernels), shape=SimpleNamespace(is_reward=False))
+    groups = SimpleNamespace(dp=SimpleNamespace(size=lambda: 1))
+    scorer = likelihood.CompletionScorer(
+        chunks=[chunk], parallel=ParallelConfig(), groups=groups, watchdog=None, sequence_length=8
+    )
+    with pytest.raises(Stop, match="32"):
+        scorer._columns(None, None, 1, SimpleNamespace(sources=np.zeros(1, np.int64)), ("", None))
 
 
 def test_plan_counts_two_fp8_copies_of_the_weights_of_a_layer(tiny_models):
