@@ -15,6 +15,9 @@ from megatron_align.cost.activations import (
 from megatron_align.cost.head import column_bytes, head_bytes, hidden_bytes, stand_in_bytes
 from megatron_align.cost.placement import Placement
 from megatron_align.cost.state import parameter_bytes, state_bytes
+from megatron_align.model.families import padded_vocab
+from megatron_align.model.families.adapter import EMBED_TOKENS
+from megatron_align.model.tied_embedding import EMBEDDING
 
 GIB = 2**30
 # Assumptions that we have not measured: CUDA context, cuBLAS and NCCL buffers; and the caching allocator's
@@ -34,7 +37,7 @@ class StageMemory:
         reference: weights of a live reference model.
         activations: saved by the micro-batches in flight, with the tensors of their packs.
         temporary: the largest of a layer's backward pass (with the layers recomputed for it), the head's slab of
-            logits, and the start of backward with a gradient of the head's weight.
+            logits, the start of backward with a gradient of the head's weight, and its end with the embedding's.
         communication: buffers that collectives gather into.
         rewards: weights of reward models.
         engine: the copy of the model that a generation engine in this process holds, and its keys and values at most.
@@ -113,6 +116,7 @@ def stage_memory(
     if stand_in and placement.tied_on_one_stage:
         layer += stand_in  # it waits for the embedding's gradient, the last one, to which it is added
         alone = 3 * stand_in + boundary_bytes(placement, tokens)  # both gradients, their sum, and its input's
+    embedding = _embedding_backward(placement, tokens) if placement.chunks(stage)[0].embeds else 0
     backward = hidden_bytes(placement, tokens, tokens) + boundary_bytes(placement, tokens)  # its start
     largest = max(layer, head, stand_in + backward if stand_in else 0)
     gathered = placement.sequence_ranks > 1
@@ -122,9 +126,25 @@ def stage_memory(
         optimizer=state.optimizer,
         reference=parameter_bytes(placement.as_reference(), stage) if live_reference else 0,
         activations=activations.held + packs * pack_bytes(placement, tokens),
-        temporary=max(largest, alone - activations.held),
+        temporary=max(largest, alone - activations.held, embedding),
         communication=boundary_bytes(placement, tokens) * placement.sequence_ranks if gathered else 0,
     )
+
+
+def _embedding_backward(placement: Placement, tokens: int) -> int:
+    """Return the bytes of the embedding's gradient, less those of its micro-batch's layers, which are gone by then.
+
+    Other micro-batches in flight still hold theirs. The gradient of hidden states, which it is made of, exists twice.
+    """
+    if EMBEDDING in placement.frozen or (
+        placement.adapter is not None and EMBED_TOKENS not in placement.adapter.saved
+    ):
+        return 0
+    shape, tensor, k = placement.shape, placement.parallel.tensor, placement.recompute_layers
+    rows = padded_vocab(shape.vocab_size, tensor) // tensor
+    boundary, layers = boundary_bytes(placement, tokens), placement.chunks(0)[0].layers
+    own = -(-layers // k) * boundary if k else layers * layer_bytes(placement, tokens)
+    return rows * shape.hidden_size * placement.itemsize + 2 * boundary - own
 
 
 def _previous_bytes(placement: Placement, tokens: int) -> int:

@@ -6,6 +6,7 @@ Tensors claim to be on CUDA and have no values, so complete steps of the real tr
 peak is at most what ``plan`` counts and at least 0.97 of it.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 TP, PP, CP = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, {"parallel.context": 2}
 VPP = {**PP, "parallel.virtual_pipeline": 2}
+# What operations other than matrix products read and write in the steps below, counted with PyTorch 2.13: a new pass is
+# a decision, and a smaller count comes in here.
+MOST_BYTES = (5_354_252_260, 581_843_326)
 DPO, KTO, REWARD = ({"objective.name": name} for name in ("dpo", "kto", "reward"))
 
 
@@ -37,8 +41,10 @@ def test_a_tied_model_alone_and_pairs_on_every_kind_of_rank(models):
             request(models["small"], 16, 1, {**DPO, **TP, **PP, **CP}, most=3),
         ]
     )
-    for report in reports:
+    for report, most in zip(reports, MOST_BYTES, strict=True):
         require_laws(report)
+        if version("torch").startswith("2.13."):
+            assert report["bytes_outside"] <= most, report["largest"]
     launches = reports[0]["launches"]
     for attention, norm in (
         ("forward_kernel", "_norm_forward_kernel"),
