@@ -134,7 +134,8 @@ def stage_memory(
 def _embedding_backward(placement: Placement, tokens: int) -> int:
     """Return the bytes of the embedding's gradient, less those of its micro-batch's layers, which are gone by then.
 
-    Other micro-batches in flight still hold theirs. The gradient of hidden states, which it is made of, exists twice.
+    Other micro-batches in flight still hold theirs. The gradient of hidden states, which it is made of, exists twice,
+    and on several stages the next one may have been received.
     """
     if EMBEDDING in placement.frozen or (
         placement.adapter is not None and EMBED_TOKENS not in placement.adapter.saved
@@ -144,7 +145,8 @@ def _embedding_backward(placement: Placement, tokens: int) -> int:
     rows = padded_vocab(shape.vocab_size, tensor) // tensor
     boundary, layers = boundary_bytes(placement, tokens), placement.chunks(0)[0].layers
     own = -(-layers // k) * boundary if k else layers * layer_bytes(placement, tokens)
-    return rows * shape.hidden_size * placement.itemsize + 2 * boundary - own
+    gradients = 3 if placement.parallel.pipeline > 1 else 2
+    return rows * shape.hidden_size * placement.itemsize + gradients * boundary - own
 
 
 def _previous_bytes(placement: Placement, tokens: int) -> int:

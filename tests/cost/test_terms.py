@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from megatron_align.config import ParallelConfig
-from megatron_align.cost.activations import stage_bytes, tables_bytes
+from megatron_align.cost.activations import layer_bytes, stage_bytes, tables_bytes
 from megatron_align.cost.head import OF_ROW
 from megatron_align.cost.memory import CONTEXT, StageMemory, stage_memory
 from megatron_align.cost.online import BATCH_TOKENS, OnlineCosts, RewardModelCost
@@ -17,6 +17,7 @@ from megatron_align.cost.search import memory_of
 from megatron_align.cost.state import StateBytes, state_bytes
 from megatron_align.cost.traffic import Traffic, traffic
 from megatron_align.model.families import read_shape
+from megatron_align.model.tied_embedding import EMBEDDING
 from megatron_align.objectives.configuration import parse
 from tests.harness import costs
 from tests.harness.tiny import run_arguments
@@ -88,6 +89,17 @@ def test_a_tied_weight_of_one_stage_waits_for_its_last_gradient(tiny_models):
             else max(layer, hidden + BF16 * H + weight)
         )
         assert found.temporary == expected
+
+
+def test_the_embeddings_gradient_is_the_peak_of_a_stage_of_few_layers(tiny_models):
+    """At the end of its micro-batch's backward, with those of the others in flight: see tests/rehearsal."""
+    shape = read_shape(tiny_models("llama3"))
+    chunks = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    one = Placement(shape=shape, parallel=chunks, data=1, precision="bf16")
+    found = stage_memory(one, 0, 1, 4).temporary
+    assert found == 384 * H * BF16 + 3 * H * BF16 - layer_bytes(one, 1)
+    frozen = replace(one, frozen=frozenset({EMBEDDING}))
+    assert stage_memory(frozen, 0, 1, 4).temporary < found
 
 
 def test_every_term_is_in_the_total():
