@@ -13,9 +13,13 @@ import triton.language as tl
 
 from megatron_align.kernels.packed_attention.tile_ranges import (
     key_tile,
+    key_tile_count,
     key_tiles,
     load_numbers,
     load_rows,
+    next_query_tile,
+    query_tile,
+    query_tile_count,
     query_tiles,
     store_rows,
     visible,
@@ -26,8 +30,9 @@ from megatron_align.kernels.packed_attention.tile_ranges import (
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse2_ptr, delta_ptr, dq_ptr,
     prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    out_stride, out_head_stride, dout_stride, dout_head_stride,
+    q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+    v_stride: tl.constexpr, v_head_stride,
+    out_stride: tl.constexpr, out_head_stride, dout_stride: tl.constexpr, dout_head_stride,
     queries, tokens, scale, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -46,38 +51,34 @@ def dq_kernel(
     lse2 = load_numbers(lse2_ptr + head * queries, first, queries, BLOCK_Q)
     dq = tl.zeros([BLOCK_Q, D_PADDED], tl.float32)
 
-    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
+    a, b, c, d, own_a, own_b, own_c, own_d = key_tiles(
         prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K
     )
-    for step in range(count):
-        tile, full = key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d)
-        k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
-        v = load_rows(v_ptr, tile * BLOCK_K, v_stride, tokens, BLOCK_K, D, D_PADDED)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse2[:, None])
-        if not full:
-            seen = visible(
-                prefix_start_ptr,
-                prefix_end_ptr,
-                own_start_ptr,
-                own_end_ptr,
-                first,
-                tile * BLOCK_K,
-                queries,
-                BLOCK_Q,
-                BLOCK_K,
-            )
-            p = tl.where(seen, p, 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    for PARTIAL in tl.static_range(2):  # first the full tiles, then those that need a mask
+        count = key_tile_count(a, b, c, d, own_a, own_b, own_c, own_d, PARTIAL)
+        for step in range(count):
+            first_key = key_tile(step, a, b, c, d, own_a, own_b, own_c, PARTIAL) * BLOCK_K
+            k = load_rows(k_ptr, first_key, k_stride, tokens, BLOCK_K, D, D_PADDED, PARTIAL)
+            v = load_rows(v_ptr, first_key, v_stride, tokens, BLOCK_K, D, D_PADDED, PARTIAL)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse2[:, None])
+            if PARTIAL:
+                seen = visible(
+                    prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr,
+                    first, first_key, queries, BLOCK_Q, BLOCK_K,
+                )  # fmt: skip
+                p = tl.where(seen, p, 0.0)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     store_rows(dq_ptr + head * out_head_stride, dq * scale, first, out_stride, queries, BLOCK_Q, D, D_PADDED)
 
 
 @triton.jit
 def dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, seen_start_ptr, seen_end_ptr,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    dout_stride, dout_head_stride, dk_stride, dk_head_stride,
+    q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+    v_stride: tl.constexpr, v_head_stride,
+    dout_stride: tl.constexpr, dout_head_stride, dk_stride: tl.constexpr, dk_head_stride,
     queries, tokens, scale, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -93,28 +94,38 @@ def dkdv_kernel(
     dv = tl.zeros([BLOCK_K, D_PADDED], tl.float32)
 
     a, b, c, d = query_tiles(seen_start_ptr, seen_end_ptr, first, tokens, BLOCK_K, BLOCK_Q)
-    count = d - a
-    # One loop over (head, tile), so that the next head's tiles are prefetched during the last ones of this head.
-    for step in range(count * heads_per_group):
-        head = group * heads_per_group + step // count
-        tile = a + step % count
-        q = load_rows(q_ptr + head * q_head_stride, tile * BLOCK_Q, q_stride, queries, BLOCK_Q, D, D_PADDED)
-        dout = load_rows(
-            dout_ptr + head * dout_head_stride, tile * BLOCK_Q, dout_stride, queries, BLOCK_Q, D, D_PADDED
-        )
-        lse2 = load_numbers(lse2_ptr + head * queries, tile * BLOCK_Q, queries, BLOCK_Q)
-        delta = load_numbers(delta_ptr + head * queries, tile * BLOCK_Q, queries, BLOCK_Q)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse2[None, :])
-        if (tile < b) | (tile >= c):
-            # Masked by key: two numbers a row, where the queries' intervals would cost each thread dozens.
-            seen_start = load_numbers(seen_start_ptr, first, tokens, BLOCK_K)
-            seen_end = load_numbers(seen_end_ptr, first, tokens, BLOCK_K)
-            query = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-            seen = (seen_start[:, None] <= query[None, :]) & (query[None, :] < seen_end[:, None])
-            p = tl.where(seen, p, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    for PARTIAL in tl.static_range(2):  # first the full tiles, then those that need a mask
+        head, tile = group * heads_per_group, query_tile(a, b, c, PARTIAL)
+        # One loop over (head, tile), so that the next head's tiles are prefetched during the last ones of this head.
+        for _ in range(query_tile_count(a, b, c, d, PARTIAL) * heads_per_group):
+            first_query = tile * BLOCK_Q
+            q = load_rows(
+                q_ptr + head * q_head_stride, first_query, q_stride, queries, BLOCK_Q, D, D_PADDED, PARTIAL
+            )
+            dout = load_rows(
+                dout_ptr + head * dout_head_stride,
+                first_query,
+                dout_stride,
+                queries,
+                BLOCK_Q,
+                D,
+                D_PADDED,
+                PARTIAL,
+            )
+            lse2 = load_numbers(lse2_ptr + head * queries, first_query, queries, BLOCK_Q, PARTIAL)
+            delta = load_numbers(delta_ptr + head * queries, first_query, queries, BLOCK_Q, PARTIAL)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse2[None, :])
+            if PARTIAL:
+                # Masked by key: two numbers a row, where the queries' intervals would cost each thread dozens.
+                seen_start = load_numbers(seen_start_ptr, first, tokens, BLOCK_K)
+                seen_end = load_numbers(seen_end_ptr, first, tokens, BLOCK_K)
+                query = first_query + tl.arange(0, BLOCK_Q)
+                seen = (seen_start[:, None] <= query[None, :]) & (query[None, :] < seen_end[:, None])
+                p = tl.where(seen, p, 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            head, tile = next_query_tile(head, tile, a, b, c, d, PARTIAL)
     store_rows(dk_ptr + group * dk_head_stride, dk * scale, first, dk_stride, tokens, BLOCK_K, D, D_PADDED)
     store_rows(dv_ptr + group * dk_head_stride, dv, first, dk_stride, tokens, BLOCK_K, D, D_PADDED)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from megatron_align.kernels.packed_attention.tile_ranges import (
     key_tile,
+    key_tile_count,
     key_tiles,
     load_rows,
     store_rows,
@@ -26,7 +27,8 @@ LOWEST = tl.constexpr(-1.0e30)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse2_ptr,
     prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, out_head_stride,
+    q_stride: tl.constexpr, q_head_stride, k_stride: tl.constexpr, k_head_stride,
+    v_stride: tl.constexpr, v_head_stride, out_stride: tl.constexpr, out_head_stride,
     queries, tokens, scale_log2, heads_per_group,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -42,33 +44,28 @@ def forward_kernel(
     total = tl.zeros([BLOCK_Q], tl.float32)
     highest = tl.full([BLOCK_Q], LOWEST, tl.float32)
 
-    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
+    a, b, c, d, own_a, own_b, own_c, own_d = key_tiles(
         prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K
     )
-    for step in range(count):
-        tile, full = key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d)
-        k = load_rows(k_ptr, tile * BLOCK_K, k_stride, tokens, BLOCK_K, D, D_PADDED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if not full:
-            seen = visible(
-                prefix_start_ptr,
-                prefix_end_ptr,
-                own_start_ptr,
-                own_end_ptr,
-                first,
-                tile * BLOCK_K,
-                queries,
-                BLOCK_Q,
-                BLOCK_K,
-            )
-            scores = tl.where(seen, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # right as scale > 0
-        weights = tl.exp2(scores * scale_log2 - new_highest[:, None])
-        fade = tl.exp2(highest - new_highest)
-        total = total * fade + tl.sum(weights, 1)
-        v = load_rows(v_ptr, tile * BLOCK_K, v_stride, tokens, BLOCK_K, D, D_PADDED)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-        highest = new_highest
+    for PARTIAL in tl.static_range(2):  # first the full tiles, then those that need a mask
+        count = key_tile_count(a, b, c, d, own_a, own_b, own_c, own_d, PARTIAL)
+        for step in range(count):
+            first_key = key_tile(step, a, b, c, d, own_a, own_b, own_c, PARTIAL) * BLOCK_K
+            k = load_rows(k_ptr, first_key, k_stride, tokens, BLOCK_K, D, D_PADDED, PARTIAL)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if PARTIAL:
+                seen = visible(
+                    prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr,
+                    first, first_key, queries, BLOCK_Q, BLOCK_K,
+                )  # fmt: skip
+                scores = tl.where(seen, scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, 1) * scale_log2)  # right as scale > 0
+            weights = tl.exp2(scores * scale_log2 - new_highest[:, None])
+            fade = tl.exp2(highest - new_highest)
+            total = total * fade + tl.sum(weights, 1)
+            v = load_rows(v_ptr, first_key, v_stride, tokens, BLOCK_K, D, D_PADDED, PARTIAL)
+            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+            highest = new_highest
 
     # At least 1 for rows that saw a key; rows past the last query saw none.
     total = tl.maximum(total, 0.5)

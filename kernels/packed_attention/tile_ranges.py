@@ -26,10 +26,11 @@ import triton.language as tl
 def key_tiles(
     prefix_start_ptr, prefix_end_ptr, own_start_ptr, own_end_ptr, first, last, BLOCK_K: tl.constexpr
 ):
-    """Return the range of key tiles that rows ``first`` to ``last`` (both included) visit, and their number.
+    """Return the range of key tiles that rows ``first`` to ``last`` (both included) visit.
 
     The range is ``a <= b <= c <= d`` of the prefix and then of the own interval: tiles ``[a, d)`` are visited, of which
-    ``[b, c)`` need no mask. All nine numbers are returned flat: Triton 3.2 has no tuples within tuples.
+    ``[b, c)`` are full: every row sees every key, all of them within the pack. All eight numbers are returned flat:
+    Triton 3.2 has no tuples within tuples.
     """
     prefix_start = tl.load(prefix_start_ptr + first)
     prefix_end = tl.load(prefix_end_ptr + first)
@@ -64,22 +65,36 @@ def key_tiles(
     own_d = tl.cdiv(last_own_end, BLOCK_K)
     own_b = tl.minimum(tl.maximum(tl.cdiv(last_own_start, BLOCK_K), own_a), own_d)
     own_c = tl.maximum(own_end // BLOCK_K, own_b)
-    return a, b, c, d, own_a, own_b, own_c, own_d, d - a + own_d - own_a
+    return a, b, c, d, own_a, own_b, own_c, own_d
 
 
 @triton.jit
-def key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d):
-    """Return the ``step``-th tile of ``key_tiles``, and whether it is fully visible and needs no mask."""
-    tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
-    full = ((b <= tile) & (tile < c)) | ((own_b <= tile) & (tile < own_c))
-    return tile, full
+def key_tile_count(a, b, c, d, own_a, own_b, own_c, own_d, PARTIAL: tl.constexpr):
+    """Return how many tiles of ``key_tiles`` are full, or how many are partial: those that need a mask."""
+    full = c - b + own_c - own_b
+    count = full
+    if PARTIAL:
+        count = d - a + own_d - own_a - full
+    return count
+
+
+@triton.jit
+def key_tile(step, a, b, c, d, own_a, own_b, own_c, PARTIAL: tl.constexpr):
+    """Return the ``step``-th full tile of ``key_tiles``, or the ``step``-th partial one."""
+    if PARTIAL:
+        step = tl.where(step < b - a, step, step + c - b)
+        step = tl.where(step < d - a + own_b - own_a, step, step + own_c - own_b)
+        tile = tl.where(step < d - a, a + step, own_a + step - (d - a))
+    else:
+        tile = tl.where(step < c - b, b + step, own_b + step - (c - b))
+    return tile
 
 
 @triton.jit
 def query_tiles(
     seen_start_ptr, seen_end_ptr, first, tokens, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr
 ):  # fmt: skip
-    """Return the query tiles ``[a, d)`` that see keys ``[first, first + BLOCK_K)``; ``[b, c)`` need no mask."""
+    """Return the query tiles ``[a, d)`` that see keys ``[first, first + BLOCK_K)``; ``[b, c)`` are full."""
     key = first + tl.arange(0, BLOCK_K)
     last = tl.minimum(first + BLOCK_K, tokens) - 1
     some_end = tl.max(tl.load(seen_end_ptr + key, mask=key < tokens, other=0), 0)
@@ -90,6 +105,38 @@ def query_tiles(
     d = tl.where(start < some_end, tl.cdiv(some_end, BLOCK_Q), a)
     c = tl.maximum(every_end // BLOCK_Q, b)
     return a, b, c, d
+
+
+@triton.jit
+def query_tile_count(a, b, c, d, PARTIAL: tl.constexpr):
+    """Return how many tiles of ``query_tiles`` are full, or how many are partial."""
+    count = c - b
+    if PARTIAL:
+        count = d - a - (c - b)
+    return count
+
+
+@triton.jit
+def query_tile(a, b, c, PARTIAL: tl.constexpr):
+    """Return the first full tile of ``query_tiles``, or the first partial one."""
+    tile = b
+    if PARTIAL:
+        tile = tl.where(a < b, a, c)
+    return tile
+
+
+@triton.jit
+def next_query_tile(head, tile, a, b, c, d, PARTIAL: tl.constexpr):
+    """Return head and tile after these: the next tile of ``query_tiles``, after the last one the next head's first."""
+    # Counted, as dividing a step by the number of tiles would cost each iteration dozens of instructions.
+    tile += 1
+    end = c
+    if PARTIAL:
+        end = d
+        tile = tl.where(tile == b, c, tile)
+    head += tile == end
+    tile = tl.where(tile == end, query_tile(a, b, c, PARTIAL), tile)
+    return head, tile
 
 
 @triton.jit
@@ -108,20 +155,32 @@ def visible(
 
 
 @triton.jit
-def load_numbers(ptr, first, count, ROWS: tl.constexpr):
-    """Load elements ``[first, first + ROWS)`` of a vector of ``count``; zeros past its end."""
+def load_numbers(ptr, first, count, ROWS: tl.constexpr, PARTIAL: tl.constexpr = True):
+    """Load elements ``[first, first + ROWS)`` of a vector of ``count``; zeros past its end, where ``PARTIAL``."""
     at = first + tl.arange(0, ROWS)
-    return tl.load(ptr + at, mask=at < count, other=0)
+    return tl.load(ptr + at, mask=at < count, other=0) if PARTIAL else tl.load(ptr + at)
 
 
 @triton.jit
-def load_rows(ptr, first, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Load rows ``[first, first + ROWS)`` of a matrix ``[count, D]``; zeros past its edges."""
+def load_rows(
+    ptr, first, stride, count, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    PARTIAL: tl.constexpr = True,
+):  # fmt: skip
+    """Load rows ``[first, first + ROWS)`` of a matrix ``[count, D]``; zeros past its edges.
+
+    A tile that is not ``PARTIAL`` has no row past the end, so that nothing is compared unless D is padded.
+    """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, D_PADDED)[None, :]
     # int64 for the tile's offset (T * H * D exceeds 2**31), int32 within the tile.
     at = ptr + first.to(tl.int64) * stride + (row * stride + column)
-    return tl.load(at, mask=(first + row < count) & (column < D), other=0.0)
+    if PARTIAL:
+        rows = tl.load(at, mask=(first + row < count) & (column < D), other=0.0)
+    elif D == D_PADDED:
+        rows = tl.load(at)
+    else:
+        rows = tl.load(at, mask=column < D, other=0.0)
+    return rows
 
 
 @triton.jit

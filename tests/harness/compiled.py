@@ -29,6 +29,15 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True, slots=True)
+class Loop:
+    """Instructions of one iteration of an innermost loop, as the listing has them: all of it, branches included."""
+
+    matrix: int  # on tensor cores
+    other: int
+    exponentials: int  # MUFU among the others: their unit takes 8 cycles for one
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """Figures of one compiled kernel, read from its cubin."""
 
@@ -41,6 +50,7 @@ class Built:
     shared: int  # bytes per block
     tensor_core: int  # instructions: HMMA (sm_80), HGMMA (sm_90), UTCHMMA (sm_100)
     warpgroup: int  # HGMMA among them: sm_90 needs these for its full rate
+    loops: tuple[Loop, ...] = ()  # the innermost loops with tensor-core instructions
 
     def __str__(self) -> str:
         return (
@@ -126,4 +136,27 @@ def _inspect(compiled: object, chip: str) -> Built:
         shared=compiled.metadata.shared,
         tensor_core=count["HMMA"] + count["HGMMA"] + count["UTC.?MMA"],
         warpgroup=count["HGMMA"],
+        loops=tuple(_matrix_loops(code)),
     )
+
+
+_MATRIX = re.compile(r"^(HMMA|HGMMA|UTC.?MMA)")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?\w+ )?\s*(\w+)(.*?);", re.MULTILINE)
+
+
+def _matrix_loops(code: str) -> Iterator[Loop]:
+    """Yield the innermost loops of a listing that use tensor cores: from a branch's earlier target to the branch."""
+    listing = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(code)]
+    branches = [
+        (int(target[1], 16), at)
+        for at, name, rest in listing
+        if name == "BRA" and (target := re.search(r"0x([0-9a-f]+)", rest))
+    ]
+    backward = [(first, last) for first, last in branches if first < last]
+    for first, last in backward:
+        if any(first <= a and b <= last for a, b in backward if (a, b) != (first, last)):
+            continue
+        names = [name for at, name, _ in listing if first <= at <= last]
+        matrix = sum(bool(_MATRIX.search(name)) for name in names)
+        if matrix:
+            yield Loop(matrix, len(names) - matrix, names.count("MUFU"))

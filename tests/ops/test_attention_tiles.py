@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from megatron_align.data.batching.context_split import balanced_shards
 from megatron_align.kernels.packed_attention.layout import PackedLayout
 from megatron_align.kernels.packed_attention.reference import visible_tiles_reference
-from megatron_align.kernels.packed_attention.tile_ranges import key_tile, key_tiles, query_tiles
+from megatron_align.kernels.packed_attention.tile_ranges import (
+    key_tile,
+    key_tile_count,
+    key_tiles,
+    next_query_tile,
+    query_tile,
+    query_tile_count,
+    query_tiles,
+)
 from tests.harness.interpreter import DEVICE
 
 pytestmark = pytest.mark.triton
@@ -27,37 +35,40 @@ def _by_query(
 ):
     block = tl.program_id(0)
     last = tl.minimum((block + 1) * Q, queries) - 1
-    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
-        ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K
-    )
-    for step in range(count):
-        tile, full = key_tile(step, a, b, c, d, own_a, own_b, own_c, own_d)
-        at = block * tl.cdiv(tokens, K) + tile
-        tl.store(visits_ptr + at, tl.load(visits_ptr + at) + 1)
-        tl.store(masked_ptr + at, (full == 0).to(tl.int32))
+    a, b, c, d, own_a, own_b, own_c, own_d = key_tiles(ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K)
+    for PARTIAL in tl.static_range(2):
+        for step in range(key_tile_count(a, b, c, d, own_a, own_b, own_c, own_d, PARTIAL)):
+            at = block * tl.cdiv(tokens, K) + key_tile(step, a, b, c, d, own_a, own_b, own_c, PARTIAL)
+            tl.store(visits_ptr + at, tl.load(visits_ptr + at) + 1)
+            tl.store(masked_ptr + at, PARTIAL)
 
 
 @triton.jit
 def _by_key(
     ss_ptr, se_ptr, visits_ptr, masked_ptr, queries, tokens, Q: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
+    """Count the tiles of two heads, the second of which must visit what the first one visited, and no head more."""
     block = tl.program_id(0)
     a, b, c, d = query_tiles(ss_ptr, se_ptr, block * K, tokens, K, Q)
-    for tile in range(a, d):
-        at = tile * tl.cdiv(tokens, K) + block
-        tl.store(visits_ptr + at, tl.load(visits_ptr + at) + 1)
-        tl.store(masked_ptr + at, ((tile < b) | (tile >= c)).to(tl.int32))
+    for PARTIAL in tl.static_range(2):
+        head, tile = 0, query_tile(a, b, c, PARTIAL)
+        for _ in range(2 * query_tile_count(a, b, c, d, PARTIAL)):
+            at = tile * tl.cdiv(tokens, K) + block
+            seen = tl.load(visits_ptr + at)
+            tl.store(visits_ptr + at, tl.where(seen == head, seen + 1, 99))
+            tl.store(masked_ptr + at, PARTIAL)
+            head, tile = next_query_tile(head, tile, a, b, c, d, PARTIAL)
 
 
 @triton.jit
 def _count(ps_ptr, pe_ptr, os_ptr, oe_ptr, visits_ptr, masked_ptr, queries, Q: tl.constexpr, K: tl.constexpr):
     block = tl.program_id(0)
     last = tl.minimum((block + 1) * Q, queries) - 1
-    a, b, c, d, own_a, own_b, own_c, own_d, count = key_tiles(
-        ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K
-    )
-    tl.store(visits_ptr + block, count)
-    tl.store(masked_ptr + block, count - (c - b) - (own_c - own_b))
+    a, b, c, d, own_a, own_b, own_c, own_d = key_tiles(ps_ptr, pe_ptr, os_ptr, oe_ptr, block * Q, last, K)
+    full = key_tile_count(a, b, c, d, own_a, own_b, own_c, own_d, 0)
+    partial = key_tile_count(a, b, c, d, own_a, own_b, own_c, own_d, 1)
+    tl.store(visits_ptr + block, full + partial)
+    tl.store(masked_ptr + block, partial)
 
 
 def assert_exact(layout, queries, keys):
@@ -68,14 +79,19 @@ def assert_exact(layout, queries, keys):
     first = torch.arange(0, layout.queries, queries)
     last = (first + queries).clamp(max=layout.queries) - 1
     has_gap = (layout.own_end_Q[last] - layout.own_end_Q[first]).cpu() != last - first
-    for kernel, blocks, pointers in (
-        (_by_query, visible.shape[0], layout.by_query),
-        (_by_key, visible.shape[1], layout.by_key),
+    for kernel, blocks, pointers, times in (
+        (_by_query, visible.shape[0], layout.by_query, 1),
+        (_by_key, visible.shape[1], layout.by_key, 2),
     ):
         visits, masked = torch.zeros(2, *visible.shape, dtype=torch.int32, device=DEVICE)
         kernel[(blocks,)](*pointers, visits, masked, layout.queries, layout.tokens, Q=queries, K=keys)
         spare = visits.bool() & ~visible
-        assert torch.equal(visits, (visible | spare).int())  # all once, none twice
+        assert torch.equal(visits, times * (visible | spare).int())  # all once a head, none twice
+        # What the kernels load without a comparison is inside the pack.
+        cut = (
+            (slice(None), slice(inside[1].stop, None)) if kernel is _by_query else slice(inside[0].stop, None)
+        )
+        assert masked.bool()[cut][visits.bool()[cut]].all()
         assert not spare[~has_gap if kernel is _by_query else slice(None)].any()
         assert masked.bool()[spare].all()
         assert torch.equal((masked.bool() & visible)[inside], needed[inside])
