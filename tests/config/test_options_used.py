@@ -18,6 +18,8 @@ from megatron_align.config.rewards import KINDS, EndpointReward, ModelReward, Re
 from megatron_align.config.rewards import build_rewards as read_rewards
 from megatron_align.config.run import SECTIONS
 from megatron_align.config.validation import SamplesConfig
+from megatron_align.cost.placement import Placement
+from megatron_align.cost.search import memory_of
 from megatron_align.data.batching.rollout_order import train_order
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.data.store import TokenStore
@@ -87,6 +89,13 @@ def checked(place, options):
 def said(place, options):
     """What a dry run says."""
     return describe(checked(place, options))
+
+
+def staged(place, options):
+    """The bytes of each stage's weights, of which a dry run's table shows the GiB."""
+    setup = checked(place, options)
+    placement = Placement.of_run(setup.config, setup.shape, setup.rank_info.world_size)
+    return [stage.parameters for stage in memory_of(setup.config, placement, 1)]
 
 
 def set_up(place, options):
@@ -272,8 +281,8 @@ OFF = {
     "parallel.context": (said, CONTEXT, {"ranks": 2}),
     "parallel.context_kind": (said, {"parallel__context_kind": "ulysses"}, CONTEXT),
     "parallel.virtual_pipeline": (said, {"parallel__virtual_pipeline": 2}, PIPELINE),
-    "parallel.first_stage_layers": (said, {"parallel__first_stage_layers": 1}, PIPELINE),
-    "parallel.last_stage_layers": (said, {"parallel__last_stage_layers": 1}, PIPELINE),
+    "parallel.first_stage_layers": (staged, {"parallel__first_stage_layers": 1}, PIPELINE),
+    "parallel.last_stage_layers": (staged, {"parallel__last_stage_layers": 1}, PIPELINE),
     "parallel.count_embedding": (
         said,
         {"parallel__count_embedding": True},
