@@ -50,6 +50,12 @@ def append(name: str, rows: Sequence[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def read(name: str) -> list[dict[str, str]]:
+    """Return the rows of ``results/NAME.csv``, the oldest first."""
+    with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def record(name: str, rows: Sequence[dict[str, object]]) -> None:
     """Append rows to ``results/NAME.csv`` and print what was measured."""
     append(name, rows)

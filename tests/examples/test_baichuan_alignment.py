@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.baichuan_alignment import cluster, compare, page, results, run, runner, scripted
+from examples.baichuan_alignment import cluster, compare, compare_data, page, results, run, runner, scripted
 from examples.baichuan_alignment.plan import METHODS, TRAINED, Stage, keys, stages
 from examples.baichuan_alignment.questions import FIELDS, GROUPS, make, write
 from megatron_align import train
@@ -115,6 +115,13 @@ def small(tmp_path_factory):
         data = "prompts" if name == "prompts" else "chats"
         mixture = [{"path": str(out / "data" / f"{data}.jsonl"), "weight": 1.0}]
         (out / f"mix_{name}" / "mixture.json").write_text(json.dumps(mixture))
+    by_field = [
+        {"path": str(out / "mix_prompts" / f"{f}.jsonl"), "weight": 1 + i} for i, f in enumerate(FIELDS)
+    ]
+    for line in (out / "data" / "prompts.jsonl").read_text().splitlines():
+        with open(out / "mix_prompts" / f"{json.loads(line)['field']}.jsonl", "a") as file:
+            file.write(line + "\n")
+    (out / "mix_prompts" / "mixture.json").write_text(json.dumps(by_field))
     return out
 
 
@@ -179,13 +186,60 @@ def test_every_other_command_is_understood(small, monkeypatch):
 
 
 def test_the_comparisons_train_on_what_the_recipe_wrote(small, tmp_path):
-    planned = compare.stages(small, tmp_path, (1, 2))
-    assert len({stage.name for stage in planned}) == len(planned) == 2 * 2 * 6
+    planned = compare.stages(small, tmp_path, (1, 2), more={"--train.steps": 7})
+    assert len({stage.name for stage in planned}) == len(planned) == 1 + 2 * (2 * 8 + 1)
+    steps = set()
     for stage in planned:
+        assert stage.name == compare.DATA or stage.after or "grpo" in stage.name or "ppo" in stage.name
         if stage.config:
             parsed = parse(words_of(stage.command)[3:])
             assert Path(parsed.model.path).is_dir()
             assert parsed.train.seed in (1, 2)
+            steps.add((parsed.objective.name == "reward", parsed.train.steps))
+    assert steps == {(True, compare.REWARD_STEPS), (False, 7)}
+
+
+def test_ppo_has_the_rollouts_rewards_and_kl_of_grpo(small, tmp_path):
+    planned = {stage.name: stage for stage in compare.stages(small, tmp_path, (1,))}
+    grpo, ppo = (parse(words_of(planned[name].command)[3:]) for name in ("grpo_PTX-KL_1", "ppo_PTX-KL_1"))
+    assert (grpo.rollout, grpo.rewards, grpo.reference) == (ppo.rollout, ppo.rewards, ppo.reference)
+    assert (grpo.optimizer, grpo.train, grpo.data) == (ppo.optimizer, ppo.train, ppo.data)
+    for name in ("beta", "kl_place", "ptx"):
+        assert getattr(grpo.objective, name) == getattr(ppo.objective, name)
+
+
+def test_data_of_the_comparisons_are_the_questions_of_grpo(small, tmp_path):
+    compare_data.write(small, tmp_path / "data")
+    prompts = [json.loads(line) for line in (small / "data" / "prompts.jsonl").read_text().splitlines()]
+    for kind, rows_of_a_question in (("dpo", 1), ("kto", 2)):
+        sources = json.loads(compare_data.mixture(small, tmp_path / "data", kind))
+        assert [source["weight"] for source in sources] == [1, 2, 3, 4, 5]
+        for field, source in zip(FIELDS, sources, strict=True):
+            rows = [json.loads(line) for line in Path(source["path"]).read_text().splitlines()]
+            answers = [p["answer"] for p in prompts if p["field"] == field]
+            assert len(rows) == rows_of_a_question * len(answers) > 0
+            right = (
+                [r["chosen"] for r in rows]
+                if kind == "dpo"
+                else [r["completion"] for r in rows if r["label"]]
+            )
+            assert [turns[0]["content"] for turns in right] == answers
+    few = (tmp_path / "data" / compare_data.FEW).read_text().splitlines()
+    trained, held_out = (
+        [line for field in FIELDS for line in (folder / f"{field}.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "data" / "trained", small / "data" / "preferences")
+    )
+    assert set(trained) <= set(few)
+    assert not set(few) & set(held_out)
+
+
+def test_pairs_of_other_questions_than_the_prompts_are_refused(small, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("prompts", "pairs"):
+        lines = (small / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines[::-1] if name == "pairs" else lines))
+    assert compare_data.main(["--recipe", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_scale_shortens_all_trainings(tmp_path):
