@@ -71,10 +71,12 @@ def folder(out: Path, name: str, seed: int) -> Path:
 
 
 def _of_policy(recipe: Path, out: Path, name: str) -> dict[str, object]:
+    cache = {"--data.cache": out / "cache"}  # of all seeds: they read the same data
     if name in OFFLINE:
-        return {"--data.train": compare_data.mixture(recipe, out / DATA, name)}
+        return {"--data.train": compare_data.mixture(recipe, out / DATA, name), **cache}
     data = (recipe / "mix_prompts" / "mixture.json").read_text(encoding="utf-8")
     options: dict[str, object] = {
+        **cache,
         "--data.train": data,
         "--rewards": json.dumps(rewards(recipe / "reward" / "hf")),
     }
