@@ -174,15 +174,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--recipe", type=Path, default=Path("runs/baichuan_alignment"), help="folder of a finished recipe")
-    add("--compared", type=Path, default=Path("runs/compare"), help="folder of a finished comparison")
+    add("--compared", type=Path, default=Path("runs/compare"), help="folder of a comparison")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of the comparison")
+    parts = ("recipe", "policies", "rewards")
+    add("--parts", nargs="+", choices=parts, default=parts, help="what is recorded (default: all)")
     options = parser.parse_args(arguments)
     recipe, out, seeds = options.recipe, options.compared, options.seeds
-    print("\n".join(compare.lines(compare.scores(recipe, out, seeds))))
-    append("recipe", list(recipe_rows(recipe)))
-    append("alignment_policies", list(policy_rows(recipe, out, seeds)))
-    append("alignment_rewards", list(reward_rows(out, seeds)))
-    append("alignment_passes", list(pass_rows(out, seeds)))
+    if "recipe" in options.parts:
+        append("recipe", list(recipe_rows(recipe)))
+    if "policies" in options.parts:
+        print("\n".join(compare.lines(compare.scores(recipe, out, seeds))))
+        append("alignment_policies", list(policy_rows(recipe, out, seeds)))
+    if "rewards" in options.parts:
+        append("alignment_rewards", list(reward_rows(out, seeds)))
+        append("alignment_passes", list(pass_rows(out, seeds)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 46, 46  # of the plotting area
 COLOURS = ("#2563a8", "#d1722b", "#3c8a5a", "#8a4d9e")
 INK, GRID = "#222", "#ddd"
+FIELDS = ("sums", "sorting", "strings", "format", "open")  # of the recipe's questions
 Row = Mapping[str, str]
 
 
@@ -64,9 +65,10 @@ class Picture:
         self._parts.append(_text(self.across(place), top - 4, text, "middle"))
 
     def dots(self, place: float, values: Sequence[float], series: int) -> None:
-        """Draw a dot of each value at one place, and a short line at their mean."""
+        """Draw a dot of each value at one place, and a short line at the mean of several."""
         x, mean = self.across(place), self._up(statistics.fmean(values))
-        self._parts.append(_line(x - 13, mean, x + 13, mean, COLOURS[series], 2))
+        if len(values) > 1:
+            self._parts.append(_line(x - 13, mean, x + 13, mean, COLOURS[series], 2))
         self._parts += [
             f'<circle cx="{x:.1f}" cy="{self._up(value):.1f}" r="4" fill="{COLOURS[series]}" fill-opacity="0.6"/>'
             for value in values
@@ -177,23 +179,16 @@ def policies() -> str:
 
 
 def pas() -> str:
-    """Draw the gain of PAS in each field over the seeds."""
-    rows = read("alignment_policies")
-    with_pas = [row for row in rows if row["policy"].endswith(", with PAS")]
-    name = with_pas[0]["policy"].removesuffix(", with PAS")
-    without = [row for row in rows if row["policy"] == name]
-    drawn = Picture(
-        "Right answers of one model with and without PAS; a dot is a seed",
-        "%",
-        (0, 100),
-        ("without", "with PAS"),
-    )
-    fields = ("sums", "sorting", "strings", "format", "open")
-    for i, field in enumerate(fields):
-        place = (i + 0.5) / len(fields)
+    """Draw the gain of PAS in each field, of every run of the recipe."""
+    rows = read("recipe")
+    title = "Right answers of the recipe's last model with and without PAS"
+    drawn = Picture(title, "%", (0, 100), ("without", "with PAS"))
+    for i, field in enumerate(FIELDS):
+        place = (i + 0.5) / len(FIELDS)
         drawn.label(place, field)
-        for series, group in enumerate((without, with_pas)):
-            drawn.dots(place + (series - 0.5) * 0.06, [100 * float(row[field]) for row in group], series)
+        for series, model in enumerate(("grpo", "grpo with pas")):
+            values = [100 * float(row[field]) for row in rows if row["model"] == model]
+            drawn.dots(place + (series - 0.5) * 0.06, values, series)
     return drawn.svg()
 
 
