@@ -39,13 +39,13 @@ class Picture:
             at = self._up(y)
             self._parts.append(_line(LEFT, at, WIDTH - RIGHT, at, GRID))
             self._parts.append(_text(LEFT - 6, at + 4, text, "end"))
-        x = LEFT + 90.0
+        x = LEFT + 45.0
         for i, name in enumerate(names):
             self._parts.append(
                 f'<rect x="{x:.1f}" y="{TOP - 17}" width="10" height="10" fill="{COLOURS[i]}"/>'
             )
             self._parts.append(_text(x + 14, TOP - 8, name))
-            x += 30 + 6.6 * len(name)
+            x += 24 + 6.2 * len(name)
 
     def across(self, place: float) -> float:
         """Return the horizontal coordinate of a place from 0, left, to 1, right."""
@@ -159,25 +159,6 @@ def recompute() -> str:
     return drawn.svg()
 
 
-def policies() -> str:
-    """Draw the mean of right answers of each policy over the seeds."""
-    rows = [row for row in read("alignment_policies") if "PAS" not in row["policy"]]
-    names = list(dict.fromkeys(row["policy"] for row in rows))
-    drawn = Picture(
-        "Right answers to held-out questions; a dot is a seed", "%", (0, 100), ("mean of the fields", "sums")
-    )
-    for i, name in enumerate(names):
-        place = (i + 0.5) / len(names)
-        first, _, second = name.partition(", ")
-        drawn.label(place, first)
-        drawn.label(place, second, 1)
-        own = [row for row in rows if row["policy"] == name]
-        for series, column in enumerate(("mean", "sums")):
-            values = [100 * float(row[column]) for row in own]
-            drawn.dots(place + (series - 0.5) * 0.03, values, series)
-    return drawn.svg()
-
-
 def pas() -> str:
     """Draw the gain of PAS in each field, of every run of the recipe."""
     rows = read("recipe")
@@ -195,13 +176,10 @@ def pas() -> str:
 def rewards() -> str:
     """Draw accuracy of reward models over the passes, on the pairs that they train on and on held-out ones."""
     rows = read("alignment_passes")
+    seeds = len({row["seed"] for row in rows})
     names = [f"{pairs}, alpha {a}" for a in ("0", "0.5") for pairs in ("trained", "held out")]
-    drawn = Picture(
-        f"Accuracy of reward models over passes of {rows[0]['trained_pairs']} pairs, mean of the seeds",
-        "%",
-        (50, 100),
-        names,
-    )
+    title = f"Accuracy of reward models over passes of {rows[0]['trained_pairs']} pairs; seeds: {seeds}"
+    drawn = Picture(title, "%", (50, 100), names)
     passes = sorted({int(row["pass"]) for row in rows})
     place = {one: (i + 0.5) / len(passes) for i, one in enumerate(passes)}
     for one in passes:
@@ -224,7 +202,6 @@ def rewards() -> str:
 DRAWN: dict[str, Callable[[], str]] = {
     "packing": packing,
     "recompute": recompute,
-    "policies": policies,
     "pas": pas,
     "rewards": rewards,
 }
