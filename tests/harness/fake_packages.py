@@ -52,6 +52,7 @@ def _flash2(version: str = "2.8.3") -> dict[str, ModuleType]:
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
+        assert max_seqlen_q == max_seqlen_k
         return _documents(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
 
     module = ModuleType("flash_attn")
@@ -67,6 +68,7 @@ def _flash3() -> dict[str, ModuleType]:
         window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
+        assert max_seqlen_q == max_seqlen_k
         return _documents(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
 
     module = ModuleType("flash_attn_interface")
@@ -81,6 +83,7 @@ def _flash4() -> dict[str, ModuleType]:
         softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1,
         pack_gqa=None, deterministic=False, score_mod=None, return_lse=False,
     ):  # fmt: skip
+        assert max_seqlen_q == max_seqlen_k
         out = _documents(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale, causal)
         return out, q.new_empty(q.shape[1], len(q), dtype=torch.float32)
 
