@@ -86,7 +86,8 @@ def test_losses_and_norms_that_differ_are_refused(tmp_path, monkeypatch):
     kept = []
     monkeypatch.setattr(run, "append", lambda name, rows: kept.extend(rows))
     with pytest.raises(SystemExit, match="gradient norms of trl differ from ours by 1.0e-03"):
-        run.report(task, {"ours": one, "trl": {**one, "grad_norms": [2.0, 2.002]}}, 2)
-    assert not kept
-    run.report(task, {"ours": one, "trl": {**one, "losses": [0.5, -1e-9], "seconds": [9.0, 2.0]}}, 2)
+        run.require_equal({"ours": one, "trl": {**one, "grad_norms": [2.0, 2.002]}}, "trl")
+    equal = {"ours": one, "trl": {**one, "losses": [0.5, -1e-9], "seconds": [9.0, 2.0]}}
+    run.require_equal(equal, "trl")
+    run.report(task, equal, 2)
     assert [row["times_ours"] for row in kept] == [1.0, 2.0]

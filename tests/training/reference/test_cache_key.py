@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_align.config import DataConfig, DataSource, TrainConfig
+from megatron_align.config import DataConfig, DataSource, Fp8Config, TrainConfig
 from megatron_align.data.batching.sampler import step_order
 from megatron_align.hf.load import weights_hash
 from megatron_align.model.families import read_shape
@@ -24,6 +24,7 @@ from tests.harness.sizes import write_config
 COMPLETIONS, STEPS = "completions", "mismatched"  # a number of each completion; of each step (KTO)
 DECIDES = {
     "train.precision": {COMPLETIONS, STEPS},
+    "train.fp8": {COMPLETIONS, STEPS},
     "train.seed": {STEPS},
     "train.global_batch_size": {STEPS},
     "train.global_batch_tokens": {STEPS},
@@ -37,10 +38,12 @@ FREE = {
     "in the name of the store": "data.shape data.columns data.chat_template data.template_date data.train_turns "
     "data.drop_fields data.on_bad_record data.too_long",
     "law 1: changes no number": "data.packing data.share_prefix train.recompute_layers train.recompute_modules",
+    "no forward pass": "train.gradient_accumulation_fusion",
     "no number of training data": "data.validation data.cache train.validate_every train.early_stopping "
     "train.on_nonfinite train.self_check",
 }
 OFF = {
+    "fp8": Fp8Config(),
     "seed": 7,
     "global_batch_size": 2,
     "global_batch_tokens": 40,
@@ -83,13 +86,16 @@ def settings(tmp_path, **changed):
     for name, value in changed.items():
         section, option = name.split("__")
         sections[section][option] = value
-    return SimpleNamespace(**{name: SimpleNamespace(**options) for name, options in sections.items()})
+    train, data = (SimpleNamespace(**options) for options in sections.values())
+    train.arithmetic = TrainConfig.arithmetic.fget(train)
+    return SimpleNamespace(train=train, data=data)
 
 
 def files(config, shape, weights="w", data="data", **options):
     """Return the files of the numbers of each completion and of each step."""
     table = SimpleNamespace(**{**vars(TABLE), "path": SimpleNamespace(name=data)})
-    setup = SimpleNamespace(config=config, train=table, validation=None, shape=shape)
+    setup = SimpleNamespace(config=config, train=table, validation=None)
+    setup.reference = SimpleNamespace(shape=shape)
     kind = OBJECTIVES["dpo"]
     objective = SimpleNamespace(
         needs={"mismatched_logprobs"}, scoring_options=kind(kind.Options(**options)).scoring_options
@@ -144,11 +150,13 @@ def test_so_are_weights_data_the_models_config_and_options_of_the_sums(tmp_path,
 
 
 def test_the_likeliest_tokens_have_a_key_of_their_own(tmp_path, shape):
-    def file(k=5, weights="w", data="data", shape=shape, **options):
+    def file(k=5, weights="w", data="data", shape=shape, shared=None, **options):
         table = SimpleNamespace(**{**vars(TABLE), "path": SimpleNamespace(name=data)})
-        return TopKColumns.open(table, settings(tmp_path, **options), k, weights, shape).file
+        reference = SimpleNamespace(shape=shape, shared_tokens=shared)
+        return TopKColumns.open(table, settings(tmp_path, **options), k, weights, reference).file
 
-    others = [{"k": 6}, {"weights": "v"}, {"data": "other"}, {"train__precision": "fp32"}]
+    others = [{"k": 6}, {"weights": "v"}, {"data": "other"}, {"shared": 100}, {"train__precision": "fp32"}]
+    others.append({"train__fp8": Fp8Config()})
     others.append({"shape": dataclasses.replace(shape, rope_theta=5e5)})
     assert file() == file(train__seed=7)
     assert len({file(), *(file(**options) for options in others)}) == 1 + len(others)
