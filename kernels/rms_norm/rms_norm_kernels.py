@@ -1,8 +1,8 @@
 """Triton kernels of the norm: each element is read once and written once; computed in fp32.
 
 Shapes: R rows, which lie at two strides (tokens, heads of a token), C columns. With ADD the rows are those of a sum,
-which is computed, rounded and stored first. WIDE are rows for which registers do not suffice in backward: the weight
-and the sum of its gradient are then read for each row, from a cache.
+which is computed, rounded and stored first. Rows for which registers do not suffice in backward are read twice there,
+piece by piece, the second time from a cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_COLUMNS = 16384  # a row is one tile
-_WIDE = 8192  # columns, above which rows are WIDE
+_WIDE = 8192  # columns, above which backward takes a row in pieces
+_PIECE = 4096
 _TILE = 2048  # elements of a program at a time, where rows are shorter
 _MOST_PARTS = 256  # of the weight's gradient
 _LEAST_ROWS = 8  # of a part
@@ -73,16 +74,14 @@ def _norm_backward_kernel(
     rows_of_part,
     ADD: tl.constexpr,
     WEIGHT: tl.constexpr,
-    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     part = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     dtype = dx_ptr.dtype.element_ty
-    if not WIDE:
-        weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
-        dweight = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    dweight = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for first in range(0, rows_of_part, ROWS):
         row = part * rows_of_part + first + tl.arange(0, ROWS)
         inside = (row < R)[:, None] & (column < C)
@@ -92,8 +91,6 @@ def _norm_backward_kernel(
         dout = tl.load(dout_ptr + place, mask=inside, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)[:, None]
         normalised = x * factor
-        if WIDE:
-            weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
         dnormalised = dout * weight
         along = (tl.sum(dnormalised * normalised, axis=1) / C)[:, None]
         dx = factor * (dnormalised - normalised * along)
@@ -102,16 +99,63 @@ def _norm_backward_kernel(
         tl.store(dx_ptr + place, dx.to(dtype), mask=inside)
         if WEIGHT:
             # Rows after the last are NaN where eps is 0.
-            share = tl.where(inside, dout * normalised.to(dtype).to(tl.float32), 0.0)
-            if WIDE:  # of one row at a time
-                if first > 0:
-                    share += tl.load(part_ptr + part * C + column, mask=column < C, other=0.0)
-                tl.store(part_ptr + part * C + column, share, mask=column < C)
-            else:
-                dweight += share
-    if WEIGHT and not WIDE:
+            dweight += tl.where(inside, dout * normalised.to(dtype).to(tl.float32), 0.0)
+    if WEIGHT:
         one_row = tl.sum(dweight, axis=0)[None, :]
         tl.store(part_ptr + part * C + column, one_row, mask=column < C)
+
+
+@triton.jit
+def _wide_norm_backward_kernel(
+    x_ptr,
+    weight_ptr,
+    dout_ptr,
+    dsum_ptr,
+    dx_ptr,
+    part_ptr,
+    R,
+    heads,
+    of_token,
+    of_head,
+    C,
+    eps,
+    rows_of_part,
+    ADD: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    part = tl.program_id(0).to(tl.int64)
+    dtype = dx_ptr.dtype.element_ty
+    first = part * rows_of_part
+    for row in range(first, tl.minimum(first + rows_of_part, R)):
+        x_row = x_ptr + row // heads * of_token + row % heads * of_head
+        squares = tl.zeros([COLUMNS], dtype=tl.float32)
+        products = tl.zeros([COLUMNS], dtype=tl.float32)
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            x = tl.load(x_row + column, mask=column < C, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + row * C + column, mask=column < C, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+            squares += x * x
+            products += dout * weight * x
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / C + eps)
+        along = factor * tl.sum(products, axis=0) / C
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            place = row * C + column
+            x = tl.load(x_row + column, mask=column < C, other=0.0).to(tl.float32)
+            dout = tl.load(dout_ptr + place, mask=column < C, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+            normalised = x * factor
+            dx = factor * (dout * weight - normalised * along)
+            if ADD:
+                dx += tl.load(dsum_ptr + place, mask=column < C, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + place, dx.to(dtype), mask=column < C)
+            if WEIGHT:
+                share = dout * normalised.to(dtype).to(tl.float32)
+                if row > first:
+                    share += tl.load(part_ptr + part * C + column, mask=column < C, other=0.0)
+                tl.store(part_ptr + part * C + column, share, mask=column < C)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,21 +221,19 @@ def backward(
         trained: whether the weight is. Its gradient is summed in fp32, in an order that the shape alone decides.
     """
     rows, dx = _Rows.of(x), x.new_empty(x.shape)
-    tile = rows.tile
-    wide = tile["COLUMNS"] > _WIDE
-    if wide:
-        tile["num_warps"] = 32
+    kernel, tile = _norm_backward_kernel, rows.tile
     each = triton.cdiv(max(_LEAST_ROWS, triton.cdiv(rows.count, _MOST_PARTS)), tile["ROWS"]) * tile["ROWS"]
     count = triton.cdiv(rows.count, each)
     parts = x.new_empty(count, x.shape[-1], dtype=torch.float32) if trained else None
+    if tile["COLUMNS"] > _WIDE:
+        kernel, tile = _wide_norm_backward_kernel, {"COLUMNS": _PIECE, "num_warps": 8}
     if count:
         with torch.cuda.device_of(x):
-            _norm_backward_kernel[(count,)](
+            kernel[(count,)](
                 *(rows.x, weight, dout, dsum, dx, parts),
                 *(*rows.arguments, eps, each),
                 ADD=dsum is not None,
                 WEIGHT=trained,
-                WIDE=wide,
                 **tile,
             )
     return dx, None if parts is None else parts.sum(0).to(weight.dtype)

@@ -136,9 +136,9 @@ def rows(shape, dtype, device=DEVICE):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 1, 34), (300, 1, 100), (2, 3584), (3, 5, 16), (0, 8)])
+@pytest.mark.parametrize("shape", [(5, 1, 34), (300, 1, 100), (2, 3584), (11, 9000), (3, 5, 16), (0, 8)])
 def test_rms_norm(dtype, shape):
-    """Of many rows, which are several parts of the weight's gradient, and of wide ones, which are one tile each."""
+    """Of many rows, which are several parts of the weight's gradient, and of wide ones, also in pieces."""
     x, residual, weight, dout, dsum = rows(shape, dtype)
     assert_equals_float64(norm, exact_norm, [x, weight], dout, roundings=2)
     both = [x, residual, weight]
