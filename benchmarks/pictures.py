@@ -159,6 +159,25 @@ def recompute() -> str:
     return drawn.svg()
 
 
+def policies() -> str:
+    """Draw the mean of right answers of each policy over the seeds."""
+    rows = [row for row in read("alignment_policies") if "PAS" not in row["policy"]]
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    drawn = Picture(
+        "Right answers to held-out questions; a dot is a seed", "%", (0, 100), ("mean of the fields", "sums")
+    )
+    for i, name in enumerate(names):
+        place = (i + 0.5) / len(names)
+        first, _, second = name.partition(", ")
+        drawn.label(place, first)
+        drawn.label(place, second, 1)
+        own = [row for row in rows if row["policy"] == name]
+        for series, column in enumerate(("mean", "sums")):
+            values = [100 * float(row[column]) for row in own]
+            drawn.dots(place + (series - 0.5) * 0.03, values, series)
+    return drawn.svg()
+
+
 def pas() -> str:
     """Draw the gain of PAS in each field, of every run of the recipe."""
     rows = read("recipe")
@@ -202,6 +221,7 @@ def rewards() -> str:
 DRAWN: dict[str, Callable[[], str]] = {
     "packing": packing,
     "recompute": recompute,
+    "policies": policies,
     "pas": pas,
     "rewards": rewards,
 }
