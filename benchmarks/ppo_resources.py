@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import Qwen2Config
-
 from benchmarks.rows import record, stamp
 from megatron_align.config import RunConfig
 from megatron_align.cost.chips import CHIPS
@@ -28,6 +26,7 @@ from megatron_align.cost.work import Work, WorkOf, flops_of
 from megatron_align.data.batching.attention_cost import visible_keys
 from megatron_align.model.families import ModelShape, read_shape
 from megatron_align.objectives.configuration import parse
+from tests.harness.sizes import write_config
 
 RECIPE = Path(__file__).parents[1] / "examples" / "qwen2_nova_72b" / "grpo.yaml"
 GPUS, MEMORY, MOST = 32, 80, 256  # of the recipe; GiB of each; most that are tried
@@ -137,18 +136,7 @@ def row(name: str, shape: ModelShape, folder: str) -> dict[str, object]:
 def main() -> None:
     """Count, print and append the rows."""
     with tempfile.TemporaryDirectory() as folder:
-        Qwen2Config(
-            architectures=["Qwen2ForCausalLM"],
-            vocab_size=152064,
-            hidden_size=8192,
-            intermediate_size=29568,
-            num_hidden_layers=80,
-            num_attention_heads=64,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            tie_word_embeddings=False,
-        ).save_pretrained(folder)
-        shape = read_shape(Path(folder))
+        shape = read_shape(write_config(Path(folder), "qwen2_72b"))
         record("ppo_resources", [row(name, shape, folder) for name in CASES])
 
 

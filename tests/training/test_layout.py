@@ -142,6 +142,7 @@ def test_sample_normalisation_agrees_on_tp2_dp2(pool, tiny_models, chat_file, tm
     pool.run(4, training_ranks.train, arguments)
     assert_same_run(tmp_path, reference("qwen2_tied", **options))
     token = [row["loss"] for row in metrics_of(reference("qwen2_tied"))]
+    # Within three steps the two differ by several 1e-4: ten times what layouts may.
     assert [row["loss"] for row in metrics_of(tmp_path)] != pytest.approx(token, rel=1e-4)
 
 
